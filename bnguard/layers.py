@@ -1,0 +1,200 @@
+"""Which modules are BN layers, how their statistics are read and set, and their modes preserved.
+
+Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnguard.adapters import Adapter, adapter_of
+
+# Training code wraps models; a wrapper's prefix says nothing about the layer.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormLayer:
+    """A BN layer of a model: its name, its module, and how to read it.
+
+    Attributes:
+        name: Dotted name in the model, ``""`` where the model is itself the layer; the first of
+            them where the module stands in several places.
+        module: The module.
+        adapter: Where its statistics are.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """Mean used in eval mode, shape ``(C,)``; None where untracked or not yet initialised."""
+        return self._tensor(self.adapter.mean)
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """Unbiased variance used in eval mode, shape ``(C,)``; None as for ``running_mean``."""
+        return self._tensor(self.adapter.var)
+
+    @property
+    def counter(self) -> Tensor | None:
+        """``num_batches_tracked``, a scalar that counts updates; None where there is none."""
+        return None if self.adapter.counter is None else self._tensor(self.adapter.counter)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Gamma, shape ``(C,)``; None without affine parameters."""
+        return self._tensor("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Beta, shape ``(C,)``; None without affine parameters."""
+        return self._tensor("bias")
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new value in an update; None for a cumulative average."""
+        value = self._number(self.adapter.momentum)
+        if value is None or not self.adapter.is_momentum_of_old:
+            return value
+        return 1.0 - value
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance before the square root."""
+        return self._number(self.adapter.eps) or 0.0
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels; 0 where a lazy layer has seen no batch yet."""
+        mean = self.running_mean
+        return int(getattr(self.module, "num_features", 0)) if mean is None else mean.numel()
+
+    @property
+    def is_tracking(self) -> bool:
+        """Whether there are running statistics, so that eval mode can use them."""
+        return self.running_mean is not None and self.running_var is not None
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a forward now would normalise with the statistics of its batch."""
+        return self.is_training or not self.is_tracking
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the layer is in train mode."""
+        return self.adapter.is_training(self.module)
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether ``module.training`` sets the mode; a registered class may decide otherwise."""
+        return self.adapter.follows_training
+
+    def statistics(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield where mean, variance and counter are kept: a dictionary and the key in it.
+
+        To ask the dictionary is far cheaper than to ask the module.
+        """
+        for name in (self.adapter.mean, self.adapter.var, self.adapter.counter):
+            if name is not None:
+                module = self.module
+                yield (module._buffers if name in module._buffers else vars(module)), name
+
+    def _number(self, attribute: str | float) -> float | None:
+        value = getattr(self.module, attribute) if isinstance(attribute, str) else attribute
+        return None if value is None else float(value)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        value = getattr(self.module, name, None)
+        if not isinstance(value, Tensor) or is_lazy(value):
+            return None
+        return value if value.dim() <= 1 else value.view(-1)
+
+
+def find_layers(model: nn.Module) -> tuple[BatchNormLayer, ...]:
+    """Return the BN layers of a model in the order of registration, each module once.
+
+    Wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``) leave no trace in
+    the names.
+
+    >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
+    ['1']
+    """
+    layers = []
+    for name, module in model.named_modules():
+        adapter = adapter_of(type(module))
+        if adapter is not None:
+            layers.append(BatchNormLayer(_without_wrappers(name), module, adapter))
+    return tuple(layers)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Return whether a module only passes its calls on to the model inside it.
+
+    >>> is_wrapper(nn.DataParallel(nn.Linear(2, 2))), is_wrapper(nn.Linear(2, 2))
+    (True, False)
+    """
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return True
+    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
+
+
+def _without_wrappers(name: str) -> str:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPER_PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name.removeprefix(prefix), True
+    return "" if name in {prefix.rstrip(".") for prefix in _WRAPPER_PREFIXES} else name
+
+
+@contextmanager
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module's train or eval mode back at the end, also after an exception.
+
+    Modes are set one module at a time: ``model.train(mode)`` would overwrite the modules that the
+    user holds in another mode than their parent.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def preserved_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
+    """Put the running statistics of the layers back at the end, also after an exception."""
+    kept = [
+        (holder, name, tensor, tensor.clone())
+        for layer in layers
+        for holder, name in layer.statistics()
+        if isinstance(tensor := holder.get(name), Tensor) and not is_lazy(tensor)
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, tensor, values in kept:
+            # .data: a version counter that moved would break a backward that needs the buffer.
+            tensor.data.copy_(values)
+            holder[name] = tensor
+
+
+@contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """Put the random state of the CPU and of the model's accelerators back at the end."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield

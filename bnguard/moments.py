@@ -1,0 +1,125 @@
+"""Moments of what arrives at a layer, computed where the tensors are; knows no module and no hook.
+
+Every tensor that is normalised has shape ``(N, C, *)``: samples, channels, positions. PyTorch's
+conventions hold throughout: ``momentum`` is the weight of the *new* value, a batch is normalised
+with its biased variance (divided by n), and ``running_var`` stores the unbiased one (n - 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Beyond this the float32 rounding of a mean is more than 1e-4 of a standard deviation.
+_MAX_MEAN_IN_STD = 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and sum of squared deviations of a sample, a value per channel.
+
+    Attributes:
+        count: Values per channel, n; the same for every channel.
+        mean: Shape ``(C,)``, float64.
+        squares: Sum of squared deviations from ``mean``, shape ``(C,)``, float64.
+    """
+
+    count: int
+    mean: Tensor
+    squares: Tensor
+
+    @property
+    def var_biased(self) -> Tensor:
+        """Variance divided by n, which normalises a batch in training; shape ``(C,)``."""
+        return self.squares / self.count
+
+    @property
+    def var_unbiased(self) -> Tensor:
+        """Variance divided by n - 1, which PyTorch stores; shape ``(C,)``; NaN where n < 2."""
+        if self.count < 2:
+            return torch.full_like(self.squares, math.nan)
+        return self.squares / (self.count - 1)
+
+
+def values_per_channel(shape: torch.Size) -> int:
+    """Return n, the number of values that a batch of this shape has per channel.
+
+    >>> values_per_channel(torch.Size([8, 3, 4, 4]))
+    128
+    """
+    return shape[0] * math.prod(shape[2:])
+
+
+def channel_moments(values: Tensor) -> Moments:
+    """Return the moments of each channel of ``values``, shape ``(N, C, *)``.
+
+    The statistics kernel of PyTorch's own batch normalisation reads the values once, in place of
+    the several passes of ``torch.var_mean``; half-precision values are widened to float32 first,
+    because the kernel answers in the precision that it is asked in.
+
+    Example:
+        >>> moments = channel_moments(torch.tensor([[1.0], [5.0]]))
+        >>> moments.count, moments.mean.item(), moments.var_unbiased.item()
+        (2, 3.0, 8.0)
+    """
+    count = values_per_channel(values.shape)
+    channels = values.shape[1]
+    if count == 0:
+        zeros = torch.zeros(channels, dtype=torch.float64, device=values.device)
+        return Moments(0, zeros, zeros.clone())
+    values = values.detach()
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    mean, var = _mean_and_var(values)
+    centre = torch.zeros_like(mean)
+    if bool((mean.abs() > _MAX_MEAN_IN_STD * var.sqrt()).any()):
+        # A mean rounded to the precision of the values would be off by a part of the deviation;
+        # the difference of nearby numbers is exact, so that a second look is not.
+        centre = mean
+        mean, var = _mean_and_var(values - centre.view(-1, *[1] * (values.dim() - 2)))
+    return Moments(count, centre.double() + mean.double(), var.double() * count)
+
+
+def _mean_and_var(values: Tensor) -> tuple[Tensor, Tensor]:
+    if values.device.type in ("cpu", "cuda"):
+        mean, var = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
+    else:
+        dims = [0, *range(2, values.dim())]
+        var, mean = torch.var_mean(values, dims, correction=0)
+    return mean, var
+
+
+def merge_moments(parts: Iterable[Moments]) -> Moments:
+    """Return the moments of all samples together, weighted by their counts, in float64.
+
+    The variance between the means of the parts is part of the variance of the whole: Chan, Golub
+    and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+    (1979), equation 2.1.
+
+    Raises:
+        ValueError: There are no parts.
+
+    Example:
+        >>> low, high = torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])
+        >>> merge_moments([channel_moments(low), channel_moments(high)]).var_biased.item()
+        5.0
+    """
+    filled = list(parts)
+    if not filled:
+        raise ValueError("no moments to merge")
+    merged = filled[0]
+    for part in filled[1:]:
+        if part.count == 0:
+            continue
+        count = merged.count + part.count
+        delta = part.mean - merged.mean
+        merged = Moments(
+            count,
+            merged.mean + delta * (part.count / count),
+            merged.squares + part.squares + delta**2 * (merged.count * part.count / count),
+        )
+    return merged

@@ -1,0 +1,77 @@
+"""Pure functions on per-channel statistics that are already on the host, as float64 arrays.
+
+Nothing here imports torch, so that rules can be listed and explained at once. PyTorch's
+conventions hold: ``momentum`` is the weight of the *new* value, a batch is normalised with its
+biased variance (divided by n), and ``running_var`` stores the unbiased one (divided by n - 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def shift_std(
+    mean: FloatArray, running_mean: FloatArray, running_var: FloatArray, eps: float
+) -> FloatArray:
+    """Return (mean - running_mean) / sqrt(running_var + eps), in running standard deviations.
+
+    All arrays have shape ``(C,)``.
+
+    >>> shift_std(np.array([3.0]), np.array([1.0]), np.array([4.0]), 0.0).item()
+    1.0
+    """
+    return np.asarray((mean - running_mean) / np.sqrt(running_var + eps))
+
+
+def log_variance_ratio(var: FloatArray, running_var: FloatArray, eps: float) -> FloatArray:
+    """Return log((var + eps) / (running_var + eps)), natural logarithm, shape ``(C,)``.
+
+    >>> log_variance_ratio(np.array([1.0]), np.array([1.0]), 1e-5).item()
+    0.0
+    """
+    return np.asarray(np.log((var + eps) / (running_var + eps)))
+
+
+def largest(values: FloatArray | None) -> float | None:
+    """Return the largest absolute value among the finite ones; None where there is none.
+
+    >>> largest(np.array([0.5, -2.0, np.nan]))
+    2.0
+    """
+    if values is None or not np.isfinite(values).any():
+        return None
+    return float(np.max(np.abs(values[np.isfinite(values)])))
+
+
+def initial_weight(momentum: float | None, updates: int) -> float:
+    """Return the weight that the initial statistics (0, 1) still have after ``updates`` updates.
+
+    (1 - momentum)^updates; with ``momentum=None`` PyTorch keeps a cumulative average, which
+    forgets the initial values at its first update.
+
+    >>> round(initial_weight(0.1, 28), 3), initial_weight(None, 1)
+    (0.052, 0.0)
+    """
+    if momentum is None:
+        return 1.0 if updates == 0 else 0.0
+    return float((1.0 - momentum) ** updates)
+
+
+def updates_to_forget(momentum: float | None, max_initial_weight: float) -> float:
+    """Return how many updates bring the weight of the initial statistics to the limit given.
+
+    Infinite for momentum 0, which never updates.
+
+    >>> updates_to_forget(0.1, 0.05), updates_to_forget(None, 0.05), updates_to_forget(0.0, 0.05)
+    (29, 1, inf)
+    """
+    if momentum is None or momentum >= 1.0:
+        return 1
+    if momentum <= 0.0:
+        return math.inf
+    return math.ceil(math.log(max_initial_weight) / math.log1p(-momentum))
