@@ -1,0 +1,354 @@
+"""What was observed so far, condensed a layer: plain numbers on the host, ready for the rules.
+
+Arrays have shape ``(C,)``, a value per channel, in float64. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from bnguard.preflight import Plan
+from bnguard.stats import FloatArray, initial_weight, log_variance_ratio, shift_std
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunningStatistics:
+    """The ``running_mean`` and ``running_var`` buffers of a layer, used in eval mode.
+
+    Attributes:
+        mean: Running mean.
+        var: Running variance, the unbiased estimate.
+        updates: ``num_batches_tracked``; None where the layer has no counter.
+    """
+
+    mean: FloatArray
+    var: FloatArray
+    updates: int | None
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether mean and variance are still exactly 0 and 1."""
+        return bool(np.all(self.mean == 0.0) and np.all(self.var == 1.0))
+
+    @property
+    def bad_channels(self) -> tuple[int, ...]:
+        """Channels whose mean or variance is NaN or infinite."""
+        finite = np.isfinite(self.mean) & np.isfinite(self.var)
+        return tuple(int(channel) for channel in np.flatnonzero(~finite))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchWindow:
+    """Batch statistics of a layer over the newest window of training steps.
+
+    Attributes:
+        batches: Batches observed, a count per channel (a batch whose statistics were not finite
+            in a channel does not count there).
+        mean: Mean of the batch means.
+        var_unbiased: Mean of the within-batch variances, the unbiased estimate.
+        var_of_means: Variance of the batch means over the window, the unbiased estimate; slow
+            drift of the weights is part of it.
+        var_of_means_successive: The same from successive differences, which slow drift does not
+            enter: half their mean square (von Neumann et al., "The mean square successive
+            difference", 1941).
+        var_min: Smallest within-batch variance.
+        var_max: Largest within-batch variance.
+        first_step: First step of the window.
+        last_step: Last step of the window.
+    """
+
+    batches: FloatArray
+    mean: FloatArray
+    var_unbiased: FloatArray
+    var_of_means: FloatArray
+    var_of_means_successive: FloatArray
+    var_min: FloatArray
+    var_max: FloatArray
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvalWindow:
+    """What arrived at a layer in the newest evaluation, and the statistics it was held against.
+
+    Attributes:
+        count: Values per channel, over all batches observed.
+        batches: Forward calls observed.
+        nonfinite_batches: Calls that held NaN or Inf, which do not enter the moments.
+        mean: Mean of the values.
+        var_unbiased: Variance of the values, the unbiased estimate.
+        largest_normalised_std: Largest distance of a value from the running mean, in running
+            standard deviations.
+        padding_share: Share of constant padding among the positions of a sample, the mean over
+            samples.
+        padding_spread: Standard deviation of that share over the samples.
+        dtype: Element type of the values, as in ``"float16"`` under autocast.
+        running: The running statistics at that time.
+        step: Training step after which the evaluation ran.
+    """
+
+    count: int
+    batches: int
+    mean: FloatArray
+    var_unbiased: FloatArray
+    running: RunningStatistics
+    step: int
+    nonfinite_batches: int = 0
+    largest_normalised_std: float = 0.0
+    padding_share: float = 0.0
+    padding_spread: float = 0.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """Batch statistics of one of several calls of a layer in a forward, averaged over forwards.
+
+    Attributes:
+        mean: Average of the batch means.
+        var_unbiased: Average of the within-batch variances, the unbiased estimate.
+    """
+
+    mean: FloatArray
+    var_unbiased: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadValueOrigin:
+    """The module in which a NaN or Inf first appeared in a forward.
+
+    Attributes:
+        module: Its dotted name, ``""`` for the model itself.
+        kind: Name of its class.
+        channels: Channels of its output that were not finite; empty where it has none.
+        is_input_bad: Whether its input was not finite already: the batch, or what came before.
+        bad_parameters: Names of its own parameters that are not finite.
+    """
+
+    module: str
+    kind: str
+    channels: tuple[int, ...]
+    is_input_bad: bool
+    bad_parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeGap:
+    """How far the outputs for one batch differ between the two modes, all else in eval mode.
+
+    Attributes:
+        module: Name of the module that was run: the smallest that holds all BN layers.
+        samples: Samples in the batch; 0 where its inputs do not share a first dimension.
+        relative_change: Root mean square difference between the outputs under running and under
+            batch statistics, in standard deviations of the latter; infinite where not finite.
+        sampling_change: The same between statistics of half the batch and of the whole: what
+            sampling alone explains; None for fewer than 4 samples.
+        flipped_share: Share of samples whose largest class score is another; None where the
+            model's outputs do not look like class scores.
+    """
+
+    module: str
+    samples: int
+    relative_change: float
+    sampling_change: float | None
+    flipped_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What holds for the whole model and its training.
+
+    Attributes:
+        steps: Training steps observed; 0 for a checkpoint.
+        planned_steps: Steps that training will take in all, None where that is not known.
+        is_settled: No further update is expected before the statistics are used: training is
+            over, a report was asked for, or this is a checkpoint.
+        mode_gap: How far the two modes disagreed in the newest evaluation; None where it was not
+            measured.
+        mode_gap_reason: Why it was not measured.
+        origin: Where a NaN or Inf appeared after one was noticed.
+        plan: What was known of the training before its first batch.
+        steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
+        has_new_weights_in_evaluation: Whether weights were written between the newest step and
+            the newest evaluation, as loading, averaging, pruning or rounding them does.
+    """
+
+    steps: int = 0
+    planned_steps: int | None = None
+    is_settled: bool = True
+    mode_gap: ModeGap | None = None
+    mode_gap_reason: str = "no evaluation was watched"
+    origin: BadValueOrigin | None = None
+    plan: Plan = field(default_factory=Plan)
+    steps_in_eval_mode: int = 0
+    has_new_weights_in_evaluation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerHistory:
+    """Everything known of one BN layer; what is not known is None or empty.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: Name of the layer's class.
+        channels: C.
+        eps: What is added to the variance before the square root.
+        momentum: Weight of the new value in an update; None for a cumulative average.
+        is_momentum_known: False for a checkpoint, which does not hold it; ``momentum`` is
+            PyTorch's default of 0.1 then.
+        training: Whether the layer is in train mode; None for a checkpoint.
+        is_affine_frozen: Whether no affine parameter of the layer can learn; None where it has
+            none, or is not known.
+        is_affine_frozen_at_start: The same when watching began.
+        is_updating: Whether a forward in train mode updates the running statistics.
+        position: Place in the order in which the layers were first called; None before that.
+        fed_by: Class of the module that the layer directly follows; None where that is not known.
+        is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
+        weight_decay: Weight decay on gamma and beta, the largest; None where not known.
+        idle_children: Classes of modules inside the layer that its class never calls.
+        gamma: The weight; None without affine parameters.
+        beta: The bias; None without affine parameters.
+        statistics_dtype: Element type of the running statistics, as in ``"float32"``.
+        running: The running statistics now; None where untracked.
+        running_at_start: The running statistics when watching began.
+        updates_seen: Updates of the running statistics observed in training.
+        source: Where the batch statistics were read: ``"buffers"``, or why they were read from
+            the inputs.
+        calls_in_training: Calls that normalised with the statistics of the batch.
+        calls_without_grad: How many of them ran under ``torch.no_grad``.
+        calls_outside: How many ran outside a forward of the model, as recomputed activations do.
+        calls_recomputed: How many ran inside a backward: activations that are computed again.
+        calls_in_evaluation: Calls inside an evaluation that still used batch statistics.
+        steps_without_grad: Steps in which such a call ran under ``torch.no_grad``.
+        frozen_calls: Calls in training, the model in train mode, that used running statistics.
+        frozen_calls_after: How many of them came after the first call with batch statistics that
+            followed one of them.
+        unfrozen_step: Step of that call.
+        calls_per_forward: The most calls in one forward of the model.
+        streams: Batch statistics of each of these calls, where there are several.
+        samples: Samples in the usual batch; None where none was seen.
+        values_per_channel: How often a batch of n values per channel was normalised with its own
+            statistics, by n.
+        batch_of_one_step: First step in which n was 1.
+        poisoned_step: First step after which the running statistics were not finite.
+        restored_updates: Updates whose statistics were put back because they were not finite.
+        has_finite_affine: Whether gamma and beta are finite.
+        window: Batch statistics of the newest window.
+        evaluated: The newest evaluation.
+        rank_shift_std: Largest distance of this rank's running mean from that of another, in
+            running standard deviations; None where ranks were not compared.
+        run: What holds for the whole model.
+    """
+
+    name: str
+    kind: str = "BatchNorm"
+    channels: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    is_momentum_known: bool = True
+    training: bool | None = None
+    is_affine_frozen: bool | None = None
+    is_affine_frozen_at_start: bool | None = None
+    is_updating: bool = True
+    position: int | None = None
+    fed_by: str | None = None
+    is_bias_cancelled: bool = False
+    weight_decay: float | None = None
+    idle_children: tuple[str, ...] = ()
+    gamma: FloatArray | None = None
+    beta: FloatArray | None = None
+    statistics_dtype: str | None = None
+    running: RunningStatistics | None = None
+    running_at_start: RunningStatistics | None = None
+    updates_seen: int = 0
+    calls_in_training: int = 0
+    calls_without_grad: int = 0
+    calls_outside: int = 0
+    calls_recomputed: int = 0
+    calls_in_evaluation: int = 0
+    steps_without_grad: int = 0
+    frozen_calls: int = 0
+    frozen_calls_after: int = 0
+    unfrozen_step: int | None = None
+    calls_per_forward: int = 0
+    streams: tuple[Stream, ...] = ()
+    source: str = "buffers"
+    samples: int | None = None
+    values_per_channel: Mapping[int, int] = field(default_factory=dict)
+    batch_of_one_step: int | None = None
+    poisoned_step: int | None = None
+    restored_updates: int = 0
+    has_finite_affine: bool = True
+    window: BatchWindow | None = None
+    evaluated: EvalWindow | None = None
+    rank_shift_std: FloatArray | None = None
+    run: Run = field(default_factory=Run)
+
+    @property
+    def typical_values_per_channel(self) -> int | None:
+        """The n that was normalised most often with batch statistics; None where none was."""
+        if not self.values_per_channel:
+            return None
+        return max(self.values_per_channel, key=lambda n: (self.values_per_channel[n], n))
+
+    @property
+    def initial_weight(self) -> float | None:
+        """Weight that the initial statistics (0, 1) still have; None where it cannot be told."""
+        return self._initial_weight_in(self.running)
+
+    @property
+    def initial_weight_when_evaluated(self) -> float | None:
+        """The same at the time of the newest evaluation."""
+        return None if self.evaluated is None else self._initial_weight_in(self.evaluated.running)
+
+    def _initial_weight_in(self, running: RunningStatistics | None) -> float | None:
+        """Return the initial weight in these statistics.
+
+        A counter of 0 beside statistics that are not the initial ones tells nothing: they were
+        loaded from a source that keeps no counter.
+        """
+        if running is None or running.updates is None:
+            return None
+        if running.updates == 0 and not running.is_initial:
+            return None
+        return initial_weight(self.momentum, running.updates)
+
+    @cached_property
+    def eval_shift_std(self) -> FloatArray | None:
+        """Mean in eval mode against the running mean, in running standard deviations."""
+        if self.evaluated is None:
+            return None
+        running = self.evaluated.running
+        return shift_std(self.evaluated.mean, running.mean, running.var, self.eps)
+
+    @cached_property
+    def eval_log_variance_ratio(self) -> FloatArray | None:
+        """Logarithm of the variance in eval mode over the running variance."""
+        if self.evaluated is None:
+            return None
+        running = self.evaluated.running
+        return log_variance_ratio(self.evaluated.var_unbiased, running.var, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What was observed of a model so far.
+
+    Attributes:
+        layers: A history a layer, in the order of registration.
+        run: What holds for the whole model.
+    """
+
+    layers: tuple[LayerHistory, ...]
+    run: Run
+
+    @property
+    def layers_in_order(self) -> tuple[LayerHistory, ...]:
+        """The layers that were called, in the order in which they were; all where none was."""
+        called = [layer for layer in self.layers if layer.position is not None]
+        return tuple(sorted(called, key=lambda layer: layer.position or 0)) or self.layers

@@ -1,0 +1,199 @@
+"""The mode gap: how far the two modes disagree on the same batch, everything else in eval mode.
+
+The smallest module that holds all BN layers and is called during evaluation is run again on a
+batch that it was called with: once with running statistics, once with those of the batch. The same
+is done with the largest, where it is another and gives what looks like class scores, to count the
+predictions that change. No user step function is called, and no label is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bnguard.history import ModeGap
+from bnguard.layers import (
+    BatchNormLayer,
+    is_wrapper,
+    preserved_modes,
+    preserved_random_state,
+    preserved_statistics,
+)
+from bnguard.probes.hooks import Hooks
+
+# What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured.
+MAX_CAPTURED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a module during evaluation, and the settings that it ran under."""
+
+    name: str
+    module: nn.Module
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    device: str
+    is_autocast: bool
+    autocast_dtype: torch.dtype
+    is_inference: bool
+
+    @property
+    def samples(self) -> int:
+        """The size that the first dimension of the inputs shares; 0 where it does not."""
+        sizes = {len(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.dim()}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def outputs(self, samples: int | None = None) -> list[Tensor]:
+        """Return the floating-point tensors that the module gives, for the first samples or all."""
+        inputs = (self.args, self.kwargs)
+        if samples is not None:
+            inputs = tree_map(
+                lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+                inputs,
+            )
+        args, kwargs = inputs
+        mode = torch.inference_mode() if self.is_inference else torch.no_grad()
+        with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
+            outputs = self.module(*args, **kwargs)
+        return [tensor for tensor in _tensors(outputs) if tensor.is_floating_point()]
+
+
+class GapProbe:
+    """Keeps one batch of an evaluation, and measures the mode gap on it.
+
+    Args:
+        model: The model.
+        layers: Its BN layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[BatchNormLayer]) -> None:
+        self.hooks = Hooks()
+        self._model = model
+        self._layers = [layer for layer in layers if layer.is_tracking and layer.has_modes]
+        self._calls: dict[str, _Call] = {}
+        self._reason = "no module that holds all BN layers was called in eval mode"
+        for name, module in _holders(model, self._layers):
+            self.hooks.before(module, self._keeper(name, module), with_kwargs=True)
+
+    def close(self) -> None:
+        """Take the hooks off and let the batch go."""
+        self.hooks.close()
+        self._calls.clear()
+
+    def measure(self) -> ModeGap | str:
+        """Return the mode gap on the batch kept, or why it could not be measured."""
+        if not self._calls:
+            return self._reason
+        if any(isinstance(layer.module, nn.SyncBatchNorm) for layer in self._layers):
+            return "the batch of a SyncBatchNorm is spread over the ranks"
+        # Deeper modules have the longer names: each name here is a prefix of the next.
+        by_depth = sorted(self._calls.values(), key=lambda call: len(call.name))
+        try:
+            with (
+                preserved_modes(self._model),
+                preserved_random_state(self._model),
+                preserved_statistics(self._layers),
+            ):
+                return _measured(smallest=by_depth[-1], largest=by_depth[0], layers=self._layers)
+        except Exception as error:
+            return f"the batch could not be run again: {type(error).__name__}: {error}"
+
+    def _keeper(self, name: str, module: nn.Module) -> Callable[..., None]:
+        def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if name in self._calls or any(layer.is_training for layer in self._layers):
+                return
+            size = sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
+            if size > MAX_CAPTURED_BYTES:
+                self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
+                return
+            self._calls[name] = _kept(name, module, args, kwargs)
+
+        return keep
+
+
+def _kept(
+    name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> _Call:
+    tensors = _tensors((args, kwargs))
+    device = tensors[0].device.type if tensors else "cpu"
+    # Copies, because a forward may write to its input.
+    args, kwargs = tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
+    return _Call(
+        name=name,
+        module=module,
+        args=args,
+        kwargs=kwargs,
+        device=device,
+        is_autocast=torch.is_autocast_enabled(device),
+        autocast_dtype=torch.get_autocast_dtype(device),
+        is_inference=torch.is_inference_mode_enabled(),
+    )
+
+
+def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that hold all the layers, the model first, wrappers left out."""
+    inside = {id(layer.module) for layer in layers}
+    if not inside:
+        return
+    for name, module in model.named_modules():
+        held = {id(child) for child in module.modules() if child is not module}
+        if inside <= held and not is_wrapper(module):
+            yield name, module
+
+
+def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer]) -> ModeGap:
+    samples = smallest.samples
+    running = smallest.outputs()
+    scores_running = running if largest is smallest else largest.outputs()
+    for layer in layers:
+        layer.module.training = True
+    batch = smallest.outputs()
+    scores_batch = batch if largest is smallest else largest.outputs()
+    sampling = None
+    if samples >= 4:
+        # Statistics of half a batch are as far from those of the whole as these are from the truth.
+        half = samples // 2
+        sampling = _relative_change(smallest.outputs(half), [part[:half] for part in batch])
+    return ModeGap(
+        module=smallest.name,
+        samples=samples,
+        relative_change=_relative_change(running, batch),
+        sampling_change=sampling,
+        flipped_share=_flipped_share(scores_running, scores_batch),
+    )
+
+
+def _relative_change(outputs: list[Tensor], reference: list[Tensor]) -> float:
+    """Return the root mean square of the change, in standard deviations of each reference."""
+    ratios = []
+    for output, expected in zip(outputs, reference, strict=True):
+        expected, output = expected.double(), output.double()
+        variance = (
+            (expected - expected.mean(0, keepdim=True)).square().mean() if expected.dim() else 0.0
+        )
+        if variance > 0.0:
+            ratios.append(((output - expected).square().mean() / variance).item())
+    if not ratios:
+        return 0.0
+    change = math.sqrt(sum(ratios) / len(ratios))
+    return change if math.isfinite(change) else math.inf
+
+
+def _flipped_share(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
+    """Return the share of predictions that change, where an output looks like class scores."""
+    for output, expected in zip(outputs, reference, strict=True):
+        if output.dim() == 2 and output.shape[1] > 1:
+            return (output.argmax(1) != expected.argmax(1)).double().mean().item()
+    return None
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]

@@ -1,0 +1,72 @@
+"""Forward hooks that leave no trace: in copies, under ``torch.compile``, or after close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Note = Callable[..., None]
+
+
+class Hooks:
+    """The forward hooks of one probe, which come off together."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._is_paused = False
+
+    def before(self, module: nn.Module, note: Note, *, with_kwargs: bool = False) -> None:
+        """Call ``note`` with the arguments of each forward of the module, before it."""
+        hook = _Hook(self, note)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+
+    def after(self, module: nn.Module, note: Note) -> None:
+        """Call ``note`` with arguments and output of each forward, also one that raised."""
+        self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Note nothing inside: what runs there is not the user's."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Hook:
+    """A hook that stays behind when its module is copied or pickled.
+
+    A copy of a watched model (an averaged one, a checkpoint of the whole module) is not watched,
+    and must not carry the monitor along.
+    """
+
+    def __init__(self, hooks: Hooks, note: Note) -> None:
+        self._hooks = hooks
+        self._note = note
+
+    def __call__(self, module: nn.Module, *call: object) -> None:
+        # Under torch.compile this is a constant: the hook leaves nothing in the graph.
+        if not torch.compiler.is_compiling() and not self._hooks._is_paused:
+            self._note(*call)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _inert_hook, ()
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(module: nn.Module, *call: object) -> None:
+    return None
