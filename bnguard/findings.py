@@ -1,0 +1,178 @@
+"""What a rule concludes: a finding with evidence and fix, or why it could not tell."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class Severity(enum.IntEnum):
+    """How sure and how bad: an error breaks the model, a warning costs quality, info is to know.
+
+    >>> Severity.ERROR > Severity.WARNING, str(Severity.INFO)
+    (True, 'info')
+    """
+
+    INFO = 1
+    WARNING = 2
+    ERROR = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measured number against one limit.
+
+    Attributes:
+        measure: What was measured, as a noun: ``"largest shift"``.
+        value: The number measured.
+        limit: The number it is held against.
+        unit: Unit of both, ``""`` for a plain number.
+
+    Example:
+        >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))
+        'largest shift 2.25 σ (limit 1 σ)'
+    """
+
+    measure: str
+    value: float
+    limit: float
+    unit: str = ""
+
+    @property
+    def excess(self) -> float:
+        """How many times the value lies beyond the limit, on whichever side the fault is."""
+        near, far = sorted((abs(self.value), abs(self.limit)))
+        return far / near if near > 0.0 else far
+
+    def __str__(self) -> str:
+        space = "" if self.unit in ("", "%") else " "
+        value, limit = (f"{number:.4g}{space}{self.unit}" for number in (self.value, self.limit))
+        return f"{self.measure} {value} (limit {limit})"
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What a finding proposes.
+
+    Attributes:
+        summary: The next step in one sentence.
+        repair: Name of the repair in ``bnguard.fixes.FIXES`` that does it, None where the user's
+            own code has to change.
+    """
+
+    summary: str
+    repair: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A rule's conclusion about a layer, or about the model where ``layer`` is None.
+
+    Attributes:
+        code: Code of the rule, as in ``BN301``.
+        name: Name of the rule, as in ``statistic-drift``.
+        severity: How bad it is.
+        layer: Dotted name of the layer; None where the finding is about the whole model.
+        message: What is wrong, in one sentence.
+        evidence: The number that says so.
+        fix: What to do about it.
+        channels: Indices of the channels concerned, worst first; empty where it is all of them.
+        step: Training step at which it first showed, None where there was no training.
+        cause: Code of a finding of the same report that explains this one; None for a root cause.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    layer: str | None
+    message: str
+    evidence: Evidence
+    fix: Fix
+    channels: tuple[int, ...] = ()
+    step: int | None = None
+    cause: str | None = None
+
+    @property
+    def key(self) -> tuple[str, Severity, str | None]:
+        """What makes two findings of two moments the same finding."""
+        return (self.code, self.severity, self.layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the finding as plain data that JSON can hold; see ``bnguard.report.document``."""
+        return {
+            "code": self.code,
+            "name": self.name,
+            "severity": str(self.severity),
+            "layer": self.layer,
+            "message": self.message,
+            "evidence": {
+                "measure": self.evidence.measure,
+                "value": self.evidence.value,
+                "limit": self.evidence.limit,
+                "unit": self.evidence.unit,
+            },
+            "fix": {"summary": self.fix.summary, "repair": self.fix.repair},
+            "channels": list(self.channels),
+            "step": self.step,
+            "cause": self.cause,
+        }
+
+
+@dataclass(frozen=True)
+class FindingGroup:
+    """Findings of one rule and severity on one or more layers, which share a cause.
+
+    Attributes:
+        findings: The earliest and worst first.
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def worst(self) -> Finding:
+        """The finding that speaks for the group."""
+        return self.findings[0]
+
+    @property
+    def where(self) -> str:
+        """The layers in words: one name, or how many and the worst of them."""
+        name = self.worst.layer
+        if name is None:
+            return "the model"
+        name = name or "the model itself"
+        return name if len(self.findings) == 1 else f"{len(self.findings)} layers, worst {name}"
+
+
+def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
+    """Return the findings of each rule and severity together, in the order given."""
+    groups: dict[tuple[str, Severity], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.code, finding.severity), []).append(finding)
+    return tuple(
+        FindingGroup(tuple(sorted(group, key=_earliest_and_worst))) for group in groups.values()
+    )
+
+
+def _earliest_and_worst(finding: Finding) -> tuple[float, float]:
+    return (math.inf if finding.step is None else finding.step, -finding.evidence.excess)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A rule that could not tell, and why.
+
+    Attributes:
+        code: Code of the rule.
+        layer: Dotted name of the layer; None for the whole model.
+        reason: What was missing.
+    """
+
+    code: str
+    layer: str | None
+    reason: str

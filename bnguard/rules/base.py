@@ -1,0 +1,90 @@
+"""What a rule is: a code, a name, limits as typed fields, a page for a docstring, a pure check.
+
+A :class:`Rule` looks at one layer at a time; a :class:`ModelRule` at all of them together, because
+it needs their order, or what holds for the whole training.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import History, LayerHistory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(abc.ABC):
+    """One fault that a BN layer can have, and the limits beyond which it counts as one.
+
+    Attributes:
+        code: Code that is never used for another rule.
+        name: Name of the defect, never of the remedy.
+        is_static: Whether the fault can be told from a checkpoint, or before the first batch.
+        explains: Codes of the rules whose findings this fault brings about: they are shown after
+            it, as its consequences.
+    """
+
+    code: ClassVar[str]
+    name: ClassVar[str]
+    is_static: ClassVar[bool] = False
+    explains: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Yield what is wrong with the layer, or why that cannot be told; nothing where it is fine.
+
+        Must not raise on odd data (NaN, one channel, no data): that is a reason to skip.
+        """
+
+    @classmethod
+    def headline(cls) -> str:
+        """Return the first line of the page: the fault in one sentence."""
+        return cls.page().splitlines()[0]
+
+    @classmethod
+    def page(cls) -> str:
+        """Return the page that ``bnguard explain`` shows: the docstring of the rule."""
+        return inspect.cleandoc(cls.__doc__ or "")
+
+    def _finding(
+        self,
+        layer: LayerHistory | None,
+        severity: Severity,
+        message: str,
+        evidence: Evidence,
+        fix: Fix,
+        *,
+        channels: tuple[int, ...] = (),
+        step: int | None = None,
+    ) -> Finding:
+        return Finding(
+            code=self.code,
+            name=self.name,
+            severity=severity,
+            layer=None if layer is None else layer.name,
+            message=message,
+            evidence=evidence,
+            fix=fix,
+            channels=channels,
+            step=step,
+        )
+
+    def _skipped(self, layer: LayerHistory | None, reason: str) -> Skipped:
+        return Skipped(self.code, None if layer is None else layer.name, reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRule(Rule):
+    """One fault that shows only where all BN layers of a model are seen together."""
+
+    @abc.abstractmethod
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Yield what is wrong with the model, or why that cannot be told; as :meth:`check`."""
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Look at a layer as if it were the only one of its model."""
+        yield from self.check_model(History(layers=(layer,), run=layer.run))

@@ -1,0 +1,92 @@
+"""BN303 unconverged-statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+from bnguard.stats import initial_weight, updates_to_forget
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnconvergedStatistics(Rule):
+    """The running statistics still hold a part of the initial mean 0 and variance 1.
+
+    Why it matters:
+        Running statistics begin at mean 0 and variance 1 and forget them at the rate of
+        ``momentum``. After too few updates they describe nothing: training, which uses batch
+        statistics, is fine, and evaluation is far worse. A short run, a small ``momentum`` (0.01
+        or 0.001), or statistics that were reset do this.
+
+    Evidence:
+        The weight that the initial statistics still have, (1 - momentum)^updates, from the
+        counter ``num_batches_tracked``. While training goes on and its length is known, the
+        weight that will be left at its end. PyTorch's ``momentum`` is the weight of the *new*
+        value. A checkpoint does not hold ``momentum``; its default of 0.1 is assumed there.
+
+    Limits:
+        max_initial_weight: 0.05, which the default momentum of 0.1 reaches after 29 updates, 0.01
+            after 299. A mean off by 5 % of itself and a variance by 5 % do no harm that can be
+            measured on the networks of the tests.
+
+    Fix:
+        Estimate the statistics again, which takes one pass over some 1,000 samples::
+
+            bnguard.recalibrate(model, train_loader)
+
+        For the next run: a larger momentum, or ``momentum=None`` (a plain average).
+
+    Fix safety:
+        Recalibration changes the running statistics only, is measured, and can be undone.
+
+    References:
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, on inference.
+        torch.nn.BatchNorm2d, on ``momentum`` and ``num_batches_tracked``.
+    """
+
+    code: ClassVar[str] = "BN303"
+    name: ClassVar[str] = "unconverged-statistics"
+    is_static: ClassVar[bool] = True
+
+    max_initial_weight: float = 0.05
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold the weight of the initial statistics, now or at the end, against the limit."""
+        if layer.running is None:
+            yield self._skipped(layer, "the layer keeps no running statistics")
+            return
+        left, updates, verb = layer.initial_weight, layer.running.updates, "is still"
+        if updates is None or left is None:
+            yield self._skipped(layer, "no counter says how often the statistics were updated")
+            return
+        if not layer.run.is_settled:
+            planned = _updates_at_end(layer, updates)
+            if planned is None:
+                yield self._skipped(layer, "training goes on, and its length is not known")
+                return
+            left, updates = initial_weight(layer.momentum, planned), planned
+            verb = "will still be, when training ends,"
+        if left <= self.max_initial_weight:
+            return
+        needed = updates_to_forget(layer.momentum, self.max_initial_weight)
+        assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
+            f"{updates} updates, {needed} needed{assumed}",
+            Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
+            Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
+        )
+
+
+def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
+    run = layer.run
+    if run.planned_steps is None or run.steps == 0:
+        return None
+    updates_per_step = layer.updates_seen / run.steps
+    return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)

@@ -1,0 +1,229 @@
+"""Each rule fires on its fault and is silent on the twin that differs in that one thing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnguard
+from bnguard.findings import Severity
+from tests.networks import conv_net, digits, mlp, train
+
+
+def watched(model, **options):
+    return bnguard.watch(model, on_findings=lambda group: None, **options)
+
+
+def codes(report, at_least=Severity.WARNING):
+    return {finding.code for finding in report.findings if finding.severity >= at_least}
+
+
+def fine_tuned(freeze):
+    """Train the head of a network whose layers were treated by ``freeze``."""
+    model = conv_net()
+    freeze(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    images, labels = digits()
+    monitor = watched(model, optimizer=optimizer)
+    for batch in torch.arange(640).split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        monitor.step()
+    return monitor.report()
+
+
+def without_gradient(model):
+    for parameter in model[:-1].parameters():
+        parameter.requires_grad = False
+
+
+def in_eval_mode(model):
+    without_gradient(model)
+    model[:-1].eval()
+
+
+def test_bn101_fires_on_a_backbone_frozen_by_requires_grad_alone():
+    report = fine_tuned(without_gradient)
+    assert "BN101" in codes(report)
+    (finding, *rest) = [f for f in report.findings if f.code == "BN101"]
+    assert len(rest) == 2
+    assert finding.evidence.value == 20
+    assert "σ" in finding.message
+
+
+def test_bn101_is_silent_on_a_backbone_in_eval_mode():
+    assert "BN101" not in codes(fine_tuned(in_eval_mode), Severity.INFO)
+
+
+def test_bn101_fires_where_the_optimizer_was_not_given_the_parameters():
+    model = conv_net()
+    optimizer = torch.optim.SGD(model[-1].parameters(), lr=0.05)
+    monitor = watched(model, optimizer=optimizer)
+    for _ in range(3):
+        model(torch.randn(8, 1, 8, 8)).sum().backward()
+        optimizer.step()
+        monitor.step()
+    assert "BN101" in codes(monitor.report())
+
+
+def test_bn101_is_silent_where_another_optimizer_moves_them():
+    model = conv_net()
+    known = torch.optim.SGD(model[-1].parameters(), lr=0.05)
+    unknown = torch.optim.SGD(model[:-1].parameters(), lr=0.05)
+    monitor = watched(model, optimizer=known)
+    for _ in range(3):
+        F.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8)).backward()
+        known.step()
+        unknown.step()
+        monitor.step()
+    assert "BN101" not in codes(monitor.report(), Severity.INFO)
+
+
+def test_bn101_is_info_on_a_teacher_kept_in_train_mode():
+    teacher = conv_net().requires_grad_(False)
+    monitor = watched(teacher)
+    for _ in range(5):
+        with torch.no_grad():
+            teacher(torch.randn(8, 1, 8, 8))
+        monitor.step()
+    findings = [f for f in monitor.report().findings if f.code == "BN101"]
+    assert [finding.severity for finding in findings] == [Severity.INFO] * 3
+
+
+def test_bn102_names_the_layer_before_torch_refuses_the_batch():
+    told = []
+    model = mlp()
+    with bnguard.watch(model, on_findings=told.append) as monitor:
+        for _ in range(2):
+            model(torch.randn(8, 64))
+            monitor.step()
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(torch.randn(1, 64))
+    assert [(group.worst.code, group.where, group.worst.step) for group in told] == [
+        ("BN102", "1", 3)
+    ]
+    assert codes(monitor.report(), Severity.ERROR) == {"BN102"}
+
+
+def test_bn102_is_silent_on_one_sample_with_positions_and_in_eval_mode():
+    model = conv_net()
+    with watched(model) as monitor:
+        model(torch.randn(1, 1, 8, 8))
+        monitor.step()
+        model.eval()
+        model(torch.randn(1, 1, 8, 8))
+    assert "BN102" not in codes(monitor.report(), Severity.INFO)
+
+
+def test_bn201_fires_on_two_values_per_channel():
+    model = mlp()
+    with watched(model) as monitor:
+        train(model, monitor, batch_size=2, epochs=1, flat=True)
+    findings = [f for f in monitor.report().findings if f.code == "BN201"]
+    assert [finding.evidence.value for finding in findings] == [2, 2]
+
+
+def one_image_a_batch(noise):
+    """Batches of nearly equal images, another one each step."""
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    with watched(layer) as monitor:
+        for _ in range(30):
+            layer(torch.randn(1, 3, 1, 1) + noise * torch.randn(8, 3, 4, 4))
+            monitor.step()
+    return monitor.report()
+
+
+def test_bn201_fires_where_the_variance_lies_between_batches():
+    report = one_image_a_batch(noise=0.1)
+    assert codes(report) == {"BN201"}
+    assert report.findings[0].evidence.value < 0.05
+
+
+def test_bn201_is_silent_where_the_variance_lies_within_them():
+    assert codes(one_image_a_batch(noise=2.0)) == set()
+
+
+def test_bn301_fires_when_evaluation_data_differ():
+    images, _ = digits()
+    model = conv_net()
+    with watched(model) as monitor:
+        train(model, monitor)
+        with torch.no_grad(), monitor.evaluation():
+            model(3 * images[1200:] + 1)
+    findings = [f for f in monitor.report().findings if f.code == "BN301"]
+    assert findings
+    assert {finding.severity for finding in findings} == {Severity.WARNING}
+    assert findings[0].channels
+    assert findings[0].evidence.value > findings[0].evidence.limit
+
+
+def test_bn301_waits_while_the_initial_statistics_fade():
+    model = conv_net(momentum=0.01)
+    monitor = watched(model)
+    train(model, monitor, epochs=1)
+    assert "BN301" not in codes(monitor.snapshot())
+    reasons = [skip.reason for skip in monitor.snapshot().skipped if skip.code == "BN301"]
+    assert all("of the initial statistics was left" in reason for reason in reasons)
+
+
+def test_bn303_fires_on_a_small_momentum_in_a_short_run():
+    model = conv_net(momentum=0.01)
+    with watched(model) as monitor:
+        train(model, monitor)
+    report = monitor.report()
+    findings = [f for f in report.findings if f.code == "BN303"]
+    assert len(findings) == 3
+    assert findings[0].evidence.value == pytest.approx(100 * 0.99**57)
+
+
+def test_bn303_is_told_ahead_where_the_length_of_training_is_known():
+    told = []
+    model = conv_net(momentum=0.01)
+    monitor = bnguard.watch(model, planned_steps=57, every_n_steps=5, on_findings=told.append)
+    for _ in range(5):
+        model(torch.randn(8, 1, 8, 8))
+        monitor.step()
+    assert [(group.worst.code, group.worst.step) for group in told] == [("BN303", 5)]
+
+
+def test_bn303_is_silent_with_a_plain_average_and_on_loaded_statistics():
+    averaged = conv_net(momentum=None)
+    with watched(averaged) as monitor:
+        train(averaged, monitor, epochs=1)
+    assert "BN303" not in codes(monitor.report(), Severity.INFO)
+
+    loaded = nn.BatchNorm1d(2)
+    loaded.running_mean.fill_(0.5)
+    assert "BN303" not in codes(watched(loaded).report(), Severity.INFO)
+
+
+def test_bn402_names_layer_and_step():
+    model = conv_net()
+    images, _ = digits()
+    told = []
+    with bnguard.watch(model, every_n_steps=1, on_findings=told.append) as monitor:
+        for step in range(1, 11):
+            batch = images[32 * step : 32 * (step + 1)].clone()
+            if step == 6:
+                batch[0, 0, 0, 0] = torch.nan
+            model(batch)
+            monitor.step()
+    (finding, *_) = monitor.report().findings
+    assert (finding.code, finding.severity, finding.layer, finding.step) == (
+        "BN402",
+        Severity.ERROR,
+        "1",
+        6,
+    )
+    assert told[0].worst.step == 6
+
+
+def test_bn402_is_silent_on_finite_statistics():
+    model = conv_net()
+    with watched(model) as monitor:
+        model(torch.randn(8, 1, 8, 8))
+        monitor.step()
+    assert "BN402" not in codes(monitor.report(), Severity.INFO)
