@@ -1,0 +1,63 @@
+"""What is shown to people and machines: reports, and how they are drawn, stored and plotted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bnguard.findings import Finding, FindingGroup, Severity, Skipped, group_findings
+from bnguard.history import History, LayerHistory
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was observed of a model, and what is wrong with it; prints itself.
+
+    Attributes:
+        history: What was observed.
+        findings: What is wrong, the worst first.
+        skipped: What could not be told, and why.
+
+    Example:
+        >>> from bnguard.history import History, Run
+        >>> print(Report(History(layers=(), run=Run()), findings=(), skipped=()))
+        bnguard · 0 BN layers · nothing is wrong
+    """
+
+    history: History
+    findings: tuple[Finding, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def layers(self) -> tuple[LayerHistory, ...]:
+        """What was observed, a layer each."""
+        return self.history.layers
+
+    @property
+    def groups(self) -> tuple[FindingGroup, ...]:
+        """The findings, those of one rule and severity together."""
+        return group_findings(self.findings)
+
+    @property
+    def worst_severity(self) -> Severity | None:
+        """The highest severity among the findings; None where there are none."""
+        return max((finding.severity for finding in self.findings), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON; see :mod:`bnguard.report.document`."""
+        from bnguard.report.document import report_document
+
+        return report_document(self)
+
+    def __rich__(self) -> RenderableType:
+        from bnguard.report.terminal import report_view
+
+        return report_view(self)
+
+    def __str__(self) -> str:
+        from bnguard.report.terminal import as_text
+
+        return as_text(self)

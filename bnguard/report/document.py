@@ -1,0 +1,78 @@
+"""Reports as plain data, for JSON: a documented schema with a version of its own.
+
+Schema version 1, the keys of a report:
+
+* ``schema``: the number 1; ``bnguard``: version of the library.
+* ``steps``: training steps observed, 0 for a checkpoint.
+* ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
+  ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
+  ``value``, ``limit``, ``unit``), ``fix`` (``summary``, ``repair``), ``channels``, ``step``,
+  ``cause`` (code of a finding that explains this one, or null).
+* ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
+  ``updates``, ``initial_weight``, ``values_per_channel``, ``eval_shift_std`` and
+  ``eval_log_variance_ratio`` (both: largest absolute value over the channels).
+* ``skipped``: a list of what could not be told; each with ``code``, ``layer``, ``reason``.
+
+Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
+since JSON has no word for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bnguard.history import LayerHistory
+from bnguard.stats import largest
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from bnguard.report import Report
+
+SCHEMA = 1
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Return a report as plain data, in the schema of this module."""
+    document = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        "steps": report.history.run.steps,
+        "findings": [finding.to_dict() for finding in report.findings],
+        "layers": [_layer(layer) for layer in report.layers],
+        "skipped": [
+            {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
+            for skipped in report.skipped
+        ],
+    }
+    return cast("dict[str, Any]", _strict(document))
+
+
+def write_document(report: Report, path: Path) -> None:
+    """Write a report as JSON."""
+    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _layer(layer: LayerHistory) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "channels": layer.channels,
+        "updates": None if layer.running is None else layer.running.updates,
+        "initial_weight": layer.initial_weight,
+        "values_per_channel": layer.typical_values_per_channel,
+        "eval_shift_std": largest(layer.eval_shift_std),
+        "eval_log_variance_ratio": largest(layer.eval_log_variance_ratio),
+    }
+
+
+def _strict(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

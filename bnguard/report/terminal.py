@@ -1,0 +1,105 @@
+"""Reports as rich draws them: they fit 80 columns, and stay readable without colour."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bnguard.findings import FindingGroup, Severity
+from bnguard.history import LayerHistory
+from bnguard.stats import largest
+
+if TYPE_CHECKING:
+    from bnguard.report import Report
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
+_MOST_LAYERS_SHOWN = 10
+
+
+def as_text(renderable: RenderableType, width: int = 80) -> str:
+    """Return what rich would print, without colour or trailing spaces."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def report_view(report: Report) -> RenderableType:
+    """Return a report as a heading, the findings, and the layers that are furthest off."""
+    parts: list[RenderableType] = [_heading(report)]
+    if report.findings:
+        parts.append(findings_view(report.groups))
+    if any(layer.evaluated is not None for layer in report.layers):
+        parts.append(_layers_view(report.layers))
+    return Group(*parts)
+
+
+def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
+    """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do."""
+    table = Table.grid(padding=(0, 2, 1, 0), expand=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for group in groups:
+        finding = group.worst
+        since = "" if finding.step is None else f", since step {finding.step}"
+        block = Text()
+        block.append(f"{finding.code} {finding.name}", style="bold")
+        block.append(f"  {group.where}{since}\n")
+        block.append(f"{finding.message}\n")
+        block.append(f"{finding.evidence}\n", style="dim")
+        block.append(f"→ {finding.fix.summary}")
+        table.add_row(Text(str(finding.severity), style=_STYLES[finding.severity]), block)
+    return table
+
+
+def _heading(report: Report) -> Text:
+    layers, steps = len(report.layers), report.history.run.steps
+    parts = ["bnguard", f"{layers} BN layer{'' if layers == 1 else 's'}"]
+    if steps:
+        parts.append(f"{steps} step{'' if steps == 1 else 's'}")
+    if report.findings:
+        counts = (
+            (severity, sum(group.worst.severity is severity for group in report.groups))
+            for severity in sorted(Severity, reverse=True)
+        )
+        parts += [
+            f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"
+            for severity, number in counts
+            if number
+        ]
+    else:
+        parts.append("nothing is wrong")
+    return Text(" · ".join(parts), style="bold")
+
+
+def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
+    shown = sorted(layers, key=_distance, reverse=True)[:_MOST_LAYERS_SHOWN]
+    rest = len(layers) - len(shown)
+    title = Text("Eval mode against the running statistics, the furthest off first", style="bold")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    for heading in ("n", "updates", "shift, σ", "|log var ratio|"):
+        table.add_column(heading, justify="right")
+    for layer in shown:
+        updates = None if layer.running is None else layer.running.updates
+        table.add_row(
+            layer.name,
+            _number(layer.typical_values_per_channel),
+            _number(updates),
+            _number(largest(layer.eval_shift_std)),
+            _number(largest(layer.eval_log_variance_ratio)),
+        )
+    more = [Text(f"and {rest} more layer{'' if rest == 1 else 's'}", style="dim")] if rest else []
+    return Group(title, table, *more)
+
+
+def _distance(layer: LayerHistory) -> float:
+    return largest(layer.eval_shift_std) or 0.0
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
