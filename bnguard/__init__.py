@@ -1,0 +1,80 @@
+"""bnguard tells what is wrong with the batch normalisation of a PyTorch network, and repairs it.
+
+The public names are resolved when they are first used (PEP 562): importing bnguard alone imports
+not even torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from bnguard.adapters import register_layer
+    from bnguard.errors import (
+        BNGuardError,
+        CalibrationError,
+        CheckpointError,
+        ConfigurationError,
+    )
+    from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+    from bnguard.fixes.recalibrate import recalibrate
+    from bnguard.inspection import inspect
+    from bnguard.monitor import Monitor, watch
+    from bnguard.report import Report
+    from bnguard.rules import RULES, Rule
+
+_HOMES = {
+    "RULES": "bnguard.rules",
+    "BNGuardError": "bnguard.errors",
+    "CalibrationError": "bnguard.errors",
+    "CheckpointError": "bnguard.errors",
+    "ConfigurationError": "bnguard.errors",
+    "Evidence": "bnguard.findings",
+    "Finding": "bnguard.findings",
+    "Fix": "bnguard.findings",
+    "Monitor": "bnguard.monitor",
+    "Report": "bnguard.report",
+    "Rule": "bnguard.rules",
+    "Severity": "bnguard.findings",
+    "Skipped": "bnguard.findings",
+    "inspect": "bnguard.inspection",
+    "recalibrate": "bnguard.fixes.recalibrate",
+    "register_layer": "bnguard.adapters",
+    "watch": "bnguard.monitor",
+}
+
+__all__ = [
+    "RULES",
+    "BNGuardError",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigurationError",
+    "Evidence",
+    "Finding",
+    "Fix",
+    "Monitor",
+    "Report",
+    "Rule",
+    "Severity",
+    "Skipped",
+    "__version__",
+    "inspect",
+    "recalibrate",
+    "register_layer",
+    "watch",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bnguard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,215 @@
+"""Watches the BN layers of a model while it trains: runs the rules on what is observed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from torch import nn
+from torch.optim import Optimizer
+
+from bnguard.diagnosis import diagnose
+from bnguard.findings import Finding, FindingGroup, Severity, group_findings
+from bnguard.history import History
+from bnguard.observer import Observer
+from bnguard.report import Report
+from bnguard.rules import RULES, Rule
+
+logger = logging.getLogger("bnguard")
+
+
+def log_findings(group: FindingGroup) -> None:
+    """Log findings in one line, through the logger ``bnguard``."""
+    level = logging.ERROR if group.worst.severity is Severity.ERROR else logging.WARNING
+    logger.log(level, "%s", one_line(group))
+
+
+def one_line(group: FindingGroup) -> str:
+    """Return findings in one line: code, name, where, step, what, evidence, fix."""
+    worst = group.worst
+    when = "" if worst.step is None else f", step {worst.step}"
+    return (
+        f"{worst.code} {worst.name} at {group.where}{when}: {worst.message}; {worst.evidence}. "
+        f"Fix: {worst.fix.summary}"
+    )
+
+
+def watch(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    every_n_steps: int = 50,
+    eval_batches: int = 8,
+    planned_steps: int | None = None,
+    rules: Iterable[Rule] = RULES,
+    restore_poisoned: bool = False,
+    on_findings: Callable[[FindingGroup], None] = log_findings,
+) -> Monitor:
+    """Watch the BN layers of a model while it trains.
+
+    Call :meth:`Monitor.step` after each optimizer step, and run validation inside
+    :meth:`Monitor.evaluation`. The model is left as it is, but for a hook a layer that reads the
+    shape of its input; :meth:`Monitor.close` takes the hooks off.
+
+    Args:
+        model: The model; one without BN layers is warned about once, and watched in vain.
+        optimizer: What trains the model, one or several: a layer whose parameters none of them
+            owns, and that stand still, counts as frozen.
+        every_n_steps: How often the rules run, in steps.
+        eval_batches: Forward calls a layer that are read in each evaluation.
+        planned_steps: Steps that training will take in all, so that what its end will be like can
+            be told ahead.
+        rules: The rules to run.
+        restore_poisoned: Put the last finite statistics back in the step that poisons them.
+        on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
+            one rule together; logs them through the logger ``bnguard`` by default.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> with watch(model) as monitor:
+        ...     for _ in range(30):
+        ...         _ = model(torch.randn(16, 4))
+        ...         monitor.step()
+        >>> monitor.report().findings
+        ()
+    """
+    monitor = Monitor(
+        model,
+        optimizer=optimizer,
+        every_n_steps=every_n_steps,
+        eval_batches=eval_batches,
+        planned_steps=planned_steps,
+        rules=rules,
+        restore_poisoned=restore_poisoned,
+        on_findings=on_findings,
+    )
+    if not monitor.has_layers:
+        warnings.warn(
+            f"bnguard: {type(model).__name__} has no BN layers, so there is nothing to watch",
+            stacklevel=2,
+        )
+    return monitor
+
+
+class Monitor:
+    """What :func:`watch` returns: runs the rules on what is observed, and tells what is new."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        every_n_steps: int,
+        eval_batches: int,
+        planned_steps: int | None,
+        rules: Iterable[Rule],
+        restore_poisoned: bool,
+        on_findings: Callable[[FindingGroup], None],
+    ) -> None:
+        self._every_n_steps = max(1, every_n_steps)
+        self._rules = tuple(rules)
+        self._on_findings = on_findings
+        self._step = 0
+        self._is_evaluating = False
+        self._first_steps: dict[tuple[str, Severity, str | None], int] = {}
+        self._announced: set[tuple[str, Severity, str | None]] = set()
+        self._observer = Observer(
+            model,
+            optimizers=_optimizers(optimizer),
+            eval_batches=eval_batches,
+            planned_steps=planned_steps,
+            restore_poisoned=restore_poisoned,
+            on_batch_of_one=self.check,
+        )
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is anything to watch."""
+        return bool(self._observer.layers)
+
+    def step(self, step: int | None = None) -> None:
+        """Read what the training step just taken left in the buffers.
+
+        Args:
+            step: Number of the step, as it should stand in findings; counted from 1 by default.
+        """
+        self._step = self._step + 1 if step is None else step
+        self._observer.step(self._step)
+        if self._observer.steps % self._every_n_steps == 0:
+            self._observer.follow_model()
+            self.check()
+            self._observer.start_window()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Read what arrives at the layers in eval mode; put the validation loop inside.
+
+        The model's mode is the caller's business. Whatever changes the buffers in here does not
+        count as training.
+        """
+        if self._is_evaluating:
+            yield
+            return
+        self._is_evaluating = True
+        try:
+            with self._observer.evaluation():
+                yield
+        finally:
+            self._is_evaluating = False
+        self.check()
+
+    def check(self) -> None:
+        """Run the rules now, and announce what is new; done by itself every ``every_n_steps``."""
+        new = [
+            finding
+            for finding in self.snapshot().findings
+            if finding.severity > Severity.INFO and finding.key not in self._announced
+        ]
+        self._announced.update(finding.key for finding in new)
+        for group in group_findings(new):
+            self._on_findings(group)
+
+    def snapshot(self) -> Report:
+        """Return what is known so far, for training that goes on."""
+        return self._report(self._observer.history(is_settled=False))
+
+    def report(self) -> Report:
+        """Return what is known so far, as if training ended here."""
+        return self._report(self._observer.history(is_settled=True))
+
+    def close(self) -> None:
+        """Take the hooks off; what was seen can still be reported."""
+        self._observer.close()
+
+    def _report(self, history: History) -> Report:
+        """Run the rules, and date each finding to the step at which it first showed."""
+        conclusions = diagnose(history, self._rules)
+        return Report(history, tuple(map(self._dated, conclusions.findings)), conclusions.skipped)
+
+    def _dated(self, finding: Finding) -> Finding:
+        if self._observer.steps == 0:
+            return finding
+        first = self._first_steps.setdefault(finding.key, self._step)
+        return dataclasses.replace(finding, step=first) if finding.step is None else finding
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, Optimizer) else tuple(given)

@@ -1,0 +1,240 @@
+"""Watching a real training from the first step to the report."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnguard
+from bnguard.findings import Severity
+from bnguard.rules import Rule
+from tests.networks import conv_net, digits, mlp, train
+
+
+def silent(group):
+    raise AssertionError(f"a healthy run was accused: {group.worst}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("build", "flat"), [(conv_net, False), (mlp, True)])
+def test_a_healthy_run_is_accused_of_nothing(seed, build, flat):
+    torch.manual_seed(seed)
+    model = build()
+    with bnguard.watch(model, every_n_steps=10, on_findings=silent) as monitor:
+        accuracy = train(model, monitor, flat=flat)
+    report = monitor.report()
+    assert accuracy > 0.85
+    assert report.findings == ()
+    assert len(report.layers) == len(bnguard.layers.find_layers(model))
+
+
+def poisoned_run(restore):
+    """Train with one NaN batch, whose optimizer step the loop skips, as a gradient scaler does."""
+    images, labels = digits()
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    monitor = bnguard.watch(
+        model, optimizer=optimizer, restore_poisoned=restore, on_findings=lambda group: None
+    )
+    for step, batch in enumerate(torch.arange(1152).split(64), start=1):
+        inputs = images[batch].clone()
+        if step == 9:
+            inputs[0] = torch.nan
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), labels[batch])
+        if loss.isfinite():
+            loss.backward()
+            optimizer.step()
+        monitor.step()
+        if step == 9:
+            after = copy.deepcopy(model.state_dict())
+    model.eval()
+    with torch.no_grad(), monitor.evaluation():
+        scores = model(images[1200:])
+    return monitor.report(), after, (scores.argmax(1) == labels[1200:]).float().mean().item()
+
+
+def test_a_nan_batch_ruins_every_evaluation_unless_it_is_undone():
+    report, after, _ = poisoned_run(restore=False)
+    assert not after["1.running_mean"].isfinite().all()
+    assert [f.step for f in report.findings if f.code == "BN402"] == [9, 9, 9]
+    assert report.worst_severity is Severity.ERROR
+
+
+def test_with_restoring_on_the_run_goes_on():
+    report, after, accuracy = poisoned_run(restore=True)
+    assert all(value.isfinite().all() for value in after.values())
+    assert accuracy > 0.8
+    restored = [f for f in report.findings if f.code == "BN402"]
+    assert [(f.severity, f.step) for f in restored] == [(Severity.WARNING, 9)] * 3
+
+
+def state_of(model):
+    return {
+        "hooks": [len(module._forward_pre_hooks) for module in model.modules()],
+        "modes": [module.training for module in model.modules()],
+        "momenta": [getattr(module, "momentum", None) for module in model.modules()],
+        "keys": list(model.state_dict()),
+    }
+
+
+def test_after_close_nothing_is_left_on_the_model():
+    model = conv_net()
+    before = state_of(model)
+    with bnguard.watch(model) as monitor:
+        assert state_of(model) != before
+        monitor.step()
+    assert state_of(model) == before
+
+
+def test_an_exception_leaves_nothing_on_the_model():
+    model = conv_net()
+    before = state_of(model)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        bnguard.watch(model) as monitor,
+        monitor.evaluation(),
+    ):
+        raise KeyboardInterrupt
+    assert state_of(model) == before
+
+
+def test_training_is_bit_identical_with_and_without():
+    def trained(is_watched):
+        torch.manual_seed(1)
+        model = conv_net()
+        if is_watched:
+            with bnguard.watch(model, every_n_steps=5) as monitor:
+                train(model, monitor, epochs=1)
+        else:
+            monitor = bnguard.watch(nn.Sequential(nn.BatchNorm1d(1)))
+            train(model, monitor, epochs=1)
+        return model.state_dict()
+
+    with_monitor, without = trained(True), trained(False)
+    assert all(torch.equal(with_monitor[key], without[key]) for key in without)
+
+
+def test_a_copy_of_a_watched_model_is_not_watched():
+    model = conv_net()
+    with bnguard.watch(model) as monitor:
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied(torch.randn(4, 1, 8, 8))
+        torch.save(model, io.BytesIO())
+        assert monitor.report().layers[0].values_per_channel == {}
+
+
+def test_a_model_without_bn_is_warned_about_once_and_watched_in_vain():
+    model = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="Linear has no BN layers") as caught:
+        monitor = bnguard.watch(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    monitor.step()
+    with monitor.evaluation():
+        pass
+    assert monitor.report().findings == ()
+    assert "0 BN layers" in str(monitor.report())
+
+
+def test_a_finding_is_logged_once(caplog):
+    model = conv_net(momentum=0.01)
+    with caplog.at_level(logging.WARNING, "bnguard"):
+        monitor = bnguard.watch(model, planned_steps=60, every_n_steps=2)
+        for _ in range(8):
+            model(torch.randn(4, 1, 8, 8))
+            monitor.step()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("BN303 unconverged-statistics at 3 layers, worst 1,")
+
+
+def test_what_changes_during_evaluation_is_no_batch_of_training():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    with bnguard.watch(model) as monitor:
+        model(torch.randn(8, 2))
+        monitor.step()
+        with monitor.evaluation():
+            model(torch.randn(8, 2) + 100)  # still in train mode: a missing eval()
+        model(torch.randn(8, 2))
+        monitor.step()
+    (layer,) = monitor.report().layers
+    assert layer.updates_seen == 2
+    assert layer.evaluated is None
+
+
+def test_eval_moments_are_read_from_the_first_calls_only():
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    values = torch.randn(5, 4, 2)
+    with bnguard.watch(model, eval_batches=3) as monitor, monitor.evaluation():
+        for part in values:
+            model(part)
+    (layer,) = monitor.report().layers
+    expected = values[:3].reshape(-1, 2).double()
+    assert (layer.evaluated.count, layer.evaluated.batches) == (12, 3)
+    assert torch.allclose(torch.tensor(layer.evaluated.mean), expected.mean(0))
+    assert torch.allclose(torch.tensor(layer.evaluated.var_unbiased), expected.var(0))
+
+
+class Broken(Rule):
+    """A rule of a user's own."""
+
+    code = "X1"
+    name = "broken"
+
+    def check(self, layer):
+        raise ZeroDivisionError("of their own")
+
+
+def test_a_rule_that_raises_is_reported_and_stops_nothing():
+    model = conv_net()
+    with bnguard.watch(model, rules=[*bnguard.RULES, Broken()], every_n_steps=1) as monitor:
+        monitor.step()
+    reasons = {skip.reason for skip in monitor.report().skipped if skip.code == "X1"}
+    assert reasons == {"the rule failed with ZeroDivisionError: of their own"}
+
+
+def test_the_report_is_strict_json():
+    report, _, _ = poisoned_run(restore=False)
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert document["schema"] == 1
+    assert document["findings"][0]["code"] == "BN402"
+    assert document["findings"][0]["evidence"]["limit"] == 0
+
+
+def test_the_report_fits_eighty_columns_without_a_terminal():
+    report, _, _ = poisoned_run(restore=False)
+    text = str(report)
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "BN402 poisoned-statistics" in text
+    assert "3 layers, worst 1" in text
+
+
+def test_a_hundred_layers_with_one_cause_are_one_entry():
+    model = nn.Sequential(*[nn.BatchNorm1d(4, momentum=0.001) for _ in range(100)])
+    with bnguard.watch(model, on_findings=lambda group: None) as monitor:
+        model(torch.randn(8, 4))
+        monitor.step()
+    report = monitor.report()
+    assert len(report.findings) == 100
+    assert len(report.groups) == 1
+    assert len(str(report).splitlines()) < 30
+
+
+def test_steps_and_evaluations_after_close_do_no_harm():
+    model = conv_net()
+    monitor = bnguard.watch(model)
+    monitor.close()
+    monitor.close()
+    monitor.step()
+    with monitor.evaluation():
+        pass
+    assert len(monitor.report().layers) == 3
