@@ -1,0 +1,170 @@
+"""The callback in real Trainers of both packages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bnguard.demo import DigitsData, DigitsNet
+from bnguard.lightning import REPORT_FILE, BatchNormMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:.*isinstance.treespec:FutureWarning",
+    "ignore:Starting from v1.9.0, `tensorboardX`",
+    "ignore:You defined a `validation_step`",
+    "ignore:.*Checkpoint directory",
+)
+
+
+@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
+def lightning(request):
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def model_for(lightning):
+    """The net of the demo as a LightningModule of the package that the Trainer is of."""
+    if lightning.__name__ == "pytorch_lightning":
+        return DigitsNet(width=4)
+    methods = ("forward", "training_step", "validation_step", "configure_optimizers", "_step")
+    body = {name: vars(DigitsNet)[name] for name in methods}
+
+    def init(self):
+        super(net, self).__init__()
+        source = DigitsNet(width=4)
+        self.features, self.classifier, self.lr = source.features, source.classifier, source.lr
+
+    net = type("DigitsNet", (lightning.LightningModule,), {**body, "__init__": init})
+    return net()
+
+
+def fit(lightning, folder, callback, **options):
+    data = DigitsData()
+    data.setup("fit")
+    trainer = lightning.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "callbacks": [callback],
+            "default_root_dir": folder,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 10,
+            **options,
+        }
+    )
+    model = model_for(lightning)
+    trainer.fit(model, data.train_dataloader(), data.val_dataloader())
+    return trainer, model
+
+
+def test_a_run_is_watched_reported_and_logged(lightning, tmp_path, capsys):
+    callback = BatchNormMonitor(every_n_steps=20)
+    logger = lightning.loggers.TensorBoardLogger(tmp_path)
+    trainer, model = fit(lightning, tmp_path, callback, logger=logger)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+    printed = capsys.readouterr().out
+    assert printed.count("bnguard: warning: BN303 unconverged-statistics at 7 layers") == 1
+    assert "bnguard · 7 BN layers · 75 steps" in printed
+
+    document = json.loads((tmp_path / "lightning_logs/version_0" / REPORT_FILE).read_text())
+    assert {finding["code"] for finding in document["findings"]} >= {"BN303"}
+    assert document["steps"] == 75
+
+    events = EventAccumulator(trainer.log_dir)
+    events.Reload()
+    tags = events.Tags()
+    assert "bnguard/eval_shift_std/max" in tags["scalars"]
+    own = {tag for tag in tags["scalars"] if tag.startswith("bnguard/batch_shift_std")}
+    assert own == {f"bnguard/batch_shift_std/{name}" for name in ("p05", "p50", "p95", "max")}
+    own_steps = {event.step for event in events.Scalars("bnguard/batch_shift_std/max")}
+    user_steps = {event.step for event in events.Scalars("train_loss_step")}
+    assert user_steps <= own_steps
+    (text, *_) = events.Tensors("bnguard/findings/text_summary")
+    assert b"BN303" in text.tensor_proto.string_val[0]
+
+
+def test_weights_are_those_of_the_same_run_without_the_callback(lightning, tmp_path):
+    def trained(callbacks):
+        torch.manual_seed(3)
+        _, model = fit(lightning, tmp_path, callbacks, callbacks=callbacks, logger=False)
+        return model.state_dict()
+
+    watched, unwatched = trained([BatchNormMonitor(every_n_steps=7)]), trained([])
+    assert all(torch.equal(watched[key], unwatched[key]) for key in unwatched)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logger": False},
+        {"fast_dev_run": True},
+        {"limit_train_batches": 2, "limit_val_batches": 1},
+        {"limit_val_batches": 0},
+        {"accumulate_grad_batches": 4},
+        {"max_epochs": -1, "max_steps": 12},
+        {"enable_progress_bar": True},
+    ],
+    ids=str,
+)
+def test_settings_of_the_trainer_do_no_harm(options, tmp_path, capsys):
+    lightning = importlib.import_module("pytorch_lightning")
+    callback = BatchNormMonitor()
+    fit(lightning, tmp_path, callback, **options)
+    assert callback.report is not None
+    assert len(callback.report.layers) == 7
+    assert ("bnguard · 7 BN layers" in capsys.readouterr().out) is not options.get("fast_dev_run")
+
+
+def test_the_sanity_check_is_not_an_evaluation(tmp_path):
+    lightning = importlib.import_module("pytorch_lightning")
+    callback = BatchNormMonitor()
+    fit(lightning, tmp_path, callback, limit_train_batches=3, check_val_every_n_epoch=2)
+    assert all(layer.evaluated is None for layer in callback.report.layers)
+
+
+def test_a_run_that_ends_early_is_reported_and_left_clean(tmp_path, capsys):
+    lightning = importlib.import_module("pytorch_lightning")
+
+    class Stops(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                self.model = pl_module
+                raise RuntimeError("out of cheese")
+
+    stops, callback = Stops(), BatchNormMonitor()
+    with pytest.raises(RuntimeError, match="out of cheese"):
+        fit(lightning, tmp_path, callback, callbacks=[stops, callback])
+    assert callback.report.history.run.steps == 5
+    assert "bnguard · 7 BN layers · 5 steps" in capsys.readouterr().out
+    assert all(not module._forward_pre_hooks for module in stops.model.modules())
+
+
+def test_a_poisoned_step_is_undone(tmp_path):
+    lightning = importlib.import_module("pytorch_lightning")
+
+    class Poisons(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                with torch.no_grad():
+                    pl_module.features(torch.full_like(batch[0], torch.nan))
+
+    callback = BatchNormMonitor(restore_poisoned=True)
+    _, model = fit(lightning, tmp_path, callback, callbacks=[Poisons(), callback])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    restored = [f for f in callback.report.findings if f.code == "BN402"]
+    assert [finding.step for finding in restored] == [6] * 7
