@@ -1,0 +1,135 @@
+"""What a recalibration did: the statistics before and after, what was skipped, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnguard.history import RunningStatistics
+from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerChange:
+    """How far the statistics of a layer moved.
+
+    Attributes:
+        name: Dotted name of the layer.
+        before: The statistics that the layer had.
+        after: The statistics that were computed.
+        eps: What the layer adds to the variance.
+        values: Values per channel that the new statistics come from.
+    """
+
+    name: str
+    before: RunningStatistics
+    after: RunningStatistics
+    eps: float
+    values: int
+
+    @cached_property
+    def shift_std(self) -> FloatArray:
+        """Shift of the mean in standard deviations from before, shape ``(C,)``."""
+        before = self.before
+        return shift_std(self.after.mean, before.mean, before.var, self.eps)
+
+    @cached_property
+    def log_variance_ratio(self) -> FloatArray:
+        """Natural logarithm of the variance after over the one before, shape ``(C,)``."""
+        return log_variance_ratio(self.after.var, self.before.var, self.eps)
+
+    @property
+    def max_shift_std(self) -> float | None:
+        """Largest shift of a channel, without its sign; None where one was not finite before."""
+        return _extreme(np.abs(self.shift_std))
+
+    @property
+    def extreme_log_variance_ratio(self) -> float | None:
+        """The log-variance ratio furthest from 0; None where one was not finite before."""
+        return _extreme(self.log_variance_ratio)
+
+    @property
+    def distance(self) -> float:
+        """How far the layer moved, to sort by: the larger of the two; infinite where unknown."""
+        shift, ratio = self.max_shift_std, self.extreme_log_variance_ratio
+        return math.inf if shift is None or ratio is None else max(shift, abs(ratio))
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A BN layer whose statistics stay as they were.
+
+    Attributes:
+        name: Dotted name of the layer.
+        reason: Why.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recalibration:
+    """What :func:`bnguard.recalibrate` did.
+
+    Attributes:
+        method: How the statistics were computed.
+        layers: How far each layer moved, in the order of the model.
+        skipped: BN layers that stay as they were, and why.
+        samples: Samples that the statistics come from, on all ranks.
+        batches: Batches that they come from.
+        is_kept: Whether the model has the new statistics; False where they were taken back.
+        score_before: What ``score`` gave with the statistics from before; None without a score.
+        score_after: What ``score`` gave with the new ones.
+        restore: Puts the statistics and counters from before back; :meth:`undo` calls it.
+        notes: What a reader should know besides, a sentence each.
+    """
+
+    method: str
+    layers: tuple[LayerChange, ...]
+    skipped: tuple[SkippedLayer, ...]
+    samples: int
+    batches: int
+    is_kept: bool
+    score_before: float | None = None
+    score_after: float | None = None
+    notes: tuple[str, ...] = ()
+    restore: Callable[[], None] = field(repr=False)
+
+    @property
+    def before(self) -> Mapping[str, RunningStatistics]:
+        """Statistics before, by the name of the layer."""
+        return {layer.name: layer.before for layer in self.layers}
+
+    @property
+    def after(self) -> Mapping[str, RunningStatistics]:
+        """Statistics that were computed, by the name of the layer."""
+        return {layer.name: layer.after for layer in self.layers}
+
+    def undo(self) -> None:
+        """Give the model the statistics and counters that it had before."""
+        self.restore()
+
+    def __rich__(self) -> RenderableType:
+        from bnguard.report.recalibration import recalibration_view
+
+        return recalibration_view(self)
+
+    def __str__(self) -> str:
+        from bnguard.report.terminal import as_text
+
+        return as_text(self)
+
+
+def _extreme(values: FloatArray) -> float | None:
+    if not np.isfinite(values).all():
+        return None
+    return float(values[np.argmax(np.abs(values))])
