@@ -1,0 +1,32 @@
+"""Checkpoints: read safely without model code, compared, and written with BN statistics replaced.
+
+Reading imports no torch, so that an inspection answers at once; writing and loading do.
+"""
+
+from __future__ import annotations
+
+from bnguard.checkpoint.comparing import (
+    CheckpointDifference,
+    EntryDifference,
+    LayerDifference,
+    compare,
+)
+from bnguard.checkpoint.finding import find_checkpoints
+from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
+from bnguard.checkpoint.writing import replace_statistics, write_statistics
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointDifference",
+    "CheckpointLayer",
+    "CheckpointModel",
+    "EntryDifference",
+    "LayerDifference",
+    "compare",
+    "find_checkpoints",
+    "load_state_dict",
+    "read_checkpoint",
+    "replace_statistics",
+    "write_statistics",
+]

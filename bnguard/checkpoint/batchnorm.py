@@ -1,0 +1,225 @@
+"""Finding BN state by key: ``PREFIX.running_mean`` and ``PREFIX.running_var``, and what is beside.
+
+InstanceNorm with tracked statistics looks the same, and has the same faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from bnguard.checkpoint.contents import Contents, Entry, entries
+from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
+from bnguard.checkpoint.inert import NotPlainError, mapping_of, plain
+from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.errors import CheckpointError
+from bnguard.stats import FloatArray
+
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+STATISTICS = (MEAN, VAR, COUNTER)
+_AFFINE = ("weight", "bias")
+
+# A module saved as it was given as an argument is no model that was trained.
+_NO_MODELS = ("hyper_parameters.",)
+
+# Beyond these a file is hostile, not large: a thousand names may share one storage.
+_MOST_CANDIDATES = 200_000
+_LONGEST_KEY = 4096
+_MOST_VALUES = 2**22
+
+
+def attribute_of(key: str) -> str:
+    """Return the last part of a dotted name.
+
+    >>> attribute_of("layer1.0.bn1.running_mean")
+    'running_mean'
+    """
+    return key.rpartition(".")[2]
+
+
+def describe(contents: Contents) -> Checkpoint:
+    """Read the BN layers of an opened checkpoint, and what it says about its training.
+
+    Raises:
+        CheckpointError: It is damaged, or holds more than can be BN state.
+    """
+    problems: list[str] = []
+    reader = _Reader(contents, problems)
+    models = []
+    for prefix, groups in groups_by_model(contents).items():
+        layers = tuple(filter(None, (reader.layer(prefix, group) for group in groups)))
+        if layers:
+            models.append(CheckpointModel(prefix, layers))
+    root = mapping_of(contents.root) or {}
+    own, foreign = _hyper_parameters(root)
+    return Checkpoint(
+        path=contents.path,
+        format=contents.format,
+        models=tuple(models),
+        hyper_parameters=own,
+        foreign_hyper_parameters=foreign,
+        global_step=_count(root.get("global_step")),
+        epoch=_count(root.get("epoch")),
+        provenance=contents.provenance,
+        problems=tuple(problems),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorGroup:
+    """The tensors that look like one BN layer.
+
+    Attributes:
+        prefix: What stands before the attribute in the names of their entries.
+        tensors: The tensors by attribute.
+    """
+
+    prefix: str
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
+    """Return the groups of tensors with running statistics, by the prefix of their model.
+
+    Raises:
+        CheckpointError: The checkpoint holds more than can be BN state.
+    """
+    found: dict[tuple[str, str], TensorGroup] = {}
+    for entry in _candidates(contents):
+        prefix = entry.key.removesuffix(attribute_of(entry.key))
+        group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix))
+        group.tensors[attribute_of(entry.key)] = entry.value  # type: ignore[assignment]
+    by_model: dict[str, list[TensorGroup]] = {}
+    for (model, _), group in found.items():
+        if MEAN in group.tensors or VAR in group.tensors:
+            by_model.setdefault(model, []).append(group)
+    return by_model
+
+
+def _candidates(contents: Contents) -> Iterator[Entry]:
+    count = 0
+    for entry in entries(contents):
+        if not isinstance(entry.value, StoredTensor) or entry.prefix in _NO_MODELS:
+            continue
+        if attribute_of(entry.path[-1] if entry.path else "") not in (*STATISTICS, *_AFFINE):
+            continue
+        count += 1
+        if count > _MOST_CANDIDATES or sum(map(len, entry.path)) > _LONGEST_KEY:
+            raise CheckpointError(
+                f"{contents.path}: has more layers, or longer names, than any model; "
+                "save the state dict alone"
+            )
+        yield entry
+
+
+class _Reader:
+    """Reads groups of tensors as layers, and notes why one cannot be."""
+
+    def __init__(self, contents: Contents, problems: list[str]) -> None:
+        self.contents = contents
+        self.problems = problems
+        self.values = 0
+
+    def layer(self, model: str, group: TensorGroup) -> CheckpointLayer | None:
+        problem = _problem(group.tensors)
+        if problem is not None:
+            self._note(group, problem)
+            return None
+        mean, var = group.tensors[MEAN], group.tensors[VAR]
+        return CheckpointLayer(
+            name=without_wrappers(group.prefix.removeprefix(model).removesuffix(".")),
+            prefix=group.prefix,
+            running_mean=self._values(mean),
+            running_var=self._values(var),
+            counter=self._counter(group),
+            weight=self._affine(group, "weight"),
+            bias=self._affine(group, "bias"),
+            dtype=mean.dtype,
+        )
+
+    def _values(self, tensor: StoredTensor) -> FloatArray:
+        self.values += tensor.numel
+        if self.values > _MOST_VALUES:
+            raise CheckpointError(
+                f"{self.contents.path}: its running statistics have more than {_MOST_VALUES:,} "
+                "values together; these are no statistics of BN layers"
+            )
+        return to_float64(tensor.read(), tensor.dtype)
+
+    def _counter(self, group: TensorGroup) -> int | None:
+        tensor = group.tensors.get(COUNTER)
+        if tensor is None:
+            return None
+        if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER:
+            self._note(group, f"{COUNTER} is no count (shape {tensor.shape}, {tensor.dtype})")
+            return None
+        return int(tensor.read().item())
+
+    def _affine(self, group: TensorGroup, attribute: str) -> FloatArray | None:
+        tensor = group.tensors.get(attribute)
+        if tensor is None:
+            return None
+        if tensor.is_meta or tensor.dtype not in FLOATING:
+            self._note(group, f"{attribute} cannot be read ({_kind(tensor)})")
+            return None
+        if tensor.shape != group.tensors[MEAN].shape:
+            self._note(
+                group,
+                f"{attribute} has shape {tensor.shape}, {MEAN} {group.tensors[MEAN].shape}",
+            )
+            return None
+        return self._values(tensor)
+
+    def _note(self, group: TensorGroup, problem: str) -> None:
+        name = group.prefix.removesuffix(".") or "the model itself"
+        self.problems.append(f"{ascii(name)[1:-1]}: {problem}")
+
+
+def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Return why tensors cannot be the running statistics of a layer; None where they can."""
+    for present, absent in ((MEAN, VAR), (VAR, MEAN)):
+        if absent not in tensors:
+            return f"{present} without {absent}"
+    mean, var = tensors[MEAN], tensors[VAR]
+    for attribute, tensor in ((MEAN, mean), (VAR, var)):
+        if tensor.is_meta or tensor.dtype not in FLOATING:
+            return f"{attribute} cannot be read ({_kind(tensor)})"
+        if len(tensor.shape) != 1:
+            return f"{attribute} has shape {tensor.shape}, not one value per channel"
+    if mean.shape != var.shape:
+        return f"{MEAN} has shape {mean.shape}, {VAR} {var.shape}"
+    return None
+
+
+def _kind(tensor: StoredTensor) -> str:
+    return "on the meta device, without values" if tensor.is_meta else tensor.dtype
+
+
+def without_wrappers(name: str) -> str:
+    """Return the name of a layer without what wrappers put before it.
+
+    >>> without_wrappers("module._orig_mod.layer1.bn"), without_wrappers("module")
+    ('layer1.bn', '')
+    """
+    parts = name.split(".")
+    while parts and parts[0] in ("module", "_orig_mod"):
+        del parts[0]
+    return ".".join(parts)
+
+
+def _hyper_parameters(
+    root: Mapping[object, object],
+) -> tuple[Mapping[str, object], Mapping[str, str]]:
+    """Return Lightning's hyper-parameters: those that are plain, and the classes of the others."""
+    own, foreign = {}, {}
+    for name, value in (mapping_of(root.get("hyper_parameters")) or {}).items():
+        try:
+            own[str(name)] = plain(value)
+        except NotPlainError as error:
+            foreign[str(name)] = str(error)
+    return own, foreign
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int else None

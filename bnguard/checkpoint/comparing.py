@@ -1,0 +1,199 @@
+"""Comparing two checkpoints: how far running statistics moved, and whether more than they did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from bnguard.checkpoint.batchnorm import STATISTICS, without_wrappers
+from bnguard.checkpoint.contents import Contents, Entry, entries
+from bnguard.checkpoint.inert import Blob, TypedStorage
+from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.reading import open_contents
+from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+
+# A checkpoint does not hold eps; this is PyTorch's default.
+_EPS = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class LayerDifference:
+    """A BN layer in two checkpoints.
+
+    Attributes:
+        before: The layer in the first.
+        after: The layer in the second.
+    """
+
+    before: CheckpointLayer
+    after: CheckpointLayer
+
+    @property
+    def name(self) -> str:
+        """Dotted name in the model."""
+        return self.before.name
+
+    @property
+    def shift_std(self) -> FloatArray:
+        """How far the mean moved, in standard deviations of the first, shape ``(C,)``."""
+        with np.errstate(all="ignore"):
+            return shift_std(
+                self.after.running_mean, self.before.running_mean, self.before.running_var, _EPS
+            )
+
+    @property
+    def log_variance_ratio(self) -> FloatArray:
+        """Logarithm of the second variance over the first, shape ``(C,)``."""
+        with np.errstate(all="ignore"):
+            return log_variance_ratio(self.after.running_var, self.before.running_var, _EPS)
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether mean, variance and counter are the same, NaN being the same as NaN."""
+        before, after = self.before, self.after
+        return (
+            np.array_equal(before.running_mean, after.running_mean, equal_nan=True)
+            and np.array_equal(before.running_var, after.running_var, equal_nan=True)
+            and before.counter == after.counter
+        )
+
+
+@dataclass(frozen=True)
+class EntryDifference:
+    """An entry, other than running statistics, that is not bit-identical.
+
+    Attributes:
+        key: Its dotted name.
+        detail: What differs.
+    """
+
+    key: str
+    detail: str
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointDifference:
+    """Two checkpoints, compared.
+
+    Attributes:
+        before: Path of the first.
+        after: Path of the second.
+        layers: BN layers that both have with as many channels, in the order of the first.
+        entries: Every other entry that is not bit-identical: none where only running statistics
+            changed. Of models under different prefixes the entries of the models alone.
+    """
+
+    before: Path
+    after: Path
+    layers: tuple[LayerDifference, ...]
+    entries: tuple[EntryDifference, ...]
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
+    """Compare two checkpoints layer by layer, and everything else bit by bit.
+
+    Models are matched by their prefix; where each checkpoint has one model only, whatever its
+    prefix. To compare two models of one file, pass ``checkpoint.only(prefix)`` for each.
+
+    Raises:
+        CheckpointError: One of the files cannot be read any more.
+    """
+    pairs = _model_pairs(a, b)
+    layers = [(first.prefix, d) for first, second in pairs for d in _layer_pairs(first, second)]
+    compared = {
+        f"{prefix}{layer.name}.{attribute}" if layer.name else prefix + attribute
+        for prefix, layer in layers
+        for attribute in STATISTICS
+    }
+    with open_contents(a.path) as before, open_contents(b.path) as after:
+        if all(first.prefix == second.prefix for first, second in pairs):
+            values = _everything(before), _everything(after)
+        else:
+            ((first, second),) = pairs
+            values = (
+                _of_model(before, first.prefix, first.prefix),
+                _of_model(after, second.prefix, first.prefix),
+            )
+        others = tuple(d for d in _entry_differences(*values) if d.key not in compared)
+    return CheckpointDifference(a.path, b.path, tuple(layer for _, layer in layers), others)
+
+
+def _model_pairs(a: Checkpoint, b: Checkpoint) -> list[tuple[CheckpointModel, CheckpointModel]]:
+    others = {model.prefix: model for model in b.models}
+    pairs = [(model, others[model.prefix]) for model in a.models if model.prefix in others]
+    if not pairs and len(a.models) == len(b.models) == 1:
+        pairs = [(a.models[0], b.models[0])]
+    return pairs
+
+
+def _layer_pairs(a: CheckpointModel, b: CheckpointModel) -> Iterator[LayerDifference]:
+    others = {layer.name: layer for layer in b.layers}
+    for layer in a.layers:
+        other = others.get(layer.name)
+        if other is not None and other.channels == layer.channels:
+            yield LayerDifference(layer, other)
+
+
+def _everything(contents: Contents) -> dict[str, object]:
+    """Return all that a checkpoint holds by dotted name, without what wrappers put before a key."""
+    values = {f"<{name}>": value for name, value in contents.extras.items()}
+    return values | {entry.prefix + _own_key(entry): entry.value for entry in entries(contents)}
+
+
+def _of_model(contents: Contents, prefix: str, as_prefix: str) -> dict[str, object]:
+    """Return the entries of one model, under the prefix that it has in another checkpoint."""
+    found = (entry for entry in entries(contents) if entry.prefix == prefix)
+    return {as_prefix + _own_key(entry): entry.value for entry in found}
+
+
+def _own_key(entry: Entry) -> str:
+    return without_wrappers(".".join(entry.path[entry.home :]))
+
+
+def _entry_differences(
+    a: Mapping[str, object], b: Mapping[str, object]
+) -> Iterator[EntryDifference]:
+    for key in {**a, **b}:
+        if key not in b:
+            yield EntryDifference(key, "only in the first")
+        elif key not in a:
+            yield EntryDifference(key, "only in the second")
+        elif (detail := _difference(a[key], b[key])) is not None:
+            yield EntryDifference(key, detail)
+
+
+def _difference(a: object, b: object) -> str | None:
+    """Return what differs between two values; None where nothing does."""
+    if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return f"{a.dtype} {a.shape} against {b.dtype} {b.shape}"
+        return None if _is_same(a.byte_chunks(), b.byte_chunks()) else "values differ"
+    chunks_a, chunks_b = _chunks(a), _chunks(b)
+    if chunks_a is not None and chunks_b is not None:
+        return None if _is_same(chunks_a, chunks_b) else "values differ"
+    # repr tells -0.0 from 0.0 and 1 from True, and finds NaN equal to itself.
+    is_same = type(a) is type(b) and repr(a) == repr(b)
+    return None if is_same else f"{_short(a)} against {_short(b)}"
+
+
+def _chunks(value: object) -> Iterator[bytes] | None:
+    if isinstance(value, Blob):
+        return value.place.chunks(0, value.place.size)
+    if isinstance(value, TypedStorage):
+        source = value.storage.source
+        return source.chunks(0, source.size)
+    return None
+
+
+def _is_same(a: Iterable[bytes], b: Iterable[bytes]) -> bool:
+    return all(first == second for first, second in zip_longest(a, b))
+
+
+def _short(value: object) -> str:
+    text = type(value).__name__ if isinstance(value, (StoredTensor, Blob)) else repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -1,0 +1,183 @@
+"""An opened checkpoint of any format, as the rest of the package sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bnguard.checkpoint.inert import InertObject, Reference, mapping_of
+from bnguard.errors import CheckpointError
+
+# Where Lightning keeps the state dict of the module.
+LIGHTNING_PREFIX = "state_dict."
+
+LONGEST_PROVENANCE_BYTES = 2**20
+
+# A file of a few bytes can describe a tree without end, by naming one branch in many places.
+_MOST_ENTRIES = 1_000_000
+_MOST_NESTED = 200
+
+# A pickled module keeps its tensors and its children in these, which no key of its state dict
+# mentions.
+_TRANSPARENT = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contents:
+    """What a checkpoint holds, while its files are open.
+
+    Attributes:
+        path: The file or folder.
+        format: Name of its format.
+        root: The object that was saved: containers and atoms, with ``StoredTensor`` and
+            inert stand-ins for everything else.
+        extras: What the format keeps beside the object, by name.
+        provenance: What bnguard noted when it wrote the checkpoint; None where it did not.
+    """
+
+    path: Path
+    format: str
+    root: object
+    extras: Mapping[str, object] = field(default_factory=dict)
+    provenance: Mapping[str, object] | None = None
+
+    @property
+    def is_lightning(self) -> bool:
+        """Whether a Lightning Trainer saved it."""
+        return "pytorch-lightning_version" in (mapping_of(self.root) or {})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value in a checkpoint, a tensor or an atom.
+
+    Attributes:
+        path: The keys that lead to it from the root.
+        home: How many of these keys lead to the model that it belongs to.
+        value: The value.
+    """
+
+    path: tuple[str, ...]
+    home: int
+    value: object
+
+    @property
+    def key(self) -> str:
+        """The path as one dotted name."""
+        return ".".join(self.path)
+
+    @property
+    def prefix(self) -> str:
+        """What stands in ``key`` before the key in the model's own state dict."""
+        return "".join(f"{part}." for part in self.path[: self.home])
+
+
+def entries(contents: Contents) -> Iterator[Entry]:
+    """Yield all that a checkpoint holds, in the order in which it was saved.
+
+    Raises:
+        CheckpointError: It is too large or too deeply nested.
+    """
+    walk = _Walk(contents.path)
+    yield from walk.below((), contents.root, None)
+
+
+class _Walk:
+    """A walk through containers that may share branches and contain themselves."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = 0
+        self.above: set[int] = set()
+
+    def below(self, path: tuple[str, ...], node: object, module_at: int | None) -> Iterator[Entry]:
+        children = _children(node)
+        if children is None:
+            self.entries += 1
+            if self.entries > _MOST_ENTRIES:
+                raise CheckpointError(
+                    f"{self.path}: holds more than {_MOST_ENTRIES:,} values, more than bnguard "
+                    "reads; save the state dict alone"
+                )
+            yield Entry(path, _home(path) if module_at is None else module_at, node)
+            return
+        if id(node) in self.above:
+            return
+        if len(self.above) >= _MOST_NESTED:
+            raise CheckpointError(
+                f"{self.path}: is nested more than {_MOST_NESTED} levels deep; "
+                "save the state dict alone"
+            )
+        if module_at is None and _is_module(node):
+            module_at = len(path)
+        self.above.add(id(node))
+        for name, child in children:
+            yield from self.below((*path, name), child, module_at)
+        self.above.discard(id(node))
+
+
+def _children(node: object) -> Iterator[tuple[str, object]] | None:
+    """Return what a node contains, by name; None where it is a leaf."""
+    if isinstance(node, (dict, list, tuple)) and not node:
+        return None
+    if isinstance(node, dict):
+        return ((_name(key), value) for key, value in node.items())
+    if isinstance(node, (list, tuple)):
+        return ((str(index), value) for index, value in enumerate(node))
+    if isinstance(node, InertObject):
+        return _children_of_object(node)
+    return None
+
+
+def _children_of_object(node: InertObject) -> Iterator[tuple[str, object]]:
+    state = node.state if isinstance(node.state, dict) else {}
+    for name, value in state.items():
+        if name in _TRANSPARENT and (inner := mapping_of(value)) is not None:
+            yield from ((_name(key), child) for key, child in inner.items())
+        else:
+            yield _name(name), value
+    for key, value in (node.pairs or {}).items():
+        yield _name(key), value
+    for index, value in enumerate(node.items or ()):
+        yield str(index), value
+    yield "<class>", node.class_name
+    if node.args:
+        yield "<arguments>", node.args
+    if node.state is not None and not state:
+        yield "<state>", node.state
+
+
+def _name(key: object) -> str:
+    if isinstance(key, InertObject):
+        return f"<{key.class_name}>"
+    return key if isinstance(key, str) else str(key)
+
+
+def _is_module(node: object) -> bool:
+    """Whether a node is a pickled module, or one of TorchScript."""
+    if not isinstance(node, InertObject) or not isinstance(node.state, dict):
+        return False
+    is_script = isinstance(node.made_by, Reference) and node.made_by.module.startswith("__torch__")
+    return is_script or "_modules" in node.state
+
+
+def _home(path: tuple[str, ...]) -> int:
+    """Return how many parts of a path lead to the state dict that holds its last part.
+
+    The keys of a state dict are dotted names. Where the last part is a bare one, the dictionaries
+    stand for the modules, and only the first of several can be the name of the model.
+    """
+    if path and "." in path[-1]:
+        return len(path) - 1
+    return 1 if len(path) > 2 else 0
+
+
+def parse_provenance(text: bytes | str) -> Mapping[str, object]:
+    """Return a provenance record; an empty one where it cannot be read."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,49 @@
+"""From what a user names, files, folders and patterns, to the checkpoints to read."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from bnguard.checkpoint.formats import FOLDER_FORMATS, checkpoint_at
+from bnguard.errors import CheckpointError
+
+# What a folder is searched for; a file that is named is read whatever its name.
+_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
+# What transformers saves beside a model: no model is in these.
+_COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
+
+
+def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
+    """Return the checkpoints that files, folders and patterns name, each once.
+
+    A folder stands for all checkpoints in it and below; a sharded or distributed one is a single
+    checkpoint. What does not exist, and a folder without checkpoints, is returned as it is:
+    reading it says what is wrong, and the others are still read.
+    """
+    found = (checkpoint for path in paths for checkpoint in _named(str(path)))
+    return tuple(dict.fromkeys(found))
+
+
+def _named(name: str) -> Iterator[Path]:
+    # Path.glob takes no absolute pattern.
+    matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
+    is_pattern = matches and not Path(name).exists()
+    for path in map(Path, matches) if is_pattern else [Path(name)]:
+        try:
+            inside = list(_below(path)) if path.is_dir() else [checkpoint_at(path)]
+        except (CheckpointError, OSError):
+            inside = []
+        yield from inside or [path]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    if any(candidate.recognises(folder) for candidate in FOLDER_FORMATS):
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _below(path)
+        elif path.suffix in _SUFFIXES and not path.name.startswith(_COMPANIONS):
+            yield path

@@ -1,0 +1,57 @@
+"""What checkpoints of several files have in common: a folder, a note in it, how it is copied."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, parse_provenance
+from bnguard.checkpoint.patch import Patch
+from bnguard.checkpoint.pickles import damaged
+from bnguard.checkpoint.sources import first_bytes
+
+_PROVENANCE = "bnguard-provenance.json"
+
+CopyFile = Callable[[Path, Path, Sequence[Patch]], None]
+
+
+def member(folder: Path, name: object) -> Path:
+    """Return a file in a folder by the name that the checkpoint gives it.
+
+    Raises:
+        CheckpointError: The name leads out of the folder, or nowhere.
+    """
+    if not isinstance(name, str) or Path(name).name != name:
+        raise damaged(folder, f"it names a file outside the folder: {name}")
+    return folder / name
+
+
+def read_note(folder: Path) -> Mapping[str, object] | None:
+    """Return the note that bnguard left in a folder; None where there is none."""
+    path = folder / _PROVENANCE
+    return parse_provenance(first_bytes(path, LONGEST_PROVENANCE_BYTES)) if path.exists() else None
+
+
+def copy_folder(
+    folder: Path, target: Path, patches: Sequence[Patch], provenance: str, copy_patched: CopyFile
+) -> None:
+    """Copy a folder with all that is in it, and leave a note.
+
+    Args:
+        folder: The folder.
+        target: An empty folder.
+        patches: What changes in its files.
+        provenance: The note, as JSON.
+        copy_patched: Copies a file in which something changes.
+    """
+    for path in sorted(folder.rglob("*")):
+        copy = target / path.relative_to(folder)
+        inside = [patch for patch in patches if patch.path == path]
+        if path.is_dir():
+            copy.mkdir()
+        elif inside:
+            copy_patched(path, copy, inside)
+        else:
+            shutil.copyfile(path, copy)
+    (target / _PROVENANCE).write_text(provenance, encoding="utf-8")

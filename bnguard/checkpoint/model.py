@@ -1,0 +1,114 @@
+"""What bnguard knows of a checkpoint once it is read: plain data, float64, nothing open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bnguard.errors import CheckpointError
+from bnguard.stats import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CheckpointLayer:
+    """A BN layer as a checkpoint stores it. Arrays have shape ``(C,)``, float64.
+
+    Attributes:
+        name: Dotted name in the model, without the prefixes of wrappers.
+        prefix: What stands before ``running_mean`` in the name of its entry in the file.
+        running_mean: Running mean.
+        running_var: Running variance, the unbiased estimate.
+        counter: ``num_batches_tracked``; None where there is none.
+        weight: Gamma; None without affine parameters.
+        bias: Beta; None without affine parameters.
+        dtype: Element type of the running statistics in the file, as torch names it.
+    """
+
+    name: str
+    prefix: str
+    running_mean: FloatArray
+    running_var: FloatArray
+    counter: int | None
+    weight: FloatArray | None
+    bias: FloatArray | None
+    dtype: str
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels."""
+        return len(self.running_mean)
+
+    def key(self, attribute: str) -> str:
+        """Return the name of an entry of this layer in the file.
+
+        ``write_statistics`` takes these names.
+        """
+        return self.prefix + attribute
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointModel:
+    """One of the models in a checkpoint.
+
+    Attributes:
+        prefix: What stands before the keys of its state dict in the names of the file's entries:
+            ``"state_dict."`` for Lightning, ``""`` for a bare state dict.
+        layers: Its BN layers, in the order in which they were saved.
+    """
+
+    prefix: str
+    layers: tuple[CheckpointLayer, ...]
+
+    @property
+    def name(self) -> str:
+        """The prefix without its dot, ``""`` for a bare state dict."""
+        return self.prefix.removesuffix(".")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A checkpoint, read without executing anything in it.
+
+    Attributes:
+        path: The file or folder.
+        format: Name of its format.
+        models: The models with BN layers in it; a Lightning checkpoint has one.
+        hyper_parameters: What Lightning's ``save_hyperparameters`` stored, as far as it is plain
+            data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
+            string.
+        foreign_hyper_parameters: The others: name to the class of the object, which is not built.
+        global_step: Training steps taken; None where the file does not say.
+        epoch: Epochs; None where the file does not say.
+        provenance: What bnguard noted when it wrote this file; None where it did not.
+        problems: What looks like BN state and cannot be used, a line each.
+    """
+
+    path: Path
+    format: str
+    models: tuple[CheckpointModel, ...]
+    hyper_parameters: Mapping[str, object] = field(default_factory=dict)
+    foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
+    global_step: int | None = None
+    epoch: int | None = None
+    provenance: Mapping[str, object] | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[CheckpointLayer, ...]:
+        """The BN layers of all models."""
+        return tuple(layer for model in self.models for layer in model.layers)
+
+    def only(self, prefix: str) -> Checkpoint:
+        """Return the checkpoint as if one of its models were the only one.
+
+        Raises:
+            CheckpointError: It has no such model.
+        """
+        models = tuple(model for model in self.models if model.prefix == prefix)
+        if not models:
+            names = ", ".join(repr(model.prefix) for model in self.models) or "none"
+            raise CheckpointError(
+                f"{self.path}: has no model {prefix!r} with BN layers; it has {names}"
+            )
+        return replace(self, models=models)
