@@ -1,0 +1,67 @@
+"""The command line: arguments become calls, and what they return becomes an exit status.
+
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
+from bnguard.version import __version__
+
+# A command's module is imported, and torch with it, only when the command is called.
+COMMANDS = {
+    "demo": "train, break, name and repair a small network on real digits",
+    "inspect": "tell what is wrong with the BN layers of checkpoints",
+    "recalibrate": "write a checkpoint with new running statistics beside it",
+    "explain": "show the page of a rule",
+    "rules": "list the rules",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # A character that the terminal lacks must not end the command.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return _run(list(arguments))
+    except (BNGuardError, ArgumentError) as error:
+        print(f"bnguard: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bnguard: interrupted; no file was changed", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        _overview().parse_args(arguments or ["--help"])
+    command = arguments[0]
+    if command not in COMMANDS:
+        near = nearest_name(command, COMMANDS)
+        hint = f"did you mean 'bnguard {near}'?" if near else "'bnguard --help' lists them"
+        raise ConfigurationError(f"there is no command {command!r}: {hint}")
+    status: int = importlib.import_module(f"bnguard.cli.{command}").run(arguments[1:])
+    return status
+
+
+def _overview() -> ArgumentParser:
+    """Return a parser that shows the commands, without what it would take to run them."""
+    parser = ArgumentParser(
+        prog="bnguard",
+        description="Tells what is wrong with the batch normalisation of networks and repairs it.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        commands.add_subcommand(name, ArgumentParser(), help=summary)
+    return parser

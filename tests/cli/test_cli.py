@@ -1,0 +1,250 @@
+"""The real command, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
+DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
+
+
+def bnguard(folder, *arguments):
+    assert BNGUARD is not None
+    return subprocess.run(
+        [BNGUARD, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def is_one_line_error(done):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("bnguard: error: ")
+    return line
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo, run once: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = bnguard(folder, "demo", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture
+def checkpoint(demo, tmp_path):
+    return Path(shutil.copy(demo[0] / "out" / "digits-0.ckpt", tmp_path / "last.ckpt"))
+
+
+def accuracy_line(text):
+    (line,) = [line for line in text.splitlines() if line.startswith("accuracy in eval mode")]
+    return [float(word) for word in line.replace("%", "").split() if word[0].isdigit()]
+
+
+def test_the_demo_names_the_fault_and_repairs_it(demo):
+    folder, done = demo
+    assert done.stderr == ""
+    for text in ("BN303 unconverged-statistics", "BN301 statistic-drift", "tensorboard --logdir"):
+        assert text in done.stdout
+    before, after = accuracy_line(done.stdout)
+    assert before < 80
+    assert after > 92
+    written = {path.name for path in (folder / "out").iterdir()}
+    assert written == {"logs", "digits-0.ckpt", "digits-0-recalibrated.ckpt"}
+
+
+def test_the_repaired_accuracy_is_that_of_large_batch_statistics(demo):
+    """Within half a point of the statistics of one batch of all training images."""
+    from bnguard.demo import DigitsData, DigitsNet
+
+    folder, done = demo
+    _, after = accuracy_line(done.stdout)
+    net = DigitsNet.load_from_checkpoint(folder / "out" / "digits-0.ckpt", weights_only=True)
+    data = DigitsData()
+    data.setup("fit")
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    net.train()
+    with torch.no_grad():
+        net(torch.stack([image for image, _ in data.train]))
+    net.eval()
+    with torch.no_grad():
+        right = [int(net(image[None]).argmax() == label) for image, label in data.val]
+    assert abs(100 * np.mean(right) - after) <= 0.5
+
+
+def test_recalibrate_changes_statistics_and_nothing_else(checkpoint):
+    original = checkpoint.read_bytes()
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--split", "train")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_bytes() == original
+    repaired = checkpoint.with_name("last-recalibrated.ckpt")
+    assert f"written: {repaired}" in done.stdout
+    before, after = (torch.load(path, weights_only=True) for path in (checkpoint, repaired))
+    changed = {
+        key
+        for key, tensor in before["state_dict"].items()
+        if not torch.equal(tensor, after["state_dict"][key])
+    }
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {key for key in before["state_dict"] if key.endswith(statistics)}
+    for key in ("epoch", "global_step", "hyper_parameters", "callbacks"):
+        assert before[key] == after[key]
+    for old, new in zip(
+        before["optimizer_states"][0]["state"].values(),
+        after["optimizer_states"][0]["state"].values(),
+        strict=True,
+    ):
+        assert torch.equal(old["momentum_buffer"], new["momentum_buffer"])
+
+
+def test_inspect_needs_no_model_code(checkpoint):
+    done = bnguard(checkpoint.parent, "inspect", checkpoint, "--json")
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout).values()
+    assert len(report["layers"]) == 7
+    assert report["layers"][0]["updates"] == 225
+
+
+def test_inspect_finds_poison_and_fails_at_the_level_asked_for(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model(torch.full((4, 2), torch.nan))
+    torch.save(model.state_dict(), tmp_path / "bad.pt")
+    done = bnguard(tmp_path, "inspect", "bad.pt")
+    assert done.returncode == 1
+    assert "BN402 poisoned-statistics" in done.stdout
+    assert bnguard(tmp_path, "inspect", "bad.pt", "--fail-on", "never").returncode == 0
+
+
+def test_what_is_unusable_does_not_hide_the_rest(checkpoint):
+    done = bnguard(checkpoint.parent, "inspect", "none.ckpt", checkpoint)
+    assert "none.ckpt" in is_one_line_error(done)
+    assert "7 BN layers" in done.stdout
+
+
+def foreign(path):
+    import fractions
+
+    torch.save({"state_dict": {}, "config": fractions.Fraction(1, 3)}, path)
+
+
+def without_bn(path):
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+
+
+def no_checkpoint(path):
+    path.write_text("hello")
+
+
+def truncated(path):
+    torch.save(nn.BatchNorm1d(3).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("make", [foreign, without_bn, no_checkpoint, truncated, lambda path: None])
+@pytest.mark.parametrize("command", [("inspect",), ("recalibrate", *DEMO)], ids=lambda c: c[0])
+def test_an_unusable_checkpoint_is_one_clear_line(make, command, tmp_path):
+    path = tmp_path / "given.ckpt"
+    make(path)
+    name, *options = command
+    line = is_one_line_error(bnguard(tmp_path, name, "given.ckpt", *options))
+    assert "given.ckpt" in line
+    assert [entry.name for entry in tmp_path.iterdir() if entry != path] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "bnguard.demo.DigitsNet"), "--data is missing"),
+        (("--data", "bnguard.demo.DigitsData"), "--model is missing"),
+        (("--model", "nowhere.Net", "--data", "nowhere.Data"), "No module named 'nowhere'"),
+        (("--model", "DigitsNet", "--data", "x.Y"), "give it as package.module.Name"),
+        ((*DEMO, "--model.widht", "4"), "widht"),
+        ((*DEMO, "--model.width", "wide"), "width"),
+        ((*DEMO, "--model.width", "4"), "does not fit DigitsNet"),
+        ((*DEMO, "--samples", "0"), "samples"),
+        ((*DEMO, "--split", "test"), "test_dataloader"),
+        ((*DEMO, "--config", "none.yaml"), "none.yaml cannot be read"),
+        (("--model", "torch.nn.Flatten", *DEMO[2:]), "does not fit Flatten"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_wrong_option_of_recalibrate_is_one_clear_line(checkpoint, options, message):
+    original = checkpoint.read_bytes()
+    line = is_one_line_error(bnguard(checkpoint.parent, "recalibrate", checkpoint, *options))
+    assert message in line
+    assert checkpoint.read_bytes() == original
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint):
+    folder = checkpoint.parent
+    (folder / "mine.py").write_text(
+        "def empty():\n    return []\n\ndef broken():\n    raise OSError('disk on fire')\n"
+    )
+    for data, message in (("mine:empty", "empty"), ("mine:broken", "disk on fire")):
+        done = bnguard(folder, "recalibrate", checkpoint, *DEMO[:2], "--data", data)
+        assert message in is_one_line_error(done)
+    assert not (folder / "last-recalibrated.ckpt").exists()
+
+
+def test_a_loader_of_length_one_is_enough(checkpoint):
+    (checkpoint.parent / "mine.py").write_text(
+        "import torch\n\ndef one_batch():\n    return [torch.rand(4, 1, 8, 8)]\n"
+    )
+    done = bnguard(
+        checkpoint.parent, "recalibrate", checkpoint, *DEMO[:2], "--data", "mine:one_batch"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_existing_output_is_kept_unless_forced(checkpoint):
+    output = checkpoint.with_name("last-recalibrated.ckpt")
+    output.write_text("precious")
+    line = is_one_line_error(bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO))
+    assert "exists" in line
+    assert output.read_text() == "precious"
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--force")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_configuration_of_lightning_cli_names_model_and_data(checkpoint):
+    (checkpoint.parent / "config.yaml").write_text(
+        "seed_everything: true\n"
+        "model:\n  class_path: bnguard.demo.DigitsNet\n  init_args:\n    width: 16\n"
+        "data:\n  class_path: bnguard.demo.DigitsData\n  init_args:\n    batch_size: 7\n"
+    )
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, "--config", "config.yaml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_rules_and_pages_are_shown(tmp_path):
+    assert "BN402  poisoned-statistics" in bnguard(tmp_path, "rules").stdout
+    page = bnguard(tmp_path, "explain", "bn301").stdout
+    assert page.startswith("BN301 statistic-drift\n")
+    assert "did you mean BN301" in is_one_line_error(bnguard(tmp_path, "explain", "BN3O1"))
+    assert "did you mean 'bnguard inspect'" in is_one_line_error(bnguard(tmp_path, "inspct", "x"))
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "recalibrate", "explain", "rules"])
+def test_every_command_has_help(command, tmp_path):
+    done = bnguard(tmp_path, command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: bnguard {command}")
+    assert max(map(len, done.stdout.splitlines())) <= 100
