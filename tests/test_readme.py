@@ -1,0 +1,72 @@
+"""The README is executable: its blocks run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(command, folder):
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path):
+    done = run([sys.executable, "-W", "error", "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_run(tmp_path):
+    (tmp_path / "my.py").write_text(
+        "from bnguard.demo import DigitsData as DataModule, DigitsNet as LitModel\n"
+    )
+    from bnguard.demo import DigitsNet
+
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    trainer.strategy.connect(DigitsNet(width=2))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    commands = [line for block in blocks("console") for line in block.splitlines()]
+    assert any(line.startswith("bnguard recalibrate") for line in commands)
+    for line in commands:
+        program, *arguments = shlex.split(line)
+        path = shutil.which(program, path=str(Path(sys.executable).parent))
+        done = run([path, *arguments], tmp_path)
+        assert done.returncode in (0, 1), done.stderr
+    repaired = torch.load(tmp_path / "last-recalibrated.ckpt", weights_only=True)
+    assert "state_dict" in repaired
+
+
+def test_the_setup_commands_install_the_tested_set_and_ci_runs_the_second():
+    demo, tests = blocks("bash")
+    setup = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && '
+    assert demo == f"{setup}.venv/bin/bnguard demo\n"
+    assert tests == f"{setup}.venv/bin/python -m pytest\n"
+    assert "<!-- the tests -->\n```bash\n" in README
+    assert "<!-- the tests -->" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.name
+)
+def test_examples_run_and_are_named_in_the_readme(script, tmp_path):
+    assert f"`examples/{script.name}`" in README
+    done = run([sys.executable, str(script)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bnguard ·" in done.stdout
