@@ -1,0 +1,35 @@
+"""What TensorBoard loads at its start: must be quick, and must not fail, or TensorBoard does."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
+
+_PLUGIN_NAME = "bnguard"
+
+# TensorBoard keeps 10 or 100 steps a tag, by default and by loader.
+_STEPS_KEPT = 2000
+
+logger = logging.getLogger("bnguard")
+
+
+class BatchNormLoader(base_plugin.TBLoader):  # type: ignore[misc]
+    """Loads the BatchNorm tab into TensorBoard."""
+
+    def fix_flags(self, flags: argparse.Namespace) -> None:
+        """Have TensorBoard keep enough steps for a picture; what the user asked for comes first."""
+        samples = getattr(flags, "samples_per_plugin", None)
+        if isinstance(samples, dict):
+            samples.setdefault(_PLUGIN_NAME, _STEPS_KEPT)
+
+    def load(self, context: base_plugin.TBContext) -> base_plugin.TBPlugin | None:
+        """Return the plugin, or None where it cannot be had: TensorBoard goes on without it."""
+        try:
+            from bnguard.tensorboard.plugin import BatchNormPlugin
+
+            return BatchNormPlugin(context)
+        except Exception as error:
+            logger.warning("bnguard: no BatchNorm tab, because loading it failed: %s", error)
+            return None

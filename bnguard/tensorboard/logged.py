@@ -1,0 +1,154 @@
+"""Reads the event files of a folder without TensorBoard: the runs, and what was found in them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboard import context  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
+    data_provider,
+    event_accumulator,
+    plugin_event_multiplexer,
+)
+
+from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
+from bnguard.tensorboard.reader import LogReader, SeriesCache
+from bnguard.tensorboard.records import Record
+
+_SEVERITIES = ("error", "warning", "info")
+_LAYERS_SHOWN = 5
+
+# What a terminal would obey, and what turns the direction of writing: names come from anywhere.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedRun:
+    """The last report of a run, as its event files hold it; ``str()`` shows it.
+
+    Attributes:
+        name: Folder of the run, seen from the one that was read.
+        layers: Names in forward order.
+        first_step: First training step logged.
+        last_step: Newest training step logged.
+        findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first.
+        problem: Why it cannot be shown; empty where it can.
+    """
+
+    name: str
+    layers: tuple[str, ...] = ()
+    first_step: int = 0
+    last_step: int = 0
+    findings: tuple[Record, ...] = ()
+    problem: str = ""
+
+    @property
+    def worst_severity(self) -> str | None:
+        """``error``, ``warning`` or ``info``; None where nothing was found."""
+        return self.findings[0]["severity"] if self.findings else None
+
+    def __str__(self) -> str:
+        name = _shown(self.name)
+        if self.problem:
+            return f"{name} · cannot be shown: {_shown(self.problem)}"
+        counts = [
+            f"{number} {severity}"
+            for severity in _SEVERITIES
+            if (number := sum(finding["severity"] == severity for finding in self.findings))
+        ]
+        head = (
+            f"{name} · {len(self.layers)} BN layers · step {self.first_step} to {self.last_step} · "
+            + (" · ".join(counts) or "nothing is wrong")
+        )
+        return "\n".join([head, *map(_group_text, _groups(self.findings))])
+
+
+def open_log(folder: Path) -> LogReader:
+    """Return a reader of the event files in a folder and those below it.
+
+    Raises:
+        LogError: There is no such folder, or no run in it that bnguard logged.
+    """
+    if not folder.is_dir():
+        raise LogError(f"{folder} is not a folder: name the one that TensorBoard is started on")
+    multiplexer = plugin_event_multiplexer.EventMultiplexer(
+        # 0 would keep everything; of what others logged, nothing is needed.
+        size_guidance=dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1),
+        tensor_size_guidance={PLUGIN_NAME: 0},
+    )
+    multiplexer.AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
+    reader = LogReader(provider, context.RequestContext(), "", SeriesCache())
+    if not reader.runs():
+        raise LogError(
+            f"{folder} holds no run that bnguard watched: train with the BatchNormMonitor callback"
+        )
+    return reader
+
+
+def logged_runs(folder: Path) -> tuple[LoggedRun, ...]:
+    """Return the last report of every run below a folder, in the order of names.
+
+    Raises:
+        LogError: There is no such folder, or no run in it that bnguard logged.
+    """
+    reader = open_log(folder)
+    return tuple(_logged(reader, entry["name"]) for entry in reader.runs())
+
+
+def _logged(reader: LogReader, name: str) -> LoggedRun:
+    try:
+        run = reader.run(name)
+    except LogError as error:
+        return LoggedRun(name=name, problem=str(error))
+    return LoggedRun(
+        name=name,
+        layers=run["layers"],
+        first_step=int(run["first_step"]),
+        last_step=int(run["last_step"]),
+        findings=tuple(sorted(run["findings"], key=_rank)),
+    )
+
+
+def _rank(finding: Record) -> tuple[int, str]:
+    return (_SEVERITIES.index(finding["severity"]), finding["code"])
+
+
+def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for finding in findings:
+        groups.setdefault(_rank(finding), []).append(finding)
+    return list(groups.values())
+
+
+def _group_text(group: list[Record]) -> str:
+    first = group[0]
+    evidence = first["evidence"]
+    layers = [_shown(_place(finding)) for finding in group]
+    more = len(layers) - _LAYERS_SHOWN
+    lines = [
+        f"{first['severity']}  {first['code']} {first['name']}: {first['message']}",
+        f"  {', '.join(layers[:_LAYERS_SHOWN])}" + (f" and {more} more" if more > 0 else ""),
+        f"  {evidence['name']} {_number(evidence['value'])} {evidence['unit']}".rstrip()
+        + f" (limit {_number(evidence['limit'])})",
+        f"  → {first['fix']['command'] or first['fix']['summary']}",
+    ]
+    return "\n".join(map(_shown, lines))
+
+
+def _place(finding: Record) -> str:
+    name = "the model" if finding["layer"] is None else finding["layer"] or "the model itself"
+    return name if finding["step"] is None else f"{name} (step {finding['step']})"
+
+
+def _number(value: float | str | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
+
+
+def _shown(text: str) -> str:
+    return _UNSEEN.sub("\ufffd", text)

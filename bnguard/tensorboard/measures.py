@@ -1,0 +1,118 @@
+"""What the metrics of the tab are of a layer that was observed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bnguard.history import LayerHistory
+from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+from bnguard.tensorboard.metadata import Metric
+
+# Share of the channels that a layer's number speaks for, as in the rules on drift.
+_CHANNEL_QUANTILE = 0.9
+
+
+def measured(layers: Sequence[LayerHistory], metrics: Sequence[Metric]) -> npt.NDArray[np.float32]:
+    """Return the metrics of layers, shape ``(metrics, layers)``; NaN where not observed."""
+    with np.errstate(all="ignore"):
+        rows = [[MEASURES[metric.key](layer) for layer in layers] for metric in metrics]
+    return np.array(rows, dtype=np.float32).reshape(len(metrics), len(layers))
+
+
+def _eval_shift_std(layer: LayerHistory) -> float:
+    return _typical(layer.eval_shift_std)
+
+
+def _eval_log_variance_ratio(layer: LayerHistory) -> float:
+    return _typical(layer.eval_log_variance_ratio)
+
+
+def _batch_shift_std(layer: LayerHistory) -> float:
+    if layer.window is None or layer.running is None:
+        return math.nan
+    running = layer.running
+    return _typical(shift_std(layer.window.mean, running.mean, running.var, layer.eps))
+
+
+def _batch_log_variance_ratio(layer: LayerHistory) -> float:
+    if layer.window is None or layer.running is None:
+        return math.nan
+    return _typical(log_variance_ratio(layer.window.var_unbiased, layer.running.var, layer.eps))
+
+
+def _variance_kept(layer: LayerHistory) -> float:
+    n = layer.typical_values_per_channel
+    if layer.window is None or n is None:
+        return math.nan
+    within = layer.window.var_unbiased * ((n - 1) / n)
+    share = within / (within + layer.window.var_of_means_successive)
+    return float(np.nanmedian(share)) if np.isfinite(share).any() else math.nan
+
+
+def _values_per_channel(layer: LayerHistory) -> float:
+    n = layer.typical_values_per_channel
+    return math.nan if n is None else float(n)
+
+
+def _gain(layer: LayerHistory) -> float:
+    if layer.running is None or layer.running.var.size == 0:
+        return math.nan
+    gamma = np.ones_like(layer.running.var) if layer.gamma is None else layer.gamma
+    return float(np.max(np.abs(gamma) / np.sqrt(layer.running.var + layer.eps)))
+
+
+def _dead_channel_share(layer: LayerHistory) -> float:
+    if layer.window is None or layer.window.var_max.size == 0:
+        return math.nan
+    return float(np.mean(layer.window.var_max <= layer.eps))
+
+
+def _batch_mean(layer: LayerHistory) -> float:
+    return math.nan if layer.window is None else _average(layer.window.mean)
+
+
+def _running_mean(layer: LayerHistory) -> float:
+    return math.nan if layer.running is None else _average(layer.running.mean)
+
+
+def _batch_std(layer: LayerHistory) -> float:
+    return math.nan if layer.window is None else _average(np.sqrt(layer.window.var_unbiased))
+
+
+def _running_std(layer: LayerHistory) -> float:
+    return math.nan if layer.running is None else _average(np.sqrt(layer.running.var))
+
+
+def _typical(values: FloatArray | None) -> float:
+    """Return the value that nine of ten channels are within, with the sign of the furthest."""
+    if values is None or values.size == 0:
+        return math.nan
+    size = float(np.quantile(np.abs(values), _CHANNEL_QUANTILE))
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return math.nan if np.isnan(values).all() else math.inf
+    return math.copysign(size, finite[np.argmax(np.abs(finite))])
+
+
+def _average(values: FloatArray) -> float:
+    return float(np.mean(values)) if values.size else math.nan
+
+
+MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {
+    "eval_shift_std": lambda layer: abs(_eval_shift_std(layer)),
+    "eval_log_variance_ratio": _eval_log_variance_ratio,
+    "batch_shift_std": lambda layer: abs(_batch_shift_std(layer)),
+    "batch_log_variance_ratio": _batch_log_variance_ratio,
+    "variance_kept": _variance_kept,
+    "values_per_channel": _values_per_channel,
+    "gain": _gain,
+    "dead_channel_share": _dead_channel_share,
+    "batch_mean": _batch_mean,
+    "running_mean": _running_mean,
+    "batch_std": _batch_std,
+    "running_std": _running_std,
+}

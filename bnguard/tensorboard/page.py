@@ -1,0 +1,125 @@
+"""The page of the tab as one file: to attach to an issue, or to look at without TensorBoard."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bnguard.tensorboard.assets import STATIC_FILES, rule_pages, static_text
+from bnguard.tensorboard.decoding import Series, thinned
+from bnguard.tensorboard.logged import open_log
+from bnguard.tensorboard.metadata import LogError
+from bnguard.tensorboard.reader import LogReader
+
+# What a picture can show; an attachment should stay small.
+_MOST_STEPS = 600
+_MOST_SNAPSHOTS = 12
+
+# A module that stands in a data: address has no folder, so its imports are given bare names.
+_IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
+
+_START = """
+import { start } from "bnguard/app.js";
+import { EmbeddedSource } from "bnguard/source.js";
+const data = JSON.parse(document.getElementById("data").textContent);
+start(document.body, new EmbeddedSource(data));
+"""
+
+
+def write_page(folder: Path, file: Path) -> None:
+    """Write the page of all runs below a folder as one self-contained HTML file.
+
+    Long runs are thinned to what a picture can show; a peak of a single step survives.
+
+    Raises:
+        LogError: No run there can be shown.
+    """
+    file.write_text(page_html(open_log(folder)), "utf-8")
+
+
+def page_html(reader: LogReader) -> str:
+    """Return the page of all runs that can be shown, with its data in it.
+
+    Raises:
+        LogError: None can; the message says why.
+    """
+    listed = reader.runs()
+    runs = [_embedded(reader, entry["name"]) for entry in listed if not entry["problem"]]
+    if not runs:
+        raise LogError(f"no run can be shown: {listed[0]['problem']}")
+    data = json.dumps({"runs": runs, "rules": rule_pages()})
+    scripts = {
+        "importmap": json.dumps({"imports": _modules()}),
+        "module": _START,
+    }
+    inline = "\n".join(
+        f'<script type="{kind}">{_inert(text)}</script>' for kind, text in scripts.items()
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_policy(scripts.values())}">
+<title>BatchNorm report</title>
+<style>{static_text("style.css")}</style>
+</head>
+<body>
+<script type="application/json" id="data">{_inert(data)}</script>
+{inline}
+</body>
+</html>
+"""
+
+
+def _embedded(reader: LogReader, name: str) -> dict[str, Any]:
+    run = reader.run(name)
+    layers = [layer for layer in run["channels"] if layer in run["layers"]]
+    return {
+        "run": {**run, "channels": layers, "version": ""},
+        "stats": {
+            metric["key"]: _packed(reader.stats(name, metric["key"]), _MOST_STEPS)
+            for metric in run["metrics"]
+        },
+        "channels": {layer: _snapshots(reader.channels(name, layer)) for layer in layers},
+    }
+
+
+def _packed(series: Series, most_steps: int) -> str:
+    return base64.b64encode(thinned(series, most_steps).pack()).decode()
+
+
+def _snapshots(series: Series) -> str:
+    # The newest are kept: merged, a snapshot would be of no step.
+    newest = slice(-_MOST_SNAPSHOTS, None)
+    kept = Series(series.steps[newest], series.values[newest], series.names)
+    return base64.b64encode(kept.pack()).decode()
+
+
+def _modules() -> dict[str, str]:
+    """Return the modules of the tab, each by a bare name, as data: addresses."""
+    modules = {}
+    for name in STATIC_FILES:
+        if posixpath.splitext(name)[1] == ".js" and name != "index.js":
+            text = _IMPORT.sub(r'\1"bnguard/\2"', static_text(name))
+            content = base64.b64encode(text.encode()).decode()
+            modules[f"bnguard/{name}"] = f"data:text/javascript;base64,{content}"
+    return modules
+
+
+def _inert(text: str) -> str:
+    """Return JSON or a script without anything that ends a script element."""
+    return text.replace("<", "\\u003c")
+
+
+def _policy(scripts: Iterable[str]) -> str:
+    """Return a policy under which nothing runs but what stands here, and nothing is loaded."""
+    digests = (hashlib.sha256(_inert(script).encode()).digest() for script in scripts)
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src data: {allowed}"

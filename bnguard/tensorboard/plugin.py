@@ -1,0 +1,113 @@
+"""The BatchNorm tab of TensorBoard: what its page asks for, over HTTP; never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import werkzeug
+from tensorboard import context as request_context  # type: ignore[import-untyped]
+from tensorboard.backend import experiment_id, http_util  # type: ignore[import-untyped]
+from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
+
+from bnguard.tensorboard.assets import STATIC_FILES, rule_pages, static_text
+from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
+from bnguard.tensorboard.reader import LogReader, SeriesCache
+
+_App = Callable[..., Any]
+_Answer = tuple[str | bytes, str]
+
+
+class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
+    """Serves the tab: its static files, and the runs as JSON and binary arrays."""
+
+    plugin_name = PLUGIN_NAME
+
+    def __init__(self, context: base_plugin.TBContext) -> None:
+        self._provider = context.data_provider
+        self._cache = SeriesCache()
+
+    def get_plugin_apps(self) -> dict[str, _App]:
+        """Return what answers each route."""
+        data = {
+            "/runs": _runs,
+            "/run": _run,
+            "/stats": _stats,
+            "/layer": _layer,
+            "/channels": _channels,
+            "/rules": _rules,
+        }
+        apps = {route: self._app(answer) for route, answer in data.items()}
+        return apps | {
+            f"/static/{name}": _static_app(name, kind) for name, kind in STATIC_FILES.items()
+        }
+
+    def is_active(self) -> bool:
+        """Leave it to TensorBoard, which enables the tab once a run has data of ours."""
+        return False
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        """Return the tab's name and its entry module."""
+        return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="BatchNorm")
+
+    def _app(self, answer: Callable[[LogReader, Mapping[str, str]], _Answer]) -> _App:
+        @werkzeug.Request.application
+        def app(request: werkzeug.Request) -> werkzeug.Response:
+            environ = request.environ
+            reader = LogReader(
+                self._provider,
+                request_context.from_environ(environ),
+                environ.get(experiment_id.WSGI_ENVIRON_KEY, ""),
+                self._cache,
+            )
+            try:
+                content, kind = answer(reader, request.args)
+            except LogError as error:
+                return _respond(request, str(error), "text/plain", code=404)
+            return _respond(request, content, kind)
+
+        return app
+
+
+def _runs(reader: LogReader, _: Mapping[str, str]) -> _Answer:
+    return json.dumps(reader.runs()), "application/json"
+
+
+def _run(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
+    return json.dumps(reader.run(arguments.get("run", ""))), "application/json"
+
+
+def _stats(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
+    series = reader.stats(arguments.get("run", ""), arguments.get("metric", ""))
+    return series.pack(), "application/octet-stream"
+
+
+def _layer(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
+    series = reader.layer(arguments.get("run", ""), arguments.get("layer", ""))
+    return series.pack(), "application/octet-stream"
+
+
+def _channels(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
+    series = reader.channels(arguments.get("run", ""), arguments.get("layer", ""))
+    return series.pack(), "application/octet-stream"
+
+
+def _rules(_: LogReader, __: Mapping[str, str]) -> _Answer:
+    return json.dumps(rule_pages()), "application/json"
+
+
+def _static_app(name: str, kind: str) -> _App:
+    @werkzeug.Request.application
+    def app(request: werkzeug.Request) -> werkzeug.Response:
+        return _respond(request, static_text(name), kind)
+
+    return app
+
+
+def _respond(
+    request: werkzeug.Request, content: str | bytes, kind: str, code: int = 200
+) -> werkzeug.Response:
+    # Adds X-Content-Type-Options: nosniff.
+    response: werkzeug.Response = http_util.Respond(request, content, kind, code=code)
+    return response

@@ -1,0 +1,128 @@
+"""Findings as they stand in an event file: plain records, normalised on the way in and out.
+
+A record has the keys ``code``, ``name``, ``severity`` (``info``, ``warning`` or ``error``),
+``layer`` (null for the whole model), ``layers``, ``channels``, ``step``, ``message``, ``evidence``
+(``name``, ``value``, ``limit``, ``unit``, ``above``) and ``fix`` (``summary``, ``command``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Record = dict[str, Any]
+
+_SEVERITIES = ("info", "warning", "error")
+_COMMANDS = {
+    "recalibrate": "bnguard recalibrate CKPT --config config.yaml",
+    "swap": "bnguard swap CKPT --config config.yaml",
+}
+_LONGEST_TEXT = 2_000
+_MOST_RECORDS = 10_000
+_MOST_ITEMS = 4_096
+
+
+def finding_record(raw: Mapping[str, Any]) -> Record:
+    """Return a finding with every key of a record and values of the right type.
+
+    What ``Finding.to_dict`` returns will do. Nothing is refused, since a finding that is shown
+    badly is better than one that is not shown: what has the wrong type becomes empty.
+
+    >>> record = finding_record({"code": "BN301", "evidence": {"measure": "shift", "value": 2.5}})
+    >>> record["severity"], record["evidence"]["name"], record["evidence"]["above"]
+    ('info', 'shift', True)
+    """
+    evidence, fix = _mapping(raw.get("evidence")), _mapping(raw.get("fix"))
+    layer = raw.get("layer")
+    severity = _text(raw.get("severity")).lower()
+    value, limit = json_number(evidence.get("value")), json_number(evidence.get("limit"))
+    return {
+        "code": _text(raw.get("code")),
+        "name": _text(raw.get("name")),
+        "severity": severity if severity in _SEVERITIES else "info",
+        "layer": None if layer is None else _text(layer),
+        "layers": [_text(name) for name in _items(raw.get("layers"))],
+        "channels": [item for item in _items(raw.get("channels")) if _is_index(item)],
+        "step": _step(raw.get("step")),
+        "message": _text(raw.get("message")),
+        "evidence": {
+            "name": _text(evidence.get("name", evidence.get("measure"))),
+            "value": value,
+            "limit": limit,
+            "unit": _text(evidence.get("unit")),
+            "above": bool(evidence.get("above", not _is_below(value, limit))),
+        },
+        "fix": {"summary": _text(fix.get("summary")), "command": _command(fix)},
+    }
+
+
+def encode_findings(findings: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return findings as a JSON list of records."""
+    return json.dumps([finding_record(finding) for finding in findings]).encode()
+
+
+def decode_findings(text: bytes) -> list[Record]:
+    """Return the records of a JSON list, from a file that nobody vouches for.
+
+    Raises:
+        ValueError: It is no JSON list.
+
+    Example:
+        >>> decode_findings(encode_findings([{"code": "BN301"}]))[0]["code"]
+        'BN301'
+    """
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(raw, list):
+        raise ValueError("not a list")
+    return [finding_record(item) for item in raw[:_MOST_RECORDS] if isinstance(item, dict)]
+
+
+def _command(fix: Mapping[str, Any]) -> str:
+    return _text(fix.get("command")) or _COMMANDS.get(_text(fix.get("repair")), "")
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    text = str(value) if isinstance(value, (str, int, float)) else ""
+    return text[:_LONGEST_TEXT]
+
+
+def json_number(value: object) -> float | str | None:
+    """Return a number that JSON can hold: one that is not finite stands as a word."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _is_below(value: float | str | None, limit: float | str | None) -> bool:
+    return isinstance(value, float) and isinstance(limit, float) and value < limit
+
+
+def _step(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return int(value) if abs(value) < 2**53 else None
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _items(value: object) -> list[Any]:
+    return list(value[:_MOST_ITEMS]) if isinstance(value, (list, tuple)) else []
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

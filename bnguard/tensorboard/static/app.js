@@ -1,0 +1,302 @@
+// Puts the page together: what is chosen decides what is read, and what was read is shown.
+
+import { copied, h } from "./dom.js";
+import { emptyState, problem } from "./empty.js";
+import { Findings, groupedFindings } from "./findings.js";
+import { followTheme, isVisible, onReload, readLink, writeLink } from "./host.js";
+import { LayerView } from "./layer.js";
+import { Overview, nearest, valuesAt } from "./overview.js";
+import { closeness, isOver } from "./scale.js";
+import { Choice, fromLink, toLink } from "./state.js";
+import { MetricBar, Toolbar, comparison } from "./toolbar.js";
+
+const RELOAD_MS = 10_000;
+const EMPTY_RELOAD_MS = 1_500;
+const LINK_MS = 250;
+const NARROW = "(max-width: 1080px)";
+
+/** Draw the page into an element, and keep it up to date. */
+export async function start(root, source) {
+  const page = new Page(root, source);
+  followTheme(() => page.repaint());
+  await page.refresh();
+  if (!source.isLive) return;
+  onReload(() => page.refresh());
+  const poll = async () => {
+    if (isVisible()) await page.refresh();
+    setTimeout(poll, page.isEmpty ? EMPTY_RELOAD_MS : RELOAD_MS);
+  };
+  setTimeout(poll, EMPTY_RELOAD_MS);
+}
+
+class Page {
+  #source;
+  #choice = new Choice();
+  #toolbar;
+  #metrics;
+  #overview;
+  #findings;
+  #layer;
+  #comparison = h("div");
+  #main;
+  #message = h("div", { class: "message-area", "aria-live": "polite" }, h("p", {}, "Reading the log …"));
+  #runs = [];
+  #shown = null;
+  #turn = 0;
+  #finding = null;
+  // A key held down draws once a frame, and changes the address when it is let go.
+  #updating = 0;
+  #linking = 0;
+
+  constructor(root, source) {
+    this.#source = source;
+    this.#choice.set(fromLink(readLink()));
+    this.#toolbar = new Toolbar(this.#choice, (button) => this.#copyLink(button));
+    this.#metrics = new MetricBar(this.#choice);
+    this.#overview = new Overview(this.#choice);
+    this.#findings = new Findings((finding, layer) => this.#chooseFinding(finding, layer));
+    this.#overview.onFinding = (finding, layer) => this.#chooseFinding(finding, layer);
+    this.#layer = new LayerView(this.#choice, (by) => this.#moveStep(by));
+    this.#main = h(
+      "main",
+      { hidden: true },
+      h("div", { class: "left" }, this.#metrics.element, this.#comparison, this.#overview.element, this.#layer.element),
+      h("aside", {}, this.#findings.element),
+    );
+    root.replaceChildren(this.#toolbar.element, this.#message, this.#main);
+    this.#choice.onChange((now, before) => this.#changed(now, before));
+    document.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  /** Read what is new, and show it. */
+  async refresh() {
+    await this.#guarded(async () => {
+      const runs = await this.#source.runs();
+      const isKnown = JSON.stringify(runs) === JSON.stringify(this.#runs);
+      if (isKnown && this.#shown && !this.#main.hidden) return;
+      this.#runs = runs;
+      await this.#show();
+    });
+  }
+
+  /** Whether there is no run yet; TensorBoard may still be reading. */
+  get isEmpty() {
+    return this.#shown === null;
+  }
+
+  /** Draw anew in other colours. */
+  repaint() {
+    this.#overview?.repaint();
+    const { step, channel } = this.#choice.now;
+    if (this.#shown) this.#layer.update(step ?? this.#shown.run.last_step, channel, step === null);
+  }
+
+  async #guarded(work) {
+    const turn = (this.#turn += 1);
+    try {
+      await work(turn);
+    } catch (error) {
+      if (turn !== this.#turn) return;
+      this.#say(problem(error.message, () => this.refresh()));
+    }
+  }
+
+  #say(...content) {
+    this.#main.hidden = true;
+    this.#message.hidden = false;
+    this.#message.replaceChildren(...content);
+  }
+
+  async #changed(now, before) {
+    clearTimeout(this.#linking);
+    this.#linking = setTimeout(() => writeLink(toLink(this.#choice.now)), LINK_MS);
+    const reads = ["run", "compare", "metric", "layer"].some((key) => now[key] !== before[key]);
+    if (reads) await this.#guarded(() => this.#show());
+    else if (!this.#updating) this.#updating = requestAnimationFrame(() => this.#update());
+  }
+
+  /** Read what the choice asks for, and show it all. */
+  async #show() {
+    const turn = this.#turn;
+    if (this.#runs.length === 0) {
+      this.#toolbar.element.hidden = true;
+      this.#say(emptyState());
+      return;
+    }
+    this.#toolbar.element.hidden = false;
+    const { now } = this.#choice;
+    const known = (name) => this.#runs.find((run) => run.name === name);
+    const listed = known(now.run) ?? this.#newest();
+    const compared = known(now.compare);
+    this.#toolbar.showRuns(this.#runs, listed.name, compared?.name ?? null);
+    if (listed.problem) {
+      this.#say(problem(listed.problem));
+      return;
+    }
+    const wanted = compared && !compared.problem && compared !== listed ? [listed, compared] : [listed];
+    const [rules, ...runs] = await Promise.all([
+      this.#source.rules(),
+      ...wanted.map(({ name, version }) => this.#source.run(name, version)),
+    ]);
+    const [run] = runs;
+    const metrics = run.metrics.filter((metric) => metric.has_quantiles && metric.is_observed);
+    const offered = metrics.length ? metrics : run.metrics;
+    const metric = offered.find(({ key }) => key === now.metric) ?? foremost(offered, run);
+    const holders = runs.filter(({ metrics: own }) => own.some(({ key }) => key === metric.key));
+    const series = await Promise.all(holders.map((holder) => this.#source.stats(holder, metric.key)));
+    if (turn !== this.#turn) return;
+    const entries = holders.map((holder, place) => ({ run: holder, series: series[place] }));
+    const layer = this.#layerOf(runs, now.layer) ?? worstLayer(run, series[0], metric);
+    this.#shown = { run, runs, series: series[0], metric, offered, layer };
+    this.#message.hidden = true;
+    this.#main.hidden = false;
+    this.#toolbar.showVerdict(run);
+    this.#metrics.show(offered, metric.key);
+    this.#comparison.replaceChildren(...(runs.length > 1 ? [comparison(run, runs[1], offered)] : []));
+    this.#comparison.append(...run.problems.map((text) => problem(text)));
+    this.#findings.show(run.findings, rules);
+    this.#choice.fill({ layer });
+    this.#overview.show({ runs: entries, metric });
+    await this.#showLayer(turn);
+  }
+
+  async #showLayer(turn) {
+    const { runs, layer } = this.#shown;
+    const owners = runs.filter(({ layers }) => layers.includes(layer));
+    const curves = await Promise.all(owners.map((run) => this.#source.layer(run, layer)));
+    const hasChannels = owners[0].channels.includes(layer);
+    const channels = hasChannels ? await this.#source.channels(owners[0], layer) : null;
+    if (turn !== this.#turn) return;
+    const { step, channel } = this.#choice.now;
+    const at = step ?? this.#shown.run.last_step;
+    const entries = owners.map((run, place) => ({ run, series: curves[place] }));
+    this.#layer.showCurves(layer, entries, at);
+    this.#layer.showChannels(channels, at, channel);
+    this.#update();
+  }
+
+  /** Show another step or channel of what was read. */
+  #update() {
+    this.#updating = 0;
+    if (!this.#shown) return;
+    const { step, channel, layer } = this.#choice.now;
+    this.#overview.update();
+    this.#findings.choose(this.#finding, layer);
+    this.#layer.update(step ?? this.#shown.run.last_step, channel, step === null);
+  }
+
+  #newest() {
+    const sound = this.#runs.filter(({ problem: text }) => !text);
+    return (sound.length ? sound : this.#runs).reduce((a, b) => (Number(b.version) > Number(a.version) ? b : a));
+  }
+
+  #layerOf(runs, name) {
+    return runs.some(({ layers }) => layers.includes(name)) ? name : null;
+  }
+
+  /** Go to where a finding shows: its layer, its step, and the metric that tells it best. */
+  async #chooseFinding(finding, layer) {
+    const { run, offered, metric } = this.#shown;
+    this.#finding = finding.code;
+    const judged = offered.filter(({ rules }) => rules.includes(finding.code));
+    const name = layer ?? finding.layers[0] ?? this.#choice.now.layer;
+    const step = finding.step === null ? null : Math.min(Math.max(finding.step, run.first_step), run.last_step);
+    const best = await this.#tellingMetric(judged, name, step ?? run.last_step);
+    this.#choice.set({ layer: name, step, metric: (best ?? metric).key, channel: finding.channels[0] ?? null });
+    this.#update();
+    // In a narrow window the list stands above the picture.
+    if (matchMedia(NARROW).matches) this.#overview.element.scrollIntoView();
+  }
+
+  /** Return which metric is furthest beyond its limit at a layer, from a step on. */
+  async #tellingMetric(metrics, layer, step) {
+    const { run } = this.#shown;
+    if (metrics.length < 2 || !run.layers.includes(layer)) return metrics[0];
+    const series = await this.#source.layer(run, layer);
+    const rows = series.shape[1];
+    const from = nearest(series.steps, step);
+    const worst = (metric) => {
+      const row = run.metrics.findIndex(({ key }) => key === metric.key);
+      const close = closeness(metric, Number(metric.largest));
+      let most = metric.limit === null ? -1 : 0;
+      for (let i = from; i < series.steps.length && metric.limit !== null; i += 1) {
+        most = Math.max(most, close(series.values[i * rows + row]) || 0);
+      }
+      return most;
+    };
+    return metrics.reduce((best, metric) => (worst(metric) > worst(best) ? metric : best));
+  }
+
+  #moveStep(by) {
+    const { steps } = this.#shown.series;
+    const { step } = this.#choice.now;
+    const place = step === null ? steps.length - 1 : nearest(steps, step);
+    const next = Math.min(Math.max(place + by, 0), steps.length - 1);
+    this.#choice.set({ step: next === steps.length - 1 ? null : steps[next] });
+  }
+
+  #moveLayer(by) {
+    const layers = [...new Set(this.#shown.runs.flatMap((run) => run.layers))];
+    const place = layers.indexOf(this.#shown.layer) + by;
+    const next = layers[Math.min(Math.max(place, 0), layers.length - 1)];
+    this.#choice.set({ layer: next, channel: null });
+  }
+
+  #moveMetric() {
+    const { offered, metric } = this.#shown;
+    const next = offered[(offered.indexOf(metric) + 1) % offered.length];
+    this.#choice.set({ metric: next.key });
+  }
+
+  #key(event) {
+    const isTyping = event.target.closest?.("select, input, textarea");
+    if (!this.#shown || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+    const many = event.shiftKey ? 10 : 1;
+    const actions = {
+      ArrowUp: () => this.#moveLayer(-1),
+      ArrowDown: () => this.#moveLayer(1),
+      ArrowLeft: () => this.#moveStep(-many),
+      ArrowRight: () => this.#moveStep(many),
+      Home: () => this.#choice.set({ step: this.#shown.series.steps[0] }),
+      End: () => this.#choice.set({ step: null }),
+      m: () => this.#moveMetric(),
+      f: () => this.#nextFinding(),
+    };
+    const action = actions[event.key];
+    // Arrows up and down scroll the page, unless the picture has the focus.
+    const isVertical = event.key === "ArrowUp" || event.key === "ArrowDown";
+    if (!action || (isVertical && !event.target.closest?.(".heat-grid"))) return;
+    event.preventDefault();
+    action();
+  }
+
+  #nextFinding() {
+    const finding = this.#findings.after(this.#finding);
+    if (finding) this.#chooseFinding(finding, finding.layer);
+  }
+
+  async #copyLink(button) {
+    const { step, ...rest } = this.#choice.now;
+    const { run, metric } = this.#shown ?? {};
+    const address = writeLink(toLink({ ...rest, step, run: run?.name ?? rest.run, metric: metric?.key ?? rest.metric }));
+    button.textContent = (await copied(address)) ? "Copied" : "Not allowed";
+    setTimeout(() => (button.textContent = "Copy link"), 1500);
+  }
+}
+
+/** Return the metric to begin with: the one by which most layers are over a limit. */
+function foremost(metrics, run) {
+  const [worst] = groupedFindings(run.findings);
+  const accused = worst && metrics.find(({ rules, over_ever: ever }) => ever && rules.includes(worst[0].code));
+  return accused ?? metrics.reduce((best, metric) => (metric.over_ever > best.over_ever ? metric : best));
+}
+
+/** Return the layer to begin with: of the first finding, or the one closest to its limit. */
+function worstLayer(run, series, metric) {
+  const [worst] = groupedFindings(run.findings.filter((finding) => run.layers.includes(finding.layer)));
+  if (worst) return worst[0].layer;
+  const close = closeness(metric, Number(metric.largest));
+  const values = valuesAt(run, series, run.layers, run.last_step);
+  const badness = values.map((value) => (isOver(metric, value) ? 1e9 : 0) + (close(value) || 0));
+  return run.layers[badness.indexOf(Math.max(...badness))];
+}

@@ -1,0 +1,57 @@
+"""What a watched training writes, read back from its event file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import bnguard
+from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.measures import MEASURES, measured
+from bnguard.tensorboard.metadata import standard_metrics
+from bnguard.tensorboard.reports import ReportLog
+from tests.networks import conv_net, train
+
+
+def test_every_metric_has_a_measure():
+    assert {metric.key for metric in standard_metrics()} == set(MEASURES)
+
+
+def test_what_was_observed_is_what_is_read(tmp_path):
+    model = conv_net(momentum=0.01)
+    with (
+        SummaryWriter(tmp_path) as writer,
+        bnguard.watch(model, on_findings=lambda group: None) as monitor,
+    ):
+        log = ReportLog([writer])
+        train(model, monitor)
+        report = monitor.report()
+        log.add(report, 57)
+        log.add(report, 57)
+        log.add_channels(report, 57)
+
+    metrics = standard_metrics()
+    values = measured(report.layers, metrics)
+    by_key = dict(zip([metric.key for metric in metrics], values, strict=True))
+    assert by_key["values_per_channel"].tolist() == [4096, 1024, 256]
+    assert np.isfinite(by_key["eval_shift_std"]).all()
+    assert np.nanmax(by_key["dead_channel_share"]) < 1
+
+    (run,) = logged_runs(tmp_path)
+    assert run.layers == ("1", "4", "7")
+    assert (run.first_step, run.last_step, run.problem) == (57, 57, "")
+    assert {record["code"] for record in run.findings} >= {"BN303"}
+    scalars = log.scalars(report)
+    assert scalars["bnguard/eval_shift_std/max"] == float(by_key["eval_shift_std"].max())
+
+
+def test_a_model_without_bn_writes_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="no BN layers"):
+        monitor = bnguard.watch(nn.Linear(2, 2))
+    with SummaryWriter(tmp_path) as writer:
+        log = ReportLog([writer])
+        log.add(monitor.report(), 1)
+        log.add_channels(monitor.report(), 1)
+    assert log.scalars(monitor.report()) == {}
