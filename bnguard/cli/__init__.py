@@ -18,7 +18,9 @@ from bnguard.version import __version__
 COMMANDS = {
     "demo": "train, break, name and repair a small network on real digits",
     "inspect": "tell what is wrong with the BN layers of checkpoints",
+    "diff": "compare two checkpoints",
     "recalibrate": "write a checkpoint with new running statistics beside it",
+    "report": "print what a log directory says of BN layers, or write it as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",
 }

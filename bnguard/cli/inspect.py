@@ -10,11 +10,12 @@ from typing import Literal
 import rich
 from jsonargparse import ArgumentParser
 
-from bnguard.checkpoint import find_checkpoints, read_checkpoint
+from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.report import Report
+from bnguard.report.checkpoint import checkpoint_view, inspection_document
 
 _EXAMPLES = """
 examples:
@@ -25,6 +26,27 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Report on each checkpoint; what is unusable among them does not hide the rest."""
+    values = _parser().parse_args(arguments)
+    inspected: list[tuple[Checkpoint, Report]] = []
+    errors: dict[str, str] = {}
+    for path in find_checkpoints(values.paths):
+        try:
+            inspected.append(_inspected(path))
+        except BNGuardError as error:
+            errors[str(path)] = str(error)
+    if values.json:
+        print(json.dumps(inspection_document(inspected, errors), indent=2))
+    else:
+        for checkpoint, report in inspected:
+            rich.print(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
+    for message in errors.values():
+        print(f"bnguard: error: {message}", file=sys.stderr)
+    if errors:
+        return 2
+    return int(_is_at_level([report for _, report in inspected], values.fail_on))
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         "bnguard inspect",
         description="Tell what is wrong with the BN layers of checkpoints; needs no model code, "
@@ -33,6 +55,7 @@ def run(arguments: list[str]) -> int:
         exit_on_error=False,
     )
     parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
+    parser.add_argument("--verbose", action="store_true", help="show a line a layer")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
         "--fail-on",
@@ -40,30 +63,16 @@ def run(arguments: list[str]) -> int:
         default="error",
         help="exit with status 1 where there is a finding so severe",
     )
-    values = parser.parse_args(arguments)
-
-    reports: dict[str, Report] = {}
-    is_unusable = False
-    for path in find_checkpoints(values.paths):
-        try:
-            reports[str(path)] = _report(path)
-        except BNGuardError as error:
-            is_unusable = True
-            print(f"bnguard: error: {error}", file=sys.stderr)
-    if values.json:
-        print(json.dumps({path: report.to_dict() for path, report in reports.items()}, indent=2))
-    else:
-        for name, report in reports.items():
-            rich.print(name, report)
-    return 2 if is_unusable else int(_is_at_level(reports, values.fail_on))
+    return parser
 
 
-def _report(path: Path) -> Report:
-    return inspect_checkpoint(read_checkpoint(path))
+def _inspected(path: Path) -> tuple[Checkpoint, Report]:
+    checkpoint = read_checkpoint(path)
+    return checkpoint, inspect_checkpoint(checkpoint)
 
 
-def _is_at_level(reports: dict[str, Report], fail_on: str) -> bool:
+def _is_at_level(reports: list[Report], fail_on: str) -> bool:
     if fail_on == "never":
         return False
     level = Severity[fail_on.upper()]
-    return any((report.worst_severity or 0) >= level for report in reports.values())
+    return any((report.worst_severity or 0) >= level for report in reports)

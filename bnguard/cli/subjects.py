@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bnguard.errors import ConfigurationError
 
@@ -115,31 +116,66 @@ def built_model(subject: Subject, parser: ArgumentParser, values: Namespace) -> 
     return model
 
 
-def built_loader(subject: Subject, parser: ArgumentParser, values: Namespace) -> Iterable[object]:
-    """Return the loader of ``values.split``, of a data module or as a function gives it.
+@dataclass(frozen=True)
+class Data:
+    """Data that was named: a data module, or a loader as a function gives it.
+
+    Attributes:
+        path: Where it was imported from.
+        source: The data module or loader.
+    """
+
+    path: str
+    source: object
+
+    def has(self, split: str) -> bool:
+        """Return whether there is a loader of this split."""
+        return hasattr(self.source, f"{split}_dataloader")
+
+    def loader(self, split: str) -> Iterable[object]:
+        """Return the loader of a split; a bare loader serves as any of them.
+
+        Raises:
+            ConfigurationError: There is none, or it cannot be made.
+        """
+        name = f"{split}_dataloader"
+        if not self.has(split):
+            if isinstance(self.source, Iterable):
+                return self.source
+            raise ConfigurationError(f"--data {self.path} has no {name}() and cannot be iterated")
+        try:
+            self.source.prepare_data()  # type: ignore[attr-defined]
+            self.source.setup("test" if split == "test" else "fit")  # type: ignore[attr-defined]
+            loader: object = getattr(self.source, name)()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"--data {self.path} failed in {name}() with {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], DataLoader):
+            loader = loader[0]
+        if not isinstance(loader, Iterable):
+            raise ConfigurationError(f"--data {self.path} gives no {name}")
+        return loader
+
+
+def built_data(subject: Subject, parser: ArgumentParser, values: Namespace) -> Data:
+    """Return the data that were named.
 
     Raises:
-        ConfigurationError: It cannot be built, or there is no such loader.
+        ConfigurationError: They cannot be built.
     """
-    data, split = subject.built(parser, values), values.split
-    name = f"{split}_dataloader"
-    if not hasattr(data, name):
-        if isinstance(data, Iterable):
-            return data
-        raise ConfigurationError(f"--data {subject.path} has no {name}() and cannot be iterated")
-    try:
-        data.prepare_data()  # type: ignore[attr-defined]
-        data.setup("test" if split == "test" else "fit")  # type: ignore[attr-defined]
-        loader: object = getattr(data, name)()
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        raise ConfigurationError(
-            f"--data {subject.path} failed in {name}() with {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(loader, Iterable):
-        raise ConfigurationError(f"--data {subject.path} gives no {name}")
-    return loader
+    return Data(subject.path, subject.built(parser, values))
+
+
+def configuration_beside(checkpoint: Path) -> Path | None:
+    """Return the configuration that LightningCLI saved with a checkpoint; None where there is none.
+
+    A run's folder holds ``config.yaml``, and its checkpoints a folder further down.
+    """
+    folders = (checkpoint.parent, checkpoint.parent.parent)
+    return next((path for folder in folders if (path := folder / "config.yaml").is_file()), None)
 
 
 def _configuration(path: Path) -> Mapping[str, Any]:

@@ -9,9 +9,11 @@ Schema version 1, the keys of a report:
   ``value``, ``limit``, ``unit``), ``fix`` (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
 * ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
-  ``updates``, ``initial_weight``, ``values_per_channel``, ``eval_shift_std`` and
-  ``eval_log_variance_ratio`` (both: largest absolute value over the channels).
+  ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
+  were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
+  the channels).
 * ``skipped``: a list of what could not be told; each with ``code``, ``layer``, ``reason``.
+* ``notes``: lines on what was read in another way than usual, or could not be seen.
 
 Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
 since JSON has no word for them.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +32,7 @@ from bnguard.stats import largest
 from bnguard.version import __version__
 
 if TYPE_CHECKING:
+    from bnguard.fixes.recalibration import Recalibration
     from bnguard.report import Report
 
 SCHEMA = 1
@@ -46,8 +50,45 @@ def report_document(report: Report) -> dict[str, Any]:
             {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
             for skipped in report.skipped
         ],
+        "notes": list(report.history.notes),
     }
     return cast("dict[str, Any]", _strict(document))
+
+
+def recalibration_document(
+    recalibration: Recalibration,
+    document: Mapping[str, object],
+    notes: Iterable[str],
+    written: Path | None,
+) -> dict[str, Any]:
+    """Return what a recalibration of a checkpoint did, as plain data.
+
+    Schema version 1, beside the keys of ``document``: ``schema``, ``bnguard``, ``kept`` (whether
+    the new statistics were kept), ``written`` (the path, or null), ``layers`` (each with ``name``,
+    ``values``, ``max_shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
+    ``reason``), ``notes``.
+    """
+    result = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        **document,
+        "kept": recalibration.is_kept,
+        "written": None if written is None else str(written),
+        "layers": [
+            {
+                "name": layer.name,
+                "values": layer.values,
+                "max_shift_std": layer.max_shift_std,
+                "log_variance_ratio": layer.extreme_log_variance_ratio,
+            }
+            for layer in recalibration.layers
+        ],
+        "skipped": [
+            {"name": layer.name, "reason": layer.reason} for layer in recalibration.skipped
+        ],
+        "notes": [*recalibration.notes, *notes],
+    }
+    return cast("dict[str, Any]", _strict(result))
 
 
 def write_document(report: Report, path: Path) -> None:
@@ -63,6 +104,7 @@ def _layer(layer: LayerHistory) -> dict[str, Any]:
         "updates": None if layer.running is None else layer.running.updates,
         "initial_weight": layer.initial_weight,
         "values_per_channel": layer.typical_values_per_channel,
+        "source": layer.source,
         "eval_shift_std": largest(layer.eval_shift_std),
         "eval_log_variance_ratio": largest(layer.eval_log_variance_ratio),
     }

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from bnguard.fixes.recalibration import LayerChange, Recalibration, SkippedLayer
+    from bnguard.fixes.recalibration import LayerChange, Recalibration
+    from bnguard.fixes.selection import SkippedLayer
 
 _MOST_LAYERS_SHOWN = 10
 

@@ -35,6 +35,7 @@ def report_view(report: Report) -> RenderableType:
         parts.append(findings_view(report.groups))
     if any(layer.evaluated is not None for layer in report.layers):
         parts.append(_layers_view(report.layers))
+    parts += [Text(f"note: {note}", style="dim") for note in report.history.notes]
     return Group(*parts)
 
 

@@ -117,9 +117,12 @@ def test_recalibrate_changes_statistics_and_nothing_else(checkpoint):
 def test_inspect_needs_no_model_code(checkpoint):
     done = bnguard(checkpoint.parent, "inspect", checkpoint, "--json")
     assert done.returncode == 0, done.stderr
-    (report,) = json.loads(done.stdout).values()
-    assert len(report["layers"]) == 7
-    assert report["layers"][0]["updates"] == 225
+    document = json.loads(done.stdout)
+    (inspected,) = document["checkpoints"]
+    assert (document["schema"], document["errors"]) == (1, [])
+    assert (inspected["path"], inspected["global_step"]) == (str(checkpoint), 225)
+    assert len(inspected["report"]["layers"]) == 7
+    assert inspected["report"]["layers"][0]["updates"] == 225
 
 
 def test_inspect_finds_poison_and_fails_at_the_level_asked_for(tmp_path):

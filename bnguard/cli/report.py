@@ -1,0 +1,38 @@
+"""``bnguard report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.page import write_page
+
+_EXAMPLES = """
+examples:
+  bnguard report lightning_logs/
+  bnguard report lightning_logs/ --html batchnorm.html
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Print the last report of each run in a log directory, or write all of it as one page."""
+    parser = ArgumentParser(
+        "bnguard report",
+        description="Print what the event files of a log directory say of BN layers, or write the "
+        "TensorBoard tab as one self-contained page.",
+        epilog=_EXAMPLES,
+        exit_on_error=False,
+    )
+    parser.add_argument("logdir", type=str, help="folder with event files")
+    parser.add_argument("--html", type=str, help="file to write the page to")
+    values = parser.parse_args(arguments)
+    folder = Path(values.logdir)
+    if values.html is not None:
+        write_page(folder, Path(values.html))
+        print(f"written: {values.html}")
+        return 0
+    for logged in logged_runs(folder):
+        print(logged)
+    return 0

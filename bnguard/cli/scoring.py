@@ -1,0 +1,169 @@
+"""What a model is worth, by the validation metrics of its own Lightning module."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from bnguard.errors import ConfigurationError, nearest_name
+
+# Words in the name of a metric that is better when it is lower.
+_LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "perplexity", "wer", "cer")
+# Which of a module's metrics is meant where none is named, the first that fits.
+_PREFERRED = ("acc", "f1", "dice", "iou", "auc", "map", "loss")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples calibrate, and which score.
+
+    Attributes:
+        calibration: Loader of the samples that the statistics come from.
+        scoring: Loader of the samples that the model is scored on; None where there are none.
+        is_shared: Whether the same samples do both.
+    """
+
+    calibration: Iterable[object]
+    scoring: Iterable[object] | None
+    is_shared: bool
+
+
+def shared_out(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
+    """Return the samples of one split, shared out between calibration and scoring.
+
+    Args:
+        loader: Loader of the split.
+        samples: Samples to calibrate on at most.
+        holdout: Share of the split that scores and does not calibrate; None leaves to scoring
+            what ``samples`` leaves over, or all of it where nothing is left over.
+
+    Raises:
+        ConfigurationError: A share is asked for of a loader that has no data set to share out.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if holdout is not None:
+            raise ConfigurationError(
+                "--holdout needs a DataLoader over a data set with a length; leave it out"
+            )
+        return Samples(loader, loader, is_shared=True)
+    total = len(cast("Sized", loader.dataset))
+    calibrating = min(samples, total)
+    if holdout is not None:
+        calibrating = min(calibrating, total - math.ceil(holdout * total))
+    if calibrating == total:
+        return Samples(loader, loader, is_shared=True)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    return Samples(
+        _over(loader, Subset(loader.dataset, order[:calibrating])),
+        _over(loader, Subset(loader.dataset, order[calibrating:])),
+        is_shared=False,
+    )
+
+
+def _over(loader: DataLoader[object], dataset: Dataset[object]) -> DataLoader[object]:
+    """Return a loader like the one given over another data set, in order and without dropping."""
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size or 1,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+    )
+
+
+@dataclass
+class Scorer:
+    """Scores a Lightning module by the Trainer's own validation loop; the higher the better.
+
+    Attributes:
+        loader: What to validate on.
+        accelerator: Where, as the Trainer names it.
+        precision: In which precision, as the Trainer names it.
+        metric: The metric that counts; chosen at the first validation where it is None.
+    """
+
+    loader: Iterable[object]
+    accelerator: str
+    precision: str
+    metric: str | None = None
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the metric, with its sign turned where lower is better.
+
+        Raises:
+            ConfigurationError: The module logs no such metric.
+        """
+        value = self.metrics(model)[self.metric or ""]
+        return -value if is_lower_better(self.metric or "") else value
+
+    def metrics(self, model: nn.Module) -> Mapping[str, float]:
+        """Return all metrics that a validation logs, and choose the one that counts."""
+        from pytorch_lightning import Trainer
+
+        with quiet_lightning():
+            trainer = Trainer(
+                accelerator=self.accelerator,
+                devices=1,
+                precision=self.precision,  # type: ignore[arg-type]
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            (metrics,) = trainer.validate(model, self.loader, verbose=False)  # type: ignore[arg-type]
+        if self.metric is None:
+            self.metric = _chosen(metrics)
+        if self.metric not in metrics:
+            near = nearest_name(self.metric, metrics)
+            hint = f"did you mean {near!r}?" if near else f"it logs {', '.join(metrics) or 'none'}"
+            raise ConfigurationError(f"validation logs no metric {self.metric!r}: {hint}")
+        return metrics
+
+
+def has_validation(model: nn.Module) -> bool:
+    """Return whether a model is a Lightning module with a validation step of its own."""
+    bases = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
+    step = getattr(type(model), "validation_step", None)
+    return bool(bases) and step is not getattr(bases[0], "validation_step", None)
+
+
+def is_lower_better(metric: str) -> bool:
+    """Return whether a metric is better when it is lower, from the words in its name.
+
+    >>> is_lower_better("val_loss"), is_lower_better("val_accuracy")
+    (True, False)
+    """
+    return any(word in metric.lower() for word in _LOWER_IS_BETTER)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's remarks on workers and accelerators out of the output."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _chosen(metrics: Mapping[str, float]) -> str:
+    for word in _PREFERRED:
+        for name in metrics:
+            if word in name.lower():
+                return name
+    return next(iter(metrics), "")

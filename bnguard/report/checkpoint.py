@@ -1,0 +1,77 @@
+"""Inspected checkpoints, as rich draws them and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bnguard.report.document import SCHEMA
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from bnguard.checkpoint import Checkpoint, CheckpointLayer
+    from bnguard.report import Report
+
+
+def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool) -> RenderableType:
+    """Return what an inspection found: the file, its findings, and each layer if asked for."""
+    parts: list[RenderableType] = [Text(f"{checkpoint.path} ({checkpoint.format})"), report]
+    parts += [Text(f"unusable: {problem}", style="yellow") for problem in checkpoint.problems]
+    if checkpoint.provenance is not None:
+        action = checkpoint.provenance.get("action", "written")
+        parts.append(Text(f"written by bnguard: {action}", style="dim"))
+    if is_verbose:
+        parts.append(_layers_view(checkpoint.layers))
+    return Group(*parts)
+
+
+def inspection_document(
+    inspected: Iterable[tuple[Checkpoint, Report]], errors: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the inspection of several checkpoints as plain data.
+
+    Schema version 1: ``schema``, ``bnguard``, ``checkpoints`` and ``errors`` (each with ``path``
+    and ``message``). A checkpoint has ``path``, ``format``, ``global_step``, ``epoch``,
+    ``provenance`` (null where bnguard did not write it), ``problems`` (sentences), and ``report``,
+    as :mod:`bnguard.report.document` describes it.
+    """
+    return {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        "checkpoints": [
+            {
+                "path": str(checkpoint.path),
+                "format": checkpoint.format,
+                "global_step": checkpoint.global_step,
+                "epoch": checkpoint.epoch,
+                "provenance": checkpoint.provenance,
+                "problems": list(checkpoint.problems),
+                "report": report.to_dict(),
+            }
+            for checkpoint, report in inspected
+        ],
+        "errors": [{"path": path, "message": message} for path, message in errors.items()],
+    }
+
+
+def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    for heading in ("C", "updates", "|mean| max", "var min", "var max", "dtype"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        table.add_row(
+            Text(layer.name),
+            str(layer.channels),
+            "–" if layer.counter is None else f"{layer.counter:,}",
+            f"{np.max(np.abs(layer.running_mean), initial=0.0):.3g}",
+            f"{np.min(layer.running_var, initial=np.inf):.3g}",
+            f"{np.max(layer.running_var, initial=0.0):.3g}",
+            layer.dtype,
+        )
+    return table

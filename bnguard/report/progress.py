@@ -1,0 +1,51 @@
+"""Progress bars on long work, drawn on the standard error stream."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class CalibrationBar:
+    """A bar that says which layer the samples are at, and how long the rest will take.
+
+    A context manager; the bar is gone afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("recalibrating"),
+            BarColumn(),
+            TextColumn("{task.fields[samples]:,} samples · layer {task.fields[layer]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, samples=0, layer="–")
+        self._samples = self._layers = 1
+
+    def __enter__(self) -> CalibrationBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, samples: int, layers: int) -> None:
+        """Begin anew: so many samples are to pass so many layers."""
+        self._samples, self._layers = max(1, samples), max(1, layers)
+        self._progress.reset(self._task, total=self._samples * self._layers, samples=samples)
+
+    def advance(self, samples: int) -> None:
+        """So many samples passed one more layer; may be called from any thread."""
+        self._progress.advance(self._task, samples)
+        done = int(self._progress.tasks[0].completed) // self._samples
+        layer = f"{min(done + 1, self._layers)}/{self._layers}"
+        self._progress.update(self._task, layer=layer)
