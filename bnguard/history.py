@@ -71,6 +71,13 @@ class BatchWindow:
     first_step: int
     last_step: int
 
+    @property
+    def noise_std(self) -> FloatArray:
+        """Spread of the batch means, drift left out, in standard deviations of the values."""
+        total = self.var_unbiased + self.var_of_means_successive
+        with np.errstate(all="ignore"):
+            return np.sqrt(self.var_of_means_successive / np.where(total > 0.0, total, np.nan))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvalWindow:
@@ -107,27 +114,49 @@ class EvalWindow:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:
-    """Batch statistics of one of several calls of a layer in a forward, averaged over forwards.
+    """Batch statistics of one of several calls of a layer in a step, averaged over steps.
 
     Attributes:
         mean: Average of the batch means.
         var_unbiased: Average of the within-batch variances, the unbiased estimate.
+        batches: Batches in the average.
     """
 
     mean: FloatArray
     var_unbiased: FloatArray
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputWindow:
+    """How much the batches that the model was given differ, over the newest window of training.
+
+    Attributes:
+        batches: Batches observed.
+        variance_ratio: Variance of the batch means times the samples of a batch, over the variance
+            of the samples of a batch, a value for each of some numbers of a sample; those that
+            never vary are left out. Samples that are drawn independently give 1.
+    """
+
+    batches: int
+    variance_ratio: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadValueOrigin:
     """The module in which a NaN or Inf first appeared in a forward.
 
+    Poisoned buffers say that a batch was bad; hooks, put on then, find the place in the next bad
+    one: that is the forward told of here.
+
     Attributes:
         module: Its dotted name, ``""`` for the model itself.
         kind: Name of its class.
         channels: Channels of its output that were not finite; empty where it has none.
         is_input_bad: Whether its input was not finite already: the batch, or what came before.
-        bad_parameters: Names of its own parameters that are not finite.
+        bad_parameters: Names of its own parameters and buffers that are not finite.
+        samples: Places in the batch of the samples whose output was not finite.
+        step: Training step of that forward.
     """
 
     module: str
@@ -135,6 +164,8 @@ class BadValueOrigin:
     channels: tuple[int, ...]
     is_input_bad: bool
     bad_parameters: tuple[str, ...]
+    samples: tuple[int, ...] = ()
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +202,10 @@ class Run:
         mode_gap: How far the two modes disagreed in the newest evaluation; None where it was not
             measured.
         mode_gap_reason: Why it was not measured.
+        earlier_mode_gaps: Those of the evaluations before, the newest last.
         origin: Where a NaN or Inf appeared after one was noticed.
+        inputs: How much the batches of training differ; None where the model was not called with
+            a batch of numbers.
         plan: What was known of the training before its first batch.
         steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
@@ -183,7 +217,9 @@ class Run:
     is_settled: bool = True
     mode_gap: ModeGap | None = None
     mode_gap_reason: str = "no evaluation was watched"
+    earlier_mode_gaps: tuple[ModeGap, ...] = ()
     origin: BadValueOrigin | None = None
+    inputs: InputWindow | None = None
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False
@@ -217,8 +253,8 @@ class LayerHistory:
         running: The running statistics now; None where untracked.
         running_at_start: The running statistics when watching began.
         updates_seen: Updates of the running statistics observed in training.
-        source: Where the batch statistics were read: ``"buffers"``, or why they were read from
-            the inputs.
+        source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
+            saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
         calls_in_training: Calls that normalised with the statistics of the batch.
         calls_without_grad: How many of them ran under ``torch.no_grad``.
         calls_outside: How many ran outside a forward of the model, as recomputed activations do.
@@ -230,7 +266,7 @@ class LayerHistory:
             followed one of them.
         unfrozen_step: Step of that call.
         calls_per_forward: The most calls in one forward of the model.
-        streams: Batch statistics of each of these calls, where there are several.
+        streams: Batch statistics of each of the calls in a step, where there are several.
         samples: Samples in the usual batch; None where none was seen.
         values_per_channel: How often a batch of n values per channel was normalised with its own
             statistics, by n.
@@ -297,6 +333,11 @@ class LayerHistory:
         return max(self.values_per_channel, key=lambda n: (self.values_per_channel[n], n))
 
     @property
+    def unseen_calls(self) -> int:
+        """Updates whose calls no hook saw, as under ``torch.compile``."""
+        return max(0, self.updates_seen - self.calls_in_training)
+
+    @property
     def initial_weight(self) -> float | None:
         """Weight that the initial statistics (0, 1) still have; None where it cannot be told."""
         return self._initial_weight_in(self.running)
@@ -352,3 +393,25 @@ class History:
         """The layers that were called, in the order in which they were; all where none was."""
         called = [layer for layer in self.layers if layer.position is not None]
         return tuple(sorted(called, key=lambda layer: layer.position or 0)) or self.layers
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read in another way than usual, or could not be seen, and why; a line each."""
+        by_source: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.source != "buffers":
+                by_source.setdefault(layer.source, []).append(layer.name)
+        notes = [f"{_layers(names)} read from {source}" for source, names in by_source.items()]
+        unseen = [layer.name for layer in self.layers if layer.unseen_calls]
+        if unseen:
+            notes.append(
+                f"{_layers(unseen)} called where no hook sees, as under torch.compile: values per "
+                "channel, streams and eval moments not known"
+            )
+        return tuple(notes)
+
+
+def _layers(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0] or "the layer"
+    return f"{len(names)} layers, {names[0]} first,"

@@ -68,6 +68,11 @@ class BatchNormLayer:
             return value
         return 1.0 - value
 
+    def momentum_place(self) -> Iterator[tuple[nn.Module, str]]:
+        """Yield where momentum is kept, module and attribute; nothing where it is a constant."""
+        if isinstance(self.adapter.momentum, str):
+            yield self.module, self.adapter.momentum
+
     @property
     def eps(self) -> float:
         """What is added to the variance before the square root."""
@@ -88,6 +93,10 @@ class BatchNormLayer:
     def uses_batch_statistics(self) -> bool:
         """Whether a forward now would normalise with the statistics of its batch."""
         return self.is_training or not self.is_tracking
+
+    def normalises(self, values: Tensor) -> bool:
+        """Whether these values, ``(N, C, *)``, have the channels of the layer."""
+        return values.dim() >= 2 and values.shape[1] == self.channels
 
     @property
     def is_training(self) -> bool:
@@ -133,7 +142,7 @@ def find_layers(model: nn.Module) -> tuple[BatchNormLayer, ...]:
     for name, module in model.named_modules():
         adapter = adapter_of(type(module))
         if adapter is not None:
-            layers.append(BatchNormLayer(_without_wrappers(name), module, adapter))
+            layers.append(BatchNormLayer(without_wrappers(name), module, adapter))
     return tuple(layers)
 
 
@@ -148,7 +157,12 @@ def is_wrapper(module: nn.Module) -> bool:
     return isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Return the dotted name of a module without what wrappers put before it.
+
+    >>> without_wrappers("module._orig_mod.layer1.bn")
+    'layer1.bn'
+    """
     stripped = True
     while stripped:
         stripped = False

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Beyond this the float32 rounding of a mean is more than 1e-4 of a standard deviation.
-_MAX_MEAN_IN_STD = 1e3
+# Beyond this, sums in float32 cost the variance more than 1e-4 of itself.
+_MAX_MEAN_IN_STD = 30.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,8 @@ def values_per_channel(shape: torch.Size) -> int:
 def channel_moments(values: Tensor) -> Moments:
     """Return the moments of each channel of ``values``, shape ``(N, C, *)``.
 
-    The statistics kernel of PyTorch's own batch normalisation reads the values once, in place of
-    the several passes of ``torch.var_mean``; half-precision values are widened to float32 first,
-    because the kernel answers in the precision that it is asked in.
+    Half-precision values are widened to float32 first, since sums come out in the precision that
+    they are asked for in.
 
     Example:
         >>> moments = channel_moments(torch.tensor([[1.0], [5.0]]))
@@ -74,23 +73,40 @@ def channel_moments(values: Tensor) -> Moments:
     values = values.detach()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
-    mean, var = _mean_and_var(values)
-    centre = torch.zeros_like(mean)
-    if bool((mean.abs() > _MAX_MEAN_IN_STD * var.sqrt()).any()):
-        # A mean rounded to the precision of the values would be off by a part of the deviation;
-        # the difference of nearby numbers is exact, so that a second look is not.
-        centre = mean
-        mean, var = _mean_and_var(values - centre.view(-1, *[1] * (values.dim() - 2)))
-    return Moments(count, centre.double() + mean.double(), var.double() * count)
+    mean, var = mean_and_biased_var(values)
+    is_far = mean.abs() > _MAX_MEAN_IN_STD * var.sqrt()
+    if bool(is_far.any()):
+        # The difference of nearby numbers is exact, so a second look from the mean is too.
+        centre = mean[is_far].to(values.dtype)
+        near = values[:, is_far] - centre.view(-1, *[1] * (values.dim() - 2))
+        offset, var[is_far] = mean_and_biased_var(near)
+        mean[is_far] = centre.double() + offset
+    return Moments(count, mean, var * count)
 
 
-def _mean_and_var(values: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance, in float64, by the fastest way for the layout."""
+    if values.device.type == "cpu" and values.dim() > 2 and values.is_contiguous():
+        return _mean_and_var_of_rows(values.flatten(2))
     if values.device.type in ("cpu", "cuda"):
         mean, var = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
     else:
         dims = [0, *range(2, values.dim())]
         var, mean = torch.var_mean(values, dims, correction=0)
-    return mean, var
+    return mean.double(), var.double()
+
+
+def _mean_and_var_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same for contiguous values of shape ``(N, C, positions)``.
+
+    Sums along rows run at the speed of memory, several times that of the kernel of PyTorch's own
+    batch normalisation. The mean's square is taken off in float64, which is safe while the mean
+    is no more than some standard deviations: what is further off is looked at again.
+    """
+    count = values_per_channel(rows.shape)
+    mean = rows.sum(2).sum(0, dtype=torch.float64) / count
+    mean_square = torch.linalg.vector_norm(rows, dim=2).double().square().sum(0) / count
+    return mean, (mean_square - mean.square()).clamp_min(0.0)
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:

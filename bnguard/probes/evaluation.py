@@ -26,6 +26,7 @@ class EvalReading:
         padding_share: Share of the positions of a sample that equal its last one in every
             channel, the last not counted: trailing constant padding. The mean over samples.
         padding_spread: Standard deviation of that share over the samples.
+        dtype: Element type of the values.
     """
 
     moments: Moments
@@ -34,6 +35,7 @@ class EvalReading:
     largest_normalised: float
     padding_share: float
     padding_spread: float
+    dtype: str
 
 
 class EvalProbe:
@@ -61,6 +63,7 @@ class _Record:
     """Per call: moments, the largest normalised value, and the padding share of each sample."""
 
     parts: list[tuple[Moments, Tensor, Tensor]] = field(default_factory=list)
+    dtype: str = ""
 
     def reading(self) -> EvalReading:
         finite = [moments for moments, _, _ in self.parts if _is_finite(moments)]
@@ -77,6 +80,7 @@ class _Record:
             else float("nan"),
             padding_share=float(padding.mean()),
             padding_spread=float(padding.std(correction=0)),
+            dtype=self.dtype,
         )
 
 
@@ -91,8 +95,9 @@ def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
     def note(args: tuple[object, ...]) -> None:
         if len(parts) >= max_calls or layer.uses_batch_statistics:
             return
-        if args and isinstance(args[0], Tensor) and args[0].numel():
-            values = args[0].detach()
+        values = args[0] if args else None
+        if isinstance(values, Tensor) and values.numel() and layer.normalises(values):
+            record.dtype = str(values.dtype).removeprefix("torch.")
             moments = channel_moments(values)
             parts.append((moments, _extreme(values, layer), _padding_shares(values)))
 
@@ -115,5 +120,9 @@ def _padding_shares(values: Tensor) -> Tensor:
     positions = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
     if positions.shape[2] < 2:
         return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    # Where the last two positions differ in every sample nothing is padded: no need to look on.
+    is_padded = (positions[:, :, -2] == positions[:, :, -1]).all(1)
+    if not is_padded.any():
+        return is_padded.double()
     equal = (positions[:, :, :-1] == positions[:, :, -1:]).all(1)
     return equal.double().mean(1)

@@ -9,7 +9,10 @@ predictions that change. No user step function is called, and no label is needed
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +26,26 @@ from bnguard.layers import (
     preserved_modes,
     preserved_random_state,
     preserved_statistics,
+    without_wrappers,
 )
 from bnguard.probes.hooks import Hooks
 
-# What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured.
-MAX_CAPTURED_BYTES = 256 * 2**20
+_IS_TRAINING = operator.attrgetter("is_training")
+
+# What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured. Two
+# are kept at most: what the smallest module was called with, and what the largest was.
+MAX_CAPTURED_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call of a module during evaluation, and the settings that it ran under."""
+    """A call of a module during evaluation, and the settings that it ran under.
+
+    ``depth`` is larger the deeper the module lies in the model.
+    """
 
     name: str
+    depth: int
     module: nn.Module
     args: tuple[object, ...]
     kwargs: dict[str, object]
@@ -76,58 +87,72 @@ class GapProbe:
         self.hooks = Hooks()
         self._model = model
         self._layers = [layer for layer in layers if layer.is_tracking and layer.has_modes]
-        self._calls: dict[str, _Call] = {}
-        self._reason = "no module that holds all BN layers was called in eval mode"
-        for name, module in _holders(model, self._layers):
-            self.hooks.before(module, self._keeper(name, module), with_kwargs=True)
+        means = [layer.running_mean for layer in self._layers]
+        self._device = "cpu" if not means or means[0] is None else means[0].device.type
+        self._smallest: _Call | None = None
+        self._largest: _Call | None = None
+        self._reason = (
+            "no module that holds all BN layers was seen in eval mode (where the model runs under "
+            "torch.compile, watch what torch.compile returned)"
+        )
+        for depth, (name, module) in enumerate(_holders(model, self._layers)):
+            keep = self._keeper(name, depth, _without_compilation(module))
+            self.hooks.before(module, keep, with_kwargs=True)
 
     def close(self) -> None:
         """Take the hooks off and let the batch go."""
         self.hooks.close()
-        self._calls.clear()
+        self._smallest = self._largest = None
 
     def measure(self) -> ModeGap | str:
         """Return the mode gap on the batch kept, or why it could not be measured."""
-        if not self._calls:
+        if self._smallest is None or self._largest is None:
             return self._reason
-        if any(isinstance(layer.module, nn.SyncBatchNorm) for layer in self._layers):
+        if _is_spread_over_ranks(self._layers):
             return "the batch of a SyncBatchNorm is spread over the ranks"
-        # Deeper modules have the longer names: each name here is a prefix of the next.
-        by_depth = sorted(self._calls.values(), key=lambda call: len(call.name))
         try:
             with (
+                _compiling_nothing(),
                 preserved_modes(self._model),
                 preserved_random_state(self._model),
                 preserved_statistics(self._layers),
             ):
-                return _measured(smallest=by_depth[-1], largest=by_depth[0], layers=self._layers)
+                return _measured(self._smallest, self._largest, self._layers)
         except Exception as error:
             return f"the batch could not be run again: {type(error).__name__}: {error}"
 
-    def _keeper(self, name: str, module: nn.Module) -> Callable[..., None]:
+    def _keeper(self, name: str, depth: int, module: nn.Module) -> Callable[..., None]:
         def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if name in self._calls or any(layer.is_training for layer in self._layers):
+            is_smallest = self._smallest is None or depth > self._smallest.depth
+            is_largest = self._largest is None or depth < self._largest.depth
+            if not (is_smallest or is_largest) or any(map(_IS_TRAINING, self._layers)):
                 return
             size = sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
             if size > MAX_CAPTURED_BYTES:
                 self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
                 return
-            self._calls[name] = _kept(name, module, args, kwargs)
+            call = _kept(name, depth, module, args, kwargs, self._device)
+            self._smallest = call if is_smallest else self._smallest
+            self._largest = call if is_largest else self._largest
 
         return keep
 
 
 def _kept(
-    name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    name: str,
+    depth: int,
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    device: str,
 ) -> _Call:
-    tensors = _tensors((args, kwargs))
-    device = tensors[0].device.type if tensors else "cpu"
     # Copies, because a forward may write to its input.
     args, kwargs = tree_map(
         lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
     )
     return _Call(
         name=name,
+        depth=depth,
         module=module,
         args=args,
         kwargs=kwargs,
@@ -139,14 +164,40 @@ def _kept(
 
 
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that hold all the layers, the model first, wrappers left out."""
+    """Yield the modules that hold all the layers, the model first, deeper ones later.
+
+    Wrappers are left out, but for compiled modules: what these hold is called where no hook sees.
+    """
     inside = {id(layer.module) for layer in layers}
     if not inside:
         return
     for name, module in model.named_modules():
         held = {id(child) for child in module.modules() if child is not module}
-        if inside <= held and not is_wrapper(module):
-            yield name, module
+        is_compiled = _without_compilation(module) is not module
+        if inside <= held and (is_compiled or not is_wrapper(module)):
+            yield without_wrappers(name), module
+
+
+def _without_compilation(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+@contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Run compiled modules as they are written: other modes would make torch.compile start anew."""
+    is_compiling = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
+        yield
+
+
+def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1 and any(
+        isinstance(layer.module, nn.SyncBatchNorm) for layer in layers
+    )
 
 
 def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer]) -> ModeGap:

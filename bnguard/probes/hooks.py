@@ -28,20 +28,24 @@ class Hooks:
         """Call ``note`` with arguments and output of each forward, also one that raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Note nothing inside: what runs there is not the user's."""
-        before, self._is_paused = self._is_paused, True
-        try:
-            yield
-        finally:
-            self._is_paused = before
-
     def close(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+@contextmanager
+def paused(*probes: Hooks) -> Iterator[None]:
+    """Note nothing inside: what runs there is not the user's training."""
+    before = [hooks._is_paused for hooks in probes]
+    for hooks in probes:
+        hooks._is_paused = True
+    try:
+        yield
+    finally:
+        for hooks, was_paused in zip(probes, before, strict=True):
+            hooks._is_paused = was_paused
 
 
 class _Hook:

@@ -1,86 +1,94 @@
-"""Batch statistics of the few layers whose buffers do not tell them, from their inputs."""
+"""Batch statistics of single calls, for the few layers whose buffers do not tell them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bnguard.layers import BatchNormLayer
-from bnguard.moments import channel_moments
+from bnguard.moments import channel_moments, values_per_channel
+from bnguard.probes.autograd import saved_statistics
 from bnguard.probes.hooks import Hooks, Note
-from bnguard.probes.shapes import ShapeProbe, ShapeRecord
-
-# Calls of a layer in one forward whose statistics are told apart; further ones share the last.
-_MAX_STREAMS = 4
 
 
 @dataclass
-class _Average:
+class Average:
     """The average of batch statistics, mean and unbiased variance, shape ``(2, C)``."""
 
     batches: int = 0
     total: Tensor | None = None
 
     def add(self, statistics: Tensor) -> None:
+        """Add those of one batch."""
         self.batches += 1
         self.total = statistics if self.total is None else self.total + statistics
 
     def value(self) -> Tensor | None:
+        """Return the average; None of nothing."""
         return None if self.total is None else self.total / self.batches
 
 
 @dataclass
 class _Record:
-    pending: _Average = field(default_factory=_Average)
-    streams: list[_Average] = field(default_factory=list)
+    pending: Average
+    is_saved_by_autograd: bool = False
 
 
 class InputProbe:
-    """Takes the statistics of each batch from the input of a layer: exact, and not free.
+    """Takes the statistics of each batch from the call of a layer, and not from its buffers.
+
+    What autograd saved costs next to nothing; a look at the input where it saved nothing does.
 
     Args:
         layers: The layers to read; only these pay for it.
-        shapes: Tells the calls of a layer in one forward apart.
     """
 
-    def __init__(self, layers: Iterable[BatchNormLayer], shapes: ShapeProbe) -> None:
+    def __init__(self, layers: Iterable[BatchNormLayer]) -> None:
         self.hooks = Hooks()
         self._records: dict[str, _Record] = {}
         for layer in layers:
-            record = self._records[layer.name] = _Record()
-            self.hooks.before(layer.module, _noted(layer, record, shapes.records[layer.name]))
+            record = self._records[layer.name] = _Record(Average())
+            self.hooks.after(layer.module, _noted(layer, record))
 
     def take(self, layer: str) -> tuple[Tensor, int] | None:
         """Return the average of the batches since the last call, and their number."""
         record = self._records[layer]
         value, batches = record.pending.value(), record.pending.batches
-        record.pending = _Average()
+        record.pending = Average()
         return None if value is None else (value, batches)
 
-    def streams(self, layer: str) -> list[Tensor]:
-        """Return the average statistics of the first, second, … call in a forward, ``(2, C)``."""
+    def place(self, layer: str) -> str:
+        """Return where the statistics of a layer are read: ``"autograd"`` or ``"inputs"``."""
         record = self._records.get(layer)
-        averages = [] if record is None else [stream.value() for stream in record.streams]
-        return [average for average in averages if average is not None]
+        return "autograd" if record is not None and record.is_saved_by_autograd else "inputs"
 
 
-def _noted(layer: BatchNormLayer, record: _Record, shapes: ShapeRecord) -> Note:
+def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Tensor | None:
+    """Return mean and unbiased variance of a batch, ``(2, C)``, float64; None for no batch."""
+    if not (isinstance(value, Tensor) and layer.normalises(value)):
+        return None
+    n = values_per_channel(value.shape)
+    if n < 2:
+        return None
+    saved = saved_statistics(output, layer.eps)
+    if saved is None:
+        moments = channel_moments(value)
+        return torch.stack([moments.mean, moments.var_unbiased])
+    mean, var = saved
+    return torch.stack([mean.double(), var * (n / (n - 1))])
+
+
+def _noted(layer: BatchNormLayer, record: _Record) -> Note:
     @torch.no_grad()
-    def note(args: tuple[object, ...]) -> None:
-        if not (args and isinstance(args[0], Tensor) and layer.uses_batch_statistics):
+    def note(args: tuple[object, ...], output: object) -> None:
+        if not (args and layer.uses_batch_statistics):
             return
-        moments = channel_moments(args[0])
-        if moments.count < 2:
-            return
-        statistics = torch.stack([moments.mean, moments.var_unbiased])
-        record.pending.add(statistics)
-        # The shape probe's hook came first, and has counted this call.
-        stream = min(max(shapes.calls_now, 1), _MAX_STREAMS) - 1
-        while len(record.streams) <= stream:
-            record.streams.append(_Average())
-        record.streams[stream].add(statistics)
+        statistics = batch_statistics(layer, args[0], output)
+        if statistics is not None:
+            record.is_saved_by_autograd = saved_statistics(output, layer.eps) is not None
+            record.pending.add(statistics)
 
     return note

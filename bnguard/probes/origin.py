@@ -24,11 +24,13 @@ class OriginProbe:
 
     Args:
         model: The model.
+        first_step: Number of the step in which the hooks go on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, first_step: int) -> None:
         self.hooks = Hooks()
         self.origin: BadValueOrigin | None = None
+        self.step = first_step
         self._forwards = 0
         for name, module in model.named_modules():
             self.hooks.after(module, self._looker(name, module, is_model=module is model))
@@ -36,18 +38,17 @@ class OriginProbe:
     def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
         @torch.no_grad()
         def look(args: tuple[object, ...], output: object) -> None:
-            channels = _bad_channels(output)
-            if channels is not None:
+            places = _bad_places(output)
+            if places is not None:
+                channels, samples = places
                 self.origin = BadValueOrigin(
                     module=name,
                     kind=type(module).__name__,
                     channels=channels,
-                    is_input_bad=_bad_channels(args) is not None,
-                    bad_parameters=tuple(
-                        parameter_name
-                        for parameter_name, parameter in module.named_parameters(recurse=False)
-                        if not bool(parameter.isfinite().all())
-                    ),
+                    is_input_bad=_bad_places(args) is not None,
+                    bad_parameters=_bad_state(module),
+                    samples=samples,
+                    step=self.step,
                 )
                 self.hooks.close()
                 return
@@ -58,8 +59,8 @@ class OriginProbe:
         return look
 
 
-def _bad_channels(tree: object) -> tuple[int, ...] | None:
-    """Return the channels of the first tensor that is not finite; None where all are."""
+def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return channels and samples of the first tensor that is not finite; None where all are."""
     for leaf in tree_flatten(tree)[0]:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
@@ -67,7 +68,19 @@ def _bad_channels(tree: object) -> tuple[int, ...] | None:
         if not bool(bad.any()):
             continue
         if leaf.dim() < 2:
-            return ()
-        per_channel = bad.transpose(0, 1).flatten(1).any(1)
-        return tuple(per_channel.nonzero().flatten().tolist())
+            return (), ()
+        return _numbers(bad.transpose(0, 1).flatten(1).any(1)), _numbers(bad.flatten(1).any(1))
     return None
+
+
+def _numbers(flags: Tensor) -> tuple[int, ...]:
+    return tuple(flags.nonzero().flatten().tolist())
+
+
+def _bad_state(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module's own tensors that make its output not finite."""
+    own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
+    if not module.training:
+        # In train mode the buffers are what the batch made of them.
+        own += module.named_buffers(recurse=False)
+    return tuple(name for name, tensor in own if not bool(tensor.isfinite().all()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -10,52 +11,114 @@ from torch import Tensor, nn
 
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import values_per_channel
+from bnguard.probes.autograd import is_recomputing
 from bnguard.probes.hooks import Hooks, Note
 
+# Different sizes that are counted each for itself.
+_MAX_DIFFERENT = 256
 
-@dataclass
+
+@dataclass(slots=True)
 class ShapeRecord:
     """The calls of one layer that normalised with the statistics of the batch.
 
     Attributes:
-        shapes: How often each shape came.
         calls_without_grad: How many of the calls ran under ``torch.no_grad``.
+        steps_without_grad: In how many steps there was one.
+        calls_recomputed: How many ran inside a backward: activations that are computed again.
         calls_outside: How many ran outside a forward of the model: an activation that is
             recomputed in the backward, or a part of the model that is called by itself.
-        most_calls: The most calls in one forward of the model.
-        calls_now: Calls so far in the forward that is running.
+        most_calls: The most calls in one forward of the model; a step in which only parts of it
+            are called is a forward, too.
+        most_calls_in_step: The most calls in one step.
+        calls_now: Calls so far in the step that is under way.
+        calls_in_evaluation: Calls in an evaluation, which count nowhere else.
+        position: Place in the order in which the layers were first called, in whatever mode.
+        frozen_calls: Calls in training with running statistics, the model in train mode.
+        frozen_calls_after: How many of them came after ``unfrozen_step``.
+        unfrozen_step: Step of the first call with batch statistics that followed such a call.
     """
 
-    shapes: dict[torch.Size, int] = field(default_factory=dict)
     calls_without_grad: int = 0
+    steps_without_grad: int = 0
+    calls_recomputed: int = 0
     calls_outside: int = 0
     most_calls: int = 0
+    most_calls_in_step: int = 0
     calls_now: int = 0
+    calls_in_evaluation: int = 0
+    position: int | None = None
+    frozen_calls: int = 0
+    frozen_calls_after: int = 0
+    unfrozen_step: int | None = None
+    _step_without_grad: int = 0
+    _values: dict[int, int] = field(default_factory=dict)
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _latest_shape: torch.Size | None = None
+    _repeats: int = 0
     _forward: int = 0
+    _calls_in_forward: int = 0
+    _step: int = 0
 
     def values_per_channel(self) -> dict[int, int]:
-        """Return how often n values per channel were normalised, by n."""
-        counts: dict[int, int] = {}
-        for shape, calls in self.shapes.items():
-            n = values_per_channel(shape)
-            counts[n] = counts.get(n, 0) + calls
-        return counts
+        """Return how often n values per channel came, by n."""
+        self._count_repeats()
+        return dict(self._values)
 
     def samples(self) -> int | None:
         """Return the number of samples that came most often; None where none came."""
-        if not self.shapes:
-            return None
-        return int(max(self.shapes, key=lambda shape: self.shapes[shape])[0])
+        self._count_repeats()
+        return max(self._sizes, key=lambda size: self._sizes[size]) if self._sizes else None
 
-    def count(self, forward: int, is_inside: bool) -> None:
-        """Count a call, as one of the forward with this number if it is inside of one."""
-        if not is_inside:
-            self.calls_outside += 1
-            return
+    def repeats(self) -> int:
+        """Return how often each batch is met: more than once where activations are recomputed."""
+        calls = sum(self.values_per_channel().values())
+        # A compiled layer is called without the hook: no call is known.
+        return max(1, round(calls / max(calls - self.calls_recomputed, 1)))
+
+    def is_repeated(self, shape: torch.Size, step: int, forward: int) -> bool:
+        """Count a call that is as the one in the step before, and return whether it is."""
+        if step != self._step + 1 or self.calls_now != 1 or shape != self._latest_shape:
+            return False
+        self._repeats += 1
+        self._step, self._forward = step, forward
+        return True
+
+    def count_shape(self, shape: torch.Size) -> int:
+        """Count a batch of this shape, and return how many with its values per channel came."""
+        self._count_repeats()
+        self._latest_shape = shape
+        _count(self._sizes, shape[0], 1)
+        return _count(self._values, values_per_channel(shape), 1)
+
+    def _count_repeats(self) -> None:
+        if self._repeats and self._latest_shape is not None:
+            _count(self._sizes, self._latest_shape[0], self._repeats)
+            _count(self._values, values_per_channel(self._latest_shape), self._repeats)
+            self._repeats = 0
+
+    def count_call(self, step: int, forward: int) -> None:
+        """Count a call in this step, in the forward of the model with this number."""
+        if step != self._step:
+            self._step, self.calls_now = step, 0
         if forward != self._forward:
-            self._forward, self.calls_now = forward, 0
+            self._forward, self._calls_in_forward = forward, 0
         self.calls_now += 1
-        self.most_calls = max(self.most_calls, self.calls_now)
+        self._calls_in_forward += 1
+        self.most_calls_in_step = max(self.most_calls_in_step, self.calls_now)
+        self.most_calls = max(self.most_calls, self._calls_in_forward)
+
+    def count_frozen(self) -> None:
+        """Count a call in training that used running statistics."""
+        self.frozen_calls += 1
+        self.frozen_calls_after += self.unfrozen_step is not None
+        self._step = -1  # so that the next call with batch statistics is looked at
+
+    def count_without_grad(self, step: int) -> None:
+        """Count a call under ``torch.no_grad`` in this step."""
+        self.calls_without_grad += 1
+        self.steps_without_grad += step != self._step_without_grad
+        self._step_without_grad = step
 
 
 class ShapeProbe:
@@ -66,6 +129,10 @@ class ShapeProbe:
         layers: The layers to watch.
         on_batch_of_one: Called with the name of a layer before it meets its first batch with one
             value per channel, which PyTorch will refuse.
+
+    Attributes:
+        step: Number of the step that is under way.
+        is_evaluating: Whether what comes now is no training.
     """
 
     def __init__(
@@ -76,6 +143,9 @@ class ShapeProbe:
     ) -> None:
         self.hooks = Hooks()
         self.records: dict[str, ShapeRecord] = {}
+        self.step = 1
+        self.is_evaluating = False
+        self._positions = itertools.count()
         self._on_batch_of_one = on_batch_of_one
         self._forwards = 0
         self._is_inside = False
@@ -99,18 +169,71 @@ class ShapeProbe:
         self._is_inside = False
 
     def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
-        shapes = record.shapes
+        usual_momentum = layer.momentum
+        module, has_modes = layer.module, layer.has_modes
 
         def note(args: tuple[object, ...]) -> None:
-            if not (args and isinstance(args[0], Tensor) and layer.uses_batch_statistics):
+            values = args[0] if args else None
+            if not isinstance(values, Tensor):
                 return
-            shape = args[0].shape
-            is_new = shape not in shapes
-            shapes[shape] = shapes.get(shape, 0) + 1
-            record.count(self._forwards, self._is_inside)
-            if not torch.is_grad_enabled():
-                record.calls_without_grad += 1
+            # What nearly every call is comes first, and asks for little: in the middle of a
+            # training step hardly anything of Python is in the caches of the processor.
+            if (
+                (module.training if has_modes else layer.uses_batch_statistics)
+                and self._is_inside
+                and not self.is_evaluating
+                and torch.is_grad_enabled()
+                and record.is_repeated(values.shape, self.step, self._forwards)
+            ):
+                return
+            if layer.uses_batch_statistics:
+                note_batch(values.shape)
+            else:
+                note_frozen()
+
+        def note_frozen() -> None:
+            if record.position is None:
+                record.position = next(self._positions)
+            if self._is_training():
+                record.count_frozen()
+
+        def note_batch(shape: torch.Size) -> None:
+            if record.position is None:
+                record.position = next(self._positions)
+            if self.is_evaluating:
+                # Those who estimate the statistics anew set another momentum for it.
+                record.calls_in_evaluation += layer.momentum == usual_momentum
+                return
+            is_new = record.count_shape(shape) == 1
+            self._place(record)
+            if record.frozen_calls and record.unfrozen_step is None:
+                record.unfrozen_step = self.step
             if is_new and values_per_channel(shape) == 1:
                 self._on_batch_of_one(layer.name)
 
         return note
+
+    def _place(self, record: ShapeRecord) -> None:
+        """Note where a call with batch statistics stands: in which forward, or in a backward."""
+        record.calls_outside += not self._is_inside
+        if is_recomputing():
+            record.calls_recomputed += 1
+            return
+        record.count_call(self.step, self._forwards if self._is_inside else -self.step)
+        if not torch.is_grad_enabled():
+            record.count_without_grad(self.step)
+
+    def _is_training(self) -> bool:
+        return self._model.training and not self.is_evaluating and torch.is_grad_enabled()
+
+
+def _count(counts: dict[int, int], number: int, times: int) -> int:
+    """Count a number that came so many times, and return how often it came in all.
+
+    Where there are too many different ones, as with images of every size, it is rounded down to a
+    power of two.
+    """
+    if number not in counts and len(counts) >= _MAX_DIFFERENT:
+        number = 1 << (number.bit_length() - 1) if number else 0
+    counts[number] = counts.get(number, 0) + times
+    return counts[number]

@@ -15,8 +15,9 @@ from bnguard.stats import FloatArray
 class Window:
     """Accumulates batch means and variances, a row of C channels, without waiting for the device.
 
-    Means are updated as Welford does ("Note on a method for calculating corrected sums of squares
-    and products", 1962), so that a large mean hides no small deviation.
+    Several batches are merged at once, as Chan, Golub and LeVeque do ("Updating formulae and a
+    pairwise algorithm for computing sample variances", 1979, equation 2.1), so that a large mean
+    hides no small deviation. Holds 8 vectors of C values.
 
     Args:
         like: A tensor of shape ``(C,)`` with the dtype and device to keep.
@@ -29,30 +30,41 @@ class Window:
         self._centre = torch.zeros(2, like.numel(), dtype=like.dtype, device=like.device)
         self._squares_of_means = torch.zeros_like(like)
         self._squares_of_steps = torch.zeros_like(like)
-        self._previous_mean = torch.full_like(like, math.nan)
+        self._latest_mean = torch.full_like(like, math.nan)
         self._var_min = torch.full_like(like, math.inf)
         self._var_max = torch.full_like(like, -math.inf)
 
-    def add(self, batch: Tensor, weight_square: Tensor) -> None:
-        """Add the mean and unbiased variance of a batch; channels where they are not finite stay.
+    def add(self, batches: Tensor) -> None:
+        """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in their order.
 
-        Args:
-            batch: Shape ``(2, C)``.
-            weight_square: Sum of the squared weights of the batches that ``batch`` blends, shape
-                ``(C,)``: 1 for one batch. A blend varies less, by this factor, than a batch.
+        A channel in which either is not finite has not seen that batch. Writes to ``batches``.
         """
-        seen = torch.isfinite(batch).all(0)
-        mean, var = batch = torch.where(seen, batch, self._centre)
-        self._batches += seen
-        delta = batch - self._centre
-        self._centre += delta / self._batches.clamp_min(1.0)
-        scale = torch.where(seen, 1.0 / weight_square, 0.0)
-        self._squares_of_means += scale * delta[0] * (mean - self._centre[0])
-        step = (mean - self._previous_mean).nan_to_num_(nan=0.0)
-        self._squares_of_steps += scale * step.square_()
-        torch.where(seen, mean, self._previous_mean, out=self._previous_mean)
-        self._var_min = torch.where(seen, torch.minimum(self._var_min, var), self._var_min)
-        self._var_max = torch.where(seen, torch.maximum(self._var_max, var), self._var_max)
+        total = batches[:, 0] + batches[:, 1]
+        is_finite = total.sub_(total)  # 0, or NaN where either is not finite
+        batches += is_finite.unsqueeze(1)
+        means, variances = batches.unbind(1)
+        seen = is_finite == 0
+        weight = is_finite.eq_(0)
+        count = weight.sum(0)
+        before, self._batches = self._batches, self._batches + count
+        share = count / self._batches.clamp_min(1.0)
+
+        offset = (batches - self._centre).nan_to_num_(nan=0.0)
+        mean_offset = offset.sum(0) / count.clamp_min_(1.0)
+        within = (offset[:, 0] - mean_offset[0]).mul_(weight).square_().sum(0)
+        between = (before * share).mul_(mean_offset[0].square())
+        self._squares_of_means += within.add_(between)
+        self._centre += mean_offset * share
+
+        latest = [self._latest_mean]
+        for mean, is_seen in zip(means, seen, strict=True):
+            latest.append(torch.where(is_seen, mean, latest[-1]))
+        self._latest_mean = latest[-1]
+        steps = torch.stack(latest).diff(dim=0).nan_to_num_(nan=0.0)
+        self._squares_of_steps += steps.square_().sum(0)
+
+        self._var_min = torch.minimum(self._var_min, variances.nan_to_num(nan=math.inf).amin(0))
+        self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
 
     def rows(self) -> Tensor:
         """Return everything that was accumulated, a row each, for :meth:`reading`."""
@@ -67,12 +79,19 @@ class Window:
             ]
         )
 
-    def reading(self, rows: FloatArray, last_step: int) -> BatchWindow | None:
-        """Return the window of some of the channels, from their columns of :meth:`rows`."""
+    def reading(self, rows: FloatArray, last_step: int, weight_square: float) -> BatchWindow | None:
+        """Return the window of some of the channels, from their columns of :meth:`rows`.
+
+        Args:
+            rows: The columns.
+            last_step: Number of the last step that can be in the window.
+            weight_square: Sum of the squared weights of the batches that one batch here blends,
+                1 where it blends none: the means of blends vary less, by this factor.
+        """
         batches, mean, var, squares_of_means, squares_of_steps, var_min, var_max = rows
         if not batches.any():
             return None
-        pairs = np.where(batches > 1, batches - 1, np.nan)
+        pairs = np.where(batches > 1, batches - 1, np.nan) * weight_square
         return BatchWindow(
             batches=batches,
             mean=mean,

@@ -1,0 +1,110 @@
+"""What arrives in eval mode, against a naive float64 record."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bnguard.layers import find_layers
+from bnguard.probes.evaluation import EvalProbe
+
+
+def reading(model, batches, max_calls=8, mode=torch.no_grad):
+    probe = EvalProbe(find_layers(model), max_calls)
+    with mode():
+        for batch in batches:
+            model(batch)
+    probe.hooks.close()
+    (result,) = probe.readings().values()
+    return result
+
+
+SHAPES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 1, 3)}
+
+
+@given(
+    kind=st.sampled_from(list(SHAPES)),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1),
+    channels=st.integers(1, 5),
+    offset=st.sampled_from([0.0, 5.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_moments_and_extremes_are_those_of_all_values_together(
+    kind, sizes, channels, offset, dtype, seed
+):
+    torch.manual_seed(seed)
+    layer = kind(channels).to(dtype).eval()
+    layer.running_mean.normal_().add_(offset)
+    layer.running_var.uniform_(0.5, 2.0)
+    shape = (channels, *SHAPES[kind])
+    batches = [torch.randn(size, *shape, dtype=dtype) + offset for size in sizes]
+    result = reading(layer, batches)
+    rows = torch.cat(batches).double().movedim(1, 0).flatten(1)
+    assert result.moments.count == rows.shape[1]
+    assert result.calls == len(sizes)
+    mean, var = rows.mean(1), rows.var(1)
+    torch.testing.assert_close(result.moments.mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.moments.var_unbiased, var, rtol=1e-4, atol=1e-6)
+    deviation = (layer.running_var.double() + layer.eps).sqrt()
+    extreme = ((rows - layer.running_mean.double()[:, None]).abs() / deviation[:, None]).max()
+    assert result.largest_normalised == pytest.approx(extreme.item(), rel=1e-4, abs=1e-4)
+
+
+def test_only_the_first_calls_are_read():
+    layer = nn.BatchNorm1d(2).eval()
+    batches = [torch.randn(4, 2) for _ in range(5)]
+    result = reading(layer, batches, max_calls=3)
+    assert result.calls == 3
+    expected = torch.cat(batches[:3]).double().mean(0)
+    torch.testing.assert_close(result.moments.mean, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_call_that_is_not_finite_is_counted_and_left_out(bad):
+    layer = nn.BatchNorm1d(2).eval()
+    good, spoilt = torch.randn(4, 2), torch.randn(4, 2)
+    spoilt[1, 1] = bad
+    result = reading(layer, [good, spoilt])
+    assert (result.calls, result.nonfinite_calls, result.moments.count) == (2, 1, 4)
+    torch.testing.assert_close(result.moments.mean, good.double().mean(0), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(result.largest_normalised)
+
+
+def test_the_share_of_padding_and_its_spread():
+    layer = nn.BatchNorm1d(3).eval()
+    values = torch.randn(2, 3, 11)
+    values[0, :, 6:] = 0.0  # of the ten positions before the last, four are padding
+    result = reading(layer, [values])
+    assert result.padding_share == pytest.approx(0.2)
+    assert result.padding_spread == pytest.approx(0.2)
+
+
+def test_no_padding_is_no_padding():
+    result = reading(nn.BatchNorm2d(3).eval(), [torch.randn(4, 3, 5, 5)])
+    assert result.padding_share == result.padding_spread == 0.0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_and_in_every_grad_mode(mode, dtype):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
+    images = torch.randn(4, 1, 8, 8)
+    with torch.autocast("cpu", dtype):
+        result = reading(model, [images], mode=mode)
+        with torch.no_grad():
+            rows = model[0](images).double().movedim(1, 0).flatten(1)
+    assert result.dtype == str(dtype).removeprefix("torch.")
+    torch.testing.assert_close(result.moments.mean, rows.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.moments.var_unbiased, rows.var(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_in_train_mode_is_not_read():
+    probe = EvalProbe(find_layers(layer := nn.BatchNorm1d(2)), 8)
+    layer(torch.randn(4, 2))
+    assert probe.readings() == {}

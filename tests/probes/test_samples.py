@@ -1,0 +1,71 @@
+"""Whether batches differ more than independent samples explain, against a naive computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnguard.probes.samples import SampleProbe
+
+
+def observed(batches):
+    model = nn.Identity()
+    probe = SampleProbe(model)
+    for batch in batches:
+        model(batch)
+    probe.hooks.close()
+    return probe.window()
+
+
+def test_it_is_the_f_ratio_of_an_analysis_of_variance():
+    batches = [torch.randn(16, 3) + index for index in range(5)]
+    means = np.stack([batch.double().mean(0).numpy() for batch in batches])
+    within = np.stack([batch.double().var(0).numpy() for batch in batches]).mean(0)
+    window = observed(batches)
+    assert window.batches == 5
+    assert window.variance_ratio == pytest.approx(16 * means.var(0, ddof=1) / within, rel=1e-4)
+
+
+def test_independent_samples_give_one():
+    window = observed([torch.randn(32, 1, 8, 8) for _ in range(240)])
+    assert np.median(window.variance_ratio) == pytest.approx(1.0, abs=0.1)
+
+
+def test_numbers_that_never_vary_and_those_that_are_not_finite_are_left_out():
+    batches = [torch.randn(8, 4) for _ in range(3)]
+    for batch in batches:
+        batch[:, 1] = 2.0
+        batch[0, 2] = torch.nan
+    assert len(observed(batches).variance_ratio) == 2
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.zeros(8, 3, dtype=torch.long), torch.randn(1, 3), torch.randn(8), "text"]
+)
+def test_what_holds_no_samples_of_numbers_is_not_read(batch):
+    assert observed([batch] * 4) is None
+
+
+def test_evaluation_and_no_grad_are_not_read():
+    model = nn.Identity()
+    probe = SampleProbe(model)
+    with torch.no_grad():
+        model(torch.randn(8, 3))
+    model.eval()
+    model(torch.randn(8, 3))
+    assert probe.window() is None
+
+
+def test_the_last_window_stands_until_the_new_one_is_half_full():
+    model = nn.Identity()
+    probe = SampleProbe(model)
+    for _ in range(8):
+        model(torch.randn(8, 3))
+    probe.start_window()
+    model(torch.randn(8, 3))
+    assert probe.window().batches == 8
+    for _ in range(4):
+        model(torch.randn(8, 3))
+    assert probe.window().batches == 5
