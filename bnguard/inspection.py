@@ -13,10 +13,12 @@ from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
-from bnguard.stats import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# What PyTorch's classes start from; a state dict does not hold what a layer really has.
+_DEFAULT_MOMENTUM = 0.1
 
 _STATIC_RULES = tuple(rule for rule in RULES if rule.is_static)
 
@@ -68,7 +70,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, rules: Iterable[Rule] = _STATI
         raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reason}")
     has_several = len(checkpoint.models) > 1
     layers = (
-        _layer_of_checkpoint(layer, f"{model.name}: " if has_several else "")
+        _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")
         for model in checkpoint.models
         for layer in model.layers
     )
@@ -81,38 +83,31 @@ def _report(layers: Iterable[LayerHistory], rules: Iterable[Rule]) -> Report:
     return Report(history, conclusions.findings, conclusions.skipped)
 
 
-def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
-    from bnguard.layers import find_layers
+def _layers_of_model(model: nn.Module) -> Iterable[LayerHistory]:
+    from bnguard.probes.modules import describe_layers
 
-    for layer in find_layers(model):
-        affine = [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
-        yield LayerHistory(
-            name=layer.name,
-            kind=type(layer.module).__name__,
-            channels=layer.channels,
-            eps=layer.eps,
-            momentum=layer.momentum,
-            training=layer.is_training,
-            is_affine_frozen=not any(part.requires_grad for part in affine) if affine else None,
-            has_finite_affine=all(bool(part.isfinite().all()) for part in affine),
-            running=_running(layer.running_mean, layer.running_var, layer.counter),
-        )
+    return describe_layers(model).values()
 
 
 def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHistory]:
+    from bnguard.probes.modules import array, running_statistics
+
     for key, mean in state_dict.items():
         prefix = key.removesuffix("running_mean")
         if prefix == key or f"{prefix}running_var" not in state_dict:
             continue
-        affine = [
-            state_dict[name] for name in (f"{prefix}weight", f"{prefix}bias") if name in state_dict
-        ]
+        gamma, beta = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
+        affine = [part for part in (gamma, beta) if part is not None]
         yield LayerHistory(
             name=prefix.removesuffix("."),
             channels=mean.numel(),
+            momentum=_DEFAULT_MOMENTUM,
             is_momentum_known=False,
             has_finite_affine=all(bool(part.isfinite().all()) for part in affine),
-            running=_running(
+            gamma=None if gamma is None else array(gamma),
+            beta=None if beta is None else array(beta),
+            statistics_dtype=str(mean.dtype).removeprefix("torch."),
+            running=running_statistics(
                 mean,
                 state_dict[f"{prefix}running_var"],
                 state_dict.get(f"{prefix}num_batches_tracked"),
@@ -120,29 +115,20 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
         )
 
 
-def _layer_of_checkpoint(layer: CheckpointLayer, model: str) -> LayerHistory:
+def _layer_of_checkpoint(
+    layer: CheckpointLayer, momenta: Mapping[str, float | None], model: str
+) -> LayerHistory:
     affine = [part for part in (layer.weight, layer.bias) if part is not None]
     return LayerHistory(
         name=model + layer.name,
         channels=layer.channels,
-        is_momentum_known=False,
+        momentum=momenta.get(layer.name, _DEFAULT_MOMENTUM),
+        is_momentum_known=layer.name in momenta,
         has_finite_affine=all(bool(np.isfinite(part).all()) for part in affine),
+        gamma=layer.weight,
+        beta=layer.bias,
+        statistics_dtype=layer.dtype,
         running=RunningStatistics(
             mean=layer.running_mean, var=layer.running_var, updates=layer.counter
         ),
     )
-
-
-def _running(
-    mean: Tensor | None, var: Tensor | None, counter: Tensor | None
-) -> RunningStatistics | None:
-    if mean is None or var is None:
-        return None
-    return RunningStatistics(
-        mean=_array(mean), var=_array(var), updates=None if counter is None else int(counter)
-    )
-
-
-def _array(tensor: Tensor) -> FloatArray:
-    array: FloatArray = tensor.detach().double().cpu().numpy().copy()
-    return array

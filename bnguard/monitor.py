@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
 from bnguard.findings import Finding, FindingGroup, Severity, group_findings
-from bnguard.history import History
+from bnguard.history import BatchWindow, History
 from bnguard.observer import Observer
+from bnguard.preflight import Plan, plan_training
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 
@@ -45,7 +50,13 @@ def watch(
     every_n_steps: int = 50,
     eval_batches: int = 8,
     planned_steps: int | None = None,
+    loader: object | None = None,
+    accumulated_batches: int = 1,
     rules: Iterable[Rule] = RULES,
+    select: Collection[str] | None = None,
+    ignore: Collection[str] | None = None,
+    per_layer_ignores: Mapping[str, Collection[str]] | None = None,
+    limits: Mapping[str, Mapping[str, float]] | None = None,
     restore_poisoned: bool = False,
     on_findings: Callable[[FindingGroup], None] = log_findings,
 ) -> Monitor:
@@ -63,14 +74,25 @@ def watch(
         eval_batches: Forward calls a layer that are read in each evaluation.
         planned_steps: Steps that training will take in all, so that what its end will be like can
             be told ahead.
+        loader: The training loader, whose batch sizes tell of a last batch of one before it
+            comes; no batch is drawn.
+        accumulated_batches: Batches whose gradients are added before a step of the optimizer.
         rules: The rules to run.
+        select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
+            the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
+        ignore: Those that do not run, also where they are selected.
+        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+        limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default.
 
+    Raises:
+        ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
+
     Example:
         >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8))
         >>> with watch(model) as monitor:
         ...     for _ in range(30):
         ...         _ = model(torch.randn(16, 4))
@@ -78,13 +100,20 @@ def watch(
         >>> monitor.report().findings
         ()
     """
+    configuration = read_configuration().changed(
+        select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
+    )
     monitor = Monitor(
         model,
         optimizer=optimizer,
         every_n_steps=every_n_steps,
         eval_batches=eval_batches,
         planned_steps=planned_steps,
+        plan=plan_training(
+            loader, ranks=_number_of_ranks(), accumulated_batches=accumulated_batches
+        ),
         rules=rules,
+        configuration=configuration,
         restore_poisoned=restore_poisoned,
         on_findings=on_findings,
     )
@@ -107,12 +136,15 @@ class Monitor:
         every_n_steps: int,
         eval_batches: int,
         planned_steps: int | None,
+        plan: Plan,
         rules: Iterable[Rule],
+        configuration: Configuration,
         restore_poisoned: bool,
         on_findings: Callable[[FindingGroup], None],
     ) -> None:
         self._every_n_steps = max(1, every_n_steps)
-        self._rules = tuple(rules)
+        self._configuration = configuration
+        self._rules = configuration.rules(rules)
         self._on_findings = on_findings
         self._step = 0
         self._is_evaluating = False
@@ -123,6 +155,7 @@ class Monitor:
             optimizers=_optimizers(optimizer),
             eval_batches=eval_batches,
             planned_steps=planned_steps,
+            plan=plan,
             restore_poisoned=restore_poisoned,
             on_batch_of_one=self.check,
         )
@@ -151,8 +184,9 @@ class Monitor:
         """
         self._step = self._step + 1 if step is None else step
         self._observer.step(self._step)
+        if self._observer.steps == 1:
+            self.check()
         if self._observer.steps % self._every_n_steps == 0:
-            self._observer.follow_model()
             self.check()
             self._observer.start_window()
 
@@ -174,6 +208,22 @@ class Monitor:
             self._is_evaluating = False
         self.check()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Note nothing of what runs inside: a repair, which is neither training nor evaluation.
+
+        The running statistics that it leaves behind are where training goes on from.
+        """
+        with self._observer.paused():
+            yield
+
+    def forget_changes(self) -> None:
+        """Take the running statistics as they are now, whatever changed them since the last step.
+
+        To be called after statistics were loaded, exchanged or put back in a loop of your own.
+        """
+        self._observer.forget_changes()
+
     def check(self) -> None:
         """Run the rules now, and announce what is new; done by itself every ``every_n_steps``."""
         new = [
@@ -193,13 +243,52 @@ class Monitor:
         """Return what is known so far, as if training ended here."""
         return self._report(self._observer.history(is_settled=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what lets a run that is resumed go on as one, as a checkpoint can hold it.
+
+        These are the findings announced so far, the steps that they date from, and the windows of
+        batch statistics; numbers, strings, lists and tensors, nothing else.
+        """
+        return {
+            "step": self._step,
+            "findings": [
+                {
+                    "key": [code, int(severity), layer],
+                    "step": step,
+                    "is_announced": key in self._announced,
+                }
+                for key, step in self._first_steps.items()
+                for code, severity, layer in [key]
+            ],
+            "windows": {
+                name: {
+                    key: torch.from_numpy(value).float() if isinstance(value, np.ndarray) else value
+                    for key, value in vars(window).items()
+                }
+                for name, window in self._observer.windows().items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken."""
+        self._step = state["step"]
+        for record in state["findings"]:
+            code, severity, layer = record["key"]
+            key = (code, Severity(severity), layer)
+            self._first_steps[key] = record["step"]
+            if record["is_announced"]:
+                self._announced.add(key)
+        self._observer.resume(
+            {name: _window_of(window) for name, window in state["windows"].items()}
+        )
+
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
         self._observer.close()
 
     def _report(self, history: History) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
-        conclusions = diagnose(history, self._rules)
+        conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         return Report(history, tuple(map(self._dated, conclusions.findings)), conclusions.skipped)
 
     def _dated(self, finding: Finding) -> Finding:
@@ -209,7 +298,22 @@ class Monitor:
         return dataclasses.replace(finding, step=first) if finding.step is None else finding
 
 
+def _window_of(state: dict[str, Any]) -> BatchWindow:
+    fields: dict[str, Any] = {
+        key: value.double().numpy() if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+    }
+    return BatchWindow(**fields)
+
+
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
     if given is None:
         return ()
     return (given,) if isinstance(given, Optimizer) else tuple(given)
+
+
+def _number_of_ranks() -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()

@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 from bnguard.errors import ConfigurationError, nearest_name
-from bnguard.rules.base import Rule
+from bnguard.rules.accumulation_blind import AccumulationBlind
+from bnguard.rules.amplifying_channel import AmplifyingChannel
+from bnguard.rules.base import ModelRule, Rule
 from bnguard.rules.batch_of_one import BatchOfOne
+from bnguard.rules.correlated_batches import CorrelatedBatches
+from bnguard.rules.dead_channels import DeadChannels
+from bnguard.rules.double_update import DoubleUpdate
 from bnguard.rules.frozen_but_updating import FrozenButUpdating
+from bnguard.rules.half_precision_overflow import HalfPrecisionOverflow
+from bnguard.rules.hygiene import Hygiene
+from bnguard.rules.input_shift import InputShift
+from bnguard.rules.lost_activation import LostActivation
+from bnguard.rules.low_precision_statistics import LowPrecisionStatistics
+from bnguard.rules.mode_gap import ModesDisagree
+from bnguard.rules.momentum_out_of_range import MomentumOutOfRange
+from bnguard.rules.noisy_batch_statistics import NoisyBatchStatistics
+from bnguard.rules.nonfinite_batch import NonFiniteBatch
+from bnguard.rules.padded_input import PaddedInput
 from bnguard.rules.poisoned_statistics import PoisonedStatistics
+from bnguard.rules.rank_disagreement import RankDisagreement
+from bnguard.rules.several_streams import SeveralStreams
+from bnguard.rules.stale_statistics import StaleStatistics
 from bnguard.rules.statistic_drift import StatisticDrift
+from bnguard.rules.trained_in_eval import TrainedInEval
 from bnguard.rules.unconverged_statistics import UnconvergedStatistics
+from bnguard.rules.unfrozen_by_train import UnfrozenByTrain
+from bnguard.rules.unsynchronised_small_batch import UnsynchronisedSmallBatch
+from bnguard.rules.untracked_statistics import UntrackedStatistics
+from bnguard.rules.update_outside_training import UpdateOutsideTraining
 from bnguard.rules.variance_collapse import VarianceCollapse
 
 RULES: tuple[Rule, ...] = (
     FrozenButUpdating(),
     BatchOfOne(),
+    MomentumOutOfRange(),
+    UntrackedStatistics(),
+    LowPrecisionStatistics(),
+    UnsynchronisedSmallBatch(),
+    AccumulationBlind(),
+    LostActivation(),
+    Hygiene(),
     VarianceCollapse(),
+    NoisyBatchStatistics(),
+    CorrelatedBatches(),
+    DeadChannels(),
+    DoubleUpdate(),
+    UpdateOutsideTraining(),
+    SeveralStreams(),
+    UnfrozenByTrain(),
+    TrainedInEval(),
+    RankDisagreement(),
+    PaddedInput(),
     StatisticDrift(),
+    ModesDisagree(),
     UnconvergedStatistics(),
+    StaleStatistics(),
+    InputShift(),
+    NonFiniteBatch(),
     PoisonedStatistics(),
+    AmplifyingChannel(),
+    HalfPrecisionOverflow(),
 )
 
 
@@ -41,12 +87,36 @@ def rule_named(name: str) -> Rule:
 
 __all__ = [
     "RULES",
+    "AccumulationBlind",
+    "AmplifyingChannel",
     "BatchOfOne",
+    "CorrelatedBatches",
+    "DeadChannels",
+    "DoubleUpdate",
     "FrozenButUpdating",
+    "HalfPrecisionOverflow",
+    "Hygiene",
+    "InputShift",
+    "LostActivation",
+    "LowPrecisionStatistics",
+    "ModelRule",
+    "ModesDisagree",
+    "MomentumOutOfRange",
+    "NoisyBatchStatistics",
+    "NonFiniteBatch",
+    "PaddedInput",
     "PoisonedStatistics",
+    "RankDisagreement",
     "Rule",
+    "SeveralStreams",
+    "StaleStatistics",
     "StatisticDrift",
+    "TrainedInEval",
     "UnconvergedStatistics",
+    "UnfrozenByTrain",
+    "UnsynchronisedSmallBatch",
+    "UntrackedStatistics",
+    "UpdateOutsideTraining",
     "VarianceCollapse",
     "rule_named",
 ]

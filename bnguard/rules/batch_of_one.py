@@ -23,7 +23,10 @@ class BatchOfOne(Rule):
 
     Evidence:
         The smallest number of values per channel, n = samples times positions, that the layer was
-        asked to normalise in train mode.
+        asked to normalise in train mode; or that it will be, by what the loader says of its last
+        batch (length of the sampler, that is the share of this rank, batch size, ``drop_last``)
+        and by the positions that a sample had so far. The latter is told before the epoch
+        reaches the batch, where ``watch`` was given the loader.
 
     Limits:
         min_values_per_channel: The fewest that have a variance: 2.
@@ -58,15 +61,26 @@ class BatchOfOne(Rule):
         if not layer.values_per_channel:
             yield self._skipped(layer, "no batch has reached the layer in train mode yet")
             return
-        smallest = min(layer.values_per_channel)
+        seen, coming = min(layer.values_per_channel), _smallest_to_come(layer)
+        smallest = seen if coming is None else min(seen, coming)
         if smallest >= self.min_values_per_channel:
             return
+        verb = "has" if seen == smallest else "will have, at the end of the epoch,"
         yield self._finding(
             layer,
             Severity.ERROR,
-            "a batch in train mode has one value per channel here: it has no variance, and "
+            f"a batch in train mode {verb} one value per channel here: it has no variance, and "
             "PyTorch refuses it",
             Evidence("values per channel", smallest, self.min_values_per_channel),
             Fix("DataLoader(..., drop_last=True), or no BN where one sample has one position"),
             step=layer.batch_of_one_step,
         )
+
+
+def _smallest_to_come(layer: LayerHistory) -> int | None:
+    """Return the values per channel in the smallest batch of the loader; None where not known."""
+    samples = layer.run.plan.smallest_batch_size
+    n = layer.typical_values_per_channel
+    if samples is None or n is None or not layer.samples or layer.calls_per_forward > 1:
+        return None
+    return samples * (n // layer.samples)

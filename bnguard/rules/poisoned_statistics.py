@@ -51,6 +51,7 @@ class PoisonedStatistics(Rule):
     code: ClassVar[str] = "BN402"
     name: ClassVar[str] = "poisoned-statistics"
     is_static: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     max_bad_channels: int = 0
 

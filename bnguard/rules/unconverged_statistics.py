@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
-from bnguard.rules.base import Rule
+from bnguard.history import History, LayerHistory
+from bnguard.rules.base import ModelRule
 from bnguard.stats import initial_weight, updates_to_forget
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnconvergedStatistics(Rule):
+class UnconvergedStatistics(ModelRule):
     """The running statistics still hold a part of the initial mean 0 and variance 1.
 
     Why it matters:
@@ -27,6 +29,8 @@ class UnconvergedStatistics(Rule):
         counter ``num_batches_tracked``. While training goes on and its length is known, the
         weight that will be left at its end. PyTorch's ``momentum`` is the weight of the *new*
         value. A checkpoint does not hold ``momentum``; its default of 0.1 is assumed there.
+        ``update_bn`` sets the counter back and makes a plain average: a running variance below
+        the weight, which an average that began at 1 cannot have, gives that away.
 
     Limits:
         max_initial_weight: 0.05, which the default momentum of 0.1 reaches after 29 updates, 0.01
@@ -51,11 +55,21 @@ class UnconvergedStatistics(Rule):
     code: ClassVar[str] = "BN303"
     name: ClassVar[str] = "unconverged-statistics"
     is_static: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     max_initial_weight: float = 0.05
 
-    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Hold the weight of the initial statistics, now or at the end, against the limit."""
+        if any(map(_is_estimated_otherwise, history.layers)):
+            yield self._skipped(
+                None, "a variance is smaller than what would be left of the initial one"
+            )
+            return
+        for layer in history.layers:
+            yield from self._judged(layer)
+
+    def _judged(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         if layer.running is None:
             yield self._skipped(layer, "the layer keeps no running statistics")
             return
@@ -90,3 +104,15 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
         return None
     updates_per_step = layer.updates_seen / run.steps
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
+
+
+def _is_estimated_otherwise(layer: LayerHistory) -> bool:
+    """Return whether a variance contradicts that so much is left of the initial 1."""
+    if layer.running is None or layer.initial_weight is None:
+        return False
+    finite = layer.running.var[np.isfinite(layer.running.var)]
+    return bool(finite.size and np.min(finite) < _ROUNDING * layer.initial_weight)
+
+
+# An average in float32 that began at 1 is not smaller than its weight by more than this.
+_ROUNDING = 0.999

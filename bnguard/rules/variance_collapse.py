@@ -56,6 +56,7 @@ class VarianceCollapse(Rule):
 
     code: ClassVar[str] = "BN201"
     name: ClassVar[str] = "variance-collapse"
+    explains: ClassVar[tuple[str, ...]] = ("BN202", "BN301", "BN302")
 
     min_values_per_channel: int = 3
     min_within_batch_share: float = 0.2

@@ -12,6 +12,7 @@ import pytest
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, Skipped
 from bnguard.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
+from bnguard.report.rule_table import rule_table
 from bnguard.rules import RULES, rule_named
 
 SECTIONS = ["Why it matters", "Evidence", "Limits", "Fix", "Fix safety", "References"]
@@ -114,3 +115,19 @@ def test_odd_data_raise_nothing(rule):
         for result in rule.check(layer):
             assert isinstance(result, Finding | Skipped)
             assert result.code == rule.code
+
+
+@every_rule
+def test_limits_have_their_figures(rule):
+    assert "CALIBRATED" not in rule.page()
+
+
+@every_rule
+def test_what_a_rule_explains_exists(rule):
+    assert set(rule.explains) <= {other.code for other in RULES} - {rule.code}
+
+
+def test_the_table_of_rules_has_a_row_a_rule():
+    rows = rule_table().splitlines()
+    assert len(rows) == len(RULES) + 2
+    assert all(rule.name in rule_table() for rule in RULES)

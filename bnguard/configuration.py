@@ -1,0 +1,218 @@
+"""Which rules run, on which layers, with which limits: in code or in ``pyproject.toml``.
+
+.. code-block:: toml
+
+    [tool.bnguard]
+    select = ["BN1", "BN3"]
+    ignore = ["BN109"]
+
+    [tool.bnguard.per-layer-ignores]
+    "head.*" = ["BN301"]
+
+    [tool.bnguard.limits.BN301]
+    max_shift_std = 2.0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bnguard.errors import ConfigurationError, nearest_name
+from bnguard.findings import Finding
+from bnguard.rules import RULES, Rule, rule_named
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_KEYS = ("select", "ignore", "per-layer-ignores", "limits")
+
+Limit = float | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Which rules run, on which layers, with which limits.
+
+    A rule is meant by its code, its name, or a prefix of its code (``BN3`` for all of BN301 to
+    BN305).
+
+    Attributes:
+        select: The rules to run; all where None.
+        ignore: The rules not to run, also where they are selected.
+        per_layer_ignores: The rules that say nothing of some layers, by glob of their names.
+        limits: Limits that differ from those of the rules, by rule, then by name.
+
+    Raises:
+        ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
+
+    Example:
+        >>> configuration = Configuration(ignore=["BN2"], limits={"BN301": {"max_shift_std": 2.0}})
+        >>> [rule.code for rule in configuration.rules() if rule.code.startswith("BN2")]
+        []
+    """
+
+    select: Collection[str] | None = None
+    ignore: Collection[str] = ()
+    per_layer_ignores: Mapping[str, Collection[str]] = field(default_factory=dict)
+    limits: Mapping[str, Mapping[str, Limit]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*(self.select or ()), *self.ignore):
+            codes_meant(name)
+        for names in self.per_layer_ignores.values():
+            for name in names:
+                codes_meant(name)
+        self.rules()
+
+    def changed(
+        self,
+        *,
+        select: Collection[str] | None = None,
+        ignore: Collection[str] | None = None,
+        per_layer_ignores: Mapping[str, Collection[str]] | None = None,
+        limits: Mapping[str, Mapping[str, Limit]] | None = None,
+    ) -> Configuration:
+        """Return the configuration with what is given in place of its own.
+
+        Raises:
+            ConfigurationError: A rule or a limit does not exist.
+        """
+        return Configuration(
+            select=self.select if select is None else select,
+            ignore=self.ignore if ignore is None else ignore,
+            per_layer_ignores=(
+                self.per_layer_ignores if per_layer_ignores is None else per_layer_ignores
+            ),
+            limits=self.limits if limits is None else limits,
+        )
+
+    def rules(self, rules: Iterable[Rule] = RULES) -> tuple[Rule, ...]:
+        """Return those of the rules that run, with their limits; rules of a user's own all do."""
+        own = {rule.code for rule in RULES}
+        selected = own if self.select is None else _codes(self.select)
+        running = selected - _codes(self.ignore)
+        limits = {rule_named(name).code: changed for name, changed in self.limits.items()}
+        return tuple(
+            with_limits(rule, limits.get(rule.code, {}))
+            for rule in rules
+            if rule.code in running or rule.code not in own
+        )
+
+    def is_wanted(self, finding: Finding) -> bool:
+        """Return whether a finding is about a layer of which its rule may speak."""
+        return not any(
+            finding.layer is not None
+            and fnmatch.fnmatchcase(finding.layer, pattern)
+            and finding.code in _codes(names)
+            for pattern, names in self.per_layer_ignores.items()
+        )
+
+
+def codes_meant(name: str) -> set[str]:
+    """Return the codes of the rules that a code, a name or a prefix of codes means.
+
+    Raises:
+        ConfigurationError: There is none; the message has the nearest name.
+
+    Example:
+        >>> sorted(codes_meant("BN40"))
+        ['BN401', 'BN402', 'BN403', 'BN404']
+    """
+    if name.upper().startswith("BN") and len(name) < len("BN101"):
+        codes = {rule.code for rule in RULES if rule.code.startswith(name.upper())}
+        if codes:
+            return codes
+    return {rule_named(name).code}
+
+
+def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
+    """Return a rule with other limits.
+
+    Raises:
+        ConfigurationError: It has no limit of that name, or the value is no number.
+    """
+    known = [limit.name for limit in dataclasses.fields(rule)]
+    for name, value in limits.items():
+        if name not in known:
+            near = nearest_name(name, known)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}"
+            raise ConfigurationError(f"{rule.code} has no limit {name!r}: {hint}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigurationError(f"{rule.code}: {name} has to be a number, not {value!r}")
+    return dataclasses.replace(rule, **limits) if limits else rule
+
+
+def read_configuration(path: Path | None = None) -> Configuration:
+    """Return what ``[tool.bnguard]`` says in a ``pyproject.toml``; the default where it does not.
+
+    Args:
+        path: The file; by default that of the working directory or of the nearest one above it.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or holds what does not exist.
+    """
+    path = _nearest_project_file(Path.cwd()) if path is None else path
+    if path is None:
+        return Configuration()
+    table = _table(path)
+    for key in table:
+        if key not in _KEYS:
+            near = nearest_name(key, _KEYS)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(_KEYS)}"
+            raise ConfigurationError(f"{path}: [tool.bnguard] has no key {key!r}: {hint}")
+    try:
+        return Configuration(
+            select=_names(table["select"], "select") if "select" in table else None,
+            ignore=_names(table.get("ignore", []), "ignore"),
+            per_layer_ignores={
+                pattern: _names(names, f"per-layer-ignores.{pattern}")
+                for pattern, names in _mapping(table, "per-layer-ignores").items()
+            },
+            limits={name: _mapping(table["limits"], name) for name in _mapping(table, "limits")},
+        )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: [tool.bnguard]: {error}") from error
+
+
+def _codes(names: Iterable[str]) -> set[str]:
+    return {code for name in names for code in codes_meant(name)}
+
+
+def _nearest_project_file(folder: Path) -> Path | None:
+    candidates = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _table(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+    if "tool.bnguard" not in text:
+        return {}
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: is no TOML: {error}") from error
+    return _mapping(_mapping(document, "tool"), "bnguard")
+
+
+def _mapping(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{key} has to be a table")
+    return value
+
+
+def _names(value: object, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ConfigurationError(f"{key} has to be a list of codes")
+    return tuple(value)

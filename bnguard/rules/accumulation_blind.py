@@ -1,0 +1,74 @@
+"""BN107 accumulation-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccumulationBlind(Rule):
+    """Gradients are accumulated over small batches, which BN still normalises one by one.
+
+    Why it matters:
+        Accumulating over eight batches of 4 gives the optimizer the gradient of 32 samples, but
+        each BN layer only ever sees 4. The noise of small batches stays, and the run is not the
+        one with a batch of 32 that it was meant to imitate.
+
+    Evidence:
+        Samples a call, where the trainer accumulates, or where a layer is called in several
+        forwards before each step.
+
+    Limits:
+        min_samples: 8, as in BN106.
+        min_accumulated_batches: 2.
+
+    Fix:
+        Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
+        use a norm that needs no batch::
+
+            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+
+    Fix safety:
+        Another norm changes the network: train or fine-tune it afterwards.
+
+    References:
+        Wu & He, "Group Normalization" (2018), table 2, error against batch size.
+        Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.3, on the batch of BN.
+    """
+
+    code: ClassVar[str] = "BN107"
+    name: ClassVar[str] = "accumulation-blind"
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN202", "BN301", "BN302")
+
+    min_samples: int = 8
+    min_accumulated_batches: float = 2.0
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold the samples a call against the limit where gradients are accumulated."""
+        if layer.samples is None or not layer.run.steps:
+            yield self._skipped(layer, "no batch has reached the layer in train mode yet")
+            return
+        accumulated = max(layer.run.plan.accumulated_batches, round(_forwards_a_step(layer), 2))
+        if accumulated < self.min_accumulated_batches or layer.samples >= self.min_samples:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"gradients of {accumulated:g} batches are accumulated, but each is normalised by "
+            f"its own {layer.samples} samples",
+            Evidence("samples a batch", layer.samples, self.min_samples),
+            Fix("enlarge the batch itself, or use GroupNorm, which needs none"),
+        )
+
+
+def _forwards_a_step(layer: LayerHistory) -> float:
+    """Return how many forwards of the model with gradients came before each step."""
+    if layer.calls_per_forward > 1 or layer.calls_outside or layer.calls_without_grad:
+        return 1.0
+    return layer.calls_in_training / layer.run.steps

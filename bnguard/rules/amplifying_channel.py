@@ -1,0 +1,118 @@
+"""BN403 amplifying-channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmplifyingChannel(Rule):
+    """A channel is multiplied so much in eval mode that it drowns the others, or overflows.
+
+    Why it matters:
+        In eval mode a channel is multiplied by gamma / sqrt(running variance + eps). Where its
+        variance in training was near zero that is hundreds; a value that differs only a little
+        then drowns all other channels, or overflows in float16. In training the batch itself
+        bounds the result: no normalised value can exceed sqrt(n - 1).
+
+    Evidence:
+        The largest |value - running mean|, in running standard deviations, of the newest
+        evaluation. Without one, in a checkpoint: the gain. A running variance that is so negative
+        that its root is not a number is an ``error``.
+
+    Limits:
+        max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 30,
+            a channel that wakes in evaluation reaches 140 to 190.
+        max_gain: 1,000. With eps 1e-5 a gain of 316 times gamma is the most there can be.
+
+    Fix:
+        Estimate the statistics again, on data that vary as those of evaluation do::
+
+            bnguard.recalibrate(model, train_loader)
+
+        or take the channel out: ``layer.weight.data[channel] = 0``.
+
+    Fix safety:
+        Recalibration is measured, and can be undone. A channel that is dead in training (BN204)
+        can be taken out without a loss.
+
+    References:
+        Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization"
+            (2020), on the discrepancy between training and inference.
+        Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2.
+    """
+
+    code: ClassVar[str] = "BN403"
+    name: ClassVar[str] = "amplifying-channel"
+    is_static: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN302",)
+
+    max_normalised_std: float = 100.0
+    max_gain: float = 1000.0
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold the normalised values, and the gain, against their limits."""
+        if layer.running is None or not layer.running.var.size:
+            yield self._skipped(layer, "the layer keeps no running statistics")
+            return
+        negative = tuple(map(int, np.flatnonzero(layer.running.var + layer.eps < 0.0)))
+        if negative:
+            yield self._finding(
+                layer,
+                Severity.ERROR,
+                "a running variance is negative: its root is NaN, and with it every evaluation",
+                Evidence("smallest variance", float(np.nanmin(layer.running.var)), 0.0),
+                _FIX,
+                channels=negative,
+            )
+            return
+        seen = layer.evaluated
+        if seen is not None and seen.largest_normalised_std > self.max_normalised_std:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                "in eval mode a value lies so many running standard deviations from the mean that "
+                "it drowns the other channels",
+                Evidence(
+                    "largest normalised value",
+                    seen.largest_normalised_std,
+                    self.max_normalised_std,
+                    "σ",
+                ),
+                _FIX,
+                step=seen.step,
+            )
+            return
+        gain = _gain(layer)
+        if gain.size and float(np.max(gain)) > self.max_gain:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                "a channel is multiplied so much in eval mode that a small difference drowns all",
+                Evidence("largest gain", float(np.max(gain)), self.max_gain),
+                _FIX,
+                channels=tuple(map(int, np.flatnonzero(gain > self.max_gain))),
+            )
+
+
+_FIX = Fix("recalibrate; where the channel is dead in training, take it out", "recalibrate")
+
+
+def _gain(layer: LayerHistory) -> np.ndarray:
+    """Return |gamma| / sqrt(running variance + eps), a channel each; 0 where not finite."""
+    assert layer.running is not None
+    if layer.gamma is not None and layer.gamma.shape != layer.running.var.shape:
+        return np.empty(0)
+    with np.errstate(all="ignore"):
+        gain = np.abs(1.0 if layer.gamma is None else layer.gamma) / np.sqrt(
+            layer.running.var + layer.eps
+        )
+    return np.where(np.isfinite(gain), gain, 0.0)

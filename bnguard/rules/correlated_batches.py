@@ -1,0 +1,93 @@
+"""BN203 correlated-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import History
+from bnguard.rules.base import ModelRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrelatedBatches(ModelRule):
+    """The samples of a batch are more alike than those of different batches.
+
+    Why it matters:
+        Batches sorted by class, grouped by patient or cut from one video are each a world of
+        their own. BN subtracts what its samples share, which may be the very thing to learn; the
+        running statistics describe no batch that ever was; and evaluation, with mixed batches or
+        one sample, is worse than training suggests. Both modes agree on such a batch, so that the
+        mode gap does not show it.
+
+    Evidence:
+        The variance between batch means, times the samples of a batch, over the variance between
+        the samples of a batch (the F ratio of an analysis of variance), the median over some
+        numbers of each sample. Independent samples give 1. It is taken at the input of the model,
+        before the first BN layer: deeper down the layers before re-centre each batch, so that
+        healthy ones swing, and weights that change make batches differ.
+
+    Limits:
+        min_variance_ratio: 2, below which no harm is to be expected.
+        max_excess_std: 5 standard deviations of what K batches of independent samples give,
+            1 + 5 sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. Healthy runs of
+            the zoo stay below 2.8 (95 % of them below 1.2); batches sorted by class have 3.9,
+            batches of one scanner each more than 100.
+        min_batches: Batches in the window before they are judged: 8.
+
+    Fix:
+        Shuffle what is sorted, or draw each batch from several groups::
+
+            DataLoader(dataset, batch_size=64, shuffle=True)
+
+        An ``IterableDataset`` needs a shuffle buffer; a sampler of one's own has to mix classes.
+
+    Fix safety:
+        Safe. Where batches have to be grouped (episodes, contrastive pairs), GroupNorm in place
+        of BN takes the dependence away.
+
+    References:
+        Ioffe, "Batch Renormalization" (2017), on non-i.i.d. minibatches.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 6.
+    """
+
+    code: ClassVar[str] = "BN203"
+    name: ClassVar[str] = "correlated-batches"
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN301", "BN302")
+
+    min_variance_ratio: float = 2.0
+    max_excess_std: float = 5.0
+    min_batches: int = 8
+
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Compare the batches that the model was given with those of independent samples."""
+        layer = next(iter(history.layers_in_order), None)
+        if layer is None or not layer.calls_in_training:
+            return
+        inputs = history.run.inputs
+        ratio = np.empty(0) if inputs is None else inputs.variance_ratio
+        ratio = ratio[np.isfinite(ratio)]
+        if inputs is None or not ratio.size:
+            yield self._skipped(layer, "the model was not called with batches of numbers")
+            return
+        if inputs.batches < self.min_batches:
+            yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
+            return
+        value = float(np.median(ratio))
+        by_chance = 1.0 + self.max_excess_std * math.sqrt(2.0 / (inputs.batches - 1))
+        limit = max(self.min_variance_ratio, by_chance)
+        if value <= limit:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"the batches differ {value:.2g} times as much as independent samples explain: they "
+            "are sorted, grouped, or neighbours",
+            Evidence("variance of batch means over the expected", value, limit),
+            Fix("DataLoader(..., shuffle=True), or draw each batch from several groups"),
+        )

@@ -1,0 +1,79 @@
+"""BN204 dead-channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadChannels(Rule):
+    """Channels without any variance reach the layer: their output is beta, whatever the input.
+
+    Why it matters:
+        A constant channel minus its mean is zero. It carries nothing forward and gets no gradient
+        back: dead ReLUs before BN, a convolution that decayed to zero, an input that is constant.
+        With a variance of zero the layer multiplies by 1/sqrt(eps), some 300, as soon as a value
+        differs (BN403).
+
+    Evidence:
+        The share of channels whose variance was at most ``max_var_in_eps`` in every batch of the
+        window; without batches, whose running variance is. A few dead channels are common in
+        healthy networks: ``info``.
+
+    Limits:
+        max_var_in_eps: 0.1 of eps, 1e-6 as a rule: below it eps alone sets the scale.
+        max_dead_share: 0.5 of a layer's channels, beyond which it is a ``warning``; dead ReLUs
+            before a layer make it 1, healthy networks of the zoo have at most a few channels.
+
+    Fix:
+        Put BN before the activation, or use one that does not die::
+
+            torch.nn.Sequential(conv, torch.nn.BatchNorm2d(channels), torch.nn.LeakyReLU())
+
+        and look at the learning rate and at what the layer before receives.
+
+    Fix safety:
+        A changed activation means training again. Dead channels can be pruned without a loss.
+
+    References:
+        Lu et al., "Dying ReLU and Initialization: Theory and Numerical Examples" (2019).
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.2: BN before the nonlinearity.
+    """
+
+    code: ClassVar[str] = "BN204"
+    name: ClassVar[str] = "dead-channels"
+    is_static: ClassVar[bool] = True
+
+    max_var_in_eps: float = 0.1
+    max_dead_share: float = 0.5
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Count the channels without variance in all batches, or without running variance."""
+        var = None
+        if layer.window is not None:
+            var = layer.window.var_max
+        elif layer.running is not None:
+            var = layer.running.var
+        if var is None or not np.isfinite(var).any():
+            yield self._skipped(layer, "no variance is known")
+            return
+        dead = np.flatnonzero(np.isfinite(var) & (np.abs(var) <= self.max_var_in_eps * layer.eps))
+        if not dead.size:
+            return
+        share = float(dead.size / var.size)
+        yield self._finding(
+            layer,
+            Severity.WARNING if share > self.max_dead_share else Severity.INFO,
+            f"{dead.size} of {var.size} channels never vary: their output is a constant",
+            Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
+            Fix("BN before the activation; look at learning rate and input of the layer before"),
+            channels=tuple(map(int, dead)),
+        )

@@ -1,0 +1,91 @@
+"""BN404 half-precision-overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import EvalWindow, LayerHistory
+from bnguard.rules.base import Rule
+
+# The largest finite number; bfloat16 reaches as far as float32.
+_LARGEST = {"float16": 65504.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfPrecisionOverflow(Rule):
+    """Values around a layer come near the end of what float16 can hold.
+
+    Why it matters:
+        Under float16 autocast a convolution writes float16, and beyond 65,504 it writes infinity.
+        BN would have brought the values back to 1, but comes too late. In eval mode it comes
+        later still: a channel whose running variance is too small leaves BN enlarged. One
+        infinity makes the rest of the network NaN.
+
+    Evidence:
+        What arrives in eval mode as float16: |mean| plus ``reach_std`` standard deviations, the
+        largest over channels, against 65,504; and what leaves, |gamma| times the largest
+        normalised value plus |beta|. Batches that held an infinity already are an ``error``.
+
+    Limits:
+        max_used_share: 0.5 of the range; healthy layers use less than 1 %.
+        reach_std: 4 standard deviations.
+
+    Fix:
+        Use bfloat16, which reaches as far as float32, or keep the part in float32::
+
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                ...
+
+        A convolution that grew so large wants weight decay, or a smaller learning rate.
+
+    Fix safety:
+        bfloat16 has three digits in place of four; training usually does not notice.
+
+    References:
+        Micikevicius et al., "Mixed Precision Training" (2018).
+        torch.amp, on autocast and its element types.
+    """
+
+    code: ClassVar[str] = "BN404"
+    name: ClassVar[str] = "half-precision-overflow"
+    explains: ClassVar[tuple[str, ...]] = ("BN401", "BN402")
+
+    max_used_share: float = 0.5
+    reach_std: float = 4.0
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold what arrives and what leaves against the range of the element type."""
+        seen = layer.evaluated
+        if seen is None:
+            yield self._skipped(layer, "the layer was not seen in eval mode")
+            return
+        largest = _LARGEST.get(seen.dtype)
+        if largest is None:
+            return
+        used = self._used(layer, seen) / largest
+        if seen.nonfinite_batches == 0 and used <= self.max_used_share:
+            return
+        yield self._finding(
+            layer,
+            Severity.ERROR if seen.nonfinite_batches else Severity.WARNING,
+            f"values at the layer reach {used:.0%} of what {seen.dtype} can hold"
+            if not seen.nonfinite_batches
+            else f"{seen.nonfinite_batches} batches arrived with infinities in {seen.dtype}",
+            Evidence("share of the range", 100 * used, 100 * self.max_used_share, "%"),
+            Fix("autocast to bfloat16, or keep this part in float32"),
+            step=seen.step,
+        )
+
+    def _used(self, layer: LayerHistory, seen: EvalWindow) -> float:
+        with np.errstate(all="ignore"):
+            arriving = np.abs(seen.mean) + self.reach_std * np.sqrt(seen.var_unbiased)
+        gamma = 1.0 if layer.gamma is None or not layer.gamma.size else np.abs(layer.gamma).max()
+        beta = 0.0 if layer.beta is None or not layer.beta.size else np.abs(layer.beta).max()
+        leaving = float(gamma * seen.largest_normalised_std + beta)
+        values = np.append(arriving, leaving)
+        return float(np.max(values[np.isfinite(values)], initial=0.0))

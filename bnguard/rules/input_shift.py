@@ -1,0 +1,115 @@
+"""BN305 input-shift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.history import EvalWindow, History, LayerHistory
+from bnguard.rules.base import ModelRule
+from bnguard.rules.measures import drift, is_known_harmless, worst_evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputShift(ModelRule):
+    """Evaluation data differ from training data before the first BN layer.
+
+    Why it matters:
+        At the first BN layer nothing but the data, and the few layers before it, can differ. A
+        drift that is there already comes from outside: another scaling or channel order, a
+        missing normalisation, colour jitter in training alone, another camera or domain. No
+        momentum and no recalibration on training data mends that.
+
+    Evidence:
+        At the first BN layer: the eval moments against the newest batches of training *and*
+        against the running statistics, shift in standard deviations or log-variance ratio, the
+        quantile over channels; the smaller of the two distances counts. ``info`` where the mode
+        gap was measured and shows no harm.
+
+    Limits:
+        max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
+            included, stay below 0.62; other preprocessing gives 1.6 to 2.6.
+        max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 0.75.
+        channel_quantile: Share of the channels that has to be within the limits: 0.9.
+        min_values: Values per channel observed in eval mode before they are judged.
+        max_initial_weight: As in BN301.
+
+    Fix:
+        Compare one batch of each, and share the preprocessing::
+
+            for batch in (next(iter(train_loader)), next(iter(val_loader))):
+                print(batch[0].mean((0, 2, 3)), batch[0].std((0, 2, 3)))
+
+        Where the domains differ in earnest, adapt the statistics to the new one, knowingly::
+
+            bnguard.recalibrate(model, target_loader)
+
+    Fix safety:
+        Preprocessing that is made equal is safe. Adapting to the evaluation data gives a network
+        for those, which may be worse on the old ones.
+
+    References:
+        Schneider et al., "Improving robustness against common corruptions by covariate shift
+            adaptation" (2020).
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5: domains.
+    """
+
+    code: ClassVar[str] = "BN305"
+    name: ClassVar[str] = "input-shift"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302", "BN403")
+
+    max_shift_std: float = 1.0
+    max_log_variance_ratio: float = 1.25
+    channel_quantile: float = 0.9
+    min_values: int = 256
+    max_initial_weight: float = 0.05
+
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Hold what arrives at the first layer against what it was trained on."""
+        layer = next(iter(history.layers_in_order), None)
+        if layer is None:
+            return
+        seen = layer.evaluated
+        if seen is None or layer.window is None:
+            yield self._skipped(layer, "the first layer was not seen in both modes")
+        elif seen.count < self.min_values:
+            yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
+        elif (layer.initial_weight_when_evaluated or 0.0) > self.max_initial_weight:
+            yield self._skipped(layer, "the running statistics were not settled yet")
+        else:
+            yield from self._judged(layer, seen)
+
+    def _judged(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
+        window, running = layer.window, seen.running
+        assert window is not None
+        by_window = drift(seen, window.mean, window.var_unbiased, layer.eps)
+        by_running = drift(seen, running.mean, running.var, layer.eps)
+        # Weights that move let the window lag behind, a small momentum the running statistics.
+        shift, ratio = (np.minimum(a, b) for a, b in zip(by_window, by_running, strict=True))
+        judged = np.isfinite(shift) & np.isfinite(ratio)
+        if not judged.any():
+            yield self._skipped(layer, "no channel has finite statistics")
+            return
+        worst = worst_evidence(
+            shift,
+            ratio,
+            judged,
+            max_shift_std=self.max_shift_std,
+            max_log_variance_ratio=self.max_log_variance_ratio,
+            channel_quantile=self.channel_quantile,
+        )
+        if worst.value <= worst.limit or layer.run.has_new_weights_in_evaluation:
+            return
+        yield self._finding(
+            layer,
+            Severity.INFO if is_known_harmless(layer.run) else Severity.WARNING,
+            "evaluation data differ from those of training at the first BN layer already: "
+            "preprocessing or domain",
+            worst,
+            Fix("compare mean and deviation of a training and an evaluation batch"),
+            step=seen.step,
+        )

@@ -1,0 +1,83 @@
+"""BN105 low-precision-statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+# Distance from 1 to the next number, of the element types that buffers can have.
+_ROUNDING_STEPS = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float8_e4m3fn": 2.0**-3,
+    "float8_e5m2": 2.0**-2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowPrecisionStatistics(Rule):
+    """Running statistics are kept in so few digits that updates round away.
+
+    Why it matters:
+        An update adds ``momentum`` times the difference to the batch. In bfloat16, which has
+        three digits, a difference below 4 % of the value is rounded away at momentum 0.1, so that
+        the average stops moving; in float16 a variance above 65,504 becomes infinite. It happens
+        where a whole model is cast (``model.half()``, ``model.bfloat16()``) and then trained;
+        autocast leaves the buffers alone.
+
+    Evidence:
+        The rounding step of the buffers' element type, relative to the value. In eval mode, and
+        in a checkpoint, nothing is added any more: ``info`` there.
+
+    Limits:
+        max_rounding_step: 1e-4; float32 has 1.2e-7, float16 1e-3, bfloat16 8e-3.
+
+    Fix:
+        Keep the layers in float32, and use autocast for the rest::
+
+            for module in model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.float()
+
+    Fix safety:
+        Safe: PyTorch's kernels take half-precision inputs with float32 parameters on CUDA and
+        under autocast.
+
+    References:
+        Micikevicius et al., "Mixed Precision Training" (2018), on statistics computed in
+            float32.
+        torch.amp, on the operations that autocast leaves in float32.
+    """
+
+    code: ClassVar[str] = "BN105"
+    name: ClassVar[str] = "low-precision-statistics"
+    is_static: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_rounding_step: float = 1e-4
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Look up the rounding step of the buffers."""
+        if layer.running is None:
+            return
+        step = _ROUNDING_STEPS.get(layer.statistics_dtype or "")
+        if step is None:
+            yield self._skipped(layer, "the element type of the buffers is not known")
+            return
+        if step <= self.max_rounding_step:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING if layer.training or layer.updates_seen else Severity.INFO,
+            f"the running statistics are {layer.statistics_dtype}: small updates round away, and "
+            "large variances overflow",
+            Evidence("rounding step", step, self.max_rounding_step),
+            Fix("call .float() on the BN layers, and use autocast for the rest"),
+        )

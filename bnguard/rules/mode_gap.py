@@ -1,0 +1,107 @@
+"""BN302 mode-gap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import History
+from bnguard.rules.base import ModelRule
+from bnguard.rules.measures import (
+    MAX_EXCESS_CHANGE,
+    MAX_EXCESS_CHANGE_WITH_FLIPS,
+    MAX_FLIPPED_SHARE,
+    excess_change,
+    is_harmful,
+    is_lasting,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesDisagree(ModelRule):
+    """The two modes give different answers for the same batch.
+
+    Why it matters:
+        Only BN differs between the two runs, so that the whole gap is its doing: what was trained
+        is not what is evaluated. This is harm measured at the output, where a distribution test
+        at a layer (BN301) only suspects it. The cause, where a rule found one, stands before it.
+
+    Evidence:
+        On one batch of the newest evaluation, everything else in eval mode: the root mean square
+        change of the outputs between running and batch statistics, in standard deviations of the
+        outputs, without the part that sampling explains (twice the change between the statistics
+        of half the batch and of the whole); and, for class scores, the share of predictions that
+        flip: where many do, a smaller change is harm already. ``info`` where the layers were frozen
+        throughout training, and while training goes on and fewer than four evaluations in a row
+        have shown it. A batch sorted by class misleads it.
+
+    Limits:
+        max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
+            zoo stay below 0.21; beyond 0.75 are only those frozen on other data (``info``). Faults
+            reach 0.6 to 1.2.
+        max_excess_change_with_flips: 0.3, where more predictions flip than the next limit says.
+        max_flipped_share: 0.12 of the predictions. Healthy runs stay below 0.11.
+        max_initial_weight: An evaluation that ran while more of the initial statistics than this
+            was left is not judged, unless training ended like that.
+
+    Fix:
+        Recalibrate, which says by how much it helps, and mend the cause that is named::
+
+            bnguard.recalibrate(model, train_loader)
+
+    Fix safety:
+        Recalibration changes the running statistics only, is measured, and can be undone.
+
+    References:
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 4: inconsistency between
+            training and testing.
+        PyTorch issue 4741, "Using model.eval() with batchnorm gives high error".
+    """
+
+    code: ClassVar[str] = "BN302"
+    name: ClassVar[str] = "mode-gap"
+
+    max_excess_change: float = MAX_EXCESS_CHANGE
+    max_excess_change_with_flips: float = MAX_EXCESS_CHANGE_WITH_FLIPS
+    max_flipped_share: float = MAX_FLIPPED_SHARE
+    max_initial_weight: float = 0.05
+
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Hold the gap between the modes against both limits."""
+        run = history.run
+        gap = run.mode_gap
+        if gap is None:
+            yield self._skipped(None, run.mode_gap_reason)
+            return
+        weights = (layer.initial_weight_when_evaluated or 0.0 for layer in history.layers)
+        left = max(weights, default=0.0)
+        if left > self.max_initial_weight and not run.is_settled:
+            yield self._skipped(
+                None, f"when it was evaluated, {left:.0%} of the initial statistics was left"
+            )
+            return
+        if not is_harmful(
+            gap,
+            max_change=self.max_excess_change,
+            max_change_with_flips=self.max_excess_change_with_flips,
+            max_flipped_share=self.max_flipped_share,
+        ):
+            return
+        is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
+        excess = excess_change(gap)
+        is_large = excess > self.max_excess_change
+        limit = self.max_excess_change if is_large else self.max_excess_change_with_flips
+        flips = (
+            ""
+            if gap.flipped_share is None
+            else f", and {gap.flipped_share:.0%} of its predictions flip"
+        )
+        yield self._finding(
+            None,
+            Severity.WARNING if is_trained and is_lasting(run) else Severity.INFO,
+            f"running and batch statistics give different outputs for the same batch{flips}",
+            Evidence("change of the outputs", excess, limit, "σ"),
+            Fix("recalibrate, and mend the cause named before", "recalibrate"),
+        )

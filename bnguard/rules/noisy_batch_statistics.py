@@ -1,0 +1,84 @@
+"""BN202 noisy-batch-statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyBatchStatistics(Rule):
+    """The statistics jump from batch to batch: too few values to estimate them from.
+
+    Why it matters:
+        A little noise regularises. Where the mean that is subtracted is off by half a standard
+        deviation each time, training optimises another function at every step, and the function
+        of evaluation is none of them. The running statistics, an average of few such batches, are
+        noisy too.
+
+    Evidence:
+        The standard deviation of the batch means in standard deviations of the values, the median
+        over channels, from successive differences, which slow drift of the weights does not enter.
+        Independent values give 1/sqrt(n); where the positions of a sample are alike, it is up to
+        1/sqrt(samples).
+
+    Limits:
+        max_noise_std: 0.42. Independent samples give 0.35 at 8 a batch and 0.5 at 4. The
+            healthy runs of the zoo stay below 0.39, batches of four lie at 0.45 to 0.47.
+        min_batches: Batches in the window before they are judged.
+        max_samples: Batches of more samples than this are not small: what jumps there is the
+            data (BN203) or the weights.
+
+    Fix:
+        Enlarge the batch, share the statistics between devices, or use a norm without batch::
+
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+
+        A smaller ``momentum`` and a recalibration help eval mode alone.
+
+    Fix safety:
+        Another norm changes the network: train or fine-tune it afterwards.
+
+    References:
+        Wu & He, "Group Normalization" (2018), table 2, error against batch size.
+        Ioffe, "Batch Renormalization" (2017), section 3.
+        von Neumann et al., "The mean square successive difference" (1941).
+    """
+
+    code: ClassVar[str] = "BN202"
+    name: ClassVar[str] = "noisy-batch-statistics"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_noise_std: float = 0.42
+    min_batches: int = 8
+    max_samples: int = 7
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold the spread of the batch means against the limit."""
+        if layer.window is None or layer.samples is None:
+            yield self._skipped(layer, "no batch statistics were observed")
+            return
+        noise = layer.window.noise_std
+        judged = (layer.window.batches >= self.min_batches) & np.isfinite(noise)
+        if not judged.any():
+            yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
+            return
+        spread = float(np.median(noise[judged]))
+        if layer.samples > self.max_samples or spread <= self.max_noise_std:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"batches of {layer.samples} samples give a mean that jumps by {spread:.2f} σ from "
+            "one to the next",
+            Evidence("spread of the batch means", spread, self.max_noise_std, "σ"),
+            Fix("enlarge or synchronise the batches, or use GroupNorm here"),
+        )

@@ -1,0 +1,121 @@
+"""BN401 non-finite-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import BadValueOrigin, History, LayerHistory
+from bnguard.rules.base import ModelRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteBatch(ModelRule):
+    """A NaN or an Inf came through the network; this is where it began.
+
+    Why it matters:
+        The loss shows that something was not finite, many layers and steps later. Whether it was
+        the data, one layer's weights or an overflow decides what has to be mended, and the first
+        layer that saw it tells.
+
+    Evidence:
+        The first layer, in the order of the forward, whose statistics were not finite, in the
+        first step in which one was; and, where a bad batch came again, the module that turned
+        finite input into one that is not. In evaluation: the batches that held NaN or Inf.
+
+    Limits:
+        max_bad_batches: 0.
+
+    Fix:
+        Look at what comes before the layer named; where it is the first, at the data::
+
+            assert torch.isfinite(batch).all(), batch_index
+
+        An overflow in float16 needs a smaller learning rate, or bfloat16. Keep the statistics
+        clean meanwhile: ``bnguard.watch(model, restore_poisoned=True)``.
+
+    Fix safety:
+        Skipping bad batches is safe where they are few; where they are many, they are the fault.
+
+    References:
+        PyTorch issue 88474, "Mixed precision training fails due to NaN in batch norm
+            running_mean".
+        torch.autograd.set_detect_anomaly, for a NaN that begins in the backward.
+    """
+
+    code: ClassVar[str] = "BN401"
+    name: ClassVar[str] = "non-finite-batch"
+    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN301", "BN302")
+
+    max_bad_batches: int = 0
+
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Find the first layer in the first bad step."""
+        layers = history.layers_in_order
+        poisoned = [layer for layer in layers if layer.poisoned_step is not None]
+        if poisoned:
+            first = min(poisoned, key=lambda layer: layer.poisoned_step or 0)
+            yield self._trained(first, layers)
+            return
+        for layer in layers:
+            if layer.evaluated is not None and (
+                layer.evaluated.nonfinite_batches > self.max_bad_batches
+            ):
+                yield self._evaluated(layer, layers, layer.evaluated.nonfinite_batches)
+                return
+
+    def _trained(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
+        where, fix = _origin(layer, layers)
+        if layer.run.origin is not None:
+            where, fix = _seen_again(layer.run.origin)
+        return self._finding(
+            layer,
+            Severity.ERROR,
+            f"a batch of training was NaN or infinite here first: {where}",
+            Evidence("batches not finite", 1, self.max_bad_batches),
+            fix,
+            channels=() if layer.running is None else layer.running.bad_channels,
+            step=layer.poisoned_step,
+        )
+
+    def _evaluated(
+        self, layer: LayerHistory, layers: tuple[LayerHistory, ...], batches: int
+    ) -> Finding:
+        where, fix = _origin(layer, layers)
+        return self._finding(
+            layer,
+            Severity.ERROR,
+            f"batches of evaluation are NaN or infinite here first: {where}",
+            Evidence("batches not finite", batches, self.max_bad_batches),
+            fix,
+            step=None if layer.evaluated is None else layer.evaluated.step,
+        )
+
+
+def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str, Fix]:
+    index = layers.index(layer)
+    if index == 0:
+        return (
+            "it is the first BN layer, so the data or what stands before it",
+            Fix("check the batch of that step for NaN and Inf, then the layers before the first"),
+        )
+    before = layers[index - 1].name
+    return (
+        f"what comes after {before or 'the layer before'}, which was fine",
+        Fix(f"look between {before} and {layer.name}: an overflow, a division, a logarithm"),
+    )
+
+
+def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
+    place = f"{origin.module or 'the model'} ({origin.kind})"
+    if origin.bad_parameters:
+        names = ", ".join(origin.bad_parameters)
+        return (
+            f"{place} has parameters that are not finite: {names}",
+            Fix("go back to a checkpoint whose weights are finite; lower the learning rate"),
+        )
+    if origin.is_input_bad:
+        return f"{place} was given it: it is in the data", Fix("check the data for NaN and Inf")
+    return f"{place} made it of finite input", Fix(f"look at {place}: an overflow or a division")

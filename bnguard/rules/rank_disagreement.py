@@ -1,0 +1,74 @@
+"""BN210 rank-disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankDisagreement(Rule):
+    """The ranks of a distributed training have different running statistics.
+
+    Why it matters:
+        Each rank evaluates another network; the score depends on which one is asked, and the
+        checkpoint holds those of rank 0, made from its share of the data alone. DDP copies rank
+        0's buffers to the others before each forward in training, but not after the last one, and
+        not with ``broadcast_buffers=False``.
+
+    Evidence:
+        The largest distance of a running mean from that of another rank, in running standard
+        deviations; the upper decile over channels.
+
+    Limits:
+        max_distance_std: 0.25, well above what one last update with momentum 0.1 leaves at
+            healthy batch sizes (0.1 times 0.35 σ at 8 samples).
+
+    Fix:
+        Share the statistics in training, or average them before evaluation::
+
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            torch.distributed.all_reduce(layer.running_mean, torch.distributed.ReduceOp.AVG)
+
+    Fix safety:
+        Averaging is safe for the means; variances need that of the means added.
+        ``bnguard.recalibrate`` does both, on all ranks.
+
+    References:
+        PyTorch issue 13711, "In eval(), BatchNorm running_mean is different between different
+            GPUs".
+        torch.nn.parallel.DistributedDataParallel, on ``broadcast_buffers``.
+    """
+
+    code: ClassVar[str] = "BN210"
+    name: ClassVar[str] = "rank-disagreement"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_distance_std: float = 0.25
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Hold the distance between ranks against the limit."""
+        if layer.run.plan.ranks < 2 and layer.rank_shift_std is None:
+            return
+        distance = layer.rank_shift_std
+        if distance is None or not np.isfinite(distance).any():
+            yield self._skipped(layer, "the ranks were not compared")
+            return
+        value = float(np.quantile(np.abs(distance[np.isfinite(distance)]), 0.9))
+        if value <= self.max_distance_std:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"the running means of two ranks are {value:.2g} σ apart: each evaluates another "
+            "network",
+            Evidence("distance between ranks", value, self.max_distance_std, "σ"),
+            Fix("SyncBatchNorm, or recalibrate on all ranks before evaluation", "recalibrate"),
+        )

@@ -1,0 +1,100 @@
+"""BN207 several-streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory, Stream
+from bnguard.rules.base import Rule
+from bnguard.stats import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralStreams(Rule):
+    """One layer is called several times a forward, with data of different distributions.
+
+    Why it matters:
+        In training each call is normalised with its own statistics. The running ones blend all of
+        them, and fit none: in eval mode every stream is shifted and scaled. Two domains, clean and
+        adversarial images, photographs and sketches in one shared encoder do this.
+
+    Evidence:
+        The distance of the streams' average means in standard deviations, and the logarithm of
+        the ratio of their variances; the upper decile over channels, of the two streams that are
+        furthest apart. Siamese calls with the same distribution lie near 0.
+
+    Limits:
+        max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among
+            them, 95 % stay below 0.3 and all below 0.72.
+        max_log_variance_ratio: 1, a factor of 2.7; a digit and its negative have 2.3.
+        min_batches: Batches of each stream before it is compared.
+
+    Fix:
+        Concatenate the streams and split the output, so that both modes see the mixture::
+
+            first, second = encoder(torch.cat([a, b])).chunk(2)
+
+        or give each domain BN layers of its own.
+
+    Fix safety:
+        Concatenating changes training: the network has to be trained on. Recalibration cannot
+        help, since one set of statistics cannot fit two streams.
+
+    References:
+        Xie et al., "Adversarial Examples Improve Image Recognition" (2020): a BN for
+            each distribution.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5: domains.
+    """
+
+    code: ClassVar[str] = "BN207"
+    name: ClassVar[str] = "several-streams"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_distance_std: float = 1.0
+    max_log_variance_ratio: float = 1.0
+    min_batches: int = 8
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Compare the streams, two at a time."""
+        if len(layer.streams) < 2:
+            return
+        streams = tuple(stream for stream in layer.streams if stream.batches >= self.min_batches)
+        if len(streams) < 2:
+            yield self._skipped(layer, f"fewer than {self.min_batches} batches of each stream")
+            return
+        distance, ratio = distances(streams)
+        by_mean = Evidence("distance of the streams", distance, self.max_distance_std, "σ")
+        by_var = Evidence("|log variance ratio| of the streams", ratio, self.max_log_variance_ratio)
+        worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
+        if worst.value <= worst.limit:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"{len(streams)} streams with different statistics share the layer: the "
+            "running ones fit neither",
+            worst,
+            Fix("concatenate the streams before the layer, or give each its own BN layers"),
+        )
+
+
+def distances(streams: tuple[Stream, ...]) -> tuple[float, float]:
+    """Return the largest distance of means, in σ, and |log variance ratio| of two streams."""
+    pairs = [(a, b) for index, a in enumerate(streams) for b in streams[index + 1 :]]
+    means = [_upper(np.abs(a.mean - b.mean) / np.sqrt(_pooled(a, b))) for a, b in pairs]
+    ratios = [_upper(np.abs(np.log(a.var_unbiased / b.var_unbiased))) for a, b in pairs]
+    return max(means), max(ratios)
+
+
+def _pooled(a: Stream, b: Stream) -> FloatArray:
+    return np.asarray((a.var_unbiased + b.var_unbiased) / 2)
+
+
+def _upper(values: FloatArray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, 0.9)) if finite.size else 0.0

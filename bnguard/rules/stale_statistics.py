@@ -1,0 +1,138 @@
+"""BN304 stale-statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+from bnguard.rules.measures import drift, is_known_harmless, worst_evidence
+
+_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaleStatistics(Rule):
+    """The weights have changed since the running statistics were taken.
+
+    Why it matters:
+        Running statistics belong to the weights that they were estimated with. Averaged weights
+        (SWA, EMA), weights that are loaded, pruned or rounded after training, and statistics that
+        were lost when a model was copied by its parameters alone make a network that no training
+        step ever saw, and that is evaluated with the statistics of another.
+
+    Evidence:
+        One of three. The statistics are the initial (0, 1) beside a beta that has learnt. Or the
+        layer was called in train mode, and nothing entered its statistics, as where a function
+        runs on copies of the buffers. Or weights were written between the newest training step
+        and the evaluation, and what arrives has drifted from the running statistics.
+
+    Limits:
+        min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.
+        min_lost_calls: Calls in train mode without any update: 8.
+        max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
+            that the weights are others.
+        max_log_variance_ratio: 0.8, as above.
+        channel_quantile: As in BN301, 0.9.
+
+    Fix:
+        Estimate the statistics again with the weights that will be used::
+
+            torch.optim.swa_utils.update_bn(train_loader, averaged)
+            bnguard.recalibrate(averaged, train_loader)
+
+        When copying a model, copy ``state_dict()``, not ``parameters()``.
+
+    Fix safety:
+        Recalibration changes the running statistics only, is measured, and can be undone.
+
+    References:
+        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization"
+            (2018), section 3.2, on batch normalization.
+        torch.optim.swa_utils.update_bn, and AveragedModel on ``use_buffers``.
+    """
+
+    code: ClassVar[str] = "BN304"
+    name: ClassVar[str] = "stale-statistics"
+    is_static: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302")
+
+    min_moved_beta: float = 1e-4
+    min_lost_calls: int = 8
+    max_shift_std: float = 0.5
+    max_log_variance_ratio: float = 0.8
+    channel_quantile: float = 0.9
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Look for statistics that are lost, that nothing enters, or of other weights."""
+        if layer.running is None:
+            yield self._skipped(layer, "the layer keeps no running statistics")
+        elif layer.run.steps == 0 and layer.running.is_initial and layer.running.mean.size:
+            yield from self._lost(layer)
+        elif not layer.updates_seen and layer.calls_in_training >= self.min_lost_calls:
+            yield from self._untouched(layer)
+        elif layer.run.has_new_weights_in_evaluation:
+            yield from self._rewritten(layer)
+
+    def _lost(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        if layer.beta is None:
+            yield self._skipped(layer, "without beta nothing says whether the layer was trained")
+            return
+        moved = float(np.median(np.abs(layer.beta)))
+        if not np.isfinite(moved) or moved < self.min_moved_beta:
+            return
+        yield self._finding(
+            layer,
+            Severity.ERROR,
+            "beta has learnt, but the running statistics are the initial mean 0 and variance 1: "
+            "they were lost on the way",
+            Evidence("median |beta|", moved, self.min_moved_beta),
+            Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
+        )
+
+    def _untouched(self, layer: LayerHistory) -> Iterator[Finding]:
+        if not layer.is_updating or layer.momentum == 0.0 or layer.running is None:
+            return
+        if layer.running.updates is None:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"{layer.calls_in_training} batches were normalised in train mode, but none entered "
+            "the running statistics: something runs the layer on copies of its buffers",
+            Evidence("batches without an update", layer.calls_in_training, self.min_lost_calls),
+            _FIX,
+        )
+
+    def _rewritten(self, layer: LayerHistory) -> Iterator[Finding]:
+        seen = layer.evaluated
+        if seen is None:
+            return
+        shift, ratio = drift(seen, seen.running.mean, seen.running.var, layer.eps)
+        judged = np.isfinite(shift) & np.isfinite(ratio)
+        if not judged.any():
+            return
+        worst = worst_evidence(
+            shift,
+            ratio,
+            judged,
+            max_shift_std=self.max_shift_std,
+            max_log_variance_ratio=self.max_log_variance_ratio,
+            channel_quantile=self.channel_quantile,
+        )
+        if worst.value <= worst.limit:
+            return
+        yield self._finding(
+            layer,
+            Severity.INFO if is_known_harmless(layer.run) else Severity.WARNING,
+            "the weights that are evaluated are not those of the newest training step, and the "
+            "running statistics do not fit them",
+            worst,
+            _FIX,
+            step=seen.step,
+        )

@@ -1,0 +1,90 @@
+"""BN209 trained-in-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedInEval(Rule):
+    """The network is trained in eval mode, so that BN normalises nothing.
+
+    Why it matters:
+        In eval mode a BN layer is a fixed scale and shift. With the initial statistics (0, 1) it
+        does nothing at all, and a deep network without normalisation trains badly or diverges.
+        It happens when ``model.train()`` is missing after a validation or after loading; dropout
+        is off then as well.
+
+    Evidence:
+        The share of the training steps at whose end the model as a whole was in eval mode; or
+        training in eval mode with statistics that are still the initial ones. A layer in eval
+        mode with trained statistics, in a model in train mode, is a choice. Frozen layers are not
+        judged.
+
+    Limits:
+        max_share_in_eval_mode: 0.5 of the training steps.
+        min_steps: Steps before they are judged.
+
+    Fix:
+        Set the mode at the start of every epoch::
+
+            model.train()
+
+    Fix safety:
+        Safe for new runs. A network that was trained like this uses its fixed statistics: after
+        the change it has to be trained on.
+
+    References:
+        torch.nn.Module.eval and torch.nn.Module.train.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1.
+    """
+
+    code: ClassVar[str] = "BN209"
+    name: ClassVar[str] = "trained-in-eval"
+    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN304")
+
+    max_share_in_eval_mode: float = 0.5
+    min_steps: int = 3
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Look for layers that learn, but normalise with fixed statistics."""
+        run = layer.run
+        if run.steps < self.min_steps or layer.training is None:
+            yield self._skipped(layer, "no training was observed")
+            return
+        if layer.is_affine_frozen or layer.running is None or layer.training:
+            return
+        if layer.calls_in_training and not _is_model_in_eval(layer, self.max_share_in_eval_mode):
+            return
+        if layer.running.is_initial and layer.frozen_calls:
+            yield self._finding(
+                layer,
+                Severity.ERROR,
+                "the layer trains in eval mode with the initial mean 0 and variance 1: it "
+                "normalises nothing",
+                Evidence("calls in eval mode", layer.frozen_calls, 0),
+                Fix("model.train() before training"),
+            )
+        elif _is_model_in_eval(layer, self.max_share_in_eval_mode):
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
+                "training steps: BN uses fixed statistics, and dropout is off",
+                Evidence(
+                    "share of steps in eval mode",
+                    run.steps_in_eval_mode / run.steps,
+                    self.max_share_in_eval_mode,
+                ),
+                Fix("model.train() at the start of every epoch"),
+            )
+
+
+def _is_model_in_eval(layer: LayerHistory, max_share: float) -> bool:
+    return layer.run.steps_in_eval_mode > max_share * layer.run.steps

@@ -1,0 +1,69 @@
+"""BN208 unfrozen-by-train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfrozenByTrain(Rule):
+    """A layer that was held in eval mode is back in train mode.
+
+    Why it matters:
+        ``model.train()`` at the start of an epoch, or after validation, puts *every* module in
+        train mode, also the BN layers that were frozen with ``eval()`` before. From the second
+        epoch on the statistics move, silently.
+
+    Evidence:
+        Steps of training, the model in train mode, that the layer spent in eval mode before its
+        first batch in train mode. Layers that go back and forth, and those whose parameters were
+        unfrozen at the same time, are meant to.
+
+    Limits:
+        min_frozen_calls: 2, before which nothing was frozen on purpose.
+
+    Fix:
+        Freeze where the mode is set, so that no call can undo it::
+
+            class Net(nn.Module):
+                def train(self, mode: bool = True):
+                    super().train(mode)
+                    self.backbone.eval()
+                    return self
+
+    Fix safety:
+        Safe. Statistics that have moved already are put back by loading the original weights.
+
+    References:
+        torch.nn.Module.train, which sets the mode of all its children.
+        PyTorch issue 10856, "Upgrade BatchNorm.cpp so the stats could be frozen (sharing bn)".
+    """
+
+    code: ClassVar[str] = "BN208"
+    name: ClassVar[str] = "unfrozen-by-train"
+    explains: ClassVar[tuple[str, ...]] = ("BN101", "BN301", "BN302")
+
+    min_frozen_calls: int = 2
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Look for calls in eval mode before the first in train mode, and for none after it."""
+        if layer.unfrozen_step is None or layer.frozen_calls_after:
+            return
+        was_thawed = layer.is_affine_frozen_at_start and not layer.is_affine_frozen
+        if was_thawed or layer.frozen_calls < self.min_frozen_calls:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"after {layer.frozen_calls} batches in eval mode the layer is in train mode again, "
+            "and its statistics move: a model.train() undid the freezing",
+            Evidence("batches in eval mode before", layer.frozen_calls, self.min_frozen_calls),
+            Fix("call .eval() on the frozen layers after every model.train(), in Module.train"),
+            step=layer.unfrozen_step,
+        )

@@ -1,0 +1,92 @@
+"""BN206 update-outside-training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOutsideTraining(Rule):
+    """Batches that are not trained on go into the running statistics.
+
+    Why it matters:
+        ``torch.no_grad()`` stops gradients, not BN: a validation without ``model.eval()``
+        normalises with its own batches, so that its score is not that of the network as it will
+        be used, and its data leak into the running statistics. A dummy forward (a summary, a
+        profile) leaves its zeros there.
+
+    Evidence:
+        Calls inside ``monitor.evaluation()``, or inside Lightning's validation, that used batch
+        statistics. Calls under ``no_grad`` in a small part of the training steps are ``info``:
+        they may be a re-estimation on purpose. ``bnguard.recalibrate`` and
+        ``torch.optim.swa_utils.update_bn`` do not count, nor do networks that run under
+        ``no_grad`` in every step (a teacher, a generator while the discriminator learns).
+
+    Limits:
+        max_calls_in_evaluation: 0.
+        max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
+        max_share_of_steps: Share of the steps up to which such calls are not the usual: 0.5.
+
+    Fix:
+        Set both, the mode and the gradients, and set the mode back::
+
+            model.eval()
+            with torch.no_grad(), monitor.evaluation():
+                ...
+            model.train()
+
+    Fix safety:
+        Safe. The score of the validation changes: it was another network's.
+
+    References:
+        torch.nn.Module.eval, and the note on it in "Autograd mechanics".
+        PyTorch issue 5406, "BatchNorm behaves different in train() and eval()".
+    """
+
+    code: ClassVar[str] = "BN206"
+    name: ClassVar[str] = "update-outside-training"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_calls_in_evaluation: int = 0
+    max_calls_without_grad: int = 1
+    max_share_of_steps: float = 0.5
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Count the calls with batch statistics where no training was."""
+        if layer.running is None or not layer.is_updating:
+            return
+        if layer.calls_in_evaluation > self.max_calls_in_evaluation:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"the layer was in train mode during evaluation: {layer.calls_in_evaluation} "
+                "batches of it went into the running statistics",
+                Evidence(
+                    "batches of evaluation in the statistics",
+                    layer.calls_in_evaluation,
+                    self.max_calls_in_evaluation,
+                ),
+                Fix("model.eval() before evaluation, model.train() after it"),
+            )
+            return
+        steps = layer.run.steps
+        is_usual = layer.steps_without_grad > self.max_share_of_steps * steps
+        with_grad = layer.calls_in_training - layer.calls_without_grad
+        if is_usual or not with_grad or layer.calls_without_grad <= self.max_calls_without_grad:
+            return
+        yield self._finding(
+            layer,
+            Severity.INFO,
+            f"{layer.calls_without_grad} batches went into the statistics under no_grad, in "
+            f"{layer.steps_without_grad} of {steps} steps: re-estimation, or a missing eval()",
+            Evidence(
+                "batches under no_grad", layer.calls_without_grad, self.max_calls_without_grad
+            ),
+            Fix("model.eval() around what is not training"),
+        )

@@ -1,0 +1,174 @@
+"""Rules whose data cannot be had in one process, and edges that no small run reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bnguard.diagnosis import diagnose
+from bnguard.findings import Severity
+from bnguard.history import (
+    BatchWindow,
+    EvalWindow,
+    History,
+    LayerHistory,
+    ModeGap,
+    Run,
+    RunningStatistics,
+)
+from bnguard.preflight import Plan
+from bnguard.rules import RULES, rule_named
+
+
+def found(code, layer):
+    history = History(layers=(layer,), run=layer.run)
+    return list(diagnose(history, [rule_named(code)]).findings)
+
+
+def running(mean=0.0, var=1.0, updates=1000):
+    return RunningStatistics(mean=np.full(4, mean), var=np.full(4, var), updates=updates)
+
+
+def evaluated(mean=0.0, var=1.0, **options):
+    return EvalWindow(
+        count=10_000,
+        batches=4,
+        mean=np.full(4, mean),
+        var_unbiased=np.full(4, var),
+        running=running(),
+        step=10,
+        **options,
+    )
+
+
+def layer(**options):
+    return LayerHistory(
+        **{
+            "name": "bn",
+            "channels": 4,
+            "training": True,
+            "updates_seen": 100,
+            "running": running(),
+            "run": Run(steps=100),
+            **options,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "samples", "fires"),
+    [
+        (2, "BatchNorm2d", 2, True),
+        (2, "BatchNorm2d", 8, False),
+        (1, "BatchNorm2d", 2, False),
+        (2, "SyncBatchNorm", 2, False),
+    ],
+)
+def test_bn106(ranks, kind, samples, fires):
+    run = Run(steps=10, plan=Plan(ranks=ranks))
+    assert bool(found("BN106", layer(kind=kind, samples=samples, run=run))) is fires
+
+
+@pytest.mark.parametrize(("distance", "fires"), [(0.4, True), (0.1, False)])
+def test_bn210(distance, fires):
+    run = Run(steps=10, plan=Plan(ranks=2))
+    shift = np.full(4, distance)
+    assert bool(found("BN210", layer(rank_shift_std=shift, run=run))) is fires
+
+
+GAP = ModeGap(module="", samples=64, relative_change=0.1, sampling_change=0.1, flipped_share=0.0)
+HARM = dataclasses.replace(GAP, relative_change=2.0, flipped_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("run", "severity"),
+    [
+        (Run(steps=100), Severity.WARNING),
+        (Run(steps=100, mode_gap=HARM), Severity.WARNING),
+        (Run(steps=100, mode_gap=GAP), Severity.INFO),
+        (Run(steps=100, mode_gap=HARM, is_settled=False), Severity.INFO),
+        (
+            Run(steps=100, mode_gap=HARM, earlier_mode_gaps=(HARM,) * 3, is_settled=False),
+            Severity.WARNING,
+        ),
+    ],
+)
+def test_bn301_is_as_severe_as_the_mode_gap_and_the_time_allow(run, severity):
+    (finding,) = found("BN301", layer(evaluated=evaluated(mean=3.0), run=run))
+    assert finding.severity is severity
+
+
+def test_bn301_tells_lag_from_other_data():
+    def window(mean):
+        rows = dict.fromkeys(("var_of_means", "var_of_means_successive"), np.zeros(4))
+        ones = dict.fromkeys(("var_unbiased", "var_min", "var_max"), np.ones(4))
+        return BatchWindow(
+            batches=np.full(4, 20.0),
+            mean=np.full(4, mean),
+            first_step=1,
+            last_step=9,
+            **rows,
+            **ones,
+        )
+
+    drifted = layer(evaluated=evaluated(mean=3.0))
+    (lag,) = found("BN301", dataclasses.replace(drifted, window=window(3.0)))
+    (other,) = found("BN301", dataclasses.replace(drifted, window=window(0.0)))
+    assert "lag behind the newest batches" in lag.message
+    assert "nor what the newest batches" in other.message
+
+
+def test_bn302_is_info_where_all_layers_were_frozen():
+    frozen = layer(updates_seen=0, training=False, run=Run(steps=100, mode_gap=HARM))
+    assert [f.severity for f in found("BN302", frozen)] == [Severity.INFO]
+
+
+@pytest.mark.parametrize(("share", "spread", "fires"), [(0.4, 0.2, True), (0.4, 0.0, False)])
+def test_bn211_needs_padding_that_varies(share, spread, fires):
+    seen = evaluated(padding_share=share, padding_spread=spread)
+    assert bool(found("BN211", layer(evaluated=seen))) is fires
+
+
+def test_bn403_finds_a_negative_variance_and_a_large_gain():
+    negative = layer(running=running(var=-1.0))
+    assert [f.severity for f in found("BN403", negative)] == [Severity.ERROR]
+    gain = layer(running=running(var=0.0), gamma=np.array([1.0, 1.0, 50.0, 1.0]))
+    (finding,) = found("BN403", gain)
+    assert finding.channels == (2,)
+
+
+def test_bn404_looks_at_float16_alone():
+    half = evaluated(mean=60_000.0, dtype="float16")
+    assert [f.severity for f in found("BN404", layer(evaluated=half))] == [Severity.WARNING]
+    infinite = dataclasses.replace(half, nonfinite_batches=2)
+    assert [f.severity for f in found("BN404", layer(evaluated=infinite))] == [Severity.ERROR]
+    assert not found("BN404", layer(evaluated=dataclasses.replace(half, dtype="bfloat16")))
+
+
+def test_bn401_names_the_first_layer_in_the_order_of_calls():
+    run = Run(steps=10)
+    first = layer(name="first", position=0, poisoned_step=7, run=run)
+    later = layer(name="later", position=1, poisoned_step=7, run=run)
+    earlier_fine = layer(name="fine", position=0, run=run)
+    (finding,) = diagnose(History(layers=(later, first), run=run), [rule_named("BN401")]).findings
+    assert (finding.layer, finding.step) == ("first", 7)
+    (finding,) = diagnose(
+        History(layers=(earlier_fine, later), run=run), [rule_named("BN401")]
+    ).findings
+    assert finding.layer == "later"
+    assert "what comes after fine" in finding.message
+
+
+def test_bn303_believes_no_counter_that_a_variance_contradicts():
+    few = layer(running=running(var=0.01, updates=5), run=Run())
+    assert not found("BN303", few)
+    assert found("BN303", layer(running=running(var=0.9, updates=5), run=Run()))
+
+
+def test_a_healthy_layer_is_accused_of_nothing():
+    healthy = layer(
+        evaluated=evaluated(), run=Run(steps=100, mode_gap=GAP), statistics_dtype="float32"
+    )
+    assert diagnose(History(layers=(healthy,), run=healthy.run), RULES).findings == ()

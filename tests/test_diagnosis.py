@@ -1,0 +1,113 @@
+"""The order of findings: root causes first, and one cause as one entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bnguard
+from bnguard.diagnosis import diagnose
+from bnguard.findings import Evidence, Finding, Fix, Severity
+from bnguard.history import History, LayerHistory, Run
+from bnguard.rules import ModelRule, Rule
+from tests.benchmarks.networks import resnet50
+
+
+def fires(rule_code, severity=Severity.WARNING, causes=()):
+    class Fires(Rule):
+        code = rule_code
+        name = rule_code.lower()
+        explains = causes
+
+        def check(self, layer):
+            yield Finding(
+                code=self.code,
+                name=self.name,
+                severity=severity,
+                layer=layer.name,
+                message="",
+                evidence=Evidence("x", 1, 0),
+                fix=Fix(""),
+            )
+
+    return Fires()
+
+
+HISTORY = History(layers=(LayerHistory(name="0", channels=1),), run=Run())
+
+
+def order(*rules):
+    return [(f.code, f.cause) for f in diagnose(HISTORY, rules).findings]
+
+
+def test_a_cause_stands_before_what_it_explains_and_is_named_there():
+    assert order(fires("B"), fires("C", causes=("B",))) == [("C", None), ("B", "C")]
+
+
+def test_a_chain_of_causes_begins_with_the_root():
+    assert order(fires("A"), fires("B", causes=("A",)), fires("C", causes=("B",))) == [
+        ("C", None),
+        ("B", "C"),
+        ("A", "B"),
+    ]
+
+
+def test_a_root_is_as_urgent_as_the_worst_that_it_explains():
+    rules = fires("A"), fires("C", Severity.ERROR), fires("D", causes=("C",))
+    assert [code for code, _ in order(*rules)] == ["D", "C", "A"]
+
+
+def test_rules_that_explain_each_other_end_somewhere():
+    assert len(order(fires("A", causes=("B",)), fires("B", causes=("A",)))) == 2
+
+
+def test_info_explains_nothing_and_stands_last():
+    rules = fires("A", Severity.INFO, causes=("B",)), fires("B")
+    assert order(*rules) == [("B", None), ("A", None)]
+
+
+def test_what_is_not_wanted_is_left_out():
+    found = diagnose(HISTORY, [fires("A"), fires("B")], lambda finding: finding.code == "B")
+    assert [finding.code for finding in found.findings] == ["B"]
+
+
+class RaisesAtOnce(Rule):
+    code = "X1"
+    name = "raises-at-once"
+
+    def check(self, layer):
+        raise ZeroDivisionError("of their own")
+
+
+class RaisesForTheModel(ModelRule):
+    code = "X2"
+    name = "raises-for-the-model"
+
+    def check_model(self, history):
+        raise ZeroDivisionError("of their own")
+
+
+@pytest.mark.parametrize(("rule", "layer"), [(RaisesAtOnce(), "0"), (RaisesForTheModel(), None)])
+def test_a_rule_that_raises_is_skipped(rule, layer):
+    (skipped,) = diagnose(HISTORY, [rule]).skipped
+    assert (skipped.code, skipped.layer) == (rule.code, layer)
+    assert "ZeroDivisionError: of their own" in skipped.reason
+
+
+def test_a_large_network_with_every_layer_affected_fits_on_a_screen():
+    model = resnet50()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.001
+    with bnguard.watch(model, on_findings=lambda group: None) as monitor:
+        for _ in range(2):
+            model(torch.randn(8, 3, 32, 32))
+            monitor.step()
+        model.eval()
+        with torch.no_grad(), monitor.evaluation():
+            model(torch.randn(4, 3, 32, 32))
+    report = monitor.report()
+    assert len(report.findings) >= 53
+    assert report.findings[0].code == "BN303"
+    assert len(str(report).splitlines()) <= 60

@@ -1,0 +1,83 @@
+"""One fault a file, and the tuple of all, in the order of their codes."""
+
+from __future__ import annotations
+
+from tests.zoo.fault import Fault
+from tests.zoo.faults import (
+    accumulated_small_batches,
+    averaged_weights,
+    batches_of_four,
+    batches_of_one_group,
+    batches_of_two,
+    channel_alive_in_evaluation,
+    checkpointed_activations,
+    copied_buffers,
+    crops_of_one_image,
+    dead_relu,
+    decayed_gamma,
+    dropout_before,
+    frozen_backbone,
+    half_precision_buffers,
+    keras_momentum,
+    lagging_statistics,
+    last_batch_of_one,
+    lost_activation,
+    lost_buffers,
+    missing_eval,
+    modes_disagree,
+    nan_in_data,
+    other_preprocessing,
+    overflowing_half,
+    padded_sequences,
+    pruned_weights,
+    sorted_by_class,
+    too_few_updates,
+    tracking_switched_off,
+    trained_in_eval,
+    two_domains,
+    unfrozen_by_train,
+    zero_momentum,
+)
+
+_FILES = (
+    accumulated_small_batches,
+    averaged_weights,
+    batches_of_four,
+    batches_of_one_group,
+    batches_of_two,
+    channel_alive_in_evaluation,
+    checkpointed_activations,
+    copied_buffers,
+    crops_of_one_image,
+    dead_relu,
+    decayed_gamma,
+    dropout_before,
+    frozen_backbone,
+    half_precision_buffers,
+    keras_momentum,
+    lagging_statistics,
+    last_batch_of_one,
+    lost_activation,
+    lost_buffers,
+    missing_eval,
+    modes_disagree,
+    nan_in_data,
+    other_preprocessing,
+    overflowing_half,
+    padded_sequences,
+    pruned_weights,
+    sorted_by_class,
+    too_few_updates,
+    tracking_switched_off,
+    trained_in_eval,
+    two_domains,
+    unfrozen_by_train,
+    zero_momentum,
+)
+
+FAULTS: tuple[Fault, ...] = tuple(
+    sorted(
+        (value for file in _FILES for value in vars(file).values() if isinstance(value, Fault)),
+        key=lambda fault: fault.code,
+    )
+)

@@ -1,0 +1,14 @@
+"""The same, seen at the outputs."""
+
+from __future__ import annotations
+
+from tests.zoo.architectures import build
+from tests.zoo.fault import Fault
+from tests.zoo.training import train
+
+
+def run(is_faulty, architecture):
+    return train(build(architecture, momentum=0.002 if is_faulty else 0.1))
+
+
+FAULT = Fault("BN302", "the two modes disagree", run, ("depthwise", "unet", "sequence"), False)

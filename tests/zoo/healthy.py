@@ -1,0 +1,330 @@
+"""Runs without any fault: networks, optimizers, batch sizes, precision, ways to fine-tune."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import bnguard
+from tests.networks import digits
+from tests.zoo.architectures import ARCHITECTURES, build
+from tests.zoo.fault import Healthy
+from tests.zoo.training import TRAIN, Watched, head, norms, pretrained, sgd, train
+
+
+def plain(architecture, **options):
+    def run():
+        return train(build(architecture), **options)
+
+    return run
+
+
+def with_optimizer(architecture, make, **options):
+    def run():
+        model = build(architecture)
+        return train(model, optimizer=make(model), **options)
+
+    return run
+
+
+def with_momentum(architecture, momentum, **options):
+    def run():
+        return train(build(architecture, momentum=momentum), **options)
+
+    return run
+
+
+def falling(architecture, lr):
+    """Begin with a large learning rate, which falls in each step, as schedules do."""
+
+    def run():
+        model = build(architecture)
+        optimizer = sgd(model, lr)
+
+        def before_step(model, step):
+            optimizer.param_groups[0]["lr"] = lr * (1.0 - step / 222)
+
+        return train(model, optimizer=optimizer, before_step=before_step, epochs=6)
+
+    return run
+
+
+def augmented(images):
+    """Shift by up to a pixel, dim, and add noise, as augmentation does."""
+    moved = images.roll(1, 3)
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, moved)
+    dim = torch.empty(len(images), 1, 1, 1).uniform_(0.9, 1.1)
+    return images * dim + 0.05 * torch.randn_like(images)
+
+
+def in_bfloat16(model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(images).float()
+
+
+def frozen_backbone():
+    """Fine-tune the head over a backbone in eval mode, on other data than it was trained on."""
+    model = pretrained("resnet")
+    model.requires_grad_(False)
+    head(model).requires_grad_(True)
+
+    def start_epoch(model, epoch):
+        model.train()
+        for layer in norms(model):
+            layer.eval()
+
+    def other(images):
+        return 1.5 * images - 0.2
+
+    return train(model, start_epoch=start_epoch, prepare=other, prepare_evaluation=other)
+
+
+def frozen_by_parent(architecture="conv"):
+    """Freeze by eval() on the model but for its head, as a linear probe does."""
+    model = pretrained(architecture)
+    model.requires_grad_(False)
+    head(model).requires_grad_(True)
+    return train(model, start_epoch=lambda model, epoch: model.eval(), epochs=3)
+
+
+def eval_with_trainable_affine():
+    """Hold BN in eval mode on purpose, and train gamma and beta, as detectors do."""
+
+    def start_epoch(model, epoch):
+        model.train()
+        for layer in norms(model):
+            layer.eval()
+
+    return train(pretrained("conv"), start_epoch=start_epoch, optimizer=None, epochs=3)
+
+
+def gradual_unfreezing():
+    """Freeze the backbone for an epoch, then unfreeze parameters and statistics together."""
+    model = pretrained("conv")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    head(model).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+    def start_epoch(model, epoch):
+        model.train()
+        model.requires_grad_(epoch > 0)
+        head(model).requires_grad_(True)
+        if epoch == 0:
+            for layer in norms(model):
+                layer.eval()
+
+    return train(model, start_epoch=start_epoch, optimizer=optimizer)
+
+
+def full_fine_tuning():
+    return train(pretrained("resnet"), epochs=3)
+
+
+def teacher_in_train_mode():
+    """A teacher kept in train mode under no_grad, moved by an average of the student."""
+    student = build("conv")
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    images, labels = digits()
+    optimizer = sgd(student)
+    told = []
+    steps = 0
+    with bnguard.watch(
+        teacher, optimizer=optimizer, every_n_steps=10, on_findings=told.append
+    ) as monitor:
+        for _ in range(3):
+            for batch in torch.randperm(1200).split(32)[:-1]:
+                with torch.no_grad():
+                    soft = teacher(images[batch]).softmax(1)
+                optimizer.zero_grad()
+                scores = student(images[batch])
+                (F.cross_entropy(scores, labels[batch]) + F.cross_entropy(scores, soft)).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for mine, theirs in zip(
+                        teacher.parameters(), student.parameters(), strict=True
+                    ):
+                        mine.lerp_(theirs, 0.05)
+                monitor.step()
+                steps += 1
+            teacher.eval()
+            with torch.no_grad(), monitor.evaluation():
+                teacher(images[1200:])
+            teacher.train()
+        return Watched(monitor.report(), steps, tuple(told))
+
+
+def gan(watched, is_generator_without_grad=False):
+    """A GAN whose discriminator is fed concatenated batches."""
+
+    def run():
+        generator = nn.Sequential(
+            nn.Linear(8, 32, bias=False),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
+            nn.Linear(32, 64),
+            nn.Sigmoid(),
+        )
+        discriminator = nn.Sequential(
+            nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32), nn.LeakyReLU(0.2), nn.Linear(32, 1)
+        )
+        images = digits()[0].flatten(1)
+        optimizers = [
+            torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.999))
+            for net in (generator, discriminator)
+        ]
+        model = generator if watched == "generator" else discriminator
+        told = []
+        with bnguard.watch(
+            model, optimizer=optimizers, every_n_steps=10, on_findings=told.append
+        ) as monitor:
+            for _ in range(150):
+                real = images[torch.randint(1200, (32,))]
+                with torch.set_grad_enabled(not is_generator_without_grad):
+                    fake = generator(torch.randn(32, 8))
+                optimizers[1].zero_grad()
+                scores = discriminator(torch.cat([real, fake.detach()])).squeeze(1)
+                truth = torch.cat([torch.ones(32), torch.zeros(32)])
+                F.binary_cross_entropy_with_logits(scores, truth).backward()
+                optimizers[1].step()
+                optimizers[0].zero_grad()
+                fake = generator(torch.randn(32, 8))
+                scores = discriminator(torch.cat([real, fake])).squeeze(1)[32:]
+                F.binary_cross_entropy_with_logits(scores, torch.ones(32)).backward()
+                optimizers[0].step()
+                monitor.step()
+            model.eval()
+            with torch.no_grad(), monitor.evaluation():
+                generator.eval()
+                fake = generator(torch.randn(128, 8))
+                discriminator(torch.cat([images[1200:1328], fake]))
+            return Watched(monitor.report(), 150, tuple(told))
+
+    return run
+
+
+def accumulation():
+    return train(build("conv"), batch_size=16, accumulated=4, epochs=6)
+
+
+def re_estimated():
+    """Estimate the statistics anew before each evaluation, as update_bn does."""
+    images = digits()[0][TRAIN]
+
+    def start_evaluation(model):
+        update_bn(images.split(64), model)
+        model.eval()
+
+    return train(build("conv"), start_evaluation=start_evaluation)
+
+
+def recalibrated():
+    """Recalibrate at the end, inside the evaluation."""
+    images = digits()[0][TRAIN]
+
+    def start_evaluation(model):
+        model.eval()
+        bnguard.recalibrate(model, list(images.split(64)), progress=False)
+
+    return train(build("mlp"), start_evaluation=start_evaluation)
+
+
+def averaged_and_updated():
+    """Watch averaged weights whose statistics were estimated for them."""
+    model = build("conv")
+    averaged = AveragedModel(model)
+    images, labels = digits()
+    optimizer = sgd(model)
+    for batch in torch.randperm(1200).split(32)[:-1]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    update_bn(images[TRAIN].split(64), averaged)
+    return Watched(bnguard.inspect(averaged), 0)
+
+
+def trained_checkpoint(architecture):
+    def run():
+        return Watched(bnguard.inspect(pretrained(architecture).state_dict()), 0)
+
+    return run
+
+
+def half_for_inference():
+    """Cast a trained network to float16 to deploy it."""
+    return Watched(bnguard.inspect(pretrained("resnet").eval().half()), 0)
+
+
+def adam(model, lr=2e-3):
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+HEALTHY: tuple[Healthy, ...] = (
+    *(Healthy(f"{name}, batch 32", plain(name)) for name in ARCHITECTURES),
+    *(Healthy(f"{name}, batch 64, 3 epochs", plain(name, batch_size=64)) for name in ARCHITECTURES),
+    *(
+        Healthy(f"{name}, batch {size}", plain(name, batch_size=size, max_steps=150))
+        for name in ("mlp", "conv", "depthwise", "resnet", "sequence", "volumes", "unet")
+        for size in (8, 16)
+    ),
+    *(
+        Healthy(f"{name}, batch {size}", plain(name, batch_size=size, epochs=12))
+        for name in ("mlp", "conv", "resnet")
+        for size in (128, 256)
+    ),
+    *(
+        Healthy(f"{name}, SGD lr {lr}", with_optimizer(name, lambda m, lr=lr: sgd(m, lr)))
+        for name in ("mlp", "conv", "resnet")
+        for lr in (0.001, 0.01, 0.1)
+    ),
+    *(
+        Healthy(f"{name}, large learning rate {lr} early, then less", falling(name, lr))
+        for name in ("mlp", "conv", "resnet")
+        for lr in (0.2, 0.4)
+    ),
+    *(
+        Healthy(f"{name}, AdamW", with_optimizer(name, adam))
+        for name in ("mlp", "conv", "depthwise", "unet", "volumes", "sequence")
+    ),
+    *(
+        Healthy(
+            f"{name}, RMSprop",
+            with_optimizer(name, lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3)),
+        )
+        for name in ("mlp", "resnet")
+    ),
+    *(
+        Healthy(f"{name}, augmented", plain(name, prepare=augmented))
+        for name in ("conv", "mlp", "resnet", "unet", "volumes")
+    ),
+    *(
+        Healthy(f"{name}, bfloat16 autocast", plain(name, forward=in_bfloat16))
+        for name in ("conv", "mlp", "resnet")
+    ),
+    *(
+        Healthy(f"{name}, momentum {momentum}", with_momentum(name, momentum, epochs=8))
+        for name in ("conv", "mlp")
+        for momentum in (None, 0.03, 0.3)
+    ),
+    *(Healthy(f"checkpoint of {name}", trained_checkpoint(name)) for name in ("mlp", "resnet")),
+    Healthy("large learning rate early, few steps", plain("conv", max_steps=40)),
+    Healthy("fully frozen backbone, eval mode, other data", frozen_backbone),
+    Healthy("linear probe, all in eval mode", frozen_by_parent),
+    Healthy("eval mode with trainable affine parameters", eval_with_trainable_affine),
+    Healthy("gradual unfreezing", gradual_unfreezing),
+    Healthy("full fine-tuning", full_fine_tuning),
+    Healthy("teacher in train mode", teacher_in_train_mode),
+    Healthy("GAN, discriminator, concatenated", gan("discriminator")),
+    Healthy("GAN, generator", gan("generator")),
+    Healthy("GAN, generator under no_grad", gan("generator", True)),
+    Healthy("accumulation over batches of 16", accumulation),
+    Healthy("statistics re-estimated before evaluation", re_estimated),
+    Healthy("recalibrated before evaluation", recalibrated),
+    Healthy("averaged weights with their own statistics", averaged_and_updated),
+    Healthy("half precision for inference", half_for_inference),
+)
