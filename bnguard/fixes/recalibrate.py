@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from statistics import fmean
+from typing import Literal, get_args
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnguard.errors import CalibrationError, ConfigurationError
-from bnguard.fixes.calibration.batches import Batch, Forward, plain_forward, read_batches
-from bnguard.fixes.calibration.exact import Lockstep
-from bnguard.fixes.recalibration import LayerChange, Recalibration, SkippedLayer
-from bnguard.fixes.calibration.working import fitted, working_statistics, write_statistics
-from bnguard.history import RunningStatistics
-from bnguard.layers import BatchNormLayer, find_layers, preserved_modes, preserved_random_state
-from bnguard.moments import Moments
+from bnguard.fixes.calibration.adapt import mixed_with_source
+from bnguard.fixes.calibration.batches import Forward, read_batches
+from bnguard.fixes.calibration.exact import calibrate_exactly
+from bnguard.fixes.calibration.job import Calibration, Estimate, Job, OnNonfinite, unbiased
+from bnguard.fixes.calibration.memory import memory_limit
+from bnguard.fixes.calibration.precise import calibrate_by_moving_average, calibrate_precisely
+from bnguard.fixes.calibration.progress import Progress, Silent
+from bnguard.fixes.calibration.ranks import Ranks, current_ranks
+from bnguard.fixes.calibration.working import current_statistics, fitted, working_statistics
+from bnguard.fixes.overlap import SampleMarks
+from bnguard.fixes.recalibration import LayerChange, Recalibration
+from bnguard.fixes.selection import SkippedLayer, select_layers, unwrapped
+from bnguard.fixes.snapshot import Snapshot
+from bnguard.layers import BatchNormLayer, is_wrapper, preserved_modes, preserved_random_state
 from bnguard.stats import updates_to_forget
 
 Keep = Literal["if-better", "always"]
-OnNonfinite = Literal["skip", "error"]
 Score = Callable[[nn.Module], float]
 
-# Below this weight the initial statistics count as forgotten, for every rule that asks.
+METHODS: dict[str, Callable[[Job], Calibration]] = {
+    "exact": calibrate_exactly,
+    "adapt": calibrate_exactly,
+    "precise": calibrate_precisely,
+    "ema": calibrate_by_moving_average,
+}
+# Of the sums in a deep network, one after the other; but noise must not hide everything.
+_ROUNDINGS = 1000.0
+_MAX_NOISE = 0.3
+# At this weight the initial statistics count as forgotten, for the rules that ask.
 _MAX_INITIAL_WEIGHT = 0.05
 
 
@@ -41,25 +58,46 @@ def recalibrate(
     score: Score | None = None,
     keep: Keep = "if-better",
     on_nonfinite: OnNonfinite = "skip",
+    prior: float = 0.0,
+    memory: str | float = 0.5,
+    tolerance: float | None = None,
     progress: bool = True,
 ) -> Recalibration:
     """Compute the running statistics anew from data, and keep them if they prove better.
 
+    Afterwards each layer's mean and unbiased variance are those of what arrives at it when the
+    data run in eval mode. Everything else in the model stays as it is, and after an exception
+    the statistics do too. With ``torch.distributed`` initialised every rank calls this with its
+    own share of the data, and all end with the statistics of all of it.
+
     Args:
-        model: The model; its running statistics and counters change, and nothing else.
-        loader: Yields batches: tensors, tuples or lists that begin with the input, or mappings.
-        method: ``"exact"``.
-        samples: How many samples to use at most.
+        model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
+            and stay as they are.
+        loader: Yields tensors; tuples or lists, of which the first item goes in; or mappings, of
+            which the entries go in that the forward has parameters for.
+        method: ``"exact"``: as one giant batch would give it, at any batch size. ``"precise"``:
+            each batch normalised by its own statistics, for sets too large to hold and for layers
+            that are called on their own output; noisy below the first layer at small batches.
+            ``"adapt"``: ``exact`` on new data, mixed with the statistics from before by ``prior``.
+            ``"ema"``: moved as in training, for comparison only.
+        samples: Samples to use at most, on all ranks together.
         forward: ``forward(model, batch)`` calls the model, where the loader yields anything else.
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
-        score: ``score(model)`` tells how good the model is, the higher the better; measured in
-            eval mode, before and after.
+        score: ``score(model)`` says how good the model is, the higher the better; measured in
+            eval mode before and after.
         keep: ``"if-better"`` takes the new statistics back where the score is worse with them.
-        on_nonfinite: What to do about a batch with NaN or Inf at a BN layer.
+        on_nonfinite: ``"skip"`` leaves batches out that bring NaN or Inf to a layer, and warns;
+            ``"error"`` raises.
+        prior: For ``"adapt"``: how many samples the statistics from before count as.
+        memory: What may be held at once: ``"2GiB"``, or a share of what is free. A larger set
+            runs as several virtual batches, whose statistics are merged.
+        tolerance: Stop as soon as the standard error of every mean is below this share of its
+            standard deviation, and that of every log-variance below this, as far as batches drawn
+            at random can tell.
         progress: Show a progress bar, where there is a terminal.
 
     Returns:
-        What moved, what was skipped, and the way back.
+        What moved, what was skipped, and the way back. It prints itself.
 
     Raises:
         CalibrationError: The statistics cannot be computed; the model is as it was.
@@ -71,210 +109,245 @@ def recalibrate(
         >>> result.samples, result.is_kept
         (64, True)
     """
-    if method != "exact":
-        raise ConfigurationError(f"method={method!r} is unknown: use 'exact'")
-    plan = _plan(unwrapped(model), layers)
-    snapshot = [_snapshot(layer) for layer in plan.layers]
-    restore = partial(_restore, plan.layers, snapshot)
-
-    score_before = None if score is None else _scored(model, score)
-    batches = list(read_batches(loader, samples, _device_of(model)))
-    if not batches:
-        raise CalibrationError("the loader is empty: it yielded no samples to recalibrate on")
-    merged = _computed(unwrapped(model), plan.layers, batches, forward or plain_forward)
-    reached = [layer for layer in plan.layers if layer.name in merged]
+    _check_options(method, samples, keep, on_nonfinite, prior, tolerance)
+    inner, ranks = unwrapped(model), current_ranks()
+    device = _device_of(inner)
+    selection = select_layers(inner, layers)
+    snapshot = Snapshot(selection.layers)
+    gate = _Gate(model, score, ranks)
+    share = _share_of(samples, ranks)
+    batches = read_batches(loader, inner, forward, samples=share, device=device)
+    estimate = mixed_with_source(selection.layers, prior) if prior else unbiased
+    with _calibrating(inner, selection.layers), _shown(progress, ranks) as shown:
+        calibration = METHODS[method](
+            Job(
+                model=inner,
+                device=device,
+                noise=_noise_of(inner, device),
+                layers=selection.layers,
+                batches=gate.calibrated_on.marked(batches),
+                samples=share,
+                forward=forward,
+                estimate=estimate,
+                on_nonfinite=on_nonfinite,
+                memory=memory_limit(memory, device),
+                tolerance=tolerance,
+                ranks=ranks,
+                progress=shown,
+            )
+        )
+    reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
     if not reached:
-        raise CalibrationError("no batch reached a BN layer: check what forward= calls")
-
-    score_after = None
-    is_kept = True
-    try:
+        raise CalibrationError("no batch reaches a BN layer: check what forward= calls")
+    with _taken_back_on_error(snapshot):
         for layer in reached:
-            _commit(layer, merged[layer.name], len(batches))
-        after = {layer.name: _running(layer) for layer in reached}
-        if score is not None:
-            score_after = _scored(model, score)
-            is_kept = keep == "always" or not _is_worse(score_after, score_before)
+            _write(layer, calibration.estimates[layer.name], calibration.batches)
+        after = Snapshot(reached).statistics
+        gate.measure_after()
+        is_kept = keep == "always" or not gate.is_worse
         if not is_kept:
-            restore()
-    except BaseException:
-        restore()
-        raise
-    before = {
-        layer.name: shot.statistics for layer, shot in zip(plan.layers, snapshot, strict=True)
-    }
+            snapshot.restore()
+    if calibration.left_out:
+        warnings.warn(f"bnguard: {_left_out(calibration)}", stacklevel=2)
     return Recalibration(
         method=method,
         layers=tuple(
             LayerChange(
                 name=layer.name,
-                before=before[layer.name],
+                before=snapshot.statistics[layer.name],
                 after=after[layer.name],
                 eps=layer.eps,
-                values=merged[layer.name].count,
+                values=calibration.estimates[layer.name].values,
             )
             for layer in reached
         ),
-        skipped=plan.skipped
+        skipped=selection.skipped
         + tuple(
-            SkippedLayer(layer.name, "no batch reached it")
-            for layer in plan.layers
-            if layer.name not in merged
+            SkippedLayer(layer.name, "was reached by no batch")
+            for layer in selection.layers
+            if layer.name not in calibration.estimates
         ),
-        samples=sum(batch.size for batch in batches),
-        batches=len(batches),
+        samples=calibration.samples,
+        batches=calibration.batches,
+        virtual_batches=calibration.virtual_batches,
+        left_out=calibration.left_out,
         is_kept=is_kept,
-        score_before=score_before,
-        score_after=score_after,
-        restore=restore,
+        score_before=gate.before,
+        score_after=gate.after,
+        notes=tuple(_notes(calibration, method, tolerance, gate)),
+        restore=snapshot.restore,
     )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
+class _Gate:
+    """Measures how good the model is before and after, where there is a score.
+
+    Attributes:
+        calibrated_on: The samples that the new statistics come from.
+        before: The score with the statistics from before; None without a score.
+        after: The score with the new ones.
+    """
+
+    def __init__(self, model: nn.Module, score: Score | None, ranks: Ranks) -> None:
+        self._model, self._score, self._ranks = model, score, ranks
+        self._scored_on = SampleMarks()
+        self.calibrated_on = SampleMarks()
+        self.before = self._measured()
+        self.after: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the score fell, or is no number any more."""
+        if self.before is None or self.after is None or math.isnan(self.before):
+            return False
+        return not self.after >= self.before
+
+    @property
+    def overlap(self) -> float:
+        """Share of the samples that scored which were also calibrated on, as far as is known."""
+        return self._scored_on.share_in(self.calibrated_on)
+
+    def measure_after(self) -> None:
+        """Measure the score again."""
+        self.after = self._measured()
+
+    def _measured(self) -> float | None:
+        """Return the mean score of all ranks, in eval mode and without gradients."""
+        score = self._score
+        if score is None:
+            return None
+        inner = unwrapped(self._model)
+        with (
+            preserved_modes(self._model),
+            preserved_random_state(self._model),
+            torch.no_grad(),
+            self._scored_on.of_inputs(inner),
+        ):
+            self._model.eval()
+            return fmean(self._ranks.together(lambda: float(score(self._model))))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    layers: tuple[BatchNormLayer, ...]
-    skipped: tuple[SkippedLayer, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Snapshot:
-    mean: Tensor
-    var: Tensor
-    counter: Tensor | None
-    statistics: RunningStatistics
-
-
-def _plan(model: nn.Module, names: Iterable[str] | None) -> _Plan:
-    found = find_layers(model)
-    if not found:
-        raise CalibrationError(
-            f"{type(model).__name__} has no BN layers, so nothing to recalibrate"
-        )
-    chosen, skipped = [], []
-    patterns = None if names is None else tuple(names)
-    for pattern in patterns or ():
-        if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in found):
-            raise ConfigurationError(f"layers={pattern!r} matches no BN layer of the model")
-    for layer in found:
-        reason = _reason_to_skip(layer, model, patterns)
-        if reason is None:
-            chosen.append(layer)
-        else:
-            skipped.append(SkippedLayer(layer.name, reason))
-    if not chosen:
-        raise CalibrationError(
-            f"every BN layer is to stay as it is: {skipped[0].name} {skipped[0].reason}"
-        )
-    return _Plan(tuple(chosen), tuple(skipped))
-
-
-def _reason_to_skip(
-    layer: BatchNormLayer, model: nn.Module, patterns: Sequence[str] | None
-) -> str | None:
-    if patterns is not None and not any(fnmatch.fnmatchcase(layer.name, p) for p in patterns):
-        return "is not among the layers asked for"
-    if not layer.is_tracking:
-        return "has no running statistics"
-    if model.training and not layer.module.training:
-        return "is frozen: in eval mode while the model is in train mode"
-    return None
-
-
-def _computed(
-    model: nn.Module, layers: Sequence[BatchNormLayer], batches: Sequence[Batch], forward: Forward
-) -> dict[str, Moments]:
-    def settle(layer: BatchNormLayer, moments: Moments) -> None:
-        _check(layer, moments)
-        write_statistics(layer, moments.mean, moments.var_unbiased)
-
+@contextmanager
+def _calibrating(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Prepare a model for calibration, and leave it as it was."""
     with (
         preserved_modes(model),
         preserved_random_state(model),
         torch.no_grad(),
+        _uncompiled(model),
         working_statistics(layers),
     ):
         model.eval()
-        forwards = [partial(forward, model, batch.payload) for batch in batches]
-        return Lockstep(layers, forwards).run(settle)
+        yield
 
 
-def _check(layer: BatchNormLayer, moments: Moments) -> None:
-    if moments.count < 2:
-        raise CalibrationError(
-            f"{layer.name}: {moments.count} value a channel is too few for a variance: "
-            "use more samples"
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Run what ``torch.compile`` made of parts of a model as it was written: else no hook fires."""
+    is_compiled = any(
+        is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
+@contextmanager
+def _shown(progress: bool, ranks: Ranks) -> Iterator[Progress]:
+    """Show how far a calibration is: on a terminal, and on one rank."""
+    if not progress or ranks.rank or not sys.stderr.isatty():
+        yield Silent()
+        return
+    from bnguard.report.progress import CalibrationBar
+
+    with CalibrationBar() as bar:
+        yield bar
+
+
+@contextmanager
+def _taken_back_on_error(snapshot: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _write(layer: BatchNormLayer, estimate: Estimate, batches: int) -> None:
+    """Give a layer its new statistics for good, and a counter that says they are converged."""
+    mean, var = current_statistics(layer)
+    mean.copy_(fitted(estimate.mean, mean, layer.name))
+    var.copy_(fitted(estimate.var, var, layer.name))
+    if layer.counter is not None:
+        forgotten = updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT)
+        updates = int(layer.counter) + batches
+        layer.counter.fill_(max(updates, int(forgotten)) if math.isfinite(forgotten) else updates)
+
+
+def _notes(
+    calibration: Calibration, method: str, tolerance: float | None, gate: _Gate
+) -> Iterator[str]:
+    if gate.is_worse:
+        yield "the score is worse with the new statistics"
+    if calibration.left_out:
+        yield _left_out(calibration)
+    if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
+        yield (
+            f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
+            "a larger memory= makes it one"
         )
-    if not bool(torch.isfinite(moments.mean).all() & torch.isfinite(moments.squares).all()):
-        raise CalibrationError(f"{layer.name}: NaN or Inf arrives at it")
+    if tolerance is not None and calibration.is_within_tolerance:
+        yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"
+    elif tolerance is not None:
+        yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
+    if gate.overlap > 0:
+        yield f"{gate.overlap:.0%} of the samples that scored were also calibrated on"
 
 
-def _commit(layer: BatchNormLayer, moments: Moments, batches: int) -> None:
-    mean, var, counter = layer.running_mean, layer.running_var, layer.counter
-    assert mean is not None
-    assert var is not None
-    with torch.no_grad():
-        mean.copy_(fitted(moments.mean, mean, layer.name))
-        var.copy_(fitted(moments.var_unbiased, var, layer.name))
-        if counter is not None:
-            forgotten = updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT)
-            merged = int(counter) + batches
-            counter.fill_(max(merged, int(forgotten)) if np.isfinite(forgotten) else merged)
-
-
-def _snapshot(layer: BatchNormLayer) -> _Snapshot:
-    mean, var, counter = layer.running_mean, layer.running_var, layer.counter
-    assert mean is not None
-    assert var is not None
-    return _Snapshot(
-        mean.clone(), var.clone(), None if counter is None else counter.clone(), _running(layer)
+def _left_out(calibration: Calibration) -> str:
+    number = calibration.left_out
+    return (
+        f"{number} batch{'' if number == 1 else 'es'} left out for NaN or Inf "
+        f"({calibration.batches} used)"
     )
 
 
-def _restore(layers: Sequence[BatchNormLayer], snapshot: Sequence[_Snapshot]) -> None:
-    with torch.no_grad():
-        for layer, shot in zip(layers, snapshot, strict=True):
-            for buffer, value in (
-                (layer.running_mean, shot.mean),
-                (layer.running_var, shot.var),
-                (layer.counter, shot.counter),
-            ):
-                if buffer is not None and value is not None:
-                    buffer.copy_(value)
+def _check_options(
+    method: str,
+    samples: int,
+    keep: str,
+    on_nonfinite: str,
+    prior: float,
+    tolerance: float | None,
+) -> None:
+    for option, value, known in (
+        ("method", method, tuple(METHODS)),
+        ("keep", keep, get_args(Keep)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
+    ):
+        if value not in known:
+            raise ConfigurationError(
+                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
+            )
+    if samples < 1:
+        raise ConfigurationError(f"samples={samples} leaves nothing to calibrate on")
+    if prior < 0 or (prior and method != "adapt"):
+        raise ConfigurationError(f"prior={prior:g} needs method='adapt', and a number of samples")
+    if tolerance is not None and tolerance <= 0:
+        raise ConfigurationError(f"tolerance={tolerance:g} is never reached: use 0.01, say")
+    if tolerance is not None and method == "ema":
+        raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
 
 
-def _running(layer: BatchNormLayer) -> RunningStatistics:
-    mean, var, counter = layer.running_mean, layer.running_var, layer.counter
-    assert mean is not None
-    assert var is not None
-    return RunningStatistics(
-        mean=mean.detach().double().cpu().numpy().copy(),
-        var=var.detach().double().cpu().numpy().copy(),
-        updates=None if counter is None else int(counter),
-    )
+def _share_of(samples: int, ranks: Ranks) -> int:
+    return samples // ranks.size + (ranks.rank < samples % ranks.size)
 
 
-def _scored(model: nn.Module, score: Score) -> float:
-    with preserved_modes(model), preserved_random_state(model), torch.no_grad():
-        model.eval()
-        return float(score(model))
-
-
-def _is_worse(after: float, before: float | None) -> bool:
-    return before is not None and np.isfinite(before) and not after >= before
+def _noise_of(model: nn.Module, device: torch.device) -> float:
+    """Return how far sums come out different in another order, as a share of their terms."""
+    dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+    return min(_ROUNDINGS * eps, _MAX_NOISE)
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bnguard.fixes.selection import SkippedLayer
 from bnguard.history import RunningStatistics
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
@@ -39,12 +40,14 @@ class LayerChange:
     def shift_std(self) -> FloatArray:
         """Shift of the mean in standard deviations from before, shape ``(C,)``."""
         before = self.before
-        return shift_std(self.after.mean, before.mean, before.var, self.eps)
+        with np.errstate(all="ignore"):  # What was not finite before is None in the extremes.
+            return shift_std(self.after.mean, before.mean, before.var, self.eps)
 
     @cached_property
     def log_variance_ratio(self) -> FloatArray:
         """Natural logarithm of the variance after over the one before, shape ``(C,)``."""
-        return log_variance_ratio(self.after.var, self.before.var, self.eps)
+        with np.errstate(all="ignore"):
+            return log_variance_ratio(self.after.var, self.before.var, self.eps)
 
     @property
     def max_shift_std(self) -> float | None:
@@ -63,19 +66,6 @@ class LayerChange:
         return math.inf if shift is None or ratio is None else max(shift, abs(ratio))
 
 
-@dataclass(frozen=True)
-class SkippedLayer:
-    """A BN layer whose statistics stay as they were.
-
-    Attributes:
-        name: Dotted name of the layer.
-        reason: Why.
-    """
-
-    name: str
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recalibration:
     """What :func:`bnguard.recalibrate` did.
@@ -86,6 +76,9 @@ class Recalibration:
         skipped: BN layers that stay as they were, and why.
         samples: Samples that the statistics come from, on all ranks.
         batches: Batches that they come from.
+        virtual_batches: As how many virtual batches these ran; with ``exact`` and ``adapt``, 1 is
+            the result of one giant batch.
+        left_out: Batches that were left out since they bring NaN or Inf to a layer.
         is_kept: Whether the model has the new statistics; False where they were taken back.
         score_before: What ``score`` gave with the statistics from before; None without a score.
         score_after: What ``score`` gave with the new ones.
@@ -98,6 +91,8 @@ class Recalibration:
     skipped: tuple[SkippedLayer, ...]
     samples: int
     batches: int
+    virtual_batches: int
+    left_out: int
     is_kept: bool
     score_before: float | None = None
     score_after: float | None = None

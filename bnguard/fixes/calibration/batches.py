@@ -1,100 +1,172 @@
-"""What a loader yields, and how it is put through a model."""
+"""What a loader yields: cut to size, moved to the model's device, put through the model."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.errors import CalibrationError
 
+T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
+
+# A list of tensors of this many dimensions is a list of images: each entry is a sample.
+_IMAGE_DIMS = 3
+_IMAGE_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of a loader.
+    """A batch of a loader, as the model takes it.
 
     Attributes:
         index: Its number in the loader, from 0.
-        payload: What the loader yielded, on the model's device.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of the forward.
         size: Samples in it.
     """
 
     index: int
-    payload: object
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     size: int
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every tensor in it has a row a sample."""
+        tensors = list(self.tensors())
+        return bool(tensors) and all(t.dim() > 0 and len(t) == self.size for t in tensors)
 
-def read_batches(loader: Iterable[object], samples: int, device: torch.device) -> Iterator[Batch]:
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return the samples from ``start`` to before ``stop``; the batch can be cut."""
+        stop = min(stop, self.size)
+        return self._changed(lambda tensor: tensor[start:stop], stop - start)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        args, kwargs = _moved(self.args, device), _moved(self.kwargs, device)
+        return Batch(self.index, args, kwargs, self.size)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield its tensors, in the order in which they go in."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def _changed(self, change: Callable[[Tensor], Tensor], size: int) -> Batch:
+        args, kwargs = _mapped(self.args, change), _mapped(self.kwargs, change)
+        return Batch(self.index, args, kwargs, size)
+
+
+def can_be_joined(first: Batch, second: Batch) -> bool:
+    """Return whether two batches have rows of the same shapes, and nothing else to tell apart."""
+    layouts = [_layout((batch.args, batch.kwargs)) for batch in (first, second)]
+    return first.can_be_cut and second.can_be_cut and layouts[0] == layouts[1]
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return batches that can be joined as one, with the index of the first."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    columns = zip(*(batch.tensors() for batch in batches), strict=True)
+    whole = iter([torch.cat(column) for column in columns])
+    return first._changed(lambda _: next(whole), sum(batch.size for batch in batches))
+
+
+def read_batches(
+    loader: Iterable[object],
+    model: nn.Module,
+    forward: Forward | None,
+    *,
+    samples: int,
+    device: torch.device,
+) -> Iterator[Batch]:
     """Yield the batches that hold the first ``samples`` samples; the last one is cut to fit.
 
+    A batch that cannot be cut, since a sample is not a row in each of its tensors, is used whole.
+
     Raises:
-        CalibrationError: The loader raised an exception.
+        CalibrationError: The loader raised an exception, or yields what the model does not take.
     """
     left = samples
+    if left <= 0:
+        return
     for index, payload in enumerate(_loaded(loader)):
-        size = size_of(payload)
-        if size > left:
-            payload, size = _sliced(payload, size, left), left
-        if size > 0:
-            yield Batch(index, _moved(payload, device), size)
-        left -= size
+        args, kwargs = _arguments(model, payload) if forward is None else ((payload,), {})
+        size = _size_of((args, kwargs))
+        batch = Batch(index, args, kwargs, 1 if size is None else size)
+        if batch.size > left and batch.can_be_cut:
+            batch = batch.rows(0, left)
+        if batch.size > 0:
+            yield batch.to(device)
+        left -= batch.size
         if left <= 0:
             return
 
 
-def size_of(payload: object) -> int:
-    """Return the number of samples in a batch: the length of the first tensor in it.
-
-    >>> size_of([torch.zeros(4, 3), torch.zeros(4)]), size_of({"x": torch.zeros(2, 3)})
-    (4, 2)
-    """
-    for tensor in _tensors(payload):
-        if tensor.dim() > 0:
-            return len(tensor)
-    return 1
-
-
-def plain_forward(model: nn.Module, payload: object) -> object:
-    """Call a model the way that most loaders mean.
-
-    A tensor goes in as it is; of a tuple or list the first item, the rest being targets; of a
-    mapping the entries that the forward has parameters for.
+def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
+    """Put a batch through the model.
 
     Raises:
-        CalibrationError: The batch is none of these.
+        CalibrationError: The forward raised an exception, or memory ran out.
     """
-    if isinstance(payload, Tensor):
-        return model(payload)
-    if isinstance(payload, Mapping):
-        return model(**_accepted(model, payload))
-    if isinstance(payload, (tuple, list)) and payload:
-        return model(payload[0])
-    raise CalibrationError(
-        f"the loader yields {type(payload).__name__}, and how {type(model).__name__} takes that is "
-        "unknown: pass forward=lambda model, batch: ..."
-    )
+    try:
+        if forward is not None:
+            return forward(model, *batch.args)
+        return model(*batch.args, **batch.kwargs)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise CalibrationError(
+                f"out of memory at batch {batch.index}: use fewer samples=, or a smaller memory="
+            ) from error
+        hint = "" if forward else "; if it takes anything else, pass forward=…"
+        raise CalibrationError(
+            f"the forward failed at batch {batch.index}: {type(error).__name__}: {error}{hint}"
+        ) from error
 
 
 def _loaded(loader: Iterable[object]) -> Iterator[object]:
-    iterator = iter(loader)
     count = 0
-    while True:
-        try:
-            payload = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise CalibrationError(
-                f"the loader failed at batch {count}: {type(error).__name__}: {error}"
-            ) from error
-        yield payload
-        count += 1
+    try:
+        for payload in loader:
+            yield payload
+            count += 1
+    except Exception as error:
+        raise CalibrationError(
+            f"the loader failed at batch {count}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _arguments(
+    model: nn.Module, payload: object
+) -> tuple[tuple[object, ...], Mapping[str, object]]:
+    """Return how a model is called: as most loaders mean, and as PyTorch's ``update_bn`` does.
+
+    A tensor goes in as it is; of a tuple or list the first item, the rest being targets; of a
+    mapping the entries that the forward has parameters for.
+    """
+    if isinstance(payload, Tensor):
+        return (payload,), {}
+    if isinstance(payload, Mapping):
+        return (), _accepted(model, payload)
+    if isinstance(payload, (tuple, list)) and payload:
+        return (payload[0],), {}
+    raise CalibrationError(
+        f"the loader yields {type(payload).__name__}, and how {type(model).__name__} takes that is "
+        "unknown: pass forward=lambda model, batch: …"
+    )
 
 
 def _accepted(model: nn.Module, payload: Mapping[str, object]) -> dict[str, object]:
@@ -104,42 +176,91 @@ def _accepted(model: nn.Module, payload: Mapping[str, object]) -> dict[str, obje
     accepted = {key: value for key, value in payload.items() if key in parameters}
     if not accepted:
         raise CalibrationError(
-            f"none of the batch's entries ({', '.join(map(str, payload))}) is a parameter of "
-            f"{type(model).__name__}.forward: pass forward=lambda model, batch: ..."
+            f"none of a batch's entries ({', '.join(map(str, payload))}) is a parameter of "
+            f"{type(model).__name__}.forward: pass forward=lambda model, batch: …"
         )
     return accepted
 
 
-def _tensors(payload: object) -> Iterator[Tensor]:
+def _size_of(payload: object) -> int | None:
+    """Return the length of the first tensor, or of a list of images; None where there is none."""
+    if isinstance(payload, Tensor):
+        return len(payload) if payload.dim() else None
+    if isinstance(payload, Mapping):
+        return _first(map(_size_of, payload.values()))
+    if isinstance(payload, (tuple, list)):
+        if payload and all(_is_image(value) for value in payload):
+            return len(payload)
+        return _first(map(_size_of, payload))
+    return None
+
+
+def _first(sizes: Iterable[int | None]) -> int | None:
+    return next((size for size in sizes if size is not None), None)
+
+
+def _is_image(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == _IMAGE_DIMS
+        and value.shape[0] in _IMAGE_CHANNELS
+    )
+
+
+def tensors_in(payload: object) -> Iterator[Tensor]:
+    """Yield the tensors in a batch, depth first."""
     if isinstance(payload, Tensor):
         yield payload
     elif isinstance(payload, Mapping):
         for value in payload.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(payload, (tuple, list)):
         for value in payload:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
-def _mapped(payload: object, change: Callable[[Tensor], Tensor]) -> object:
-    """Return the batch with every tensor changed; what is no tensor or container stays."""
+def _mapped(payload: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Return a batch with every tensor changed; what is no tensor or container stays."""
     if isinstance(payload, Tensor):
-        return change(payload)
-    if isinstance(payload, Mapping):
-        return {key: _mapped(value, change) for key, value in payload.items()}
+        return cast("T", change(payload))
+    return _rebuilt(payload, lambda value: _mapped(value, change))
+
+
+def _moved(payload: T, device: torch.device) -> T:
+    """Return a batch with all that can be moved on the device: tensors, and what has ``to``."""
+    if hasattr(payload, "to"):
+        return cast("T", payload.to(device))
+    return _rebuilt(payload, lambda value: _moved(value, device))
+
+
+def _rebuilt(payload: T, change: Callable[[object], object]) -> T:
+    """Return a container of the same type with every entry changed; anything else as it is."""
+    if isinstance(payload, MutableMapping):
+        changed = copy.copy(payload)
+        for key, value in payload.items():
+            changed[key] = change(value)
+        return changed
     if isinstance(payload, (tuple, list)):
-        items = [_mapped(value, change) for value in payload]
-        return type(payload)(*items) if hasattr(payload, "_fields") else type(payload)(items)
+        items = [change(value) for value in payload]
+        is_named = hasattr(payload, "_fields")
+        kind: Any = type(payload)
+        return cast("T", kind(*items) if is_named else kind(items))
     return payload
 
 
-def _sliced(payload: object, size: int, kept: int) -> object:
-    return _mapped(
-        payload, lambda tensor: tensor[:kept] if tensor.dim() and len(tensor) == size else tensor
-    )
+def _layout(payload: object) -> object:
+    """Return what two batches must have in common to be joined."""
+    if isinstance(payload, Tensor):
+        return (payload.shape[1:], payload.dtype, payload.device)
+    if isinstance(payload, Mapping):
+        return (type(payload), {key: _layout(value) for key, value in payload.items()})
+    if isinstance(payload, (tuple, list)):
+        return (type(payload), [_layout(value) for value in payload])
+    if payload is None or isinstance(payload, (bool, int, float, str)):
+        return payload
+    return object()
 
 
-def _moved(payload: object, device: torch.device) -> object:
-    if not isinstance(payload, (Tensor, Mapping, tuple, list)) and hasattr(payload, "to"):
-        return payload.to(device)
-    return _mapped(payload, lambda tensor: tensor.to(device, non_blocking=True))
+def _is_out_of_memory(error: Exception) -> bool:
+    is_from_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_from_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))

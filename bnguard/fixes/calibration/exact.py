@@ -1,85 +1,195 @@
 """The exact engine: statistics of a whole calibration set, as if it were one giant batch.
 
-Every chunk of the set runs through the model in eval mode and stops at each BN layer. When all
-have arrived, the moments of what arrived are merged, the layer gets its statistics, and all go
-on. So each layer is computed from inputs that the new statistics upstream have normalised, and
-one forward's work does it, whatever the batch size.
+In eval mode each layer must be computed from inputs that the new statistics upstream have
+normalised. :mod:`lockstep` does that in one forward where batches go through the layers side by
+side, :mod:`replay` in several where they do not. What memory cannot hold runs as several virtual
+batches, whose moments are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import Tensor, nn
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
+from math import ceil
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.walks import Abandoned, Chunk, Surroundings
-from bnguard.layers import BatchNormLayer
-from bnguard.moments import Moments, channel_moments, merge_moments
+from bnguard.fixes.calibration.batches import Batch
+from bnguard.fixes.calibration.chunks import Chunk, ChunkedBatches
+from bnguard.fixes.calibration.habits import Habits, learn_habits
+from bnguard.fixes.calibration.job import Calibration, Job
+from bnguard.fixes.calibration.lockstep import lockstep
+from bnguard.fixes.calibration.replay import replay
+from bnguard.fixes.calibration.sampling import Pool, is_precise
+from bnguard.fixes.calibration.settling import IrregularError, NonFiniteError
+from bnguard.moments import Moments
 
-Settle = Callable[[BatchNormLayer, Moments], None]
+# Each chunk is a thread: small batches are joined so that there are about so many, ...
+_USUAL_CHUNKS = 64
+_MIN_JOINED_SAMPLES = 16
+# ... and where they cannot be joined, a virtual batch ends at so many.
+_MOST_CHUNKS = 256
+# With a tolerance, so many samples are tried first, then twice as many, and so on.
+_PILOT_SAMPLES = 128
 
 
-class Lockstep:
-    """Chunks that wait for one another at each BN layer.
+def calibrate_exactly(job: Job) -> Calibration:
+    """Compute the statistics as one giant batch in eval mode would give them.
+
+    Raises:
+        CalibrationError: There is no data, or the statistics cannot be computed from it.
+    """
+    head: list[Batch] = []
+    job.ranks.together(lambda: head.extend(islice(job.batches, 2)))
+    habits = job.ranks.together(lambda: learn_habits(job, head) if head else None)
+    return _Engine(replace(job, batches=chain(head, job.batches)), habits).run()
+
+
+@dataclass(frozen=True, eq=False)
+class _VirtualBatch:
+    """What arrived at each layer, by its index, of so many samples on all ranks."""
+
+    arrived: dict[int, tuple[Moments, ...]]
+    samples: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """How many batches a rank took, and whether it can hold no more."""
+
+    taken: int
+    is_full: bool
+
+
+@dataclass
+class _Tally:
+    """What finished virtual batches add up to."""
+
+    pool: Pool = field(default_factory=Pool)
+    samples: int = 0
+    batches: int = 0
+    virtual_batches: int = 0
+
+    def add(self, virtual_batch: _VirtualBatch) -> None:
+        self.pool.add(virtual_batch.arrived)
+        self.samples += virtual_batch.samples
+        self.batches += virtual_batch.batches
+        self.virtual_batches += 1
+
+
+class _Engine:
+    """Runs virtual batches, and keeps in mind what it learnt from those before.
 
     Args:
-        layers: The layers to compute.
-        forwards: What puts each chunk through the model.
+        job: What to calibrate.
+        habits: How the model behaves on the data of each rank; None for one that has none.
     """
 
-    def __init__(
-        self, layers: Sequence[BatchNormLayer], forwards: Sequence[Callable[[], object]]
-    ) -> None:
-        surroundings = Surroundings()
-        self._chunks = [Chunk(forward, surroundings) for forward in forwards]
-        self._current = self._chunks[0]
-        self._arrived: dict[Chunk, tuple[BatchNormLayer, Moments]] = {}
-        self._layers = layers
+    def __init__(self, job: Job, habits: Sequence[Habits | None]) -> None:
+        known = [each for each in habits if each is not None]
+        if not known:
+            raise CalibrationError("the loader is empty: it yields no sample to calibrate on")
+        self._job = job
+        self._habits = habits[job.ranks.rank]
+        self._runs_side_by_side = all(
+            each.is_regular and each.calls == known[0].calls for each in known
+        )
+        share = max(job.ranks.together(lambda: job.samples))
+        capacity = max(1, min(job.memory // each.bytes_per_sample for each in known))
+        # All of one size, lest the last one be small.
+        self._full_size = ceil(share / ceil(share / capacity))
+        self._takes_rows = all(each.takes_rows for each in known)
+        self._left_out = 0
 
-    def run(self, settle: Settle) -> dict[str, Moments]:
-        """Put all chunks through; call ``settle`` with each layer and its moments, in order."""
-        merged: dict[str, Moments] = {}
-        handles = [
-            layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
-            for layer in self._layers
-        ]
-        try:
-            while self._advance_all():
-                layer = self._common_layer()
-                if layer.name in merged:
-                    raise CalibrationError(f"{layer.name} is called several times in a forward")
-                moments = merge_moments([moments for _, moments in self._arrived.values()])
-                settle(layer, moments)
-                merged[layer.name] = moments
-        finally:
-            for handle in handles:
-                handle.remove()
-            for chunk in self._chunks:
-                chunk.abandon()
-        return merged
+    def run(self) -> Calibration:
+        """Run virtual batches until the data end, or the statistics are as precise as asked for."""
+        job, tally = self._job, _Tally()
+        goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
+        held = ChunkedBatches()
+        last: _VirtualBatch | None = None
+        is_precise_enough = False
+        while not is_precise_enough:
+            filled = job.ranks.together(partial(self._fill, held, goal))
+            if not any(each.taken for each in filled):
+                break
+            last = self._virtual_batch(held)
+            is_precise_enough = self._is_precise_enough(tally, last)
+            if any(each.is_full for each in filled):
+                tally.add(last)
+                held, last = ChunkedBatches(), None
+            goal = min(2 * goal, self._full_size)
+        if last is not None:
+            tally.add(last)
+        return Calibration(
+            estimates={
+                job.layers[index].name: job.estimate(job.layers[index], moments, tally.samples)
+                for index, moments in tally.pool.merged().items()
+            },
+            samples=tally.samples,
+            batches=tally.batches,
+            virtual_batches=tally.virtual_batches,
+            left_out=sum(job.ranks.together(lambda: self._left_out)),
+            is_within_tolerance=is_precise_enough,
+        )
 
-    def _advance_all(self) -> bool:
-        """Let every chunk run to its next layer; return whether any arrived at one."""
-        self._arrived.clear()
-        for chunk in self._chunks:
-            if not chunk.is_finished:
-                self._current = chunk
-                chunk.advance()
-        return bool(self._arrived)
+    def _fill(self, held: ChunkedBatches, goal: int) -> _Filled:
+        """Take batches until there are so many samples, or as many chunks as there may be."""
+        if self._takes_rows:
+            held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
+        taken = 0
+        while held.samples < goal and len(held.chunks) < _MOST_CHUNKS:
+            batch = next(self._job.batches, None)
+            if batch is None:
+                break
+            held.append(batch)
+            taken += 1
+        is_full = held.samples >= self._full_size or len(held.chunks) >= _MOST_CHUNKS
+        return _Filled(taken, is_full)
 
-    def _common_layer(self) -> BatchNormLayer:
-        layers = {layer.name: layer for layer, _ in self._arrived.values()}
-        if len(layers) > 1 or len(self._arrived) < len(self._chunks):
-            raise CalibrationError(f"batches visit layers in different order: {', '.join(layers)}")
-        return next(iter(layers.values()))
+    def _is_precise_enough(self, tally: _Tally, last: _VirtualBatch) -> bool:
+        if self._job.tolerance is None:
+            return False
+        trial = Pool()
+        trial.add(tally.pool.parts)
+        trial.add(last.arrived)
+        return is_precise(trial.parts, self._job.tolerance)
 
-    def _hook(self, layer: BatchNormLayer) -> Callable[..., None]:
-        def arrive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values: Tensor = args[0] if args else next(iter(kwargs.values()))
-            chunk = self._current
-            self._arrived[chunk] = (layer, channel_moments(values))
-            chunk.stop()
+    def _virtual_batch(self, held: ChunkedBatches) -> _VirtualBatch:
+        """Run batches as one giant batch; those that bring NaN or Inf leave it.
 
-        return arrive
+        Raises:
+            CalibrationError: All do, or one of them where none may.
+        """
+        job = self._job
+        where = ""
+        while True:
+            counts = job.ranks.together(lambda: (held.samples, held.batches))
+            samples, batches = (sum(column) for column in zip(*counts, strict=True))
+            if samples == 0:
+                raise CalibrationError(
+                    f"NaN or Inf arrives at {where} in every batch: mend the data, or the weights "
+                    "and statistics that stay as they are"
+                )
+            try:
+                arrived = self._settled(held.chunks, samples)
+            except IrregularError:
+                self._runs_side_by_side = False
+            except NonFiniteError as error:
+                where = job.layers[error.index].name
+                job.ranks.together(partial(self._expel, held, error))
+            else:
+                return _VirtualBatch(arrived, samples, batches)
+
+    def _settled(self, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
+        job = self._job
+        if not self._runs_side_by_side:
+            return replay(job, chunks, samples)
+        job.progress.start(sum(chunk.samples for chunk in chunks), len(job.layers))
+        return lockstep(job, chunks, self._habits, samples)
+
+    def _expel(self, held: ChunkedBatches, error: NonFiniteError) -> None:
+        for batch in held.expel(error.chunks):
+            self._job.refuse(batch, self._job.layers[error.index])
+            self._left_out += 1

@@ -20,16 +20,35 @@ def working_statistics(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
     starts from finite values, (0, 1) where the original is not, so that poisoned statistics of
     one layer do not hide what another computes.
     """
-    originals = [(layer, layer.running_mean, layer.running_var) for layer in layers]
-    try:
-        for layer, mean, var in originals:
-            if mean is not None and var is not None:
-                write_statistics(layer, mean.nan_to_num(0.0, 0.0, 0.0), _finite_variance(var))
+    with _statistics_put_back(layers):
+        for layer in layers:
+            mean, var = current_statistics(layer)
+            is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+            write_statistics(
+                layer,
+                torch.where(is_good, mean, torch.zeros_like(mean)),
+                torch.where(is_good, var, torch.ones_like(var)),
+            )
         yield
-    finally:
-        for layer, mean, var in originals:
-            setattr(layer.module, layer.adapter.mean, mean)
-            setattr(layer.module, layer.adapter.var, var)
+
+
+@contextmanager
+def changed_statistics(layer: BatchNormLayer) -> Iterator[None]:
+    """Give a layer other statistics for a while, each channel others."""
+    mean, var = current_statistics(layer)
+    # Not all in proportion: a later normalisation would take that out again.
+    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
+    with _statistics_put_back([layer]):
+        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
+        yield
+
+
+def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of a layer that has them, each of shape ``(C,)``."""
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    return mean.detach(), var.detach()
 
 
 def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
@@ -40,29 +59,31 @@ def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
     Raises:
         CalibrationError: The dtype cannot hold the values.
     """
-    running_mean, running_var = layer.running_mean, layer.running_var
-    assert running_mean is not None
-    assert running_var is not None
-    setattr(layer.module, layer.adapter.mean, fitted(mean, running_mean, layer.name))
-    setattr(layer.module, layer.adapter.var, fitted(var, running_var, layer.name))
+    (holder, mean_key), (_, var_key), *_ = layer.statistics()
+    for key, values in ((mean_key, mean), (var_key, var)):
+        holder[key] = fitted(values, holder[key], layer.name)
 
 
 def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
-    """Return finite values in the dtype and on the device of a buffer.
+    """Return finite values in the dtype and shape, and on the device, of a buffer.
 
     Raises:
         CalibrationError: The dtype cannot hold them.
     """
-    kept = values.to(device=buffer.device, dtype=buffer.dtype, copy=True)
+    kept = values.to(device=buffer.device, dtype=buffer.dtype, copy=True).view(buffer.shape)
     if not bool(torch.isfinite(kept).all()):
-        largest = values.abs().max().item()
         raise CalibrationError(
-            f"{layer}: the statistics reach {largest:.3g}, which its buffers' dtype "
-            f"({str(buffer.dtype).removeprefix('torch.')}) cannot hold: keep the BN layers in "
-            "float32"
+            f"{layer}: the statistics reach {values.abs().max().item():.3g}, which its buffers "
+            f"cannot hold in {str(buffer.dtype).removeprefix('torch.')}: keep BN layers in float32"
         )
     return kept
 
 
-def _finite_variance(var: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(var) & (var >= 0), var, torch.ones_like(var))
+@contextmanager
+def _statistics_put_back(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    kept = [(holder, key, holder[key]) for layer in layers for holder, key in layer.statistics()]
+    try:
+        yield
+    finally:
+        for holder, key, tensor in kept:
+            holder[key] = tensor

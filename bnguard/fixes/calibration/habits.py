@@ -1,0 +1,181 @@
+"""What a first small forward tells about how a model may be run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from bnguard.errors import CalibrationError
+from bnguard.fixes.calibration.arrivals import arrivals
+from bnguard.fixes.calibration.batches import Batch, can_be_joined, joined
+from bnguard.fixes.calibration.job import Job
+from bnguard.fixes.calibration.observation import Observation, differing_layers, observe
+from bnguard.fixes.calibration.randomness import random_states
+
+# What another sample has its part in is off by far more.
+_SAME = 0.05
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a model behaves in a forward.
+
+    Attributes:
+        calls: Indices of the layers, in the order in which they are called.
+        takes_rows: Whether a sample's way does not depend on what else is in its batch, so that
+            batches may be joined.
+        is_stateless: Whether it keeps nothing from one forward to the next and draws no random
+            numbers, so that several forwards may run at once.
+        starts_threads: Whether it calls BN layers in threads of its own.
+        bytes_per_sample: What a sample takes where it stands at a layer, at most.
+        seconds_per_sample: How long a forward takes.
+    """
+
+    calls: tuple[int, ...]
+    takes_rows: bool
+    is_stateless: bool
+    starts_threads: bool
+    bytes_per_sample: int
+    seconds_per_sample: float
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every layer is called at most once, in the model's own order of things."""
+        return len(set(self.calls)) == len(self.calls) and not self.starts_threads
+
+
+def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
+    """Put two samples through the model, one of them also alone; or else a batch.
+
+    Args:
+        job: What to calibrate.
+        head: The first batch, or the first two.
+    """
+    # What fails on so few samples may not on a batch; if it does, that says why.
+    with suppress(CalibrationError):
+        if len(head) > 1 and can_be_joined(head[0], head[1]):
+            return _habits_from_samples(job, head[0].rows(0, 1), head[1].rows(0, 1))
+        if head[0].can_be_cut and head[0].size > 1:
+            return _habits_from_samples(job, head[0].rows(0, 1), head[0].rows(1, 2))
+    return _habits(job, head[0], observe(job, head[0]), takes_rows=False)
+
+
+def _habits_from_samples(job: Job, first: Batch, second: Batch) -> Habits:
+    both = joined([first, second])
+    alone = observe(job, second)
+    beside = observe(job, both, look_at=lambda values: values[len(values) // 2 :])
+    takes_rows = alone.calls == beside.calls and not differing_layers(
+        alone.moments, beside.moments, _SAME, job.noise
+    )
+    return _habits(job, both, beside, takes_rows=takes_rows)
+
+
+def _habits(job: Job, batch: Batch, seen: Observation, *, takes_rows: bool) -> Habits:
+    state, random = _state_of(job.model), random_states(job.device)
+    begin = time.perf_counter()
+    bytes_held = _bytes_held(job, batch)
+    seconds = time.perf_counter() - begin
+    keeps_state = not _is_same_state(state, _state_of(job.model))
+    draws_random = not all(map(torch.equal, random, random_states(job.device)))
+    return Habits(
+        calls=seen.calls,
+        takes_rows=takes_rows,
+        is_stateless=not (keeps_state or draws_random),
+        starts_threads=seen.starts_threads,
+        bytes_per_sample=(bytes_held + batch.nbytes) // batch.size + 1,
+        seconds_per_sample=seconds / batch.size,
+    )
+
+
+def _state_of(model: nn.Module) -> list[tuple[object, int]]:
+    """Return all that the modules hold, with the version of what is a tensor."""
+    held: list[object] = []
+    for module in model.modules():
+        for value in vars(module).values():
+            held.append(value)
+            if isinstance(value, dict):
+                held.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                held.extend(value)
+    return [(value, _version(value)) for value in held]
+
+
+def _version(value: object) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
+    # Identity and not equality: what is put back equal was still written to.
+    return len(before) == len(after) and all(
+        old is new and old_version == new_version
+        for (old, old_version), (new, new_version) in zip(before, after, strict=True)
+    )
+
+
+def _bytes_held(job: Job, batch: Batch) -> int:
+    """Return the most bytes of a forward's tensors that live while it stands at a layer."""
+    most = 0
+
+    def note(index: int, values: Tensor) -> None:
+        nonlocal most
+        most = max(most, live.nbytes)
+
+    with _LiveTensors(job.model) as live, arrivals(job.layers, note):
+        job.run(batch)
+    return most
+
+
+class _LiveTensors(TorchFunctionMode):
+    """Knows which tensors made under it are still alive.
+
+    Args:
+        model: What is alive anyway.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages that are still alive."""
+        self._storages = {
+            key: (storage, nbytes)
+            for key, (storage, nbytes) in self._storages.items()
+            if not storage.expired()  # type: ignore[no-untyped-call]
+        }
+        return sum(nbytes for _, nbytes in self._storages.values())
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        for tensor in _strided(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._own:
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._storages[reference.cdata] = (reference, storage.nbytes())
+        return out
+
+
+def _strided(out: object) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        if out.layout is torch.strided:
+            yield out
+    elif isinstance(out, (tuple, list)):
+        for value in out:
+            yield from _strided(value)

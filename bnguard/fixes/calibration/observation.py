@@ -1,0 +1,95 @@
+"""What one batch alone does in a model: which layers it calls, and what arrives there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from bnguard.fixes.calibration.arrivals import arrivals, arrived_moments
+from bnguard.fixes.calibration.batches import Batch
+from bnguard.fixes.calibration.job import Job
+from bnguard.fixes.calibration.randomness import seeded
+from bnguard.moments import Moments, merge_moments
+
+
+def _everything(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one batch did in a model.
+
+    Attributes:
+        calls: Indices of the layers, in the order in which they were called.
+        moments: Moments of what arrived, all calls of a layer together, by index.
+        starts_threads: Whether a layer was called in a thread that the model started.
+    """
+
+    calls: tuple[int, ...]
+    moments: Mapping[int, Moments]
+    starts_threads: bool
+
+
+def observe(
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = _everything
+) -> Observation:
+    """Put a batch through the model with the statistics that it has now, and nothing in its way.
+
+    The random numbers that the forward draws are the same each time.
+
+    Args:
+        job: Whose model it is.
+        batch: The batch.
+        look_at: Picks the rows to look at from what arrives at a layer.
+    """
+    calls: list[int] = []
+    arrived: dict[int, list[Moments]] = {}
+    threads = {threading.get_ident()}
+
+    def arrive(index: int, values: Tensor) -> None:
+        threads.add(threading.get_ident())
+        calls.append(index)
+        arrived.setdefault(index, []).append(arrived_moments(look_at(values)))
+
+    with seeded(batch.index, job.device), arrivals(job.layers, arrive):
+        job.run(batch)
+    merged = {index: merge_moments(parts) for index, parts in arrived.items()}
+    return Observation(tuple(calls), merged, starts_threads=len(threads) > 1)
+
+
+def differing_layers(
+    first: Mapping[int, Moments], second: Mapping[int, Moments], tolerance: float, noise: float
+) -> set[int]:
+    """Return the indices of the layers at which not the same arrived.
+
+    Args:
+        first: What arrived at each layer, by its index.
+        second: The same of another forward.
+        tolerance: How far means may differ in standard deviations, and variances in themselves.
+        noise: How far they may besides, as a share of what is usual in the layer, since sums in
+            another order come out a little different.
+    """
+    everywhere = first.keys() & second.keys()
+    differing = set(first.keys() ^ second.keys())
+    return differing | {
+        index for index in everywhere if not _is_same(first[index], second[index], tolerance, noise)
+    }
+
+
+def _is_same(first: Moments, second: Moments, tolerance: float, noise: float) -> bool:
+    if first.count != second.count:
+        return False
+    means = first.mean.cpu().numpy(), second.mean.cpu().numpy()
+    variances = first.var_biased.cpu().numpy(), second.var_biased.cpu().numpy()
+    usual = np.sqrt(np.mean(np.square(means[0]) + variances[0]))
+    scale = np.sqrt(variances[0]) + noise * usual + np.finfo(np.float64).tiny
+    return np.allclose(
+        means[0] / scale, means[1] / scale, rtol=0.0, atol=tolerance, equal_nan=True
+    ) and np.allclose(
+        variances[0] / scale**2, variances[1] / scale**2, rtol=0.0, atol=tolerance, equal_nan=True
+    )

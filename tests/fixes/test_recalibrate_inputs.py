@@ -1,0 +1,264 @@
+"""What loaders yield, how models are wrapped, and which layers are left alone."""
+
+import collections
+import copy
+import itertools
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnguard
+from bnguard.errors import CalibrationError, ConfigurationError
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6))
+
+
+class Named(nn.Module):
+    """Takes its input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, scale=1.0):
+        return self.net(x * scale)
+
+
+def expected(model, x):
+    """Statistics of the first layer, and of the second in eval mode after it."""
+    first = model[0](x).double()
+    twin = copy.deepcopy(model).double().eval()
+    twin[1].running_mean.copy_(first.mean(0))
+    twin[1].running_var.copy_(first.var(0))
+    with torch.no_grad():
+        second = twin[:3](x.double())
+    return [first.mean(0), first.var(0), second.mean(0), second.var(0)]
+
+
+def check(model, found, x):
+    values = []
+    for layer in (found[1], found[3]):
+        values += [layer.running_mean.double(), layer.running_var.double()]
+    for value, truth in zip(values, expected(model, x), strict=True):
+        assert torch.allclose(value, truth, atol=1e-5)
+
+
+Point = collections.namedtuple("Point", "x label")
+
+
+@pytest.mark.parametrize(
+    "yielded",
+    [
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: [x, torch.zeros(len(x))],
+        lambda x: [x],
+        lambda x: Point(x, torch.zeros(len(x))),
+    ],
+    ids=["tensor", "tuple", "list", "list of one", "named tuple"],
+)
+def test_batches_that_the_model_takes_as_they_are(yielded):
+    model, x = net(), torch.randn(30, 4)
+    before = copy.deepcopy(model)
+    result = bnguard.recalibrate(model, [yielded(part) for part in x.split(7)])
+    assert (result.samples, result.batches) == (30, 5)
+    check(before, model, x)
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, collections.UserDict])
+def test_mappings_go_in_by_name_without_what_the_forward_does_not_take(kind):
+    model, x = Named(), torch.randn(30, 4)
+    before = copy.deepcopy(model)
+    bnguard.recalibrate(
+        model, [kind(x=part, label=torch.zeros(len(part)), scale=1.0) for part in x.split(7)]
+    )
+    check(before.net, model.net, x)
+
+
+def test_a_mapping_with_nothing_for_the_forward():
+    with pytest.raises(CalibrationError, match=r"\(image\) is a parameter of Named\.forward"):
+        bnguard.recalibrate(Named(), [{"image": torch.randn(4, 4)}])
+
+
+def test_anything_else_asks_for_forward():
+    with pytest.raises(CalibrationError, match=r"yields str, .* pass forward="):
+        bnguard.recalibrate(net(), ["a", "b"])
+
+
+class Graph:
+    """A batch of a class of its own."""
+
+    def __init__(self, x):
+        self.x = x
+        self.moves = 0
+
+    def to(self, device):
+        self.moves += 1
+        return self
+
+
+def test_forward_calls_the_model_on_batches_of_any_kind():
+    model, x = net(), torch.randn(30, 4)
+    before, batches = copy.deepcopy(model), [Graph(part) for part in x.split(6)]
+    bnguard.recalibrate(model, batches, forward=lambda model, batch: model(batch.x))
+    check(before, model, x)
+    assert all(batch.moves == 1 for batch in batches)
+
+
+def test_a_forward_that_fails_names_the_batch_and_what_to_pass():
+    with pytest.raises(CalibrationError, match=r"failed at batch 0: RuntimeError: .*forward="):
+        bnguard.recalibrate(net(), [torch.randn(4, 9)])
+
+
+def test_an_infinite_loader_is_cut_at_exactly_so_many_samples():
+    model, x = net(), torch.randn(7, 4)
+    before = copy.deepcopy(model)
+    result = bnguard.recalibrate(model, itertools.repeat(x), samples=24)
+    assert (result.samples, result.batches) == (24, 4)
+    check(before, model, torch.cat([x, x, x, x[:3]]))
+
+
+def test_a_generator_and_a_data_loader():
+    model, x = net(), torch.randn(30, 4)
+    before = copy.deepcopy(model)
+    bnguard.recalibrate(model, (part for part in x.split(4)))
+    check(before, model, x)
+    loader = DataLoader(TensorDataset(x, torch.zeros(30)), batch_size=8)
+    bnguard.recalibrate(model, loader)
+    check(before, model, x)
+
+
+class Lit(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_lightning_module_is_called_on_the_input():
+    model, x = Lit(), torch.randn(30, 4)
+    before = copy.deepcopy(model.net)
+    bnguard.recalibrate(model, [(part, torch.zeros(len(part))) for part in x.split(7)])
+    check(before, model.net, x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
+    ids=["DataParallel", "torch.compile"],
+)
+def test_wrapped_models(wrap):
+    model, x = net(), torch.randn(30, 4)
+    before, wrapped = copy.deepcopy(model), wrap(model)
+    wrapped.eval()(x)
+    result = bnguard.recalibrate(wrapped, x.split(7))
+    assert set(result.after) == {"1", "3"}
+    check(before, model, x)
+
+
+def test_compiled_parts():
+    model, x = net(), torch.randn(30, 4)
+    before = copy.deepcopy(model)
+    model[1].compile(backend="eager")
+    outer = nn.Sequential(model[0], model[1], torch.compile(model[2:], backend="eager"))
+    with torch.no_grad():
+        outer.eval()(x)
+    result = bnguard.recalibrate(outer, x.split(7))
+    assert len(result.after) == 2
+    check(before, model, x)
+
+
+def test_layers_that_the_user_froze_are_kept():
+    model, x = net().train(), torch.randn(30, 4)
+    model[1].eval()
+    kept = model[1].running_mean.clone()
+    result = bnguard.recalibrate(model, x.split(7))
+    assert [(layer.name, layer.reason) for layer in result.skipped] == [
+        ("1", "is in eval mode while the model is in train mode")
+    ]
+    assert torch.equal(model[1].running_mean, kept)
+    assert [module.training for module in model] == [True, False, True, True]
+
+
+def test_in_a_model_in_eval_mode_no_layer_counts_as_frozen():
+    assert set(bnguard.recalibrate(net().eval(), [torch.randn(30, 4)]).after) == {"1", "3"}
+
+
+def test_layers_without_running_statistics_are_skipped():
+    model = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4))
+    result = bnguard.recalibrate(model, torch.randn(30, 4).split(10))
+    assert [(layer.name, layer.reason) for layer in result.skipped] == [
+        ("0", "has no running statistics")
+    ]
+    assert abs(result.after["1"].var - 10 / 9 * 0.9).max() < 0.05
+
+
+def test_a_layer_that_no_batch_reaches_is_kept_and_reported():
+    model = nn.Sequential(net(), nn.BatchNorm1d(6))
+    result = bnguard.recalibrate(
+        model, torch.randn(30, 4).split(7), forward=lambda model, batch: model[0](batch)
+    )
+    assert [(layer.name, layer.reason) for layer in result.skipped] == [
+        ("1", "was reached by no batch")
+    ]
+    assert (model[1].running_var == 1.0).all()
+
+
+def test_no_layer_is_reached():
+    with pytest.raises(CalibrationError, match="no batch reaches a BN layer"):
+        bnguard.recalibrate(
+            net(), [torch.randn(30, 4)], forward=lambda model, batch: model[0](batch)
+        )
+
+
+def test_lazy_layers_want_a_batch_first():
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    with pytest.raises(CalibrationError, match="0 is lazy and has seen no batch"):
+        bnguard.recalibrate(model, [torch.randn(30, 4)])
+    model(torch.randn(30, 4))
+    assert bnguard.recalibrate(model, [torch.randn(30, 4)]).is_kept
+
+
+def test_layers_can_be_chosen_by_name_and_by_pattern():
+    model, x = nn.Sequential(net(), net()[1:]), torch.randn(30, 4)
+    assert set(bnguard.recalibrate(model, [x], layers=["0.*"]).after) == {"0.1", "0.3"}
+    assert set(bnguard.recalibrate(model, [x], layers=["1.1", "0.3"]).after) == {"0.3", "1.1"}
+    with pytest.raises(ConfigurationError, match="layers='2' matches no BN layer"):
+        bnguard.recalibrate(model, [x], layers=["2"])
+
+
+def test_a_model_without_bn_layers():
+    with pytest.raises(CalibrationError, match="Linear has no BN layers"):
+        bnguard.recalibrate(nn.Linear(4, 4), [torch.randn(30, 4)])
+
+
+def test_an_empty_loader_and_too_few_values():
+    with pytest.raises(CalibrationError, match="loader is empty"):
+        bnguard.recalibrate(net(), [])
+    with pytest.raises(CalibrationError, match="1: 1 value a channel is too few"):
+        bnguard.recalibrate(net(), [torch.randn(1, 4)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "best"}, "method='best' does not exist: use 'exact' or"),
+        ({"keep": "maybe"}, "keep='maybe' does not exist"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' does not exist"),
+        ({"samples": 0}, "samples=0"),
+        ({"prior": 10}, "prior=10 needs method='adapt'"),
+        ({"tolerance": 0.0}, "tolerance=0"),
+        ({"tolerance": 0.1, "method": "ema"}, "no meaning"),
+        ({"memory": "much"}, "memory='much' is no amount"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        bnguard.recalibrate(net(), [torch.randn(30, 4)], **options)
