@@ -1,0 +1,164 @@
+"""Taking BN modules out of a model and putting others in, with all that hangs on them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bnguard.errors import ConfigurationError
+from bnguard.layers import BatchNormLayer
+
+Replacements = Mapping[nn.Module, nn.Module]
+
+_PLAIN_FORWARDS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+# The shapes that a layer may take: (N, C, H, W) first, the most frequent.
+_SHAPES = ((4, 4), (4,), (4, 4, 4), ())
+
+
+def with_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
+    """Return what does all that a layer did: the norm, then the layer's drop and activation.
+
+    Some BN classes end in modules of their own (timm's ``BatchNormAct2d``). Whether a layer is BN
+    followed by its children is not guessed from names but tried on random numbers.
+
+    Raises:
+        ConfigurationError: The layer does something else besides.
+    """
+    module = layer.module
+    is_plain = type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module)
+    children = {n: c for n, c in module.named_children() if n != "parametrizations"}
+    if is_plain:
+        tail = {}
+    elif _is_norm_then(children, layer):
+        tail = children
+    elif _is_norm_then({}, layer):
+        tail = {}
+    else:
+        raise ConfigurationError(
+            f"{layer.name}: {type(module).__name__} computes more than BN and then its children, "
+            f"and would lose it; pass a factory as to=, or leave it out with "
+            f"exclude={[layer.name]}"
+        )
+    if all(isinstance(child, nn.Identity) for child in tail.values()):
+        whole = norm
+    else:
+        name = "norm" if "norm" not in tail else "swapped_norm"
+        whole = nn.Sequential(OrderedDict({name: norm, **tail}))
+    whole.training = module.training
+    norm.training = module.training
+    return whole
+
+
+def put_in_place(model: nn.Module, replacements: Replacements) -> nn.Module:
+    """Replace modules wherever they stand, with their hooks, and return the model.
+
+    Where the model is itself one of them, what is returned is its replacement.
+    """
+    for old, new in replacements.items():
+        _move_hooks(old, new)
+    for parent in list(model.modules()):
+        if parent in replacements:
+            continue
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def check_reachable(model: nn.Module, replacements: Replacements) -> None:
+    """Make sure that the modules stand only where they can be replaced.
+
+    Raises:
+        ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them;
+            the forward may call it from there.
+    """
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute != "_modules" and any(each in replacements for each in _held(value)):
+                raise ConfigurationError(
+                    f"{name or 'the model'} holds a BN layer in .{attribute} too, where it cannot "
+                    "be replaced: use nn.ModuleList or nn.ModuleDict"
+                )
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    # The dictionaries themselves, since the handles that remove the hooks refer to them.
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _held(value: object) -> Iterator[nn.Module]:
+    """Yield the modules that a plain attribute holds, itself or in a flat container."""
+    values: Iterable[object] = (value,)
+    if isinstance(value, dict):
+        values = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        values = value
+    for each in values:
+        if isinstance(each, nn.Module):
+            yield each
+
+
+def _is_norm_then(children: Mapping[str, nn.Module], layer: BatchNormLayer) -> bool:
+    """Return whether a layer in eval mode computes BN and then its children, one after another."""
+    trial = BatchNormLayer(layer.name, copy.deepcopy(layer.module).eval(), layer.adapter)
+    like = trial.running_mean if trial.running_mean is not None else trial.weight
+    with torch.no_grad():
+        # Neutral values: a gamma of 0, or statistics of NaN, would hide what follows.
+        for tensor, value in (
+            (trial.running_mean, 0.0),
+            (trial.running_var, 1.0),
+            (trial.weight, 1.0),
+            (trial.bias, 0.0),
+        ):
+            if tensor is not None:
+                tensor.fill_(value)
+        for shape in _SHAPES:
+            values = _random_values((4, layer.channels, *shape), like)
+            try:
+                found = trial.module.forward(values.clone())
+            except Exception:
+                continue
+            return _is_close(found, _normalised_then(children, trial, values))
+    return False
+
+
+def _normalised_then(
+    children: Mapping[str, nn.Module], trial: BatchNormLayer, values: Tensor
+) -> object:
+    expected: object = nn.functional.batch_norm(
+        values, trial.running_mean, trial.running_var, training=not trial.is_tracking, eps=trial.eps
+    )
+    # The copies in the trial: they are in eval mode.
+    for name in children:
+        expected = trial.module.get_submodule(name)(expected)
+    return expected
+
+
+def _random_values(shape: tuple[int, ...], like: Tensor | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = 3.0 * torch.randn(shape, generator=generator)
+    return values if like is None else values.to(device=like.device, dtype=like.dtype)
+
+
+def _is_close(found: object, expected: object) -> bool:
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return False
+    if found.shape != expected.shape:
+        return False
+    tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 3e-2
+    return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,335 @@
+"""Swap BN for another norm, and let the network learn what it knew from the one it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from bnguard.errors import ConfigurationError
+from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
+from bnguard.fixes.distil import Progress, Silent, distil
+from bnguard.fixes.following import check_follows, follow
+from bnguard.fixes.grouping import evaluated, measure_positions
+from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.fixes.recalibrate import recalibrate
+from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
+from bnguard.fixes.selection import SkippedLayer
+from bnguard.fixes.swapped import ReplacedLayer, Swap
+from bnguard.fixes.targets import DEFAULT_GROUPS, Factory, Groups, Target, target_named
+from bnguard.layers import (
+    BatchNormLayer,
+    find_layers,
+    is_wrapper,
+    preserved_modes,
+    preserved_random_state,
+)
+
+# Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
+_MAX_STATISTICS_DISTANCE = 1.5
+_SAMPLES_TO_CHECK = 256
+_SAMPLES_TO_COMPARE = 128
+_NO_NOTES: tuple[str, ...] = ()
+
+
+def swap(
+    model: nn.Module,
+    to: str | Factory = "group",
+    *,
+    groups: Groups = DEFAULT_GROUPS,
+    min_values_per_group: int = 16,
+    layers: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    sample: object = None,
+    teacher_data: Iterable[object] | None = None,
+    steps: int = 200,
+    forward: Forward | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    in_place: bool = False,
+    progress: bool = True,
+) -> Swap:
+    """Put another norm in the place of BN, and teach the network what it knew.
+
+    Affine parameters, eps, dtype, device, modes, ``requires_grad`` and hooks are kept, and so are
+    the activation and drop that a BN subclass brings along. The outputs change all the same, and
+    a trained network is worth little after a swap to ``"group"``, ``"layer"`` or ``"instance"``
+    until it has been taught: give ``teacher_data``.
+
+    Args:
+        model: The model; stays as it is unless ``in_place``.
+        to: ``"group"`` (Wu and He 2018), ``"layer"`` (group norm of one group), ``"instance"``,
+            ``"batch-renorm"`` (Ioffe 2017), ``"frozen"`` (running statistics as constants),
+            ``"sync"`` (SyncBatchNorm), or a function that is given the BN module and returns the
+            one to put in its place.
+        groups: Groups of a group norm at most; the largest divisor of the channels that leaves
+            enough values. Or exactly so many, by name or pattern of layers.
+        min_values_per_group: Values of one sample that a group should have.
+        layers: Names or patterns (``"backbone.*"``) of the layers to replace; all by default.
+        exclude: Names or patterns of layers to leave.
+        sample: A batch as a loader yields it: tells how many values arrive at each layer, and how
+            far the outputs change. The first batch of ``teacher_data`` by default.
+        teacher_data: Batches, without labels or with labels that are not used, on which the swapped
+            model learns to give what the model gave. Statistics that do not fit these data are
+            recalibrated first, in a copy. All parameters learn, also those with
+            ``requires_grad=False``.
+        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
+        forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
+        optimizer: Optimizer of the model; its parameter groups follow to the swapped one, with the
+            state of the parameters that are kept.
+        in_place: Whether the model itself is changed.
+        progress: Show a progress bar, where there is a terminal.
+
+    Returns:
+        The swapped model, what was replaced, what was left, and how far the outputs moved.
+
+    Raises:
+        ConfigurationError: An option does not fit, or a layer cannot be replaced; model and
+            optimizer are as they were.
+        CalibrationError: The forward failed; model and optimizer are as they were.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+        >>> swap(model, "group").model[1].num_groups
+        32
+    """
+    if steps < 1:
+        raise ConfigurationError(f"steps={steps} is no number from 1 on")
+    target = target_named(to, groups, min_values_per_group)
+    plan = _plan(model, target, layers, exclude)
+    if in_place and model in {layer.module for layer in plan.layers}:
+        raise ConfigurationError(
+            "the model is itself a BN layer, which cannot be replaced in place: leave in_place out"
+        )
+    if optimizer is not None:
+        check_follows(optimizer, model)
+    batch = _sample(model, sample, teacher_data, forward)
+
+    with preserved_random_state(model):
+        positions: Mapping[str, int] = {}
+        expected: object = None
+        if batch is not None:
+            positions, expected = measure_positions(model, plan.layers, forward, batch)
+        teacher = None if teacher_data is None else _copied(model)[0]
+        subject, successors = (model, {}) if in_place else _copied(model)
+        exchange = _exchanged(subject, plan, target, positions)
+        try:
+            change = None
+            if batch is not None:
+                change = _distance(evaluated(exchange.model, forward, batch), expected)
+            distillation, notes = None, _NO_NOTES
+            if teacher is not None and teacher_data is not None:
+                notes = _mended(teacher, teacher_data, forward)
+                distillation = distil(
+                    exchange.model,
+                    teacher,
+                    teacher_data,
+                    pairs=exchange.pairs_with(teacher),
+                    steps=steps,
+                    forward=forward,
+                    progress=_progress(steps, progress),
+                )
+        except BaseException:
+            put_in_place(exchange.model, {new: old for old, new in exchange.replacements.items()})
+            raise
+    if optimizer is not None:
+        follow(optimizer, exchange.model, successors, exchange.parameters())
+    return Swap(
+        model=exchange.model,
+        to=to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__),
+        replaced=tuple(
+            _replaced(layer, norm, positions.get(layer.name))
+            for layer, norm in zip(exchange.layers, exchange.norms, strict=True)
+        ),
+        skipped=plan.skipped,
+        output_change=change,
+        distillation=distillation,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    layers: tuple[BatchNormLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Exchange:
+    """A model whose BN layers have been replaced.
+
+    Attributes:
+        model: The model with the other norm.
+        layers: The BN layers that stood in it.
+        norms: What normalises in the place of each.
+        replacements: What stands in the place of each module: the norm, with an activation perhaps.
+    """
+
+    model: nn.Module
+    layers: tuple[BatchNormLayer, ...]
+    norms: tuple[nn.Module, ...]
+    replacements: Mapping[nn.Module, nn.Module]
+
+    def pairs_with(self, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """Return each new module with the BN module of the teacher that it stands for."""
+        taught = {layer.name: layer.module for layer in find_layers(teacher)}
+        return [(self.replacements[layer.module], taught[layer.name]) for layer in self.layers]
+
+    def parameters(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+        """Return the parameters of each BN module with those of what stands in its place."""
+        return [
+            (list(old.parameters()), list(new.parameters()))
+            for old, new in self.replacements.items()
+        ]
+
+
+def _plan(
+    model: nn.Module, target: Target, names: Iterable[str] | None, exclude: Iterable[str]
+) -> _Plan:
+    if is_wrapper(model):
+        raise ConfigurationError(
+            f"the model is wrapped in {type(model).__name__}: swap the model inside, then wrap it"
+        )
+    found = find_layers(model)
+    if not found:
+        raise ConfigurationError(f"{type(model).__name__} has no BN layers: nothing to swap")
+    wanted = ("*",) if names is None else _patterns("layers", names, found)
+    unwanted = _patterns("exclude", exclude, found)
+    layers, skipped = [], []
+    for layer in found:
+        reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
+        if reason is None:
+            layers.append(_initialised(layer))
+        else:
+            skipped.append(SkippedLayer(layer.name, reason))
+    if not layers:
+        raise ConfigurationError(
+            f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
+        )
+    return _Plan(tuple(layers), tuple(skipped))
+
+
+def _patterns(
+    option: str, names: Iterable[str], found: Sequence[BatchNormLayer]
+) -> tuple[str, ...]:
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(layer.name, pattern) for layer in found):
+            raise ConfigurationError(
+                f"{option}={pattern!r} matches no BN layer: there are {found[0].name!r} and "
+                f"{len(found) - 1} more"
+            )
+    return patterns
+
+
+def _reason_to_skip(
+    layer: BatchNormLayer, wanted: Sequence[str], unwanted: Sequence[str]
+) -> str | None:
+    if any(fnmatchcase(layer.name, pattern) for pattern in unwanted):
+        return "is excluded"
+    if not any(fnmatchcase(layer.name, pattern) for pattern in wanted):
+        return "is not among the layers asked for"
+    return None
+
+
+def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
+    if layer.channels == 0:
+        raise ConfigurationError(
+            f"{layer.name} is lazy and has seen no batch: put one through the model first"
+        )
+    return layer
+
+
+def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
+    """Return a copy of a model, and what each of its parameters has become."""
+    memo: dict[int, object] = {}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): use "
+            "in_place=True, without teacher_data"
+        ) from error
+    successors = {
+        p: q for p in model.parameters() if isinstance(q := memo.get(id(p)), nn.Parameter)
+    }
+    return twin, successors
+
+
+def _sample(
+    model: nn.Module,
+    sample: object,
+    teacher_data: Iterable[object] | None,
+    forward: Forward | None,
+) -> Batch | None:
+    """Return the batch that tells sizes and outputs; None where there are no data."""
+    if sample is not None:
+        source: Iterable[object] = [sample]
+    elif teacher_data is not None and not isinstance(teacher_data, Iterator):
+        source = teacher_data
+    else:
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = read_batches(source, model, forward, samples=_SAMPLES_TO_COMPARE, device=device)
+    for batch in batches:
+        return batch
+    raise ConfigurationError("teacher_data is empty: it yielded no samples to distil on")
+
+
+def _exchanged(
+    model: nn.Module, plan: _Plan, target: Target, positions: Mapping[str, int]
+) -> _Exchange:
+    """Put the target in the place of the layers planned; a model that fails stays as it was."""
+    names = {layer.name for layer in plan.layers}
+    layers = tuple(layer for layer in find_layers(model) if layer.name in names)
+    norms = tuple(target.build(layer, positions.get(layer.name)) for layer in layers)
+    replacements = {
+        layer.module: with_tail(norm, layer) for layer, norm in zip(layers, norms, strict=True)
+    }
+    check_reachable(model, replacements)
+    return _Exchange(put_in_place(model, replacements), layers, norms, replacements)
+
+
+def _mended(teacher: nn.Module, data: Iterable[object], forward: Forward | None) -> tuple[str, ...]:
+    """Recalibrate a teacher whose statistics do not fit the data, and say so."""
+    if isinstance(data, Iterator) or not any(layer.is_tracking for layer in find_layers(teacher)):
+        return ()
+    with preserved_modes(teacher):
+        teacher.eval()
+        found = recalibrate(
+            teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
+        )
+    worst = max(found.layers, key=lambda layer: layer.distance)
+    if worst.distance <= _MAX_STATISTICS_DISTANCE:
+        found.undo()
+        return ()
+    return (
+        f"the running statistics did not fit teacher_data (the worst: {worst.name}), so they were "
+        "recalibrated before the model taught",
+    )
+
+
+def _replaced(layer: BatchNormLayer, norm: nn.Module, positions: int | None) -> ReplacedLayer:
+    return ReplacedLayer(
+        name=layer.name,
+        before=type(layer.module).__name__,
+        after=type(norm).__name__,
+        groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
+        positions=positions,
+        channels=layer.channels,
+    )
+
+
+def _distance(output: object, expected: object) -> float:
+    return relative_distance(list(float_tensors(output)), list(float_tensors(expected)))
+
+
+def _progress(steps: int, is_shown: bool) -> Progress:
+    if not is_shown:
+        return Silent()
+    from bnguard.report.swap import DistillationBar
+
+    return DistillationBar(steps)

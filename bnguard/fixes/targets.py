@@ -1,0 +1,316 @@
+"""What BN can be swapped for: a target says which layers it leaves alone, and builds the others.
+
+A new one is a class with the two methods of :class:`Target`, and a line in :func:`target_named`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnguard.errors import ConfigurationError, nearest_name
+from bnguard.fixes.grouping import choose_groups
+from bnguard.fixes.norms import WARMED_UP, BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
+from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.stats import updates_to_forget
+
+Factory = Callable[[nn.Module], nn.Module]
+Groups = int | Mapping[str, int]
+
+# Below this weight the initial statistics count as forgotten.
+_MAX_INITIAL_WEIGHT = 0.05
+
+# Wu and He 2018, section 4.1: the number of groups that did best on ImageNet.
+DEFAULT_GROUPS = 32
+
+
+class Target(Protocol):
+    """What takes the place of BN layers."""
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Return why a layer stays as it is, None where it is to be replaced."""
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return the new layer, with the parameters of the old one, which stays as it is.
+
+        Args:
+            layer: The BN layer.
+            positions: Values a channel and sample that arrive at it; None where not known.
+
+        Raises:
+            ConfigurationError: The layer cannot be replaced by this target.
+        """
+
+
+@dataclass(frozen=True)
+class GroupTarget:
+    """Group normalisation, and layer and instance normalisation, which are its two ends.
+
+    Attributes:
+        groups_for: Returns the groups of a layer at which so many values a channel and sample
+            arrive.
+    """
+
+    groups_for: Callable[[BatchNormLayer, int | None], int]
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Leave no layer alone."""
+        return None
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return a group norm with as many groups as there are values for."""
+        if positions is None and isinstance(layer.module, nn.BatchNorm1d):
+            positions = 1
+        if positions is not None and layer.channels * positions < 2:
+            raise ConfigurationError(
+                f"{layer.name}: gets one value a sample, which a group norm always sets to 0; "
+                f"leave it out with exclude={[layer.name]}, or swap to 'batch-renorm' or 'frozen'"
+            )
+        groups = self.groups_for(layer, positions)
+        affine = layer.weight is not None
+        norm = GroupNorm(groups, layer.channels, eps=layer.eps, affine=affine)
+        take_affine(norm, layer.module)
+        return norm
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """As many groups as asked for, fewer where they would have too few values."""
+
+    groups: int
+    min_values: int
+
+    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
+        """Return as many groups as there are values for."""
+        return choose_groups(layer.channels, self.groups, positions, self.min_values)
+
+
+@dataclass(frozen=True)
+class OnePerChannel:
+    """Instance normalisation; fewer groups where a channel has one value a sample."""
+
+    min_values: int
+
+    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
+        """Return the channels, or fewer groups."""
+        if positions == 1:
+            return choose_groups(layer.channels, layer.channels, positions, self.min_values)
+        return layer.channels
+
+
+@dataclass(frozen=True)
+class AsNamed:
+    """Exactly the groups that the first pattern gives that fits the name of the layer."""
+
+    groups: Mapping[str, int]
+    otherwise: AtMost
+
+    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
+        """Return the groups given; raise a ConfigurationError where they cannot be."""
+        fitting = (n for pattern, n in self.groups.items() if fnmatchcase(layer.name, pattern))
+        groups = next(fitting, None)
+        if groups is None:
+            return self.otherwise(layer, positions)
+        if layer.channels % groups or groups == layer.channels * (positions or 2):
+            raise ConfigurationError(
+                f"{layer.name}: its {layer.channels} channels with {positions or 'unknown'} values "
+                f"each do not make {groups} groups of more than one value; give another number"
+            )
+        return groups
+
+
+@dataclass(frozen=True)
+class RenormTarget:
+    """Batch renormalisation, from the running statistics that the layer has.
+
+    Attributes:
+        schedule: The schedule for layers without trained statistics; the others need none.
+    """
+
+    schedule: RenormSchedule
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Leave layers alone that never use the statistics of a batch."""
+        return None if layer.has_modes else "is frozen, and uses no batch statistics"
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return a batch renorm that goes on where the layer is."""
+        mean, var = _statistics(layer) or _initial_statistics(layer)
+        counter = layer.counter
+        batches = torch.zeros((), dtype=torch.long, device=mean.device)
+        if counter is not None:
+            batches += counter.to(mean.device)
+        is_trained = bool(batches >= updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT))
+        norm = BatchRenorm(
+            mean,
+            var,
+            batches,
+            eps=layer.eps,
+            momentum=layer.momentum,
+            schedule=WARMED_UP if is_trained else self.schedule,
+        )
+        take_affine(norm, layer.module)
+        return norm
+
+
+@dataclass(frozen=True)
+class FrozenTarget:
+    """The running statistics as constants."""
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Leave layers alone whose statistics are constants already."""
+        return None if layer.has_modes else "is frozen already"
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return an affine transform that computes what the layer computes in eval mode."""
+        statistics = _statistics(layer)
+        if statistics is None:
+            raise ConfigurationError(
+                f"{layer.name}: has no running statistics to freeze; leave it out with "
+                f"exclude={[layer.name]}"
+            )
+        norm = FrozenNorm(*statistics, layer.eps)
+        take_affine(norm, layer.module)
+        return norm
+
+
+@dataclass(frozen=True)
+class SyncTarget:
+    """BN over the batches of all ranks."""
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Leave layers alone that share statistics already, or have none of a batch."""
+        if isinstance(layer.module, nn.SyncBatchNorm) and layer.module._modules == {}:
+            return "is a SyncBatchNorm already"
+        return None if layer.has_modes else "is frozen, and uses no batch statistics"
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return a SyncBatchNorm with the statistics of the layer."""
+        norm = nn.SyncBatchNorm(
+            layer.channels, layer.eps, layer.momentum, affine=False, track_running_stats=False
+        )
+        statistics = _statistics(layer)
+        if statistics is not None:
+            counter = layer.counter
+            norm.track_running_stats = True
+            norm.running_mean, norm.running_var = statistics
+            norm.num_batches_tracked = torch.tensor(0) if counter is None else counter.clone()
+        norm.affine = layer.weight is not None
+        take_affine(norm, layer.module)
+        return norm
+
+
+@dataclass(frozen=True)
+class FactoryTarget:
+    """Whatever a function of the user's makes of a BN layer.
+
+    Attributes:
+        factory: ``factory(bn)`` returns the module to put in place of the BN module.
+    """
+
+    factory: Factory
+
+    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
+        """Leave no layer alone."""
+        return None
+
+    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
+        """Return what the factory makes, on the layer's device and in its element type."""
+        norm = self.factory(layer.module)
+        if not isinstance(norm, nn.Module):
+            raise ConfigurationError(
+                f"to= made a {type(norm).__name__} for {layer.name}, no torch.nn.Module"
+            )
+        if find_layers(norm):
+            raise ConfigurationError(
+                f"to= made a {type(norm).__name__} for {layer.name}, which is BN still; to keep "
+                f"the layer, use exclude={[layer.name]}"
+            )
+        like = layer.weight if layer.weight is not None else layer.running_mean
+        if like is not None:
+            norm.to(device=like.device, dtype=like.dtype)
+        if _has_same_affine(norm, layer.module):
+            take_affine(norm, layer.module)
+        return norm
+
+
+TARGETS: Mapping[str, Callable[[int, int], Target]] = {
+    "group": lambda groups, min_values: GroupTarget(AtMost(groups, min_values)),
+    "layer": lambda groups, min_values: GroupTarget(AtMost(1, min_values)),
+    "instance": lambda groups, min_values: GroupTarget(OnePerChannel(min_values)),
+    "batch-renorm": lambda groups, min_values: RenormTarget(RenormSchedule()),
+    "frozen": lambda groups, min_values: FrozenTarget(),
+    "sync": lambda groups, min_values: SyncTarget(),
+}
+
+
+def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
+    """Return the target that ``to`` names, or that calls it.
+
+    Raises:
+        ConfigurationError: There is no such target, or the groups are no positive numbers.
+    """
+    numbers = groups.values() if isinstance(groups, Mapping) else [groups]
+    if min([*numbers, min_values]) < 1:
+        raise ConfigurationError("groups= and min_values_per_group= take numbers from 1 on")
+    if not isinstance(to, str):
+        return FactoryTarget(to)
+    if to not in TARGETS:
+        near = nearest_name(to, TARGETS)
+        hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
+        raise ConfigurationError(f"to={to!r} is no norm that is known here: {hint}")
+    if not isinstance(groups, Mapping):
+        return TARGETS[to](groups, min_values)
+    if to != "group":
+        raise ConfigurationError(f"groups= by layer is for to='group', not for {to!r}")
+    return GroupTarget(AsNamed(groups, AtMost(DEFAULT_GROUPS, min_values)))
+
+
+def take_affine(norm: nn.Module, module: nn.Module) -> None:
+    """Give a norm the very parameters of a BN layer, with what parametrizes them."""
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(module, name):
+            _take_parametrized(norm, module, name)
+        else:
+            norm.register_parameter(name, _as_parameter(getattr(module, name, None)))
+
+
+def _take_parametrized(norm: nn.Module, module: nn.Module, name: str) -> None:
+    norm.register_parameter(name, nn.Parameter(getattr(module, name).detach().clone()))
+    parametrizations = module.parametrizations[name]  # type: ignore[index]
+    parametrize.register_parametrization(norm, name, nn.Identity())
+    norm.parametrizations[name] = parametrizations  # type: ignore[index,operator]
+
+
+def _as_parameter(value: Tensor | None) -> nn.Parameter | None:
+    if value is None or (isinstance(value, nn.Parameter) and value.dim() == 1):
+        return value
+    # Other people's frozen layers keep buffers here, some of shape (1, C, 1, 1).
+    return nn.Parameter(value.detach().reshape(-1), requires_grad=value.requires_grad)
+
+
+def _has_same_affine(norm: nn.Module, module: nn.Module) -> bool:
+    return all(
+        isinstance(ours := getattr(norm, name, None), Tensor)
+        and isinstance(theirs := getattr(module, name, None), Tensor)
+        and ours.shape == theirs.shape
+        for name in ("weight", "bias")
+    )
+
+
+def _statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor] | None:
+    mean, var = layer.running_mean, layer.running_var
+    return None if mean is None or var is None else (mean.detach().clone(), var.detach().clone())
+
+
+def _initial_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
+    like = layer.weight
+    device = None if like is None else like.device
+    zeros = torch.zeros(layer.channels, device=device, dtype=None if like is None else like.dtype)
+    return zeros, torch.ones_like(zeros)
