@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from bnguard.checkpoint.sources import Source
+from bnguard.checkpoint.sources import Source, printable
 from bnguard.errors import CheckpointError
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
@@ -81,8 +81,8 @@ class Archive:
         """
         if not record.is_stored:
             raise CheckpointError(
-                f"{self.source.path}: its record {record.name!a} is compressed or encrypted, which "
-                "torch never writes; save the checkpoint again with torch.save"
+                f"{self.source.path}: its record {printable(record.name[:80])} is compressed or "
+                "encrypted, which torch never does; save the checkpoint again with torch.save"
             )
         header = LOCAL_HEADER.unpack(self.source.read(record.header, LOCAL_HEADER.size))
         if header[0] != LOCAL_MAGIC:

@@ -12,6 +12,7 @@ from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
 from bnguard.checkpoint.inert import NotPlainError, mapping_of, plain
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.sources import printable
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
 from bnguard.stats import FloatArray
@@ -21,7 +22,7 @@ STATISTICS = (MEAN, VAR, COUNTER)
 _AFFINE = ("weight", "bias")
 
 # A module saved as it was given as an argument is no model that was trained.
-_NO_MODELS = ("hyper_parameters.",)
+_NO_MODELS = "hyper_parameters"
 
 # Beyond these a file is hostile, not large: a thousand names may share one storage.
 _MOST_CANDIDATES = 200_000
@@ -59,6 +60,7 @@ def describe(contents: Contents) -> Checkpoint:
         models=tuple(models),
         hyper_parameters=own,
         foreign_hyper_parameters=foreign,
+        momenta=_momenta(root),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
@@ -100,9 +102,10 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
 def _candidates(contents: Contents) -> Iterator[Entry]:
     count = 0
     for entry in entries(contents):
-        if not isinstance(entry.value, StoredTensor) or entry.prefix in _NO_MODELS:
+        if not isinstance(entry.value, StoredTensor) or not entry.path:
             continue
-        if attribute_of(entry.path[-1] if entry.path else "") not in (*STATISTICS, *_AFFINE):
+        attribute = attribute_of(entry.path[-1])
+        if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] == _NO_MODELS:
             continue
         count += 1
         if count > _MOST_CANDIDATES or sum(map(len, entry.path)) > _LONGEST_KEY:
@@ -173,7 +176,7 @@ class _Reader:
 
     def _note(self, group: TensorGroup, problem: str) -> None:
         name = group.prefix.removesuffix(".") or "the model itself"
-        self.problems.append(f"{ascii(name)[1:-1]}: {problem}")
+        self.problems.append(f"{printable(name)}: {problem}")
 
 
 def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
@@ -219,6 +222,19 @@ def _hyper_parameters(
         except NotPlainError as error:
             foreign[str(name)] = str(error)
     return own, foreign
+
+
+def _momenta(root: Mapping[object, object]) -> dict[str, float | None]:
+    """Return the momentum of each layer, which ``BatchNormMonitor`` notes in a checkpoint."""
+    node: object = root
+    for key in ("callbacks", "BatchNormMonitor", "momentum"):
+        node = (mapping_of(node) or {}).get(key)
+    momenta = mapping_of(node) or {}
+    return {
+        str(name): value
+        for name, value in momenta.items()
+        if value is None or isinstance(value, float)
+    }
 
 
 def _count(value: object) -> int | None:

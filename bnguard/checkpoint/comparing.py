@@ -85,7 +85,7 @@ class CheckpointDifference:
         after: Path of the second.
         layers: BN layers that both have with as many channels, in the order of the first.
         entries: Every other entry that is not bit-identical: none where only running statistics
-            changed. Of models under different prefixes the entries of the models alone.
+            changed. Of models under different prefixes the tensors of the models alone.
     """
 
     before: Path
@@ -146,9 +146,13 @@ def _everything(contents: Contents) -> dict[str, object]:
 
 
 def _of_model(contents: Contents, prefix: str, as_prefix: str) -> dict[str, object]:
-    """Return the entries of one model, under the prefix that it has in another checkpoint."""
+    """Return the tensors of one model, under the prefix that it has in another checkpoint."""
     found = (entry for entry in entries(contents) if entry.prefix == prefix)
-    return {as_prefix + _own_key(entry): entry.value for entry in found}
+    return {
+        as_prefix + _own_key(entry): entry.value
+        for entry in found
+        if isinstance(entry.value, StoredTensor)
+    }
 
 
 def _own_key(entry: Entry) -> str:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from bnguard.checkpoint.inert import InertObject, Reference, mapping_of
+from bnguard.checkpoint.inert import ATOMS, InertObject, Reference, mapping_of
 from bnguard.errors import CheckpointError
 
 # Where Lightning keeps the state dict of the module.
@@ -16,8 +17,12 @@ LIGHTNING_PREFIX = "state_dict."
 LONGEST_PROVENANCE_BYTES = 2**20
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.
-_MOST_ENTRIES = 1_000_000
+_MOST_ENTRIES = 1_500_000
+# A list of numbers, the order of a data set perhaps, is one value; so many of them count as one.
+_ATOMS_PER_ENTRY = 16
 _MOST_NESTED = 200
+
+_ATOM_TYPES = frozenset(ATOMS)
 
 # A pickled module keeps its tensors and its children in these, which no key of its state dict
 # mentions.
@@ -49,9 +54,8 @@ class Contents:
         return "pytorch-lightning_version" in (mapping_of(self.root) or {})
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A value in a checkpoint, a tensor or an atom.
+class Entry(NamedTuple):
+    """A value in a checkpoint: a tensor, an atom, or a list of atoms.
 
     Attributes:
         path: The keys that lead to it from the root.
@@ -77,54 +81,65 @@ class Entry:
 def entries(contents: Contents) -> Iterator[Entry]:
     """Yield all that a checkpoint holds, in the order in which it was saved.
 
+    Branches may be shared; one that contains itself is followed once.
+
     Raises:
         CheckpointError: It is too large or too deeply nested.
     """
-    walk = _Walk(contents.path)
-    yield from walk.below((), contents.root, None)
-
-
-class _Walk:
-    """A walk through containers that may share branches and contain themselves."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries = 0
-        self.above: set[int] = set()
-
-    def below(self, path: tuple[str, ...], node: object, module_at: int | None) -> Iterator[Entry]:
-        children = _children(node)
+    count = 0
+    branches = [_Branch(0, iter([_Node((), None, contents.root)]))]
+    above: set[int] = set()
+    while branches:
+        node = next(branches[-1].children, None)
+        if node is None:
+            above.discard(branches.pop().identity)
+            continue
+        children = _children(node.value)
+        atoms = len(node.value) if children is None and isinstance(node.value, (list, tuple)) else 0
+        count += 1 + atoms // _ATOMS_PER_ENTRY
+        if count > _MOST_ENTRIES:
+            raise _too_much(contents.path, f"holds more than {_MOST_ENTRIES:,} values")
         if children is None:
-            self.entries += 1
-            if self.entries > _MOST_ENTRIES:
-                raise CheckpointError(
-                    f"{self.path}: holds more than {_MOST_ENTRIES:,} values, more than bnguard "
-                    "reads; save the state dict alone"
-                )
-            yield Entry(path, _home(path) if module_at is None else module_at, node)
-            return
-        if id(node) in self.above:
-            return
-        if len(self.above) >= _MOST_NESTED:
-            raise CheckpointError(
-                f"{self.path}: is nested more than {_MOST_NESTED} levels deep; "
-                "save the state dict alone"
-            )
-        if module_at is None and _is_module(node):
-            module_at = len(path)
-        self.above.add(id(node))
-        for name, child in children:
-            yield from self.below((*path, name), child, module_at)
-        self.above.discard(id(node))
+            home = _home(node.path) if node.module_at is None else node.module_at
+            yield Entry(node.path, home, node.value)
+        elif id(node.value) not in above:
+            if len(branches) > _MOST_NESTED:
+                raise _too_much(contents.path, f"is nested more than {_MOST_NESTED} levels deep")
+            above.add(id(node.value))
+            branches.append(_Branch(id(node.value), _below(node, children)))
+
+
+class _Node(NamedTuple):
+    """A value on the way through a checkpoint, and how many keys led to the module around it."""
+
+    path: tuple[str, ...]
+    module_at: int | None
+    value: object
+
+
+class _Branch(NamedTuple):
+    """A container on the way, and those of its values that are still to come."""
+
+    identity: int
+    children: Iterator[_Node]
+
+
+def _below(node: _Node, children: Iterator[tuple[str, object]]) -> Iterator[_Node]:
+    module_at = node.module_at
+    if module_at is None and _is_module(node.value):
+        module_at = len(node.path)
+    return (_Node((*node.path, name), module_at, child) for name, child in children)
+
+
+def _too_much(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}, more than bnguard reads; save the state dict alone")
 
 
 def _children(node: object) -> Iterator[tuple[str, object]] | None:
     """Return what a node contains, by name; None where it is a leaf."""
-    if isinstance(node, (dict, list, tuple)) and not node:
-        return None
-    if isinstance(node, dict):
+    if isinstance(node, dict) and node:
         return ((_name(key), value) for key, value in node.items())
-    if isinstance(node, (list, tuple)):
+    if isinstance(node, (list, tuple)) and not _ATOM_TYPES.issuperset(map(type, node)):
         return ((str(index), value) for index, value in enumerate(node))
     if isinstance(node, InertObject):
         return _children_of_object(node)

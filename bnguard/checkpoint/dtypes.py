@@ -5,12 +5,16 @@ numpy has no bfloat16 and no float8: their bytes travel in unsigned integers of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bnguard.errors import CheckpointError
 from bnguard.stats import FloatArray
+
+if TYPE_CHECKING:
+    import torch
 
 CARRIERS = {
     "bool": "?",
@@ -66,6 +70,22 @@ def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
     return np.dtype(CARRIERS[dtype]).newbyteorder("<" if byteorder == "little" else ">")
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the type of torch that has a name.
+
+    Raises:
+        CheckpointError: This version of torch has none.
+    """
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if name not in CARRIERS or not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"a tensor is of type {name!a}, which torch {torch.__version__} lacks"
+        )
+    return dtype
+
+
 def to_float64(carried: npt.NDArray[Any], dtype: str) -> FloatArray:
     """Return the values of elements read in their carrier type.
 
@@ -74,5 +94,7 @@ def to_float64(carried: npt.NDArray[Any], dtype: str) -> FloatArray:
     """
     if dtype == "bfloat16":
         # A bfloat16 is the upper half of a float32.
-        return (carried.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return carried.astype(np.float64)
+        carried = (carried.astype(np.uint32) << 16).view(np.float32)
+    # A signalling NaN is a NaN, and no reason for a warning.
+    with np.errstate(invalid="ignore"):
+        return carried.astype(np.float64)

@@ -10,7 +10,7 @@ from bnguard.checkpoint.formats import FOLDER_FORMATS, checkpoint_at
 from bnguard.errors import CheckpointError
 
 # What a folder is searched for; a file that is named is read whatever its name.
-_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".safetensors"})
+_ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
 # What transformers saves beside a model: no model is in these.
 _COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
 
@@ -45,5 +45,5 @@ def _below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             yield from _below(path)
-        elif path.suffix in _SUFFIXES and not path.name.startswith(_COMPANIONS):
+        elif path.name.endswith(_ENDINGS) and not path.name.startswith(_COMPANIONS):
             yield path

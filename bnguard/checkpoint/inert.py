@@ -18,13 +18,14 @@ from bnguard.checkpoint.tensors import Storage, StoredTensor
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
+_COPYREG = ("copyreg", "copy_reg")
 _MOST_DIMENSIONS = 64
 _LARGEST_SIZE = 2**60
 _MOST_NESTED = 64
 _MOST_PLAIN_VALUES = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reference:
     """The name of a class or function that a pickle mentions; it is never imported.
 
@@ -39,7 +40,7 @@ class Reference:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class InertObject:
     """An object that a pickle describes; nothing of it exists.
 
@@ -64,11 +65,18 @@ class InertObject:
         for _ in range(_MOST_NESTED):
             if not isinstance(made_by, InertObject):
                 break
-            # copyreg builds an object from its class, which is then the first argument.
-            is_copyreg = str(made_by.made_by).startswith(("copyreg.", "copy_reg."))
-            first = made_by.args[0] if isinstance(made_by.args, tuple) and made_by.args else None
-            made_by = first if is_copyreg else made_by.made_by
+            made_by = _class_for_copyreg(made_by) or made_by.made_by
         return str(made_by) if isinstance(made_by, Reference) else "an unnamed object"
+
+    # A generated one would follow whatever the object refers to, without end.
+    def __repr__(self) -> str:
+        return f"<{self.class_name}>"
+
+
+def _class_for_copyreg(made: InertObject) -> object:
+    """Return the class of an object that copyreg would have built: its first argument."""
+    is_copyreg = isinstance(made.made_by, Reference) and made.made_by.module in _COPYREG
+    return made.args[0] if is_copyreg and isinstance(made.args, tuple) and made.args else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +137,7 @@ def _rebuild_tensor_v3(
 
 
 def _rebuild_meta_tensor(dtype: object, shape: object, *_: object) -> object:
-    if not isinstance(dtype, Reference):
+    if not isinstance(dtype, Reference) or dtype.name not in CARRIERS:
         raise ValueError("a tensor without a type")
     return StoredTensor(dtype.name, _sizes(shape), tuple)
 
@@ -139,8 +147,9 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 
 
 def _rebuild_from_type(function: object, cls: object, args: object, state: object) -> object:
-    rebuilt = call(function, args)
-    return rebuilt if isinstance(rebuilt, StoredTensor) else InertObject(cls, (args,), state)
+    """Return a tensor of a class of its own, or with attributes, as a plain one."""
+    is_tensor = str(function).startswith("torch._utils._rebuild_tensor")
+    return call(function, args) if is_tensor else InertObject(cls, (function, args), state)
 
 
 def _ordered_dict(*args: object) -> object:

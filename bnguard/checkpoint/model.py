@@ -78,6 +78,8 @@ class Checkpoint:
             data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
             string.
         foreign_hyper_parameters: The others: name to the class of the object, which is not built.
+        momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
+            training; empty where it did not.
         global_step: Training steps taken; None where the file does not say.
         epoch: Epochs; None where the file does not say.
         provenance: What bnguard noted when it wrote this file; None where it did not.
@@ -89,6 +91,7 @@ class Checkpoint:
     models: tuple[CheckpointModel, ...]
     hyper_parameters: Mapping[str, object] = field(default_factory=dict)
     foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
+    momenta: Mapping[str, float | None] = field(default_factory=dict)
     global_step: int | None = None
     epoch: int | None = None
     provenance: Mapping[str, object] | None = None

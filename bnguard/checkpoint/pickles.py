@@ -9,13 +9,14 @@ not recursive, and what it keeps is bounded. The opcodes are those of protocols 
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from bnguard.checkpoint.inert import Blob, InertObject, Reference, as_key, call
-from bnguard.checkpoint.sources import Source
+from bnguard.checkpoint.sources import Source, printable
 from bnguard.errors import CheckpointError
 
 # The most opcodes one pickle may have: each keeps some 100 bytes at most, and a checkpoint has
@@ -27,7 +28,7 @@ _MOST_TEXT_BYTES = 2**27
 _LONGEST_LINE_BYTES = 4096
 _LONGEST_INTEGER_BYTES = 1024
 
-_MALFORMED = (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error)
+_MALFORMED = (LookupError, TypeError, ValueError, OverflowError, struct.error)
 
 
 def read_pickle(
@@ -54,9 +55,8 @@ def read_pickle(
 
 def damaged(path: Path, detail: str) -> CheckpointError:
     """Return the error for a file whose pickle makes no sense."""
-    # A detail may quote the file; one short printable line of it is enough.
-    line = " ".join(ascii(detail)[1:-1].split())[:80]
-    return CheckpointError(f"{path}: the file is damaged or no checkpoint ({line})")
+    # A detail may quote the file; a short piece of it is enough.
+    return CheckpointError(f"{path}: damaged, or no checkpoint ({printable(detail[:80])})")
 
 
 class _Machine:
@@ -111,12 +111,12 @@ class _Machine:
         return line[:-1].decode(encoding)
 
     def data(self, size: int) -> bytes | Blob:
-        position = self.stream.tell()
-        if size < 0 or position + size > self.source.size:
+        if size < 0:
             raise self.source.truncated()
         if size > _LONGEST_TEXT_BYTES or self.text_bytes + size > _MOST_TEXT_BYTES:
-            self.stream.seek(position + size)
-            return Blob(self.source.window(position, size))
+            blob = Blob(self.source.window(self.stream.tell(), size))
+            self.stream.seek(size, io.SEEK_CUR)
+            return blob
         self.text_bytes += size
         return self.bytes_of(size)
 
@@ -248,11 +248,11 @@ class _Machine:
             target.state = state
 
     def new_set(self) -> None:
-        self.push(InertObject(Reference("builtins", "set")))
+        self.push(InertObject(_SET))
 
     def new_frozenset(self) -> None:
         items = self.pop_mark()
-        self.push(InertObject(Reference("builtins", "frozenset"), items=items))
+        self.push(InertObject(_FROZENSET, items=items))
 
     def persistent(self, identifier: object) -> None:
         if not isinstance(identifier, tuple):
@@ -276,6 +276,7 @@ def _quoted(text: str) -> str:
     return text[1:-1]
 
 
+_SET, _FROZENSET = Reference("builtins", "set"), Reference("builtins", "frozenset")
 _U1, _U2, _I4, _U4, _U8 = (struct.Struct(f"<{code}") for code in "BHiIQ")
 _F8 = struct.Struct(">d")
 

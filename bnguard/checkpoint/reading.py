@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bnguard.checkpoint.batchnorm import describe, groups_by_model, without_wrappers
 from bnguard.checkpoint.contents import LIGHTNING_PREFIX, Contents, entries
+from bnguard.checkpoint.dtypes import torch_dtype
 from bnguard.checkpoint.formats import checkpoint_at, format_of
 from bnguard.checkpoint.model import Checkpoint
 from bnguard.checkpoint.tensors import StoredTensor
@@ -92,7 +93,7 @@ def _chosen(contents: Contents, model: str | None) -> str:
 def _load(tensor: StoredTensor) -> Tensor:
     import torch
 
-    dtype = getattr(torch, tensor.dtype)
+    dtype = torch_dtype(tensor.dtype)
     if tensor.is_meta:
         return torch.empty(tensor.shape, dtype=dtype, device="meta")
     return torch.from_numpy(tensor.read()).view(dtype)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from bnguard.checkpoint.batchnorm import STATISTICS, attribute_of
 from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.dtypes import FLOATING, carrier
+from bnguard.checkpoint.dtypes import FLOATING, carrier, torch_dtype
 from bnguard.checkpoint.patch import Patch
 from bnguard.checkpoint.tensors import Piece, StoredTensor
 from bnguard.errors import CheckpointError
@@ -107,7 +107,7 @@ def _values(contents: Contents, key: str, target: StoredTensor, tensor: Tensor) 
             f"{contents.path}: {key!r} has shape {target.shape}, its new value "
             f"{tuple(tensor.shape)}"
         )
-    new = tensor.detach().to("cpu", getattr(torch, target.dtype))
+    new = tensor.detach().to("cpu", torch_dtype(target.dtype))
     is_overflow = target.dtype in FLOATING and bool(
         (torch.isinf(new) & torch.isfinite(tensor.detach().cpu())).any()
     )
@@ -116,7 +116,7 @@ def _values(contents: Contents, key: str, target: StoredTensor, tensor: Tensor) 
             f"{contents.path}: the new {key!r} is too large for {target.dtype}, the type that "
             "the checkpoint stores it in; save the model in float32"
         )
-    raw = new.contiguous().view(torch.uint8) if new.dim() else new.reshape(1).view(torch.uint8)
+    raw = new.reshape(-1).contiguous().view(torch.uint8)
     return np.frombuffer(raw.numpy().tobytes(), carrier(target.dtype)).reshape(target.shape)
 
 

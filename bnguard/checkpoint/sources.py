@@ -134,3 +134,12 @@ def first_bytes(path: Path, size: int) -> bytes:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return the error for a file that the system does not let us read."""
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    r"""Return a text from a file as it can stand in a message: one line, nothing unprintable.
+
+    >>> print(printable("σ" + chr(10) + "end"))
+    σ\nend
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

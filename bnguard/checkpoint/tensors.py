@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ _MOST_EXPANDED_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)
-class Storage:
+class Storage(ABC):
     """Bytes in a file that one or more tensors view.
 
     Attributes:
@@ -33,9 +34,9 @@ class Storage:
     byteorder: str
 
     @property
+    @abstractmethod
     def source(self) -> Source:
         """Where the bytes lie."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,7 @@ class StoredTensor:
         """
         itemsize = self._carrier(piece).itemsize
         first, stop = (position * itemsize for position in piece.span)
-        if first < 0 or stop > piece.storage.nbytes:
+        if stop > piece.storage.nbytes:
             raise piece.storage.source.truncated()
         return first, stop
 

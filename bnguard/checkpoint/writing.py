@@ -60,7 +60,7 @@ def write_statistics(
             f"{output}: is the original; give another output, or replace it in place"
         )
     with _copy(source, output, statistics, provenance) as copy:
-        if output.exists():
+        if force and output.exists():
             publishing.replace(copy, output)
         else:
             publishing.publish(copy, output)

@@ -22,8 +22,9 @@ def member(folder: Path, name: object) -> Path:
     Raises:
         CheckpointError: The name leads out of the folder, or nowhere.
     """
-    if not isinstance(name, str) or Path(name).name != name:
-        raise damaged(folder, f"it names a file outside the folder: {name}")
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        shown = name if isinstance(name, str) else type(name).__name__
+        raise damaged(folder, f"it names a file outside the folder: {shown}")
     return folder / name
 
 

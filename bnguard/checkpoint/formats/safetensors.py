@@ -133,11 +133,12 @@ def _tensor(path: Path, name: str, description: object, data: Source) -> StoredT
         assert isinstance(description, dict)
         first, stop = description["data_offsets"]
         shape = tuple(description["shape"])
-        dtype = _DTYPES.get(description["dtype"], str(description["dtype"]))
+        written = description["dtype"]
+        dtype = _DTYPES.get(written, written)
         is_valid = all(type(value) is int and value >= 0 for value in (first, stop, *shape))
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"its header does not describe {name}") from error
-    if not is_valid:
+    if not is_valid or not isinstance(dtype, str):
         raise damaged(path, f"its header does not describe {name}")
     tensor = StoredTensor.viewing(
         PlainStorage(stop - first, "little", data.window(first, stop - first)), dtype, shape

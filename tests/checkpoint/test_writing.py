@@ -1,0 +1,277 @@
+"""Writing is a transaction: what stops it in the middle leaves the original and no half file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import zipfile
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard.checkpoint import read_checkpoint, replace_statistics, write_statistics
+from bnguard.checkpoint.formats.torch_zip import TorchZip
+from bnguard.errors import CheckpointError
+from tests.checkpoint.saving import files_in, new_statistics, save_sharded_bin, save_zip
+
+MEAN = "bn.running_mean"
+
+
+@pytest.fixture
+def path(network, tmp_path):
+    return save_zip(network, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({}, "no statistics to write"),
+        ({"missing.running_mean": torch.zeros(6)}, "has no entry 'missing.running_mean'"),
+        ({"head.weight": torch.zeros(4, 6)}, "'head.weight' is no running statistic"),
+        ({"stem.1.weight": torch.zeros(6)}, "'stem.1.weight' is no running statistic"),
+        ({"stem.1.running_mean": torch.zeros(7)}, r"has shape \(6,\), its new value \(7,\)"),
+        ({"stem.1.running_mean": torch.zeros(6, 1)}, r"has shape \(6,\), its new value \(6, 1\)"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(path, tmp_path, statistics, message):
+    with pytest.raises(CheckpointError, match=message):
+        write_statistics(path, tmp_path / "copy.pt", statistics, {})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_on_the_meta_device_are_refused(tmp_path):
+    path = tmp_path / "meta.pt"
+    torch.save({"bn": nn.BatchNorm1d(2, device="meta").state_dict()}, path)
+    with pytest.raises(CheckpointError, match="meta device"):
+        write_statistics(path, tmp_path / "copy.pt", {MEAN: torch.zeros(2)}, {})
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    norm = nn.BatchNorm1d(2).state_dict()
+    value = {"a": {"b": {"c.running_mean": norm["running_mean"]}}}
+    value["a.b"] = {"c.running_mean": norm["running_var"]}
+    path = tmp_path / "twice.pt"
+    torch.save(value, path)
+    with pytest.raises(CheckpointError, match="holds several entries"):
+        write_statistics(path, tmp_path / "copy.pt", {"a.b.c.running_mean": torch.zeros(2)}, {})
+
+
+def test_a_provenance_that_is_no_plain_data_is_refused(path, tmp_path):
+    with pytest.raises(CheckpointError, match="no plain data"):
+        write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {"model": nn.ReLU()})
+
+
+def test_the_hash_is_that_of_the_original(path, tmp_path):
+    expected = sha256(path.read_bytes()).hexdigest()
+    copy = write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {})
+    assert read_checkpoint(copy).provenance["original"] == {"name": "zip.pt", "sha256": expected}
+
+
+def test_a_link_stays_a_link(path, tmp_path):
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    backup = replace_statistics(link, new_statistics(link), {})
+    assert link.is_symlink()
+    assert read_checkpoint(link).layers[0].running_mean[0] == 10.0
+    assert backup == tmp_path / "zip.pt.bak"
+
+
+def test_a_name_of_the_greatest_length(network, tmp_path):
+    path = save_zip(network, tmp_path).rename(tmp_path / ("x" * 252 + ".pt"))
+    output = tmp_path / ("y" * 252 + ".pt")
+    assert write_statistics(path, output, new_statistics(path), {}) == output
+
+
+def test_an_output_in_a_folder_that_is_not_there(path, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written: No such file"):
+        write_statistics(path, tmp_path / "no" / "copy.pt", new_statistics(path), {})
+
+
+def test_without_links_the_backup_is_a_copy(path, monkeypatch):
+    """Some file systems have none."""
+
+    def no_links(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    original = path.read_bytes()
+    backup = replace_statistics(path, new_statistics(path), {})
+    assert backup.read_bytes() == original
+    output = path.with_name("copy.pt")
+    write_statistics(path, output, new_statistics(path), {})
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_statistics(path, output, new_statistics(path), {})
+    assert len(list(path.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("save", [save_zip, save_sharded_bin])
+def test_when_the_last_step_fails_all_is_as_before(network, tmp_path, monkeypatch, save):
+    path = save(network, tmp_path)
+    replace_statistics(path, new_statistics(path), {})
+    before = files_in(path), files_in(tmp_path / f"{path.name}.bak")
+    names = set(tmp_path.iterdir())
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name.startswith(".bnguard-") and target == path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fails)
+        patched.setattr(Path, "replace", fails)
+        with pytest.raises(KeyboardInterrupt):
+            replace_statistics(path, new_statistics(path), {}, force=True)
+    assert (files_in(path), files_in(tmp_path / f"{path.name}.bak")) == before
+    assert set(tmp_path.iterdir()) == names
+
+
+# Interruptions of a real process.
+
+WRITER = textwrap.dedent("""
+    import resource, signal, sys
+    import torch
+    from bnguard.checkpoint import replace_statistics, write_statistics
+    from bnguard.errors import CheckpointError
+    path, output, how = sys.argv[1:]
+    new = {"bn.running_mean": torch.full((4,), 7.0)}
+    if how == "disk full":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    if how == "no rights":
+        import os
+        os.setuid(65534)
+    print("ready", flush=True)
+    try:
+        if output == path:
+            replace_statistics(path, new, {})
+        else:
+            write_statistics(path, output, new, {})
+    except CheckpointError as error:
+        sys.exit(str(error))
+""")
+
+
+def save_large(path, size):
+    state = {"large": torch.arange(size // 4, dtype=torch.int32)}
+    norm = {f"bn.{key}": value for key, value in nn.BatchNorm1d(4).state_dict().items()}
+    torch.save(state | norm, path)
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def writer(path, output, how):
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(output), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupted(path, output, number):
+    """Stop a writer as soon as its temporary file has grown a little."""
+    process = writer(path, output, "")
+    assert process.stdout.readline() == "ready\n"
+    while process.poll() is None:
+        with suppress(FileNotFoundError):
+            if any(p.stat().st_size > 0 for p in path.parent.glob(".bnguard-*")):
+                process.send_signal(number)
+                break
+        time.sleep(0.0002)
+    process.communicate()
+    return process.returncode
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_writer_leaves_the_original_and_no_half_file(tmp_path, number, is_in_place):
+    path = tmp_path / "large.pt"
+    digest = save_large(path, 6 * 10**7)
+    output = path if is_in_place else tmp_path / "copy.pt"
+    assert interrupted(path, output, number) == -number
+    assert sha256(path.read_bytes()).hexdigest() == digest
+    left = {p.name for p in tmp_path.iterdir()} - {"large.pt"}
+    if number == signal.SIGINT:
+        assert left == set()
+    assert all(name.startswith(".bnguard-") for name in left)
+
+    # It can be done again at once.
+    new = {MEAN: torch.full((4,), 7.0)}
+    replace_statistics(path, new, {}) if is_in_place else write_statistics(path, output, new, {})
+    assert read_checkpoint(output).layers[0].running_mean.tolist() == [7.0] * 4
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_full_disk_leaves_the_original_and_no_half_file(tmp_path, is_in_place):
+    path = tmp_path / "large.pt"
+    digest = save_large(path, 4 * 10**6)
+    output = path if is_in_place else tmp_path / "copy.pt"
+    process = writer(path, output, "disk full")
+    error = process.communicate()[1].strip()
+    assert process.returncode == 1
+    assert error.startswith(f"{output}: cannot be written: File too large")
+    assert sha256(path.read_bytes()).hexdigest() == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["large.pt"]
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_folder_without_rights_leaves_the_original(is_in_place):
+    how = "no rights" if os.geteuid() == 0 else ""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "small.pt"
+        digest = save_large(path, 400)
+        path.chmod(0o644)
+        folder.chmod(0o555)
+        try:
+            output = path if is_in_place else folder / "copy.pt"
+            process = writer(path, output, how)
+            error = process.communicate()[1].strip()
+            assert process.returncode == 1
+            assert error.startswith(f"{output}: cannot be written: Permission denied")
+            assert sha256(path.read_bytes()).hexdigest() == digest
+            assert [p.name for p in folder.iterdir()] == ["small.pt"]
+        finally:
+            folder.chmod(0o755)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_not_published(path, tmp_path, monkeypatch):
+    copy = TorchZip.copy
+
+    def copy_while_training_goes_on(self, *arguments):
+        copy(self, *arguments)
+        save_zip(nn.BatchNorm1d(3), tmp_path)
+
+    monkeypatch.setattr(TorchZip, "copy", copy_while_training_goes_on)
+    with pytest.raises(CheckpointError, match="changed while it was copied"):
+        write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(path, tmp_path, monkeypatch):
+    copy, output = TorchZip.copy, tmp_path / "copy.pt"
+
+    def copy_while_another_writes(self, *arguments):
+        copy(self, *arguments)
+        output.write_text("theirs")
+
+    monkeypatch.setattr(TorchZip, "copy", copy_while_another_writes)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_statistics(path, output, new_statistics(path), {})
+    assert output.read_text() == "theirs"
+    assert set(tmp_path.iterdir()) == {path, output}
+
+
+def test_the_provenance_is_json_in_the_archive(path, tmp_path):
+    copy = write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {"samples": 1024})
+    with zipfile.ZipFile(copy) as archive:
+        note = json.loads(archive.read("zip/bnguard/provenance.json"))
+    assert note["samples"] == 1024
