@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,27 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:The number of training batches",
-    "ignore:.*LeafSpec:FutureWarning",
-    "ignore:.*isinstance.treespec:FutureWarning",
-    "ignore:Starting from v1.9.0, `tensorboardX`",
-    "ignore:You defined a `validation_step`",
-    "ignore:.*Checkpoint directory",
-)
-
-
-@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
-def lightning(request):
-    return pytest.importorskip(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def model_for(lightning):
@@ -72,7 +51,7 @@ def fit(lightning, folder, callback, **options):
 
 
 def test_a_run_is_watched_reported_and_logged(lightning, tmp_path, capsys):
-    callback = BatchNormMonitor(every_n_steps=20)
+    callback = BatchNormMonitor(every_n_steps=20, strict=True)
     logger = lightning.loggers.TensorBoardLogger(tmp_path)
     trainer, model = fit(lightning, tmp_path, callback, logger=logger)
     assert all(not module._forward_pre_hooks for module in model.modules())
@@ -104,7 +83,7 @@ def test_weights_are_those_of_the_same_run_without_the_callback(lightning, tmp_p
         _, model = fit(lightning, tmp_path, callbacks, callbacks=callbacks, logger=False)
         return model.state_dict()
 
-    watched, unwatched = trained([BatchNormMonitor(every_n_steps=7)]), trained([])
+    watched, unwatched = trained([BatchNormMonitor(every_n_steps=7, strict=True)]), trained([])
     assert all(torch.equal(watched[key], unwatched[key]) for key in unwatched)
 
 
@@ -123,7 +102,7 @@ def test_weights_are_those_of_the_same_run_without_the_callback(lightning, tmp_p
 )
 def test_settings_of_the_trainer_do_no_harm(options, tmp_path, capsys):
     lightning = importlib.import_module("pytorch_lightning")
-    callback = BatchNormMonitor()
+    callback = BatchNormMonitor(strict=True)
     fit(lightning, tmp_path, callback, **options)
     assert callback.report is not None
     assert len(callback.report.layers) == 7
@@ -132,7 +111,7 @@ def test_settings_of_the_trainer_do_no_harm(options, tmp_path, capsys):
 
 def test_the_sanity_check_is_not_an_evaluation(tmp_path):
     lightning = importlib.import_module("pytorch_lightning")
-    callback = BatchNormMonitor()
+    callback = BatchNormMonitor(strict=True)
     fit(lightning, tmp_path, callback, limit_train_batches=3, check_val_every_n_epoch=2)
     assert all(layer.evaluated is None for layer in callback.report.layers)
 
@@ -146,7 +125,7 @@ def test_a_run_that_ends_early_is_reported_and_left_clean(tmp_path, capsys):
                 self.model = pl_module
                 raise RuntimeError("out of cheese")
 
-    stops, callback = Stops(), BatchNormMonitor()
+    stops, callback = Stops(), BatchNormMonitor(strict=True)
     with pytest.raises(RuntimeError, match="out of cheese"):
         fit(lightning, tmp_path, callback, callbacks=[stops, callback])
     assert callback.report.history.run.steps == 5
@@ -163,8 +142,81 @@ def test_a_poisoned_step_is_undone(tmp_path):
                 with torch.no_grad():
                     pl_module.features(torch.full_like(batch[0], torch.nan))
 
-    callback = BatchNormMonitor(restore_poisoned=True)
+    callback = BatchNormMonitor(restore_poisoned=True, strict=True)
     _, model = fit(lightning, tmp_path, callback, callbacks=[Poisons(), callback])
     assert all(value.isfinite().all() for value in model.state_dict().values())
     restored = [f for f in callback.report.findings if f.code == "BN402"]
     assert [finding.step for finding in restored] == [6] * 7
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_without_a_fit_is_watched(stage, tmp_path, capsys):
+    lightning = importlib.import_module("pytorch_lightning")
+    data = DigitsData()
+    data.setup("fit")
+    callback = BatchNormMonitor(strict=True)
+    trainer = lightning.Trainer(
+        logger=False, callbacks=[callback], accelerator="cpu", enable_progress_bar=False
+    )
+
+    class Net(DigitsNet):
+        def test_step(self, batch, batch_idx):
+            self._step(batch, "test")
+
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0])
+
+    loader = data.val_dataloader()
+    model = Net(width=4)
+    getattr(trainer, stage)(model, loader)
+    assert all(layer.evaluated is not None for layer in callback.report.layers)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_error_of_our_own_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    lightning = importlib.import_module("pytorch_lightning")
+    callback = BatchNormMonitor()
+    monkeypatch.setattr(
+        "bnguard.monitor.Monitor.step", lambda *_: (_ for _ in ()).throw(KeyError("oops"))
+    )
+    trainer, model = fit(lightning, tmp_path, callback)
+    printed = capsys.readouterr().out
+    assert printed.count("bnguard: an error of its own, KeyError: 'oops'") == 1
+    assert trainer.global_step == 75
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(KeyError):
+        fit(lightning, tmp_path, BatchNormMonitor(strict=True))
+
+
+def test_the_trainer_is_stopped_where_that_is_asked_for(tmp_path, capsys):
+    lightning = importlib.import_module("pytorch_lightning")
+    callback = BatchNormMonitor(every_n_steps=5, stop_on="warning", strict=True)
+    trainer, _ = fit(lightning, tmp_path, callback, min_epochs=0)
+    assert trainer.global_step == 1
+    assert "stopping the trainer because of BN303" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("report", "printed", "written"),
+    [
+        ("both", True, True),
+        ("terminal", True, False),
+        ("file", False, True),
+        ("none", False, False),
+    ],
+)
+def test_the_report_goes_where_it_is_asked_to(report, printed, written, tmp_path, capsys):
+    lightning = importlib.import_module("pytorch_lightning")
+    callback = BatchNormMonitor(report=report, strict=True)
+    trainer, _ = fit(lightning, tmp_path, callback, limit_train_batches=2)
+    assert ("bnguard · 7 BN layers" in capsys.readouterr().out) is printed
+    assert (Path(trainer.log_dir) / REPORT_FILE).exists() is written
+
+
+def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
+    lightning = importlib.import_module("pytorch_lightning")
+    trainer, _ = fit(lightning, tmp_path, BatchNormMonitor(strict=True), limit_train_batches=2)
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    momenta = saved["callbacks"]["BatchNormMonitor"]["momentum"]
+    assert momenta["features.0.1"] == 0.005
+    assert len(momenta) == 7

@@ -1,0 +1,64 @@
+"""The edge between bnguard and the user's run: no error of ours crosses it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from bnguard.lightning.framework import Callback
+
+_Arguments = ParamSpec("_Arguments")
+_Self = TypeVar("_Self", bound="GuardedCallback")
+_Result = TypeVar("_Result")
+
+
+class GuardedCallback(Callback):
+    """A callback that turns itself off at its first error, and lets the run go on.
+
+    Args:
+        strict: Raise errors instead; for tests.
+
+    Attributes:
+        is_off: Whether it has turned itself off.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        super().__init__()
+        self.is_strict = strict
+        self.is_off = False
+
+    def let_go(self) -> None:
+        """Leave the model as it was found."""
+
+    def turn_off(self, error: Exception) -> None:
+        """Do nothing from now on, and say why."""
+        self.is_off = True
+        self.let_go()
+        print(
+            f"bnguard: an error of its own, {type(error).__name__}: {error}; "
+            f"{type(self).__name__} is off from here, and the run goes on. "
+            "Please report it, with strict=True for the trace."
+        )
+
+
+def guarded(
+    method: Callable[Concatenate[_Self, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, _Arguments], _Result | None]:
+    """Keep an error in a method from ending the user's run; it returns None then."""
+
+    @functools.wraps(method)
+    def wrapper(
+        self: _Self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result | None:
+        if self.is_off:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if self.is_strict:
+                raise
+            self.turn_off(error)
+            return None
+
+    return wrapper

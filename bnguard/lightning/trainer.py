@@ -1,0 +1,106 @@
+"""What is read off a Trainer; the few names that are private to Lightning stand here alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bnguard.lightning.framework import Trainer
+
+
+def planned_batches(trainer: Trainer) -> int | None:
+    """Return how many training batches are still to come; None where nobody can know."""
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if is_rehearsal(trainer) or math.isinf(batches):
+        return None
+    by_epochs = math.inf
+    if epochs is not None and epochs >= 0:
+        by_epochs = max(0, epochs - trainer.current_epoch) * batches
+    by_steps = math.inf
+    if trainer.max_steps >= 0:
+        remaining = max(0, trainer.max_steps - trainer.global_step)
+        by_steps = remaining * trainer.accumulate_grad_batches
+    planned = min(by_epochs, by_steps)
+    return None if math.isinf(planned) else int(planned)
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the number under which ``self.log`` writes now.
+
+    It is not ``global_step``, which is one ahead, and counts every optimizer.
+    """
+    loop = getattr(trainer.fit_loop, "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return whether the trainer logs the training batch that just ended."""
+    every = getattr(trainer, "log_every_n_steps", 0)
+    return bool(every) and (logged_step(trainer) + 1) % every == 0
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return whether ``fit`` runs, be it in its validation."""
+    return bool(trainer.state.fn == "fit")
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Return whether this is a ``fast_dev_run``, of which nothing is kept."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+    """Return whether an evaluation ends with this batch; False where nobody can know."""
+    if trainer.predicting:
+        counts = trainer.num_predict_batches
+    else:
+        counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    return dataloader_idx == len(counts) - 1 and batch_idx == counts[-1] - 1
+
+
+def log_folder(trainer: Trainer) -> Path | None:
+    """Return the folder of the first logger that has one; to be asked on rank zero only.
+
+    ``trainer.log_dir`` looks at the first logger alone, and waits for the other ranks.
+    """
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None)
+        if isinstance(folder, (str, Path)) and Path(folder).is_dir():
+            return Path(folder)
+    return None
+
+
+def newest_checkpoint(trainer: Trainer) -> str | None:
+    """Return the path of the best checkpoint that was saved, else of the last; None without."""
+    for callback in trainer.checkpoint_callbacks:
+        for attribute in ("best_model_path", "last_model_path"):
+            path = getattr(callback, attribute, "")
+            if path:
+                return str(path)
+    return None
+
+
+def show(trainer: Trainer, text: str) -> None:
+    """Print a line without breaking the progress bar."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", False):
+        bar.print(text)
+    else:
+        print(text)
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """Return the data module that the trainer was given; None without one."""
+    return getattr(trainer, "datamodule", None)
+
+
+def class_path(instance: object) -> str:
+    """Return how a command line names a class, ``my.Class`` where it is not known.
+
+    >>> class_path(None)
+    'my.DataModule'
+    """
+    if instance is None:
+        return "my.DataModule"
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"

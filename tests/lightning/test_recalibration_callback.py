@@ -1,0 +1,259 @@
+"""The repairing callback in real Trainers: what is used and saved, how training goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import bnguard
+from bnguard.errors import ConfigurationError
+from bnguard.layers import find_layers
+from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
+
+
+def statistics(module):
+    return {
+        layer.name: torch.stack([layer.running_mean, layer.running_var]).clone()
+        for layer in find_layers(module)
+    }
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def witness(lightning):
+    class Witness(lightning.Callback):
+        """Notes the statistics: in validation, before it, and at each training batch."""
+
+        def __init__(self):
+            self.after_batch, self.validated, self.before_batch = [], [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before_batch.append(statistics(pl_module))
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.after_batch.append(statistics(pl_module))
+
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            if not trainer.sanity_checking:
+                self.validated.append(statistics(pl_module))
+
+    return Witness()
+
+
+def test_validation_uses_new_statistics_and_training_goes_on_with_its_own(
+    tiny, trainer_of, witness, capsys
+):
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    module = tiny(momentum=0.01)
+    trainer_of(callback, witness).fit(module)
+    assert callback.result.samples == 48
+    assert "bnguard: 2 BN layers recalibrated on 48 samples before validation" in (
+        capsys.readouterr().out
+    )
+    # Six batches an epoch: the seventh starts from where the sixth ended, not from validation.
+    assert same(witness.before_batch[6], witness.after_batch[5])
+    assert not same(witness.validated[0], witness.after_batch[5])
+    twin = tiny(momentum=0.01)
+    twin.load_state_dict(module.state_dict())
+    bnguard.recalibrate(twin, module.train_dataloader(), progress=False)
+    for layer, new in statistics(twin).items():
+        torch.testing.assert_close(statistics(module)[layer], new, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_train_as_they_would_without_it(tiny, trainer_of):
+    states = []
+    for callbacks in [[], [BatchNormRecalibration(keep="always", strict=True)]]:
+        torch.manual_seed(3)
+        module = tiny()
+        trainer_of(*callbacks).fit(module)
+        states.append({name: value.clone() for name, value in module.named_parameters()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("monitor_first", [True, False])
+def test_the_monitor_does_not_take_it_for_training(tiny, trainer_of, monitor_first):
+    reports = []
+    for repairs in [[], [BatchNormRecalibration(keep="always", strict=True)]]:
+        torch.manual_seed(3)
+        monitor = BatchNormMonitor(every_n_steps=4, strict=True)
+        callbacks = [monitor, *repairs] if monitor_first else [*repairs, monitor]
+        trainer_of(*callbacks, max_epochs=3).fit(tiny())
+        reports.append(monitor.report)
+    for plain, repaired in zip(*(report.layers for report in reports), strict=True):
+        np.testing.assert_allclose(repaired.window.mean, plain.window.mean, rtol=1e-6)
+        np.testing.assert_allclose(repaired.window.var_max, plain.window.var_max, rtol=1e-6)
+        assert repaired.calls_in_training == plain.calls_in_training
+        assert repaired.evaluated.batches == plain.evaluated.batches
+        assert np.abs(repaired.eval_shift_std).max() < np.abs(plain.eval_shift_std).max()
+
+
+def test_the_checkpoint_holds_what_the_validation_used(
+    tiny, trainer_of, witness, lightning, tmp_path
+):
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    trainer_of(callback, witness, checkpoint, enable_checkpointing=True).fit(tiny())
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 2
+    for path, used in zip(paths, witness.validated[::3], strict=True):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        for name, (mean, var) in used.items():
+            assert torch.equal(saved[f"{name}.running_mean"], mean)
+            assert torch.equal(saved[f"{name}.running_var"], var)
+
+
+def test_a_resumed_run_goes_on_with_the_statistics_of_training(tiny, trainer_of, witness, tmp_path):
+    def callback():
+        return BatchNormRecalibration(keep="always", strict=True)
+
+    first = trainer_of(callback(), witness, enable_checkpointing=True, max_epochs=1)
+    first.fit(tiny())
+    path = first.checkpoint_callback.best_model_path
+    last = witness.after_batch[-1]
+    witness.before_batch.clear()
+    trainer_of(callback(), witness, max_epochs=2).fit(tiny(), ckpt_path=path)
+    assert same(witness.before_batch[0], last)
+
+
+def test_averaged_weights_keep_statistics_of_their_own(
+    tiny, trainer_of, witness, lightning, tmp_path
+):
+    averaging = lightning.callbacks.EMAWeightAveraging(decay=0.5)
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    module = tiny()
+    trainer = trainer_of(callback, averaging, witness, enable_checkpointing=True)
+    trainer.fit(module)
+    assert same(witness.before_batch[6], witness.after_batch[5])
+    averaged = tiny()
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    averaged.load_state_dict(saved["state_dict"])
+    assert same(statistics(averaged), witness.validated[-1])
+    before = statistics(averaged)
+    bnguard.recalibrate(averaged, averaged.train_dataloader(), progress=False)
+    for name, values in statistics(averaged).items():
+        torch.testing.assert_close(values, before[name], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_are_no_better_are_taken_back(tiny, trainer_of, witness, capsys):
+    noise = [torch.randn(64, 6) * 50 + 900]
+    callback = BatchNormRecalibration(data=noise, strict=True)
+    trainer_of(callback, witness, max_epochs=1).fit(tiny())
+    assert not callback.result.is_kept
+    assert same(witness.validated[0], witness.after_batch[-1])
+    assert "taken back" in capsys.readouterr().out
+
+
+def test_the_gate_counts_what_the_checkpoint_callback_monitors(
+    tiny, trainer_of, lightning, tmp_path, capsys
+):
+    class Scored(tiny):
+        def validation_step(self, batch, batch_idx):
+            scores = self(batch[0])
+            self.log("val_accuracy", (scores.argmax(1) == batch[1]).float().mean())
+
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
+    callback = BatchNormRecalibration(strict=True)
+    trainer_of(callback, checkpoint, enable_checkpointing=True, max_epochs=1).fit(Scored(0.001))
+    assert "before validation: val_accuracy 0." in capsys.readouterr().out
+    assert callback.result.score_after > callback.result.score_before
+
+
+def test_scoring_leaves_metrics_and_loggers_alone(tiny, trainer_of):
+    class Collecting(tiny):
+        def on_validation_epoch_start(self):
+            self.seen = []
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.seen.append(len(batch[0]))
+
+    module = Collecting()
+    callback = BatchNormRecalibration(strict=True)
+    trainer = trainer_of(callback, max_epochs=1)
+    trainer.fit(module)
+    assert module.seen == [8, 8, 8]
+    assert set(trainer.callback_metrics) == {"train_loss", "val_loss"}
+
+
+def test_without_a_loss_nothing_can_be_compared(tiny, trainer_of, capsys):
+    class Silent(tiny):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    trainer = trainer_of(BatchNormRecalibration(), max_epochs=1)
+    trainer.fit(Silent())
+    assert "neither returns a loss nor logs one" in capsys.readouterr().out
+    assert trainer.global_step == 6
+    with pytest.raises(ConfigurationError, match="keep='always'"):
+        trainer_of(BatchNormRecalibration(strict=True), max_epochs=1).fit(Silent())
+
+
+def test_every_n_epochs(tiny, trainer_of, capsys):
+    callback = BatchNormRecalibration(keep="always", every_n_epochs=2, strict=True)
+    trainer_of(callback, max_epochs=4).fit(tiny())
+    assert capsys.readouterr().out.count("recalibrated") == 2
+
+
+def test_at_the_end_of_fit_it_is_for_good(tiny, trainer_of, witness):
+    callback = BatchNormRecalibration(when="fit-end", strict=True)
+    module = tiny(0.001)
+    trainer_of(callback, witness).fit(module)
+    assert same(witness.validated[-1], witness.after_batch[-1])
+    assert callback.result.is_kept
+    assert not same(statistics(module), witness.after_batch[-1])
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_before_a_test_and_taken_back_after_it(stage, tiny, trainer_of, lightning):
+    seen = []
+
+    class Looks(lightning.Callback):
+        def on_test_batch_end(self, trainer, pl_module, *_):
+            seen.append(statistics(pl_module))
+
+        on_predict_batch_end = on_test_batch_end
+
+    module = tiny()
+    before = statistics(module)
+    batches = list(module.train_dataloader())
+    callback = BatchNormRecalibration(when="test", data=batches, keep="always", strict=True)
+    getattr(trainer_of(callback, Looks()), stage)(module)
+    assert not same(seen[0], before)
+    assert same(statistics(module), before)
+
+
+def test_frozen_layers_stay_as_they_are(tiny, trainer_of, lightning):
+    class Frozen(lightning.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.backbone, train_bn=True)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.backbone.eval()
+
+        def finetune_function(self, *_): ...
+
+    module = tiny()
+    before = statistics(module)
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    trainer_of(callback, Frozen(), max_epochs=1).fit(module)
+    assert [layer.name for layer in callback.result.layers] == ["head.1"]
+    assert torch.equal(statistics(module)["backbone.1"], before["backbone.1"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"val_check_interval": 2}], ids=str
+)
+def test_settings_of_the_trainer(options, tiny, trainer_of):
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    trainer_of(callback, **options).fit(tiny())
+    assert callback.result.is_kept
+
+
+@pytest.mark.parametrize("options", [{"when": "sometimes"}, {"data": "tests"}], ids=str)
+def test_unknown_options(options):
+    with pytest.raises(ConfigurationError, match="is unknown: use"):
+        BatchNormRecalibration(**options)
