@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
     from bnguard.fixes.recalibrate import recalibrate
+    from bnguard.fixes.swap import swap
     from bnguard.inspection import inspect
     from bnguard.monitor import Monitor, watch
     from bnguard.report import Report
@@ -43,6 +44,7 @@ _HOMES = {
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.fixes.recalibrate",
     "register_layer": "bnguard.adapters",
+    "swap": "bnguard.fixes.swap",
     "watch": "bnguard.monitor",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "inspect",
     "recalibrate",
     "register_layer",
+    "swap",
     "watch",
 ]
 

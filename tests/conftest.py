@@ -7,6 +7,10 @@ import torch
 torch.set_num_threads(1)
 
 
+# Benchmarks are run by hand, with peers that the tests do without.
+collect_ignore = ["benchmarks"]
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

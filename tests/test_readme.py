@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -13,8 +14,11 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
+from bnguard.demo import DigitsData, DigitsNet
+from tests import readme
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+README = readme.README.read_text("utf-8")
 
 
 def blocks(language):
@@ -22,8 +26,16 @@ def blocks(language):
 
 
 def run(command, folder):
+    # The networks are tiny: a second thread costs more than it brings.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
 
 
@@ -33,14 +45,21 @@ def test_python_blocks_run(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
 def test_commands_run(tmp_path):
     (tmp_path / "my.py").write_text(
         "from bnguard.demo import DigitsData as DataModule, DigitsNet as LitModel\n"
     )
-    from bnguard.demo import DigitsNet
-
-    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-    trainer.strategy.connect(DigitsNet(width=2))
+    torch.manual_seed(0)
+    trainer = Trainer(
+        max_epochs=1,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(DigitsNet(width=4), DigitsData())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     commands = [line for block in blocks("console") for line in block.splitlines()]
     assert any(line.startswith("bnguard recalibrate") for line in commands)
@@ -51,6 +70,15 @@ def test_commands_run(tmp_path):
         assert done.returncode in (0, 1), done.stderr
     repaired = torch.load(tmp_path / "last-recalibrated.ckpt", weights_only=True)
     assert "state_dict" in repaired
+
+
+def test_what_it_shows_of_commands_is_what_they_print(tmp_path):
+    printed = readme.with_outputs(README, tmp_path)
+    assert readme.without_numbers(printed) == readme.without_numbers(README)
+
+
+def test_the_table_of_rules_is_that_of_the_rules():
+    assert readme.with_rules(README) == README, "run: python -m tests.readme"
 
 
 def test_the_setup_commands_install_the_tested_set_and_ci_runs_the_second():

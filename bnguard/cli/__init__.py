@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "tell what is wrong with the BN layers of checkpoints",
     "diff": "compare two checkpoints",
     "recalibrate": "write a checkpoint with new running statistics beside it",
+    "swap": "swap BN for another norm, and write a checkpoint that has learnt to do without",
     "report": "print what a log directory says of BN layers, or write it as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",

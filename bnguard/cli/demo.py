@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> int:
 def _tell_story(folder: Path, seed: int) -> None:
     import torch
     from pytorch_lightning import Trainer, seed_everything
+    from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.loggers import TensorBoardLogger
 
     from bnguard.cli import recalibrate
@@ -47,18 +48,18 @@ def _tell_story(folder: Path, seed: int) -> None:
     net, data = DigitsNet(), DigitsData()
 
     _title("1. Train: handwritten digits, batches of 16, BN momentum 0.005, 3 epochs")
+    logger = TensorBoardLogger(folder, name="logs")
+    checkpoint = folder / f"digits-{logger.version}.ckpt"
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=3,
-        callbacks=[BatchNormMonitor()],
-        logger=TensorBoardLogger(folder, name="logs"),
+        callbacks=[BatchNormMonitor(), ModelCheckpoint(folder, checkpoint.stem)],
+        logger=logger,
         log_every_n_steps=25,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(net, data)
-    checkpoint = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
-    checkpoint = checkpoint.rename(folder / f"digits-{trainer.logger.version}.ckpt")  # type: ignore[union-attr]
 
     _title("2. Repair the checkpoint with the training images; no label is read")
     command = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Literal
 
 import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
+from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
@@ -27,11 +27,16 @@ examples:
 def run(arguments: list[str]) -> int:
     """Report on each checkpoint; what is unusable among them does not hide the rest."""
     values = _parser().parse_args(arguments)
+    configuration = read_configuration().changed(
+        select=_codes(values.select), ignore=_codes(values.ignore)
+    )
+    rules = [rule for rule in configuration.rules() if rule.is_static]
     inspected: list[tuple[Checkpoint, Report]] = []
     errors: dict[str, str] = {}
     for path in find_checkpoints(values.paths):
         try:
-            inspected.append(_inspected(path))
+            checkpoint = read_checkpoint(path)
+            inspected.append((checkpoint, inspect_checkpoint(checkpoint, rules=rules)))
         except BNGuardError as error:
             errors[str(path)] = str(error)
     if values.json:
@@ -55,6 +60,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
+    parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")
+    parser.add_argument("--ignore", type=str, help="leave these rules out: BN303")
     parser.add_argument("--verbose", action="store_true", help="show a line a layer")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
@@ -66,9 +73,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _inspected(path: Path) -> tuple[Checkpoint, Report]:
-    checkpoint = read_checkpoint(path)
-    return checkpoint, inspect_checkpoint(checkpoint)
+def _codes(given: str | None) -> list[str] | None:
+    return None if given is None else [code.strip() for code in given.split(",")]
 
 
 def _is_at_level(reports: list[Report], fail_on: str) -> bool:

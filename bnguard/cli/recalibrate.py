@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from bnguard.checkpoint import (
     replace_statistics,
     write_statistics,
 )
+from bnguard.cli.loading import add_subjects, checkpoint_named, load_weights
 from bnguard.cli.scoring import Samples, Scorer, has_validation, is_lower_better, shared_out
 from bnguard.cli.subjects import (
     Subject,
@@ -55,18 +55,18 @@ def run(arguments: list[str]) -> int:
     parser = _parser()
     if {"-h", "--help"} & set(rest):
         parser.parse_args(rest)
-    source = Path(_checkpoint_named(rest))
+    source = checkpoint_named(rest, "recalibrate")
     checkpoint = read_checkpoint(source)
     if not checkpoint.layers:
         raise CheckpointError(f"{source}: has no BN layers, so there is nothing to recalibrate")
     if not subjects and (config := configuration_beside(source)) is not None:
         subjects, rest = named_subjects([*rest, "--config", str(config)])
-    _add_subjects(parser, subjects, checkpoint)
+    add_subjects(parser, subjects, checkpoint)
     values = parser.parse_args(rest)
 
     output = _output(source, values)
     model = built_model(subjects["model"], parser, values)
-    _load(model, load_state_dict(source), source)
+    load_weights(model, load_state_dict(source), source)
     samples = _samples(subjects["data"], parser, values)
     scorer = _scorer(model, samples, values)
     result = _recalibrated(model.eval(), samples, scorer, values)
@@ -163,29 +163,6 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _checkpoint_named(arguments: list[str]) -> str:
-    """Return the checkpoint, which is read before the arguments of the model are known."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("checkpoint", nargs="?")
-    named: str | None = first.parse_known_args(arguments)[0].checkpoint
-    if named is None:
-        raise ConfigurationError("no checkpoint is named: bnguard recalibrate CKPT --model …")
-    return named
-
-
-def _add_subjects(
-    parser: ArgumentParser, subjects: dict[str, Subject], checkpoint: Checkpoint
-) -> None:
-    """Add the arguments of model and data; the model's start from the checkpoint's own."""
-    for option in ("model", "data"):
-        if option not in subjects:
-            raise ConfigurationError(
-                f"--{option} is missing: name it as --{option} package.module.Class"
-            )
-    subjects["model"].add_arguments(parser, checkpoint.hyper_parameters)
-    subjects["data"].add_arguments(parser, {})
-
-
 def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; what stands there already is found out before the work."""
     if values.output is not None and values.in_place:
@@ -202,6 +179,8 @@ def _samples(subject: Subject, parser: ArgumentParser, values: Namespace) -> Sam
     """Return what calibrates and what scores: the validation split, as far as it is not used."""
     data = built_data(subject, parser, values)
     loader = data.loader(values.split)
+    if not data.is_module:
+        return Samples(loader, None, is_shared=False)
     if values.split == "val":
         return shared_out(loader, values.samples, values.holdout)
     if values.holdout is not None:
@@ -226,25 +205,15 @@ def _notes(samples: Samples, scorer: Scorer | None) -> list[str]:
     return [f"the score is {sign}, on {on}"]
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load the weights, or say in one line why they are not this model's."""
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {reason}") from error
-    wrong = [f"lacks {name}" for name in missing] + [f"has {name} too much" for name in unexpected]
-    if wrong:
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: it {wrong[0]}{more}")
-
-
 def _statistics(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the BN statistics of a model by the names of their entries in the checkpoint."""
     layers = {layer.name: layer for layer in find_layers(model)}
+    # Of several models in a file, averaged weights perhaps, the one whose weights were loaded.
+    lightning = [stored for stored in checkpoint.models if stored.prefix == "state_dict."]
+    (loaded, *_) = lightning or checkpoint.models
     return {
         stored.key(attribute): tensor
-        for stored in checkpoint.layers
+        for stored in loaded.layers
         if stored.name in layers
         for attribute, tensor in _named_statistics(layers[stored.name]).items()
     }

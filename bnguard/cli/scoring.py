@@ -119,7 +119,13 @@ class Scorer:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            (metrics,) = trainer.validate(model, self.loader, verbose=False)  # type: ignore[arg-type]
+            try:
+                (metrics,) = trainer.validate(model, self.loader, verbose=False)  # type: ignore[arg-type]
+            except Exception as error:
+                raise ConfigurationError(
+                    f"the model's validation fails on these data with {type(error).__name__}: "
+                    f"{error}"
+                ) from error
         if self.metric is None:
             self.metric = _chosen(metrics)
         if self.metric not in metrics:

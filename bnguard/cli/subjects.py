@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -71,8 +71,9 @@ class Subject:
         """
         try:
             # Instantiated one by one, so that an error is told of what raised it.
-            given = {self.option: values.get(self.option, {})}
-            made = parser.instantiate(dict_to_namespace(given))[self.option]
+            arguments = values.get(self.option) or Namespace()  # type: ignore[no-untyped-call]
+            given = Namespace({self.option: arguments})  # type: ignore[no-untyped-call]
+            made = parser.instantiate(given)[self.option]
             return made if isinstance(self.build, type) else self.build(**vars(made))
         except Exception as error:
             raise ConfigurationError(
@@ -127,6 +128,11 @@ class Data:
 
     path: str
     source: object
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is a data module, and not a bare loader, whose batches may have no labels."""
+        return any(self.has(split) for split in ("train", "val", "test"))
 
     def has(self, split: str) -> bool:
         """Return whether there is a loader of this split."""

@@ -18,12 +18,12 @@ class CalibrationBar:
         self._progress = Progress(
             TextColumn("recalibrating"),
             BarColumn(),
-            TextColumn("{task.fields[samples]:,} samples · layer {task.fields[layer]}"),
+            TextColumn("{task.fields[samples]:,} samples {task.fields[layer]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, samples=0, layer="–")
+        self._task = self._progress.add_task("", total=None, samples=0, layer="")
         self._samples = self._layers = 1
 
     def __enter__(self) -> CalibrationBar:
@@ -41,11 +41,15 @@ class CalibrationBar:
     def start(self, samples: int, layers: int) -> None:
         """Begin anew: so many samples are to pass so many layers."""
         self._samples, self._layers = max(1, samples), max(1, layers)
-        self._progress.reset(self._task, total=self._samples * self._layers, samples=samples)
+        total = self._samples * self._layers
+        self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
 
     def advance(self, samples: int) -> None:
         """So many samples passed one more layer; may be called from any thread."""
         self._progress.advance(self._task, samples)
         done = int(self._progress.tasks[0].completed) // self._samples
-        layer = f"{min(done + 1, self._layers)}/{self._layers}"
-        self._progress.update(self._task, layer=layer)
+        self._progress.update(self._task, layer=self._layer(done))
+
+    def _layer(self, done: int) -> str:
+        """Return which layer the samples are at; nothing where they pass all of them at once."""
+        return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""

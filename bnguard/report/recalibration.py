@@ -1,7 +1,8 @@
-"""Recalibrations as rich draws them, and the progress bar while they run."""
+"""Recalibrations as rich draws them: they fit 80 columns, and stay readable without colour."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -17,21 +18,21 @@ _MOST_LAYERS_SHOWN = 10
 
 def recalibration_view(recalibration: Recalibration) -> RenderableType:
     """Return a heading, the layers that moved furthest, those that were skipped, and the score."""
-    parts: list[RenderableType] = [_heading(recalibration)]
-    if recalibration.layers:
-        parts.append(_layers_view(recalibration.layers))
+    parts: list[RenderableType] = [_heading(recalibration), _layers_view(recalibration.layers)]
     if recalibration.skipped:
         parts.append(_skipped_view(recalibration.skipped))
     if recalibration.score_before is not None and recalibration.score_after is not None:
-        before, after = recalibration.score_before, recalibration.score_after
-        parts.append(Text(f"score {before:.4g} → {after:.4g}"))
-    parts += [Text(note) for note in recalibration.notes]
+        verdict = "kept" if recalibration.is_kept else "taken back"
+        change = f"{recalibration.score_before:.4g} → {recalibration.score_after:.4g}"
+        parts.append(Text(f"score {change}: {verdict}", style="bold"))
+    parts += [Text(f"note: {note}") for note in recalibration.notes]
     return Group(*parts)
 
 
 def _heading(recalibration: Recalibration) -> Text:
     parts = [
-        f"recalibrated ({recalibration.method})" if recalibration.is_kept else "taken back",
+        "recalibrated" if recalibration.is_kept else "not recalibrated",
+        recalibration.method,
         _counted(len(recalibration.layers), "BN layer"),
         _counted(recalibration.samples, "sample"),
         _counted(recalibration.batches, "batch", "batches"),
@@ -39,31 +40,38 @@ def _heading(recalibration: Recalibration) -> Text:
     return Text(" · ".join(parts), style="bold" if recalibration.is_kept else "bold yellow")
 
 
-def _layers_view(layers: tuple[LayerChange, ...]) -> RenderableType:
+def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
-    title = "Statistics after against before, the largest moves first"
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in ("n", "shift, σ", "log var ratio"):
         table.add_column(heading, justify="right")
     for layer in shown:
         table.add_row(
-            layer.name,
+            layer.name or "(the model)",
             f"{layer.values:,}",
             _moved(layer.max_shift_std),
             _moved(layer.extreme_log_variance_ratio),
         )
-    rest = len(layers) - len(shown)
-    if not rest:
-        return table
-    return Group(table, Text(f"and {_counted(rest, 'more layer')}", style="dim"))
+    parts: list[RenderableType] = [
+        Text("How far the statistics moved, the furthest first", style="dim"),
+        table,
+    ]
+    if rest := len(layers) - len(shown):
+        parts.append(Text(f"and {_counted(rest, 'more layer')}", style="dim"))
+    return Group(*parts)
 
 
-def _skipped_view(skipped: tuple[SkippedLayer, ...]) -> RenderableType:
-    table = Table.grid(padding=(0, 2, 0, 0))
+def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
+    """Return what was skipped, the layers of one reason together."""
+    by_reason: dict[str, list[str]] = {}
     for layer in skipped:
-        table.add_row(Text("skipped", style="yellow"), layer.name, layer.reason)
-    return table
+        by_reason.setdefault(layer.reason, []).append(layer.name or "(the model)")
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        lines.append(f"skipped: {names[0]}{more} {reason}")
+    return Text("\n".join(lines), style="yellow")
 
 
 def _moved(value: float | None) -> str:

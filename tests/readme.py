@@ -1,0 +1,59 @@
+"""What the README shows of commands is what they print.
+
+``python -m tests.readme`` runs the commands behind the markers ``<!-- output: COMMAND -->`` in a
+folder of their own, one after the other, and writes what they print, and the table of rules, into
+README.md; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bnguard.report.rule_table import rule_table
+
+README = Path(__file__).parent.parent / "README.md"
+
+_OUTPUT = re.compile(r"(<!-- output: (.*?) -->\n```text\n)(.*?)(```)", re.DOTALL)
+_RULES = re.compile(r"(<!-- rules -->\n)(.*?)(<!-- /rules -->)", re.DOTALL)
+
+
+def with_outputs(text: str, folder: Path) -> str:
+    """Return the README with what its commands print now."""
+    return _OUTPUT.sub(lambda found: found[1] + _printed(found[2], folder) + found[4], text)
+
+
+def with_rules(text: str) -> str:
+    """Return the README with the table of the rules as they are now."""
+    return _RULES.sub(lambda found: f"{found[1]}{rule_table()}\n{found[3]}", text)
+
+
+def without_numbers(text: str) -> str:
+    """Return text in which every number is ``#``: another processor rounds differently.
+
+    Columns that numbers make wider or narrower, and lines that they make longer, are the same too.
+    """
+    return re.sub(r"\s+", " ", re.sub(r"-?\d[\d,.]*(e[-+]\d+)?", "#", text))
+
+
+def _printed(command: str, folder: Path) -> str:
+    program, *arguments = shlex.split(command)
+    path = shutil.which(program, path=str(Path(sys.executable).parent))
+    assert path is not None
+    done = subprocess.run(
+        [path, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    text = done.stdout.strip("\n").replace(f"{folder.resolve()}/", "")
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        text = with_rules(README.read_text("utf-8"))
+        README.write_text(with_outputs(text, Path(folder)), "utf-8")

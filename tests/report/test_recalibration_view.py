@@ -1,0 +1,96 @@
+"""How recalibrations print themselves, and when a progress bar shows."""
+
+import io
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import bnguard
+from bnguard.report.progress import CalibrationBar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def blocks(count):
+    return nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(count)))
+
+
+def test_a_line_a_layer_the_furthest_move_first():
+    model = blocks(3)
+    model[1].running_mean.fill_(3.0)
+    result = bnguard.recalibrate(model, torch.randn(64, 4).split(10))
+    heading, title, columns, *lines = str(result).splitlines()
+    assert heading == "recalibrated · exact · 3 BN layers · 64 samples · 7 batches"
+    assert title == "How far the statistics moved, the furthest first"
+    assert columns.split() == ["layer", "n", "shift,", "σ", "log", "var", "ratio"]
+    assert [line.split()[0] for line in lines] == ["1", "0", "2"]
+    assert lines[0].split()[1:3] == ["64", "3"]
+
+
+def test_many_layers_are_cut_short_and_fit_the_width():
+    result = bnguard.recalibrate(blocks(14), torch.randn(64, 4).split(10))
+    lines = str(result).splitlines()
+    assert lines[-1] == "and 4 more layers"
+    assert len(lines) == 14
+    console = Console(file=io.StringIO(), width=40)
+    console.print(result)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 40
+
+
+def test_what_was_skipped_and_why_and_what_was_not_finite():
+    model = blocks(4).train()
+    model[0].eval()
+    model[1].eval()
+    model[2].running_var.fill_(float("nan"))
+    text = str(bnguard.recalibrate(model, torch.randn(64, 4).split(10)))
+    assert "skipped: 0 and 1 more is in eval mode while the model is in train mode" in text
+    assert "was not finite" in text
+
+
+def test_the_score_and_the_verdict():
+    scores = iter([0.75, 0.5])
+    result = bnguard.recalibrate(
+        blocks(1), torch.randn(64, 4).split(10), score=lambda _: next(scores)
+    )
+    lines = str(result).splitlines()
+    assert lines[0].startswith("not recalibrated · exact")
+    assert lines[-2:] == [
+        "score 0.75 → 0.5: taken back",
+        "note: the score is worse with the new statistics",
+    ]
+
+
+def test_a_bar_says_samples_layers_and_the_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with CalibrationBar() as bar:
+        bar.start(samples=1024, layers=4)
+        threads = [threading.Thread(target=bar.advance, args=(512,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        time.sleep(0.2)
+    shown = sys.stderr.getvalue()
+    assert "1,024 samples" in shown
+    assert "layer 3/4" in shown
+
+
+@pytest.mark.parametrize("method", ["exact", "precise", "ema"])
+def test_a_terminal_shows_the_bar_and_a_pipe_does_not(monkeypatch, method):
+    x = torch.randn(64, 4)
+    for stream, options, is_shown in (
+        (Terminal(), {}, True),
+        (Terminal(), {"progress": False}, False),
+        (io.StringIO(), {}, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bnguard.recalibrate(blocks(2), x.split(8), method=method, **options)
+        assert ("recalibrating" in stream.getvalue()) is is_shown
