@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from bnguard.adapters import Adapter, adapter_of
 
 # Training code wraps models; a wrapper's prefix says nothing about the layer.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,9 @@ def is_wrapper(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return True
-    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
+    # The names are those of torch.compile and of Lightning Fabric.
+    held = (getattr(module, name, None) for name in ("_orig_mod", "_forward_module"))
+    return any(isinstance(inner, nn.Module) for inner in held)
 
 
 def without_wrappers(name: str) -> str:

@@ -111,6 +111,7 @@ class Observer:
 
     def step(self, step: int) -> None:
         """Read what the training step just taken, number ``step``, left in the buffers."""
+        self._raise_errors()
         self._step = step
         self.steps += 1
         self._steps_in_eval_mode += not self._model.training
@@ -163,6 +164,7 @@ class Observer:
         try:
             with paused(*self._training_hooks):
                 yield
+            self._raise_errors()
             self._has_new_weights = self.steps > 0 and (
                 self._version_of_weights() != self._weights_version
                 # A swap of averaged weights through .data leaves the versions as they are.
@@ -245,6 +247,11 @@ class Observer:
         self._is_closed = True
         for hooks in (self._shapes.hooks, self._broadcasts.hooks, *self._training_hooks):
             hooks.close()
+
+    def _raise_errors(self) -> None:
+        """Raise here, where a caller can take it, what a hook had to keep from the forward."""
+        for hooks in (self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
+            hooks.raise_error()
 
     @property
     def _training_hooks(self) -> list[Hooks]:

@@ -78,3 +78,11 @@ def test_the_random_state_comes_back():
     with preserved_random_state(model):
         torch.randn(3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fabric_leaves_no_trace_in_the_names():
+    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
+    inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = fabric.setup(inner)
+    assert [layer.name for layer in find_layers(model)] == ["1"]
+    assert is_wrapper(model)

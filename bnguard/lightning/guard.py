@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
+from bnguard.errors import BNGuardError
 from bnguard.lightning.framework import Callback
 
 _Arguments = ParamSpec("_Arguments")
@@ -34,10 +36,15 @@ class GuardedCallback(Callback):
     def turn_off(self, error: Exception) -> None:
         """Do nothing from now on, and say why."""
         self.is_off = True
-        self.let_go()
+        # What has failed once may fail again.
+        with contextlib.suppress(Exception):
+            self.let_go()
+        off = f"{type(self).__name__} is off from here, and the run goes on"
+        if isinstance(error, BNGuardError):
+            print(f"bnguard: {error}; {off}.")
+            return
         print(
-            f"bnguard: an error of its own, {type(error).__name__}: {error}; "
-            f"{type(self).__name__} is off from here, and the run goes on. "
+            f"bnguard: an error of its own, {type(error).__name__}: {error}; {off}. "
             "Please report it, with strict=True for the trace."
         )
 

@@ -21,17 +21,6 @@ class BroadcastProbe:
 
     def __init__(self, model: nn.Module, on_forward: Callable[[], None]) -> None:
         self.hooks = Hooks()
-        self._on_forward = on_forward
-        self._depth = 0
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             inner = next(module for module in model.modules() if not is_wrapper(module))
-            self.hooks.before(inner, self._enter)
-            self.hooks.after(inner, self._leave)
-
-    def _enter(self, args: tuple[object, ...]) -> None:
-        if self._depth == 0:
-            self._on_forward()
-        self._depth += 1
-
-    def _leave(self, args: tuple[object, ...], output: object) -> None:
-        self._depth -= 1
+            self.hooks.before_outermost(inner, lambda args: on_forward())

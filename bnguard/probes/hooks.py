@@ -13,20 +13,51 @@ Note = Callable[..., None]
 
 
 class Hooks:
-    """The forward hooks of one probe, which come off together."""
+    """The forward hooks of one probe, which come off together.
+
+    An error in a note does not end the forward that it is called from: it waits for
+    :meth:`raise_error`, and nothing more is noted.
+    """
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._is_paused = False
+        self._error: Exception | None = None
 
     def before(self, module: nn.Module, note: Note, *, with_kwargs: bool = False) -> None:
         """Call ``note`` with the arguments of each forward of the module, before it."""
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
+    def before_outermost(self, module: nn.Module, note: Note) -> None:
+        """Call ``note`` with the arguments of each forward that the module does not itself call.
+
+        Lightning lets DDP call a module whose training step then calls the module again.
+        """
+        depth = 0
+
+        def enter(args: tuple[object, ...]) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
+                note(args)
+
+        def leave(args: tuple[object, ...], output: object) -> None:
+            nonlocal depth
+            # Not below 0, where a hook of somebody else's raised before ours had counted.
+            depth = max(0, depth - 1)
+
+        self.before(module, enter)
+        self.after(module, leave)
+
     def after(self, module: nn.Module, note: Note) -> None:
         """Call ``note`` with arguments and output of each forward, also one that raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
+
+    def raise_error(self) -> None:
+        """Raise what a note has raised, if one has."""
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -61,8 +92,13 @@ class _Hook:
 
     def __call__(self, module: nn.Module, *call: object) -> None:
         # Under torch.compile this is a constant: the hook leaves nothing in the graph.
-        if not torch.compiler.is_compiling() and not self._hooks._is_paused:
-            self._note(*call)
+        if torch.compiler.is_compiling() or self._hooks._is_paused:
+            return
+        if self._hooks._error is None:
+            try:
+                self._note(*call)
+            except Exception as error:
+                self._hooks._error = error
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _inert_hook, ()

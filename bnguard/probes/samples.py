@@ -39,7 +39,7 @@ class SampleProbe:
         self._moments: list[tuple[Tensor, Tensor]] = []
         self._samples = 0
         self._calls = 0
-        self.hooks.before(model, self._note)
+        self.hooks.before_outermost(model, self._note)
 
     def start_window(self) -> None:
         """Begin a new window, and keep the one that ends."""

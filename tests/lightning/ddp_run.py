@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -94,7 +95,7 @@ def main(folder: Path, case: str) -> None:
     looks = Looks(monitor)
     trainer = Trainer(
         accelerator="cpu",
-        strategy="ddp",
+        strategy=DDPStrategy(broadcast_buffers=case != "apart"),
         devices=2,
         max_epochs=2,
         callbacks=[*extra, looks, monitor],

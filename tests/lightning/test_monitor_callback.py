@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,37 @@ def test_an_error_of_our_own_does_not_end_the_run(tmp_path, capsys, monkeypatch)
     assert all(not module._forward_pre_hooks for module in model.modules())
     with pytest.raises(KeyError):
         fit(lightning, tmp_path, BatchNormMonitor(strict=True))
+
+
+def test_an_error_in_a_hook_of_ours_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    lightning = importlib.import_module("pytorch_lightning")
+    monkeypatch.setattr(
+        "bnguard.probes.shapes.values_per_channel", lambda *_: (_ for _ in ()).throw(KeyError("n"))
+    )
+    trainer, model = fit(lightning, tmp_path, BatchNormMonitor())
+    printed = capsys.readouterr().out
+    assert printed.count("bnguard: an error of its own, KeyError: 'n'") == 1
+    assert trainer.global_step == 75
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(KeyError):
+        fit(lightning, tmp_path, BatchNormMonitor(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [("pytorch_lightning", "lightning"), ("lightning.pytorch", "pytorch_lightning")],
+)
+def test_one_of_the_two_packages_is_enough(installed, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from bnguard.lightning import "
+        f"BatchNormMonitor; import {installed} as package; "
+        "assert issubclass(BatchNormMonitor, package.Callback); package.Trainer("
+        "callbacks=[BatchNormMonitor()], logger=False, accelerator='cpu', barebones=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_trainer_is_stopped_where_that_is_asked_for(tmp_path, capsys):
