@@ -206,6 +206,8 @@ class Run:
         origin: Where a NaN or Inf appeared after one was noticed.
         inputs: How much the batches of training differ; None where the model was not called with
             a batch of numbers.
+        bad_input_step: First step in which the model was given NaN or Inf; None where none was
+            seen.
         plan: What was known of the training before its first batch.
         steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
@@ -220,6 +222,7 @@ class Run:
     earlier_mode_gaps: tuple[ModeGap, ...] = ()
     origin: BadValueOrigin | None = None
     inputs: InputWindow | None = None
+    bad_input_step: int | None = None
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False

@@ -25,7 +25,9 @@ from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.preflight import Plan
 from bnguard.probes.broadcasts import BroadcastProbe
 from bnguard.probes.buffers import BufferProbe, imprecision
+from bnguard.probes.entrance import Entrance
 from bnguard.probes.evaluation import EvalProbe
+from bnguard.probes.finiteness import FinitenessProbe
 from bnguard.probes.gap import GapProbe
 from bnguard.probes.hooks import Hooks, paused
 from bnguard.probes.inputs import InputProbe
@@ -93,7 +95,9 @@ class Observer:
         self._evaluation_hooks: tuple[Hooks, ...] = ()
         self._inputs = InputProbe(())
         self._streams = StreamProbe(self._shapes)
-        self._samples = SampleProbe(model)
+        self._samples = SampleProbe()
+        self._finiteness = FinitenessProbe()
+        self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
         self._reasons: dict[str, str] = {}
         self._repeats: dict[str, int] = {}
         self._at_start = self._buffers.readings()
@@ -108,6 +112,7 @@ class Observer:
         self._parameters = _versioned(model)
         self._places = self._places_of(self.layers)
         self._choose_sources()
+        self._follow_entrance()
 
     def step(self, step: int) -> None:
         """Read what the training step just taken, number ``step``, left in the buffers."""
@@ -117,6 +122,7 @@ class Observer:
         self._steps_in_eval_mode += not self._model.training
         self._weights_version = self._version_of_weights()
         self._shapes.step = step + 1
+        self._finiteness.step = step + 1
         if self._origin is not None:
             self._origin.step = step + 1
         self._buffers.read(step)
@@ -143,6 +149,7 @@ class Observer:
             layer for layer in layers if self._shapes.records[layer.name].most_calls_in_step > 1
         )
         self._choose_sources()
+        self._follow_entrance()
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics, and keep the one that ends as the newest full."""
@@ -225,6 +232,7 @@ class Observer:
             earlier_mode_gaps=self._earlier_gaps,
             origin=None if self._origin is None else self._origin.origin,
             inputs=self._samples.window(),
+            bad_input_step=self._finiteness.first_bad_step(),
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
@@ -256,7 +264,11 @@ class Observer:
     @property
     def _training_hooks(self) -> list[Hooks]:
         """The hooks, but for the cheap ones on shapes, that look at training and nothing else."""
-        hooks = [self._inputs.hooks, self._streams.hooks, self._samples.hooks]
+        hooks = [
+            self._inputs.hooks,
+            self._streams.hooks,
+            self._entrance.hooks,
+        ]
         return hooks if self._origin is None else [*hooks, self._origin.hooks]
 
     def _layer_history(
@@ -392,6 +404,13 @@ class Observer:
                 reasons[layer.name] = reason
         if reasons.keys() != self._reasons.keys():
             self._read_from_calls(reasons)
+
+    def _follow_entrance(self) -> None:
+        """Listen to what the modules around the layer that is called first are given."""
+        if self.layers:
+            positions = {name: record.position for name, record in self._shapes.records.items()}
+            first = min(self.layers, key=lambda layer: positions[layer.name] or 0)
+            self._entrance.follow(first.module)
 
     def _read_from_calls(self, reasons: dict[str, str]) -> None:
         """Read the layers with these names from their calls, for these reasons."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard.layers import find_layers, preserved_modes, preserved_random_state
+from bnguard.layers import find_layers, is_wrapper, preserved_modes, preserved_random_state
 
 
 class FusedBatchNorm(nn.BatchNorm2d):

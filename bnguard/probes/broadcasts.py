@@ -23,4 +23,4 @@ class BroadcastProbe:
         self.hooks = Hooks()
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             inner = next(module for module in model.modules() if not is_wrapper(module))
-            self.hooks.before_outermost(inner, lambda args: on_forward())
+            self.hooks.before_outermost([inner], lambda args, kwargs: on_forward())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,26 +29,27 @@ class Hooks:
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
-    def before_outermost(self, module: nn.Module, note: Note) -> None:
-        """Call ``note`` with the arguments of each forward that the module does not itself call.
+    def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
+        """Call ``note`` with arguments and keywords of each forward that none of these calls.
 
         Lightning lets DDP call a module whose training step then calls the module again.
         """
         depth = 0
 
-        def enter(args: tuple[object, ...]) -> None:
+        def enter(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             nonlocal depth
             depth += 1
             if depth == 1:
-                note(args)
+                note(args, kwargs)
 
         def leave(args: tuple[object, ...], output: object) -> None:
             nonlocal depth
             # Not below 0, where a hook of somebody else's raised before ours had counted.
             depth = max(0, depth - 1)
 
-        self.before(module, enter)
-        self.after(module, leave)
+        for module in modules:
+            self.before(module, enter, with_kwargs=True)
+            self.after(module, leave)
 
     def after(self, module: nn.Module, note: Note) -> None:
         """Call ``note`` with arguments and output of each forward, also one that raised."""

@@ -6,14 +6,14 @@ one batch to the next, would make the batches differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor
 
 from bnguard.history import InputWindow
 from bnguard.moments import mean_and_biased_var
-from bnguard.probes.hooks import Hooks
 
 # Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
 # so few that the look costs next to nothing. Of the batches after the first, one in four is read.
@@ -26,20 +26,14 @@ _ONE_IN = 4
 class SampleProbe:
     """Compares the variance between batches with that between the samples of a batch.
 
-    Reads a few numbers of each sample, without waiting for the device.
-
-    Args:
-        model: The model; the first floating-point tensor that its forward is given is read.
+    Reads a few numbers of each sample in the first input, without waiting for the device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.hooks = Hooks()
-        self._model = model
+    def __init__(self) -> None:
         self._newest: InputWindow | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
         self._samples = 0
         self._calls = 0
-        self.hooks.before_outermost(model, self._note)
 
     def start_window(self) -> None:
         """Begin a new window, and keep the one that ends."""
@@ -54,21 +48,22 @@ class SampleProbe:
         variances, means = (
             torch.stack(part).double().cpu().numpy() for part in zip(*self._moments, strict=True)
         )
+        is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
+        varies = is_finite & (variances > 0.0).any(0)
         to_unbiased = self._samples / (self._samples - batches)
-        within, between = variances.mean(0) * to_unbiased, means.var(0, ddof=1)
-        varies = np.isfinite(within) & np.isfinite(between) & (within > 0.0)
-        ratio = self._samples / batches * between[varies] / within[varies]
+        within = variances[:, varies].mean(0) * to_unbiased
+        between = means[:, varies].var(0, ddof=1)
+        ratio = self._samples / batches * between / within
         return InputWindow(batches=batches, variance_ratio=ratio)
 
-    def _note(self, args: tuple[object, ...]) -> None:
-        if not (args and self._model.training and torch.is_grad_enabled()):
-            return
+    def note(self, inputs: Sequence[Tensor]) -> None:
+        """Take in what a batch brings to the model."""
         self._calls += 1
         if self._calls > _FIRST_BATCHES and self._calls % _ONE_IN:
             return
         if len(self._moments) >= _MAX_BATCHES:
             return
-        features = _features(args)
+        features = _features(inputs)
         if features is None:
             return
         with torch.no_grad():
@@ -79,12 +74,12 @@ class SampleProbe:
         self._samples += len(features)
 
 
-def _features(args: tuple[object, ...]) -> Tensor | None:
+def _features(inputs: Sequence[Tensor]) -> Tensor | None:
     """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
-    for leaf in args if isinstance(args[0], Tensor) else tree_flatten(args)[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
-            if len(leaf) < 2 or not leaf.numel():
+    for values in inputs:
+        if values.dim() > 1:
+            if len(values) < 2 or not values.numel():
                 return None
-            flat = leaf.detach().flatten(1)
+            flat = values.detach().flatten(1)
             return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
     return None

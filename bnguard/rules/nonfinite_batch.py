@@ -22,8 +22,9 @@ class NonFiniteBatch(ModelRule):
 
     Evidence:
         The first layer, in the order of the forward, whose statistics were not finite, in the
-        first step in which one was; and, where a bad batch came again, the module that turned
-        finite input into one that is not. In evaluation: the batches that held NaN or Inf.
+        first step in which one was; whether the model's input of that step was finite; and, where
+        a bad batch came again, the module that turned finite input into one that is not. In
+        evaluation: the batches that held NaN or Inf.
 
     Limits:
         max_bad_batches: 0.
@@ -68,7 +69,10 @@ class NonFiniteBatch(ModelRule):
 
     def _trained(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
         where, fix = _origin(layer, layers)
-        if layer.run.origin is not None:
+        if layer.run.bad_input_step == layer.poisoned_step:
+            # Weights that are not finite later are what this batch made of them.
+            where, fix = _IN_THE_DATA
+        elif layer.run.origin is not None:
             where, fix = _seen_again(layer.run.origin)
         return self._finding(
             layer,
@@ -92,6 +96,12 @@ class NonFiniteBatch(ModelRule):
             fix,
             step=None if layer.evaluated is None else layer.evaluated.step,
         )
+
+
+_IN_THE_DATA = (
+    "the model was given it: it is in the data",
+    Fix("check the data for NaN and Inf, and skip the batches that hold one"),
+)
 
 
 def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str, Fix]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bnguard.probes.samples import SampleProbe
 
 
 def observed(batches):
-    model = nn.Identity()
-    probe = SampleProbe(model)
+    probe = SampleProbe()
     for batch in batches:
-        model(batch)
-    probe.hooks.close()
+        probe.note([batch])
     return probe.window()
 
 
@@ -41,31 +38,18 @@ def test_numbers_that_never_vary_and_those_that_are_not_finite_are_left_out():
     assert len(observed(batches).variance_ratio) == 2
 
 
-@pytest.mark.parametrize(
-    "batch", [torch.zeros(8, 3, dtype=torch.long), torch.randn(1, 3), torch.randn(8), "text"]
-)
+@pytest.mark.parametrize("batch", [torch.randn(1, 3), torch.randn(8), torch.randn(0, 3)])
 def test_what_holds_no_samples_of_numbers_is_not_read(batch):
     assert observed([batch] * 4) is None
 
 
-def test_evaluation_and_no_grad_are_not_read():
-    model = nn.Identity()
-    probe = SampleProbe(model)
-    with torch.no_grad():
-        model(torch.randn(8, 3))
-    model.eval()
-    model(torch.randn(8, 3))
-    assert probe.window() is None
-
-
 def test_the_last_window_stands_until_the_new_one_is_half_full():
-    model = nn.Identity()
-    probe = SampleProbe(model)
+    probe = SampleProbe()
     for _ in range(8):
-        model(torch.randn(8, 3))
+        probe.note([torch.randn(8, 3)])
     probe.start_window()
-    model(torch.randn(8, 3))
+    probe.note([torch.randn(8, 3)])
     assert probe.window().batches == 8
     for _ in range(4):
-        model(torch.randn(8, 3))
+        probe.note([torch.randn(8, 3)])
     assert probe.window().batches == 5
