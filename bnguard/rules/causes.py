@@ -27,6 +27,10 @@ from bnguard.rules.measures import (
 # How many times its own uncertainty the average has to be off before it is more than noise.
 _NOISE_FACTOR = 3.0
 
+# Share of the distance from the running statistics at which the newest batches are nearer by far.
+# Where the data differ, the two distances are alike.
+_NEARER = 0.6
+
 # Spread of the batch means, in σ, from which small batches count as noisy once there is a drift:
 # that of 11 independent samples. BN202 accuses from 0.42 on, without one.
 _MIN_NOISE_STD = 0.3
@@ -42,7 +46,7 @@ class Cause:
     """Why statistics do not fit.
 
     Attributes:
-        reason: The cause and the numbers that speak for it, as the end of a sentence.
+        reason: The cause and the numbers that speak for it: the end of a sentence, "because …".
         fix: What belongs to it.
         evidence: The numbers, each against what it is held to.
     """
@@ -68,7 +72,6 @@ class Drift:
         distance: How far that is from the running statistics.
         limits: What it was held against.
         first: The layer that was called first.
-        earlier: The first layer called that has drifted too; None where this one is the first.
     """
 
     layer: LayerHistory
@@ -76,7 +79,6 @@ class Drift:
     distance: Distance
     limits: DriftLimits
     first: LayerHistory
-    earlier: LayerHistory | None
 
     def from_batches(self) -> Distance | None:
         """Return how far what arrived is from the newest batches of training."""
@@ -91,7 +93,7 @@ def cause_of_gap(history: History) -> Cause | None:
     """Return why the two modes disagree: why the statistics that fit worst do not."""
     called = history.layers_in_order
     drifts = [
-        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, called[0], None)
+        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, called[0])
         for layer in called
         if layer.evaluated is not None
         for running in [layer.evaluated.running]
@@ -106,8 +108,8 @@ def cause_of_gap(history: History) -> Cause | None:
         return None
     return dataclasses.replace(
         cause,
-        reason=f"the statistics of {worst.layer.name or 'the layer'} fit worst "
-        f"({worst.distance.worst}), {cause.reason}",
+        reason=f"most of all at {worst.layer.name or 'the layer'} ({worst.distance.worst}), "
+        f"{cause.reason}",
     )
 
 
@@ -116,6 +118,15 @@ def sorted_batch(history: History) -> Cause | None:
     seen = [layer.evaluated for layer in history.layers if layer.evaluated is not None]
     worst = max(seen, key=lambda window: window.between_share, default=None)
     return None if worst is None or is_representative(worst) else _sorted(worst)
+
+
+def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
+    """Return why a layer has drifted: what goes wrong at the first that has arrives here too."""
+    cause = cause_of_drift(first)
+    if cause is None or drift is first:
+        return cause
+    where = first.layer.name or "the layer before"
+    return dataclasses.replace(cause, reason=f"which begins at {where}, {cause.reason}")
 
 
 def cause_of_drift(drift: Drift) -> Cause | None:
@@ -143,7 +154,7 @@ def noisy_average(drift: Drift) -> Cause | None:
     if shift is None or shift.unit != "σ" or not shift.value <= _NOISE_FACTOR * uncertainty:
         return None
     return Cause(
-        f"momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches "
+        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches "
         f"{_of_samples(layer)}, which leaves the mean uncertain by {uncertainty:.2g} σ",
         Fix("recalibrate; a smaller momentum or larger batches for the next run", "recalibrate"),
         (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
@@ -153,7 +164,10 @@ def noisy_average(drift: Drift) -> Cause | None:
 def lag(drift: Drift) -> Cause | None:
     """The weights have moved on, and the average has not followed: the newest batches fit."""
     batches = drift.from_batches()
-    if batches is None or batches.worst is None or batches.is_beyond:
+    if batches is None or batches.worst is None:
+        return None
+    # Where weights move within the window as well, its average is only nearer than the running one.
+    if batches.is_beyond and batches.excess > _NEARER * drift.distance.excess:
         return None
     momentum, worst = drift.layer.momentum, batches.worst
     span = (
@@ -162,7 +176,7 @@ def lag(drift: Drift) -> Cause | None:
         else f"momentum {momentum:g} looks back over some {1 / max(momentum, 1e-12):.0f} updates"
     )
     return Cause(
-        "they lag behind the weights, since the newest batches of training agree with it "
+        "because they lag behind the weights, since the newest batches of training agree with it "
         f"({worst.measure} against them {worst.value:.2g}); {span}",
         Fix(
             "recalibrate before evaluation (BatchNormRecalibration); a larger momentum, or a "
@@ -182,23 +196,10 @@ def small_batches(drift: Drift) -> Cause | None:
     if not noise > _MIN_NOISE_STD:
         return None
     return Cause(
-        f"the mean of a batch of {layer.samples} samples jumps by {noise:.2g} σ, so that training "
-        "shows the layers after it something else",
+        f"because the mean of a batch of {layer.samples} samples jumps by {noise:.2g} σ, so that "
+        "training shows the layers after it something else",
         Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm"),
         (Evidence("spread of the batch means", noise, _MIN_NOISE_STD, "σ"),),
-    )
-
-
-def earlier_layer(drift: Drift) -> Cause | None:
-    """The drift begins further up, and arrives here."""
-    if drift.earlier is None:
-        return None
-    return Cause(
-        f"it begins at {drift.earlier.name or 'the layer before'}",
-        Fix(
-            f"look at {drift.earlier.name or 'the layer before'} first: what is mended there is "
-            "mended here"
-        ),
     )
 
 
@@ -208,8 +209,8 @@ def other_data(drift: Drift) -> Cause | None:
     if batches is None or batches.worst is None or drift.layer is not drift.first:
         return None
     return Cause(
-        "at the first BN layer it is not what the newest batches of training were either "
-        f"({batches.worst.measure} against them {batches.worst.value:.2g}), so the data differ",
+        "because the data differ: at the first BN layer already it is not what the newest batches "
+        f"of training were ({batches.worst.measure} against them {batches.worst.value:.2g})",
         Fix("compare mean and deviation of a training and an evaluation batch"),
         (batches.worst,),
     )
@@ -221,9 +222,9 @@ def other_path(drift: Drift) -> Cause | None:
     if batches is None or batches.worst is None:
         return None
     return Cause(
-        "it is not what the newest batches of training were "
-        f"either ({batches.worst.measure} against them {batches.worst.value:.2g}), though the BN layers "
-        "before agree; what lies between acts otherwise in eval mode, or the data differ",
+        "because what lies between this and the BN layers before, which agree, acts otherwise in "
+        "eval mode, or the data differ: it is not what the newest batches of training were "
+        f"({batches.worst.measure} against them {batches.worst.value:.2g})",
         Fix("look for dropout and branches on self.training before the layer, then at the data"),
         (batches.worst,),
     )
@@ -235,7 +236,6 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     noisy_average,
     lag,
     small_batches,
-    earlier_layer,
     other_data,
     other_path,
 )
@@ -243,9 +243,9 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
 
 def _sorted(seen: EvalWindow) -> Cause:
     return Cause(
-        f"the {seen.batches} batches of evaluation that were looked at do not stand for the rest: "
-        f"{seen.between_share:.0%} of the variance between samples lies between batches, as where "
-        "they are sorted",
+        f"because the {seen.batches} batches of evaluation that were looked at do not stand for "
+        f"the rest: {seen.between_share:.0%} of the variance between samples lies between batches, "
+        "as where they are sorted",
         Fix("shuffle the evaluation data once, or look at more batches (eval_batches), then judge"),
         (
             Evidence(

@@ -94,7 +94,11 @@ class ModesDisagree(ExplainedRule):
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
         # A drift that was found is no matter of which batches were looked at.
         doubt = sorted_batch(history) if found is None else None
-        cause = Cause.of(found) if found is not None else doubt or cause_of_gap(history)
+        if found is None or found.reasons:
+            # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
+            cause = doubt or cause_of_gap(history)
+        else:
+            cause = Cause.of(found)
         excess = excess_change(gap)
         is_large = excess > self.max_excess_change
         limit = self.max_excess_change if is_large else self.max_excess_change_with_flips
@@ -105,7 +109,7 @@ class ModesDisagree(ExplainedRule):
         return self._finding(
             None,
             Severity.WARNING if is_sure else Severity.INFO,
-            message if cause is None else f"{message}: {cause.reason}",
+            message if cause is None else f"{message}, {cause.reason}",
             Evidence("change of the outputs", excess, limit, "σ"),
             _FIX if cause is None else cause.fix,
             reasons=() if cause is None else cause.evidence,

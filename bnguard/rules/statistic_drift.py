@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule
-from bnguard.rules.causes import Cause, Drift, cause_of_drift, sorted_evaluation
+from bnguard.rules.causes import Cause, Drift, cause_in_chain, sorted_evaluation
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
     Distance,
@@ -88,12 +88,9 @@ class StatisticDrift(ExplainedRule):
             if isinstance(judged, Skipped):
                 yield judged
             elif judged is not None and layer.evaluated is not None:
-                earlier = drifts[0].layer if drifts else None
-                drifts.append(
-                    Drift(layer, layer.evaluated, judged, self._limits, called[0], earlier)
-                )
+                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, called[0]))
         for drift in drifts:
-            yield self._found(drift, cause)
+            yield self._found(drift, drifts[0], cause)
 
     @property
     def _limits(self) -> DriftLimits:
@@ -117,16 +114,16 @@ class StatisticDrift(ExplainedRule):
             return self._skipped(layer, "no channel has finite statistics")
         return distance if distance.is_beyond else None
 
-    def _found(self, drift: Drift, found: Finding | None) -> Finding:
+    def _found(self, drift: Drift, first: Drift, found: Finding | None) -> Finding:
         doubt = sorted_evaluation(drift)
-        cause = doubt or (Cause.of(found) if found is not None else cause_of_drift(drift))
+        cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
         evidence = drift.distance.worst
         assert evidence is not None
         message = "what arrives in eval mode is not what the running statistics say"
         return self._finding(
             drift.layer,
             Severity.INFO if doubt is not None else _severity(drift.layer),
-            message if cause is None else f"{message}: {cause.reason}",
+            message if cause is None else f"{message}, {cause.reason}",
             evidence,
             _FIX if cause is None else cause.fix,
             reasons=() if cause is None else cause.evidence,
