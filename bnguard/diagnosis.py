@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bnguard.findings import Finding, Severity, Skipped
+from bnguard.findings import Finding, Severity, Skipped, group_findings
 from bnguard.history import History
-from bnguard.rules import RULES, ModelRule, Rule
+from bnguard.rules import RULES, ExplainedRule, ModelRule, Rule
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def diagnose(
     rules: Iterable[Rule] = RULES,
     is_wanted: Callable[[Finding], bool] = lambda finding: True,
 ) -> Conclusions:
-    """Run the rules over a history.
+    """Run the rules over a history: causes first, then the symptoms that they explain.
 
     A rule that raises, one of the user's own perhaps, is reported as skipped with its error:
     watching never ends a run.
@@ -42,34 +42,61 @@ def diagnose(
         is_wanted: Whether a finding is to be kept; what is not explains no other either.
     """
     rules = tuple(rules)
-    results = [result for rule in rules for result in _results(rule, history)]
-    findings = [result for result in results if isinstance(result, Finding) and is_wanted(result)]
-    return Conclusions(
-        findings=tuple(_causes_first(findings, rules)),
-        skipped=tuple(result for result in results if isinstance(result, Skipped)),
-    )
+    findings: list[Finding] = []
+    skipped: list[Skipped] = []
+    for rule in sorted(rules, key=_names_a_symptom):
+        for result in _results(rule, history, partial(_cause_of, rule, tuple(findings), rules)):
+            if isinstance(result, Skipped):
+                skipped.append(result)
+            elif is_wanted(result):
+                findings.append(result)
+    return Conclusions(tuple(_causes_first(findings, rules)), tuple(skipped))
 
 
-def _results(rule: Rule, history: History) -> Iterator[Finding | Skipped]:
-    if isinstance(rule, ModelRule):
+def _names_a_symptom(rule: Rule) -> bool:
+    return isinstance(rule, ExplainedRule)
+
+
+def _results(
+    rule: Rule, history: History, cause: Callable[[], Finding | None]
+) -> Iterator[Finding | Skipped]:
+    if isinstance(rule, ExplainedRule):
+        yield from _guarded(rule, None, partial(rule.check_because, history, cause()))
+    elif isinstance(rule, ModelRule):
         yield from _guarded(rule, None, partial(rule.check_model, history))
-        return
-    for layer in history.layers:
-        yield from _guarded(rule, layer.name, partial(rule.check, layer))
+    else:
+        for layer in history.layers:
+            yield from _guarded(rule, layer.name, partial(rule.check, layer))
 
 
 def _guarded(
     rule: Rule, layer: str | None, check: Callable[[], Iterator[Finding | Skipped]]
 ) -> Iterator[Finding | Skipped]:
     try:
-        yield from check()
+        for result in check():
+            if not isinstance(result, Finding | Skipped):
+                raise TypeError(f"a rule yields Finding or Skipped, not {type(result).__name__}")
+            yield result
     except Exception as error:
         yield Skipped(rule.code, layer, f"the rule failed with {type(error).__name__}: {error}")
 
 
+def _cause_of(rule: Rule, findings: Collection[Finding], rules: Iterable[Rule]) -> Finding | None:
+    """Return the root of what was found so far and explains a rule, at its worst layer."""
+    present = _accused(findings)
+    root = _chain(rule.code, _causes({*present, rule.code}, rules))[0]
+    groups = group_findings(f for f in findings if f.code == root and f.severity > Severity.INFO)
+    return groups[0].worst if groups and root != rule.code else None
+
+
+def _accused(findings: Iterable[Finding]) -> set[str]:
+    """Return the codes that stand for a fault; what is only good to know explains nothing."""
+    return {finding.code for finding in findings if finding.severity > Severity.INFO}
+
+
 def _causes_first(findings: list[Finding], rules: Iterable[Rule]) -> list[Finding]:
     """Name the cause of each finding that has one, and put each root before its consequences."""
-    present = {finding.code for finding in findings if finding.severity > Severity.INFO}
+    present = _accused(findings)
     causes = _causes(present, rules)
     # A rule that measured its cause knows better than the table.
     causes |= {f.code: f.cause for f in findings if f.cause is not None and f.cause in present}
@@ -90,17 +117,24 @@ def _causes_first(findings: list[Finding], rules: Iterable[Rule]) -> list[Findin
     return sorted(named, key=place)
 
 
-def _causes(present: set[str], rules: Iterable[Rule]) -> dict[str, str]:
-    """Return the code of the cause by the code of each rule whose findings are explained."""
+def _causes(present: Collection[str], rules: Iterable[Rule]) -> dict[str, str]:
+    """Return the code of the nearest cause by the code of each rule that has one.
+
+    Of several the nearest is one that explains no other of them, so that a chain is told in full;
+    of several such the one with the highest code, since what was measured in evaluation, or is not
+    finite, knows more of a symptom than a setting does.
+    """
+    explains = {rule.code: set(rule.explains) for rule in rules if rule.code in present}
     causes: dict[str, str] = {}
-    for rule in rules:
-        if rule.code in present:
-            for code in rule.explains:
-                causes.setdefault(code, rule.code)
+    for code in present:
+        candidates = {cause for cause, consequences in explains.items() if code in consequences}
+        nearest = {cause for cause in candidates if not explains[cause] & (candidates - {cause})}
+        if candidates:
+            causes[code] = max(nearest or candidates)
     return causes
 
 
-def _chain(code: str, causes: dict[str, str]) -> list[str]:
+def _chain(code: str, causes: Mapping[str, str]) -> list[str]:
     """Return the codes from the root cause to this one; rules that explain each other end it."""
     chain = [code]
     while chain[0] in causes and causes[chain[0]] not in chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Iterable
@@ -81,6 +82,7 @@ class Finding:
         layer: Dotted name of the layer; None where the finding is about the whole model.
         message: What is wrong, in one sentence.
         evidence: The number that says so.
+        reasons: The numbers that speak for the cause that the message names, where it names one.
         fix: What to do about it.
         channels: Indices of the channels concerned, worst first; empty where it is all of them.
         step: Training step at which it first showed, None where there was no training.
@@ -94,6 +96,7 @@ class Finding:
     message: str
     evidence: Evidence
     fix: Fix
+    reasons: tuple[Evidence, ...] = ()
     channels: tuple[int, ...] = ()
     step: int | None = None
     cause: str | None = None
@@ -111,12 +114,8 @@ class Finding:
             "severity": str(self.severity),
             "layer": self.layer,
             "message": self.message,
-            "evidence": {
-                "measure": self.evidence.measure,
-                "value": self.evidence.value,
-                "limit": self.evidence.limit,
-                "unit": self.evidence.unit,
-            },
+            "evidence": dataclasses.asdict(self.evidence),
+            "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
             "fix": {"summary": self.fix.summary, "repair": self.fix.repair},
             "channels": list(self.channels),
             "step": self.step,

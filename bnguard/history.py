@@ -9,185 +9,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
-
 from bnguard.preflight import Plan
 from bnguard.stats import FloatArray, initial_weight, log_variance_ratio, shift_std
+from bnguard.windows import (
+    BadValueOrigin,
+    BatchWindow,
+    EvalWindow,
+    InputWindow,
+    ModeGap,
+    RunningStatistics,
+    Stream,
+)
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RunningStatistics:
-    """The ``running_mean`` and ``running_var`` buffers of a layer, used in eval mode.
-
-    Attributes:
-        mean: Running mean.
-        var: Running variance, the unbiased estimate.
-        updates: ``num_batches_tracked``; None where the layer has no counter.
-    """
-
-    mean: FloatArray
-    var: FloatArray
-    updates: int | None
-
-    @property
-    def is_initial(self) -> bool:
-        """Whether mean and variance are still exactly 0 and 1."""
-        return bool(np.all(self.mean == 0.0) and np.all(self.var == 1.0))
-
-    @property
-    def bad_channels(self) -> tuple[int, ...]:
-        """Channels whose mean or variance is NaN or infinite."""
-        finite = np.isfinite(self.mean) & np.isfinite(self.var)
-        return tuple(int(channel) for channel in np.flatnonzero(~finite))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BatchWindow:
-    """Batch statistics of a layer over the newest window of training steps.
-
-    Attributes:
-        batches: Batches observed, a count per channel (a batch whose statistics were not finite
-            in a channel does not count there).
-        mean: Mean of the batch means.
-        var_unbiased: Mean of the within-batch variances, the unbiased estimate.
-        var_of_means: Variance of the batch means over the window, the unbiased estimate; slow
-            drift of the weights is part of it.
-        var_of_means_successive: The same from successive differences, which slow drift does not
-            enter: half their mean square (von Neumann et al., "The mean square successive
-            difference", 1941).
-        var_min: Smallest within-batch variance.
-        var_max: Largest within-batch variance.
-        first_step: First step of the window.
-        last_step: Last step of the window.
-    """
-
-    batches: FloatArray
-    mean: FloatArray
-    var_unbiased: FloatArray
-    var_of_means: FloatArray
-    var_of_means_successive: FloatArray
-    var_min: FloatArray
-    var_max: FloatArray
-    first_step: int
-    last_step: int
-
-    @property
-    def noise_std(self) -> FloatArray:
-        """Spread of the batch means, drift left out, in standard deviations of the values."""
-        total = self.var_unbiased + self.var_of_means_successive
-        with np.errstate(all="ignore"):
-            return np.sqrt(self.var_of_means_successive / np.where(total > 0.0, total, np.nan))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvalWindow:
-    """What arrived at a layer in the newest evaluation, and the statistics it was held against.
-
-    Attributes:
-        count: Values per channel, over all batches observed.
-        batches: Forward calls observed.
-        nonfinite_batches: Calls that held NaN or Inf, which do not enter the moments.
-        mean: Mean of the values.
-        var_unbiased: Variance of the values, the unbiased estimate.
-        largest_normalised_std: Largest distance of a value from the running mean, in running
-            standard deviations.
-        padding_share: Share of constant padding among the positions of a sample, the mean over
-            samples.
-        padding_spread: Standard deviation of that share over the samples.
-        dtype: Element type of the values, as in ``"float16"`` under autocast.
-        running: The running statistics at that time.
-        step: Training step after which the evaluation ran.
-    """
-
-    count: int
-    batches: int
-    mean: FloatArray
-    var_unbiased: FloatArray
-    running: RunningStatistics
-    step: int
-    nonfinite_batches: int = 0
-    largest_normalised_std: float = 0.0
-    padding_share: float = 0.0
-    padding_spread: float = 0.0
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Stream:
-    """Batch statistics of one of several calls of a layer in a step, averaged over steps.
-
-    Attributes:
-        mean: Average of the batch means.
-        var_unbiased: Average of the within-batch variances, the unbiased estimate.
-        batches: Batches in the average.
-    """
-
-    mean: FloatArray
-    var_unbiased: FloatArray
-    batches: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InputWindow:
-    """How much the batches that the model was given differ, over the newest window of training.
-
-    Attributes:
-        batches: Batches observed.
-        variance_ratio: Variance of the batch means times the samples of a batch, over the variance
-            of the samples of a batch, a value for each of some numbers of a sample; those that
-            never vary are left out. Samples that are drawn independently give 1.
-    """
-
-    batches: int
-    variance_ratio: FloatArray
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadValueOrigin:
-    """The module in which a NaN or Inf first appeared in a forward.
-
-    Poisoned buffers say that a batch was bad; hooks, put on then, find the place in the next bad
-    one: that is the forward told of here.
-
-    Attributes:
-        module: Its dotted name, ``""`` for the model itself.
-        kind: Name of its class.
-        channels: Channels of its output that were not finite; empty where it has none.
-        is_input_bad: Whether its input was not finite already: the batch, or what came before.
-        bad_parameters: Names of its own parameters and buffers that are not finite.
-        samples: Places in the batch of the samples whose output was not finite.
-        step: Training step of that forward.
-    """
-
-    module: str
-    kind: str
-    channels: tuple[int, ...]
-    is_input_bad: bool
-    bad_parameters: tuple[str, ...]
-    samples: tuple[int, ...] = ()
-    step: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModeGap:
-    """How far the outputs for one batch differ between the two modes, all else in eval mode.
-
-    Attributes:
-        module: Name of the module that was run: the smallest that holds all BN layers.
-        samples: Samples in the batch; 0 where its inputs do not share a first dimension.
-        relative_change: Root mean square difference between the outputs under running and under
-            batch statistics, in standard deviations of the latter; infinite where not finite.
-        sampling_change: The same between statistics of half the batch and of the whole: what
-            sampling alone explains; None for fewer than 4 samples.
-        flipped_share: Share of samples whose largest class score is another; None where the
-            model's outputs do not look like class scores.
-    """
-
-    module: str
-    samples: int
-    relative_change: float
-    sampling_change: float | None
-    flipped_share: float | None
+__all__ = [
+    "BadValueOrigin",
+    "BatchWindow",
+    "EvalWindow",
+    "History",
+    "InputWindow",
+    "LayerHistory",
+    "ModeGap",
+    "Run",
+    "RunningStatistics",
+    "Stream",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

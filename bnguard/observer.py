@@ -385,6 +385,10 @@ class Observer:
                 padding_share=reading.padding_share,
                 padding_spread=reading.padding_spread,
                 dtype=reading.dtype,
+                var_between=(
+                    None if reading.var_between is None else reading.var_between.cpu().numpy()
+                ),
+                between_share=reading.between_share,
                 running=running,
                 step=self._step,
             )

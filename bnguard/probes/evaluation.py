@@ -1,8 +1,12 @@
-"""What arrives at each layer in eval mode, in the first batches of an evaluation."""
+"""What arrives at each layer in eval mode: in the first batches of an evaluation, and now and then.
+
+After the first few calls, those are read whose number is the next power of two times as many: an
+evaluation may be sorted, and its first batches unlike the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +31,10 @@ class EvalReading:
             channel, the last not counted: trailing constant padding. The mean over samples.
         padding_spread: Standard deviation of that share over the samples.
         dtype: Element type of the values.
+        var_between: Variance of the means of the calls beyond that of independent samples, shape
+            ``(C,)``; None where it cannot be told.
+        between_share: Share of the variance between samples that lies between calls, the median
+            over channels.
     """
 
     moments: Moments
@@ -36,6 +44,8 @@ class EvalReading:
     padding_share: float
     padding_spread: float
     dtype: str
+    var_between: Tensor | None
+    between_share: float
 
 
 class EvalProbe:
@@ -43,7 +53,7 @@ class EvalProbe:
 
     Args:
         layers: The layers to watch.
-        max_calls: Calls a layer that are read; the rest of the evaluation costs nothing.
+        max_calls: First calls of a layer that are read; of the rest ever fewer are.
     """
 
     def __init__(self, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
@@ -58,21 +68,34 @@ class EvalProbe:
         return {name: record.reading() for name, record in self._records.items() if record.parts}
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call: moments, largest normalised value, and a padding share and a mean a sample."""
+
+    moments: Moments
+    extreme: Tensor
+    padding_shares: Tensor
+    samples: int
+    var_of_samples: Tensor
+
+
 @dataclass
 class _Record:
-    """Per call: moments, the largest normalised value, and the padding share of each sample."""
+    """What the calls of one layer told."""
 
-    parts: list[tuple[Moments, Tensor, Tensor]] = field(default_factory=list)
+    parts: list[_Call] = field(default_factory=list)
+    calls: int = 0
     dtype: str = ""
 
     def reading(self) -> EvalReading:
-        finite = [moments for moments, _, _ in self.parts if _is_finite(moments)]
+        finite = [call for call in self.parts if _is_finite(call.moments)]
         # With nothing finite, what is left of the moments is their being NaN.
-        kept = finite or [self.parts[0][0]]
-        extremes = torch.stack([extreme for _, extreme, _ in self.parts])
-        padding = torch.cat([shares for _, _, shares in self.parts])
+        kept = finite or self.parts[:1]
+        extremes = torch.stack([call.extreme for call in self.parts])
+        padding = torch.cat([call.padding_shares for call in self.parts])
+        var_between, between_share = _between(finite)
         return EvalReading(
-            moments=merge_moments(kept),
+            moments=merge_moments([call.moments for call in kept]),
             calls=len(self.parts),
             nonfinite_calls=len(self.parts) - len(finite),
             largest_normalised=float(extremes[extremes.isfinite()].max())
@@ -81,7 +104,27 @@ class _Record:
             padding_share=float(padding.mean()),
             padding_spread=float(padding.std(correction=0)),
             dtype=self.dtype,
+            var_between=var_between,
+            between_share=between_share,
         )
+
+
+def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float]:
+    """Return the variance between calls beyond that of independent samples, and its share.
+
+    Independent samples, m a call, give means of variance 1/m of that between samples: the analysis
+    of variance with one random factor, the share being the intraclass correlation (Fisher,
+    "Statistical Methods for Research Workers", 1925, chapter 7).
+    """
+    several = [call for call in calls if call.samples > 1]
+    if len(several) < 2:
+        return None, 0.0
+    samples = sum(call.samples for call in several) / len(several)
+    within = torch.stack([call.var_of_samples for call in several]).mean(0)
+    means = torch.stack([call.moments.mean for call in several])
+    between = (means.var(0) - within / samples).clamp_min(0.0)
+    shares = (between / (between + within))[between + within > 0.0]
+    return between, float(shares.median()) if shares.numel() else 0.0
 
 
 def _is_finite(moments: Moments) -> bool:
@@ -93,15 +136,42 @@ def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
 
     @torch.no_grad()
     def note(args: tuple[object, ...]) -> None:
-        if len(parts) >= max_calls or layer.uses_batch_statistics:
+        if layer.uses_batch_statistics:
             return
         values = args[0] if args else None
-        if isinstance(values, Tensor) and values.numel() and layer.normalises(values):
-            record.dtype = str(values.dtype).removeprefix("torch.")
-            moments = channel_moments(values)
-            parts.append((moments, _extreme(values, layer), _padding_shares(values)))
+        if not (isinstance(values, Tensor) and values.numel() and layer.normalises(values)):
+            return
+        record.calls += 1
+        if not _is_read(record.calls, max_calls):
+            return
+        record.dtype = str(values.dtype).removeprefix("torch.")
+        parts.append(
+            _Call(
+                moments=channel_moments(values),
+                extreme=_extreme(values, layer),
+                padding_shares=_padding_shares(values),
+                samples=len(values),
+                var_of_samples=_var_of_samples(values),
+            )
+        )
 
     return note
+
+
+def _is_read(call: int, first: int) -> bool:
+    """Return whether a call is read: the first ones, then each that doubles their number.
+
+    >>> [call for call in range(1, 70) if _is_read(call, 4)]
+    [1, 2, 3, 4, 8, 16, 32, 64]
+    """
+    times, rest = divmod(call, first) if first else (0, 1)
+    return call <= first or (rest == 0 and times.bit_count() == 1)
+
+
+def _var_of_samples(values: Tensor) -> Tensor:
+    """Return the variance between the means of the samples, ``(C,)``; NaN for one sample."""
+    means = values.flatten(2).mean(2, dtype=torch.float64) if values.dim() > 2 else values.double()
+    return means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)
 
 
 def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bnguard.errors import ConfigurationError, nearest_name
 from bnguard.rules.accumulation_blind import AccumulationBlind
 from bnguard.rules.amplifying_channel import AmplifyingChannel
-from bnguard.rules.base import ModelRule, Rule
+from bnguard.rules.base import ExplainedRule, ModelRule, Rule
 from bnguard.rules.batch_of_one import BatchOfOne
 from bnguard.rules.correlated_batches import CorrelatedBatches
 from bnguard.rules.dead_channels import DeadChannels
@@ -93,6 +93,7 @@ __all__ = [
     "CorrelatedBatches",
     "DeadChannels",
     "DoubleUpdate",
+    "ExplainedRule",
     "FrozenButUpdating",
     "HalfPrecisionOverflow",
     "Hygiene",

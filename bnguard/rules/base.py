@@ -1,7 +1,8 @@
 """What a rule is: a code, a name, limits as typed fields, a page for a docstring, a pure check.
 
 A :class:`Rule` looks at one layer at a time; a :class:`ModelRule` at all of them together, because
-it needs their order, or what holds for the whole training.
+it needs their order, or what holds for the whole training; an :class:`ExplainedRule` comes last,
+because it names a symptom, and is told which of its causes were found.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Rule(abc.ABC):
         evidence: Evidence,
         fix: Fix,
         *,
+        reasons: tuple[Evidence, ...] = (),
         channels: tuple[int, ...] = (),
         step: int | None = None,
     ) -> Finding:
@@ -69,6 +71,7 @@ class Rule(abc.ABC):
             message=message,
             evidence=evidence,
             fix=fix,
+            reasons=reasons,
             channels=channels,
             step=step,
         )
@@ -88,3 +91,22 @@ class ModelRule(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look at a layer as if it were the only one of its model."""
         yield from self.check_model(History(layers=(layer,), run=layer.run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainedRule(ModelRule):
+    """One symptom that several faults bring about, each with a fix of its own."""
+
+    @abc.abstractmethod
+    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
+        """Yield what is wrong, with the cause and the fix that belongs to it; as :meth:`check`.
+
+        Args:
+            history: What was observed.
+            cause: The root of what the other rules found that explains this one; None where they
+                found nothing that does.
+        """
+
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Look at the model as if no other rule had found anything."""
+        yield from self.check_because(history, None)

@@ -58,7 +58,7 @@ class CorrelatedBatches(ModelRule):
 
     code: ClassVar[str] = "BN203"
     name: ClassVar[str] = "correlated-batches"
-    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN202", "BN301", "BN302", "BN305")
 
     min_variance_ratio: float = 2.0
     max_excess_std: float = 5.0

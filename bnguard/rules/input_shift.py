@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ import numpy as np
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measures import drift, is_known_harmless, worst_evidence
+from bnguard.rules.measures import DriftLimits, is_known_harmless, is_sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,33 +84,35 @@ class InputShift(ModelRule):
         else:
             yield from self._judged(layer, seen)
 
+    @property
+    def _limits(self) -> DriftLimits:
+        return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
+
     def _judged(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
         window, running = layer.window, seen.running
         assert window is not None
-        by_window = drift(seen, window.mean, window.var_unbiased, layer.eps)
-        by_running = drift(seen, running.mean, running.var, layer.eps)
         # Weights that move let the window lag behind, a small momentum the running statistics.
-        shift, ratio = (np.minimum(a, b) for a, b in zip(by_window, by_running, strict=True))
-        judged = np.isfinite(shift) & np.isfinite(ratio)
-        if not judged.any():
+        distances = [
+            self._limits.distance(seen, window.mean, window.var_unbiased, layer.eps),
+            self._limits.distance(seen, running.mean, running.var, layer.eps),
+        ]
+        distance = dataclasses.replace(
+            distances[0],
+            shift=np.minimum(*(distance.shift for distance in distances)),
+            ratio=np.minimum(*(distance.ratio for distance in distances)),
+        )
+        if distance.worst is None:
             yield self._skipped(layer, "no channel has finite statistics")
             return
-        worst = worst_evidence(
-            shift,
-            ratio,
-            judged,
-            max_shift_std=self.max_shift_std,
-            max_log_variance_ratio=self.max_log_variance_ratio,
-            channel_quantile=self.channel_quantile,
-        )
-        if worst.value <= worst.limit or layer.run.has_new_weights_in_evaluation:
+        if not distance.is_beyond or layer.run.has_new_weights_in_evaluation:
             return
+        is_unsure = is_sampling(seen, distance, running.var, layer.eps)
         yield self._finding(
             layer,
-            Severity.INFO if is_known_harmless(layer.run) else Severity.WARNING,
+            Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
             "evaluation data differ from those of training at the first BN layer already: "
             "preprocessing or domain",
-            worst,
+            distance.worst,
             Fix("compare mean and deviation of a training and an evaluation batch"),
             step=seen.step,
         )

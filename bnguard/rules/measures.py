@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import numpy as np
-import numpy.typing as npt
 
 from bnguard.findings import Evidence
 from bnguard.history import EvalWindow, ModeGap, Run
@@ -15,6 +17,10 @@ MAX_EXCESS_CHANGE = 0.75
 MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
 MAX_FLIPPED_SHARE = 0.12
 SAMPLING_FACTOR = 2.0
+
+# Share of the variance between samples that lies between the batches of an evaluation, beyond which
+# those that were looked at do not stand for the rest. See BN301 for the figures.
+MAX_BETWEEN_SHARE = 0.15
 
 # Evaluations in a row that show harm before it counts while training goes on.
 LASTING_EVALUATIONS = 4
@@ -59,6 +65,96 @@ def is_lasting(run: Run) -> bool:
     return len(newest) == LASTING_EVALUATIONS and all(map(is_harmful, newest))
 
 
+def is_representative(seen: EvalWindow) -> bool:
+    """Return whether the batches of an evaluation are alike, so that some stand for all."""
+    return not seen.between_share > MAX_BETWEEN_SHARE
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far eval moments lie from a mean and a variance, a value per channel, and the limits.
+
+    Attributes:
+        shift: |shift| of the mean, in standard deviations.
+        ratio: |log-variance ratio|.
+        max_shift: Limit of the shift.
+        max_ratio: Limit of the ratio.
+        quantile: Share of the channels that has to be within the limits.
+    """
+
+    shift: FloatArray
+    ratio: FloatArray
+    max_shift: float
+    max_ratio: float
+    quantile: float
+
+    @property
+    def worst(self) -> Evidence | None:
+        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+        judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
+        if not judged.any():
+            return None
+        shift, ratio = (
+            float(np.quantile(values[judged], self.quantile)) for values in (self.shift, self.ratio)
+        )
+        return max(
+            Evidence("shift of the mean", shift, self.max_shift, "σ"),
+            Evidence("|log variance ratio|", ratio, self.max_ratio),
+            key=lambda evidence: evidence.value / evidence.limit,
+        )
+
+    @property
+    def excess(self) -> float:
+        """The worst in its limits; 0 where nothing is finite."""
+        return 0.0 if self.worst is None else self.worst.value / self.worst.limit
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether one of the two is beyond its limit."""
+        return self.excess > 1.0
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The channels beyond a limit, the furthest first."""
+        excess = np.maximum(self.shift / self.max_shift, self.ratio / self.max_ratio)
+        excess = np.where(np.isfinite(excess), excess, 0.0)
+        order = np.argsort(-excess, kind="stable")
+        return tuple(int(channel) for channel in order if excess[channel] > 1.0)
+
+
+def is_sampling(seen: EvalWindow, distance: Distance, var: FloatArray, eps: float) -> bool:
+    """Return whether a distance may be due to which batches were looked at.
+
+    It may where the evaluation is sorted, and the mean is no further off than twice the spread
+    between its batches: what was not looked at may lie as far on the other side.
+    """
+    if is_representative(seen) or seen.var_between is None:
+        return False
+    with np.errstate(all="ignore"):
+        spread = np.sqrt(seen.var_between / (var + eps))
+    rest = np.maximum(0.0, distance.shift - 2.0 * spread)
+    left = dataclasses.replace(distance, shift=rest, ratio=np.zeros_like(distance.ratio))
+    return not left.is_beyond
+
+
+@dataclass(frozen=True)
+class DriftLimits:
+    """Beyond which distance eval moments have drifted: see :class:`Distance`."""
+
+    max_shift: float
+    max_ratio: float
+    quantile: float
+
+    def distance(self, seen: EvalWindow, mean: FloatArray, var: FloatArray, eps: float) -> Distance:
+        """Return how far what arrived in eval mode lies from a mean and a variance."""
+        shift, ratio = drift(seen, mean, var, eps)
+        return Distance(shift, ratio, self.max_shift, self.max_ratio, self.quantile)
+
+
+# What BN301 holds layers against.
+DRIFT_LIMITS = DriftLimits(max_shift=1.0, max_ratio=1.5, quantile=0.9)
+
+
 def drift(
     seen: EvalWindow, mean: FloatArray, var: FloatArray, eps: float
 ) -> tuple[FloatArray, FloatArray]:
@@ -68,29 +164,3 @@ def drift(
             np.abs(shift_std(seen.mean, mean, var, eps)),
             np.abs(log_variance_ratio(seen.var_unbiased, var, eps)),
         )
-
-
-def worst_evidence(
-    shift: FloatArray,
-    ratio: FloatArray,
-    judged: npt.NDArray[np.bool_],
-    *,
-    max_shift_std: float,
-    max_log_variance_ratio: float,
-    channel_quantile: float,
-) -> Evidence:
-    """Return the one of two distances that lies furthest beyond its limit."""
-    return max(
-        Evidence(
-            "shift of the mean",
-            float(np.quantile(shift[judged], channel_quantile)),
-            max_shift_std,
-            "σ",
-        ),
-        Evidence(
-            "|log variance ratio|",
-            float(np.quantile(ratio[judged], channel_quantile)),
-            max_log_variance_ratio,
-        ),
-        key=lambda evidence: evidence.value / evidence.limit,
-    )

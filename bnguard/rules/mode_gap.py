@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History
-from bnguard.rules.base import ModelRule
+from bnguard.history import History, ModeGap
+from bnguard.rules.base import ExplainedRule
+from bnguard.rules.causes import Cause, cause_of_gap, sorted_batch
 from bnguard.rules.measures import (
     MAX_EXCESS_CHANGE,
     MAX_EXCESS_CHANGE_WITH_FLIPS,
@@ -20,7 +21,7 @@ from bnguard.rules.measures import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModesDisagree(ModelRule):
+class ModesDisagree(ExplainedRule):
     """The two modes give different answers for the same batch.
 
     Why it matters:
@@ -68,7 +69,7 @@ class ModesDisagree(ModelRule):
     max_flipped_share: float = MAX_FLIPPED_SHARE
     max_initial_weight: float = 0.05
 
-    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
         """Hold the gap between the modes against both limits."""
         run = history.run
         gap = run.mode_gap
@@ -81,27 +82,38 @@ class ModesDisagree(ModelRule):
             yield self._skipped(
                 None, f"when it was evaluated, {left:.0%} of the initial statistics was left"
             )
-            return
-        if not is_harmful(
+        elif is_harmful(
             gap,
             max_change=self.max_excess_change,
             max_change_with_flips=self.max_excess_change_with_flips,
             max_flipped_share=self.max_flipped_share,
         ):
-            return
+            yield self._found(history, gap, cause)
+
+    def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
+        # A drift that was found is no matter of which batches were looked at.
+        doubt = sorted_batch(history) if found is None else None
+        if found is None or found.reasons:
+            # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
+            cause = doubt or cause_of_gap(history)
+        else:
+            cause = Cause.of(found)
         excess = excess_change(gap)
         is_large = excess > self.max_excess_change
         limit = self.max_excess_change if is_large else self.max_excess_change_with_flips
-        flips = (
-            ""
-            if gap.flipped_share is None
-            else f", and {gap.flipped_share:.0%} of its predictions flip"
-        )
-        yield self._finding(
+        message = "running and batch statistics give different outputs for the same batch"
+        if gap.flipped_share is not None:
+            message += f", and {gap.flipped_share:.0%} of its predictions flip"
+        is_sure = is_trained and doubt is None and is_lasting(history.run)
+        return self._finding(
             None,
-            Severity.WARNING if is_trained and is_lasting(run) else Severity.INFO,
-            f"running and batch statistics give different outputs for the same batch{flips}",
+            Severity.WARNING if is_sure else Severity.INFO,
+            message if cause is None else f"{message}, {cause.reason}",
             Evidence("change of the outputs", excess, limit, "σ"),
-            Fix("recalibrate, and mend the cause named before", "recalibrate"),
+            _FIX if cause is None else cause.fix,
+            reasons=() if cause is None else cause.evidence,
         )
+
+
+_FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")

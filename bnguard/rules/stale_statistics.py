@@ -11,7 +11,7 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.measures import drift, is_known_harmless, worst_evidence
+from bnguard.rules.measures import DriftLimits, is_known_harmless, is_sampling
 
 _FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
 
@@ -113,26 +113,18 @@ class StaleStatistics(Rule):
         seen = layer.evaluated
         if seen is None:
             return
-        shift, ratio = drift(seen, seen.running.mean, seen.running.var, layer.eps)
-        judged = np.isfinite(shift) & np.isfinite(ratio)
-        if not judged.any():
+        running = seen.running
+        limits = DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
+        distance = limits.distance(seen, running.mean, running.var, layer.eps)
+        if distance.worst is None or not distance.is_beyond:
             return
-        worst = worst_evidence(
-            shift,
-            ratio,
-            judged,
-            max_shift_std=self.max_shift_std,
-            max_log_variance_ratio=self.max_log_variance_ratio,
-            channel_quantile=self.channel_quantile,
-        )
-        if worst.value <= worst.limit:
-            return
+        is_unsure = is_sampling(seen, distance, running.var, layer.eps)
         yield self._finding(
             layer,
-            Severity.INFO if is_known_harmless(layer.run) else Severity.WARNING,
+            Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
             "the weights that are evaluated are not those of the newest training step, and the "
             "running statistics do not fit them",
-            worst,
+            distance.worst,
             _FIX,
             step=seen.step,
         )

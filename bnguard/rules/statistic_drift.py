@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import EvalWindow, LayerHistory
-from bnguard.rules.base import Rule
-from bnguard.rules.measures import drift, is_known_harmless, is_lasting, worst_evidence
-from bnguard.stats import FloatArray
+from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.history import History, LayerHistory
+from bnguard.rules.base import ExplainedRule
+from bnguard.rules.causes import Cause, Drift, cause_in_chain, sorted_evaluation
+from bnguard.rules.measures import (
+    DRIFT_LIMITS,
+    Distance,
+    DriftLimits,
+    is_known_harmless,
+    is_lasting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatisticDrift(Rule):
+class StatisticDrift(ExplainedRule):
     """Running statistics do not describe what arrives in eval mode.
 
     Why it matters:
@@ -69,83 +73,70 @@ class StatisticDrift(Rule):
     name: ClassVar[str] = "statistic-drift"
     explains: ClassVar[tuple[str, ...]] = ("BN302",)
 
-    max_shift_std: float = 1.0
-    max_log_variance_ratio: float = 1.5
-    channel_quantile: float = 0.9
+    max_shift_std: float = DRIFT_LIMITS.max_shift
+    max_log_variance_ratio: float = DRIFT_LIMITS.max_ratio
+    channel_quantile: float = DRIFT_LIMITS.quantile
     min_values: int = 32
     max_initial_weight: float = 0.05
 
-    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
         """Hold shift and log-variance ratio of the newest evaluation against their limits."""
+        drifts: list[Drift] = []
+        called = history.layers_in_order
+        for layer in (*called, *(layer for layer in history.layers if layer not in called)):
+            judged = self._judged(layer)
+            if isinstance(judged, Skipped):
+                yield judged
+            elif judged is not None and layer.evaluated is not None:
+                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, called[0]))
+        for drift in drifts:
+            yield self._found(drift, drifts[0], cause)
+
+    @property
+    def _limits(self) -> DriftLimits:
+        return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
+
+    def _judged(self, layer: LayerHistory) -> Distance | Skipped | None:
+        """Return how far the layer has drifted, None where within the limits, or why not known."""
         seen = layer.evaluated
         if seen is None:
-            yield self._skipped(layer, "the layer was not seen in eval mode")
-            return
+            return self._skipped(layer, "the layer was not seen in eval mode")
         if seen.count < self.min_values:
-            yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
-            return
+            return self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
         left, left_then = layer.initial_weight or 0.0, layer.initial_weight_when_evaluated or 0.0
         is_final = layer.run.is_settled and left > self.max_initial_weight
         if left_then > self.max_initial_weight and not is_final:
-            yield self._skipped(
+            return self._skipped(
                 layer, f"when it was evaluated, {left_then:.0%} of the initial statistics was left"
             )
-            return
-        shift, ratio = drift(seen, seen.running.mean, seen.running.var, layer.eps)
-        worst = self._worst(shift, ratio)
-        if worst is None:
-            yield self._skipped(layer, "no channel has finite statistics")
-            return
-        if worst.value <= worst.limit:
-            return
-        yield self._finding(
-            layer,
-            self._severity(layer),
-            "what arrives in eval mode is not what the running statistics say"
-            + self._reason(layer, seen, left if is_final else 0.0),
-            worst,
-            Fix("recalibrate the running statistics with the weights as they are", "recalibrate"),
-            channels=self._drifted_channels(shift, ratio),
-            step=seen.step,
+        distance = self._limits.distance(seen, seen.running.mean, seen.running.var, layer.eps)
+        if distance.worst is None:
+            return self._skipped(layer, "no channel has finite statistics")
+        return distance if distance.is_beyond else None
+
+    def _found(self, drift: Drift, first: Drift, found: Finding | None) -> Finding:
+        doubt = sorted_evaluation(drift)
+        cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
+        evidence = drift.distance.worst
+        assert evidence is not None
+        message = "what arrives in eval mode is not what the running statistics say"
+        return self._finding(
+            drift.layer,
+            Severity.INFO if doubt is not None else _severity(drift.layer),
+            message if cause is None else f"{message}, {cause.reason}",
+            evidence,
+            _FIX if cause is None else cause.fix,
+            reasons=() if cause is None else cause.evidence,
+            channels=drift.distance.channels,
+            step=drift.seen.step,
         )
 
-    def _severity(self, layer: LayerHistory) -> Severity:
-        is_choice = layer.run.steps > 0 and not layer.updates_seen and not layer.training
-        if is_choice or is_known_harmless(layer.run) or not is_lasting(layer.run):
-            return Severity.INFO
-        return Severity.WARNING
 
-    def _worst(self, shift: FloatArray, ratio: FloatArray) -> Evidence | None:
-        judged = np.isfinite(shift) & np.isfinite(ratio)
-        if not judged.any():
-            return None
-        return worst_evidence(
-            shift,
-            ratio,
-            judged,
-            max_shift_std=self.max_shift_std,
-            max_log_variance_ratio=self.max_log_variance_ratio,
-            channel_quantile=self.channel_quantile,
-        )
+_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
 
-    def _reason(self, layer: LayerHistory, seen: EvalWindow, initial_weight: float) -> str:
-        """Return what the newest batches of training say about the cause, as part of a sentence."""
-        if initial_weight:
-            return f": {initial_weight:.0%} of them is still the initial value (BN303)"
-        if layer.window is None:
-            return ""
-        with_batches = self._worst(
-            *drift(seen, layer.window.mean, layer.window.var_unbiased, layer.eps)
-        )
-        if with_batches is None:
-            return ""
-        numbers = f"{with_batches.measure} against them {with_batches.value:.2g}"
-        if with_batches.value <= with_batches.limit:
-            return f": they lag behind the newest batches, which agree with it ({numbers})"
-        return f", nor what the newest batches of training were ({numbers})"
 
-    def _drifted_channels(self, shift: FloatArray, ratio: FloatArray) -> tuple[int, ...]:
-        excess = np.maximum(shift / self.max_shift_std, ratio / self.max_log_variance_ratio)
-        excess = np.where(np.isfinite(excess), excess, 0.0)
-        order = np.argsort(-excess, kind="stable")
-        return tuple(int(channel) for channel in order if excess[channel] > 1.0)
+def _severity(layer: LayerHistory) -> Severity:
+    is_choice = layer.run.steps > 0 and not layer.updates_seen and not layer.training
+    if is_choice or is_known_harmless(layer.run) or not is_lasting(layer.run):
+        return Severity.INFO
+    return Severity.WARNING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -92,10 +93,14 @@ class UnconvergedStatistics(ModelRule):
             layer,
             Severity.WARNING,
             f"{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
-            f"{updates} updates, {needed} needed{assumed}",
+            f"{updates} updates, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
         )
+
+
+def _needed(updates: float) -> str:
+    return "and none changes that" if math.isinf(updates) else f"{updates:g} needed"
 
 
 def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:

@@ -1,0 +1,265 @@
+"""Why running statistics do not fit what arrives in eval mode, where no other rule has said it.
+
+:func:`cause_of_drift` asks the signs in order, each a function that knows one cause: what speaks
+for it, in words and numbers, and the fix that belongs to it. The first that speaks is believed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bnguard.findings import Evidence, Finding, Fix
+from bnguard.history import BatchWindow, EvalWindow, History, LayerHistory
+from bnguard.rules.measures import (
+    DRIFT_LIMITS,
+    MAX_BETWEEN_SHARE,
+    Distance,
+    DriftLimits,
+    is_representative,
+    is_sampling,
+)
+
+# How many times its own uncertainty the average has to be off before it is more than noise.
+_NOISE_FACTOR = 3.0
+
+# Share of the distance from the running statistics at which the newest batches are nearer by far.
+# Where the data differ, the two distances are alike.
+_NEARER = 0.6
+
+# Spread of the batch means, in σ, from which small batches count as noisy once there is a drift:
+# that of 11 independent samples. BN202 accuses from 0.42 on, without one.
+_MIN_NOISE_STD = 0.3
+_MAX_SAMPLES = 11
+
+# A gap between the modes may add up from layers that are each within the limit; below this share
+# of it, what a layer shows explains nothing.
+_MIN_EXCESS_IN_GAP = 0.3
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why statistics do not fit.
+
+    Attributes:
+        reason: The cause and the numbers that speak for it: the end of a sentence, "because …".
+        fix: What belongs to it.
+        evidence: The numbers, each against what it is held to.
+    """
+
+    reason: str
+    fix: Fix
+    evidence: tuple[Evidence, ...] = ()
+
+    @classmethod
+    def of(cls, finding: Finding) -> Cause:
+        """Return the cause that another rule has found."""
+        reason = f"because of {finding.code} {finding.name}: {finding.message}"
+        return cls(reason, finding.fix, (finding.evidence, *finding.reasons))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A layer whose eval moments do not fit its running statistics, and what surrounds it.
+
+    Attributes:
+        layer: The layer.
+        seen: What arrived at it in eval mode.
+        distance: How far that is from the running statistics.
+        limits: What it was held against.
+        first: The layer that was called first.
+    """
+
+    layer: LayerHistory
+    seen: EvalWindow
+    distance: Distance
+    limits: DriftLimits
+    first: LayerHistory
+
+    def from_batches(self) -> Distance | None:
+        """Return how far what arrived is from the newest batches of training."""
+        window = self.layer.window
+        if window is None or self.distance.worst is None:
+            return None
+        distance = self.limits.distance(self.seen, window.mean, window.var_unbiased, self.layer.eps)
+        return None if distance.worst is None else distance
+
+
+def cause_of_gap(history: History) -> Cause | None:
+    """Return why the two modes disagree: why the statistics that fit worst do not."""
+    called = history.layers_in_order
+    drifts = [
+        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, called[0])
+        for layer in called
+        if layer.evaluated is not None
+        for running in [layer.evaluated.running]
+        for distance in [
+            DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
+        ]
+        if distance.excess > _MIN_EXCESS_IN_GAP
+    ]
+    worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
+    cause = None if worst is None else cause_of_drift(worst)
+    if worst is None or cause is None:
+        return None
+    return dataclasses.replace(
+        cause,
+        reason=f"most of all at {worst.layer.name or 'the layer'} ({worst.distance.worst}), "
+        f"{cause.reason}",
+    )
+
+
+def sorted_batch(history: History) -> Cause | None:
+    """Return that evaluation is sorted, where a layer shows it: its batches are each unlike all."""
+    seen = [layer.evaluated for layer in history.layers if layer.evaluated is not None]
+    worst = max(seen, key=lambda window: window.between_share, default=None)
+    return None if worst is None or is_representative(worst) else _sorted(worst)
+
+
+def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
+    """Return why a layer has drifted: what goes wrong at the first that has arrives here too."""
+    cause = cause_of_drift(first)
+    if cause is None or drift is first:
+        return cause
+    where = first.layer.name or "the layer before"
+    return dataclasses.replace(cause, reason=f"which begins at {where}, {cause.reason}")
+
+
+def cause_of_drift(drift: Drift) -> Cause | None:
+    """Return why a layer's statistics do not fit; None where nothing speaks for any cause."""
+    causes = (sign(drift) for sign in _SIGNS)
+    return next((cause for cause in causes if cause is not None), None)
+
+
+def sorted_evaluation(drift: Drift) -> Cause | None:
+    """The batches looked at are not like those that were not: nothing can be said of the rest."""
+    seen = drift.seen
+    if not is_sampling(seen, drift.distance, seen.running.var, drift.layer.eps):
+        return None
+    return _sorted(seen)
+
+
+def noisy_average(drift: Drift) -> Cause | None:
+    """The running average holds so few batches that it is as uncertain as it is off."""
+    layer, window, batches = drift.layer, drift.layer.window, drift.from_batches()
+    if window is None or batches is None or batches.is_beyond or not layer.momentum:
+        return None
+    # The variance of an exponential average of independent values: a / (2 - a) of theirs.
+    uncertainty = _noise_std(window) * math.sqrt(layer.momentum / (2.0 - layer.momentum))
+    shift = drift.distance.worst
+    if shift is None or shift.unit != "σ" or not shift.value <= _NOISE_FACTOR * uncertainty:
+        return None
+    return Cause(
+        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches "
+        f"{_of_samples(layer)}, which leaves the mean uncertain by {uncertainty:.2g} σ",
+        Fix("recalibrate; a smaller momentum or larger batches for the next run", "recalibrate"),
+        (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
+    )
+
+
+def lag(drift: Drift) -> Cause | None:
+    """The weights have moved on, and the average has not followed: the newest batches fit."""
+    batches = drift.from_batches()
+    if batches is None or batches.worst is None:
+        return None
+    # Where weights move within the window as well, its average is only nearer than the running one.
+    if batches.is_beyond and batches.excess > _NEARER * drift.distance.excess:
+        return None
+    momentum, worst = drift.layer.momentum, batches.worst
+    span = (
+        "a plain average over all updates"
+        if momentum is None
+        else f"momentum {momentum:g} looks back over some {1 / max(momentum, 1e-12):.0f} updates"
+    )
+    return Cause(
+        "because they lag behind the weights, since the newest batches of training agree with it "
+        f"({worst.measure} against them {worst.value:.2g}); {span}",
+        Fix(
+            "recalibrate before evaluation (BatchNormRecalibration); a larger momentum, or a "
+            "falling learning rate",
+            "recalibrate",
+        ),
+        (worst,),
+    )
+
+
+def small_batches(drift: Drift) -> Cause | None:
+    """The statistics of each batch are so noisy that training and evaluation differ by them."""
+    layer, window = drift.layer, drift.layer.window
+    if window is None or layer.samples is None or layer.samples > _MAX_SAMPLES:
+        return None
+    noise = _noise_std(window)
+    if not noise > _MIN_NOISE_STD:
+        return None
+    return Cause(
+        f"because the mean of a batch of {layer.samples} samples jumps by {noise:.2g} σ, so that "
+        "training shows the layers after it something else",
+        Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm"),
+        (Evidence("spread of the batch means", noise, _MIN_NOISE_STD, "σ"),),
+    )
+
+
+def other_data(drift: Drift) -> Cause | None:
+    """At the first layer, evaluation is unlike the batches of training: the data differ."""
+    batches = drift.from_batches()
+    if batches is None or batches.worst is None or drift.layer is not drift.first:
+        return None
+    return Cause(
+        "because the data differ: at the first BN layer already it is not what the newest batches "
+        f"of training were ({batches.worst.measure} against them {batches.worst.value:.2g})",
+        Fix("compare mean and deviation of a training and an evaluation batch"),
+        (batches.worst,),
+    )
+
+
+def other_path(drift: Drift) -> Cause | None:
+    """The first layer agrees, a later one does not: something between depends on the mode."""
+    batches = drift.from_batches()
+    if batches is None or batches.worst is None:
+        return None
+    return Cause(
+        "because what lies between this and the BN layers before, which agree, acts otherwise in "
+        "eval mode, or the data differ: it is not what the newest batches of training were "
+        f"({batches.worst.measure} against them {batches.worst.value:.2g})",
+        Fix("look for dropout and branches on self.training before the layer, then at the data"),
+        (batches.worst,),
+    )
+
+
+# What says that nothing can be said stands first, what is left when all else fits last.
+_SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
+    sorted_evaluation,
+    noisy_average,
+    lag,
+    small_batches,
+    other_data,
+    other_path,
+)
+
+
+def _sorted(seen: EvalWindow) -> Cause:
+    return Cause(
+        f"because the {seen.batches} batches of evaluation that were looked at do not stand for "
+        f"the rest: {seen.between_share:.0%} of the variance between samples lies between batches, "
+        "as where they are sorted",
+        Fix("shuffle the evaluation data once, or look at more batches (eval_batches), then judge"),
+        (
+            Evidence(
+                "variance between batches", 100 * seen.between_share, 100 * MAX_BETWEEN_SHARE, "%"
+            ),
+        ),
+    )
+
+
+def _noise_std(window: BatchWindow) -> float:
+    """Return the spread of the batch means in σ, the median over channels; NaN if not known."""
+    known = window.noise_std[np.isfinite(window.noise_std)]
+    return float(np.median(known)) if known.size else math.nan
+
+
+def _of_samples(layer: LayerHistory) -> str:
+    return "" if layer.samples is None else f"of {layer.samples} samples"

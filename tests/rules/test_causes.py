@@ -1,0 +1,233 @@
+"""A drift is told with its cause, the numbers that speak for it, and the fix that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import bnguard
+from bnguard.diagnosis import diagnose
+from bnguard.findings import Severity
+from bnguard.history import BatchWindow, History, LayerHistory, ModeGap, Run, RunningStatistics
+from bnguard.rules import rule_named
+from bnguard.windows import EvalWindow
+from tests.networks import digits
+from tests.zoo.architectures import build
+from tests.zoo.faults import (
+    averaged_weights,
+    lagging_statistics,
+    other_preprocessing,
+    sorted_by_class,
+    too_few_updates,
+)
+from tests.zoo.training import EVALUATE, shuffled
+
+SYMPTOMS = [rule_named("BN301"), rule_named("BN302")]
+HARM = ModeGap(module="", samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
+
+
+def window(mean=0.0, noise=0.0, batches=20):
+    """A window of training; ``noise`` is the spread of the batch means in σ."""
+    between = np.full(4, noise**2 / (1.0 - noise**2))
+    return BatchWindow(
+        batches=np.full(4, float(batches)),
+        mean=np.full(4, mean),
+        var_unbiased=np.ones(4),
+        var_of_means=between,
+        var_of_means_successive=between,
+        var_min=np.ones(4),
+        var_max=np.ones(4),
+        first_step=1,
+        last_step=batches,
+    )
+
+
+def drifted(name="bn", mean=3.0, position=0, **options):
+    """A layer that sees, in eval mode, another mean than its running statistics say."""
+    running = RunningStatistics(mean=np.zeros(4), var=np.ones(4), updates=1000)
+    seen = EvalWindow(
+        count=10_000,
+        batches=8,
+        mean=np.full(4, mean),
+        var_unbiased=np.ones(4),
+        running=running,
+        step=10,
+    )
+    return LayerHistory(
+        **{
+            "name": name,
+            "channels": 4,
+            "position": position,
+            "training": True,
+            "updates_seen": 100,
+            "samples": 32,
+            "running": running,
+            "evaluated": seen,
+            "run": Run(steps=100, mode_gap=HARM),
+            **options,
+        }
+    )
+
+
+def symptoms(*layers):
+    findings = diagnose(History(layers=layers, run=layers[0].run), SYMPTOMS).findings
+    return [f for f in findings if f.code == "BN301"], [f for f in findings if f.code == "BN302"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason", "fix", "repair"),
+    [
+        (
+            drifted(window=window(mean=3.0), momentum=0.01),
+            "lag behind the weights.*momentum 0.01 looks back over some 100 updates",
+            "larger momentum",
+            "recalibrate",
+        ),
+        (
+            drifted(window=window(mean=3.0), momentum=None),
+            "lag behind the weights.*a plain average over all updates",
+            "larger momentum",
+            "recalibrate",
+        ),
+        # Weights that move within the window: it is only nearer than the running statistics.
+        (drifted(window=window(mean=1.5)), "lag behind the weights", "momentum", "recalibrate"),
+        (
+            drifted(mean=1.1, window=window(mean=1.1, noise=0.7), momentum=0.45, samples=2),
+            "averages some 3 batches of 2 samples.*uncertain by 0.38 σ",
+            "smaller momentum",
+            "recalibrate",
+        ),
+        (
+            drifted(window=window(noise=0.35), samples=8),
+            "a batch of 8 samples jumps by 0.35 σ",
+            "GroupNorm",
+            None,
+        ),
+        (
+            drifted(window=window()),
+            "the data differ: at the first BN layer already",
+            "a training and an evaluation batch",
+            None,
+        ),
+    ],
+)
+def test_each_cause_has_its_words_numbers_and_fix(layer, reason, fix, repair):
+    (drift,), (gap,) = symptoms(layer)
+    for finding in (drift, gap):
+        assert finding.severity is Severity.WARNING
+        assert fix in finding.fix.summary
+        assert finding.fix.repair == repair
+        assert finding.reasons
+        assert re.search(reason, finding.message), finding.message
+    assert gap.cause == "BN301"
+
+
+def test_a_drift_after_layers_that_agree_lies_between_them():
+    first = drifted("first", mean=0.0, window=window())
+    (drift,), _ = symptoms(first, drifted("second", position=1, window=window()))
+    assert drift.layer == "second"
+    assert "what lies between" in drift.message
+    assert "dropout" in drift.fix.summary
+
+
+def test_what_goes_wrong_at_one_layer_is_told_of_those_after_it():
+    layers = [drifted(f"{place}", position=place, window=window(mean=3.0)) for place in range(3)]
+    drifts, _ = symptoms(*layers)
+    assert [drift.layer for drift in drifts] == ["0", "1", "2"]
+    assert "begins at" not in drifts[0].message
+    assert all("begins at 0, because they lag" in drift.message for drift in drifts[1:])
+
+
+def test_without_batches_of_training_nothing_is_guessed():
+    (drift,), (gap,) = symptoms(drifted())
+    assert "because" not in drift.message
+    assert "because of BN301" in gap.message
+    assert drift.fix.repair == gap.fix.repair == "recalibrate"
+
+
+def watched(fault, architecture="mlp"):
+    return fault.FAULT.watched(is_faulty=True, architecture=architecture, seed=3).report
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (too_few_updates, "BN303"),
+        (other_preprocessing, "BN305"),
+        (averaged_weights, "BN304"),
+        (sorted_by_class, "BN203"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_cause_that_a_rule_names_comes_first_and_lends_its_numbers_and_fix(fault, code):
+    findings = watched(fault).findings
+    root = findings[0]
+    assert (root.code, root.cause) == (code, None)
+    told = [f for f in findings if f.code in ("BN301", "BN302") and f.severity > Severity.INFO]
+    for symptom in told:
+        assert f"because of {code}" in symptom.message
+        assert symptom.fix == root.fix
+        assert symptom.reasons
+    assert told or code == "BN203"
+
+
+def test_a_lag_is_told_in_a_real_run():
+    report = watched(lagging_statistics)
+    assert report.findings[0].code == "BN301"
+    assert all("lag behind the weights" in f.message for f in report.findings)
+
+
+def sorted_batches(size):
+    images, labels = (values[EVALUATE] for values in digits())
+    return images[labels.argsort(stable=True)].split(size)
+
+
+@pytest.mark.parametrize("size", [8, 32, 128])
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "sequence"])
+def test_a_sorted_evaluation_accuses_nobody(architecture, size):
+    batches = sorted_batches(size)
+    report = trained(architecture, batches)
+    assert [str(f) for f in report.findings if f.severity > Severity.INFO] == []
+
+
+def trained(architecture, batches, momentum=0.1, prepare=lambda images: images):
+    """Train on shuffled digits, and evaluate on these batches."""
+    torch.manual_seed(0)
+    model = build(architecture, momentum=momentum)
+    told = []
+    images, labels = digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with bnguard.watch(model, optimizer=optimizer, on_findings=told.append) as monitor:
+        for _ in range(3):
+            model.train()
+            for batch in shuffled(labels[:1200]).split(32)[:-1]:
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                optimizer.step()
+                monitor.step()
+            model.eval()
+            with torch.no_grad(), monitor.evaluation():
+                for part in batches:
+                    model(prepare(part))
+    assert told == [] or momentum != 0.1 or prepare(images) is not images
+    return monitor.report()
+
+
+def test_a_large_drift_is_told_also_where_evaluation_is_sorted():
+    report = trained("mlp", sorted_batches(32), prepare=lambda images: 3.0 * images + 1.0)
+    assert "BN305" in {f.code for f in report.findings if f.severity > Severity.INFO}
+
+
+def test_what_is_sorted_is_told_as_such():
+    spread = dataclasses.replace(
+        drifted().evaluated, between_share=0.6, var_between=np.full(4, 4.0)
+    )
+    (drift,), (gap,) = symptoms(drifted(evaluated=spread, window=window()))
+    for finding in (drift, gap):
+        assert finding.severity is Severity.INFO
+        assert "do not stand for the rest: 60%" in finding.message
+        assert "shuffle the evaluation data" in finding.fix.summary
