@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from bnguard.adapters import Adapter, adapter_of
 
-# Training code wraps models; a wrapper's prefix says nothing about the layer.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+# What torch.compile and Lightning Fabric call the module that they wrap, be it the whole model or a
+# part of it; it says nothing about the layer.
+_WRAPPED = ("_orig_mod", "_forward_module")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,24 +155,21 @@ def is_wrapper(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return True
-    # The names are those of torch.compile and of Lightning Fabric.
-    held = (getattr(module, name, None) for name in ("_orig_mod", "_forward_module"))
+    held = (getattr(module, name, None) for name in _WRAPPED)
     return any(isinstance(inner, nn.Module) for inner in held)
 
 
 def without_wrappers(name: str) -> str:
-    """Return the dotted name of a module without what wrappers put before it.
+    """Return the dotted name of a module as its author wrote it, without what wrappers put in.
 
-    >>> without_wrappers("module._orig_mod.layer1.bn")
+    >>> without_wrappers("module._orig_mod.layer1._orig_mod.bn")
     'layer1.bn'
     """
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return "" if name in {prefix.rstrip(".") for prefix in _WRAPPER_PREFIXES} else name
+    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    # Only in front, where DataParallel puts it: elsewhere it may be a name of the author's.
+    while parts and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,14 +18,19 @@ from torch.optim import Optimizer
 
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
+from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity, group_findings
 from bnguard.history import BatchWindow, History
 from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
+from bnguard.ranks import merge_findings, merge_reports
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 
 logger = logging.getLogger("bnguard")
+
+# The ranks of a training make the same monitors, one after another.
+_numbers = itertools.count()
 
 
 def log_findings(group: FindingGroup) -> None:
@@ -65,6 +71,9 @@ def watch(
     Call :meth:`Monitor.step` after each optimizer step, and run validation inside
     :meth:`Monitor.evaluation`. The model is left as it is, but for a hook a layer that reads the
     shape of its input; :meth:`Monitor.close` takes the hooks off.
+
+    Where several processes train, each watches its own batches: :meth:`Monitor.report` tells what
+    this one saw, and :meth:`Monitor.report_of_all_ranks` what all of them did.
 
     Args:
         model: The model; one without BN layers is warned about once, and watched in vain.
@@ -110,7 +119,7 @@ def watch(
         eval_batches=eval_batches,
         planned_steps=planned_steps,
         plan=plan_training(
-            loader, ranks=_number_of_ranks(), accumulated_batches=accumulated_batches
+            loader, ranks=number_of_ranks(), accumulated_batches=accumulated_batches
         ),
         rules=rules,
         configuration=configuration,
@@ -146,6 +155,7 @@ class Monitor:
         self._configuration = configuration
         self._rules = configuration.rules(rules)
         self._on_findings = on_findings
+        self._exchange = Exchange(f"monitor {next(_numbers)}")
         self._step = 0
         self._is_evaluating = False
         self._first_steps: dict[tuple[str, Severity, str | None], int] = {}
@@ -175,6 +185,11 @@ class Monitor:
     def has_layers(self) -> bool:
         """Whether there is anything to watch."""
         return bool(self._observer.layers)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that run, with the limits in force."""
+        return self._rules
 
     def step(self, step: int | None = None) -> None:
         """Read what the training step just taken left in the buffers.
@@ -243,6 +258,27 @@ class Monitor:
         """Return what is known so far, as if training ended here."""
         return self._report(self._observer.history(is_settled=True))
 
+    def report_of_all_ranks(self) -> Report:
+        """Return what is known so far with what the other processes found, labelled as theirs.
+
+        Each rank has to call it, as often as the others; one that has left is not waited for. All
+        of them are given the same findings. With one process it is :meth:`report`.
+        """
+        return merge_reports(
+            self.report(), self._exchange, self._rules, self._configuration.is_wanted
+        )
+
+    def findings_of_all_ranks(self, mine: Collection[Finding]) -> tuple[Finding, ...]:
+        """Return findings that each rank brings, each once, labelled where not all have it.
+
+        To be called by all ranks, as :meth:`report_of_all_ranks`.
+        """
+        return self._exchange.merged(tuple(mine), merge_findings)
+
+    def leave(self) -> None:
+        """Let the other ranks bring together what they have without this one, from now on."""
+        self._exchange.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what lets a run that is resumed go on as one, as a checkpoint can hold it.
 
@@ -310,10 +346,3 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     if given is None:
         return ()
     return (given,) if isinstance(given, Optimizer) else tuple(given)
-
-
-def _number_of_ranks() -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()

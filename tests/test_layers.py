@@ -80,6 +80,25 @@ def test_the_random_state_comes_back():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        nn.DataParallel,
+        lambda net: torch.compile(nn.DataParallel(net)),
+        lambda net: nn.DataParallel(torch.compile(net)),
+        torch.optim.swa_utils.AveragedModel,
+    ],
+)
+def test_wrappers_leave_no_trace_in_the_names(build):
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert [layer.name for layer in find_layers(build(net))] == ["1"]
+
+
+def test_a_part_that_is_compiled_keeps_the_name_that_its_author_wrote():
+    net = nn.Sequential(torch.compile(nn.Sequential(nn.BatchNorm1d(2))), nn.BatchNorm1d(2))
+    assert [layer.name for layer in find_layers(net)] == ["0.0", "1"]
+
+
 def test_fabric_leaves_no_trace_in_the_names():
     fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
     inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))

@@ -31,7 +31,7 @@ class GuardedCallback(Callback):
         self.is_off = False
 
     def let_go(self) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found; callable at any time."""
 
     def turn_off(self, error: Exception) -> None:
         """Do nothing from now on, and say why."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import rich
 
+from bnguard.configuration import read_configuration
+from bnguard.errors import ConfigurationError
+from bnguard.exchange import number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity, group_findings
 from bnguard.layers import find_layers
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.logs import RunLog
-from bnguard.lightning.ranks import gather, merge_findings, merge_reports, number_of_ranks
 from bnguard.lightning.trainer import (
     class_path,
     datamodule_of,
@@ -35,6 +37,9 @@ from bnguard.rules import RULES, Rule
 
 REPORT_FILE = "bnguard-report.json"
 
+_STOP_LEVELS = (None, "error", "warning")
+_REPORTS = ("terminal", "file", "both", "none")
+
 
 class BatchNormMonitor(GuardedCallback):
     """Watches the BN layers during ``fit``, and says what is wrong with them.
@@ -46,7 +51,7 @@ class BatchNormMonitor(GuardedCallback):
 
     Where several processes train, each watches its own batches; what they find is brought together
     every ``every_n_steps`` batches and at the end, and rank zero prints and writes it. A finding
-    that not all of them have says which do.
+    that not all of them have says which do. A rank that has ended or failed is not waited for.
 
     An error inside bnguard does not end the run: it is printed, and the callback turns off.
 
@@ -54,6 +59,9 @@ class BatchNormMonitor(GuardedCallback):
         every_n_steps: How often the rules run, in training batches.
         eval_batches: Validation batches that are read in each validation.
         rules: The rules to run.
+        select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
+            next go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
+        ignore: Those that do not run, also where they are selected.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         stop_on: Stop the trainer after the step in which a finding so severe appears.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
@@ -61,6 +69,9 @@ class BatchNormMonitor(GuardedCallback):
 
     Attributes:
         report: The report of the run that ended last; None before.
+
+    Raises:
+        ConfigurationError: An option, a rule or a limit does not exist.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -73,16 +84,24 @@ class BatchNormMonitor(GuardedCallback):
         every_n_steps: int = 50,
         eval_batches: int = 8,
         rules: Iterable[Rule] = RULES,
+        select: Collection[str] | None = None,
+        ignore: Collection[str] | None = None,
         restore_poisoned: bool = False,
         stop_on: Literal["error", "warning"] | None = None,
         report: Literal["terminal", "file", "both", "none"] = "both",
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
+        # What is wrong with these is to be told before the run, not at its start.
+        read_configuration().changed(select=select, ignore=ignore)
+        _known("stop_on", stop_on, _STOP_LEVELS)
+        _known("report", report, _REPORTS)
         self.report: Report | None = None
         self._every_n_steps = max(1, every_n_steps)
         self._eval_batches = eval_batches
         self._rules = tuple(rules)
+        self._select = select
+        self._ignore = ignore
         self._restore_poisoned = restore_poisoned
         self._stop_level = None if stop_on is None else Severity[stop_on.upper()]
         self._is_printed = report in ("terminal", "both")
@@ -95,23 +114,30 @@ class BatchNormMonitor(GuardedCallback):
         self._told: set[tuple[str, Severity, str | None]] = set()
         self._log: RunLog | None = None
         self._momenta: dict[str, float | None] = {}
-        self._resumed: dict[str, Any] | None = None
+        # Of the run that this one goes on from; and of the one that ended last.
+        self._before: dict[str, Any] | None = None
+        self._ended: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the momentum of each layer, and what lets a resumed run go on as one."""
-        monitored = self._resumed if self._monitor is None else self._monitor.state_dict()
-        return {"momentum": self._momenta, "monitor": monitored}
+        return self._state() or {}
 
+    @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an interrupted run knew, when training begins."""
-        self._resumed = state_dict.get("monitor")
+        self._before = state_dict.get("monitor")
 
     @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, with weights restored and moved, and after the sanity check."""
-        self._watch(trainer, pl_module, planned_batches(trainer))
-        if self._monitor is not None and self._resumed is not None:
-            self._monitor.load_state_dict(self._resumed)
+        before, self._before = self._before, None
+        self._told.clear()
+        monitor = self._watch(trainer, pl_module, planned_batches(trainer))
+        if monitor is None:
+            return
+        if before is not None:
+            monitor.load_state_dict(before)
+        self._log = RunLog(trainer, monitor.rules)
         if self._is_printed and trainer.is_global_zero and not is_rehearsal(trainer):
             show(trainer, self._greeting(trainer))
 
@@ -124,6 +150,7 @@ class BatchNormMonitor(GuardedCallback):
             self._has_evaluated = False
             self.forget_changes()
 
+    @guarded
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -133,9 +160,12 @@ class BatchNormMonitor(GuardedCallback):
         batch_idx: int,
     ) -> None:
         """Read what the batch left in the buffers, and log at the trainer's logging steps."""
-        self._step(trainer)
+        if self._monitor is None:
+            return
+        self._monitor.step(logged_step(trainer) + 1)
+        if self._log is not None and is_logging_step(trainer):
+            self._log.write(self._monitor)
         self._batches += 1
-        # Not guarded: a rank that has turned itself off must still come where the others wait.
         if self._batches % self._every_n_steps == 0:
             self._exchange(trainer)
 
@@ -158,6 +188,7 @@ class BatchNormMonitor(GuardedCallback):
         if is_last_batch(trainer, batch_idx, dataloader_idx):
             self._evaluation.close()
 
+    @guarded
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what arrived in eval mode against the running statistics."""
         self._end_evaluation(trainer)
@@ -167,6 +198,7 @@ class BatchNormMonitor(GuardedCallback):
         """Begin to read what arrives in eval mode."""
         self._begin_evaluation(trainer, pl_module)
 
+    @guarded
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what arrived in eval mode against the running statistics."""
         self._end_evaluation(trainer)
@@ -176,15 +208,17 @@ class BatchNormMonitor(GuardedCallback):
         """Begin to read what arrives in eval mode."""
         self._begin_evaluation(trainer, pl_module)
 
+    @guarded
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold what arrived in eval mode against the running statistics."""
         self._end_evaluation(trainer)
 
+    @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show and write the report."""
-        self._exchange(trainer)
-        self._present(trainer, gather(self._final_report(trainer)))
+        self._conclude(trainer)
 
+    @guarded
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -192,20 +226,27 @@ class BatchNormMonitor(GuardedCallback):
 
         Each rank tells its own: the others may never come here.
         """
+        if self._monitor is None:
+            return
+        self._monitor.leave()
         self._tell(trainer, self._untold, rank=trainer.global_rank)
         self._untold = []
-        self._present(trainer, [self._final_report(trainer)])
+        self._present(trainer, self._end(self._monitor).report())
 
+    @guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was found."""
         self.let_go()
 
     def let_go(self) -> None:
-        """Take the hooks off."""
-        self._evaluation.close()
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
+        """Take the hooks off, and let the other ranks go on without this one."""
+        monitor, self._monitor = self._monitor, None
+        try:
+            self._evaluation.close()
+        finally:
+            if monitor is not None:
+                monitor.leave()
+                monitor.close()
 
     @guarded
     def forget_changes(self) -> None:
@@ -221,14 +262,27 @@ class BatchNormMonitor(GuardedCallback):
                 stack.enter_context(self._monitor.paused())
             yield
 
+    @guarded
+    def _state(self) -> dict[str, Any]:
+        state = self._ended if self._monitor is None else self._monitor.state_dict()
+        return {"momentum": self._momenta, "monitor": state}
+
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, planned_steps: int | None
-    ) -> Monitor:
+    ) -> Monitor | None:
+        """Begin to watch; a module without BN layers is left alone, and said to be in one line."""
+
         def note(group: FindingGroup) -> None:
             self._untold.extend(group.findings)
             if number_of_ranks() == 1:
                 self._exchange(trainer)
 
+        self._momenta = {layer.name: layer.momentum for layer in find_layers(pl_module)}
+        if not self._momenta:
+            if trainer.is_global_zero:
+                name = type(pl_module).__name__
+                show(trainer, f"bnguard: {name} has no BN layers, so there is nothing to watch")
+            return None
         self._monitor = watch(
             pl_module,
             optimizer=trainer.optimizers,
@@ -238,65 +292,57 @@ class BatchNormMonitor(GuardedCallback):
             loader=trainer.train_dataloader,
             accumulated_batches=trainer.accumulate_grad_batches,
             rules=self._rules,
+            select=self._select,
+            ignore=self._ignore,
             restore_poisoned=self._restore_poisoned,
             on_findings=note,
         )
-        self._momenta = {layer.name: layer.momentum for layer in find_layers(pl_module)}
-        if is_fitting(trainer):
-            self._log = RunLog(trainer, self._rules)
         return self._monitor
-
-    @guarded
-    def _step(self, trainer: Trainer) -> None:
-        if self._monitor is None:
-            return
-        self._monitor.step(logged_step(trainer) + 1)
-        if self._log is not None and is_logging_step(trainer):
-            self._log.write(self._monitor)
 
     def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        monitor = self._monitor or self._watch(trainer, pl_module, None)
-        self._evaluation.enter_context(monitor.evaluation())
-        self._has_evaluated = True
+        if self._monitor is None and not is_fitting(trainer):
+            self._watch(trainer, pl_module, None)
+        if self._monitor is not None:
+            self._evaluation.enter_context(self._monitor.evaluation())
+            self._has_evaluated = True
 
     def _end_evaluation(self, trainer: Trainer) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self._monitor is None:
             return
-        self._close_evaluation()
-        self._exchange(trainer)
+        self._evaluation.close()
         if not is_fitting(trainer):
-            self._present(trainer, gather(self._final_report(trainer)))
-
-    @guarded
-    def _close_evaluation(self) -> None:
-        self._evaluation.close()
-        if self._monitor is not None and self._log is not None:
-            self._log.write_evaluation(self._monitor)
-
-    @guarded
-    def _final_report(self, trainer: Trainer) -> Report | None:
-        """Return what this rank knows at the end, and watch no longer."""
-        monitor = self._monitor
-        if monitor is None:
-            return None
-        self._evaluation.close()
+            self._conclude(trainer)
+            return
         if self._log is not None:
-            self._log.write(monitor)
-        report = monitor.report()
-        self._resumed = monitor.state_dict()
+            self._log.write_evaluation(self._monitor)
+        self._exchange(trainer)
+
+    def _conclude(self, trainer: Trainer) -> None:
+        """Tell what is new, show and write the report, and watch no longer."""
+        if self._monitor is None:
+            return
+        self._exchange(trainer)
+        if self._log is not None:
+            self._log.write(self._monitor)
+        report = self._monitor.report_of_all_ranks()
+        self._end(self._monitor)
+        self._present(trainer, report)
+
+    def _end(self, monitor: Monitor) -> Monitor:
+        """Watch no longer, and keep what a later checkpoint of the run should hold."""
+        self._ended = monitor.state_dict()
         self._log = None
         self.let_go()
-        return report
+        return monitor
 
     def _exchange(self, trainer: Trainer) -> None:
-        """Bring what is new on all ranks together: each comes here as often as the others."""
-        by_rank = gather(self._untold)
-        self._untold = []
-        self._tell(trainer, merge_findings(by_rank))
+        """Tell what is new on all ranks: each comes here as often as the others."""
+        mine, self._untold = self._untold, []
+        if self._monitor is not None:
+            self._tell(trainer, self._monitor.findings_of_all_ranks(mine))
 
-    @guarded
     def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
         new = [finding for finding in findings if finding.key not in self._told]
         self._told.update(finding.key for finding in new)
@@ -308,11 +354,7 @@ class BatchNormMonitor(GuardedCallback):
                 if trainer.is_global_zero:
                     show(trainer, f"bnguard: stopping the trainer because of {group.worst.code}")
 
-    @guarded
-    def _present(self, trainer: Trainer, by_rank: Sequence[Report | None]) -> None:
-        report = merge_reports(by_rank, self._rules)
-        if report is None:
-            return
+    def _present(self, trainer: Trainer, report: Report) -> None:
         self.report = report
         if not trainer.is_global_zero or is_rehearsal(trainer):
             return
@@ -333,6 +375,11 @@ class BatchNormMonitor(GuardedCallback):
             f"bnguard · watching {len(self._momenta)} BN layers{who} · findings appear here, "
             f"the report at the end{where}"
         )
+
+
+def _known(option: str, value: object, known: Collection[object]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{option}={value!r} is unknown: use one of {known}")
 
 
 def _commands(trainer: Trainer, report: Report) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from bnguard.lightning.samples import Split, loader_of, plain_forward, sampled, 
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.lightning.trainer import is_fitting, show
 
-When = Literal["validation", "fit-end", "test"]
+When = Literal["validation", "checkpoint", "fit-end", "test"]
 
 # Running statistics before and after, by the name of the layer.
 _Change = tuple[RunningStatistics, RunningStatistics]
@@ -37,8 +38,11 @@ class BatchNormRecalibration(GuardedCallback):
     their own, and keep them. Layers that are held in eval mode in training stay as they are.
 
     Args:
-        when: ``"validation"``, before each validation of ``fit``; ``"fit-end"``, once after the
-            last epoch, and for good; ``"test"``, before ``test`` and ``predict``.
+        when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
+            checkpoint is saved, which alone gets the new statistics (not one of weights alone,
+            of which Lightning tells no callback; averaging callbacks come before this one);
+            ``"fit-end"``, once after the last epoch, and for good; ``"test"``, before ``test`` and
+            ``predict``.
         data: ``"train"`` or ``"validation"``, of which samples are drawn; or batches.
         every_n_epochs: In which epochs; for ``when="validation"``.
         samples: Samples to use at most, on all ranks together.
@@ -77,10 +81,9 @@ class BatchNormRecalibration(GuardedCallback):
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
-        if when not in ("validation", "fit-end", "test"):
-            raise ConfigurationError(
-                f"when={when!r} is unknown: use 'validation', 'fit-end' or 'test'"
-            )
+        if when not in get_args(When):
+            known = ", ".join(map(repr, get_args(When)))
+            raise ConfigurationError(f"when={when!r} is unknown: use one of {known}")
         if isinstance(data, str) and data not in ("train", "validation"):
             raise ConfigurationError(f"data={data!r} is unknown: use 'train' or 'validation'")
         self.result: Recalibration | None = None
@@ -103,19 +106,33 @@ class BatchNormRecalibration(GuardedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics of training, which the model does not have just then."""
-        return {
-            "changes": {
-                name: [_as_tensors(before), _as_tensors(after)]
-                for name, (before, after) in self._changes.items()
-            }
-        }
+        return self._state() or {}
 
+    @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the statistics of training, to be put back before the next batch."""
         self._changes = {
             name: (_from_tensors(before), _from_tensors(after))
             for name, (before, after) in state_dict["changes"].items()
         }
+
+    @guarded
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Recalibrate a copy that has the weights of the checkpoint, averaged ones perhaps."""
+        if self._when != "checkpoint" or not is_fitting(trainer):
+            return
+        saved = checkpoint["state_dict"]
+        twin = copy.deepcopy(pl_module)
+        twin.load_state_dict(saved, strict=False)
+        twin.trainer = trainer
+        self._recalibrate(trainer, twin, "for the checkpoint")
+        new = twin.state_dict()
+        saved.update({key: new[key] for key in saved if key in new})
+        # A run that goes on from here goes on with its own.
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self._state()
+        self._changes = {}
 
     @guarded
     def on_train_batch_start(
@@ -189,6 +206,15 @@ class BatchNormRecalibration(GuardedCallback):
         if self._when == "fit-end":
             self._recalibrate(trainer, pl_module, "at the end of fit")
         self._changes = {}
+
+    @guarded
+    def _state(self) -> dict[str, Any]:
+        return {
+            "changes": {
+                name: [_as_tensors(before), _as_tensors(after)]
+                for name, (before, after) in self._changes.items()
+            }
+        }
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
         names = [layer.name for layer in find_layers(module) if layer.name not in self._frozen]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from bnguard.errors import ConfigurationError
+from bnguard.exchange import number_of_ranks
 from bnguard.lightning.framework import LightningModule, Trainer
-from bnguard.lightning.ranks import number_of_ranks
 from bnguard.lightning.trainer import datamodule_of
 
 Split = Literal["train", "validation"]

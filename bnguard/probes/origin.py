@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bnguard.history import BadValueOrigin
+from bnguard.layers import without_wrappers
 from bnguard.probes.hooks import Hooks
 
 # Forwards that are looked at before the hooks come off without having seen anything.
@@ -33,7 +34,8 @@ class OriginProbe:
         self.step = first_step
         self._forwards = 0
         for name, module in model.named_modules():
-            self.hooks.after(module, self._looker(name, module, is_model=module is model))
+            look = self._looker(without_wrappers(name), module, is_model=module is model)
+            self.hooks.after(module, look)
 
     def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
         @torch.no_grad()

@@ -1,9 +1,17 @@
-"""Trains on two processes: ``python ddp_run.py FOLDER CASE``; the results are in FOLDER."""
+"""Trains on two processes, case after case: ``python -m tests.lightning.ddp_run FOLDER``.
+
+Processes are forked from one that has imported everything, which takes longer than all the cases.
+What each printed and found is in FOLDER/CASE.
+"""
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 import sys
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,15 +22,21 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import bnguard
+from bnguard import exchange
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 
 MEANS = (0.0, 3.0)
 
 
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
 class Net(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        self.net = network()
 
     def forward(self, inputs):
         return self.net(inputs)
@@ -74,14 +88,12 @@ class BreaksOurs(Callback):
     """Lets bnguard fail on rank one: the other must not wait for it."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == 1 and batch_idx == 3:
+        if trainer.global_rank == 1 and trainer.global_step == 3:
             monitors = [c for c in trainer.callbacks if isinstance(c, BatchNormMonitor)]
             monitors[0]._monitor._observer = None
 
 
-def main(folder: Path, case: str) -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+def with_lightning(folder: Path, case: str, rank: int) -> dict[str, object]:
     data = TensorDataset(torch.randn(192, 4), torch.randint(0, 2, (192,)))
     monitor = BatchNormMonitor(
         every_n_steps=4, strict=case != "ours", stop_on="error" if case == "poison" else None
@@ -93,12 +105,13 @@ def main(folder: Path, case: str) -> None:
         "recalibration": [BatchNormRecalibration(keep="always", strict=True)],
     }.get(case, [])
     looks = Looks(monitor)
+    watching = [looks, monitor] if case != "rank zero alone" or rank == 0 else []
     trainer = Trainer(
         accelerator="cpu",
         strategy=DDPStrategy(broadcast_buffers=case != "apart"),
         devices=2,
         max_epochs=2,
-        callbacks=[*extra, looks, monitor],
+        callbacks=[*extra, *watching],
         logger=CSVLogger(folder, version=0),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -107,17 +120,90 @@ def main(folder: Path, case: str) -> None:
     model = Net()
     trainer.fit(model, DataLoader(data, 8), DataLoader(data, 8))
     report = monitor.report
-    result = {
+    return {
         "steps": trainer.global_step,
         "is_off": monitor.is_off,
         "state": model.state_dict(),
         "findings": [] if report is None else [f.to_dict() for f in report.findings],
         "read": looks.read,
-        "true": torch.stack(looks.true[-4:]).mean(0),
+        "true": torch.stack(looks.true[-4:]).mean(0) if looks.true else None,
         "plan": None if report is None else report.history.run.plan.ranks,
     }
-    (folder / f"rank{trainer.global_rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def in_a_plain_loop(folder: Path, case: str, rank: int) -> dict[str, object]:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(network(), broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    told = []
+    monitor = bnguard.watch(model, optimizer=optimizer, on_findings=told.append)
+    for _ in range(40):
+        model(torch.randn(2, 4) + MEANS[rank]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.step()
+    monitor.close()
+    alone, of_all = monitor.report(), monitor.report_of_all_ranks()
+    return {
+        "skipped": [skipped.reason for skipped in alone.skipped if skipped.code == "BN210"],
+        "alone": sorted({finding.code for finding in alone.findings}),
+        "findings": [finding.to_dict() for finding in of_all.findings],
+    }
+
+
+CASES = {
+    "broadcast": with_lightning,
+    "apart": with_lightning,
+    "poison": with_lightning,
+    "ours": with_lightning,
+    "raises": with_lightning,
+    "rank zero alone": with_lightning,
+    "recalibration": with_lightning,
+    "plain loop": in_a_plain_loop,
+}
+
+
+def run(folder: Path, case: str, rank: int, port: int) -> None:
+    """Be one of the two processes of a case; never returns."""
+    os.environ |= {
+        "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    output = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 1
+    try:
+        torch.manual_seed(0)
+        exchange._FIRST_PATIENCE_S = 1.0
+        result = CASES[case](folder, case, rank)
+        (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(result))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for case in CASES:
+        (folder / case).mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = []
+        for rank in range(2):
+            child = os.fork()
+            if child == 0:
+                run(folder / case, case, rank, port)
+            ranks.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
+        (folder / case / "statuses.pickle").write_bytes(pickle.dumps(statuses))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

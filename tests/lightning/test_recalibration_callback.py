@@ -119,6 +119,48 @@ def test_a_resumed_run_goes_on_with_the_statistics_of_training(tiny, trainer_of,
     assert same(witness.before_batch[0], last)
 
 
+def test_a_checkpoint_alone_gets_new_statistics(tiny, trainer_of, witness, tmp_path):
+    def callback():
+        return BatchNormRecalibration(when="checkpoint", keep="always", strict=True)
+
+    module = tiny()
+    first = trainer_of(callback(), witness, enable_checkpointing=True, max_epochs=1)
+    first.fit(module)
+    last = witness.after_batch[-1]
+    assert same(statistics(module), last)
+    assert same(witness.validated[0], last)
+    path = first.checkpoint_callback.best_model_path
+    saved = tiny()
+    saved.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert not same(statistics(saved), last)
+    assert all(
+        torch.equal(value, dict(module.named_parameters())[name])
+        for name, value in saved.named_parameters()
+    )
+    before = statistics(saved)
+    bnguard.recalibrate(saved, saved.train_dataloader(), progress=False)
+    for name, values in statistics(saved).items():
+        torch.testing.assert_close(values, before[name], rtol=1e-4, atol=1e-5)
+
+    witness.before_batch.clear()
+    trainer_of(callback(), witness, max_epochs=2).fit(tiny(), ckpt_path=path)
+    assert same(witness.before_batch[0], last)
+
+
+def test_a_checkpoint_of_averaged_weights_gets_statistics_of_these(tiny, trainer_of, lightning):
+    averaging = lightning.callbacks.EMAWeightAveraging(decay=0.5)
+    callback = BatchNormRecalibration(when="checkpoint", keep="always", strict=True)
+    trainer = trainer_of(averaging, callback, enable_checkpointing=True, max_epochs=1)
+    trainer.fit(tiny())
+    averaged = tiny()
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    averaged.load_state_dict(saved["state_dict"])
+    before = statistics(averaged)
+    bnguard.recalibrate(averaged, averaged.train_dataloader(), progress=False)
+    for name, values in statistics(averaged).items():
+        torch.testing.assert_close(values, before[name], rtol=1e-4, atol=1e-5)
+
+
 def test_averaged_weights_keep_statistics_of_their_own(
     tiny, trainer_of, witness, lightning, tmp_path
 ):

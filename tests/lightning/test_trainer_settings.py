@@ -131,7 +131,7 @@ def test_a_compiled_part(watched, tiny):
             self.head = torch.compile(self.head, backend="eager")
 
     callback, *_ = watched(Compiled)
-    assert [layer.name for layer in callback.report.layers] == ["backbone.1", "head._orig_mod.1"]
+    assert [layer.name for layer in callback.report.layers] == ["backbone.1", "head.1"]
     assert all(layer.updates_seen == 12 for layer in callback.report.layers)
 
 
