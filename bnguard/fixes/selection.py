@@ -53,7 +53,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     found = find_layers(model)
     if not found:
         raise CalibrationError(f"{type(model).__name__} has no BN layers: nothing to recalibrate")
-    patterns = None if names is None else _checked(names, found)
+    patterns = None if names is None else patterns_of("layers", names, found)
     reasons = [(layer, _reason_to_skip(layer, model, patterns)) for layer in found]
     chosen = tuple(layer for layer, reason in reasons if reason is None)
     skipped = tuple(SkippedLayer(layer.name, reason) for layer, reason in reasons if reason)
@@ -73,12 +73,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(names: Iterable[str], found: Sequence[BatchNormLayer]) -> tuple[str, ...]:
+def patterns_of(
+    option: str, names: Iterable[str], found: Sequence[BatchNormLayer]
+) -> tuple[str, ...]:
+    """Return the patterns that an option gives, one alone too.
+
+    Raises:
+        ConfigurationError: One of them matches no layer.
+    """
     patterns = (names,) if isinstance(names, str) else tuple(names)
     for pattern in patterns:
         if not any(fnmatchcase(layer.name, pattern) for layer in found):
             raise ConfigurationError(
-                f"layers={pattern!r} matches no BN layer: there are {found[0].name!r} and "
+                f"{option}={pattern!r} matches no BN layer: there are {found[0].name!r} and "
                 f"{len(found) - 1} more"
             )
     return patterns

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
+from bnguard.fixes.course import Distillation, StateFile
 from bnguard.fixes.distil import Progress, Silent, distil
+from bnguard.fixes.engine import Engine, OwnDevice
 from bnguard.fixes.following import check_follows, follow
 from bnguard.fixes.grouping import evaluated, measure_positions
 from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.fixes.planning import Plan, planned
 from bnguard.fixes.recalibrate import recalibrate
+from bnguard.fixes.repeatable import repeatable
 from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
-from bnguard.fixes.selection import SkippedLayer
 from bnguard.fixes.swapped import ReplacedLayer, Swap
 from bnguard.fixes.targets import DEFAULT_GROUPS, Factory, Groups, Target, target_named
 from bnguard.layers import (
     BatchNormLayer,
     find_layers,
-    is_wrapper,
     preserved_modes,
     preserved_random_state,
 )
@@ -32,6 +35,7 @@ from bnguard.layers import (
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
 _MAX_STATISTICS_DISTANCE = 1.5
 _SAMPLES_TO_CHECK = 256
+_MIN_SAMPLES_TO_CHECK = 32
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
 
@@ -48,6 +52,8 @@ def swap(
     teacher_data: Iterable[object] | None = None,
     steps: int = 200,
     forward: Forward | None = None,
+    fabric: Engine | None = None,
+    state_file: str | os.PathLike[str] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     in_place: bool = False,
     progress: bool = True,
@@ -78,6 +84,11 @@ def swap(
             ``requires_grad=False``.
         steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
+        fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks
+            the model learns; it has been launched, and every rank calls this with its own share of
+            the data. The model then goes back to its device.
+        state_file: Where the state of the learning is kept until it has ended; the same call after
+            an interruption goes on from there.
         optimizer: Optimizer of the model; its parameter groups follow to the swapped one, with the
             state of the parameters that are kept.
         in_place: Whether the model itself is changed.
@@ -90,6 +101,7 @@ def swap(
         ConfigurationError: An option does not fit, or a layer cannot be replaced; model and
             optimizer are as they were.
         CalibrationError: The forward failed; model and optimizer are as they were.
+        CheckpointError: The state file cannot be used; model and optimizer are as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
@@ -99,13 +111,16 @@ def swap(
     if steps < 1:
         raise ConfigurationError(f"steps={steps} is no number from 1 on")
     target = target_named(to, groups, min_values_per_group)
-    plan = _plan(model, target, layers, exclude)
+    plan = planned(model, target, layers, exclude)
     if in_place and model in {layer.module for layer in plan.layers}:
         raise ConfigurationError(
             "the model is itself a BN layer, which cannot be replaced in place: leave in_place out"
         )
     if optimizer is not None:
         check_follows(optimizer, model)
+    engine = _engine(fabric, model)
+    if teacher_data is not None:
+        teacher_data = repeatable(teacher_data)
     batch = _sample(model, sample, teacher_data, forward)
 
     with preserved_random_state(model):
@@ -116,25 +131,14 @@ def swap(
         teacher = None if teacher_data is None else _copied(model)[0]
         subject, successors = (model, {}) if in_place else _copied(model)
         exchange = _exchanged(subject, plan, target, positions)
-        try:
-            change = None
+        with _put_back_on_error(exchange):
+            change, distillation, notes = None, None, _NO_NOTES
             if batch is not None:
                 change = _distance(evaluated(exchange.model, forward, batch), expected)
-            distillation, notes = None, _NO_NOTES
             if teacher is not None and teacher_data is not None:
-                notes = _mended(teacher, teacher_data, forward)
-                distillation = distil(
-                    exchange.model,
-                    teacher,
-                    teacher_data,
-                    pairs=exchange.pairs_with(teacher),
-                    steps=steps,
-                    forward=forward,
-                    progress=_progress(steps, progress),
+                distillation, notes = _taught(
+                    exchange, teacher, teacher_data, forward, steps, engine, state_file, progress
                 )
-        except BaseException:
-            put_in_place(exchange.model, {new: old for old, new in exchange.replacements.items()})
-            raise
     if optimizer is not None:
         follow(optimizer, exchange.model, successors, exchange.parameters())
     return Swap(
@@ -149,12 +153,6 @@ def swap(
         distillation=distillation,
         notes=notes,
     )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    layers: tuple[BatchNormLayer, ...]
-    skipped: tuple[SkippedLayer, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,63 +184,6 @@ class _Exchange:
         ]
 
 
-def _plan(
-    model: nn.Module, target: Target, names: Iterable[str] | None, exclude: Iterable[str]
-) -> _Plan:
-    if is_wrapper(model):
-        raise ConfigurationError(
-            f"the model is wrapped in {type(model).__name__}: swap the model inside, then wrap it"
-        )
-    found = find_layers(model)
-    if not found:
-        raise ConfigurationError(f"{type(model).__name__} has no BN layers: nothing to swap")
-    wanted = ("*",) if names is None else _patterns("layers", names, found)
-    unwanted = _patterns("exclude", exclude, found)
-    layers, skipped = [], []
-    for layer in found:
-        reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
-        if reason is None:
-            layers.append(_initialised(layer))
-        else:
-            skipped.append(SkippedLayer(layer.name, reason))
-    if not layers:
-        raise ConfigurationError(
-            f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
-        )
-    return _Plan(tuple(layers), tuple(skipped))
-
-
-def _patterns(
-    option: str, names: Iterable[str], found: Sequence[BatchNormLayer]
-) -> tuple[str, ...]:
-    patterns = (names,) if isinstance(names, str) else tuple(names)
-    for pattern in patterns:
-        if not any(fnmatchcase(layer.name, pattern) for layer in found):
-            raise ConfigurationError(
-                f"{option}={pattern!r} matches no BN layer: there are {found[0].name!r} and "
-                f"{len(found) - 1} more"
-            )
-    return patterns
-
-
-def _reason_to_skip(
-    layer: BatchNormLayer, wanted: Sequence[str], unwanted: Sequence[str]
-) -> str | None:
-    if any(fnmatchcase(layer.name, pattern) for pattern in unwanted):
-        return "is excluded"
-    if not any(fnmatchcase(layer.name, pattern) for pattern in wanted):
-        return "is not among the layers asked for"
-    return None
-
-
-def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
-    if layer.channels == 0:
-        raise ConfigurationError(
-            f"{layer.name} is lazy and has seen no batch: put one through the model first"
-        )
-    return layer
-
-
 def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
     """Return a copy of a model, and what each of its parameters has become."""
     memo: dict[int, object] = {}
@@ -268,7 +209,7 @@ def _sample(
     """Return the batch that tells sizes and outputs; None where there are no data."""
     if sample is not None:
         source: Iterable[object] = [sample]
-    elif teacher_data is not None and not isinstance(teacher_data, Iterator):
+    elif teacher_data is not None:
         source = teacher_data
     else:
         return None
@@ -280,7 +221,7 @@ def _sample(
 
 
 def _exchanged(
-    model: nn.Module, plan: _Plan, target: Target, positions: Mapping[str, int]
+    model: nn.Module, plan: Plan, target: Target, positions: Mapping[str, int]
 ) -> _Exchange:
     """Put the target in the place of the layers planned; a model that fails stays as it was."""
     names = {layer.name for layer in plan.layers}
@@ -293,23 +234,78 @@ def _exchanged(
     return _Exchange(put_in_place(model, replacements), layers, norms, replacements)
 
 
+def _taught(
+    exchange: _Exchange,
+    teacher: nn.Module,
+    data: Iterable[object],
+    forward: Forward | None,
+    steps: int,
+    engine: Engine,
+    state_file: str | os.PathLike[str] | None,
+    is_shown: bool,
+) -> tuple[Distillation, tuple[str, ...]]:
+    """Let the teacher teach the swapped model; return how it went and what is to be said of it."""
+    student = exchange.model
+    with _moved(student, engine):
+        engine.to_device(teacher)
+        notes = _mended(teacher, data, forward)
+        distillation = distil(
+            student,
+            teacher,
+            data,
+            pairs=exchange.pairs_with(teacher),
+            steps=steps,
+            forward=forward,
+            engine=engine,
+            state_file=None if state_file is None else StateFile(state_file, student),
+            progress=_progress(steps, is_shown and engine.is_global_zero),
+        )
+    if distillation.resumed_at:
+        notes += (f"went on from step {distillation.resumed_at}, found in {state_file}",)
+    return distillation, notes
+
+
 def _mended(teacher: nn.Module, data: Iterable[object], forward: Forward | None) -> tuple[str, ...]:
     """Recalibrate a teacher whose statistics do not fit the data, and say so."""
-    if isinstance(data, Iterator) or not any(layer.is_tracking for layer in find_layers(teacher)):
+    if not any(layer.is_tracking for layer in find_layers(teacher)):
         return ()
     with preserved_modes(teacher):
         teacher.eval()
-        found = recalibrate(
-            teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
-        )
+        try:
+            found = recalibrate(
+                teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
+            )
+        except CalibrationError as error:
+            return (f"the running statistics could not be checked before they taught: {error}",)
     worst = max(found.layers, key=lambda layer: layer.distance)
-    if worst.distance <= _MAX_STATISTICS_DISTANCE:
+    if worst.distance <= _MAX_STATISTICS_DISTANCE or found.samples < _MIN_SAMPLES_TO_CHECK:
         found.undo()
         return ()
     return (
         f"the running statistics did not fit teacher_data (the worst: {worst.name}), so they were "
         "recalibrated before the model taught",
     )
+
+
+@contextmanager
+def _moved(model: nn.Module, engine: Engine) -> Iterator[None]:
+    """Hold a model where the engine computes; put it back at the end."""
+    home = OwnDevice(model).device
+    engine.to_device(model)
+    try:
+        yield
+    finally:
+        if OwnDevice(model).device != home:
+            model.to(home)
+
+
+@contextmanager
+def _put_back_on_error(exchange: _Exchange) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        put_in_place(exchange.model, {new: old for old, new in exchange.replacements.items()})
+        raise
 
 
 def _replaced(layer: BatchNormLayer, norm: nn.Module, positions: int | None) -> ReplacedLayer:
@@ -325,6 +321,14 @@ def _replaced(layer: BatchNormLayer, norm: nn.Module, positions: int | None) -> 
 
 def _distance(output: object, expected: object) -> float:
     return relative_distance(list(float_tensors(output)), list(float_tensors(expected)))
+
+
+def _engine(fabric: Engine | None, model: nn.Module) -> Engine:
+    if fabric is None:
+        return OwnDevice(model)
+    if not isinstance(fabric, Engine):
+        raise ConfigurationError(f"fabric= takes a Fabric of Lightning, not {fabric!r}")
+    return fabric
 
 
 def _progress(steps: int, is_shown: bool) -> Progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bnguard.fixes.distil import Distillation
+from bnguard.fixes.course import Distillation
 from bnguard.fixes.selection import SkippedLayer
 
 if TYPE_CHECKING:
