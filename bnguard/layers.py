@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.adapters import Adapter, adapter_of
-
-# Training code wraps models; a wrapper's prefix says nothing about the layer.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+from bnguard.names import without_wrappers
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,21 +155,6 @@ def is_wrapper(module: nn.Module) -> bool:
     # The names are those of torch.compile and of Lightning Fabric.
     held = (getattr(module, name, None) for name in ("_orig_mod", "_forward_module"))
     return any(isinstance(inner, nn.Module) for inner in held)
-
-
-def without_wrappers(name: str) -> str:
-    """Return the dotted name of a module without what wrappers put before it.
-
-    >>> without_wrappers("module._orig_mod.layer1.bn")
-    'layer1.bn'
-    """
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return "" if name in {prefix.rstrip(".") for prefix in _WRAPPER_PREFIXES} else name
 
 
 @contextmanager
