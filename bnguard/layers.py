@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.adapters import Adapter, adapter_of
-
-# What torch.compile and Lightning Fabric call the module that they wrap, be it the whole model or a
-# part of it; it says nothing about the layer.
-_WRAPPED = ("_orig_mod", "_forward_module")
+from bnguard.names import WRAPPED, without_wrappers
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,21 +152,8 @@ def is_wrapper(module: nn.Module) -> bool:
     """
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return True
-    held = (getattr(module, name, None) for name in _WRAPPED)
+    held = (getattr(module, name, None) for name in WRAPPED)
     return any(isinstance(inner, nn.Module) for inner in held)
-
-
-def without_wrappers(name: str) -> str:
-    """Return the dotted name of a module as its author wrote it, without what wrappers put in.
-
-    >>> without_wrappers("module._orig_mod.layer1._orig_mod.bn")
-    'layer1.bn'
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPED]
-    # Only in front, where DataParallel puts it: elsewhere it may be a name of the author's.
-    while parts and parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointMode
 from bnguard.checkpoint.sources import printable
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
+from bnguard.names import without_wrappers
 from bnguard.stats import FloatArray
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
@@ -197,18 +198,6 @@ def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
 
 def _kind(tensor: StoredTensor) -> str:
     return "on the meta device, without values" if tensor.is_meta else tensor.dtype
-
-
-def without_wrappers(name: str) -> str:
-    """Return the name of a layer without what wrappers put before it.
-
-    >>> without_wrappers("module._orig_mod.layer1.bn"), without_wrappers("module")
-    ('layer1.bn', '')
-    """
-    parts = name.split(".")
-    while parts and parts[0] in ("module", "_orig_mod"):
-        del parts[0]
-    return ".".join(parts)
 
 
 def _hyper_parameters(

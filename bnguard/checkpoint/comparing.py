@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bnguard.checkpoint.batchnorm import STATISTICS, without_wrappers
+from bnguard.checkpoint.batchnorm import STATISTICS
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.inert import Blob, TypedStorage
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import open_contents
 from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.names import without_wrappers
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
 # A checkpoint does not hold eps; this is PyTorch's default.

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnguard.checkpoint.batchnorm import describe, groups_by_model, without_wrappers
+from bnguard.checkpoint.batchnorm import describe, groups_by_model
 from bnguard.checkpoint.contents import LIGHTNING_PREFIX, Contents, entries
 from bnguard.checkpoint.dtypes import torch_dtype
 from bnguard.checkpoint.formats import checkpoint_at, format_of
 from bnguard.checkpoint.model import Checkpoint
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
+from bnguard.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,8 +26,8 @@ from bnguard.layers import (
     preserved_modes,
     preserved_random_state,
     preserved_statistics,
-    without_wrappers,
 )
+from bnguard.names import without_wrappers
 from bnguard.probes.hooks import Hooks
 
 _IS_TRAINING = operator.attrgetter("is_training")
