@@ -7,10 +7,10 @@ runs with the fault that it is there to find. A limit belongs between the two.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from bnguard.history import History
 from bnguard.rules import (
@@ -23,9 +23,7 @@ from bnguard.rules import (
 )
 from bnguard.rules.measures import drift, excess_change
 from bnguard.rules.several_streams import distances
-from tests.zoo.faults import FAULTS
-from tests.zoo.healthy import HEALTHY
-from tests.zoo.scoreboard import FaultyRun, HealthyRun, run_faults, run_healthy
+from tests.zoo.runs import FaultyRun, HealthyRun, run_zoo
 
 Measure = Callable[[History], float | None]
 
@@ -155,7 +153,7 @@ def calibration(faulty: list[FaultyRun], healthy: list[HealthyRun]) -> str:
     good += [run.watched.report.history for run in healthy]
     lines = [f"{'measure':<36}{'limit':>7}   {'healthy: 5 %, median, 95 %, max':<36}faulty, same"]
     for code, name, limit, measure in MEASURES:
-        bad = [run.faulty.report.history for run in faulty if run.fault.code == code]
+        bad = [run.faulty.report.history for run in faulty if run.code == code]
         written = "–" if limit is None else f"{limit:g}"
         lines.append(
             f"{code + ' ' + name:<36}{written:>7}   {_quantiles(good, measure):<36}"
@@ -176,9 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.zoo.calibration", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     seeds = parser.parse_args().seeds
-    torch.set_num_threads(1)
     with np.errstate(all="ignore"):
-        print(calibration(run_faults(FAULTS, seeds), run_healthy(HEALTHY, seeds)))
+        print(calibration(*run_zoo(seeds, jobs=os.cpu_count() or 1)))
 
 
 if __name__ == "__main__":

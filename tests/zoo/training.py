@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +17,43 @@ TRAIN, EVALUATE = slice(0, 1200), slice(1200, None)
 
 
 @dataclass(frozen=True)
+class Told:
+    """That a rule named something, and at which step; 0 before training."""
+
+    code: str
+    severity: Severity
+    step: int
+
+
+@dataclass(frozen=True)
 class Watched:
     """What was said of one run: at its end, and while it went on."""
 
     report: Report
     steps: int
-    told: tuple[FindingGroup, ...] = ()
+    told: tuple[Told, ...] = ()
+
+    @property
+    def everything(self) -> tuple[Told, ...]:
+        """What was told at any time; a finding may have gone by the end."""
+        at_end = (Told(f.code, f.severity, f.step or 0) for f in self.report.findings)
+        return (*self.told, *at_end)
 
     def first_step(self, code: str, severity: Severity) -> int | None:
-        """Return the step at which a finding was named first, 0 before training."""
-        findings = [group.worst for group in self.told] + list(self.report.findings)
-        steps = [f.step or 0 for f in findings if f.code == code and f.severity >= severity]
+        """Return the step at which a finding was named first; None where it never was."""
+        steps = [t.step for t in self.everything if t.code == code and t.severity >= severity]
         return min(steps, default=None)
 
     @property
     def accusations(self) -> tuple[str, ...]:
         """The codes of all warnings and errors that were named, at whatever time."""
-        findings = [group.worst for group in self.told] + list(self.report.findings)
-        return tuple(sorted({f.code for f in findings if f.severity > Severity.INFO}))
+        return tuple(sorted({t.code for t in self.everything if t.severity > Severity.INFO}))
+
+
+def told_of(groups: Iterable[FindingGroup]) -> tuple[Told, ...]:
+    """Return what ``on_findings`` was called with."""
+    worst = (group.worst for group in groups)
+    return tuple(Told(f.code, f.severity, f.step or 0) for f in worst)
 
 
 def never(*_arguments):
@@ -129,7 +149,7 @@ def train(
                     model(prepare_evaluation(part))
             if step == max_steps:
                 break
-        return Watched(monitor.report(), step, tuple(told))
+        return Watched(monitor.report(), step, told_of(told))
 
 
 def pretrained(architecture, epochs=2, **options):
