@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bnguard.history import BadValueOrigin
-from bnguard.layers import without_wrappers
+from bnguard.names import without_wrappers
 from bnguard.probes.hooks import Hooks
 
 # Forwards that are looked at before the hooks come off without having seen anything.
