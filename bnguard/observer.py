@@ -243,7 +243,8 @@ class Observer:
 
     def _raise_errors(self) -> None:
         """Raise here, where a caller can take it, what a hook had to keep from the forward."""
-        for hooks in (self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
+        always = (self._shapes.hooks, self._broadcasts.hooks)
+        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.raise_error()
 
     @property
