@@ -146,6 +146,7 @@ class Observer:
         """Read what arrives at the layers in eval mode, and then measure the mode gap."""
         self.follow_model()
         moments = EvalProbe(self.layers, self._eval_batches)
+        self._evaluation_hooks = (moments.hooks,)
         gap = GapProbe(self._model, self.layers)
         self._evaluation_hooks = (moments.hooks, gap.hooks)
         self._weights.start_evaluation()
@@ -238,7 +239,8 @@ class Observer:
     def close(self) -> None:
         """Take the hooks off; what was observed stays."""
         self._is_closed = True
-        for hooks in (self._shapes.hooks, self._broadcasts.hooks, *self._training_hooks):
+        always = (self._shapes.hooks, self._broadcasts.hooks)
+        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.close()
 
     def _raise_errors(self) -> None:
