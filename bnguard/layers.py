@@ -59,6 +59,11 @@ class BatchNormLayer:
         return self._tensor("bias")
 
     @property
+    def affine(self) -> list[Tensor]:
+        """Gamma and beta, those that there are."""
+        return [part for part in (self.weight, self.bias) if part is not None]
+
+    @property
     def momentum(self) -> float | None:
         """Weight of the new value in an update; None for a cumulative average."""
         value = self._number(self.adapter.momentum)

@@ -7,9 +7,9 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 logger = logging.getLogger("bnguard")
 
@@ -65,6 +68,7 @@ def watch(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     restore_poisoned: bool = False,
     on_findings: Callable[[FindingGroup], None] = log_findings,
+    strict: bool = False,
 ) -> Monitor:
     """Watch the BN layers of a model while it trains.
 
@@ -94,7 +98,10 @@ def watch(
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
-            one rule together; logs them through the logger ``bnguard`` by default.
+            one rule together; logs them through the logger ``bnguard`` by default. What it raises
+            passes through :meth:`Monitor.step`: so a loop can be stopped.
+        strict: Raise errors inside bnguard. By default the first is logged, and nothing is watched
+            from then on: the training goes on.
 
     Raises:
         ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
@@ -125,6 +132,7 @@ def watch(
         configuration=configuration,
         restore_poisoned=restore_poisoned,
         on_findings=on_findings,
+        strict=strict,
     )
     if not monitor.has_layers:
         warnings.warn(
@@ -150,7 +158,10 @@ class Monitor:
         configuration: Configuration,
         restore_poisoned: bool,
         on_findings: Callable[[FindingGroup], None],
+        strict: bool,
     ) -> None:
+        self._is_strict = strict
+        self._is_off = False
         self._every_n_steps = max(1, every_n_steps)
         self._configuration = configuration
         self._rules = configuration.rules(rules)
@@ -198,12 +209,12 @@ class Monitor:
             step: Number of the step, as it should stand in findings; counted from 1 by default.
         """
         self._step = self._step + 1 if step is None else step
-        self._observer.step(self._step)
+        self._guard(self._observer.step, self._step)
         if self._observer.steps == 1:
             self.check()
         if self._observer.steps % self._every_n_steps == 0:
             self.check()
-            self._observer.start_window()
+            self._guard(self._observer.start_window)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -216,11 +227,16 @@ class Monitor:
             yield
             return
         self._is_evaluating = True
+        observed = ExitStack()
+        self._guard(observed.enter_context, self._observer.evaluation())
         try:
-            with self._observer.evaluation():
-                yield
+            yield
+        except BaseException as error:
+            self._guard(observed.__exit__, type(error), error, error.__traceback__)
+            raise
         finally:
             self._is_evaluating = False
+        self._guard(observed.close)
         self.check()
 
     @contextmanager
@@ -241,13 +257,7 @@ class Monitor:
 
     def check(self) -> None:
         """Run the rules now, and announce what is new; done by itself every ``every_n_steps``."""
-        new = [
-            finding
-            for finding in self.snapshot().findings
-            if finding.severity > Severity.INFO and finding.key not in self._announced
-        ]
-        self._announced.update(finding.key for finding in new)
-        for group in group_findings(new):
+        for group in self._guard(self._new_findings) or ():
             self._on_findings(group)
 
     def snapshot(self) -> Report:
@@ -321,6 +331,39 @@ class Monitor:
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
         self._observer.close()
+
+    def _guard(
+        self,
+        action: Callable[_Arguments, _Result],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Result | None:
+        """Keep an error of our own from the training: watch no longer, and return None."""
+        if self._is_off:
+            return None
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:
+            if self._is_strict:
+                raise
+            self._is_off = True
+            self._observer.close()
+            logger.warning(
+                "bnguard: an error of its own, %s: %s; it watches no longer, and the training goes "
+                "on. Please report it, with strict=True for the trace.",
+                type(error).__name__,
+                error,
+            )
+            return None
+
+    def _new_findings(self) -> tuple[FindingGroup, ...]:
+        new = [
+            finding
+            for finding in self.snapshot().findings
+            if finding.severity > Severity.INFO and finding.key not in self._announced
+        ]
+        self._announced.update(finding.key for finding in new)
+        return group_findings(new)
 
     def _report(self, history: History) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""

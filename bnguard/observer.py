@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torch.optim import Optimizer
 
 from bnguard.history import (
@@ -31,14 +28,14 @@ from bnguard.probes.finiteness import FinitenessProbe
 from bnguard.probes.gap import GapProbe
 from bnguard.probes.hooks import Hooks, paused
 from bnguard.probes.inputs import InputProbe
-from bnguard.probes.modules import describe_layers, running_statistics
+from bnguard.probes.modules import describe_layers
+from bnguard.probes.optimizers import OptimizerProbe
 from bnguard.probes.origin import OriginProbe
 from bnguard.probes.row import BufferReading
 from bnguard.probes.samples import SampleProbe
 from bnguard.probes.shapes import ShapeProbe
 from bnguard.probes.streams import StreamProbe
-
-_VERSION = operator.attrgetter("_version")
+from bnguard.probes.weights import WeightProbe
 
 # Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
 _MAX_EARLIER_GAPS = 4
@@ -73,12 +70,10 @@ class Observer:
         self.steps = 0
         self._is_closed = False
         self._model = model
-        self._optimizers = tuple(optimizers)
         self._eval_batches = eval_batches
         self._planned_steps = planned_steps
         self._plan = plan
         self._steps_in_eval_mode = 0
-        self._weights_version = 0
         self._has_new_weights = False
         self._on_batch_of_one = on_batch_of_one
         self._step = 0
@@ -101,15 +96,9 @@ class Observer:
         self._reasons: dict[str, str] = {}
         self._repeats: dict[str, int] = {}
         self._at_start = self._buffers.readings()
-        owned = self._owned_parameters()
-        # Only those that no optimizer has may be frozen by standing still.
-        self._affine_at_start = {
-            layer.name: [parameter.detach().clone() for parameter in _affine(layer)]
-            for layer in self.layers
-            if owned and not any(id(parameter) in owned for parameter in _affine(layer))
-        }
+        self._trained_by = OptimizerProbe(optimizers, self.layers)
+        self._weights = WeightProbe(model)
         self._described_at_start = describe_layers(model)
-        self._parameters = _versioned(model)
         self._places = self._places_of(self.layers)
         self._choose_sources()
         self._follow_entrance()
@@ -120,7 +109,7 @@ class Observer:
         self._step = step
         self.steps += 1
         self._steps_in_eval_mode += not self._model.training
-        self._weights_version = self._version_of_weights()
+        self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1
         if self._origin is not None:
@@ -136,7 +125,7 @@ class Observer:
         """
         if self._is_closed:
             return
-        self._parameters = _versioned(self._model)
+        self._weights.follow_model()
         layers = find_layers(self._model)
         places = self._places_of(layers)
         if places != self._places:
@@ -164,22 +153,19 @@ class Observer:
         """Read what arrives at the layers in eval mode, and then measure the mode gap."""
         self.follow_model()
         moments = EvalProbe(self.layers, self._eval_batches)
+        self._evaluation_hooks = (moments.hooks,)
         gap = GapProbe(self._model, self.layers)
         self._evaluation_hooks = (moments.hooks, gap.hooks)
-        trained = self._affine_values()
+        self._weights.start_evaluation()
         self._shapes.is_evaluating = True
         try:
             with paused(*self._training_hooks):
                 yield
             self._raise_errors()
-            self._has_new_weights = self.steps > 0 and (
-                self._version_of_weights() != self._weights_version
-                # A swap of averaged weights through .data leaves the versions as they are.
-                or not all(map(torch.equal, self._affine_values(), trained))
-            )
+            self._has_new_weights = self.steps > 0 and self._weights.has_changed()
             moments.hooks.close()
             gap.hooks.close()
-            self._keep(moments)
+            self._evaluated.update(moments.windows(self._step))
             with paused(self._shapes.hooks, *self._training_hooks):
                 if isinstance(self._gap, ModeGap):
                     self._earlier_gaps = (*self._earlier_gaps, self._gap)[-_MAX_EARLIER_GAPS:]
@@ -210,8 +196,16 @@ class Observer:
         return {name: window for name, window in windows.items() if window is not None}
 
     def resume(self, windows: Mapping[str, BatchWindow]) -> None:
-        """Go on from the windows of an interrupted run, until newer ones are full."""
-        self._full_windows.update(windows)
+        """Go on from the windows of an interrupted run, until newer ones are full.
+
+        Those of layers that are others now are left out.
+        """
+        channels = {layer.name: layer.channels for layer in self.layers}
+        self._full_windows.update(
+            (name, window)
+            for name, window in windows.items()
+            if len(window.mean) == channels.get(name)
+        )
 
     def history(self, *, is_settled: bool) -> History:
         """Return what was observed so far.
@@ -237,7 +231,7 @@ class Observer:
             steps_in_eval_mode=self._steps_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
         )
-        owned = self._owned_parameters()
+        owned = self._trained_by.owned_parameters()
         described = describe_layers(self._model)
         return History(
             layers=tuple(
@@ -253,12 +247,14 @@ class Observer:
     def close(self) -> None:
         """Take the hooks off; what was observed stays."""
         self._is_closed = True
-        for hooks in (self._shapes.hooks, self._broadcasts.hooks, *self._training_hooks):
+        always = (self._shapes.hooks, self._broadcasts.hooks)
+        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.close()
 
     def _raise_errors(self) -> None:
         """Raise here, where a caller can take it, what a hook had to keep from the forward."""
-        for hooks in (self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
+        always = (self._shapes.hooks, self._broadcasts.hooks)
+        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.raise_error()
 
     @property
@@ -285,11 +281,11 @@ class Observer:
         described_at_start = self._described_at_start.get(layer.name)
         return dataclasses.replace(
             described,
-            is_affine_frozen=self._is_affine_frozen(layer, owned),
+            is_affine_frozen=self._trained_by.is_affine_frozen(layer, owned),
             is_affine_frozen_at_start=(
                 None if described_at_start is None else described_at_start.is_affine_frozen
             ),
-            weight_decay=self._weight_decay(layer),
+            weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
             running_at_start=None if start is None else start.running,
@@ -322,76 +318,12 @@ class Observer:
             run=run,
         )
 
-    def _owned_parameters(self) -> set[int]:
-        """Return the identities of the parameters that an optimizer has."""
-        return {
-            id(parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-
-    def _is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
-        parameters = _affine(layer)
-        if not parameters:
-            return None
-        if not any(parameter.requires_grad for parameter in parameters):
-            return True
-        if not owned or any(id(parameter) in owned for parameter in parameters):
-            return False
-        at_start = self._affine_at_start.get(layer.name, [])
-        return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
-
-    def _weight_decay(self, layer: BatchNormLayer) -> float | None:
-        """Return the largest weight decay on gamma or beta; None where no optimizer has them."""
-        own = {id(parameter) for parameter in _affine(layer)}
-        decays = [
-            float(group.get("weight_decay", 0.0))
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            if any(id(parameter) in own for parameter in group["params"])
-        ]
-        return max(decays, default=None)
-
-    def _affine_values(self) -> list[Tensor]:
-        return [part.detach().clone() for layer in self.layers for part in _affine(layer)]
-
-    def _version_of_weights(self) -> int:
-        """Return a number that rises whenever a weight is written to in place."""
-        return sum(map(_VERSION, self._parameters))
-
     def _window(self, name: str, reading: BufferReading | None) -> BatchWindow | None:
         """Return the newest window that holds at least half of the batches of a full one."""
         newest, full = None if reading is None else reading.window, self._full_windows.get(name)
         if newest is None or full is None:
             return newest or full
         return newest if 2 * newest.batches.max() >= full.batches.max() else full
-
-    def _keep(self, probe: EvalProbe) -> None:
-        # Those of the layers, since averaged weights are evaluated with statistics of their own.
-        layers = {layer.name: layer for layer in self.layers}
-        for name, reading in probe.readings().items():
-            layer = layers[name]
-            running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-            if running is None or reading.moments.count < 2:
-                continue
-            self._evaluated[name] = EvalWindow(
-                count=reading.moments.count,
-                batches=reading.calls,
-                nonfinite_batches=reading.nonfinite_calls,
-                mean=reading.moments.mean.cpu().numpy(),
-                var_unbiased=reading.moments.var_unbiased.cpu().numpy(),
-                largest_normalised_std=reading.largest_normalised,
-                padding_share=reading.padding_share,
-                padding_spread=reading.padding_spread,
-                dtype=reading.dtype,
-                var_between=(
-                    None if reading.var_between is None else reading.var_between.cpu().numpy()
-                ),
-                between_share=reading.between_share,
-                running=running,
-                step=self._step,
-            )
 
     def _choose_sources(self) -> None:
         """Read layers from their calls where their buffers do not tell their batches."""
@@ -455,20 +387,3 @@ class Observer:
         """Tell at once, since PyTorch is about to refuse the batch without naming the layer."""
         self._batch_of_one_steps.setdefault(name, self._step + 1)
         self._on_batch_of_one()
-
-
-def _affine(layer: BatchNormLayer) -> list[Tensor]:
-    return [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-
-
-def _versioned(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that count how often they were written to; inference tensors do not."""
-    return [
-        parameter
-        for parameter in model.parameters()
-        if not (is_lazy(parameter) or parameter.is_inference())
-    ]
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    return now.shape == before.shape and torch.equal(now.detach().to(before), before)

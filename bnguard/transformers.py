@@ -103,6 +103,8 @@ class BatchNormCallback(TrainerCallback):
             loader=loader,
             accumulated_batches=args.gradient_accumulation_steps,
             on_findings=tell,
+            # The edge to the run is here.
+            strict=True,
         )
 
     def _step(self, step: int) -> None:

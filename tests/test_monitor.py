@@ -239,3 +239,48 @@ def test_steps_and_evaluations_after_close_do_no_harm():
     with monitor.evaluation():
         pass
     assert len(monitor.report().layers) == 3
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "bnguard.probes.buffers.BufferProbe.read",
+        "bnguard.probes.shapes.values_per_channel",
+        "bnguard.probes.evaluation.channel_moments",
+        "bnguard.observer.Observer.history",
+        "bnguard.probes.gap.GapProbe.__init__",
+    ],
+)
+def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise KeyError("ours")
+
+    def run(**options):
+        model = conv_net()
+        with bnguard.watch(model, every_n_steps=2, **options) as monitor:
+            for _ in range(4):
+                model(torch.randn(4, 1, 8, 8))
+                monitor.step()
+            model.eval()
+            with monitor.evaluation():
+                model(torch.randn(4, 1, 8, 8))
+        assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+    monkeypatch.setattr(place, fails)
+    run()
+    assert [record.getMessage().count("KeyError: 'ours'") for record in caplog.records] == [1]
+    with pytest.raises(KeyError):
+        run(strict=True)
+
+
+def test_what_the_user_raises_passes():
+    def stop(group):
+        raise StopIteration(group.worst.code)
+
+    model = conv_net(momentum=0.01)
+    monitor = bnguard.watch(model, planned_steps=60, on_findings=stop)
+    model(torch.randn(4, 1, 8, 8))
+    with pytest.raises(StopIteration, match="BN303"):
+        monitor.step()
+    with pytest.raises(ValueError, match="mine"), monitor.evaluation():
+        raise ValueError("mine")

@@ -296,6 +296,8 @@ class BatchNormMonitor(GuardedCallback):
             ignore=self._ignore,
             restore_poisoned=self._restore_poisoned,
             on_findings=note,
+            # The edge to the run is here.
+            strict=True,
         )
         return self._monitor
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bnguard.history import EvalWindow
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import Moments, channel_moments, merge_moments
 from bnguard.probes.hooks import Hooks, Note
+from bnguard.probes.modules import running_statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +60,49 @@ class EvalProbe:
 
     def __init__(self, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
         self.hooks = Hooks()
+        self._layers = tuple(layers)
         self._records: dict[str, _Record] = {}
-        for layer in layers:
+        for layer in self._layers:
             record = self._records[layer.name] = _Record()
             self.hooks.before(layer.module, _noted(layer, record, max_calls))
 
     def readings(self) -> dict[str, EvalReading]:
         """Return what was read, by layer name; layers that were not called are left out."""
         return {name: record.reading() for name, record in self._records.items() if record.parts}
+
+    def windows(self, step: int) -> dict[str, EvalWindow]:
+        """Return what was read, beside the running statistics that the layers have now.
+
+        Averaged weights, say, are evaluated with statistics of their own.
+
+        Args:
+            step: The training step after which the evaluation ran.
+        """
+        readings = self.readings()
+        windows = {}
+        for layer in self._layers:
+            running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
+            reading = readings.get(layer.name)
+            if reading is None or running is None or reading.moments.count < 2:
+                continue
+            windows[layer.name] = EvalWindow(
+                count=reading.moments.count,
+                batches=reading.calls,
+                nonfinite_batches=reading.nonfinite_calls,
+                mean=reading.moments.mean.cpu().numpy(),
+                var_unbiased=reading.moments.var_unbiased.cpu().numpy(),
+                largest_normalised_std=reading.largest_normalised,
+                padding_share=reading.padding_share,
+                padding_spread=reading.padding_spread,
+                dtype=reading.dtype,
+                var_between=(
+                    None if reading.var_between is None else reading.var_between.cpu().numpy()
+                ),
+                between_share=reading.between_share,
+                running=running,
+                step=step,
+            )
+        return windows
 
 
 @dataclass(frozen=True, eq=False)

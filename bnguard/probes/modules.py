@@ -53,8 +53,7 @@ def _described(
     var: FloatArray | None,
     counter: FloatArray | None,
 ) -> LayerHistory:
-    affine = [part for part in (layer.weight, layer.bias) if part is not None]
-    running_mean = layer.running_mean
+    affine, running_mean = layer.affine, layer.running_mean
     return LayerHistory(
         name=layer.name,
         kind=type(layer.module).__name__,

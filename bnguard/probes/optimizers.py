@@ -1,0 +1,70 @@
+"""What the optimizers do to the layers: which are frozen, and whose parameters decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bnguard.layers import BatchNormLayer
+
+
+class OptimizerProbe:
+    """Tells which layers no optimizer trains.
+
+    Args:
+        optimizers: What trains the model, as far as that is known.
+        layers: The layers as they are when watching begins.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
+        self._optimizers = tuple(optimizers)
+        owned = self.owned_parameters()
+        # Only those that no optimizer has may be frozen by standing still.
+        self._affine_at_start = {
+            layer.name: [parameter.detach().clone() for parameter in layer.affine]
+            for layer in layers
+            if owned and not _are_owned(layer.affine, owned)
+        }
+
+    def owned_parameters(self) -> set[int]:
+        """Return the identities of the parameters that an optimizer has."""
+        return {
+            id(parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
+        """Return whether gamma and beta cannot learn; None where there are none."""
+        parameters = layer.affine
+        if not parameters:
+            return None
+        if not any(parameter.requires_grad for parameter in parameters):
+            return True
+        if not owned or _are_owned(parameters, owned):
+            return False
+        at_start = self._affine_at_start.get(layer.name, [])
+        return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
+
+    def weight_decay(self, layer: BatchNormLayer) -> float | None:
+        """Return the largest weight decay on gamma or beta; None where no optimizer has them."""
+        own = set(map(id, layer.affine))
+        decays = [
+            float(group.get("weight_decay", 0.0))
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            if _are_owned(group["params"], own)
+        ]
+        return max(decays, default=None)
+
+
+def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
+    return any(id(parameter) in owned for parameter in parameters)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and torch.equal(now.detach().to(before), before)

@@ -1,0 +1,209 @@
+"""A callback that is used twice, copied, interrupted, or given a module that has nothing for it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard.errors import ConfigurationError
+from bnguard.lightning import BatchNormMonitor
+
+
+def test_fit_twice_with_the_same_callback(tiny, trainer_of, capsys):
+    callback = BatchNormMonitor(every_n_steps=3, strict=True)
+    trainer_of(callback, max_epochs=1).fit(tiny(momentum=0.001))
+    first = callback.report
+    trainer_of(callback, max_epochs=2).fit(tiny(momentum=0.001))
+    assert callback.report is not first
+    assert callback.report.history.run.steps == 12
+    assert capsys.readouterr().out.count("bnguard: warning: BN303") == 2
+
+
+def test_a_second_fit_of_another_module_knows_nothing_of_the_first(tiny, trainer_of):
+    class Wider(tiny):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+
+    callback = BatchNormMonitor(every_n_steps=3, strict=True)
+    trainer_of(callback, max_epochs=1).fit(tiny())
+    trainer_of(callback, limit_train_batches=1, max_epochs=1).fit(Wider())
+    sizes = {layer.name: len(layer.window.mean) for layer in callback.report.layers}
+    assert sizes == {"backbone.1": 8, "head.1": 16}
+    assert all(layer.window.batches.max() == 1 for layer in callback.report.layers)
+
+
+def test_the_state_of_another_module_does_no_harm(tiny, trainer_of):
+    class Wider(tiny):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+
+    first = BatchNormMonitor(every_n_steps=3, strict=True)
+    trainer_of(first, max_epochs=1).fit(tiny())
+    second = BatchNormMonitor(strict=True)
+    second.load_state_dict(first.state_dict())
+    trainer_of(second, limit_train_batches=1, max_epochs=1).fit(Wider())
+    assert {len(layer.window.mean) for layer in second.report.layers} == {8, 16}
+
+
+def test_fit_validate_test_and_predict_one_after_another(tiny, trainer_of):
+    callback = BatchNormMonitor(strict=True)
+    trainer, module = trainer_of(callback, max_epochs=1), tiny()
+    reports = []
+    for stage in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        stage(module)
+        reports.append(callback.report)
+    assert [report.history.run.steps for report in reports] == [6, 0, 0, 0]
+    assert all(layer.evaluated.batches == 3 for report in reports for layer in report.layers)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies(copied, tiny, trainer_of, lightning):
+    class CopiesAll(lightning.Callback):
+        """As tuners and launchers of processes do."""
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 3:
+                self.part = copied(pl_module.backbone)
+
+    copies, callback = CopiesAll(), copied(BatchNormMonitor(strict=True))
+    trainer_of(callback, copies, max_epochs=1).fit(tiny())
+    assert callback.report.history.run.steps == 6
+    again = copy.deepcopy(callback)
+    assert again.report.history.run.steps == 6
+    trainer_of(again, max_epochs=1).fit(tiny())
+    copies.part(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_without_bn_there_is_one_line(stage, tiny, trainer_of, capsys):
+    class Plain(tiny):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    callback = BatchNormMonitor(strict=True)
+    getattr(trainer_of(callback, max_epochs=1), stage)(Plain())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bnguard" in line]
+    assert lines == ["bnguard: Plain has no BN layers, so there is nothing to watch"]
+    assert callback.report is None
+
+
+def test_a_hundred_layers(tiny, trainer_of, capsys):
+    class Deep(tiny):
+        def __init__(self):
+            super().__init__()
+            blocks = [(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=0.001)) for _ in range(98)]
+            self.head = nn.Sequential(*(part for block in blocks for part in block), self.head)
+
+    callback = BatchNormMonitor(strict=True)
+    trainer_of(callback, max_epochs=1).fit(Deep())
+    printed = capsys.readouterr().out
+    assert "bnguard: warning: BN303 unconverged-statistics at 100 layers" in printed
+    assert "bnguard · 100 BN layers" in printed
+    # It fits a screen.
+    assert len(printed[printed.index("bnguard · 100") :].splitlines()) < 60
+
+
+def test_layers_that_join_during_fit_are_watched(tiny, trainer_of):
+    class Grows(tiny):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.head.append(nn.BatchNorm1d(2, affine=False))
+
+    callback = BatchNormMonitor(every_n_steps=2, strict=True)
+    trainer_of(callback).fit(Grows())
+    joined = callback.report.layers[-1]
+    assert joined.name == "head.4"
+    # From the first validation that follows, or the next look at the whole model, on.
+    assert joined.updates_seen > 0
+
+
+def test_ctrl_c_is_reported(tiny, trainer_of, lightning, capsys):
+    class Interrupts(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:
+                raise KeyboardInterrupt
+
+    callback, module = BatchNormMonitor(strict=True), tiny()
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trainer_of(Interrupts(), callback).fit(module)
+    assert "bnguard · 2 BN layers · 4 steps" in capsys.readouterr().out
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
+    class Fails(tiny):
+        def validation_step(self, batch, batch_idx):
+            if batch_idx == 1 and not self.trainer.sanity_checking:
+                raise ValueError("mine")
+            super().validation_step(batch, batch_idx)
+
+    module = Fails()
+    with pytest.raises(ValueError, match="mine"):
+        getattr(trainer_of(BatchNormMonitor(strict=True)), stage)(module)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "bnguard.lightning.monitor.show",
+        "bnguard.lightning.monitor.rich.print",
+        "bnguard.lightning.monitor.watch",
+        "bnguard.lightning.logs.RunLog.write",
+        "bnguard.monitor.Monitor.state_dict",
+        "bnguard.monitor.Monitor.load_state_dict",
+        "bnguard.monitor.Monitor.report_of_all_ranks",
+        "bnguard.monitor.Monitor.findings_of_all_ranks",
+        "bnguard.monitor.Monitor.close",
+        "bnguard.observer.Observer.evaluation",
+        "bnguard.probes.gap.GapProbe.measure",
+        "bnguard.probes.evaluation.channel_moments",
+    ],
+)
+def test_an_error_of_our_own_anywhere_ends_no_run(place, tiny, trainer_of, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise KeyError("ours")
+
+    torch.manual_seed(5)
+    unwatched = tiny()
+    trainer_of(enable_checkpointing=True).fit(unwatched)
+    callback = BatchNormMonitor(every_n_steps=3)
+    callback.load_state_dict({"monitor": {"of": "another version"}})
+    monkeypatch.setattr(place, fails)
+    torch.manual_seed(5)
+    module = tiny()
+    trainer = trainer_of(callback, enable_checkpointing=True)
+    trainer.fit(module)
+    trainer.validate(module)
+    assert trainer.global_step == 12
+    states = unwatched.state_dict(), module.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert callback.is_off
+    assert capsys.readouterr().out.count("bnguard: an error of its own, KeyError") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"select": ["BN999"]}, {"ignore": ["drift"]}, {"stop_on": "panic"}, {"report": "paper"}],
+    ids=str,
+)
+def test_options_that_do_not_exist_are_refused_at_once(options):
+    with pytest.raises(ConfigurationError):
+        BatchNormMonitor(**options)
+
+
+def test_rules_can_be_chosen(tiny, trainer_of, capsys):
+    for options in ({"select": ["BN2"]}, {"ignore": ["unconverged-statistics"]}):
+        callback = BatchNormMonitor(**options, strict=True)
+        trainer_of(callback, max_epochs=1).fit(tiny(momentum=0.001))
+        assert "BN303" not in {finding.code for finding in callback.report.findings}
+    assert "BN303" not in capsys.readouterr().out
