@@ -77,6 +77,7 @@ class Observer:
         self._plan = plan
         self._steps_in_eval_mode = 0
         self._weights_version = 0
+        self._is_bystander: bool | None = None
         self._has_new_weights = False
         self._on_batch_of_one = on_batch_of_one
         self._step = 0
@@ -106,6 +107,7 @@ class Observer:
         }
         self._described_at_start = describe_layers(model)
         self._parameters = _versioned(model)
+        self._weights_at_start = self._sizes_of_weights()
         self._places = self._places_of(self.layers)
         self._choose_sources()
 
@@ -156,6 +158,8 @@ class Observer:
     def evaluation(self) -> Iterator[None]:
         """Read what arrives at the layers in eval mode, and then measure the mode gap."""
         self.follow_model()
+        if self._is_bystander is None and self.steps:
+            self._is_bystander = self._was_never_called()
         moments = EvalProbe(self.layers, self._eval_batches)
         gap = GapProbe(self._model, self.layers)
         self._evaluation_hooks = (moments.hooks, gap.hooks)
@@ -169,6 +173,8 @@ class Observer:
                 self._version_of_weights() != self._weights_version
                 # A swap of averaged weights through .data leaves the versions as they are.
                 or not all(map(torch.equal, self._affine_values(), trained))
+                # The weights of a copy beside the model are written while the model trains.
+                or (bool(self._is_bystander) and self._sizes_of_weights() != self._weights_at_start)
             )
             moments.hooks.close()
             gap.hooks.close()
@@ -343,6 +349,18 @@ class Observer:
 
     def _affine_values(self) -> list[Tensor]:
         return [part.detach().clone() for layer in self.layers for part in _affine(layer)]
+
+    def _sizes_of_weights(self) -> list[float]:
+        """Return the norm of each weight, which says whether it was written to, at no memory."""
+        return [parameter.detach().float().norm().item() for parameter in self._parameters]
+
+    def _was_never_called(self) -> bool:
+        """Return whether no batch of training reached the model, as one that others write to."""
+        owned = self._owned_parameters()
+        is_trained = any(id(parameter) in owned for parameter in self._parameters)
+        return not is_trained and all(
+            self._shapes.records[layer.name].position is None for layer in self.layers
+        )
 
     def _version_of_weights(self) -> int:
         """Return a number that rises whenever a weight is written to in place."""
