@@ -66,7 +66,7 @@ def inspect(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
     _check_subject("inspect takes", subject)
-    layers = (
+    layers: Iterable[LayerHistory] = (
         _layers_of_model(subject)
         if isinstance(subject, nn.Module)
         else _layers_of_state_dict(subject)
@@ -99,7 +99,7 @@ def inspect_checkpoint(
         reason = checkpoint.problems[0] if checkpoint.problems else "it has no BN layers"
         raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reason}")
     has_several = len(checkpoint.models) > 1
-    layers = (
+    layers: Iterable[LayerHistory] = (
         _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")
         for model in checkpoint.models
         for layer in model.layers
