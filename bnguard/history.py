@@ -56,7 +56,10 @@ class Run:
         plan: What was known of the training before its first batch.
         steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
-            the newest evaluation, as loading, averaging, pruning or rounding them does.
+            the newest evaluation, as loading, averaging, pruning or rounding them does; or while
+            watching a copy that no batch of training reached.
+        weight_change: |weights - those of a reference| / |those of the reference|; None without a
+            reference.
     """
 
     steps: int = 0
@@ -71,6 +74,7 @@ class Run:
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False
+    weight_change: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +104,7 @@ class LayerHistory:
         statistics_dtype: Element type of the running statistics, as in ``"float32"``.
         running: The running statistics now; None where untracked.
         running_at_start: The running statistics when watching began.
+        running_of_reference: Those of the same layer in a reference; None without one.
         updates_seen: Updates of the running statistics observed in training.
         source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
             saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
@@ -149,6 +154,7 @@ class LayerHistory:
     statistics_dtype: str | None = None
     running: RunningStatistics | None = None
     running_at_start: RunningStatistics | None = None
+    running_of_reference: RunningStatistics | None = None
     updates_seen: int = 0
     calls_in_training: int = 0
     calls_without_grad: int = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
+from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
@@ -24,7 +26,14 @@ _STATIC_RULES = tuple(rule for rule in RULES if rule.is_static)
 
 
 def inspect(
-    subject: nn.Module | Mapping[str, Tensor], *, rules: Iterable[Rule] = _STATIC_RULES
+    subject: nn.Module | Mapping[str, Tensor],
+    *,
+    reference: nn.Module | Mapping[str, Tensor] | None = None,
+    rules: Iterable[Rule] = _STATIC_RULES,
+    select: Collection[str] | None = None,
+    ignore: Collection[str] | None = None,
+    per_layer_ignores: Mapping[str, Collection[str]] | None = None,
+    limits: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Report:
     """Tell what is wrong with the BN layers of a model or a state dict, without running it.
 
@@ -32,10 +41,19 @@ def inspect(
 
     Args:
         subject: A model, or what its ``state_dict()`` returns.
+        reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
+            copied from: weights that are others beside statistics that are the same are told.
         rules: The rules to run.
+        select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
+            the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
+            :func:`bnguard.watch`.
+        ignore: Those that do not run, also where they are selected.
+        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+        limits: Limits that differ from those of the rules, by rule, then by name.
 
     Raises:
-        ConfigurationError: The subject is neither.
+        ConfigurationError: Subject or reference is neither, or they have no weight in common; or
+            a rule or a limit does not exist.
 
     Example:
         >>> from torch import nn
@@ -44,23 +62,35 @@ def inspect(
     """
     from torch import nn
 
-    if isinstance(subject, nn.Module):
-        layers = _layers_of_model(subject)
-    elif isinstance(subject, Mapping):
-        layers = _layers_of_state_dict(subject)
-    else:
-        raise ConfigurationError(
-            f"inspect takes a model or a state dict, not a {type(subject).__name__}"
-        )
-    return _report(layers, rules)
+    configuration = read_configuration().changed(
+        select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
+    )
+    _check_subject("inspect takes", subject)
+    layers: Iterable[LayerHistory] = (
+        _layers_of_model(subject)
+        if isinstance(subject, nn.Module)
+        else _layers_of_state_dict(subject)
+    )
+    run = Run()
+    if reference is not None:
+        _check_subject("reference has to be", reference)
+        layers, run = _beside(layers, subject, reference)
+    return _report(layers, rules, configuration, run)
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, *, rules: Iterable[Rule] = _STATIC_RULES) -> Report:
+def inspect_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    rules: Iterable[Rule] = _STATIC_RULES,
+    configuration: Configuration | None = None,
+) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
         rules: The rules to run.
+        configuration: Which of them run, on which layers, with which limits; all as they are
+            where None, whatever ``pyproject.toml`` says.
 
     Raises:
         CheckpointError: It holds no BN layers.
@@ -69,24 +99,61 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, rules: Iterable[Rule] = _STATI
         reason = checkpoint.problems[0] if checkpoint.problems else "it has no BN layers"
         raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reason}")
     has_several = len(checkpoint.models) > 1
-    layers = (
+    layers: Iterable[LayerHistory] = (
         _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")
         for model in checkpoint.models
         for layer in model.layers
     )
-    return _report(layers, rules)
+    return _report(layers, rules, configuration or Configuration(), Run())
 
 
-def _report(layers: Iterable[LayerHistory], rules: Iterable[Rule]) -> Report:
-    history = History(layers=tuple(layers), run=Run())
-    conclusions = diagnose(history, rules)
+def _check_subject(what: str, subject: object) -> None:
+    from torch import nn
+
+    if not isinstance(subject, nn.Module | Mapping):
+        raise ConfigurationError(f"{what} a model or a state dict, not a {type(subject).__name__}")
+
+
+def _beside(
+    layers: Iterable[LayerHistory],
+    subject: nn.Module | Mapping[str, Tensor],
+    reference: nn.Module | Mapping[str, Tensor],
+) -> tuple[list[LayerHistory], Run]:
+    """Return the layers and the run with what a reference tells of them."""
+    from bnguard.names import without_wrappers
+    from bnguard.probes.reference import statistics_of, tensors_of, weight_change
+
+    other = tensors_of(reference)
+    run = Run(weight_change=weight_change(tensors_of(subject), other))
+    return [
+        dataclasses.replace(
+            layer, run=run, running_of_reference=statistics_of(other, without_wrappers(layer.name))
+        )
+        for layer in layers
+    ], run
+
+
+def _report(
+    layers: Iterable[LayerHistory], rules: Iterable[Rule], configuration: Configuration, run: Run
+) -> Report:
+    history = History(layers=tuple(layers), run=run)
+    conclusions = diagnose(history, configuration.rules(rules), configuration.is_wanted)
     return Report(history, conclusions.findings, conclusions.skipped)
 
 
-def _layers_of_model(model: nn.Module) -> Iterable[LayerHistory]:
+def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
+    from torch.optim.swa_utils import AveragedModel
+
     from bnguard.probes.modules import describe_layers
 
-    return describe_layers(model).values()
+    # An average of counters, rounded down each time, counts nothing.
+    is_counting = not (isinstance(model, AveragedModel) and model.use_buffers)
+    for layer in describe_layers(model).values():
+        if is_counting or layer.running is None:
+            yield layer
+        else:
+            running = dataclasses.replace(layer.running, updates=None)
+            yield dataclasses.replace(layer, running=running)
 
 
 def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHistory]:

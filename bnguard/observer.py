@@ -74,6 +74,7 @@ class Observer:
         self._planned_steps = planned_steps
         self._plan = plan
         self._steps_in_eval_mode = 0
+        self._is_bystander: bool | None = None
         self._has_new_weights = False
         self._on_batch_of_one = on_batch_of_one
         self._step = 0
@@ -152,6 +153,8 @@ class Observer:
     def evaluation(self) -> Iterator[None]:
         """Read what arrives at the layers in eval mode, and then measure the mode gap."""
         self.follow_model()
+        if self._is_bystander is None and self.steps:
+            self._is_bystander = self._was_never_called()
         moments = EvalProbe(self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         gap = GapProbe(self._model, self.layers)
@@ -162,7 +165,11 @@ class Observer:
             with paused(*self._training_hooks):
                 yield
             self._raise_errors()
-            self._has_new_weights = self.steps > 0 and self._weights.has_changed()
+            self._has_new_weights = self.steps > 0 and (
+                self._weights.have_changed()
+                # Those of a copy beside the model are written while the model trains.
+                or (bool(self._is_bystander) and self._weights.have_changed_since_start())
+            )
             moments.hooks.close()
             gap.hooks.close()
             self._evaluated.update(moments.windows(self._step))
@@ -316,6 +323,12 @@ class Observer:
             window=self._window(layer.name, reading),
             evaluated=self._evaluated.get(layer.name),
             run=run,
+        )
+
+    def _was_never_called(self) -> bool:
+        """Return whether no batch of training reached the model, as one that others write to."""
+        return not self._trained_by.trains(self._model) and all(
+            self._shapes.records[layer.name].position is None for layer in self.layers
         )
 
     def _window(self, name: str, reading: BufferReading | None) -> BatchWindow | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.layers import BatchNormLayer
@@ -37,6 +37,11 @@ class OptimizerProbe:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+
+    def trains(self, model: nn.Module) -> bool:
+        """Return whether an optimizer has any parameter of the model."""
+        owned = self.owned_parameters()
+        return any(id(parameter) in owned for parameter in model.parameters())
 
     def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
         """Return whether gamma and beta cannot learn; None where there are none."""

@@ -27,6 +27,7 @@ class WeightProbe:
         self._version = 0
         self._trained: list[Tensor] = []
         self.follow_model()
+        self._norms_at_start = self._norms()
 
     def follow_model(self) -> None:
         """Notice parameters that were added or removed."""
@@ -48,7 +49,7 @@ class WeightProbe:
         """Keep gamma and beta as they are before what begins an evaluation."""
         self._trained = self._affine_values()
 
-    def has_changed(self) -> bool:
+    def have_changed(self) -> bool:
         """Return whether the weights are others than those of the newest step."""
         # A swap of averaged weights through .data leaves the versions as they are.
         affine = self._affine_values()
@@ -57,6 +58,18 @@ class WeightProbe:
             or len(affine) != len(self._trained)
             or not all(map(torch.equal, affine, self._trained))
         )
+
+    def have_changed_since_start(self) -> bool:
+        """Return whether the weights are others than when watching began."""
+        return self._norms() != self._norms_at_start
+
+    def _norms(self) -> list[float]:
+        """Return the norm of each weight, which says whether it was written to, at no memory."""
+        return [
+            parameter.detach().float().norm().item()
+            for parameter in self._counting
+            if not parameter.is_meta
+        ]
 
     def _affine_values(self) -> list[Tensor]:
         return [

@@ -27,10 +27,15 @@ class StaleStatistics(Rule):
         step ever saw, and that is evaluated with the statistics of another.
 
     Evidence:
-        One of three. The statistics are the initial (0, 1) beside a beta that has learnt. Or the
+        One of four. The statistics are the initial (0, 1) beside a beta that has learnt. Or the
         layer was called in train mode, and nothing entered its statistics, as where a function
         runs on copies of the buffers. Or weights were written between the newest training step
-        and the evaluation, and what arrives has drifted from the running statistics.
+        and the evaluation, or into a copy of the model that is watched beside it, and what arrives
+        has drifted from the running statistics. Or, without any run, the statistics are those of a
+        reference, and the weights are not::
+
+            bnguard.inspect(averaged, reference=model)
+            beside = bnguard.watch(averaged)    # beside.step(), with beside.evaluation(): ...
 
     Limits:
         min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.
@@ -38,6 +43,8 @@ class StaleStatistics(Rule):
         max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
             that the weights are others.
         max_log_variance_ratio: 0.8, as above.
+        max_weight_change: Change of the weights against a reference, 0.01 of their norm. Casting
+            to float16 changes them by 0.0002, averaging over the last epochs by 0.1 and more.
         channel_quantile: As in BN301, 0.9.
 
     Fix:
@@ -66,6 +73,7 @@ class StaleStatistics(Rule):
     min_lost_calls: int = 8
     max_shift_std: float = 0.5
     max_log_variance_ratio: float = 0.8
+    max_weight_change: float = 0.01
     channel_quantile: float = 0.9
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
@@ -74,6 +82,8 @@ class StaleStatistics(Rule):
             yield self._skipped(layer, "the layer keeps no running statistics")
         elif layer.run.steps == 0 and layer.running.is_initial and layer.running.mean.size:
             yield from self._lost(layer)
+        elif _is_copied(layer):
+            yield from self._of_reference(layer)
         elif not layer.updates_seen and layer.calls_in_training >= self.min_lost_calls:
             yield from self._untouched(layer)
         elif layer.run.has_new_weights_in_evaluation:
@@ -93,6 +103,19 @@ class StaleStatistics(Rule):
             "they were lost on the way",
             Evidence("median |beta|", moved, self.min_moved_beta),
             Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
+        )
+
+    def _of_reference(self, layer: LayerHistory) -> Iterator[Finding]:
+        change = layer.run.weight_change
+        if change is None or not change > self.max_weight_change:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            "the running statistics are those of the reference, but the weights are not: they "
+            "describe another network",
+            Evidence("change of the weights", change, self.max_weight_change),
+            _FIX,
         )
 
     def _untouched(self, layer: LayerHistory) -> Iterator[Finding]:
@@ -122,9 +145,24 @@ class StaleStatistics(Rule):
         yield self._finding(
             layer,
             Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
-            "the weights that are evaluated are not those of the newest training step, and the "
-            "running statistics do not fit them",
+            "the weights that are evaluated are not those that the running statistics were taken "
+            "with, and these do not fit them",
             distance.worst,
             _FIX,
             step=seen.step,
         )
+
+
+# Beyond what casting to half precision rounds.
+_ROUNDING = 1e-2
+
+
+def _is_copied(layer: LayerHistory) -> bool:
+    """Return whether the running statistics are those of the reference."""
+    own, other = layer.running, layer.running_of_reference
+    if own is None or other is None or own.mean.shape != other.mean.shape:
+        return False
+    return bool(
+        np.allclose(own.mean, other.mean, rtol=_ROUNDING, atol=1e-6)
+        and np.allclose(own.var, other.var, rtol=_ROUNDING, atol=1e-6)
+    )

@@ -74,6 +74,9 @@ class UnconvergedStatistics(ModelRule):
         if layer.running is None:
             yield self._skipped(layer, "the layer keeps no running statistics")
             return
+        if _is_written_otherwise(layer):
+            yield self._skipped(layer, "the statistics change, but not by updates that are counted")
+            return
         left, updates, verb = layer.initial_weight, layer.running.updates, "is still"
         if updates is None or left is None:
             yield self._skipped(layer, "no counter says how often the statistics were updated")
@@ -109,6 +112,19 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
         return None
     updates_per_step = layer.updates_seen / run.steps
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
+
+
+def _is_written_otherwise(layer: LayerHistory) -> bool:
+    """Return whether the statistics have changed without the layer, as those of an average do."""
+    start, now = layer.running_at_start, layer.running
+    if (
+        start is None
+        or now is None
+        or layer.calls_in_training
+        or start.mean.shape != now.mean.shape
+    ):
+        return False
+    return 2 * layer.updates_seen < layer.run.steps and not np.array_equal(start.mean, now.mean)
 
 
 def _is_estimated_otherwise(layer: LayerHistory) -> bool:

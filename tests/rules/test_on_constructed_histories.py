@@ -117,7 +117,7 @@ def test_bn301_tells_lag_from_other_data():
     (lag,) = found("BN301", dataclasses.replace(drifted, window=window(3.0)))
     (other,) = found("BN301", dataclasses.replace(drifted, window=window(0.0)))
     assert "lag behind the weights" in lag.message
-    assert "so the data differ" in other.message
+    assert "because the data differ" in other.message
 
 
 def test_bn302_is_info_where_all_layers_were_frozen():

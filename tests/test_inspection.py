@@ -1,0 +1,160 @@
+"""Inspecting a model that does not train: beside a reference, and with rules of one's choice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import bnguard
+from bnguard.errors import ConfigurationError
+from bnguard.findings import Severity
+from tests.networks import conv_net, digits
+
+
+def accused(report):
+    return {finding.code for finding in report.findings if finding.severity > Severity.INFO}
+
+
+def train(model, after_step=lambda: None, epochs=4, lr=0.1):
+    images, labels = digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        for batch in torch.randperm(1200).split(64)[:-1]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            after_step()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = conv_net()
+    train(model)
+    return model
+
+
+def moved(model):
+    """A copy with other weights beside the same buffers, as where an average was swapped in."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.2 * parameter.std(correction=0) * torch.randn_like(parameter))
+    return other
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+def test_other_weights_beside_the_statistics_of_the_reference_are_told(model, as_state):
+    copied = moved(model)
+    subject, reference = (copied.state_dict(), model.state_dict()) if as_state else (copied, model)
+    report = bnguard.inspect(subject, reference=reference)
+    assert accused(report) == {"BN304"}
+    assert len(report.findings) >= 3
+    assert "those of the reference" in report.findings[0].message
+
+
+def test_wrapped_copies_are_compared_by_the_names_inside(model):
+    averaged = AveragedModel(model)
+    with torch.no_grad():
+        for parameter in averaged.parameters():
+            parameter.mul_(1.1)
+    assert accused(bnguard.inspect(averaged, reference=model)) == {"BN304"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        copy.deepcopy,
+        lambda model: copy.deepcopy(model).eval().half(),
+        lambda model: AveragedModel(model, use_buffers=True),
+    ],
+    ids=["copied", "half", "averaged"],
+)
+def test_what_fits_its_reference_is_not_accused(model, make):
+    assert accused(bnguard.inspect(make(model), reference=model)) == set()
+
+
+def test_averaged_buffers_and_estimated_ones_are_not_accused(model):
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    train(model, lambda: averaged.update_parameters(model), epochs=1)
+    assert accused(bnguard.inspect(averaged, reference=model)) == set()
+    from_the_start = AveragedModel(conv_net(), use_buffers=True)
+    train(model, lambda: from_the_start.update_parameters(model), epochs=1)
+    assert accused(bnguard.inspect(from_the_start)) == set()
+    alone = moved(model)
+    update_bn(digits()[0][:1200].split(64), alone)
+    assert accused(bnguard.inspect(alone, reference=model)) == set()
+
+
+def watched_average(use_buffers):
+    """Watch an average beside the model that trains, and evaluate it."""
+    torch.manual_seed(0)
+    model = conv_net()
+    train(model, epochs=1)
+    averaged = AveragedModel(model, use_buffers=use_buffers)
+    with bnguard.watch(averaged, on_findings=lambda group: None) as beside:
+
+        def after_step():
+            averaged.update_parameters(model)
+            beside.step()
+
+        for _ in range(2):
+            model.train()
+            train(model, after_step, epochs=3, lr=0.5)
+            averaged.eval()
+            with torch.no_grad(), beside.evaluation():
+                averaged(digits()[0][1200:])
+        return beside.report()
+
+
+def test_an_average_that_is_watched_beside_the_model_tells_its_stale_statistics():
+    report = watched_average(use_buffers=False)
+    assert report.findings[0].code == "BN304"
+    assert "were taken with" in report.findings[0].message
+
+
+def test_an_average_with_its_own_statistics_is_not_accused():
+    assert accused(watched_average(use_buffers=True)) == set()
+
+
+@pytest.mark.parametrize(
+    ("subject", "reference", "message"),
+    [
+        ([1], None, "inspect takes a model or a state dict, not a list"),
+        (conv_net(), 3, "reference has to be a model or a state dict, not a int"),
+        (conv_net(), nn.Linear(2, 2), "no weight in common"),
+        ({}, {}, "no weight in common"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_line(subject, reference, message):
+    with pytest.raises(ConfigurationError, match=message):
+        bnguard.inspect(subject, reference=reference)
+
+
+def two_layers():
+    return nn.Sequential(nn.BatchNorm1d(2, momentum=0.99), nn.BatchNorm1d(2, momentum=0.99))
+
+
+def told(**options):
+    return {(f.code, f.layer) for f in bnguard.inspect(two_layers(), **options).findings}
+
+
+def test_rules_limits_and_layers_are_chosen_as_in_watch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = {(code, layer) for code in ("BN103", "BN303") for layer in "01"}
+    assert told() == both
+    assert told(select=["BN1"]) == {("BN103", "0"), ("BN103", "1")}
+    assert told(ignore=["BN303"], per_layer_ignores={"1": ["BN1"]}) == {("BN103", "0")}
+    assert told(select=["BN103"], limits={"BN103": {"max_momentum": 1.0}}) == set()
+    with pytest.raises(ConfigurationError, match="did you mean BN103"):
+        told(ignore=["BN13"])
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.bnguard]\nignore = ["BN3"]\nper-layer-ignores = {"0" = ["BN103"]}\n'
+    )
+    assert told() == {("BN103", "1")}
+    assert told(ignore=[], per_layer_ignores={}) == both
