@@ -5,6 +5,7 @@ A new one is a class with the two methods of :class:`Target`, and a line in :fun
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -62,6 +63,10 @@ class GroupTarget:
     def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
         """Leave no layer alone."""
         return None
+
+    def wanted(self, layer: BatchNormLayer) -> int:
+        """Return the groups of a layer at which there are values enough."""
+        return self.groups_for(layer, sys.maxsize)
 
     def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
         """Return a group norm with as many groups as there are values for."""
@@ -256,13 +261,13 @@ def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
     Raises:
         ConfigurationError: There is no such target, or the groups are no positive numbers.
     """
-    numbers = groups.values() if isinstance(groups, Mapping) else [groups]
-    if min([*numbers, min_values]) < 1:
-        raise ConfigurationError("groups= and min_values_per_group= take numbers from 1 on")
-    if not isinstance(to, str):
+    numbers = [*(groups.values() if isinstance(groups, Mapping) else [groups]), min_values]
+    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+        raise ConfigurationError("groups= and min_values_per_group= take whole numbers from 1 on")
+    if callable(to):
         return FactoryTarget(to)
     if to not in TARGETS:
-        near = nearest_name(to, TARGETS)
+        near = nearest_name(str(to), TARGETS)
         hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
         raise ConfigurationError(f"to={to!r} is no norm that is known here: {hint}")
     if not isinstance(groups, Mapping):

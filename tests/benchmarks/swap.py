@@ -146,7 +146,10 @@ def main() -> None:
         for name, scores in pool.imap_unordered(_run, jobs):
             results[name].append(scores)
             done = f"{sum(map(len, results.values()))} of {len(jobs)}"
-            print(f"{done}, {time.perf_counter() - started:.0f} s: {name}  {_line(scores)}", flush=True)
+            print(
+                f"{done}, {time.perf_counter() - started:.0f} s: {name}  {_line(scores)}",
+                flush=True,
+            )
     console.print(table({name: results[name] for name in options.networks}))
 
 
