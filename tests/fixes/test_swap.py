@@ -432,12 +432,19 @@ def test_the_result_prints_itself(net, images):
     assert "outputs off by" in text
 
 
+def limits(layer):
+    batches = layer.num_batches_tracked + layer.batches_ahead
+    return [limit.item() for limit in layer.schedule.limits(batches)]
+
+
 def test_batch_renorm_of_a_trained_layer_is_warmed_up_and_one_of_a_new_layer_is_not(net):
     trained, new = (swap(model, "batch-renorm").model[1] for model in (net, conv_net()))
     assert isinstance(trained, BatchRenorm)
     assert trained.num_batches_tracked == net[1].num_batches_tracked == 40
-    assert [x.item() for x in trained.schedule.limits(trained.num_batches_tracked)] == [3.0, 5.0]
-    assert [x.item() for x in new.schedule.limits(new.num_batches_tracked)] == [1.0, 0.0]
+    assert limits(trained) == [3.0, 5.0]
+    assert limits(new) == [1.0, 0.0]
+    new.load_state_dict(trained.state_dict())
+    assert limits(new) == [3.0, 5.0]
 
 
 def test_batchnorm1d_of_flat_inputs():
@@ -503,3 +510,13 @@ def test_a_compiled_part_is_compiled_anew():
     swap(model, "group", in_place=True)
     torch.testing.assert_close(model(x), nn.Sequential(*inner)(x))
     assert isinstance(inner[1], nn.GroupNorm)
+
+
+def test_the_groups_of_a_swap_make_it_again_without_a_sample():
+    model = nn.Sequential(nn.Conv1d(1, 32, 1), nn.BatchNorm1d(32), nn.BatchNorm1d(32))
+    chosen = swap(model, "group", sample=torch.randn(2, 1, 40)).groups
+    assert chosen == {"1": 32, "2": 32}
+    assert swap(model, "group", groups=chosen).groups == chosen
+    alone = nn.Sequential(nn.BatchNorm1d(1))
+    chosen = swap(alone, "group", sample=torch.randn(2, 1, 40)).groups
+    assert swap(alone, "group", groups=chosen).groups == {"0": 1}
