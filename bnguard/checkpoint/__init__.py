@@ -12,6 +12,7 @@ from bnguard.checkpoint.comparing import (
     compare,
 )
 from bnguard.checkpoint.finding import find_checkpoints
+from bnguard.checkpoint.making import write_model
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
 from bnguard.checkpoint.writing import replace_statistics, write_statistics
@@ -28,5 +29,6 @@ __all__ = [
     "load_state_dict",
     "read_checkpoint",
     "replace_statistics",
+    "write_model",
     "write_statistics",
 ]

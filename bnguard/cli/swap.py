@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import rich
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning_fabric import Fabric
 from torch import nn
 
-from bnguard.checkpoint import Checkpoint, load_state_dict, publishing, read_checkpoint
+from bnguard.checkpoint import load_state_dict, read_checkpoint, write_model
 from bnguard.cli.loading import add_subjects, checkpoint_named, load_weights
 from bnguard.cli.scoring import Scorer, has_validation
 from bnguard.cli.subjects import (
     Data,
+    Subject,
     built_data,
     built_model,
     configuration_beside,
@@ -24,7 +29,7 @@ from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.fixes.swap import swap
 from bnguard.fixes.swapped import Swap
 from bnguard.fixes.targets import DEFAULT_GROUPS, TARGETS
-from bnguard.version import __version__
+from bnguard.report.document import swap_document
 
 _EPILOG = """
 the model and its data:
@@ -61,14 +66,34 @@ def run(arguments: list[str]) -> int:
     data = built_data(subjects["data"], parser, values)
     result = _swapped(model, data, values)
     scores = _scores(model, result.model, data, values)
-    _write(result, checkpoint, source, output, force=values.force)
+    provenance = {"action": "swap", "to": result.to, "groups": result.groups}
+    state_dict = result.model.state_dict()
+    weights = write_model(checkpoint, output, state_dict, provenance, force=values.force)
+    code = _recipe(result, subjects["model"], values, weights)
 
+    if values.json:
+        document = {"action": "swap", **vars(scores)}
+        print(json.dumps(swap_document(result, document, output, code), indent=2))
+        return 0
     rich.print(result)
-    if scores is not None:
-        print(scores)
-    print(f"written: {output}, without optimizer states; the model that it fits:\n")
-    print(_recipe(result, subjects["model"].path, output))
+    print(scores)
+    print(f"written: {output}; weights alone, so begin a new training rather than resume the old")
+    print(f"the model that it fits:\n\n{code}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a validation says of the model with BN and of the swapped one."""
+
+    metric: str | None = None
+    score_before: float | None = None
+    score_after: float | None = None
+
+    def __str__(self) -> str:
+        if self.metric is None:
+            return "not scored: that takes a validation_step, and validation data"
+        return f"{self.metric} {self.score_before:.4g} with BN, {self.score_after:.4g} swapped"
 
 
 def _parser() -> ArgumentParser:
@@ -87,17 +112,27 @@ def _parser() -> ArgumentParser:
         "--steps", type=NonNegativeInt, default=200, help="steps to learn at most; 0 only swaps"
     )
     parser.add_argument("--split", type=str, default="train", help="data to learn on")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, …")
+    parser.add_argument("--device", type=Literal["cpu", "gpu"], default="cpu")
+    parser.add_argument(
+        "--precision", type=Literal["32-true", "16-mixed", "bf16-mixed"], default="32-true"
+    )
+    parser.add_argument(
+        "--state", type=str, help="file from which the same command goes on if it was interrupted"
+    )
     parser.add_argument("--metric", type=str, help="validation metric to show")
     parser.add_argument("--output", type=str, help="where to write; NAME-swapped by default")
     parser.add_argument("--force", action="store_true", help="write over an existing file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
 def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; what stands there already is found out before the work."""
-    beside = source.with_name(f"{source.stem}-swapped.ckpt")
+    suffix = source.suffix if source.is_file() else ".ckpt"
+    beside = source.with_name(f"{source.stem}-swapped{suffix}")
     output = beside if values.output is None else Path(values.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise CheckpointError(f"{output}: is a folder, or in none; give the name of a file")
     if output.exists() and output.samefile(source):
         raise CheckpointError(f"{output}: is the original; choose another --output")
     if output.exists() and not values.force:
@@ -110,11 +145,6 @@ def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
     first = next(iter(loader), None)
     if first is None:
         raise ConfigurationError(f"--data {data.path}: the {values.split} split has no batches")
-    try:
-        model.to(values.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"--device {values.device} cannot be used: {reason}") from error
     return swap(
         model.eval(),
         values.to,
@@ -123,58 +153,64 @@ def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
         sample=first,
         teacher_data=loader if values.steps else None,
         steps=max(values.steps, 1),
+        fabric=_fabric(values),
+        state_file=values.state if values.steps else None,
+        progress=not values.json,
     )
 
 
-def _scores(before: nn.Module, after: nn.Module, data: Data, values: Namespace) -> str | None:
-    """Return what a validation says of both models; None where there is none to run."""
+def _fabric(values: Namespace) -> Fabric:
+    try:
+        return Fabric(accelerator=values.device, devices=1, precision=values.precision)
+    except Exception as error:
+        raise ConfigurationError(
+            f"--device {values.device} --precision {values.precision} cannot be used: {error}"
+        ) from error
+
+
+def _scores(before: nn.Module, after: nn.Module, data: Data, values: Namespace) -> _Scores:
     if not (has_validation(before) and data.has("val")):
         if values.metric is not None:
             raise ConfigurationError("--metric needs a validation_step, and validation data")
-        return None
-    accelerator = "cpu" if values.device == "cpu" else "gpu"
-    scorer = Scorer(data.loader("val"), accelerator, "32-true", values.metric)
+        return _Scores()
+    scorer = Scorer(data.loader("val"), values.device, values.precision, values.metric)
     old, new = (scorer.metrics(model)[scorer.metric or ""] for model in (before, after))
-    return f"{scorer.metric} {old:.4g} with BN, {new:.4g} swapped"
+    return _Scores(scorer.metric, old, new)
 
 
-def _write(
-    result: Swap, checkpoint: Checkpoint, source: Path, output: Path, *, force: bool
-) -> None:
-    """Write the weights and the hyper-parameters under their name, whole or not at all."""
-    content = {
-        "state_dict": {name: t.cpu() for name, t in result.model.state_dict().items()},
-        "hyper_parameters": dict(checkpoint.hyper_parameters),
-        "bnguard": {
-            "action": "swap",
-            "bnguard_version": __version__,
-            "original": source.name,
-            "to": result.to,
-            "groups": result.groups,
-        },
-    }
-    with publishing.write_errors(output), publishing.temporary_beside(output, like=output) as copy:
-        torch.save(content, copy)
-        publishing.settle(copy, source)
-        if output.exists() and force:
-            publishing.replace(copy, output)
-        else:
-            publishing.publish(copy, output)
-
-
-def _recipe(result: Swap, model: str, output: Path) -> str:
+def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:
     """Return the lines of code that build the swapped model and load its weights."""
-    options = [repr(result.to)]
     if result.groups:
-        options.append(f"groups={_condensed(result.groups)}")
+        # Layer and instance norm too: data chose the groups, and are not there to choose again.
+        options = ["'group'", f"groups={_condensed(result.groups)}"]
+    else:
+        options = [repr(result.to)]
     if result.skipped:
         options.append(f"exclude={[layer.name for layer in result.skipped]}")
-    name = model.rpartition(".")[2]
+    module, _, name = subject.path.rpartition(".")
+    libraries = ["bnguard", weights.partition(".load")[0]]
+    given = vars(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
+    arguments = ", ".join(f"{key}={_literal(value)}" for key, value in given.items())
     return (
-        f"model = {name}(…)  # {model}, with the arguments it had\n"
+        f"import {', '.join(libraries)}\n"
+        f"from {module} import {name}\n\n"
+        f"model = {name}({arguments})\n"
         f"model = bnguard.swap(model, {', '.join(options)}).model\n"
-        f'model.load_state_dict(torch.load("{output}", weights_only=True)["state_dict"])'
+        f"model.load_state_dict({weights})"
     )
+
+
+def _literal(value: object) -> str:
+    """Return how a value is written in Python; an ellipsis where it is no plain data.
+
+    >>> _literal([1, "a"]), _literal(object())
+    ("[1, 'a']", '...')
+    """
+    try:
+        is_plain = ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        is_plain = False
+    return repr(value) if is_plain else "..."
 
 
 def _condensed(groups: dict[str, int]) -> dict[str, int]:

@@ -96,8 +96,7 @@ def distil(
         CalibrationError: The forward failed.
         CheckpointError: The state cannot be read or written, or is that of another student.
     """
-    if not _learning(student):
-        raise ConfigurationError("the model has no parameters that could learn: leave teacher_data")
+    _check(student)
     batches = _endless(data, student, forward, engine.device)
     start = weights_of(student)
     progress.start()
@@ -114,12 +113,25 @@ def distil(
                 exam = _first(batches, _SAMPLES_TO_MEASURE)
                 lesson = Lesson(student, teacher, pairs, forward, exam)
             training = _Training(student, lesson, batches, engine, state_file)
-            return training.run(steps, progress)
+            distillation = training.run(steps, progress)
+        if state_file is not None and engine.is_global_zero:
+            state_file.remove()
+        return distillation
     except BaseException:
         load_weights(student, start)
         raise
     finally:
         progress.stop()
+
+
+def _check(student: nn.Module) -> None:
+    parameters = _learning(student)
+    if not parameters:
+        raise ConfigurationError("the model has no parameters to teach: leave teacher_data= out")
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise ConfigurationError(
+            "parameters of float16 are too coarse to learn: swap model.float(), then use .half()"
+        )
 
 
 class _Training:

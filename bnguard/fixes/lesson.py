@@ -29,7 +29,7 @@ class Lesson:
         exam: Batches on which the distance is measured.
 
     Raises:
-        ConfigurationError: The model returns nothing to compare.
+        ConfigurationError: The model returns nothing to compare, or nothing finite.
         CalibrationError: The forward failed.
     """
 
@@ -58,6 +58,11 @@ class Lesson:
             raise ConfigurationError(
                 "the model returns no floating-point tensor, so there is nothing to distil: pass "
                 "forward=lambda model, batch: … that returns its outputs"
+            )
+        if not all(bool(torch.isfinite(answer).all()) for answer in self._answers):
+            raise ConfigurationError(
+                "the model's own outputs on teacher_data are NaN or infinite, so that there is "
+                "nothing to learn from them"
             )
         # Of the whole exam: one small batch has hardly any spread to scale by.
         self._output_scales = [spread(answer) for answer in self._answers]

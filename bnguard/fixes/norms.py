@@ -105,10 +105,6 @@ class RenormSchedule:
         return 1.0 + r_share * (self.max_r - 1.0), d_share * self.max_d
 
 
-# For a network whose running statistics are known already: there is nothing to wait for.
-WARMED_UP = RenormSchedule(start=-1, d_end=0, r_end=0)
-
-
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017): trains with nearly the statistics that eval mode uses.
 
@@ -130,6 +126,7 @@ class BatchRenorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    batches_ahead: Tensor
 
     def __init__(
         self,
@@ -148,8 +145,14 @@ class BatchRenorm(nn.Module):
         self.register_buffer("running_mean", mean)
         self.register_buffer("running_var", var)
         self.register_buffer("num_batches_tracked", batches)
+        # In the state dict, so that whoever loads it goes on as far in the schedule.
+        self.register_buffer("batches_ahead", torch.zeros_like(batches))
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
+
+    def skip_warm_up(self) -> None:
+        """Correct as far as the schedule ever allows: the running statistics are known already."""
+        self.batches_ahead.fill_(max(self.schedule.r_end, self.schedule.d_end))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input, ``(N, C, …)``, renormalised in training, normalised in eval mode."""
@@ -171,7 +174,7 @@ class BatchRenorm(nn.Module):
         values = input.detach().transpose(0, 1).flatten(1).to(self.running_mean.dtype)
         var, mean = torch.var_mean(values, dim=1, correction=0)
         running_std = (self.running_var + self.eps).sqrt()
-        max_r, max_d = self.schedule.limits(self.num_batches_tracked)
+        max_r, max_d = self.schedule.limits(self.num_batches_tracked + self.batches_ahead)
         r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / max_r, max_r)
         d = ((mean - self.running_mean) / running_std).clamp(-max_d, max_d)
 

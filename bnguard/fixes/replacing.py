@@ -24,6 +24,7 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+_FUSED_FOR_QUANTISATION = "torch.ao.nn.intrinsic.qat."
 # The shapes that a layer may take: (N, C, H, W) first, the most frequent.
 _SHAPES = ((4, 4), (4,), (4, 4, 4), ())
 
@@ -82,10 +83,16 @@ def check_reachable(model: nn.Module, replacements: Replacements) -> None:
     """Make sure that the modules stand only where they can be replaced.
 
     Raises:
-        ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them;
-            the forward may call it from there.
+        ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them,
+            and the forward may call it from there; or a layer fused for quantisation reads it.
     """
     for name, module in model.named_modules():
+        is_fused = type(module).__module__.startswith(_FUSED_FOR_QUANTISATION)
+        if is_fused and any(child in replacements for child in module.children()):
+            raise ConfigurationError(
+                f"{name or 'the model'}: {type(module).__name__} reads the statistics of its BN "
+                "layer to quantise; swap before the model is prepared for quantisation"
+            )
         for attribute, value in vars(module).items():
             if attribute != "_modules" and any(each in replacements for each in _held(value)):
                 raise ConfigurationError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
@@ -23,8 +24,16 @@ from bnguard.fixes.planning import Plan, planned
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.repeatable import repeatable
 from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
+from bnguard.fixes.selection import patterns_of
 from bnguard.fixes.swapped import ReplacedLayer, Swap
-from bnguard.fixes.targets import DEFAULT_GROUPS, Factory, Groups, Target, target_named
+from bnguard.fixes.targets import (
+    DEFAULT_GROUPS,
+    Factory,
+    Groups,
+    GroupTarget,
+    Target,
+    target_named,
+)
 from bnguard.layers import (
     BatchNormLayer,
     find_layers,
@@ -108,10 +117,11 @@ def swap(
         >>> swap(model, "group").model[1].num_groups
         32
     """
-    if steps < 1:
-        raise ConfigurationError(f"steps={steps} is no number from 1 on")
+    _check(model, steps)
     target = target_named(to, groups, min_values_per_group)
     plan = planned(model, target, layers, exclude)
+    if isinstance(groups, Mapping):
+        patterns_of("groups", groups, find_layers(model))
     if in_place and model in {layer.module for layer in plan.layers}:
         raise ConfigurationError(
             "the model is itself a BN layer, which cannot be replaced in place: leave in_place out"
@@ -145,7 +155,7 @@ def swap(
         model=exchange.model,
         to=to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__),
         replaced=tuple(
-            _replaced(layer, norm, positions.get(layer.name))
+            _replaced(layer, norm, positions.get(layer.name), target)
             for layer, norm in zip(exchange.layers, exchange.norms, strict=True)
         ),
         skipped=plan.skipped,
@@ -184,6 +194,13 @@ class _Exchange:
         ]
 
 
+def _check(model: object, steps: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"swap takes a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigurationError(f"steps={steps!r} is no whole number from 1 on")
+
+
 def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
     """Return a copy of a model, and what each of its parameters has become."""
     memo: dict[int, object] = {}
@@ -213,6 +230,9 @@ def _sample(
         source = teacher_data
     else:
         return None
+    lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
+    if lazy is not None:
+        raise ConfigurationError(f"{lazy} is lazy: put a batch through the model first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = read_batches(source, model, forward, samples=_SAMPLES_TO_COMPARE, device=device)
     for batch in batches:
@@ -308,12 +328,15 @@ def _put_back_on_error(exchange: _Exchange) -> Iterator[None]:
         raise
 
 
-def _replaced(layer: BatchNormLayer, norm: nn.Module, positions: int | None) -> ReplacedLayer:
+def _replaced(
+    layer: BatchNormLayer, norm: nn.Module, positions: int | None, target: Target
+) -> ReplacedLayer:
     return ReplacedLayer(
         name=layer.name,
         before=type(layer.module).__name__,
         after=type(norm).__name__,
         groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
+        groups_wanted=target.wanted(layer) if isinstance(target, GroupTarget) else None,
         positions=positions,
         channels=layer.channels,
     )

@@ -23,6 +23,7 @@ class ReplacedLayer:
         before: Class of the BN layer.
         after: Class of what normalises in its place.
         groups: Groups of a group norm; None for what has none.
+        groups_wanted: Groups that it would have, had each enough values; None where none decide.
         positions: Values a channel and sample that arrive at the layer; None where no sample told.
         channels: C, the number of channels.
     """
@@ -31,6 +32,7 @@ class ReplacedLayer:
     before: str
     after: str
     groups: int | None
+    groups_wanted: int | None
     positions: int | None
     channels: int
 

@@ -5,6 +5,7 @@ A new one is a class with the two methods of :class:`Target`, and a line in :fun
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from bnguard.errors import ConfigurationError, nearest_name
 from bnguard.fixes.grouping import choose_groups
-from bnguard.fixes.norms import WARMED_UP, BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
+from bnguard.fixes.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.stats import updates_to_forget
 
@@ -63,16 +64,15 @@ class GroupTarget:
         """Leave no layer alone."""
         return None
 
+    def wanted(self, layer: BatchNormLayer) -> int:
+        """Return the groups of a layer at which there are values enough."""
+        return self.groups_for(layer, sys.maxsize)
+
     def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
         """Return a group norm with as many groups as there are values for."""
-        if positions is None and isinstance(layer.module, nn.BatchNorm1d):
-            positions = 1
-        if positions is not None and layer.channels * positions < 2:
-            raise ConfigurationError(
-                f"{layer.name}: gets one value a sample, which a group norm always sets to 0; "
-                f"leave it out with exclude={[layer.name]}, or swap to 'batch-renorm' or 'frozen'"
-            )
         groups = self.groups_for(layer, positions)
+        if positions is not None and layer.channels * positions < 2:
+            raise _one_value(layer)
         affine = layer.weight is not None
         norm = GroupNorm(groups, layer.channels, eps=layer.eps, affine=affine)
         take_affine(norm, layer.module)
@@ -88,6 +88,7 @@ class AtMost:
 
     def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
         """Return as many groups as there are values for."""
+        positions = _at_least(layer, positions)
         return choose_groups(layer.channels, self.groups, positions, self.min_values)
 
 
@@ -99,6 +100,7 @@ class OnePerChannel:
 
     def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
         """Return the channels, or fewer groups."""
+        positions = _at_least(layer, positions)
         if positions == 1:
             return choose_groups(layer.channels, layer.channels, positions, self.min_values)
         return layer.channels
@@ -125,6 +127,22 @@ class AsNamed:
         return groups
 
 
+def _at_least(layer: BatchNormLayer, positions: int | None) -> int | None:
+    """Return the values a channel and sample to count on: BatchNorm1d may get (N, C) alone."""
+    if positions is not None or not isinstance(layer.module, nn.BatchNorm1d):
+        return positions
+    if layer.channels == 1:
+        raise _one_value(layer)
+    return 1
+
+
+def _one_value(layer: BatchNormLayer) -> ConfigurationError:
+    return ConfigurationError(
+        f"{layer.name}: gets one value a sample, which a group norm always sets to 0; leave it "
+        f"out with exclude={[layer.name]}, or swap to 'batch-renorm' or 'frozen'"
+    )
+
+
 @dataclass(frozen=True)
 class RenormTarget:
     """Batch renormalisation, from the running statistics that the layer has.
@@ -146,15 +164,16 @@ class RenormTarget:
         batches = torch.zeros((), dtype=torch.long, device=mean.device)
         if counter is not None:
             batches += counter.to(mean.device)
-        is_trained = bool(batches >= updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT))
         norm = BatchRenorm(
             mean,
             var,
             batches,
             eps=layer.eps,
             momentum=layer.momentum,
-            schedule=WARMED_UP if is_trained else self.schedule,
+            schedule=self.schedule,
         )
+        if bool(batches >= updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT)):
+            norm.skip_warm_up()
         take_affine(norm, layer.module)
         return norm
 
@@ -256,13 +275,13 @@ def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
     Raises:
         ConfigurationError: There is no such target, or the groups are no positive numbers.
     """
-    numbers = groups.values() if isinstance(groups, Mapping) else [groups]
-    if min([*numbers, min_values]) < 1:
-        raise ConfigurationError("groups= and min_values_per_group= take numbers from 1 on")
-    if not isinstance(to, str):
+    numbers = [*(groups.values() if isinstance(groups, Mapping) else [groups]), min_values]
+    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+        raise ConfigurationError("groups= and min_values_per_group= take whole numbers from 1 on")
+    if callable(to):
         return FactoryTarget(to)
     if to not in TARGETS:
-        near = nearest_name(to, TARGETS)
+        near = nearest_name(str(to), TARGETS)
         hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
         raise ConfigurationError(f"to={to!r} is no norm that is known here: {hint}")
     if not isinstance(groups, Mapping):

@@ -22,6 +22,7 @@ since JSON has no word for them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.fixes.recalibration import Recalibration
+    from bnguard.fixes.swapped import Swap
     from bnguard.report import Report
 
 SCHEMA = 1
@@ -88,6 +90,43 @@ def recalibration_document(
             {"name": layer.name, "reason": layer.reason} for layer in recalibration.skipped
         ],
         "notes": [*recalibration.notes, *notes],
+    }
+    return cast("dict[str, Any]", _strict(result))
+
+
+def swap_document(
+    swap: Swap, document: Mapping[str, object], written: Path, code: str
+) -> dict[str, Any]:
+    """Return what a swap of a checkpoint did, as plain data.
+
+    Schema version 1, beside the keys of ``document``: ``schema``, ``bnguard``, ``to``, ``written``
+    (the path), ``code`` (Python that builds the swapped model), ``replaced`` (each with ``name``,
+    ``before``, ``after``, ``groups``, ``values_per_group``), ``skipped`` (each with ``name`` and
+    ``reason``), ``output_change`` in standard deviations, ``distillation`` (null, or ``steps``,
+    ``best_step``, ``samples``, ``distance_before``, ``distance``, ``resumed_at``), ``notes``.
+    """
+    learnt = swap.distillation
+    result = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        **document,
+        "to": swap.to,
+        "written": str(written),
+        "code": code,
+        "replaced": [
+            {
+                "name": layer.name,
+                "before": layer.before,
+                "after": layer.after,
+                "groups": layer.groups,
+                "values_per_group": layer.values_per_group,
+            }
+            for layer in swap.replaced
+        ],
+        "skipped": [{"name": layer.name, "reason": layer.reason} for layer in swap.skipped],
+        "output_change": swap.output_change,
+        "distillation": None if learnt is None else dataclasses.asdict(learnt),
+        "notes": list(swap.notes),
     }
     return cast("dict[str, Any]", _strict(result))
 

@@ -78,7 +78,11 @@ def _became(layer: ReplacedLayer) -> str:
     size = _counted(layer.channels // layer.groups, "channel")
     values = layer.values_per_group
     known = "" if values is None else f", {values:,} values"
-    return f"{layer.after}, {_counted(layer.groups, 'group')} of {size}{known}"
+    fewer = ""
+    if layer.groups_wanted is not None and layer.groups < layer.groups_wanted:
+        would = "could" if values is None else "would"
+        fewer = f" ({layer.groups_wanted} groups {would} have too few values)"
+    return f"{layer.after}, {_counted(layer.groups, 'group')} of {size}{known}{fewer}"
 
 
 def _outputs(swap: Swap) -> str:

@@ -32,13 +32,20 @@ class AccumulationBlind(Rule):
         Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
         use a norm that needs no batch::
 
-            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+            model = bnguard.swap(model, "group", teacher_data=loader).model
+
+        Group norm pays below 8 samples a batch. On ImageNet the error of ResNet-50 is 24.2 % at 4
+        samples and 24.1 % at 2, with BN 27.3 and 34.7 %; at 16 and more BN is better by half a
+        point (Wu & He, table 2). It costs a detector up to 13 % more time and 22 % more
+        memory than frozen BN (Detectron).
 
     Fix safety:
-        Another norm changes the network: train or fine-tune it afterwards.
+        Another norm changes the network, and a swap without ``teacher_data`` most of what it
+        knew: let it learn, then measure it.
 
     References:
         Wu & He, "Group Normalization" (2018), table 2, error against batch size.
+        Detectron, projects/GN (2018): Mask R-CNN, R-50-FPN, 2x schedule.
         Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.3, on the batch of BN.
     """
 

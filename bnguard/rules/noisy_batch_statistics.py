@@ -40,15 +40,22 @@ class NoisyBatchStatistics(Rule):
         Enlarge the batch, share the statistics between devices, or use a norm without batch::
 
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+            model = bnguard.swap(model, "group", teacher_data=loader).model
 
-        A smaller ``momentum`` and a recalibration help eval mode alone.
+        Group norm pays below 8 samples a device. On ImageNet the error of ResNet-50 is 24.2 % at
+        4 samples and 24.1 % at 2, with BN 27.3 and 34.7 %; at 16 and more BN is better by half a
+        point (Wu & He, table 2). A detector that is fine-tuned at 2 images a device gains 1.5
+        points of box AP over frozen BN, for up to 13 % more time and 22 % more memory (Detectron).
+        Where that is too much, ``"frozen"`` costs nothing and ``"batch-renorm"`` two vectors a
+        layer. A smaller ``momentum`` and a recalibration help eval mode alone.
 
     Fix safety:
-        Another norm changes the network: train or fine-tune it afterwards.
+        Another norm changes the network, and a swap without ``teacher_data`` most of what it
+        knew: let it learn, then measure it.
 
     References:
         Wu & He, "Group Normalization" (2018), table 2, error against batch size.
+        Detectron, projects/GN (2018): Mask R-CNN, R-50-FPN, 2x schedule.
         Ioffe, "Batch Renormalization" (2017), section 3.
         von Neumann et al., "The mean square successive difference" (1941).
     """

@@ -33,7 +33,9 @@ class UnsynchronisedSmallBatch(Rule):
 
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-        or ``Trainer(sync_batchnorm=True)``. Subclasses with an activation lose it (BN108).
+        or ``Trainer(sync_batchnorm=True)``. Subclasses with an activation lose it (BN108), but
+        not in ``bnguard.swap(model, "sync").model``. Where the ranks are too few, group norm
+        errs by 24.1 % at 2 samples, where BN errs by 34.7 % (table 2).
 
     Fix safety:
         Training changes, for the better; every step waits for an exchange a layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+import bnguard as library
+from bnguard.checkpoint.reading import open_contents
 from bnguard.cli import main
-from bnguard.demo import DigitsNet
+from bnguard.demo import DigitsData, DigitsNet
 
 BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 # In a process of its own the deprecations that jsonargparse announces are no errors; nor here.
 pytestmark = pytest.mark.filterwarnings("default")
 DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
+QUICK = (*DEMO, "--steps", "0")
 
 
 def bnguard(folder, *arguments):
@@ -39,6 +46,19 @@ def checkpoint(tmp_path):
     return path
 
 
+def built(code):
+    """What the lines printed make, run as they are."""
+    names = {}
+    exec(code, names)
+    return names["model"]
+
+
+def assert_weights(model, state_dict):
+    own = model.state_dict()
+    assert set(own) == set(state_dict)
+    assert all(torch.equal(own[name], value) for name, value in state_dict.items())
+
+
 def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint, capsys):
     original = checkpoint.read_bytes()
     done = bnguard(checkpoint.parent, "swap", checkpoint, "--to", "group", *DEMO, "--steps", 2)
@@ -49,24 +69,117 @@ def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint,
     output = checkpoint.with_name("last-swapped.ckpt")
     saved = torch.load(output, weights_only=True)
     assert saved["hyper_parameters"]["width"] == 2
-    assert saved["bnguard"]["to"] == "group"
+    note = note_in(output)
+    assert (note["action"], note["to"], note["original"]) == ("swap", "group", "last.ckpt")
 
-    *_, build, change, load = done.stdout.rstrip().splitlines()
-    build = build.replace("(…)", "(width=2)")
-    code = "\n".join(
-        ["import bnguard, torch", "from bnguard.demo import DigitsNet", build, change, load]
-    )
-    names = {}
-    exec(code, names)
-    for name, value in names["model"].state_dict().items():
-        assert torch.equal(saved["state_dict"][name], value)
+    _, code = done.stdout.split("the model that it fits:\n")
+    assert len(code.strip().splitlines()) == 6
+    model = built(code)
+    assert_weights(model, saved["state_dict"])
     assert not any("running_mean" in name for name in saved["state_dict"])
 
-    again = main(["swap", str(checkpoint), *DEMO, "--steps", "0"])
+    again = main(["swap", str(checkpoint), *QUICK])
     assert again == 2
     assert "exists already: choose another --output, or use --force" in capsys.readouterr().err
-    assert main(["swap", str(checkpoint), *DEMO, "--steps", "0", "--force"]) == 0
+    assert main(["swap", str(checkpoint), *QUICK, "--force"]) == 0
     assert not list(checkpoint.parent.glob(".bnguard-*"))
+
+
+def note_in(path):
+    """What bnguard noted in a file; it has no BN layers any more, so it is read as a format."""
+    with open_contents(path) as contents:
+        return contents.provenance
+
+
+@pytest.mark.parametrize("to", ["layer", "instance", "batch-renorm", "frozen", "sync"])
+def test_every_target_can_be_built_again(checkpoint, to, capsys):
+    assert main(["swap", str(checkpoint), "--to", to, *QUICK, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    saved = torch.load(document["written"], weights_only=True)
+    assert_weights(built(document["code"]), saved["state_dict"])
+
+
+def test_json_is_one_document(checkpoint, capsys):
+    options = ("--steps", "2", "--exclude", '["features.0.1"]', "--json")
+    assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["action"], document["to"]) == (1, "swap", "group")
+    assert len(document["replaced"]) == 6
+    assert document["skipped"] == [{"name": "features.0.1", "reason": "is excluded"}]
+    assert document["distillation"]["steps"] == 2
+    assert document["metric"] == "val_accuracy"
+    assert 0.0 <= document["score_after"] <= 1.0
+    saved = torch.load(document["written"], weights_only=True)
+    assert_weights(built(document["code"]), saved["state_dict"])
+
+
+@pytest.mark.parametrize("key", ["model", None])
+def test_a_plain_state_dict_stays_one(tmp_path, key, capsys):
+    state_dict = DigitsNet(width=2).state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(state_dict if key is None else {key: state_dict, "step": 7}, path)
+    assert main(["swap", str(path), *QUICK, "--model.width", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["written"] == str(tmp_path / "weights-swapped.pt")
+    saved = torch.load(document["written"], weights_only=True)
+    assert_weights(built(document["code"]), saved if key is None else saved[key])
+
+
+def test_safetensors_stay_safetensors(tmp_path, capsys):
+    path = tmp_path / "weights.safetensors"
+    save_file(DigitsNet(width=2).state_dict(), path)
+    assert main(["swap", str(path), *QUICK, "--model.width", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["written"] == str(tmp_path / "weights-swapped.safetensors")
+    assert_weights(built(document["code"]), load_file(document["written"]))
+    assert note_in(Path(document["written"]))["original"] == "weights.safetensors"
+
+
+@pytest.mark.slow
+def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path, capsys):
+    def trainer():
+        return Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    data = DigitsData(batch_size=64)
+    first = trainer()
+    first.fit(DigitsNet(width=2), data)
+    path = tmp_path / "epoch.ckpt"
+    first.save_checkpoint(path)
+    capsys.readouterr()
+    assert main(["swap", str(path), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "begin a new training rather than resume the old" in printed
+
+    output = tmp_path / "epoch-swapped.ckpt"
+    saved = torch.load(output, weights_only=True)
+    assert (saved["epoch"], saved["global_step"]) == (1, 18)
+    model = built(printed.partition("the model that it fits:\n")[2])
+    (metrics,) = trainer().validate(model, data, ckpt_path=output, verbose=False)
+    assert 0.0 <= metrics["val_accuracy"] <= 1.0
+    with pytest.raises(KeyError, match="optimizer state"):
+        trainer().fit(model, data, ckpt_path=output)
+
+
+def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, capsys):
+    seen = {}
+
+    def swap(model, to, **options):
+        seen.update(options)
+        return library.swap(model, to)
+
+    monkeypatch.setattr("bnguard.cli.swap.swap", swap)
+    options = ("--precision", "bf16-mixed", "--state", "swap.state", "--steps", "5")
+    assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
+    assert seen["fabric"]._precision.precision == "bf16-mixed"
+    assert seen["state_file"] == "swap.state"
+    assert isinstance(seen["teacher_data"], torch.utils.data.DataLoader)
 
 
 @pytest.mark.parametrize(
@@ -76,15 +189,28 @@ def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint,
         ([*DEMO[2:]], "--model is missing"),
         ([*DEMO, "--model.width", "4"], "does not fit DigitsNet"),
         ([*DEMO, "--output", "last.ckpt", "--force"], "is the original; choose another --output"),
+        ([*DEMO, "--output", "."], "is a folder"),
+        ([*QUICK, "--output", "nowhere/x.ckpt"], "is a folder, or in none"),
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
+        ([*DEMO, "--device", "gpu"], "--device gpu --precision 32-true cannot be used"),
+        ([*DEMO, "--exclude", '["nothing"]'], "exclude='nothing' matches no BN layer"),
+        ([*DEMO, "--state", "last.ckpt", "--steps", "1"], "is no state of a distillation"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(
     checkpoint, arguments, message, monkeypatch, capsys
 ):
     monkeypatch.chdir(checkpoint.parent)
+    content = checkpoint.read_bytes()
     assert main(["swap", checkpoint.name, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bnguard: error: ")
     assert message in line
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert checkpoint.read_bytes() == content
+
+
+def test_a_checkpoint_without_bn_is_refused(tmp_path, capsys):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "plain.pt")
+    assert main(["swap", str(tmp_path / "plain.pt"), *DEMO]) == 2
+    assert "has no BN layers, so there is nothing to swap" in capsys.readouterr().err

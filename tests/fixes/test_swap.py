@@ -6,7 +6,10 @@ import copy
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.intrinsic.qat as nniqat
 from torch import nn
+from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrize
 
 from bnguard.errors import BNGuardError, CalibrationError, ConfigurationError
@@ -369,6 +372,16 @@ def test_a_factory_that_makes_no_other_norm_is_refused(net, factory, message):
         swap(net, factory)
 
 
+def with_a_lazy_head():
+    return nn.Sequential(nn.BatchNorm1d(8), nn.LazyLinear(3))
+
+
+def prepared_for_quantisation():
+    fused = nni.ConvBnReLU2d(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).train()
+    fused.qconfig = get_default_qat_qconfig("fbgemm")
+    return nn.Sequential(nniqat.ConvBnReLU2d.from_float(fused))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -380,6 +393,13 @@ def test_a_factory_that_makes_no_other_norm_is_refused(net, factory, message):
         (lambda: nn.DataParallel(conv_net()), {}, "wrapped in DataParallel"),
         (lambda: torch.compile(conv_net()), {}, "wrapped in OptimizedModule"),
         (lambda: nn.Sequential(nn.LazyBatchNorm2d()), {}, "0 is lazy"),
+        (with_a_lazy_head, {"sample": torch.rand(4, 8)}, "1.weight is lazy"),
+        (conv_net, {"groups": {"backbone.*": 4}}, r"groups='backbone.\*' matches no BN layer"),
+        (conv_net, {"groups": 2.5}, "whole numbers from 1 on"),
+        (conv_net, {"steps": 2.5}, "steps=2.5 is no whole number"),
+        (conv_net, {"to": None}, "to=None is no norm"),
+        (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),
+        (prepared_for_quantisation, {}, "0: ConvBnReLU2d reads the statistics of its BN layer"),
     ],
 )
 def test_what_cannot_be_done_is_said(make, options, message):
@@ -412,12 +432,19 @@ def test_the_result_prints_itself(net, images):
     assert "outputs off by" in text
 
 
+def limits(layer):
+    batches = layer.num_batches_tracked + layer.batches_ahead
+    return [limit.item() for limit in layer.schedule.limits(batches)]
+
+
 def test_batch_renorm_of_a_trained_layer_is_warmed_up_and_one_of_a_new_layer_is_not(net):
     trained, new = (swap(model, "batch-renorm").model[1] for model in (net, conv_net()))
     assert isinstance(trained, BatchRenorm)
     assert trained.num_batches_tracked == net[1].num_batches_tracked == 40
-    assert [x.item() for x in trained.schedule.limits(trained.num_batches_tracked)] == [3.0, 5.0]
-    assert [x.item() for x in new.schedule.limits(new.num_batches_tracked)] == [1.0, 0.0]
+    assert limits(trained) == [3.0, 5.0]
+    assert limits(new) == [1.0, 0.0]
+    new.load_state_dict(trained.state_dict())
+    assert limits(new) == [3.0, 5.0]
 
 
 def test_batchnorm1d_of_flat_inputs():
@@ -425,3 +452,71 @@ def test_batchnorm1d_of_flat_inputs():
     result = swap(model, "group", sample=torch.randn(4, 64))
     assert result.groups == {"1": 4, "4": 4}
     assert result.model(torch.randn(1, 64)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (nn.BatchNorm1d, ()),
+        (nn.BatchNorm1d, (5,)),
+        (nn.BatchNorm2d, (1, 1)),
+        (nn.BatchNorm2d, (4, 4)),
+        (nn.BatchNorm3d, (2, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 17, 48])
+def test_groups_fit_every_number_of_channels_and_keep_their_values(kind, shape, channels):
+    model = nn.Sequential(kind(channels))
+    x = torch.randn(3, channels, *shape)
+    if x[0].numel() == 1:
+        with pytest.raises(ConfigurationError, match="gets one value a sample"):
+            swap(model, "group", sample=x)
+        return
+    for to in ("group", "instance"):
+        (layer,) = (result := swap(model, to, sample=x)).replaced
+        assert channels % layer.groups == 0
+        assert layer.values_per_group >= 16 or layer.groups == 1 or to == "instance"
+        assert (result.model(x).flatten(1).std(1) > 0.1).all()
+        text = " ".join(str(result).split())
+        wanted = channels if to == "instance" else layer.groups_wanted
+        assert ("would have too few values" in text) == (layer.groups < wanted)
+
+
+def test_other_norms_are_left_alone():
+    class EvoNorm(nn.Module):
+        """Has the buffers of BN, and is none."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_var", torch.ones(4))
+
+    others = [nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), EvoNorm()]
+    model = swap(nn.Sequential(nn.BatchNorm2d(4), *others), "layer").model
+    assert [type(module) for module in model[1:]] == [type(module) for module in others]
+
+
+def test_a_model_fused_for_quantisation_but_not_prepared_is_swapped():
+    fused = nni.ConvBnReLU2d(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = swap(nn.Sequential(fused), "group").model
+    assert model(torch.rand(2, 1, 5, 5)).shape == (2, 8, 3, 3)
+
+
+def test_a_compiled_part_is_compiled_anew():
+    """A graph that still held the BN layer would give what it gave."""
+    inner = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    model = nn.Sequential(torch.compile(inner, backend="eager"))
+    x = torch.rand(4, 1, 6, 6)
+    model(x)
+    swap(model, "group", in_place=True)
+    torch.testing.assert_close(model(x), nn.Sequential(*inner)(x))
+    assert isinstance(inner[1], nn.GroupNorm)
+
+
+def test_the_groups_of_a_swap_make_it_again_without_a_sample():
+    model = nn.Sequential(nn.Conv1d(1, 32, 1), nn.BatchNorm1d(32), nn.BatchNorm1d(32))
+    chosen = swap(model, "group", sample=torch.randn(2, 1, 40)).groups
+    assert chosen == {"1": 32, "2": 32}
+    assert swap(model, "group", groups=chosen).groups == chosen
+    alone = nn.Sequential(nn.BatchNorm1d(1))
+    chosen = swap(alone, "group", sample=torch.randn(2, 1, 40)).groups
+    assert swap(alone, "group", groups=chosen).groups == {"0": 1}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, ConfigurationError
 from bnguard.fixes import distil
 from bnguard.fixes.outputs import float_tensors, relative_distance
 from bnguard.fixes.swap import swap
+from bnguard.report.swap import DistillationBar
 from tests.networks import conv_net, digits, mlp
 
 
@@ -180,6 +181,7 @@ def test_a_generator_is_passed_over_again(trained):
     [
         ([], None, "teacher_data is empty"),
         (iter(()), None, "teacher_data is empty"),
+        ([torch.full((40, 1, 8, 8), torch.nan)], None, "are NaN or infinite"),
         (
             [torch.rand(4, 1, 8, 8)],
             lambda model, batch: model(batch) is None,
@@ -202,3 +204,53 @@ def test_the_random_state_and_modes_are_left_alone(trained):
     result = swap(own, "group", teacher_data=batches, steps=3, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in result.model] == [m.training for m in own]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.BatchNorm1d(4, affine=False)), "has no parameters to teach"),
+        (nn.Sequential(nn.BatchNorm1d(4)).half(), "float16 are too coarse to learn"),
+    ],
+)
+def test_what_cannot_learn_is_refused(model, message):
+    data = [torch.rand(8, 4, dtype=model[0].running_mean.dtype)]
+    with pytest.raises(ConfigurationError, match=message):
+        swap(model, "group", teacher_data=data, progress=False)
+
+
+def test_statistics_that_few_samples_cannot_judge_are_left_as_they_are(trained):
+    model, batches, _ = trained
+    few = [batches[0][:8]]
+    assert swap(model, "group", teacher_data=few, steps=1, progress=False).notes == ()
+    single = swap(model, "group", teacher_data=[batches[0][:1]], steps=1, progress=False)
+    assert "statistics could not be checked" in single.notes[0]
+
+
+def test_a_generator_is_checked_and_measured_as_a_loader_is(trained):
+    model, batches, _ = trained
+    broken = mlp(64)
+    broken.load_state_dict(model.state_dict())
+    broken[1].running_mean += 5.0
+    result = swap(broken, "group", teacher_data=iter(batches), steps=1, progress=False)
+    assert "did not fit teacher_data" in result.notes[0]
+    assert result.output_change > 0.0
+    assert result.replaced[0].positions == 1
+
+
+def test_bfloat16_is_kept_and_learns(trained):
+    model, batches, _ = trained
+    half = mlp(64).eval()
+    half.load_state_dict(model.state_dict())
+    half.bfloat16()
+    data = [batch.bfloat16() for batch in batches]
+    result = swap(half, "group", teacher_data=data, steps=40, progress=False)
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert result.distillation.distance < 0.7 * result.distillation.distance_before
+
+
+def test_the_bar_shows_the_distance_that_is_left():
+    bar = DistillationBar(100)
+    bar.advance(30, 0.1234)
+    (task,) = bar._progress.tasks
+    assert (task.completed, task.total, task.description) == (30, 100, "0.123 σ off")

@@ -12,17 +12,13 @@ from torch import nn
 
 import bnguard
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.norms import WARMED_UP, BatchRenorm, RenormSchedule
+from bnguard.fixes.norms import BatchRenorm, RenormSchedule
 from bnguard.fixes.swap import swap
 
 
-def renorm(channels, schedule, momentum=0.1):
+def renorm(channels, momentum=0.1):
     layer = BatchRenorm(
-        torch.zeros(channels),
-        torch.ones(channels),
-        torch.tensor(0),
-        momentum=momentum,
-        schedule=schedule,
+        torch.zeros(channels), torch.ones(channels), torch.tensor(0), momentum=momentum
     )
     layer.weight = nn.Parameter(torch.rand(channels) + 0.5)
     layer.bias = nn.Parameter(torch.randn(channels))
@@ -31,23 +27,28 @@ def renorm(channels, schedule, momentum=0.1):
 
 def twin(layer, momentum=0.1):
     norm = nn.BatchNorm2d(len(layer.weight), momentum=momentum)
-    norm.load_state_dict(layer.state_dict())
+    norm.load_state_dict(of_bn(layer))
     return norm
+
+
+def of_bn(layer):
+    return {name: value for name, value in layer.state_dict().items() if name != "batches_ahead"}
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_renorm_is_bn_at_first(momentum):
-    layer = renorm(3, RenormSchedule(), momentum)
+    layer = renorm(3, momentum)
     norm = twin(layer, momentum)
     for _ in range(3):
         x = 2 * torch.randn(4, 3, 5, 5) + 1
         torch.testing.assert_close(layer(x), norm(x))
-        torch.testing.assert_close(layer.state_dict(), norm.state_dict())
+        torch.testing.assert_close(of_bn(layer), dict(norm.state_dict()))
     torch.testing.assert_close(layer.eval()(x), norm.eval()(x))
 
 
 def test_batch_renorm_within_its_limits_normalises_as_eval_mode_does():
-    layer = renorm(3, WARMED_UP)
+    layer = renorm(3)
+    layer.skip_warm_up()
     norm = twin(layer).eval()
     x = 1.5 * torch.randn(4, 3, 5, 5) + 1
     torch.testing.assert_close(layer(x), norm(x), rtol=1e-4, atol=1e-4)
@@ -55,7 +56,8 @@ def test_batch_renorm_within_its_limits_normalises_as_eval_mode_does():
 
 def test_batch_renorm_clips_and_passes_no_gradient_through_its_correction():
     """Algorithm 1 of Ioffe 2017, written down naively in float64."""
-    layer = renorm(2, WARMED_UP).double()
+    layer = renorm(2).double()
+    layer.skip_warm_up()
     x = (20 * torch.randn(4, 2, 5, 5, dtype=torch.float64) + 30).requires_grad_()
     mean = x.mean((0, 2, 3), keepdim=True)
     std = (x.var((0, 2, 3), correction=0, keepdim=True) + layer.eps).sqrt()
@@ -69,6 +71,12 @@ def test_batch_renorm_clips_and_passes_no_gradient_through_its_correction():
     slope = torch.randn_like(x)
     wanted, got = (torch.autograd.grad((y * slope).sum(), x)[0] for y in (expected, found))
     torch.testing.assert_close(got, wanted)
+
+
+def test_the_schedule_grows_from_bn_to_its_limits():
+    schedule = RenormSchedule(start=10, d_end=20, r_end=30, max_r=3.0, max_d=5.0)
+    limits = [[x.item() for x in schedule.limits(torch.tensor(n))] for n in (0, 10, 20, 30, 99)]
+    assert limits == [[1.0, 0.0], [1.0, 0.0], [2.0, 5.0], [3.0, 5.0], [3.0, 5.0]]
 
 
 class Activated(nn.BatchNorm2d):
