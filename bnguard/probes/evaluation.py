@@ -119,7 +119,8 @@ def _padding_shares(values: Tensor) -> Tensor:
     """Return the share of each sample's positions that are trailing padding, shape ``(N,)``.
 
     Along each axis the constant margin at the end counts by what it has more than that at the
-    beginning: a dark background has both, and repeated values inside have neither.
+    beginning: a dark background has both, and repeated values inside have neither. A margin of
+    one is the last position itself.
     """
     if values.dim() < 3:
         return torch.zeros(len(values), dtype=torch.float64, device=values.device)
@@ -134,5 +135,6 @@ def _padding_shares(values: Tensor) -> Tensor:
         others = [other for other in range(1, equal.dim()) if other != axis]
         constant = (equal.all(others) if others else equal).long()
         head, tail = constant.cumprod(1).sum(1), constant.flip(1).cumprod(1).sum(1)
-        kept *= 1.0 - (tail - head).clamp(min=0) / equal.shape[axis]
+        padded = torch.where(tail > 1, tail - head, 0).clamp(min=0)
+        kept *= 1.0 - padded / equal.shape[axis]
     return 1.0 - kept

@@ -35,6 +35,7 @@ from tests.zoo.faults import (
     tracking_switched_off,
     trained_in_eval,
     two_domains,
+    under_lightning,
     unfrozen_by_train,
     zero_momentum,
 )
@@ -71,6 +72,7 @@ _FILES = (
     tracking_switched_off,
     trained_in_eval,
     two_domains,
+    under_lightning,
     unfrozen_by_train,
     zero_momentum,
 )
