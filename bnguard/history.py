@@ -194,12 +194,20 @@ class LayerHistory:
     @property
     def initial_weight(self) -> float | None:
         """Weight that the initial statistics (0, 1) still have; None where it cannot be told."""
-        return self._initial_weight_in(self.running)
+        return None if self._is_counter_set_back else self._initial_weight_in(self.running)
 
     @property
     def initial_weight_when_evaluated(self) -> float | None:
         """The same at the time of the newest evaluation."""
         return None if self.evaluated is None else self._initial_weight_in(self.evaluated.running)
+
+    @property
+    def _is_counter_set_back(self) -> bool:
+        """Whether the counter is lower than at the start, as after ``update_bn``."""
+        start, now = self.running_at_start, self.running
+        if start is None or start.updates is None or now is None or now.updates is None:
+            return False
+        return now.updates < start.updates + self.updates_seen and not now.is_initial
 
     def _initial_weight_in(self, running: RunningStatistics | None) -> float | None:
         """Return the initial weight in these statistics.

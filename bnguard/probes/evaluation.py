@@ -29,8 +29,8 @@ class EvalReading:
         nonfinite_calls: Calls read that held NaN or Inf, and are left out of ``moments``.
         largest_normalised: Largest |value - running mean| / sqrt(running var + eps), in running
             standard deviations; NaN where no value was finite.
-        padding_share: Share of the positions of a sample that equal its last one in every
-            channel, the last not counted: trailing constant padding. The mean over samples.
+        padding_share: Share of the positions of a sample that are trailing constant padding. The
+            mean over samples.
         padding_spread: Standard deviation of that share over the samples.
         dtype: Element type of the values.
         var_between: Variance of the means of the calls beyond that of independent samples, shape
@@ -223,13 +223,25 @@ def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:
 
 
 def _padding_shares(values: Tensor) -> Tensor:
-    """Return the share of each sample's positions that equal its last, shape ``(N,)``."""
-    positions = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
-    if positions.shape[2] < 2:
+    """Return the share of each sample's positions that are trailing padding, shape ``(N,)``.
+
+    Along each axis the constant margin at the end counts by what it has more than that at the
+    beginning: a dark background has both, and repeated values inside have neither. A margin of
+    one is the last position itself.
+    """
+    if values.dim() < 3:
         return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    corner = values.flatten(2)[:, :, -1:]
     # Where the last two positions differ in every sample nothing is padded: no need to look on.
-    is_padded = (positions[:, :, -2] == positions[:, :, -1]).all(1)
+    is_padded = (values.flatten(2)[:, :, -2:-1] == corner).all(1)
     if not is_padded.any():
-        return is_padded.double()
-    equal = (positions[:, :, :-1] == positions[:, :, -1:]).all(1)
-    return equal.double().mean(1)
+        return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    equal = (values.flatten(2) == corner).all(1).unflatten(1, values.shape[2:])
+    kept = torch.ones(len(values), dtype=torch.float64, device=values.device)
+    for axis in range(1, equal.dim()):
+        others = [other for other in range(1, equal.dim()) if other != axis]
+        constant = (equal.all(others) if others else equal).long()
+        head, tail = constant.cumprod(1).sum(1), constant.flip(1).cumprod(1).sum(1)
+        padded = torch.where(tail > 1, tail - head, 0).clamp(min=0)
+        kept *= 1.0 - padded / equal.shape[axis]
+    return 1.0 - kept

@@ -78,11 +78,31 @@ def test_a_call_that_is_not_finite_is_counted_and_left_out(bad):
 
 def test_the_share_of_padding_and_its_spread():
     layer = nn.BatchNorm1d(3).eval()
-    values = torch.randn(2, 3, 11)
-    values[0, :, 6:] = 0.0  # of the ten positions before the last, four are padding
+    values = torch.randn(2, 3, 10)
+    values[0, :, 6:] = 0.0
     result = reading(layer, [values])
     assert result.padding_share == pytest.approx(0.2)
     assert result.padding_spread == pytest.approx(0.2)
+
+
+def test_padding_at_two_sides_of_an_image_is_a_share_of_its_area():
+    values = torch.randn(1, 2, 8, 8)
+    values[..., 4:] = 0.0
+    values[:, :, 6:] = 0.0
+    result = reading(nn.BatchNorm2d(2).eval(), [values])
+    assert result.padding_share == pytest.approx(1 - 0.5 * 0.75)
+
+
+def test_a_dark_background_is_not_padding():
+    values = torch.zeros(4, 2, 8, 8)
+    values[:, :, 2:6, 3:5] = torch.randn(4, 2, 4, 2)
+    assert reading(nn.BatchNorm2d(2).eval(), [values]).padding_share == 0.0
+
+
+def test_values_that_come_again_are_not_padding():
+    letters = torch.randint(0, 4, (64, 100))
+    values = nn.functional.one_hot(letters, 4).float().transpose(1, 2)
+    assert reading(nn.BatchNorm1d(4).eval(), [values]).padding_share < 0.05
 
 
 def test_no_padding_is_no_padding():

@@ -36,6 +36,7 @@ from tests.zoo.faults import (
     tracking_switched_off,
     trained_in_eval,
     two_domains,
+    under_lightning,
     unfrozen_by_train,
     zero_momentum,
 )
@@ -73,6 +74,7 @@ _FILES = (
     tracking_switched_off,
     trained_in_eval,
     two_domains,
+    under_lightning,
     unfrozen_by_train,
     zero_momentum,
 )

@@ -72,11 +72,11 @@ def mixup():
 
 
 def erased(images):
-    """Cut a random square out of each batch."""
-    row, column = torch.randint(0, 6, (2,)).tolist()
-    images = images.clone()
-    images[..., row : row + 3, column : column + 3] = 0.0
-    return images
+    """Cut a square out of each image, at a place of its own."""
+    rows, columns = torch.randint(0, 6, (2, len(images), 1, 1))
+    place = torch.arange(8)
+    is_cut = ((place.view(8, 1) - rows - 1).abs() < 2) & ((place - columns - 1).abs() < 2)
+    return images.masked_fill(is_cut.unsqueeze(1), 0.0)
 
 
 def imbalanced(labels):
@@ -170,6 +170,17 @@ def adversarial():
     return train(model, prepare=prepare, epochs=3)
 
 
+def on_a_canvas():
+    """Digits in the middle of a black image, as those of MNIST are."""
+
+    def prepare(images):
+        return F.pad(images, (4, 4, 4, 4))
+
+    model = nn.Sequential(*build("conv")[:-2], nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    model.append(nn.Linear(128, 10))
+    return train(model, prepare=prepare, prepare_evaluation=prepare, epochs=3)
+
+
 def small_dataset():
     """60 samples and few steps."""
     return train(build("mlp"), samples=60, batch_size=15, epochs=25)
@@ -256,6 +267,7 @@ OTHER_TRAINING: tuple[Healthy, ...] = (
     Healthy("average with its buffers", averaged_with_buffers),
     Healthy("sharpness-aware steps", sharpness_aware),
     Healthy("adversarial training", adversarial),
+    Healthy("digits on a large dark canvas", on_a_canvas),
     Healthy("60 samples", small_dataset),
     Healthy("float64", double_precision),
     Healthy("channels last", channels_last),
