@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnguard.whatif.diagnosis import Cause, Diagnosis, LayerShare, Row
 
 _MOST_LAYERS_SHOWN = 5
+_WIDTH = 80
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
@@ -88,9 +89,13 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
 
 
 def _next_step(cause: Cause) -> list[RenderableType]:
-    # Not wrapped, so that it can be pasted.
-    code = Text(cause.next_step, style="bold", no_wrap=True, overflow="ignore")
-    return [Text(f"→ {cause.advice}:"), code]
+    return [Text(f"→ {cause.advice}:"), Text(_in_lines(cause.next_step), style="bold")]
+
+
+def _in_lines(code: str) -> str:
+    """Return a long command with an option a line, which a shell takes as it is."""
+    is_long = len(code) > _WIDTH and code.startswith("bnguard ")
+    return code.replace(" --", " \\\n  --") if is_long and "'" not in code else code
 
 
 def _score(value: float | None) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from torch import nn
 
+from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Batch, Forward
 from bnguard.layers import BatchNormLayer, preserved_modes, preserved_random_state
 from bnguard.stats import log_variance_ratio, shift_std
@@ -104,6 +105,8 @@ class Bench:
         """Return why samples cannot be normalised so many at a time; None where they can."""
         if size > len(self.samples):
             return f"there are {len(self.samples)} samples"
+        if size > self.samples.batch_size and self._one_batch[1].samples is None:
+            return "the outputs have no row a sample, so that batches cannot be joined"
         for name, values in self.values_per_sample.items():
             if size * values < 2:
                 return f"{name or 'the model'} has one value per channel"
@@ -119,11 +122,32 @@ class Bench:
         """Names of the layers that are reached, in the order of their first calls."""
         return list(self._arrived)
 
-    @cached_property
+    def without_nonfinite_batches(self, statistics: Statistics) -> Bench:
+        """Return the same without the samples whose outputs are NaN or Inf with these statistics.
+
+        Raises:
+            CalibrationError: That leaves none.
+        """
+        batches = tuple(
+            batch
+            for batch in self.samples.batches
+            if self.outputs_with(statistics, [batch]).are_finite
+        )
+        if not batches:
+            raise CalibrationError(
+                "the outputs are NaN or Inf for every batch, with any statistics"
+            )
+        return replace(self, samples=Samples(batches, self.samples.payloads))
+
+    @property
     def _arrived(self) -> Mapping[str, Arrived]:
-        """What a batch brings to each layer: how many rows a sample is there."""
+        return self._one_batch[0]
+
+    @cached_property
+    def _one_batch(self) -> tuple[Mapping[str, Arrived], Outputs]:
+        """What a batch brings to each layer, to tell how many rows a sample is there."""
         layers = (*self.layers, *self.untracked)
-        return arrived_at(layers, self.inner, self.forward, self.samples.batches[:1])[0]
+        return arrived_at(layers, self.inner, self.forward, self.samples.batches[:1])
 
     def _batch_statistics(self, size: int | None) -> BatchStatistics:
         layers = [layer for layer in (*self.layers, *self.untracked) if layer.has_modes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,12 @@ class Cure:
 
     Attributes:
         changes: How far each layer's are from the stored ones, by the layer's name.
+        left_out: Batches that were left out, for they bring NaN or Inf to a layer.
         notes: What a reader should know of how they were computed.
     """
 
     changes: Mapping[str, LayerChange]
+    left_out: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,7 +60,9 @@ def recalibrated(
     """
 
     def computed(method: str, *notes: str) -> Cure:
-        with lent_statistics(layers):
+        with lent_statistics(layers), warnings.catch_warnings():
+            # It stands among the notes.
+            warnings.filterwarnings("ignore", "bnguard: .* left out")
             result = recalibrate(
                 model,
                 samples.fresh_payloads(),
@@ -66,12 +71,17 @@ def recalibrated(
                 forward=forward,
                 progress=progress,
             )
-        return Cure({change.name: change for change in result.layers}, (*notes, *result.notes))
+        return Cure(
+            changes={change.name: change for change in result.layers},
+            left_out=result.left_out,
+            notes=(*notes, *result.notes),
+        )
 
     try:
         return computed("exact")
     except CalibrationError as error:
-        return computed("precise", f"pooled over batches, for exact statistics fail: {error}")
+        reason = str(error).partition(":")[0]
+        return computed("precise", f"pooled over batches, for there is nothing exact ({reason})")
 
 
 def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:

@@ -10,6 +10,7 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.fixes.calibration.batches import Forward
@@ -90,6 +91,7 @@ def diagnose(
     inner = unwrapped(model)
     if not find_layers(inner):
         raise CalibrationError(f"{type(inner).__name__} has no BN layers: nothing to diagnose")
+    _check_weights(inner)
     selection = select_layers(inner, None)
     layers = selection.layers
     with _untouched(model, layers):
@@ -111,10 +113,14 @@ def diagnose(
             score=score,
             samples=evaluation,
         )
+        if cures["evaluation"].left_out:
+            bench = bench.without_nonfinite_batches(cures["evaluation"].statistics)
         stored = {layer.name: running_statistics(layer) for layer in layers}
         told = None
         if training is not None:
             on_training = replace(bench, score=None, samples=training)
+            if cures["reference"].left_out:
+                on_training = on_training.without_nonfinite_batches(cures["reference"].statistics)
             averaged = averaged_over_batches(on_training, stored)
             told = told_by_training(on_training, cures["reference"], averaged)
             cures = {"reference": cures["reference"], "averaged": averaged} | cures
@@ -136,7 +142,7 @@ def diagnose(
         cause=cause,
         layers=blamed,
         skipped=selection.skipped,
-        samples=len(evaluation),
+        samples=len(bench.samples),
         reference_samples=0 if training is None else len(training),
         notes=(*_notes(cures, evaluation, training), *table.notes),
     )
@@ -195,6 +201,14 @@ def _notes(
             "without reference= there is no row for the training data, which tells statistics "
             "that are stale from data that differ"
         )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
+            raise CalibrationError(
+                f"{name} holds NaN or Inf, and no BN statistics can help: load earlier weights"
+            )
 
 
 def _check_options(

@@ -36,6 +36,11 @@ class Outputs:
     predictions: Tensor | None
     samples: int | None
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether none is NaN or Inf."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors)
+
     def change_from(self, expected: Outputs) -> float:
         """Return the root mean square change, in standard deviations of what is expected.
 
