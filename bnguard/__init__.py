@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bnguard.monitor import Monitor, watch
     from bnguard.report import Report
     from bnguard.rules import RULES, Rule
+    from bnguard.whatif.diagnose import diagnose
+    from bnguard.whatif.diagnosis import Diagnosis
 
 _HOMES = {
     "RULES": "bnguard.rules",
@@ -33,6 +35,7 @@ _HOMES = {
     "CalibrationError": "bnguard.errors",
     "CheckpointError": "bnguard.errors",
     "ConfigurationError": "bnguard.errors",
+    "Diagnosis": "bnguard.whatif.diagnosis",
     "Evidence": "bnguard.findings",
     "Finding": "bnguard.findings",
     "Fix": "bnguard.findings",
@@ -41,6 +44,7 @@ _HOMES = {
     "Rule": "bnguard.rules",
     "Severity": "bnguard.findings",
     "Skipped": "bnguard.findings",
+    "diagnose": "bnguard.whatif.diagnose",
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.fixes.recalibrate",
     "register_layer": "bnguard.adapters",
@@ -54,6 +58,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigurationError",
+    "Diagnosis",
     "Evidence",
     "Finding",
     "Fix",
@@ -63,6 +68,7 @@ __all__ = [
     "Severity",
     "Skipped",
     "__version__",
+    "diagnose",
     "inspect",
     "recalibrate",
     "register_layer",

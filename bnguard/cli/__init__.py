@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "train, break, name and repair a small network on real digits",
     "inspect": "tell what is wrong with the BN layers of checkpoints",
     "diff": "compare two checkpoints",
+    "diagnose": "tell from other statistics what is wrong, and which layers are to blame",
     "recalibrate": "write a checkpoint with new running statistics beside it",
     "swap": "swap BN for another norm, and write a checkpoint that has learnt to do without",
     "report": "print what a log directory says of BN layers, or write it as one page",

@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bnguard.fixes.recalibration import Recalibration
     from bnguard.fixes.swapped import Swap
     from bnguard.report import Report
+    from bnguard.whatif.diagnosis import Diagnosis
 
 SCHEMA = 1
 
@@ -129,6 +131,28 @@ def swap_document(
         "notes": list(swap.notes),
     }
     return cast("dict[str, Any]", _strict(result))
+
+
+def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as plain data.
+
+    Schema version 1: ``schema``, ``bnguard``, ``samples``, ``reference_samples``, ``cause``
+    (``name``, ``message``, ``evidence``, ``is_fault``, ``advice``, ``next_step``, ``cured_by``: the
+    name of a row, or null), ``rows`` (each with ``name``, ``label``, ``score``, ``change``,
+    ``flipped_share``, ``gap``, ``drift_std``, ``drift_log_variance``, ``drift_layer``; null where
+    there is no such number), ``layers`` (the worst first, each with ``name``, ``share``,
+    ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and ``reason``),
+    ``notes``.
+    """
+    content = asdict(diagnosis)
+    document = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        **{key: content[key] for key in ("samples", "reference_samples", "cause")},
+        **{key: list(content[key]) for key in ("rows", "layers", "skipped", "notes")},
+    }
+    document["cause"]["evidence"] = list(document["cause"]["evidence"])
+    return cast("dict[str, Any]", _strict(document))
 
 
 def write_document(report: Report, path: Path) -> None:

@@ -1,0 +1,281 @@
+"""From the numbers to the cause that they name; pure.
+
+Each cause is a function that returns what it concludes, or None; the first that concludes anything
+is the answer. They stand in the order of trust: what is certain, then what explains most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bnguard.whatif.diagnosis import Cause, Row
+from bnguard.whatif.numbers import (
+    MAX_INITIAL_WEIGHT,
+    MAX_INPUT_DRIFT,
+    Numbers,
+    is_harmful,
+)
+
+_RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
+_ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'
+_SWAP = 'model = bnguard.swap(model, to="group").model'
+_SHUFFLE = (
+    "train_loader = torch.utils.data.DataLoader(\n"
+    "    train_loader.dataset, train_loader.batch_size, shuffle=True\n"
+    ")"
+)
+_WATCH = "monitor = bnguard.watch(model, optimizer=optimizer)"
+_DIAGNOSE_WITH_REFERENCE = "print(bnguard.diagnose(model, loader, reference=train_loader))"
+_DIAGNOSE_TRAINING = "print(bnguard.diagnose(model, train_loader, score=train_score))"
+
+
+def named_cause(numbers: Numbers) -> Cause:
+    """Return the cause that the numbers name."""
+    return next(cause for find in CAUSES if (cause := find(numbers)) is not None)
+
+
+def poisoned_statistics(numbers: Numbers) -> Cause | None:
+    """NaN or Inf in the stored statistics: nothing else needs to be asked."""
+    if not numbers.poisoned:
+        return None
+    first, *others = numbers.poisoned
+    more = f" and {len(others)} more" if others else ""
+    return Cause(
+        name="poisoned-statistics",
+        message="NaN or Inf has entered the running statistics, and averaging never takes it out",
+        evidence=(
+            f"not finite: {first or 'the model'}{more}",
+            numbers.compared("stored", numbers.fresh),
+        ),
+        advice="recalibrate; bnguard.watch(model, restore_poisoned=True) keeps it from recurring",
+        next_step=_RECALIBRATE,
+        cured_by=numbers.fresh,
+    )
+
+
+def unconverged_statistics(numbers: Numbers) -> Cause | None:
+    """Too few updates: the initial statistics are still there, and recalibration is a cure."""
+    is_cured = numbers.is_cured_by_training or numbers.training is None
+    if not (numbers.is_harmed and is_cured and numbers.initial_weight > MAX_INITIAL_WEIGHT):
+        return None
+    return Cause(
+        name="unconverged-statistics",
+        message="the running statistics still hold a part of the initial mean 0 and variance 1: "
+        "too few updates for the momentum",
+        evidence=(_initial_weight(numbers), numbers.compared("stored", numbers.fresh)),
+        advice="recalibrate on training data, and train on with a larger momentum",
+        next_step=_RECALIBRATE,
+        cured_by=numbers.fresh,
+    )
+
+
+def batches_alone(numbers: Numbers) -> Cause | None:
+    """No running statistics do as well as those of each batch."""
+    names = [name for name in numbers.rows if name.startswith("batches")]
+    scored = [name for name in names if numbers.rows[name].score is not None]
+    if not scored:
+        return None
+    name = numbers.best_of(scored)
+    lost = numbers.loss(numbers.best, name)
+    if lost <= 0.0 or lost < numbers.gain("stored", numbers.best):
+        return None
+    compared = numbers.compared("stored", numbers.best, name)
+    shuffled = numbers.rows.get("shuffled batches")
+    if name != "batches" or shuffled is None or not _is_moved_by_shuffling(numbers):
+        return Cause(
+            name="small-batch-noise",
+            message="only the statistics of small batches do well: the network has learnt with "
+            "their noise, and no running statistics can stand in for it",
+            evidence=(compared,),
+            advice="train on with larger batches, or with another norm in place of BN",
+            next_step=_SWAP,
+        )
+    return Cause(
+        name="correlated-batches",
+        message="only the statistics of each batch do well, and only in the order in which "
+        "the batches come: they are sorted or grouped, and BN has learnt to rely on it",
+        evidence=(compared, _shuffling(numbers.rows["batches"], shuffled)),
+        advice="shuffle the training data and train on: no running statistics can stand in",
+        next_step=_SHUFFLE,
+    )
+
+
+def sorted_training(numbers: Numbers) -> Cause | None:
+    """Training batches that are sorted, and stored statistics that are those of such batches."""
+    training = numbers.training
+    if training is None or training.order is None or not training.is_sorted:
+        return None
+    if not training.is_stored:
+        return None
+    order, flipped = training.order, training.flipped_share
+    moved = f"changes the outputs by {training.change:.3g} σ"
+    return Cause(
+        name="correlated-batches",
+        message="the network was trained on batches that are sorted or grouped: it relies on what "
+        "a batch has in common, and its statistics describe no data that ever were",
+        evidence=(
+            f"training batches differ {order.variance_ratio:.3g} times as much as independent "
+            f"samples (limit {order.limit:.2g})",
+            "shuffling them "
+            + (moved if flipped is None else f"flips {flipped:.1%} of their predictions"),
+            numbers.compared("stored", "reference"),
+        ),
+        advice="shuffle the training data and train on; recalibrate then",
+        next_step=_SHUFFLE,
+        cured_by="reference" if numbers.is_cured_by_training else None,
+    )
+
+
+def small_training_batches(numbers: Numbers) -> Cause | None:
+    """Stored statistics that the noise of small training batches explains."""
+    training = numbers.training
+    if training is None or not numbers.is_cured_by_training:
+        return None
+    is_biased = training.is_stored and numbers.loss("averaged", "reference") > 0.0
+    if not (is_biased or training.is_noisy):
+        return None
+    return Cause(
+        name="small-batch-noise",
+        message=f"training batches of {training.batch_size} are so small that the running "
+        "statistics, which average over theirs, misstate the data",
+        evidence=(
+            numbers.compared("stored", "averaged", "reference"),
+            f"log-variance ratio of the stored statistics to those of training batches "
+            f"{training.from_batches:.2g} (by noise {training.from_batches_by_noise:.2g})",
+        ),
+        advice="recalibrate on training data; larger batches, or another norm, cure it for good",
+        next_step=_RECALIBRATE,
+        cured_by="reference",
+    )
+
+
+def stale_statistics(numbers: Numbers) -> Cause | None:
+    """Statistics of training data do better: the stored ones are not those of these weights."""
+    if numbers.is_cured_by_training:
+        message = (
+            "the running statistics are not those of the weights: averaged, loaded or pruned "
+            "weights, or fast ones that the running average lags behind"
+        )
+    elif numbers.training is None and numbers.is_harmed and not numbers.has_other_input:
+        message = (
+            "data arrive at the first BN layer as they did in training, and the statistics of "
+            "later layers are not those of the weights"
+        )
+    else:
+        return None
+    return Cause(
+        name="stale-statistics",
+        message=message,
+        evidence=(numbers.compared("stored", numbers.fresh), *_input_drift(numbers)),
+        advice="recalibrate on training data",
+        next_step=_RECALIBRATE,
+        cured_by=numbers.fresh,
+    )
+
+
+def data_shift(numbers: Numbers) -> Cause | None:
+    """Statistics of the evaluation data do better than those of training data."""
+    if numbers.training is None or not numbers.is_harmed:
+        return None
+    return Cause(
+        name="data-shift",
+        message="the evaluation data differ from the training data: preprocessing, or domain",
+        evidence=(
+            numbers.compared("stored", "reference", "evaluation"),
+            *_input_drift(numbers),
+        ),
+        advice="make the preprocessing the same; where the data themselves differ, adapt to them",
+        next_step=_ADAPT,
+        cured_by="evaluation",
+    )
+
+
+def unfit_statistics(numbers: Numbers) -> Cause | None:
+    """The stored statistics do not fit, and only training data can tell why."""
+    if not numbers.is_harmed:
+        return None
+    return Cause(
+        name="unfit-statistics",
+        message="the running statistics do not fit the evaluation data: either they are stale, or "
+        "the data differ from those of training",
+        evidence=(numbers.compared("stored", "evaluation"), *_input_drift(numbers)),
+        advice="give the training data as reference=, which tells the two apart",
+        next_step=_DIAGNOSE_WITH_REFERENCE,
+        cured_by="evaluation",
+    )
+
+
+def poor_weights(numbers: Numbers) -> Cause | None:
+    """All statistics do equally badly, by what the user expects."""
+    expected, best = numbers.expected_score, numbers.rows[numbers.best].score
+    if expected is None or best is None or best >= expected:
+        return None
+    return Cause(
+        name="weights",
+        message="no statistics bring the score that is expected: the weights are to blame, the "
+        "data or their labels, and not BN",
+        evidence=(
+            f"best score {best:.4g} (expected {expected:.4g})",
+            numbers.compared("stored", numbers.fresh, "evaluation"),
+            *(_input_drift(numbers) if numbers.has_other_input else ()),
+        ),
+        advice="diagnose it on training data: that tells a fault of training from overfitting",
+        next_step=_DIAGNOSE_TRAINING,
+    )
+
+
+def no_fault(numbers: Numbers) -> Cause:
+    """No other statistics do better."""
+    is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
+    return Cause(
+        name="none",
+        message="no other statistics do better than those that are stored",
+        evidence=(
+            numbers.compared("stored", numbers.fresh, "evaluation"),
+            *((_initial_weight(numbers),) if is_unconverged else ()),
+            *(_input_drift(numbers) if numbers.has_other_input else ()),
+        ),
+        is_fault=False,
+        advice="where it does badly, look at weights, data and labels; BN can be watched when it "
+        "is trained next",
+        next_step=_WATCH,
+    )
+
+
+CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
+    poisoned_statistics,
+    unconverged_statistics,
+    batches_alone,
+    sorted_training,
+    small_training_batches,
+    stale_statistics,
+    data_shift,
+    unfit_statistics,
+    poor_weights,
+    no_fault,
+)
+
+
+def _initial_weight(numbers: Numbers) -> str:
+    return f"initial statistics left {numbers.initial_weight:.0%} (limit {MAX_INITIAL_WEIGHT:.0%})"
+
+
+def _input_drift(numbers: Numbers) -> tuple[str, ...]:
+    if numbers.input_drift is None:
+        return ()
+    return (f"drift at the first BN layer {numbers.input_drift:.2g} (limit {MAX_INPUT_DRIFT})",)
+
+
+def _is_moved_by_shuffling(numbers: Numbers) -> bool:
+    row, shuffled = numbers.rows["batches"], numbers.rows["shuffled batches"]
+    flipped = (row.flipped_share or 0.0) - (shuffled.flipped_share or 0.0)
+    return is_harmful(row.change - shuffled.change, flipped)
+
+
+def _shuffling(row: Row, shuffled: Row) -> str:
+    if row.flipped_share is None or shuffled.flipped_share is None:
+        return f"outputs changed: {row.change:.3g} σ as they come, {shuffled.change:.3g} σ shuffled"
+    return (
+        f"predictions flipped: {row.flipped_share:.1%} as they come, "
+        f"{shuffled.flipped_share:.1%} shuffled"
+    )

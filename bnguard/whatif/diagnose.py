@@ -1,0 +1,224 @@
+"""The what-if table: one model under other statistics, and what that says of its BN layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.fixes.calibration.batches import Forward
+from bnguard.fixes.calibration.ranks import current_ranks
+from bnguard.fixes.selection import select_layers, unwrapped
+from bnguard.fixes.snapshot import running_statistics
+from bnguard.layers import (
+    BatchNormLayer,
+    find_layers,
+    preserved_modes,
+    preserved_random_state,
+)
+from bnguard.stats import initial_weight
+from bnguard.whatif.bench import Bench, Score
+from bnguard.whatif.blame import blamed_layers
+from bnguard.whatif.causes import named_cause
+from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
+from bnguard.whatif.data import Samples, read_samples
+from bnguard.whatif.diagnosis import Diagnosis
+from bnguard.whatif.numbers import Numbers, Training
+from bnguard.whatif.statistics import Statistics, compiling_nothing, lent_statistics
+from bnguard.whatif.table import Table, measured_table
+from bnguard.whatif.training import told_by_training
+
+
+def diagnose(
+    model: nn.Module,
+    loader: Iterable[object],
+    reference: Iterable[object] | None = None,
+    score: Score | None = None,
+    *,
+    samples: int = 1024,
+    forward: Forward | None = None,
+    batch_sizes: Sequence[int] = (2, 8, 32),
+    expected_score: float | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Try the model with other BN statistics, and name the cause that the results point to.
+
+    The model runs in eval mode with the statistics that it has; with statistics recalibrated on
+    the training data and on the evaluation data; and with each batch normalised by its own, at
+    several batch sizes. Where one of these is a cure, bisection finds the layers that need it. The
+    model is left untouched, also after an exception.
+
+    Args:
+        model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
+            and keep their statistics throughout.
+        loader: The evaluation data: tensors; tuples or lists, of which the first item goes in; or
+            mappings, of which the entries go in that the forward has parameters for. It is read
+            once, and what is read is kept.
+        reference: The training data, in the batches that training uses; tells statistics that
+            are stale from data that differ.
+        score: ``score(model)`` says how good the model is on the evaluation data, the higher the
+            better. Without it outputs are compared with those that the statistics of the
+            evaluation data give.
+        samples: Samples to use at most, of each loader.
+        forward: ``forward(model, batch)`` calls the model, where the loaders yield anything else.
+        batch_sizes: Sizes at which batches are normalised by their own statistics, besides that
+            of the loader's batches.
+        expected_score: What the score should be, that of training perhaps: below it the model is
+            to blame where no statistics help.
+        progress: Show a progress bar while recalibrating, where there is a terminal.
+
+    Returns:
+        The table, the cause, the layers to blame, and what to do next. It prints itself.
+
+    Raises:
+        CalibrationError: There are no BN layers, no data, or the model fails on them.
+        ConfigurationError: An option does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        >>> diagnosis = diagnose(model, torch.randn(256, 4).split(32))
+        >>> diagnosis.cause.name, [row.name for row in diagnosis.rows][:3]
+        ('unconverged-statistics', ['stored', 'evaluation', 'batches'])
+    """
+    _check_options(samples, batch_sizes, score, expected_score)
+    inner = unwrapped(model)
+    if not find_layers(inner):
+        raise CalibrationError(f"{type(inner).__name__} has no BN layers: nothing to diagnose")
+    _check_weights(inner)
+    selection = select_layers(inner, None)
+    layers = selection.layers
+    with _untouched(model, layers):
+        device = next(chain(inner.parameters(), inner.buffers())).device
+        read = partial(read_samples, model=inner, forward=forward, samples=samples, device=device)
+        evaluation = read(loader, name="loader")
+        training = None if reference is None else read(reference, name="reference")
+        # In the modes that the user holds the layers in: frozen ones keep their statistics.
+        cure = partial(recalibrated, inner, layers, forward=forward, progress=progress)
+        cures = {} if training is None else {"reference": cure(training)}
+        cures["evaluation"] = cure(evaluation)
+        model.eval()
+        bench = Bench(
+            model=model,
+            inner=inner,
+            layers=layers,
+            untracked=[layer for layer in find_layers(inner) if not layer.is_tracking],
+            forward=forward,
+            score=score,
+            samples=evaluation,
+        )
+        if cures["evaluation"].left_out:
+            bench = bench.without_nonfinite_batches(cures["evaluation"].statistics)
+        stored = {layer.name: running_statistics(layer) for layer in layers}
+        told = None
+        if training is not None:
+            on_training = replace(bench, score=None, samples=training)
+            if cures["reference"].left_out:
+                on_training = on_training.without_nonfinite_batches(cures["reference"].statistics)
+            averaged = averaged_over_batches(on_training, stored)
+            told = told_by_training(on_training, cures["reference"], averaged)
+            cures = {"reference": cures["reference"], "averaged": averaged} | cures
+        statistics = {name: each.statistics for name, each in cures.items()}
+        table = measured_table(bench, stored, statistics, batch_sizes)
+        cause = named_cause(
+            Numbers(
+                rows=table.rows,
+                training=told,
+                poisoned=_poisoned(stored),
+                initial_weight=max(_initial_weight(layer, stored) for layer in layers),
+                input_drift=_input_drift(table, told),
+                expected_score=expected_score,
+            )
+        )
+        blamed = () if cause.cured_by is None else blamed_layers(bench, cures[cause.cured_by])
+    return Diagnosis(
+        rows=tuple(table.rows.values()),
+        cause=cause,
+        layers=blamed,
+        skipped=selection.skipped,
+        samples=len(bench.samples),
+        reference_samples=0 if training is None else len(training),
+        notes=(*_notes(cures, evaluation, training), *table.notes),
+    )
+
+
+@contextmanager
+def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Leave modes, statistics, counters, random state and gradients as they are."""
+    with (
+        preserved_modes(model),
+        preserved_random_state(model),
+        lent_statistics(layers),
+        compiling_nothing(),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _poisoned(stored: Statistics) -> tuple[str, ...]:
+    return tuple(
+        name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
+    )
+
+
+def _initial_weight(layer: BatchNormLayer, stored: Statistics) -> float:
+    """Return the weight that (0, 1) still has; 0 where the statistics came another way."""
+    given = stored[layer.name]
+    if given.is_initial:
+        return 1.0
+    return (
+        initial_weight(layer.momentum, given.updates) if given.updates and layer.momentum else 0.0
+    )
+
+
+def _input_drift(table: Table, training: Training | None) -> float | None:
+    """Return how far evaluation data are off at the first BN layer, as far as is known."""
+    drifts = table.drifts["stored" if training is None else "reference"]
+    return max(drifts[0].shift_std, drifts[0].log_variance_ratio) if drifts else None
+
+
+def _notes(
+    cures: Mapping[str, Cure], evaluation: Samples, training: Samples | None
+) -> Iterator[str]:
+    names = {"reference": "training data", "evaluation": "evaluation data"}
+    for row, name in names.items():
+        if row in cures:
+            yield from (f"{name}: {note}" for note in cures[row].notes)
+    order = evaluation.order
+    if order is not None and order.is_sorted:
+        yield (
+            f"evaluation batches differ {order.variance_ratio:.3g} times as much as independent "
+            "samples: they are sorted, and the first ones may not stand for all"
+        )
+    if training is None:
+        yield (
+            "without reference= there is no row for the training data, which tells statistics "
+            "that are stale from data that differ"
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
+            raise CalibrationError(
+                f"{name} holds NaN or Inf, and no BN statistics can help: load earlier weights"
+            )
+
+
+def _check_options(
+    samples: int, batch_sizes: Sequence[int], score: Score | None, expected_score: float | None
+) -> None:
+    if samples < 2:
+        raise ConfigurationError(f"samples={samples} are too few for statistics")
+    if any(size < 1 for size in batch_sizes):
+        raise ConfigurationError(f"batch_sizes={tuple(batch_sizes)}: a batch has a sample at least")
+    if expected_score is not None and score is None:
+        raise ConfigurationError("expected_score= needs score=, to be held against")
+    if current_ranks().size > 1:
+        raise ConfigurationError("diagnose runs on one process: call it before the others start")

@@ -1,0 +1,196 @@
+"""The numbers that causes are told from, and what they say: what is worse, what is a cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bnguard.whatif.data import BatchOrder
+from bnguard.whatif.diagnosis import Row
+
+# Between stored and recalibrated statistics, healthy networks change their outputs by up to 0.25 σ,
+# 4 % of their predictions, and their score by up to 1.7 %. Less than all of these is no harm.
+_MIN_CHANGE = 0.25
+_MIN_FLIPPED_SHARE = 0.03
+_MIN_SCORE_LOSS = 0.02
+# Without a score the outputs alone have to tell.
+_HARMFUL_CHANGE = 0.5
+_HARMFUL_FLIPPED_SHARE = 0.08
+# Beyond this the outputs are another network's, however far.
+_UNRELATED = 1.0
+# As BN303 has it.
+MAX_INITIAL_WEIGHT = 0.05
+# At the first BN layer; healthy ones stay below 0.1.
+MAX_INPUT_DRIFT = 0.25
+# The stored variances are those of training batches where they are so much nearer to them.
+_NEARER = 0.6
+# Noise explains a distance up to so many times the expected one: small batches have heavy tails.
+_MAX_NOISE = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the training data tell.
+
+    Attributes:
+        batch_size: Samples a batch.
+        order: Whether the batches are sorted; None where that cannot be told.
+        change: How far shuffling the batches changes the outputs where each is normalised by its
+            own statistics, in standard deviations; None where it was not measured.
+        flipped_share: Share of the predictions that it changes.
+        from_data: How far the variances of the data are from the stored ones: the logarithm of
+            their ratio, the mean over the layers.
+        from_batches: The same of the mean variance of training batches.
+        from_batches_by_noise: What the running average alone is expected to make of that.
+    """
+
+    batch_size: int
+    order: BatchOrder | None
+    change: float | None
+    flipped_share: float | None
+    from_data: float
+    from_batches: float
+    from_batches_by_noise: float
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether batches are sorted, and the network treats them otherwise than shuffled ones."""
+        is_moved = is_harmful(self.change or 0.0, self.flipped_share or 0.0)
+        return self.order is not None and self.order.is_sorted and is_moved
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the stored statistics are those of training batches, and not of the data."""
+        return self.from_batches <= _NEARER * self.from_data
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the noise of small batches explains how far the stored statistics are off."""
+        return (
+            self.from_batches_by_noise > 0.1
+            and self.from_batches <= _MAX_NOISE * self.from_batches_by_noise
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What the causes are told from.
+
+    Attributes:
+        rows: The rows of the table by name.
+        training: What the training data tell; None without a reference.
+        poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
+        initial_weight: The largest weight that the initial statistics (0, 1) still have.
+        input_drift: Drift at the first BN layer, which no other has changed: of the statistics
+            from training data where there are any, else of the stored ones; None where nothing
+            finite arrives.
+        expected_score: What the user expects of the score; None where that was not said.
+    """
+
+    rows: Mapping[str, Row]
+    training: Training | None = None
+    poisoned: tuple[str, ...] = ()
+    initial_weight: float = 0.0
+    input_drift: float | None = None
+    expected_score: float | None = None
+
+    @property
+    def best(self) -> str:
+        """Name of the row of running statistics that does best."""
+        return self.best_of([name for name in _RUNNING if name in self.rows])
+
+    @property
+    def fresh(self) -> str:
+        """Name of the row with statistics of training data, or of evaluation data without any."""
+        return "evaluation" if self.training is None else "reference"
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether other running statistics would do better than the stored ones."""
+        return self.loss("stored", self.best) > 0.0
+
+    @property
+    def is_cured_by_training(self) -> bool:
+        """Whether most of the harm goes with statistics of the training data."""
+        if self.training is None or not self.is_harmed:
+            return False
+        return self.gain("stored", "reference") >= self.gain("reference", self.best)
+
+    @property
+    def has_other_input(self) -> bool:
+        """Whether evaluation data arrive at the first BN layer otherwise than training data do."""
+        return self.input_drift is not None and self.input_drift > MAX_INPUT_DRIFT
+
+    def best_of(self, names: list[str]) -> str:
+        """Return the name of the row that does best; without a score, of the evaluation data's."""
+        scores = {name: self.rows[name].score for name in names}
+        if any(score is None for score in scores.values()):
+            return "evaluation"
+        return max(names, key=lambda name: _number_or_lowest(scores[name]))
+
+    def gain(self, name: str, than: str) -> float:
+        """Return by how much another row does better than a row; may be negative.
+
+        By the score where there is one, else by how much nearer the outputs are to those with
+        the statistics of the evaluation data.
+        """
+        row, other = self.rows[name], self.rows[than]
+        if row.score is None or other.score is None:
+            return _distance(row) - _distance(other)
+        if math.isnan(row.score) or math.isnan(other.score):
+            return 0.0 if math.isnan(other.score) else math.inf
+        return other.score - row.score
+
+    def loss(self, name: str, than: str) -> float:
+        """Return how much worse a row does than another; 0 where healthy networks do that too."""
+        row, other, lost = self.rows[name], self.rows[than], self.gain(name, than)
+        if row.score is None or other.score is None:
+            flipped = (row.flipped_share or 0.0) - (other.flipped_share or 0.0)
+            return lost if is_harmful(lost, flipped) else 0.0
+        if not (_is_changed(row) or _is_changed(other)):
+            return 0.0
+        return lost if lost > self._healthy_loss(row.score, other.score) else 0.0
+
+    def compared(self, *names: str) -> str:
+        """Return the measure that decides, for some rows, in words."""
+        rows = [self.rows[name] for name in dict.fromkeys(names)]
+        if all(row.score is not None for row in rows):
+            return "score " + ", ".join(f"{row.score:.4g} {row.label}" for row in rows)
+        if all(row.flipped_share is not None for row in rows):
+            shares = ", ".join(f"{row.flipped_share:.1%} {row.label}" for row in rows)
+            return f"predictions flipped: {shares}"
+        return "outputs changed: " + ", ".join(f"{row.change:.3g} σ {row.label}" for row in rows)
+
+    def _healthy_loss(self, score: float, other: float) -> float:
+        """Return how far apart two scores may be; those between 0 and 1 are shares of something."""
+        scores = [row.score for row in self.rows.values() if row.score is not None]
+        are_shares = all(0.0 <= each <= 1.0 for each in scores)
+        return _MIN_SCORE_LOSS * max(abs(score), abs(other), 0.5 if are_shares else 0.0)
+
+
+_RUNNING = ("reference", "evaluation", "stored")
+
+
+def is_harmful(change: float, flipped_share: float) -> bool:
+    """Return whether outputs changed more than they do between healthy statistics.
+
+    Args:
+        change: In standard deviations.
+        flipped_share: Share of the predictions that changed; 0 where there are none.
+    """
+    return change > _HARMFUL_CHANGE or (
+        change > _MIN_CHANGE and flipped_share > _HARMFUL_FLIPPED_SHARE
+    )
+
+
+def _is_changed(row: Row) -> bool:
+    return row.change > _MIN_CHANGE or (row.flipped_share or 0.0) > _MIN_FLIPPED_SHARE
+
+
+def _distance(row: Row) -> float:
+    return min(row.change, _UNRELATED)
+
+
+def _number_or_lowest(score: float | None) -> float:
+    return -math.inf if score is None or math.isnan(score) else score

@@ -1,0 +1,134 @@
+"""Other statistics for a while: given ones, or those of each batch; the model's own put back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnguard.fixes.calibration.working import write_statistics
+from bnguard.history import RunningStatistics
+from bnguard.layers import BatchNormLayer
+from bnguard.moments import values_per_channel
+
+Statistics = Mapping[str, RunningStatistics]
+
+
+@contextmanager
+def lent_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
+    """Put copies in the place of the running statistics, and the originals back at the end.
+
+    The originals are not written to at all: a backward of the user's may still need them.
+    """
+    kept = [
+        (holder, key, tensor)
+        for layer in layers
+        for holder, key in layer.statistics()
+        if isinstance(tensor := holder.get(key), Tensor)
+    ]
+    try:
+        for holder, key, tensor in kept:
+            holder[key] = tensor.detach().clone()
+        yield
+    finally:
+        for holder, key, tensor in kept:
+            holder[key] = tensor
+
+
+@contextmanager
+def given_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> Iterator[None]:
+    """Let layers normalise with these statistics; those that have none among them keep theirs."""
+    with lent_statistics(layers):
+        for layer in layers:
+            if layer.name in statistics:
+                given = statistics[layer.name]
+                write_statistics(layer, torch.from_numpy(given.mean), torch.from_numpy(given.var))
+        yield
+
+
+@dataclass(eq=False)
+class BatchStatistics:
+    """Lets layers normalise by the statistics of so many samples at a time, whoever calls them.
+
+    A larger batch is normalised in parts, in its order: so a score can be measured at any batch
+    size up to that of its own batches. Samples are counted at each layer, by the rows that one
+    sample is there.
+
+    Attributes:
+        layers: The layers; each goes on as it was otherwise, in eval mode.
+        rows: Rows of a layer's input that one sample is, by the layer's name.
+        size: Samples a part; None for batches as they come.
+        largest_part: Samples in the largest part so far.
+    """
+
+    layers: Sequence[BatchNormLayer]
+    rows: Mapping[str, int]
+    size: int | None
+    largest_part: int = 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Normalise so for a while."""
+        with lent_statistics(self.layers), ExitStack() as replaced:
+            for layer in self.layers:
+                replaced.enter_context(self._replaced_forward(layer))
+            yield
+
+    @contextmanager
+    def _replaced_forward(self, layer: BatchNormLayer) -> Iterator[None]:
+        attributes = vars(layer.module)
+        own = attributes.get("forward")
+        attributes["forward"] = self._in_parts(layer, layer.module.forward)
+        try:
+            yield
+        finally:
+            if own is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = own
+
+    def _in_parts(
+        self, layer: BatchNormLayer, forward: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        rows = self.rows.get(layer.name, 1)
+
+        def normalise(values: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+            self.largest_part = max(self.largest_part, len(values) // rows)
+            # A single value has no variance to divide by: the last batch may be one sample.
+            with _training(layer, values_per_channel(values.shape) > 1):
+                return call(values)
+
+        def in_parts(*args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                values, call = args[0], lambda part: forward(part, *args[1:], **kwargs)
+            else:
+                key, values = next(iter(kwargs.items()))
+                call = lambda part: forward(**{**kwargs, key: part})  # noqa: E731
+            if self.size is None or len(values) <= self.size * rows:
+                return normalise(values, call)
+            sizes = [self.size * rows] * (len(values) // (self.size * rows))
+            sizes[-1] += len(values) - sum(sizes)
+            return torch.cat([normalise(part, call) for part in values.split(sizes)])
+
+        return in_parts
+
+
+@contextmanager
+def _training(layer: BatchNormLayer, wanted: bool) -> Iterator[None]:
+    before = layer.module.training
+    layer.module.training = wanted
+    try:
+        yield
+    finally:
+        layer.module.training = before
+
+
+def compiling_nothing() -> AbstractContextManager[object]:
+    """Run compiled modules as they are written: what is put in place here, they would not see."""
+    is_compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
