@@ -65,6 +65,19 @@ def test_the_result_is_that_of_one_giant_batch_at_any_batch_size(batch_size):
     check(conv_net(), images().split(batch_size))
 
 
+def test_models_that_take_images_in_one_layout_alone():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x):
+            x = self.net[:3](x)
+            return self.net[3:](x.view(len(x), -1).mul(2.0).view(x.shape))
+
+    check(Viewed(), images().split(7))
+
+
 @pytest.mark.usefixtures("threads")
 def test_batches_may_differ_in_size_down_to_one_value_per_channel():
     x = images(30)
