@@ -255,6 +255,28 @@ def test_models_that_keep_features_on_themselves():
     check(Unet(), images(20, 6).split(2))
 
 
+class WritesToInput(nn.Module):
+    """Normalises its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return self.net(x.sub_(1.0).div_(3.0))
+
+
+def test_models_that_write_to_their_input():
+    x = images(20)
+    before = x.clone()
+    model = WritesToInput()
+    truth = true_statistics(
+        copy.deepcopy(model).double(), [x.double()], lambda model, x: model(x.clone())
+    )
+    assert max(errors(bnguard.recalibrate(model, x.split(5)), truth)) < 1e-5
+    assert torch.equal(x, before)
+
+
 class HiddenState(nn.Module):
     """Keeps features where nobody would look: in the closure of a hook."""
 

@@ -69,6 +69,36 @@ def test_nothing_but_the_statistics_changes(method):
     assert not torch.equal(before.state["1.running_var"], model[1].running_var)
 
 
+class WritesElsewhere(nn.Module):
+    """Moves an average of its own in each forward, and accumulates gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("newest", torch.zeros(6))
+
+    def forward(self, x):
+        x = self.net[:2](x)
+        self.average.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        self.newest = x.mean(0)
+        with torch.enable_grad():
+            self.net[0](torch.ones(1, 4)).sum().backward()
+        return self.net[2:](x)
+
+
+@pytest.mark.parametrize("method", ["exact", "precise"])
+def test_what_forwards_write_to_besides_is_put_back(method):
+    model, x = WritesElsewhere(), torch.randn(60, 4)
+    gradient = model.net[0].bias.grad = torch.ones(6)
+    before = Fingerprint(model)
+    bnguard.recalibrate(model, x.split(7), method=method)
+    assert model.net[0].bias.grad is gradient
+    assert (gradient == 1.0).all()
+    model.net[0].bias.grad = None
+    before.check(model, statistics=False)
+
+
 def test_undo_gives_back_every_bit():
     model, x = net(), torch.randn(60, 4) * 2.0
     before = Fingerprint(model)

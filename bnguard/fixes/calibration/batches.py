@@ -53,6 +53,10 @@ class Batch:
         args, kwargs = _moved(self.args, device), _moved(self.kwargs, device)
         return Batch(self.index, args, kwargs, self.size)
 
+    def copied(self) -> Batch:
+        """Return the batch with tensors of its own."""
+        return self._changed(Tensor.clone, self.size)
+
     def in_channels_last(self) -> Batch:
         """Return the batch with all images in that layout, the channels of a pixel together."""
         return self._changed(_in_channels_last, self.size)
