@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from statistics import fmean
 from typing import Literal, get_args
@@ -17,18 +17,20 @@ from torch import nn
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.fixes.calibration.adapt import mixed_with_source
 from bnguard.fixes.calibration.batches import Forward, read_batches
+from bnguard.fixes.calibration.borrowing import borrowed
 from bnguard.fixes.calibration.exact import calibrate_exactly
 from bnguard.fixes.calibration.job import Calibration, Estimate, Job, OnNonfinite, unbiased
 from bnguard.fixes.calibration.memory import memory_limit
 from bnguard.fixes.calibration.precise import calibrate_by_moving_average, calibrate_precisely
 from bnguard.fixes.calibration.progress import Progress, Silent
 from bnguard.fixes.calibration.ranks import Ranks, current_ranks
-from bnguard.fixes.calibration.working import current_statistics, fitted, working_statistics
+from bnguard.fixes.calibration.working import current_statistics, fitted
+from bnguard.fixes.modegap import GapMeter, GapSamples
 from bnguard.fixes.overlap import SampleMarks
 from bnguard.fixes.recalibration import LayerChange, Recalibration
 from bnguard.fixes.selection import SkippedLayer, select_layers, unwrapped
 from bnguard.fixes.snapshot import Snapshot
-from bnguard.layers import BatchNormLayer, is_wrapper, preserved_modes, preserved_random_state
+from bnguard.layers import BatchNormLayer, preserved_modes, preserved_random_state
 from bnguard.stats import updates_to_forget
 
 Keep = Literal["if-better", "always"]
@@ -114,18 +116,19 @@ def recalibrate(
     device = _device_of(inner)
     selection = select_layers(inner, layers)
     snapshot = Snapshot(selection.layers)
+    gap_samples = GapSamples()
     gate = _Gate(model, score, ranks)
     share = _share_of(samples, ranks)
     batches = read_batches(loader, inner, forward, samples=share, device=device)
     estimate = mixed_with_source(selection.layers, prior) if prior else unbiased
-    with _calibrating(inner, selection.layers), _shown(progress, ranks) as shown:
+    with borrowed(inner, selection.layers), _shown(progress, ranks) as shown:
         calibration = METHODS[method](
             Job(
                 model=inner,
                 device=device,
                 noise=_noise_of(inner, device),
                 layers=selection.layers,
-                batches=gate.calibrated_on.marked(batches),
+                batches=gap_samples.kept(gate.calibrated_on.marked(batches)),
                 samples=share,
                 forward=forward,
                 estimate=estimate,
@@ -175,6 +178,7 @@ def recalibrate(
         score_before=gate.before,
         score_after=gate.after,
         notes=tuple(_notes(calibration, method, tolerance, gate)),
+        gap_with=GapMeter(inner, reached, forward, gap_samples.batch).measured_with,
         restore=snapshot.restore,
     )
 
@@ -225,28 +229,6 @@ class _Gate:
         ):
             self._model.eval()
             return fmean(self._ranks.together(lambda: float(score(self._model))))
-
-
-@contextmanager
-def _calibrating(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Prepare a model for calibration, and leave it as it was."""
-    with (
-        preserved_modes(model),
-        preserved_random_state(model),
-        torch.no_grad(),
-        _uncompiled(model),
-        working_statistics(layers),
-    ):
-        model.eval()
-        yield
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
-    """Run what ``torch.compile`` made of parts of a model as it was written: else no hook fires."""
-    is_compiled = any(
-        is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 @contextmanager

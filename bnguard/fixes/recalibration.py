@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnguard.fixes.selection import SkippedLayer
-from bnguard.history import RunningStatistics
+from bnguard.history import ModeGap, RunningStatistics
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Recalibration:
         is_kept: Whether the model has the new statistics; False where they were taken back.
         score_before: What ``score`` gave with the statistics from before; None without a score.
         score_after: What ``score`` gave with the new ones.
+        gap_with: Measures the mode gap with statistics like ``before``; or says why it cannot.
         restore: Puts the statistics and counters from before back; :meth:`undo` calls it.
         notes: What a reader should know besides, a sentence each.
     """
@@ -97,6 +98,7 @@ class Recalibration:
     score_before: float | None = None
     score_after: float | None = None
     notes: tuple[str, ...] = ()
+    gap_with: Callable[[Mapping[str, RunningStatistics]], ModeGap | str] = field(repr=False)
     restore: Callable[[], None] = field(repr=False)
 
     @property
@@ -108,6 +110,20 @@ class Recalibration:
     def after(self) -> Mapping[str, RunningStatistics]:
         """Statistics that were computed, by the name of the layer."""
         return {layer.name: layer.after for layer in self.layers}
+
+    @cached_property
+    def mode_gap_before(self) -> ModeGap | str:
+        """Mode gap with the statistics from before, or why it could not be measured.
+
+        On up to 64 samples of the calibration set, and with the weights that the model has when
+        this is first asked for, which is when it is measured: printing asks for it.
+        """
+        return self.gap_with(self.before)
+
+    @cached_property
+    def mode_gap_after(self) -> ModeGap | str:
+        """The same with the statistics that were computed."""
+        return self.gap_with(self.after)
 
     def undo(self) -> None:
         """Give the model the statistics and counters that it had before."""

@@ -12,15 +12,17 @@ from rich.text import Text
 if TYPE_CHECKING:
     from bnguard.fixes.recalibration import LayerChange, Recalibration
     from bnguard.fixes.selection import SkippedLayer
+    from bnguard.history import ModeGap
 
 _MOST_LAYERS_SHOWN = 10
 
 
 def recalibration_view(recalibration: Recalibration) -> RenderableType:
-    """Return a heading, the layers that moved furthest, those that were skipped, and the score."""
+    """Return a heading, the layers that moved furthest, those skipped, mode gap and score."""
     parts: list[RenderableType] = [_heading(recalibration), _layers_view(recalibration.layers)]
     if recalibration.skipped:
         parts.append(_skipped_view(recalibration.skipped))
+    parts.append(_gap_view(recalibration.mode_gap_before, recalibration.mode_gap_after))
     if recalibration.score_before is not None and recalibration.score_after is not None:
         verdict = "kept" if recalibration.is_kept else "taken back"
         change = f"{recalibration.score_before:.4g} → {recalibration.score_after:.4g}"
@@ -60,6 +62,16 @@ def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
     if rest := len(layers) - len(shown):
         parts.append(Text(f"and {_counted(rest, 'more layer')}", style="dim"))
     return Group(*parts)
+
+
+def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
+    if isinstance(after, str):
+        return Text(f"mode gap not measured: {after}", style="dim")
+    first = "?" if isinstance(before, str) else f"{before.relative_change:.3g}"
+    change = f"{first} → {after.relative_change:.3g} σ of the outputs"
+    noise = after.sampling_change
+    alone = "" if noise is None else f" (sampling alone: {noise:.2g})"
+    return Text(f"mode gap {change}{alone}, on {_counted(after.samples, 'sample')}")
 
 
 def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:

@@ -65,6 +65,19 @@ def test_the_result_is_that_of_one_giant_batch_at_any_batch_size(batch_size):
     check(conv_net(), images().split(batch_size))
 
 
+def test_models_that_take_images_in_one_layout_alone():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x):
+            x = self.net[:3](x)
+            return self.net[3:](x.view(len(x), -1).mul(2.0).view(x.shape))
+
+    check(Viewed(), images().split(7))
+
+
 @pytest.mark.usefixtures("threads")
 def test_batches_may_differ_in_size_down_to_one_value_per_channel():
     x = images(30)
@@ -240,6 +253,28 @@ class Unet(nn.Module):
 @pytest.mark.usefixtures("threads")
 def test_models_that_keep_features_on_themselves():
     check(Unet(), images(20, 6).split(2))
+
+
+class WritesToInput(nn.Module):
+    """Normalises its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return self.net(x.sub_(1.0).div_(3.0))
+
+
+def test_models_that_write_to_their_input():
+    x = images(20)
+    before = x.clone()
+    model = WritesToInput()
+    truth = true_statistics(
+        copy.deepcopy(model).double(), [x.double()], lambda model, x: model(x.clone())
+    )
+    assert max(errors(bnguard.recalibrate(model, x.split(5)), truth)) < 1e-5
+    assert torch.equal(x, before)
 
 
 class HiddenState(nn.Module):

@@ -69,6 +69,36 @@ def test_nothing_but_the_statistics_changes(method):
     assert not torch.equal(before.state["1.running_var"], model[1].running_var)
 
 
+class WritesElsewhere(nn.Module):
+    """Moves an average of its own in each forward, and accumulates gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("newest", torch.zeros(6))
+
+    def forward(self, x):
+        x = self.net[:2](x)
+        self.average.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        self.newest = x.mean(0)
+        with torch.enable_grad():
+            self.net[0](torch.ones(1, 4)).sum().backward()
+        return self.net[2:](x)
+
+
+@pytest.mark.parametrize("method", ["exact", "precise"])
+def test_what_forwards_write_to_besides_is_put_back(method):
+    model, x = WritesElsewhere(), torch.randn(60, 4)
+    gradient = model.net[0].bias.grad = torch.ones(6)
+    before = Fingerprint(model)
+    bnguard.recalibrate(model, x.split(7), method=method)
+    assert model.net[0].bias.grad is gradient
+    assert (gradient == 1.0).all()
+    model.net[0].bias.grad = None
+    before.check(model, statistics=False)
+
+
 def test_undo_gives_back_every_bit():
     model, x = net(), torch.randn(60, 4) * 2.0
     before = Fingerprint(model)
@@ -112,9 +142,9 @@ def test_a_loader_that_fails(method):
 @pytest.mark.parametrize("method", ["exact", "precise"])
 def test_a_forward_that_fails_on_its_way(method):
     model = FailsLater(ValueError("no triples"))
-    batches = [*torch.randn(20, 4).split(5), torch.randn(3, 4)]
+    batches = [*torch.randn(35, 4).split(5), torch.randn(3, 4)]
     before = Fingerprint(model)
-    with pytest.raises(CalibrationError, match="failed at batch 4: ValueError: no triples"):
+    with pytest.raises(CalibrationError, match="failed at batch 7: ValueError: no triples"):
         bnguard.recalibrate(model, batches, method=method, memory=10**9)
     before.check(model)
 
@@ -122,9 +152,9 @@ def test_a_forward_that_fails_on_its_way(method):
 @pytest.mark.parametrize("method", ["exact", "precise"])
 def test_memory_that_runs_out(method):
     model = FailsLater(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    batches = [*torch.randn(20, 4).split(5), torch.randn(3, 4)]
+    batches = [*torch.randn(35, 4).split(5), torch.randn(3, 4)]
     before = Fingerprint(model)
-    with pytest.raises(CalibrationError, match=r"out of memory at batch 4: use fewer samples="):
+    with pytest.raises(CalibrationError, match=r"out of memory at batch 7: use fewer samples="):
         bnguard.recalibrate(model, batches, method=method)
     before.check(model)
 

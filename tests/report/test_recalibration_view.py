@@ -27,19 +27,20 @@ def test_a_line_a_layer_the_furthest_move_first():
     model = blocks(3)
     model[1].running_mean.fill_(3.0)
     result = bnguard.recalibrate(model, torch.randn(64, 4).split(10))
-    heading, title, columns, *lines = str(result).splitlines()
+    heading, title, columns, *lines, gap = str(result).splitlines()
     assert heading == "recalibrated · exact · 3 BN layers · 64 samples · 7 batches"
     assert title == "How far the statistics moved, the furthest first"
     assert columns.split() == ["layer", "n", "shift,", "σ", "log", "var", "ratio"]
     assert [line.split()[0] for line in lines] == ["1", "0", "2"]
     assert lines[0].split()[1:3] == ["64", "3"]
+    assert gap.startswith("mode gap 3")
 
 
 def test_many_layers_are_cut_short_and_fit_the_width():
     result = bnguard.recalibrate(blocks(14), torch.randn(64, 4).split(10))
     lines = str(result).splitlines()
-    assert lines[-1] == "and 4 more layers"
-    assert len(lines) == 14
+    assert lines[-2] == "and 4 more layers"
+    assert len(lines) == 15
     console = Console(file=io.StringIO(), width=40)
     console.print(result)
     assert max(map(len, console.file.getvalue().splitlines())) <= 40

@@ -45,7 +45,7 @@ def arrived_moments(values: Tensor) -> Moments:
 
 def is_finite(moments: Moments) -> bool:
     """Return whether mean and variance are finite in every channel."""
-    return bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.squares).all())
+    return bool((moments.mean + moments.squares).isfinite().all())
 
 
 def on_host(moments: Moments) -> Moments:

@@ -53,6 +53,14 @@ class Batch:
         args, kwargs = _moved(self.args, device), _moved(self.kwargs, device)
         return Batch(self.index, args, kwargs, self.size)
 
+    def copied(self) -> Batch:
+        """Return the batch with tensors of its own."""
+        return self._changed(Tensor.clone, self.size)
+
+    def in_channels_last(self) -> Batch:
+        """Return the batch with all images in that layout, the channels of a pixel together."""
+        return self._changed(_in_channels_last, self.size)
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield its tensors, in the order in which they go in."""
         return tensors_in((self.args, self.kwargs))
@@ -231,6 +239,11 @@ def _moved(payload: T, device: torch.device) -> T:
     if hasattr(payload, "to"):
         return cast("T", payload.to(device))
     return _rebuilt(payload, lambda value: _moved(value, device))
+
+
+def _in_channels_last(tensor: Tensor) -> Tensor:
+    is_image = tensor.dim() == _IMAGE_DIMS + 1
+    return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
 
 
 def _rebuilt(payload: T, change: Callable[[object], object]) -> T:

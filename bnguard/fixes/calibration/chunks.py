@@ -11,14 +11,21 @@ from bnguard.fixes.calibration.batches import Batch, can_be_joined, joined
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One or several batches that go through the model as one."""
+    """One or several batches that go through the model as one.
+
+    Attributes:
+        batches: The batches.
+        is_channels_last: Whether images go through in that layout.
+    """
 
     batches: tuple[Batch, ...]
+    is_channels_last: bool
 
     @cached_property
     def whole(self) -> Batch:
         """The batches joined."""
-        return joined(self.batches)
+        whole = joined(self.batches)
+        return whole.in_channels_last() if self.is_channels_last else whole
 
     @property
     def samples(self) -> int:
@@ -29,11 +36,15 @@ class Chunk:
 class ChunkedBatches:
     """Batches in chunks, each batch in one of its own until they are joined.
 
+    Args:
+        is_channels_last: Whether images go through in that layout.
+
     Attributes:
         chunks: The chunks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_channels_last: bool) -> None:
+        self._is_channels_last = is_channels_last
         self._min_samples = 1
         self.chunks: list[Chunk] = []
 
@@ -60,9 +71,9 @@ class ChunkedBatches:
         last = self.chunks[-1] if self.chunks else None
         is_open = last is not None and last.samples < self._min_samples
         if last is not None and is_open and can_be_joined(last.batches[-1], batch):
-            self.chunks[-1] = Chunk((*last.batches, batch))
+            self.chunks[-1] = self._chunk(*last.batches, batch)
         else:
-            self.chunks.append(Chunk((batch,)))
+            self.chunks.append(self._chunk(batch))
 
     def expel(self, numbers: Collection[int]) -> list[Batch]:
         """Take these chunks apart, or out where they are one batch; return what was taken out."""
@@ -72,8 +83,11 @@ class ChunkedBatches:
             if number not in numbers:
                 kept.append(chunk)
             elif len(chunk.batches) > 1:
-                kept += [Chunk((batch,)) for batch in chunk.batches]
+                kept += map(self._chunk, chunk.batches)
             else:
                 expelled += chunk.batches
         self.chunks = kept
         return expelled
+
+    def _chunk(self, *batches: Batch) -> Chunk:
+        return Chunk(batches, self._is_channels_last)

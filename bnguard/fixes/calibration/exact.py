@@ -27,7 +27,7 @@ from bnguard.moments import Moments
 
 # Each chunk is a thread: small batches are joined so that there are about so many, ...
 _USUAL_CHUNKS = 64
-_MIN_JOINED_SAMPLES = 16
+_MIN_JOINED_SAMPLES = 32
 # ... and where they cannot be joined, a virtual batch ends at so many.
 _MOST_CHUNKS = 256
 # With a tolerance, so many samples are tried first, then twice as many, and so on.
@@ -107,7 +107,7 @@ class _Engine:
         """Run virtual batches until the data end, or the statistics are as precise as asked for."""
         job, tally = self._job, _Tally()
         goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
-        held = ChunkedBatches()
+        held = self._nothing()
         last: _VirtualBatch | None = None
         is_precise_enough = False
         while not is_precise_enough:
@@ -118,7 +118,7 @@ class _Engine:
             is_precise_enough = self._is_precise_enough(tally, last)
             if any(each.is_full for each in filled):
                 tally.add(last)
-                held, last = ChunkedBatches(), None
+                held, last = self._nothing(), None
             goal = min(2 * goal, self._full_size)
         if last is not None:
             tally.add(last)
@@ -133,6 +133,10 @@ class _Engine:
             left_out=sum(job.ranks.together(lambda: self._left_out)),
             is_within_tolerance=is_precise_enough,
         )
+
+    def _nothing(self) -> ChunkedBatches:
+        habits = self._habits
+        return ChunkedBatches(is_channels_last=habits is not None and habits.is_channels_last)
 
     def _fill(self, held: ChunkedBatches, goal: int) -> _Filled:
         """Take batches until there are so many samples, or as many chunks as there may be."""

@@ -15,11 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, can_be_joined, joined
 from bnguard.fixes.calibration.job import Job
-from bnguard.fixes.calibration.observation import Observation, differing_layers, observe
-from bnguard.fixes.calibration.randomness import random_states
+from bnguard.fixes.calibration.observation import (
+    Observation,
+    differing_layers,
+    everything,
+    observe,
+)
 
 # What another sample has its part in is off by far more.
 _SAME = 0.05
@@ -33,6 +36,7 @@ class Habits:
         calls: Indices of the layers, in the order in which they are called.
         takes_rows: Whether a sample's way does not depend on what else is in its batch, so that
             batches may be joined.
+        is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
         starts_threads: Whether it calls BN layers in threads of its own.
@@ -42,6 +46,7 @@ class Habits:
 
     calls: tuple[int, ...]
     takes_rows: bool
+    is_channels_last: bool
     is_stateless: bool
     starts_threads: bool
     bytes_per_sample: int
@@ -54,7 +59,7 @@ class Habits:
 
 
 def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
-    """Put two samples through the model, one of them also alone; or else a batch.
+    """Put two samples through the model, and one of them also alone; or else a batch.
 
     Args:
         job: What to calibrate.
@@ -66,34 +71,76 @@ def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
             return _habits_from_samples(job, head[0].rows(0, 1), head[1].rows(0, 1))
         if head[0].can_be_cut and head[0].size > 1:
             return _habits_from_samples(job, head[0].rows(0, 1), head[0].rows(1, 2))
-    return _habits(job, head[0], observe(job, head[0]), takes_rows=False)
+    return _watched(job, head[0]).habits(takes_rows=False)
 
 
 def _habits_from_samples(job: Job, first: Batch, second: Batch) -> Habits:
     both = joined([first, second])
     alone = observe(job, second)
-    beside = observe(job, both, look_at=lambda values: values[len(values) // 2 :])
-    takes_rows = alone.calls == beside.calls and not differing_layers(
-        alone.moments, beside.moments, _SAME, job.noise
+    if _is_faster_in_channels_last(job):
+        with suppress(CalibrationError):  # Some models take one layout alone.
+            beside = _watched(job, both.in_channels_last(), _second_half)
+            if _is_same(job, alone, beside.seen):
+                return beside.habits(takes_rows=True, is_channels_last=True)
+    beside = _watched(job, both, _second_half)
+    return beside.habits(takes_rows=_is_same(job, alone, beside.seen))
+
+
+def _second_half(values: Tensor) -> Tensor:
+    return values[len(values) // 2 :]
+
+
+def _is_same(job: Job, first: Observation, second: Observation) -> bool:
+    return first.calls == second.calls and not differing_layers(
+        first.moments, second.moments, _SAME, job.noise
     )
-    return _habits(job, both, beside, takes_rows=takes_rows)
 
 
-def _habits(job: Job, batch: Batch, seen: Observation, *, takes_rows: bool) -> Habits:
-    state, random = _state_of(job.model), random_states(job.device)
-    begin = time.perf_counter()
-    bytes_held = _bytes_held(job, batch)
+def _is_faster_in_channels_last(job: Job) -> bool:
+    """Return whether convolutions take their time in the order of the channels, as on a CPU."""
+    return job.device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d) for module in job.model.modules()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """A forward, and what it took."""
+
+    batch: Batch
+    seen: Observation
+    keeps_state: bool
+    bytes_held: int
+    seconds: float
+
+    def habits(self, *, takes_rows: bool, is_channels_last: bool = False) -> Habits:
+        seen, size = self.seen, self.batch.size
+        return Habits(
+            calls=seen.calls,
+            takes_rows=takes_rows,
+            is_channels_last=is_channels_last,
+            is_stateless=not (self.keeps_state or seen.draws_random),
+            starts_threads=seen.starts_threads,
+            bytes_per_sample=(self.bytes_held + self.batch.nbytes) // size + 1,
+            seconds_per_sample=self.seconds / size,
+        )
+
+
+def _watched(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = everything) -> _Watched:
+    """Put a batch through the model, and watch what it leaves behind and holds on its way."""
+    most_held = 0
+
+    def look(values: Tensor) -> Tensor:
+        nonlocal most_held
+        most_held = max(most_held, live.nbytes)
+        return look_at(values)
+
+    state, begin = _state_of(job.model), time.perf_counter()
+    with _LiveTensors(job.model) as live:
+        seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
     keeps_state = not _is_same_state(state, _state_of(job.model))
-    draws_random = not all(map(torch.equal, random, random_states(job.device)))
-    return Habits(
-        calls=seen.calls,
-        takes_rows=takes_rows,
-        is_stateless=not (keeps_state or draws_random),
-        starts_threads=seen.starts_threads,
-        bytes_per_sample=(bytes_held + batch.nbytes) // batch.size + 1,
-        seconds_per_sample=seconds / batch.size,
-    )
+    return _Watched(batch, seen, keeps_state, most_held, seconds)
 
 
 def _state_of(model: nn.Module) -> list[tuple[object, int]]:
@@ -119,19 +166,6 @@ def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, i
         old is new and old_version == new_version
         for (old, old_version), (new, new_version) in zip(before, after, strict=True)
     )
-
-
-def _bytes_held(job: Job, batch: Batch) -> int:
-    """Return the most bytes of a forward's tensors that live while it stands at a layer."""
-    most = 0
-
-    def note(index: int, values: Tensor) -> None:
-        nonlocal most
-        most = max(most, live.nbytes)
-
-    with _LiveTensors(job.model) as live, arrivals(job.layers, note):
-        job.run(batch)
-    return most
 
 
 class _LiveTensors(TorchFunctionMode):

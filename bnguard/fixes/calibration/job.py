@@ -73,8 +73,8 @@ class Job:
     progress: Progress
 
     def run(self, batch: Batch) -> None:
-        """Put a batch through the model."""
-        call(self.model, self.forward, batch)
+        """Put a copy of a batch through the model, which may write to it."""
+        call(self.model, self.forward, batch.copied())
 
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
         """Accept that a batch with NaN or Inf is left out, or raise.

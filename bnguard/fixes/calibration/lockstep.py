@@ -31,7 +31,7 @@ _SAME = 0.05
 # So many samples of a chunk are looked at again.
 _WITNESSES = 2
 # A forward that takes longer waits for another, as for a lock that stands at a layer with that one.
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 5.0
 _PATIENCE_FORWARDS = 50
 
 

@@ -16,7 +16,8 @@ from bnguard.fixes.calibration.randomness import seeded
 from bnguard.moments import Moments, merge_moments
 
 
-def _everything(values: Tensor) -> Tensor:
+def everything(values: Tensor) -> Tensor:
+    """Return all rows of what arrives at a layer."""
     return values
 
 
@@ -28,15 +29,17 @@ class Observation:
         calls: Indices of the layers, in the order in which they were called.
         moments: Moments of what arrived, all calls of a layer together, by index.
         starts_threads: Whether a layer was called in a thread that the model started.
+        draws_random: Whether the forward drew random numbers from PyTorch.
     """
 
     calls: tuple[int, ...]
     moments: Mapping[int, Moments]
     starts_threads: bool
+    draws_random: bool
 
 
 def observe(
-    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = _everything
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = everything
 ) -> Observation:
     """Put a batch through the model with the statistics that it has now, and nothing in its way.
 
@@ -56,10 +59,14 @@ def observe(
         calls.append(index)
         arrived.setdefault(index, []).append(arrived_moments(look_at(values)))
 
-    with seeded(batch.index, job.device), arrivals(job.layers, arrive):
+    with seeded(batch.index, job.device) as stream, arrivals(job.layers, arrive):
         job.run(batch)
-    merged = {index: merge_moments(parts) for index, parts in arrived.items()}
-    return Observation(tuple(calls), merged, starts_threads=len(threads) > 1)
+    return Observation(
+        calls=tuple(calls),
+        moments={index: merge_moments(parts) for index, parts in arrived.items()},
+        starts_threads=len(threads) > 1,
+        draws_random=not stream.is_untouched,
+    )
 
 
 def differing_layers(

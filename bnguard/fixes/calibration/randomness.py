@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[RandomStream]:
     """Let PyTorch draw from a seed for a while, on the CPU and on a device."""
     stream = RandomStream(seed, device)
     with stream.drawn_from():
-        yield
+        yield stream
 
 
 class RandomStream:
@@ -29,8 +29,13 @@ class RandomStream:
         self._device = device
         outside = random_states(device)
         torch.manual_seed(seed)
-        self._states = random_states(device)
+        self._begin = self._states = random_states(device)
         _set_random_states(outside, device)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing has been drawn from it so far."""
+        return all(map(torch.equal, self._begin, self._states))
 
     @contextmanager
     def drawn_from(self) -> Iterator[None]:

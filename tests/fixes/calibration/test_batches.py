@@ -103,7 +103,7 @@ def test_others_cannot(other):
 
 
 def test_neighbours_are_joined_until_a_chunk_is_full_and_taken_apart_where_one_is_bad():
-    held = ChunkedBatches()
+    held = ChunkedBatches(is_channels_last=False)
     for index, (size, width) in enumerate([(2, 3), (2, 3), (2, 3), (2, 4), (5, 4)]):
         held.append(batch_of(torch.zeros(size, width), index=index))
     assert len(held.chunks) == 5

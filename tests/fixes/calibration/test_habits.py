@@ -84,6 +84,46 @@ def test_a_forward_that_does_not_take_few_samples():
     assert not habits.takes_rows
 
 
+class Convolutional(nn.Module):
+    """Does something between two convolutions."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.between = between
+
+    def forward(self, x):
+        return self.norm(self.second(self.between(self.first(x))))
+
+
+def only_contiguous(x):
+    return x.view(len(x), -1).tanh().view(x.shape)
+
+
+def in_memory_order(x):
+    """Give other values where the layout is another."""
+    return x * torch.linspace(0, 1, x.numel()).as_strided(x.shape, x.stride())
+
+
+@pytest.mark.parametrize(
+    ("between", "is_channels_last", "takes_rows"),
+    [
+        (lambda x: x, True, True),
+        (only_contiguous, False, True),
+        (in_memory_order, False, False),
+        (lambda x: x - x.mean(0), False, False),
+    ],
+    ids=["any layout", "one layout", "by layout", "centred"],
+)
+def test_images_go_in_channels_last_where_that_changes_nothing(
+    between, is_channels_last, takes_rows
+):
+    habits = habits_of(Convolutional(between), torch.randn(5, 3, 6, 7))
+    assert habits.is_channels_last is is_channels_last
+    assert habits.takes_rows is takes_rows
+
+
 def set_attribute(self, x):
     self.feature = x
     return x
@@ -131,6 +171,6 @@ class Residual(nn.Module):
 
 
 def test_bytes_are_those_that_live_where_a_layer_is_called():
-    # The input and z of 100 float32 each; y is gone.
+    # The input and its copy, and z, of 100 float32 each; y is gone.
     habits = habits_of(Residual(), torch.randn(6, 100))
-    assert habits.bytes_per_sample == 2 * 400 + 1
+    assert habits.bytes_per_sample == 3 * 400 + 1
