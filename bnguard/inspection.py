@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
+from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
@@ -20,22 +21,33 @@ if TYPE_CHECKING:
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_MOMENTUM = 0.1
 
-_STATIC_RULES = tuple(rule for rule in RULES if rule.is_static)
+_EVERYTHING = Configuration()
 
 
 def inspect(
-    subject: nn.Module | Mapping[str, Tensor], *, rules: Iterable[Rule] = _STATIC_RULES
+    subject: nn.Module | Mapping[str, Tensor],
+    *,
+    select: Collection[str] | None = None,
+    ignore: Collection[str] | None = None,
+    per_layer_ignores: Mapping[str, Collection[str]] | None = None,
+    limits: Mapping[str, Mapping[str, float]] | None = None,
+    rules: Iterable[Rule] = RULES,
 ) -> Report:
     """Tell what is wrong with the BN layers of a model or a state dict, without running it.
 
-    A state dict does not hold momentum: PyTorch's default of 0.1 is assumed there, and said.
+    A state dict does not hold momentum: PyTorch's default of 0.1 is assumed there, and said. What
+    is not given is as ``[tool.bnguard]`` of ``pyproject.toml`` says, as for :func:`bnguard.watch`.
 
     Args:
         subject: A model, or what its ``state_dict()`` returns.
-        rules: The rules to run.
+        select: Codes, names or prefixes of the rules to run; all by default.
+        ignore: Those not to run.
+        per_layer_ignores: Those that say nothing of some layers, by glob of their names.
+        limits: Limits that differ from those of the rules, by rule, then by name.
+        rules: The rules to choose from; those that need a training are left out.
 
     Raises:
-        ConfigurationError: The subject is neither.
+        ConfigurationError: The subject is neither; or a rule or a limit does not exist.
 
     Example:
         >>> from torch import nn
@@ -52,15 +64,20 @@ def inspect(
         raise ConfigurationError(
             f"inspect takes a model or a state dict, not a {type(subject).__name__}"
         )
-    return _report(layers, rules)
+    configuration = read_configuration().changed(
+        select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
+    )
+    return _report(layers, configuration, rules)
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, *, rules: Iterable[Rule] = _STATIC_RULES) -> Report:
+def inspect_checkpoint(
+    checkpoint: Checkpoint, configuration: Configuration = _EVERYTHING
+) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
-        rules: The rules to run.
+        configuration: Which of the rules run, on which layers, with which limits.
 
     Raises:
         CheckpointError: It holds no BN layers.
@@ -74,12 +91,15 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, rules: Iterable[Rule] = _STATI
         for model in checkpoint.models
         for layer in model.layers
     )
-    return _report(layers, rules)
+    return _report(layers, configuration, RULES)
 
 
-def _report(layers: Iterable[LayerHistory], rules: Iterable[Rule]) -> Report:
+def _report(
+    layers: Iterable[LayerHistory], configuration: Configuration, rules: Iterable[Rule]
+) -> Report:
     history = History(layers=tuple(layers), run=Run())
-    conclusions = diagnose(history, rules)
+    static = [rule for rule in configuration.rules(rules) if rule.is_static]
+    conclusions = diagnose(history, static, configuration.is_wanted)
     return Report(history, conclusions.findings, conclusions.skipped)
 
 

@@ -10,76 +10,58 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 
-from bnguard.checkpoint import Checkpoint, load_state_dict, publishing, read_checkpoint
-from bnguard.cli.loading import add_subjects, checkpoint_named, load_weights
+from bnguard.checkpoint import Checkpoint, name_beside, publishing
+from bnguard.cli.devices import usable_device
+from bnguard.cli.loading import SUBJECTS_HELP, WEIGHTS_HELP, asks_for_help, requested
+from bnguard.cli.parsing import command_parser
 from bnguard.cli.scoring import Scorer, has_validation
-from bnguard.cli.subjects import (
-    Data,
-    built_data,
-    built_model,
-    configuration_beside,
-    named_subjects,
-)
+from bnguard.cli.subjects import Data
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.fixes.swap import swap
 from bnguard.fixes.swapped import Swap
 from bnguard.fixes.targets import DEFAULT_GROUPS, TARGETS
 from bnguard.version import __version__
 
-_EPILOG = """
-the model and its data:
-  --model PACKAGE.Class   class or function that makes the model; its own arguments
-                          follow as --model.NAME, and start from the hyper-parameters
-                          that the checkpoint holds
-  --data PACKAGE.Class    class of a data module, or function that gives a loader; its
-                          own arguments follow as --data.NAME; labels are not used to learn
-  --config FILE           both of them, as LightningCLI saved them
-
-example:
+_EXAMPLES = """
+examples:
   bnguard swap last.ckpt --to group --model my.LitModel --data my.DataModule
+  bnguard swap lightning_logs/version_0/checkpoints/last.ckpt --to batch-renorm
 """
 
 
 def run(arguments: list[str]) -> int:
     """Write a checkpoint of the model with another norm, and print the lines that build it."""
-    subjects, rest = named_subjects(arguments)
     parser = _parser()
-    if {"-h", "--help"} & set(rest):
-        parser.parse_args(rest)
-    source = checkpoint_named(rest, "swap")
-    checkpoint = read_checkpoint(source)
-    if not checkpoint.layers:
-        raise CheckpointError(f"{source}: has no BN layers, so there is nothing to swap")
-    if not subjects and (config := configuration_beside(source)) is not None:
-        subjects, rest = named_subjects([*rest, "--config", str(config)])
-    add_subjects(parser, subjects, checkpoint)
-    values = parser.parse_args(rest)
-
+    if asks_for_help(arguments):
+        parser.parse_args(["--help"])
+    request = requested(parser, arguments, "swap")
+    checkpoint, values = request.checkpoint, request.values
+    source = checkpoint.path
     output = _output(source, values)
-    model = built_model(subjects["model"], parser, values)
-    load_weights(model, load_state_dict(source), source)
-    data = built_data(subjects["data"], parser, values)
-    result = _swapped(model, data, values)
-    scores = _scores(model, result.model, data, values)
+    device = usable_device(values.device)
+    model, _ = request.model()
+    data = request.data(model)
+    result = _swapped(model, data, device, values)
+    scores = _scores(model, result.model, data, device, values)
     _write(result, checkpoint, source, output, force=values.force)
 
     rich.print(result)
     if scores is not None:
         print(scores)
     print(f"written: {output}, without optimizer states; the model that it fits:\n")
-    print(_recipe(result, subjects["model"].path, output))
+    print(_recipe(result, request.subjects["model"].path, output))
     return 0
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        "bnguard swap",
-        description="Swap BN for another norm, let the network learn what it knew, and write a "
+    parser = command_parser(
+        "swap",
+        "Swap BN for another norm, let the network learn what it knew, and write a "
         "checkpoint of the swapped model beside the one given.",
-        epilog=_EPILOG,
-        exit_on_error=False,
+        SUBJECTS_HELP + _EXAMPLES,
     )
     parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
+    parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument("--to", type=str, default="group", help=f"one of {', '.join(TARGETS)}")
     parser.add_argument("--groups", type=PositiveInt, default=DEFAULT_GROUPS, help="at most")
     parser.add_argument("--exclude", type=list[str], default=[], help="layers to leave")
@@ -96,7 +78,7 @@ def _parser() -> ArgumentParser:
 
 def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; what stands there already is found out before the work."""
-    beside = source.with_name(f"{source.stem}-swapped.ckpt")
+    beside = name_beside(source, "swapped").with_suffix(".ckpt")
     output = beside if values.output is None else Path(values.output)
     if output.exists() and output.samefile(source):
         raise CheckpointError(f"{output}: is the original; choose another --output")
@@ -105,18 +87,13 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, device: torch.device, values: Namespace) -> Swap:
     loader = data.loader(values.split)
     first = next(iter(loader), None)
     if first is None:
         raise ConfigurationError(f"--data {data.path}: the {values.split} split has no batches")
-    try:
-        model.to(values.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"--device {values.device} cannot be used: {reason}") from error
     return swap(
-        model.eval(),
+        model.to(device).eval(),
         values.to,
         groups=values.groups,
         exclude=values.exclude,
@@ -126,14 +103,15 @@ def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
     )
 
 
-def _scores(before: nn.Module, after: nn.Module, data: Data, values: Namespace) -> str | None:
+def _scores(
+    before: nn.Module, after: nn.Module, data: Data, device: torch.device, values: Namespace
+) -> str | None:
     """Return what a validation says of both models; None where there is none to run."""
     if not (has_validation(before) and data.has("val")):
         if values.metric is not None:
             raise ConfigurationError("--metric needs a validation_step, and validation data")
         return None
-    accelerator = "cpu" if values.device == "cpu" else "gpu"
-    scorer = Scorer(data.loader("val"), accelerator, "32-true", values.metric)
+    scorer = Scorer(data.loader("val"), device, "32-true", values.metric)
     old, new = (scorer.metrics(model)[scorer.metric or ""] for model in (before, after))
     return f"{scorer.metric} {old:.4g} with BN, {new:.4g} swapped"
 
