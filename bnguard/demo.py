@@ -27,7 +27,7 @@ class DigitsNet(LightningModule):
         lr: Learning rate of SGD with momentum 0.9.
     """
 
-    def __init__(self, width: int = 16, momentum: float = 0.005, lr: float = 0.05) -> None:
+    def __init__(self, width: int = 16, momentum: float = 0.005, lr: float = 0.005) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_MOMENTUM = 0.1
 
-_STATIC_RULES = tuple(rule for rule in RULES if rule.is_static)
+_EVERYTHING = Configuration()
 
 
 def inspect(
     subject: nn.Module | Mapping[str, Tensor],
     *,
     reference: nn.Module | Mapping[str, Tensor] | None = None,
-    rules: Iterable[Rule] = _STATIC_RULES,
     select: Collection[str] | None = None,
     ignore: Collection[str] | None = None,
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
+    rules: Iterable[Rule] = RULES,
 ) -> Report:
     """Tell what is wrong with the BN layers of a model or a state dict, without running it.
 
@@ -43,13 +43,13 @@ def inspect(
         subject: A model, or what its ``state_dict()`` returns.
         reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
             copied from: weights that are others beside statistics that are the same are told.
-        rules: The rules to run.
-        select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
-            the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
+        select: The rules that run, by code, name or prefix of a code (``"BN3"``). This and the
+            next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
             :func:`bnguard.watch`.
         ignore: Those that do not run, also where they are selected.
         per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
+        rules: The rules to choose from; those that need a training are left out.
 
     Raises:
         ConfigurationError: Subject or reference is neither, or they have no weight in common; or
@@ -79,18 +79,13 @@ def inspect(
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint,
-    *,
-    rules: Iterable[Rule] = _STATIC_RULES,
-    configuration: Configuration | None = None,
+    checkpoint: Checkpoint, configuration: Configuration = _EVERYTHING
 ) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
-        rules: The rules to run.
-        configuration: Which of them run, on which layers, with which limits; all as they are
-            where None, whatever ``pyproject.toml`` says.
+        configuration: Which of the rules run, on which layers, with which limits.
 
     Raises:
         CheckpointError: It holds no BN layers.
@@ -104,7 +99,7 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     )
-    return _report(layers, rules, configuration or Configuration(), Run())
+    return _report(layers, RULES, configuration, Run())
 
 
 def _check_subject(what: str, subject: object) -> None:
@@ -137,7 +132,8 @@ def _report(
     layers: Iterable[LayerHistory], rules: Iterable[Rule], configuration: Configuration, run: Run
 ) -> Report:
     history = History(layers=tuple(layers), run=run)
-    conclusions = diagnose(history, configuration.rules(rules), configuration.is_wanted)
+    static = [rule for rule in configuration.rules(rules) if rule.is_static]
+    conclusions = diagnose(history, static, configuration.is_wanted)
     return Report(history, conclusions.findings, conclusions.skipped)
 
 

@@ -291,8 +291,10 @@ class Observer:
             is_affine_frozen=self._trained_by.is_affine_frozen(layer, owned),
             is_affine_frozen_at_start=(
                 True
-                if self._affine_at_start.get(layer.name)
-                else described_at_start and described_at_start.is_affine_frozen
+                if self._trained_by.left_out_at_start(layer)
+                else None
+                if described_at_start is None
+                else described_at_start.is_affine_frozen
             ),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,

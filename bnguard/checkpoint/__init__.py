@@ -11,7 +11,7 @@ from bnguard.checkpoint.comparing import (
     LayerDifference,
     compare,
 )
-from bnguard.checkpoint.finding import find_checkpoints
+from bnguard.checkpoint.finding import find_checkpoints, name_beside
 from bnguard.checkpoint.making import write_model
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
@@ -27,6 +27,7 @@ __all__ = [
     "compare",
     "find_checkpoints",
     "load_state_dict",
+    "name_beside",
     "read_checkpoint",
     "replace_statistics",
     "write_model",

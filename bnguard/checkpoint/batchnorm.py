@@ -59,6 +59,7 @@ def describe(contents: Contents) -> Checkpoint:
         path=contents.path,
         format=contents.format,
         models=tuple(models),
+        is_lightning=contents.is_lightning,
         hyper_parameters=own,
         foreign_hyper_parameters=foreign,
         momenta=_momenta(root),

@@ -11,9 +11,6 @@ from typing import NamedTuple
 from bnguard.checkpoint.inert import ATOMS, InertObject, Reference, mapping_of
 from bnguard.errors import CheckpointError
 
-# Where Lightning keeps the state dict of the module.
-LIGHTNING_PREFIX = "state_dict."
-
 LONGEST_PROVENANCE_BYTES = 2**20
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.

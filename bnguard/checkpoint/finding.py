@@ -26,6 +26,26 @@ def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def name_beside(checkpoint: Path, word: str) -> Path:
+    """Return the name of a copy beside a checkpoint, a file or a folder.
+
+    >>> name_beside(Path("runs/last.pth.tar"), "recalibrated").name
+    'last-recalibrated.pth.tar'
+    >>> name_beside(Path("epoch=3-loss=0.25"), "swapped").name
+    'epoch=3-loss=0.25-swapped'
+    """
+    path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
+    return path.with_name(f"{path.name.removesuffix(_ending(path))}-{word}{_ending(path)}")
+
+
+def _ending(path: Path) -> str:
+    """Return what stands behind the name: nothing for a folder, and no digits of a number."""
+    if path.is_dir():
+        return ""
+    known = next((ending for ending in _ENDINGS if path.name.endswith(ending)), None)
+    return known or (path.suffix if path.suffix[1:].isalpha() else "")
+
+
 def _named(name: str) -> Iterator[Path]:
     # Path.glob takes no absolute pattern.
     matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnguard.checkpoint import publishing
-from bnguard.checkpoint.contents import LIGHTNING_PREFIX
 from bnguard.checkpoint.formats import format_of
 from bnguard.checkpoint.inert import mapping_of
-from bnguard.checkpoint.model import Checkpoint
+from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.publishing import temporary_beside, write_errors
 from bnguard.checkpoint.reading import open_contents
 from bnguard.errors import CheckpointError

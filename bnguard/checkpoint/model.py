@@ -9,6 +9,9 @@ from pathlib import Path
 from bnguard.errors import CheckpointError
 from bnguard.stats import FloatArray
 
+# Where Lightning keeps the state dict of the module.
+LIGHTNING_PREFIX = "state_dict."
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CheckpointLayer:
@@ -74,6 +77,7 @@ class Checkpoint:
         path: The file or folder.
         format: Name of its format.
         models: The models with BN layers in it; a Lightning checkpoint has one.
+        is_lightning: Whether a Lightning Trainer saved it.
         hyper_parameters: What Lightning's ``save_hyperparameters`` stored, as far as it is plain
             data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
             string.
@@ -89,6 +93,7 @@ class Checkpoint:
     path: Path
     format: str
     models: tuple[CheckpointModel, ...]
+    is_lightning: bool = False
     hyper_parameters: Mapping[str, object] = field(default_factory=dict)
     foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     momenta: Mapping[str, float | None] = field(default_factory=dict)
@@ -101,6 +106,14 @@ class Checkpoint:
     def layers(self) -> tuple[CheckpointLayer, ...]:
         """The BN layers of all models."""
         return tuple(layer for model in self.models for layer in model.layers)
+
+    @property
+    def main(self) -> CheckpointModel | None:
+        """The model that is meant where none is named: the only one, or Lightning's own."""
+        if len(self.models) == 1:
+            return self.models[0]
+        own = (model for model in self.models if model.prefix == LIGHTNING_PREFIX)
+        return next(own, None) if self.is_lightning else None
 
     def only(self, prefix: str) -> Checkpoint:
         """Return the checkpoint as if one of its models were the only one.

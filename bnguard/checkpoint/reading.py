@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnguard.checkpoint.batchnorm import describe, groups_by_model
-from bnguard.checkpoint.contents import LIGHTNING_PREFIX, Contents, entries
+from bnguard.checkpoint.contents import Contents, entries
 from bnguard.checkpoint.dtypes import torch_dtype
 from bnguard.checkpoint.formats import checkpoint_at, format_of
-from bnguard.checkpoint.model import Checkpoint
+from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
 from bnguard.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What torch.optim.swa_utils.AveragedModel keeps beside the model that it wraps.
+_AVERAGED_MODELS_OWN = "n_averaged"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -101,6 +104,8 @@ def _load(tensor: StoredTensor) -> Tensor:
 
 
 def _without_common_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    bare = {without_wrappers(key): value for key, value in state_dict.items()}
-    depths = {key.count(".") - without_wrappers(key).count(".") for key in state_dict}
-    return bare if len(depths) == 1 else state_dict
+    wrapped = [key for key in state_dict if key != _AVERAGED_MODELS_OWN]
+    depths = {key.count(".") - without_wrappers(key).count(".") for key in wrapped}
+    if len(depths) != 1 or depths == {0}:
+        return state_dict
+    return {without_wrappers(key): state_dict[key] for key in wrapped}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from bnguard.cli.parsing import in_a_line
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__
 
@@ -37,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         return _run(list(arguments))
-    except (BNGuardError, ArgumentError) as error:
+    except ArgumentError as error:
+        print(f"bnguard: error: {in_a_line(error)}", file=sys.stderr)
+        return 2
+    except BNGuardError as error:
         print(f"bnguard: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

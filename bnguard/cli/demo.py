@@ -8,18 +8,24 @@ import warnings
 from pathlib import Path
 
 import rich
-from jsonargparse import ArgumentParser
 
+from bnguard.cli.parsing import command_parser
 from bnguard.errors import ConfigurationError
+
+_EXAMPLES = """
+examples:
+  bnguard demo
+  bnguard demo --output digits --seed 1
+"""
 
 
 def run(arguments: list[str]) -> int:
     """Train a small network into a BN fault, name it, repair the checkpoint, and measure both."""
-    parser = ArgumentParser(
-        "bnguard demo",
-        description="Train a small network on handwritten digits into a BN fault, name it, "
+    parser = command_parser(
+        "demo",
+        "Train a small network on handwritten digits into a BN fault, name it, "
         "repair the checkpoint, and measure both. Takes some seconds.",
-        exit_on_error=False,
+        _EXAMPLES,
     )
     parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import rich
-from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import read_checkpoint
 from bnguard.checkpoint.comparing import compare
+from bnguard.cli.parsing import command_parser
 from bnguard.report.difference import difference_document, difference_view
 
 _EXAMPLES = """
@@ -20,12 +20,11 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Compare two checkpoints; status 1 where anything but running statistics differs."""
-    parser = ArgumentParser(
-        "bnguard diff",
-        description="Compare two checkpoints: BN layers in standard deviations and log-variance "
+    parser = command_parser(
+        "diff",
+        "Compare two checkpoints: BN layers in standard deviations and log-variance "
         "ratio, everything else bit by bit. Status 1 where anything else differs.",
-        epilog=_EXAMPLES,
-        exit_on_error=False,
+        _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
     parser.add_argument("after", type=str, help="the second")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import rich
-from jsonargparse import ArgumentParser
 
+from bnguard.cli.parsing import command_parser
 from bnguard.report.pages import page_view
 from bnguard.rules import rule_named
 
@@ -17,12 +17,7 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Show the page of a rule."""
-    parser = ArgumentParser(
-        "bnguard explain",
-        description="Show the page of a rule.",
-        epilog=_EXAMPLES,
-        exit_on_error=False,
-    )
+    parser = command_parser("explain", "Show the page of a rule.", _EXAMPLES)
     parser.add_argument("rule", type=str, help="code or name of the rule")
     values = parser.parse_args(arguments)
     rich.print(page_view(rule_named(values.rule)))

@@ -10,6 +10,7 @@ import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
+from bnguard.cli.parsing import command_parser
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
@@ -17,7 +18,20 @@ from bnguard.inspection import inspect_checkpoint
 from bnguard.report import Report
 from bnguard.report.checkpoint import checkpoint_view, inspection_document
 
-_EXAMPLES = """
+_HELP = """
+--json prints one document:
+  schema        version of this form: 1; keys may be added in a version
+  bnguard       version of bnguard
+  checkpoints   each with path, format, models, global_step, epoch, provenance,
+                problems, and report: findings, layers, skipped, notes
+  errors        what could not be read, each with path and message
+  a finding has code, name, severity (info, warning, error), layer, message,
+                evidence (measure, value, limit, unit), fix (summary, repair),
+                channels, step, cause
+
+exit status:
+  0 nothing at the level of --fail-on, 1 findings at it, 2 unusable input
+
 examples:
   bnguard inspect last.ckpt
   bnguard inspect checkpoints/ --fail-on warning --json
@@ -30,13 +44,12 @@ def run(arguments: list[str]) -> int:
     configuration = read_configuration().changed(
         select=_codes(values.select), ignore=_codes(values.ignore)
     )
-    rules = [rule for rule in configuration.rules() if rule.is_static]
     inspected: list[tuple[Checkpoint, Report]] = []
     errors: dict[str, str] = {}
     for path in find_checkpoints(values.paths):
         try:
             checkpoint = read_checkpoint(path)
-            inspected.append((checkpoint, inspect_checkpoint(checkpoint, rules=rules)))
+            inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
         except BNGuardError as error:
             errors[str(path)] = str(error)
     if values.json:
@@ -52,12 +65,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        "bnguard inspect",
-        description="Tell what is wrong with the BN layers of checkpoints; needs no model code, "
+    parser = command_parser(
+        "inspect",
+        "Tell what is wrong with the BN layers of checkpoints; needs no model code, "
         "and runs nothing that a checkpoint holds.",
-        epilog=_EXAMPLES,
-        exit_on_error=False,
+        _HELP,
     )
     parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
     parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")

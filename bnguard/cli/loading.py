@@ -2,32 +2,172 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
-from torch import Tensor, nn
+from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.checkpoint import Checkpoint
-from bnguard.cli.subjects import Subject
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
+from bnguard.checkpoint.formats import checkpoint_at
+from bnguard.cli.subjects import (
+    Data,
+    Subject,
+    built_data,
+    built_model,
+    configuration_beside,
+    data_of_model,
+    has_loaders,
+    named_subjects,
+)
+from bnguard.errors import CheckpointError, ConfigurationError, nearest_name
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# For the help of these commands, after the options.
+SUBJECTS_HELP = """
+the model and its data:
+  --model PACKAGE.Class   class or function that makes the model; its own arguments
+                          follow as --model.NAME, and start from the hyper-parameters
+                          that the checkpoint holds
+  --data PACKAGE.Class    class of a data module, or function that gives a loader; its
+                          own arguments follow as --data.NAME; not needed where the
+                          model has loaders itself
+  --config FILE           both of them, as LightningCLI saved them; found by itself
+                          beside the checkpoint; of classes that it does not name,
+                          --model and --data do
+"""
+WEIGHTS_HELP = "which model of a file that holds several, as inspect calls it: ema, say"
 
 
-def checkpoint_named(arguments: list[str], command: str) -> Path:
-    """Return the checkpoint, which is read before the arguments of the model are known.
+def asks_for_help(arguments: list[str]) -> bool:
+    """Return whether help is asked for, before anything is imported to give it."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint, and what the command line says of its model and data; nothing is built yet.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        subjects: The classes or functions named, by ``"model"`` and ``"data"``.
+        parser: The parser that knows their arguments.
+        values: All arguments.
+    """
+
+    checkpoint: Checkpoint
+    subjects: Mapping[str, Subject]
+    parser: ArgumentParser
+    values: Namespace
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of where these come from, a line each."""
+        files = {s.configuration.path for s in self.subjects.values() if s.configuration}
+        return [f"arguments from {path}" for path in sorted(files)]
+
+    def model(self) -> tuple[nn.Module, CheckpointModel]:
+        """Return the model with the weights of the checkpoint, and which of its models these are.
+
+        Raises:
+            ConfigurationError: The model cannot be built, or the weights have to be chosen.
+            CheckpointError: The weights do not fit.
+        """
+        model = built_model(self.subjects["model"], self.parser, self.values)
+        stored = chosen_weights(self.checkpoint, model, self.values.weights)
+        path = self.checkpoint.path
+        _load_weights(model, load_state_dict(path, stored.prefix), path)
+        return model, stored
+
+    def data(self, model: nn.Module) -> Data:
+        """Return the data, those of the model itself where no others are named.
+
+        Raises:
+            ConfigurationError: They cannot be built.
+        """
+        if "data" in self.subjects:
+            return built_data(self.subjects["data"], self.parser, self.values)
+        return data_of_model(model, self.subjects["model"].path)
+
+
+def requested(parser: ArgumentParser, arguments: list[str], command: str) -> Request:
+    """Read the checkpoint and the arguments, those of the model and the data among them.
+
+    Args:
+        parser: Knows ``checkpoint``, ``--weights`` and the options of the command.
+        arguments: The arguments.
+        command: Name of the command, for messages.
 
     Raises:
-        ConfigurationError: There is none among the arguments.
+        CheckpointError: The checkpoint cannot be read, or has no BN layers.
+        ConfigurationError: The model or the data are not named, or cannot be imported.
     """
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("checkpoint", nargs="?")
-    named: str | None = first.parse_known_args(arguments)[0].checkpoint
-    if named is None:
-        raise ConfigurationError(f"no checkpoint is named: bnguard {command} CKPT --model …")
-    return Path(named)
+    source = checkpoint_at(_checkpoint_among(arguments, parser, command))
+    checkpoint = read_checkpoint(source)
+    if not checkpoint.layers:
+        raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do")
+    subjects, rest = named_subjects(arguments, configuration_beside(source))
+    _add_subjects(parser, subjects, checkpoint)
+    return Request(checkpoint, subjects, parser, parser.parse_args(rest))
 
 
-def add_subjects(
+def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
+    """Return which of a checkpoint's models is loaded into a model.
+
+    That is the one that is named; or Lightning's own; or the only one whose BN layers are those
+    of the model.
+
+    Raises:
+        CheckpointError: There is none of that name, or none or several to choose from.
+    """
+    stored = {model.name: model for model in checkpoint.models}
+    if named is not None:
+        if named in stored:
+            return stored[named]
+        near = nearest_name(named, stored)
+        hint = f"did you mean {near!r}?" if near else f"it has {_listed(stored)}"
+        raise CheckpointError(f"{checkpoint.path} has no weights {named!r} with BN layers: {hint}")
+    if checkpoint.main is not None:
+        return checkpoint.main
+    from bnguard.layers import find_layers
+
+    channels = {layer.name: layer.channels for layer in find_layers(model)}
+    fitting = {
+        name: candidate
+        for name, candidate in stored.items()
+        if {layer.name: layer.channels for layer in candidate.layers} == channels
+    }
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    several = f", of which {_listed(fitting)} fit {type(model).__name__}" if fitting else ""
+    raise CheckpointError(
+        f"{checkpoint.path} holds several models, {_listed(stored)}{several}: "
+        "choose one with --weights NAME"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _checkpoint_among(arguments: list[str], parser: ArgumentParser, command: str) -> Path:
+    """Return the checkpoint, which is read before the arguments of the model are known."""
+    options = parser._option_string_actions
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--" or not argument.startswith("-"):
+            named = next(remaining, None) if argument == "--" else argument
+            if named is not None:
+                return Path(named)
+        elif "=" not in argument and (argument not in options or options[argument].nargs != 0):
+            next(remaining, None)  # its value
+    raise ConfigurationError(f"no checkpoint is named: bnguard {command} CKPT --model …")
+
+
+def _add_subjects(
     parser: ArgumentParser, subjects: dict[str, Subject], checkpoint: Checkpoint
 ) -> None:
     """Add the arguments of model and data; the model's start from the checkpoint's own.
@@ -35,26 +175,30 @@ def add_subjects(
     Raises:
         ConfigurationError: The model or the data are not named.
     """
-    for option in ("model", "data"):
-        if option not in subjects:
-            raise ConfigurationError(
-                f"--{option} is missing: name it as --{option} package.module.Class"
-            )
-    subjects["model"].add_arguments(parser, checkpoint.hyper_parameters)
-    subjects["data"].add_arguments(parser, {})
+    if "model" not in subjects:
+        raise ConfigurationError("--model is missing: name it as --model package.module.Class")
+    if "data" not in subjects and not has_loaders(subjects["model"].build):
+        raise ConfigurationError("--data is missing: name it as --data package.module.Class")
+    for option, subject in subjects.items():
+        subject.add_arguments(parser, checkpoint.hyper_parameters if option == "model" else {})
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     """Load the weights, or say in one line why they are not this model's.
 
     Raises:
         CheckpointError: They do not fit.
     """
+    from bnguard.fixes.selection import unwrapped
+
+    inner = unwrapped(model)
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = inner.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {reason}") from error
+    if not getattr(inner, "strict_loading", True):  # a Lightning module that says so
+        return
     wrong = [f"lacks {name}" for name in missing] + [f"has {name} too much" for name in unexpected]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from bnguard.cli.parsing import command_parser
 from bnguard.tensorboard.logged import logged_runs
 from bnguard.tensorboard.page import write_page
 
@@ -18,12 +17,11 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Print the last report of each run in a log directory, or write all of it as one page."""
-    parser = ArgumentParser(
-        "bnguard report",
-        description="Print what the event files of a log directory say of BN layers, or write the "
+    parser = command_parser(
+        "report",
+        "Print what the event files of a log directory say of BN layers, or write the "
         "TensorBoard tab as one self-contained page.",
-        epilog=_EXAMPLES,
-        exit_on_error=False,
+        _EXAMPLES,
     )
     parser.add_argument("logdir", type=str, help="folder with event files")
     parser.add_argument("--html", type=str, help="file to write the page to")

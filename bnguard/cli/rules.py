@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import rich
-from jsonargparse import ArgumentParser
 
+from bnguard.cli.parsing import command_parser
 from bnguard.report.pages import rules_view
 from bnguard.rules import RULES
+
+_EXAMPLES = """
+examples:
+  bnguard rules
+  bnguard rules | grep BN3
+"""
 
 
 def run(arguments: list[str]) -> int:
     """List the rules."""
-    parser = ArgumentParser("bnguard rules", description="List the rules.", exit_on_error=False)
+    parser = command_parser("rules", "List the rules.", _EXAMPLES)
     parser.parse_args(arguments)
     rich.print(rules_view(RULES))
     return 0

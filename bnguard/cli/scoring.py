@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from bnguard.cli.devices import lightning_device
 from bnguard.errors import ConfigurationError, nearest_name
 
 # Words in the name of a metric that is better when it is lower.
@@ -86,13 +87,13 @@ class Scorer:
 
     Attributes:
         loader: What to validate on.
-        accelerator: Where, as the Trainer names it.
+        device: Where.
         precision: In which precision, as the Trainer names it.
         metric: The metric that counts; chosen at the first validation where it is None.
     """
 
     loader: Iterable[object]
-    accelerator: str
+    device: torch.device
     precision: str
     metric: str | None = None
 
@@ -109,10 +110,11 @@ class Scorer:
         """Return all metrics that a validation logs, and choose the one that counts."""
         from pytorch_lightning import Trainer
 
+        accelerator, devices = lightning_device(self.device)
         with quiet_lightning():
             trainer = Trainer(
-                accelerator=self.accelerator,
-                devices=1,
+                accelerator=accelerator,
+                devices=devices,
                 precision=self.precision,  # type: ignore[arg-type]
                 logger=False,
                 enable_checkpointing=False,
@@ -126,6 +128,9 @@ class Scorer:
                     f"the model's validation fails on these data with {type(error).__name__}: "
                     f"{error}"
                 ) from error
+            finally:
+                # The Trainer leaves it on the CPU.
+                model.to(self.device)
         if self.metric is None:
             self.metric = _chosen(metrics)
         if self.metric not in metrics:

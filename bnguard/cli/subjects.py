@@ -10,19 +10,50 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
-from torch.utils.data import DataLoader
 
 from bnguard.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _OPTIONS = ("model", "data")
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration file as LightningCLI saves it.
+
+    Attributes:
+        path: The file.
+        sections: What it says, by ``"model"`` and ``"data"``.
+        is_named: Whether the user named it; what was found beside a checkpoint may be somebody
+            else's, and is passed over where it does not fit.
+    """
+
+    path: Path
+    sections: Mapping[str, object]
+    is_named: bool
+
+    def section(self, option: str) -> tuple[str | None, Mapping[str, Any]]:
+        """Return the class that it gives for the model or the data, and its arguments.
+
+        The class is None where LightningCLI was given fixed classes: it saves arguments alone.
+        """
+        section = self.sections.get(option)
+        if not isinstance(section, dict):
+            return None, {}
+        path = section.get("class_path")
+        arguments = section if path is None else section.get("init_args")
+        return path, arguments if isinstance(arguments, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -32,12 +63,12 @@ class Subject:
     Attributes:
         option: ``"model"`` or ``"data"``.
         build: The class or function that was named.
-        arguments: Arguments that a configuration file gives it.
+        configuration: The configuration file that gives it arguments; None where none does.
     """
 
     option: str
     build: Callable[..., object]
-    arguments: Mapping[str, Any]
+    configuration: Configuration | None = None
 
     @property
     def path(self) -> str:
@@ -51,17 +82,32 @@ class Subject:
             parser: The parser to add them to.
             defaults: Values to start from, hyper-parameters of a checkpoint perhaps; those that
                 it does not take are left out, and the configuration file overrides them.
+
+        Raises:
+            ConfigurationError: The configuration file gives what it does not take.
         """
         if isinstance(self.build, type):
             parser.add_class_arguments(self.build, self.option, fail_untyped=False)
         else:
             parser.add_function_arguments(self.build, self.option, fail_untyped=False)
         known = parser.get_defaults().get(self.option) or {}
-        for name, value in {**defaults, **self.arguments}.items():
-            if name in known:
-                parser.set_defaults({f"{self.option}.{name}": value})
-            elif name in self.arguments:
-                raise ConfigurationError(f"--config gives {self.option} {name!r}, not an argument")
+        values = {name: value for name, value in defaults.items() if name in known}
+        for name, value in {**values, **self._configured(known)}.items():
+            parser.set_defaults({f"{self.option}.{name}": value})
+
+    def _configured(self, known: Container[str]) -> Mapping[str, Any]:
+        if self.configuration is None:
+            return {}
+        _, arguments = self.configuration.section(self.option)
+        unknown = next((name for name in arguments if name not in known), None)
+        if unknown is None:
+            return arguments
+        if self.configuration.is_named:
+            raise ConfigurationError(
+                f"{self.configuration.path} gives the {self.option} {unknown!r}, which "
+                f"{self.path} does not take: name the --{self.option} that it is for"
+            )
+        return {}
 
     def built(self, parser: ArgumentParser, values: Namespace) -> object:
         """Return what the class or function makes of the arguments parsed.
@@ -69,20 +115,22 @@ class Subject:
         Raises:
             ConfigurationError: It raised an exception.
         """
-        try:
+        with _failing_as(f"--{self.option} {self.path}"):
             # Instantiated one by one, so that an error is told of what raised it.
             arguments = values.get(self.option) or Namespace()  # type: ignore[no-untyped-call]
             given = Namespace({self.option: arguments})  # type: ignore[no-untyped-call]
             made = parser.instantiate(given)[self.option]
             return made if isinstance(self.build, type) else self.build(**vars(made))
-        except Exception as error:
-            raise ConfigurationError(
-                f"--{self.option} {self.path} failed with {type(error).__name__}: {error}"
-            ) from error
 
 
-def named_subjects(arguments: list[str]) -> tuple[dict[str, Subject], list[str]]:
+def named_subjects(
+    arguments: list[str], found: Configuration | None = None
+) -> tuple[dict[str, Subject], list[str]]:
     """Return the model and the data that the arguments name, and the arguments that are left.
+
+    Args:
+        arguments: The arguments of a command.
+        found: The configuration to use where the arguments name none.
 
     Raises:
         ConfigurationError: What is named cannot be imported, or the configuration not be read.
@@ -94,13 +142,34 @@ def named_subjects(arguments: list[str]) -> tuple[dict[str, Subject], list[str]]
         values, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigurationError(str(error)) from error
-    configuration = {} if values.config is None else _configuration(Path(values.config))
+    configuration = found if values.config is None else _read_configuration(Path(values.config))
     subjects = {}
     for option in _OPTIONS:
-        path, init = _path_and_arguments(configuration.get(option), getattr(values, option))
-        if path is not None:
-            subjects[option] = Subject(option, _imported(path, option), init)
+        subject = _subject(option, getattr(values, option), configuration)
+        if subject is not None:
+            subjects[option] = subject
     return subjects, rest
+
+
+def _subject(option: str, named: str | None, configuration: Configuration | None) -> Subject | None:
+    configured = None if configuration is None else configuration.section(option)[0]
+    path = named or configured
+    if path is None:
+        return None
+    if named is None and path.startswith("__main__."):
+        assert configuration is not None
+        raise ConfigurationError(
+            f"{configuration.path} names {path}, a class of the script that was run: "
+            f"name it as --{option} script.{path.removeprefix('__main__.')}"
+        )
+    is_for_it = configured in (None, path) or _is_of_script(configured, path)
+    return Subject(option, _imported(path, option), configuration if is_for_it else None)
+
+
+def _is_of_script(configured: str | None, named: str) -> bool:
+    """Whether a class of the script that was run may be the one that is named."""
+    name = named.replace(":", ".").rpartition(".")[2]
+    return configured == f"__main__.{name}"
 
 
 def built_model(subject: Subject, parser: ArgumentParser, values: Namespace) -> nn.Module:
@@ -109,11 +178,18 @@ def built_model(subject: Subject, parser: ArgumentParser, values: Namespace) -> 
     Raises:
         ConfigurationError: It cannot be built, or is no ``torch.nn.Module``.
     """
+    from torch import nn
+
     model = subject.built(parser, values)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"--model {subject.path} gives a {type(model).__name__}, no torch.nn.Module"
         )
+    # Where Lightning has large models make their layers.
+    configure = getattr(model, "configure_model", None)
+    if configure is not None and not configure.__qualname__.startswith("ModelHooks."):
+        with _failing_as(f"--model {subject.path}: configure_model()"):
+            configure()
     return model
 
 
@@ -128,15 +204,16 @@ class Data:
 
     path: str
     source: object
+    _stages: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
     def is_module(self) -> bool:
         """Whether it is a data module, and not a bare loader, whose batches may have no labels."""
-        return any(self.has(split) for split in ("train", "val", "test"))
+        return any(self.has(split) for split in _SPLITS)
 
     def has(self, split: str) -> bool:
         """Return whether there is a loader of this split."""
-        return hasattr(self.source, f"{split}_dataloader")
+        return _has_loader(self.source, split)
 
     def loader(self, split: str) -> Iterable[object]:
         """Return the loader of a split; a bare loader serves as any of them.
@@ -144,26 +221,35 @@ class Data:
         Raises:
             ConfigurationError: There is none, or it cannot be made.
         """
+        from torch.utils.data import DataLoader
+
         name = f"{split}_dataloader"
         if not self.has(split):
-            if isinstance(self.source, Iterable):
+            if not self.is_module and isinstance(self.source, Iterable):
                 return self.source
-            raise ConfigurationError(f"--data {self.path} has no {name}() and cannot be iterated")
-        try:
-            self.source.prepare_data()  # type: ignore[attr-defined]
-            self.source.setup("test" if split == "test" else "fit")  # type: ignore[attr-defined]
+            its = [known for known in _SPLITS if self.has(known)]
+            other = f"use --split {its[0]}" if its else "give a data module, or a loader"
+            raise ConfigurationError(f"--data {self.path} has no {name}(): {other}")
+        with _failing_as(f"--data {self.path}: {name}()"):
+            self._set_up("test" if split == "test" else "fit")
             loader: object = getattr(self.source, name)()
-        except ConfigurationError:
-            raise
-        except Exception as error:
-            raise ConfigurationError(
-                f"--data {self.path} failed in {name}() with {type(error).__name__}: {error}"
-            ) from error
+        if isinstance(loader, Mapping):
+            loader = list(loader.values())
         if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], DataLoader):
             loader = loader[0]
         if not isinstance(loader, Iterable):
             raise ConfigurationError(f"--data {self.path} gives no {name}")
         return loader
+
+    def _set_up(self, stage: str) -> None:
+        """Prepare the data, once for each stage: a split at random must not be another later."""
+        if stage in self._stages:
+            return
+        source: Any = self.source
+        if not self._stages:
+            source.prepare_data()
+        self._stages.add(stage)
+        source.setup(stage)
 
 
 def built_data(subject: Subject, parser: ArgumentParser, values: Namespace) -> Data:
@@ -175,36 +261,50 @@ def built_data(subject: Subject, parser: ArgumentParser, values: Namespace) -> D
     return Data(subject.path, subject.built(parser, values))
 
 
-def configuration_beside(checkpoint: Path) -> Path | None:
+def data_of_model(model: nn.Module, path: str) -> Data:
+    """Return the loaders that a Lightning module has itself."""
+    return Data(path, model)
+
+
+def has_loaders(build: Callable[..., object]) -> bool:
+    """Return whether a class has loaders of its own, as a Lightning module may."""
+    return isinstance(build, type) and any(_has_loader(build, split) for split in _SPLITS)
+
+
+def _has_loader(source: object, split: str) -> bool:
+    method = getattr(source, f"{split}_dataloader", None)
+    # Lightning's own only raise.
+    return method is not None and not method.__qualname__.startswith("DataHooks.")
+
+
+def configuration_beside(checkpoint: Path) -> Configuration | None:
     """Return the configuration that LightningCLI saved with a checkpoint; None where there is none.
 
     A run's folder holds ``config.yaml``, and its checkpoints a folder further down.
     """
-    folders = (checkpoint.parent, checkpoint.parent.parent)
-    return next((path for folder in folders if (path := folder / "config.yaml").is_file()), None)
+    folder = checkpoint.absolute().parent
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
+        try:
+            configuration = _read_configuration(path, is_named=False)
+        except ConfigurationError:
+            continue
+        if any(isinstance(configuration.sections.get(option), dict) for option in _OPTIONS):
+            return configuration
+    return None
 
 
-def _configuration(path: Path) -> Mapping[str, Any]:
+def _read_configuration(path: Path, *, is_named: bool = True) -> Configuration:
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigurationError(f"--config {path} cannot be read: {reason}") from error
+    # One that was written for all subcommands has a section for each.
+    if isinstance(content, dict) and "model" not in content:
+        content = content.get("fit", content)
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} holds no mapping with 'model' and 'data'")
-    return content
-
-
-def _path_and_arguments(
-    configured: object, named: str | None
-) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the path of the class, and its arguments where the configuration is for that class."""
-    section = configured if isinstance(configured, dict) else {}
-    path = section.get("class_path")
-    arguments = section.get("init_args", {}) if path is not None else section
-    if named is not None and path not in (None, named):
-        arguments = {}
-    return named or path, arguments or {}
+    return Configuration(path, content, is_named)
 
 
 def _imported(path: str, option: str) -> Callable[..., object]:
@@ -214,12 +314,23 @@ def _imported(path: str, option: str) -> Callable[..., object]:
         raise ConfigurationError(f"--{option} {path}: give it as package.module.Name")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    with _failing_as(f"--{option} {path}: the import"):
         found: object = getattr(importlib.import_module(module_name), name)
-    except Exception as error:
-        raise ConfigurationError(
-            f"--{option} {path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
     if not callable(found):
         raise ConfigurationError(f"--{option} {path} is neither a class nor a function")
     return found
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Tell of an error in a user's code in one line; a script may even end the process.
+
+    Raises:
+        ConfigurationError: The block raised an exception.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error

@@ -236,7 +236,7 @@ def _padding_shares(values: Tensor) -> Tensor:
     is_padded = (values.flatten(2)[:, :, -2:-1] == corner).all(1)
     if not is_padded.any():
         return torch.zeros(len(values), dtype=torch.float64, device=values.device)
-    equal = (values.flatten(2) == corner).all(1).unflatten(1, values.shape[2:])
+    equal = (values.flatten(2) == corner).all(1).reshape(len(values), *values.shape[2:])
     kept = torch.ones(len(values), dtype=torch.float64, device=values.device)
     for axis in range(1, equal.dim()):
         others = [other for other in range(1, equal.dim()) if other != axis]

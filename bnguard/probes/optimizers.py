@@ -43,6 +43,10 @@ class OptimizerProbe:
         owned = self.owned_parameters()
         return any(id(parameter) in owned for parameter in model.parameters())
 
+    def left_out_at_start(self, layer: BatchNormLayer) -> bool:
+        """Return whether no optimizer had gamma and beta when watching began, but had others."""
+        return bool(self._affine_at_start.get(layer.name))
+
     def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
         """Return whether gamma and beta cannot learn; None where there are none."""
         parameters = layer.affine

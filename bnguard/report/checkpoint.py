@@ -36,9 +36,9 @@ def inspection_document(
     """Return the inspection of several checkpoints as plain data.
 
     Schema version 1: ``schema``, ``bnguard``, ``checkpoints`` and ``errors`` (each with ``path``
-    and ``message``). A checkpoint has ``path``, ``format``, ``global_step``, ``epoch``,
-    ``provenance`` (null where bnguard did not write it), ``problems`` (sentences), and ``report``,
-    as :mod:`bnguard.report.document` describes it.
+    and ``message``). A checkpoint has ``path``, ``format``, ``models`` (their names),
+    ``global_step``, ``epoch``, ``provenance`` (null where bnguard did not write it), ``problems``
+    (sentences), and ``report``, as :mod:`bnguard.report.document` describes it.
     """
     return {
         "schema": SCHEMA,
@@ -47,6 +47,7 @@ def inspection_document(
             {
                 "path": str(checkpoint.path),
                 "format": checkpoint.format,
+                "models": [model.name for model in checkpoint.models],
                 "global_step": checkpoint.global_step,
                 "epoch": checkpoint.epoch,
                 "provenance": checkpoint.provenance,

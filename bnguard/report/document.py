@@ -26,7 +26,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -144,7 +143,7 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and ``reason``),
     ``notes``.
     """
-    content = asdict(diagnosis)
+    content = dataclasses.asdict(diagnosis)
     document = {
         "schema": SCHEMA,
         "bnguard": __version__,

@@ -1,0 +1,182 @@
+"""The work of ``bnguard recalibrate``: load, calibrate, score, write, and tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import rich
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor, nn
+
+from bnguard.checkpoint import (
+    Checkpoint,
+    CheckpointModel,
+    name_beside,
+    replace_statistics,
+    write_statistics,
+)
+from bnguard.cli.devices import usable_device
+from bnguard.cli.loading import requested
+from bnguard.cli.scoring import Samples, Scorer, has_validation, is_lower_better, shared_out
+from bnguard.cli.subjects import Data
+from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.fixes.recalibrate import recalibrate
+from bnguard.fixes.recalibration import Recalibration
+from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.report.document import recalibration_document
+
+_AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Do what the arguments say; the exit status is 1 where the statistics are no better."""
+    request = requested(parser, arguments, "recalibrate")
+    checkpoint, values = request.checkpoint, request.values
+    output = _output(checkpoint.path, values)
+    device = usable_device(values.device)
+    model, stored = request.model()
+    data = request.data(model)
+    samples = _samples(data, values)
+    scorer = _scorer(model, samples, device, values)
+    result = _recalibrated(model.eval(), samples, scorer, device, values)
+
+    document: dict[str, object] = {
+        "action": "recalibrate",
+        "method": result.method,
+        "weights": stored.name,
+        "data": data.path,
+        "split": values.split if data.is_module else None,
+        "samples": result.samples,
+        "batches": result.batches,
+        "metric": None if scorer is None else scorer.metric,
+        "score_before": result.score_before,
+        "score_after": result.score_after,
+    }
+    notes = [*request.notes, *_notes(samples, scorer)]
+    written, said = None, f"not written (--dry-run): {output}"
+    if not result.is_kept:
+        said = "not written: the score got worse (--keep always writes it all the same)"
+    elif not values.dry_run:
+        statistics = _statistics(model, stored)
+        written, said = _written(checkpoint, output, statistics, document, values)
+    if values.json:
+        print(json.dumps(recalibration_document(result, document, notes, written), indent=2))
+    else:
+        rich.print(result)
+        for line in (*notes, said):
+            print(line)
+    return 0 if result.is_kept else 1
+
+
+def _recalibrated(
+    model: nn.Module,
+    samples: Samples,
+    scorer: Scorer | None,
+    device: torch.device,
+    values: Namespace,
+) -> Recalibration:
+    dtype = _AUTOCAST.get(values.precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        return recalibrate(
+            model.to(device),
+            samples.calibration,
+            method=values.method,
+            samples=values.samples,
+            score=scorer,
+            keep=values.keep,
+            prior=values.prior,
+            memory=values.memory,
+            tolerance=values.tolerance,
+            progress=not values.json,
+        )
+
+
+def _output(source: Path, values: Namespace) -> Path:
+    """Return where the result goes; what stands there already is found out before the work."""
+    if values.output is not None and values.in_place:
+        raise ConfigurationError("--output and --in-place exclude each other: leave one out")
+    if values.in_place:
+        # Where the name is a link, the file that it leads to is replaced.
+        original = source.resolve()
+        _check_free(original.with_name(f"{original.name}.bak"), "move it away", values)
+        return source
+    output = name_beside(source, "recalibrated") if values.output is None else Path(values.output)
+    _check_free(output, "choose another --output", values)
+    return output
+
+
+def _check_free(path: Path, advice: str, values: Namespace) -> None:
+    if path.exists() and not (values.force or values.dry_run):
+        raise CheckpointError(f"{path} exists already: {advice}, or use --force")
+
+
+def _written(
+    checkpoint: Checkpoint,
+    output: Path,
+    statistics: dict[str, Tensor],
+    document: dict[str, object],
+    values: Namespace,
+) -> tuple[Path, str]:
+    """Write the checkpoint, and return where, and what to tell."""
+    if values.in_place:
+        backup = replace_statistics(output, statistics, document, force=values.force)
+        return output, f"written: {output}, with the original as {backup}"
+    write_statistics(checkpoint.path, output, statistics, document, force=values.force)
+    return output, f"written: {output}"
+
+
+def _samples(data: Data, values: Namespace) -> Samples:
+    """Return what calibrates and what scores: the validation split, as far as it is not used."""
+    loader = data.loader(values.split)
+    if not data.is_module:
+        if values.holdout is not None:
+            raise ConfigurationError("--holdout needs a data module: a bare loader does not score")
+        return Samples(loader, None, is_shared=False)
+    if values.split == "val":
+        return shared_out(loader, values.samples, values.holdout)
+    if values.holdout is not None:
+        raise ConfigurationError("--holdout is for --split val; other splits score on val anyway")
+    return Samples(loader, data.loader("val") if data.has("val") else None, is_shared=False)
+
+
+def _scorer(
+    model: nn.Module, samples: Samples, device: torch.device, values: Namespace
+) -> Scorer | None:
+    if samples.scoring is None or not has_validation(model):
+        if values.metric is not None:
+            raise ConfigurationError(
+                "--metric needs a LightningModule with a validation_step, and validation data"
+            )
+        return None
+    return Scorer(samples.scoring, device, values.precision, values.metric)
+
+
+def _notes(samples: Samples, scorer: Scorer | None) -> list[str]:
+    if scorer is None:
+        return ["not scored: that takes a validation_step, and validation data"]
+    metric = scorer.metric or ""
+    sign = f"minus {metric}, which is better when lower" if is_lower_better(metric) else metric
+    on = "the samples that calibrated" if samples.is_shared else "samples that did not calibrate"
+    return [f"the score is {sign}, on {on}"]
+
+
+def _statistics(model: nn.Module, stored: CheckpointModel) -> dict[str, Tensor]:
+    """Return the BN statistics of a model by the names of their entries in the checkpoint."""
+    layers = {layer.name: layer for layer in find_layers(model)}
+    return {
+        layer.key(attribute): tensor
+        for layer in stored.layers
+        if layer.name in layers
+        for attribute, tensor in _named_statistics(layers[layer.name]).items()
+    }
+
+
+def _named_statistics(layer: BatchNormLayer) -> dict[str, Tensor]:
+    statistics = {
+        layer.adapter.mean: layer.running_mean,
+        layer.adapter.var: layer.running_var,
+        layer.adapter.counter: layer.counter,
+    }
+    return {name: tensor for name, tensor in statistics.items() if name and tensor is not None}

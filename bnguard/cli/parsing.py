@@ -1,0 +1,63 @@
+"""Parsers of commands: how their help looks, and what their errors say."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+_KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
+_TYPE = re.compile(r"<(?:class|enum) '(?:[^']*\.)?([^'.]+)'>")
+_CHOICE = re.compile(r"(?:typing\.)?Literal\[([^\]]*)\]")
+_EXPECTED = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
+_RESTRICTED = re.compile(r"Not of type \w+: (.*?) does not conform to restriction (.*)")
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of examples as they are, and says of an option what a user needs."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        has_default = action.option_strings and action.default not in (None, False, [], SUPPRESS)
+        return f"{text} (default: {action.default})" if has_default else text
+
+
+def command_parser(command: str, description: str, epilog: str) -> ArgumentParser:
+    """Return the parser of a command; what stands behind the options keeps its lines."""
+    return ArgumentParser(
+        f"bnguard {command}",
+        description=textwrap.fill(description, 79),
+        epilog=epilog,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def in_a_line(error: ArgumentError) -> str:
+    """Return what an error says, in one line and in the words of a user.
+
+    >>> in_a_line(ArgumentError(None, 'Parser key "dry_run": Expected a bool. Got value: x'))
+    '--dry-run: takes bool, not x'
+    >>> in_a_line(ArgumentError(None, "the following arguments are required: paths"))
+    'the following arguments are required: paths'
+    """
+    text = " ".join(str(error).split())
+    text = _KEY.sub(lambda found: f"{_option(found[1])}: ", text)
+    text = _TYPE.sub(r"\1", text)
+    text = _CHOICE.sub(lambda found: "one of " + found[1].replace("'", ""), text)
+    text = _EXPECTED.sub(r"takes \1, not \2", text)
+    return _RESTRICTED.sub(lambda found: f"takes {_restricted(found[2])}, not {found[1]}", text)
+
+
+def _option(key: str) -> str:
+    # The arguments of a class keep their own names.
+    return f"--{key}" if "." in key else f"--{key.replace('_', '-')}"
+
+
+def _restricted(restriction: str) -> str:
+    words = {"v>=": "from ", "v<=": "up to ", "v>": "above ", "v<": "below "}
+    for sign, word in words.items():
+        restriction = restriction.replace(sign, word)
+    return f"a number {restriction}"

@@ -1,0 +1,166 @@
+"""The work of ``bnguard swap``: load, swap, let it learn, score, write, and tell."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich
+from jsonargparse import ArgumentParser, Namespace
+from lightning_fabric import Fabric
+from torch import nn
+
+from bnguard.checkpoint import name_beside, write_model
+from bnguard.cli.devices import lightning_device, usable_device
+from bnguard.cli.loading import requested
+from bnguard.cli.scoring import Scorer, has_validation
+from bnguard.cli.subjects import Data, Subject
+from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.fixes.swap import swap
+from bnguard.fixes.swapped import Swap
+from bnguard.report.document import swap_document
+
+
+def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Do what the arguments say, and print the lines that build the model."""
+    request = requested(parser, arguments, "swap")
+    checkpoint, values = request.checkpoint, request.values
+    source = checkpoint.path
+    output = _output(source, values)
+    device = usable_device(values.device)
+    model, _ = request.model()
+    data = request.data(model)
+    result = _swapped(model, data, device, values)
+    scores = _scores(model, result.model, data, device, values)
+    provenance = {"action": "swap", "to": result.to, "groups": result.groups}
+    state_dict = result.model.state_dict()
+    weights = write_model(checkpoint, output, state_dict, provenance, force=values.force)
+    code = _recipe(result, request.subjects["model"], values, weights)
+
+    if values.json:
+        document = {"action": "swap", **vars(scores)}
+        print(json.dumps(swap_document(result, document, output, code), indent=2))
+        return 0
+    rich.print(result)
+    print(scores)
+    print(f"written: {output}; weights alone, so begin a new training rather than resume the old")
+    print(f"the model that it fits:\n\n{code}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a validation says of the model with BN and of the swapped one."""
+
+    metric: str | None = None
+    score_before: float | None = None
+    score_after: float | None = None
+
+    def __str__(self) -> str:
+        if self.metric is None:
+            return "not scored: that takes a validation_step, and validation data"
+        return f"{self.metric} {self.score_before:.4g} with BN, {self.score_after:.4g} swapped"
+
+
+def _output(source: Path, values: Namespace) -> Path:
+    """Return where the result goes; what stands there already is found out before the work."""
+    beside = name_beside(source, "swapped")
+    if source.is_dir():
+        beside = beside.with_name(f"{beside.name}.ckpt")
+    output = beside if values.output is None else Path(values.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise CheckpointError(f"{output}: is a folder, or in none; give the name of a file")
+    if output.exists() and output.samefile(source):
+        raise CheckpointError(f"{output}: is the original; choose another --output")
+    if output.exists() and not values.force:
+        raise CheckpointError(f"{output} exists already: choose another --output, or use --force")
+    return output
+
+
+def _swapped(model: nn.Module, data: Data, device: torch.device, values: Namespace) -> Swap:
+    loader = data.loader(values.split)
+    first = next(iter(loader), None)
+    if first is None:
+        raise ConfigurationError(f"--data {data.path}: the {values.split} split has no batches")
+    return swap(
+        model.eval(),
+        values.to,
+        groups=values.groups,
+        exclude=values.exclude,
+        sample=first,
+        teacher_data=loader if values.steps else None,
+        steps=max(values.steps, 1),
+        fabric=_fabric(device, values),
+        state_file=values.state if values.steps else None,
+        progress=not values.json,
+    )
+
+
+def _fabric(device: torch.device, values: Namespace) -> Fabric:
+    accelerator, devices = lightning_device(device)
+    try:
+        return Fabric(accelerator=accelerator, devices=devices, precision=values.precision)
+    except Exception as error:
+        raise ConfigurationError(
+            f"--device {device} --precision {values.precision} cannot be used: {error}"
+        ) from error
+
+
+def _scores(
+    before: nn.Module, after: nn.Module, data: Data, device: torch.device, values: Namespace
+) -> _Scores:
+    if not (has_validation(before) and data.has("val")):
+        if values.metric is not None:
+            raise ConfigurationError("--metric needs a validation_step, and validation data")
+        return _Scores()
+    scorer = Scorer(data.loader("val"), device, values.precision, values.metric)
+    old, new = (scorer.metrics(model)[scorer.metric or ""] for model in (before, after))
+    return _Scores(scorer.metric, old, new)
+
+
+def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:
+    """Return the lines of code that build the swapped model and load its weights."""
+    if result.groups:
+        # Layer and instance norm too: data chose the groups, and are not there to choose again.
+        options = ["'group'", f"groups={_condensed(result.groups)}"]
+    else:
+        options = [repr(result.to)]
+    if result.skipped:
+        options.append(f"exclude={[layer.name for layer in result.skipped]}")
+    module, _, name = subject.path.rpartition(".")
+    libraries = ["bnguard", weights.partition(".load")[0]]
+    given = vars(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
+    arguments = ", ".join(f"{key}={_literal(value)}" for key, value in given.items())
+    return (
+        f"import {', '.join(libraries)}\n"
+        f"from {module} import {name}\n\n"
+        f"model = {name}({arguments})\n"
+        f"model = bnguard.swap(model, {', '.join(options)}).model\n"
+        f"model.load_state_dict({weights})"
+    )
+
+
+def _literal(value: object) -> str:
+    """Return how a value is written in Python; an ellipsis where it is no plain data.
+
+    >>> _literal([1, "a"]), _literal(object())
+    ("[1, 'a']", '...')
+    """
+    try:
+        is_plain = ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        is_plain = False
+    return repr(value) if is_plain else "..."
+
+
+def _condensed(groups: dict[str, int]) -> dict[str, int]:
+    """Return the groups with the most frequent number last, under one pattern.
+
+    >>> _condensed({"a": 32, "b": 8, "c": 32})
+    {'b': 8, '*': 32}
+    """
+    numbers = list(groups.values())
+    usual = max(numbers, key=numbers.count)
+    return {name: n for name, n in groups.items() if n != usual} | {"*": usual}
