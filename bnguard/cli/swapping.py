@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rich
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning_fabric import Fabric
 from torch import nn
