@@ -30,9 +30,14 @@ class AccumulationBlind(Rule):
 
     Fix:
         Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
-        use a norm that needs no batch::
+        use a norm that needs no batch; unlabelled batches teach the swapped network what the old
+        one knew::
 
-            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
+
+    Which norm:
+        GroupNorm below some 16 samples a call, and BN202 has the figures of BN, GroupNorm and batch
+        renormalisation (Wu & He, table 2).
 
     Fix safety:
         Another norm changes the network: train or fine-tune it afterwards.

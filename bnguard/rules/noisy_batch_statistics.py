@@ -40,9 +40,19 @@ class NoisyBatchStatistics(Rule):
         Enlarge the batch, share the statistics between devices, or use a norm without batch::
 
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
         A smaller ``momentum`` and a recalibration help eval mode alone.
+
+    Which norm:
+        Error of a ResNet-50 on ImageNet at 32, 16, 8, 4 and 2 samples a device: 23.6, 23.7, 24.8,
+        27.3 and 34.7 % with BN, 24.1, 24.2, 24.0, 24.2 and 24.1 % with GroupNorm of 32 groups (Wu
+        & He, table 2). So: BN from some 16 samples on; GroupNorm below; SyncBatchNorm where the
+        devices together have 16, at the cost of an exchange a layer. An Inception-v3 with batches
+        of 4 had 74.2 % accuracy with BN and 76.5 % with batch renormalisation (Ioffe 2017, section
+        4.2), which keeps running statistics. InstanceNorm is for style and contrast that should
+        not count, LayerNorm for sequences. BN alone can be folded into the convolution before it
+        when deployed; the others cost their own pass over the values there.
 
     Fix safety:
         Another norm changes the network: train or fine-tune it afterwards.

@@ -35,6 +35,10 @@ class UnsynchronisedSmallBatch(Rule):
 
         or ``Trainer(sync_batchnorm=True)``. Subclasses with an activation lose it (BN108).
 
+    Which norm:
+        SyncBatchNorm where all ranks together have 16 samples or more, GroupNorm otherwise, and
+        BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table 2).
+
     Fix safety:
         Training changes, for the better; every step waits for an exchange a layer.
 

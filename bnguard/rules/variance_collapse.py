@@ -39,11 +39,15 @@ class VarianceCollapse(Rule):
 
     Fix:
         Enlarge what one batch holds (more samples, or samples from more sources), or replace the
-        layers by one that needs no batch. GroupNorm at the same place::
+        layers by GroupNorm, which needs no batch::
 
-            torch.nn.GroupNorm(num_groups=32, num_channels=channels)
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
         With several devices, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
+
+    Which norm:
+        GroupNorm, whose statistics are those of one sample, and BN202 has the figures of BN,
+        GroupNorm and batch renormalisation (Wu & He, table 2).
 
     Fix safety:
         Another norm changes the network: train or fine-tune it afterwards. Recalibration helps
