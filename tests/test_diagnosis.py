@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import bnguard
 from bnguard.diagnosis import diagnose
@@ -96,18 +97,35 @@ def test_a_rule_that_raises_is_skipped(rule, layer):
 
 
 def test_a_large_network_with_every_layer_affected_fits_on_a_screen():
+    torch.manual_seed(0)
     model = resnet50()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.001
-    with bnguard.watch(model, on_findings=lambda group: None) as monitor:
-        for _ in range(2):
-            model(torch.randn(8, 3, 32, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-4)
+    with bnguard.watch(
+        model,
+        optimizer=optimizer,
+        loader=DataLoader(torch.zeros(9, 3, 32, 32), 4),
+        accumulated_batches=4,
+        on_findings=lambda group: None,
+    ) as monitor:
+        for _ in range(10):
+            model(torch.randn(4, 3, 32, 32)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
             monitor.step()
         model.eval()
         with torch.no_grad(), monitor.evaluation():
-            model(torch.randn(4, 3, 32, 32))
+            model(5 * torch.randn(16, 3, 32, 32) + 3)
     report = monitor.report()
-    assert len(report.findings) >= 53
-    assert report.findings[0].code == "BN303"
-    assert len(str(report).splitlines()) <= 60
+    causes = {finding.code: finding.cause for finding in report.findings}
+    assert len(report.findings) >= 200
+    assert len(report.groups) >= 9
+    # The values that end in infinity are those that the statistics left untamed.
+    assert (causes["BN401"], causes["BN403"], causes["BN303"]) == ("BN403", "BN303", None)
+    places = list(causes)
+    assert places.index("BN303") < min(places.index(code) for code in ("BN301", "BN302", "BN401"))
+    lines = str(report).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80

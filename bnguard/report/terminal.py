@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bnguard.report import Report
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
-_MOST_LAYERS_SHOWN = 10
+_MOST_LAYERS_SHOWN = 4
 
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
@@ -40,21 +40,40 @@ def report_view(report: Report) -> RenderableType:
 
 
 def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
-    """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do."""
+    """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do.
+
+    What another finding explains is told in short, under it: what mends the one mends the other.
+    """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for group in groups:
-        finding = group.worst
-        since = "" if finding.step is None else f", since step {finding.step}"
-        block = Text()
-        block.append(f"{finding.code} {finding.name}", style="bold")
-        block.append(f"  {group.where}{since}\n")
-        block.append(f"{finding.message}\n")
-        block.append(f"{finding.evidence}\n", style="dim")
-        block.append(f"→ {finding.fix.summary}")
-        table.add_row(Text(str(finding.severity), style=_STYLES[finding.severity]), block)
+        severity = group.worst.severity
+        block = _root(group) if group.worst.cause is None else _consequence(group)
+        table.add_row(Text(str(severity), style=_STYLES[severity]), block)
     return table
+
+
+def _root(group: FindingGroup) -> Text:
+    finding = group.worst
+    block = _place(group)
+    if finding.step is not None:
+        block.append(f", since step {finding.step}")
+    block.append(f"\n{finding.message}")
+    block.append(f"; {finding.evidence}", style="dim")
+    return block.append(f"\n→ {finding.fix.summary}")
+
+
+def _consequence(group: FindingGroup) -> Text:
+    block = _place(group)
+    block.append(f"\n{group.worst.evidence}", style="dim")
+    return block.append(f" because of {group.worst.cause}")
+
+
+def _place(group: FindingGroup) -> Text:
+    return (
+        Text().append(f"{group.worst.code} {group.worst.name}", "bold").append(f"  {group.where}")
+    )
 
 
 def _heading(report: Report) -> Text:

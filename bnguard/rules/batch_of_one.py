@@ -72,7 +72,7 @@ class BatchOfOne(Rule):
             f"a batch in train mode {verb} one value per channel here: it has no variance, and "
             "PyTorch refuses it",
             Evidence("values per channel", smallest, self.min_values_per_channel),
-            Fix("DataLoader(..., drop_last=True), or no BN where one sample has one position"),
+            Fix("DataLoader(..., drop_last=True); no BN where a sample has one position"),
             step=layer.batch_of_one_step,
         )
 

@@ -23,7 +23,8 @@ class Hygiene(Rule):
 
     Evidence:
         The largest weight decay of the optimizer groups that own gamma or beta; the class of the
-        module that stands before the layer in its ``Sequential``, and whether it has a bias.
+        module that stands before the layer in its ``Sequential``, and, as long as the network has
+        not trained, whether it has a bias: later nobody would take it out.
 
     Limits:
         max_weight_decay: 0.
@@ -70,9 +71,9 @@ class Hygiene(Rule):
                 Severity.INFO,
                 "weight decay pulls gamma and beta towards zero",
                 Evidence("weight decay", layer.weight_decay, self.max_weight_decay),
-                Fix("a group of the optimizer with weight_decay=0 for gamma, beta and biases"),
+                Fix("a group of the optimizer with weight_decay=0 for them and the biases"),
             )
-        elif layer.is_bias_cancelled:
+        elif layer.is_bias_cancelled and not layer.run.steps:
             yield self._finding(
                 layer,
                 Severity.INFO,

@@ -51,7 +51,7 @@ class MomentumOutOfRange(Rule):
     code: ClassVar[str] = "BN103"
     name: ClassVar[str] = "momentum-out-of-range"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN403")
 
     max_momentum: float = 0.5
     min_momentum: float = 1e-12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,6 +29,8 @@ class NonFiniteBatch(ModelRule):
 
     Limits:
         max_bad_batches: 0.
+        max_normalised_std: 100, as in BN403: where a layer before enlarged a value so much, the
+            infinity is the end of that.
 
     Fix:
         Look at what comes before the layer named; where it is the first, at the data::
@@ -51,6 +54,7 @@ class NonFiniteBatch(ModelRule):
     explains: ClassVar[tuple[str, ...]] = ("BN402", "BN301", "BN302")
 
     max_bad_batches: int = 0
+    max_normalised_std: float = 100.0
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Find the first layer in the first bad step."""
@@ -88,7 +92,7 @@ class NonFiniteBatch(ModelRule):
         self, layer: LayerHistory, layers: tuple[LayerHistory, ...], batches: int
     ) -> Finding:
         where, fix = _origin(layer, layers)
-        return self._finding(
+        finding = self._finding(
             layer,
             Severity.ERROR,
             f"batches of evaluation are NaN or infinite here first: {where}",
@@ -96,6 +100,14 @@ class NonFiniteBatch(ModelRule):
             fix,
             step=None if layer.evaluated is None else layer.evaluated.step,
         )
+        # Finite values that each layer enlarges end in infinity.
+        before = layers[: layers.index(layer)]
+        is_amplified = any(
+            one.evaluated is not None
+            and one.evaluated.largest_normalised_std > self.max_normalised_std
+            for one in before
+        )
+        return dataclasses.replace(finding, cause="BN403") if is_amplified else finding
 
 
 _IN_THE_DATA = (

@@ -67,7 +67,7 @@ class StaleStatistics(Rule):
     code: ClassVar[str] = "BN304"
     name: ClassVar[str] = "stale-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN403")
 
     min_moved_beta: float = 1e-4
     min_lost_calls: int = 8

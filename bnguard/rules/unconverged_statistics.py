@@ -56,7 +56,7 @@ class UnconvergedStatistics(ModelRule):
     code: ClassVar[str] = "BN303"
     name: ClassVar[str] = "unconverged-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302", "BN403")
 
     max_initial_weight: float = 0.05
 

@@ -37,6 +37,10 @@ class UnsynchronisedSmallBatch(Rule):
         not in ``bnguard.swap(model, "sync").model``. Where the ranks are too few, group norm
         errs by 24.1 % at 2 samples, where BN errs by 34.7 % (table 2).
 
+    Which norm:
+        SyncBatchNorm where all ranks together have 16 samples or more, GroupNorm otherwise, and
+        BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table 2).
+
     Fix safety:
         Training changes, for the better; every step waits for an exchange a layer.
 

@@ -39,16 +39,15 @@ class VarianceCollapse(Rule):
 
     Fix:
         Enlarge what one batch holds (more samples, or samples from more sources), or replace the
-        layers by some that need no batch. A trained network teaches its swapped copy::
+        layers by GroupNorm, which needs no batch::
 
-            model = bnguard.swap(model, "group", teacher_data=loader).model
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
-        Group norm suits classification, detection, segmentation and volumes at few samples a
-        device: at 2 the error of ResNet-50 on ImageNet is 24.1 %, with BN 34.7 %; at 16 and more
-        BN is better by half a point (Wu & He, table 2). Instance norm suits image style alone: it
-        errs by 28.4 % there, layer norm by 25.3 % (table 1). Group norm costs a detector up to
-        13 % more time and 22 % more memory than frozen BN (Detectron). With several devices,
-        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
+        With several devices: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
+
+    Which norm:
+        GroupNorm, whose statistics are those of one sample, and BN202 has the figures of BN,
+        GroupNorm and batch renormalisation (Wu & He, table 2).
 
     Fix safety:
         Another norm changes the network, and a swap without ``teacher_data`` most of what it
@@ -56,8 +55,7 @@ class VarianceCollapse(Rule):
         subtracted was not learnt.
 
     References:
-        Wu & He, "Group Normalization" (2018), figure 1 and tables 1 and 2.
-        Detectron, projects/GN (2018): Mask R-CNN, R-50-FPN, 2x schedule.
+        Wu & He, "Group Normalization" (2018), figure 1.
         Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
     """
 
