@@ -1,7 +1,7 @@
 """Takes the terminal pictures of the README: ``python -m tests.lightning.recordings``.
 
-They are of real runs. The commands run in a terminal of their own, which pyte emulates, and what stands on its screen is
-drawn by rich. Needs scikit-learn and pyte; takes about a minute.
+They are of real runs: the commands run in a terminal of their own, which pyte emulates, and what
+stands on its screen is drawn by rich. Needs scikit-learn and pyte; takes about a minute.
 """
 
 from __future__ import annotations
