@@ -45,11 +45,20 @@ def log_findings(group: FindingGroup) -> None:
 def one_line(group: FindingGroup) -> str:
     """Return findings in one line: code, name, where, step, what, evidence, fix."""
     worst = group.worst
+    return f"{_heading(group)}: {worst.message}; {worst.evidence}. Fix: {worst.fix.summary}"
+
+
+def notice(group: FindingGroup) -> str:
+    """Return findings in two lines, for a terminal where a training runs: where; what, and fix."""
+    worst = group.worst
+    heading = f"bnguard: {worst.severity}: {_heading(group)}"
+    return f"{heading}\n  {worst.message} → {worst.fix.summary}"
+
+
+def _heading(group: FindingGroup) -> str:
+    worst = group.worst
     when = "" if worst.step is None else f", step {worst.step}"
-    return (
-        f"{worst.code} {worst.name} at {group.where}{when}: {worst.message}; {worst.evidence}. "
-        f"Fix: {worst.fix.summary}"
-    )
+    return f"{worst.code} {worst.name} at {group.where}{when}"
 
 
 def watch(

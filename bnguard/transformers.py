@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bnguard.findings import FindingGroup
-from bnguard.monitor import Monitor, one_line, watch
+from bnguard.monitor import Monitor, notice, watch
 from bnguard.report import Report
 
 _Arguments = ParamSpec("_Arguments")
@@ -92,7 +92,7 @@ class BatchNormCallback(TrainerCallback):
     ) -> None:
         def tell(group: FindingGroup) -> None:
             if state.is_world_process_zero:
-                print(f"bnguard: {group.worst.severity}: {one_line(group)}")
+                print(notice(group))
 
         self._monitor = watch(
             model,

@@ -7,8 +7,8 @@ import torch
 torch.set_num_threads(1)
 
 
-# Benchmarks are run by hand, with peers that the tests do without.
-collect_ignore = ["benchmarks"]
+# Run by hand, with packages that the tests do without.
+collect_ignore = ["benchmarks", "lightning/recordings.py"]
 
 
 @pytest.fixture(autouse=True)

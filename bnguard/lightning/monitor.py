@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import rich
-
 from bnguard.configuration import read_configuration
 from bnguard.errors import ConfigurationError
 from bnguard.exchange import number_of_ranks
@@ -20,6 +18,7 @@ from bnguard.lightning.logs import RunLog
 from bnguard.lightning.trainer import (
     class_path,
     datamodule_of,
+    drawn,
     is_fitting,
     is_last_batch,
     is_logging_step,
@@ -30,7 +29,7 @@ from bnguard.lightning.trainer import (
     planned_batches,
     show,
 )
-from bnguard.monitor import Monitor, one_line, watch
+from bnguard.monitor import Monitor, notice, watch
 from bnguard.report import Report
 from bnguard.report.document import write_document
 from bnguard.rules import RULES, Rule
@@ -350,7 +349,7 @@ class BatchNormMonitor(GuardedCallback):
         self._told.update(finding.key for finding in new)
         for group in group_findings(new):
             if trainer.global_rank == rank:
-                show(trainer, f"bnguard: {group.worst.severity}: {one_line(group)}")
+                show(trainer, notice(group))
             if self._stop_level is not None and group.worst.severity >= self._stop_level:
                 trainer.should_stop = True
                 if trainer.is_global_zero:
@@ -362,9 +361,7 @@ class BatchNormMonitor(GuardedCallback):
             return
         folder = log_folder(trainer)
         if self._is_printed:
-            rich.print(report)
-            for command in _commands(trainer, report):
-                print(command)
+            show(trainer, "\n".join([drawn(report), *_commands(trainer, report)]))
         if self._is_written and folder is not None:
             write_document(report, folder / REPORT_FILE)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
+
+import rich
+from rich.console import Console, RenderableType
 
 from bnguard.lightning.framework import Trainer
 
@@ -82,12 +86,22 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
 
 
 def show(trainer: Trainer, text: str) -> None:
-    """Print a line without breaking the progress bar."""
+    """Print lines without breaking the progress bar."""
     bar = trainer.progress_bar_callback
     if bar is not None and getattr(bar, "is_enabled", False):
         bar.print(text)
     else:
         print(text)
+
+
+def drawn(renderable: RenderableType) -> str:
+    """Return what rich would print, in colour where the terminal has any."""
+    terminal = rich.get_console()
+    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
+    console = Console(file=io.StringIO(), width=terminal.width, force_terminal=terminal.is_terminal)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().rstrip("\n")
 
 
 def datamodule_of(trainer: Trainer) -> Any:

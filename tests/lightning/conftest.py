@@ -20,6 +20,7 @@ NOISE = (
     "ignore:.*Checkpoint directory",
     "ignore:Experiment logs directory",
     "ignore:You requested to overfit",
+    "ignore:You passed .*AMP with fp16 is not supported on CPU",
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:You are trying to `self.log",
     # Dynamo looks at the gradients of what it traces.

@@ -69,7 +69,7 @@ def test_each_rank_reads_its_own_batches_and_the_findings_are_merged(name, case)
 def test_a_fault_of_one_rank_says_whose_it_is_and_stops_all(case):
     run = case("poison")
     assert run.statuses == [0, 0], run.text
-    assert "bnguard: error: BN401 non-finite-batch at net.1, step 6: on rank 1: " in run.texts[0]
+    assert "bnguard: error: BN401 non-finite-batch at net.1, step 6\n  on rank 1: " in run.texts[0]
     assert "stopping the trainer because of BN401" in run.texts[0]
     # The NaN comes in step 6; the ranks talk every fourth.
     assert [rank["steps"] for rank in run.ranks] == [8, 8]

@@ -156,7 +156,7 @@ def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
     "place",
     [
         "bnguard.lightning.monitor.show",
-        "bnguard.lightning.monitor.rich.print",
+        "bnguard.lightning.monitor.drawn",
         "bnguard.lightning.monitor.watch",
         "bnguard.lightning.logs.RunLog.write",
         "bnguard.monitor.Monitor.state_dict",

@@ -64,7 +64,29 @@ def test_a_backbone_that_thaws(both, tiny, train_bn):
     def others(callbacks):
         return [callbacks.BackboneFinetuning(2, lambda epoch: 1.0, 0.1, train_bn=train_bn)]
 
-    both(HeadFirst, others, max_epochs=4)
+    monitor, *_ = both(HeadFirst, others, max_epochs=4)
+    assert all(layer.updates_seen > 0 for layer in monitor.report.layers)
+
+
+def test_a_backbone_that_no_longer_tracks_is_named(both, tiny):
+    """``freeze(train_bn=False)`` switches the tracking off, and not the train mode."""
+
+    class HeadOnly(tiny):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), self.lr)
+
+    def others(callbacks):
+        class Frozen(callbacks.BaseFinetuning):
+            def freeze_before_training(self, pl_module):
+                self.freeze(pl_module.backbone, train_bn=False)
+
+            def finetune_function(self, *_): ...
+
+        return [Frozen()]
+
+    monitor, *_ = both(HeadOnly, others, max_epochs=2)
+    named = {(finding.code, finding.layer) for finding in monitor.report.findings}
+    assert ("BN104", "backbone.1") in named
 
 
 def test_a_backbone_that_is_frozen_but_updates_is_named(both, tiny):

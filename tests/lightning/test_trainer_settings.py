@@ -41,6 +41,7 @@ def watched(trainer_of):
     [
         {},
         {"accumulate_grad_batches": 4},
+        {"precision": "16-mixed"},
         {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
         {"log_every_n_steps": 1},
@@ -135,19 +136,44 @@ def test_a_compiled_part(watched, tiny):
     assert all(layer.updates_seen == 12 for layer in callback.report.layers)
 
 
-def test_several_loggers_in_any_order(watched, tiny, lightning, tmp_path):
+@pytest.mark.slow
+def test_a_module_that_is_compiled_as_a_whole(trainer_of, tiny):
+    class Quiet(tiny):
+        """Logs nothing: Dynamo cannot trace ``self.log``."""
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    callback = BatchNormMonitor(every_n_steps=3, strict=True)
+    trainer_of(callback).fit(torch.compile(Quiet(), backend="eager"))
+    assert [layer.name for layer in callback.report.layers] == ["backbone.1", "head.1"]
+    assert all(layer.updates_seen == 12 for layer in callback.report.layers)
+
+
+@pytest.mark.parametrize("first", ["CSVLogger", "TensorBoardLogger", "Own"])
+def test_several_loggers_in_any_order(first, watched, tiny, lightning, tmp_path):
     loggers = lightning.loggers
 
+    class Own(loggers.logger.DummyLogger):
+        """Has no folder."""
+
     def several():
-        return [
-            loggers.CSVLogger(tmp_path / "csv", version=0),
-            loggers.TensorBoardLogger(tmp_path / "tb", version=0),
+        made = [
+            loggers.CSVLogger(tmp_path / "CSVLogger", version=0),
+            loggers.TensorBoardLogger(tmp_path / "TensorBoardLogger", version=0),
+            Own(),
         ]
+        return sorted(made, key=lambda logger: type(logger).__name__ != first)
 
     watched(tiny, logger=several)
-    folder = tmp_path / "csv/lightning_logs/version_0"
-    assert (folder / REPORT_FILE).exists()
+    (report,) = tmp_path.rglob(REPORT_FILE)
+    assert first in (report.parts if first != "Own" else ["Own"])
+    folder = tmp_path / "CSVLogger/lightning_logs/version_0"
     assert "bnguard/eval_shift_std/max" in (folder / "metrics.csv").read_text()
+    assert list(tmp_path.glob("TensorBoardLogger/**/events.out.*"))
 
 
 def test_csv_logger_alone(watched, tiny, lightning, tmp_path):
