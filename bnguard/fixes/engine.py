@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bnguard.errors import ConfigurationError
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -104,3 +106,16 @@ class OwnDevice:
         return nn.utils.clip_grad_norm_(
             module.parameters(), max_norm, error_if_nonfinite=error_if_nonfinite
         )
+
+
+def engine_of(fabric: Engine | None, model: nn.Module) -> Engine:
+    """Return the Fabric given, or what leaves a model where it is.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if fabric is None:
+        return OwnDevice(model)
+    if not isinstance(fabric, Engine):
+        raise ConfigurationError(f"fabric= takes a Fabric of Lightning, not {fabric!r}")
+    return fabric

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from bnguard.adapters import adapter_of
 from bnguard.errors import ConfigurationError
 from bnguard.layers import BatchNormLayer
 
@@ -83,9 +84,15 @@ def check_reachable(model: nn.Module, replacements: Replacements) -> None:
     """Make sure that the modules stand only where they can be replaced.
 
     Raises:
-        ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them,
-            and the forward may call it from there; or a layer fused for quantisation reads it.
+        ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them
+            or a BN layer that is registered nowhere, and the forward may call it from there; or a
+            layer fused for quantisation reads it.
     """
+    registered = set(model.modules())
+
+    def is_hidden(module: nn.Module) -> bool:
+        return module not in registered and adapter_of(type(module)) is not None
+
     for name, module in model.named_modules():
         is_fused = type(module).__module__.startswith(_FUSED_FOR_QUANTISATION)
         if is_fused and any(child in replacements for child in module.children()):
@@ -94,9 +101,11 @@ def check_reachable(model: nn.Module, replacements: Replacements) -> None:
                 "layer to quantise; swap before the model is prepared for quantisation"
             )
         for attribute, value in vars(module).items():
-            if attribute != "_modules" and any(each in replacements for each in _held(value)):
+            if attribute == "_modules":
+                continue
+            if any(each in replacements or is_hidden(each) for each in _held(value)):
                 raise ConfigurationError(
-                    f"{name or 'the model'} holds a BN layer in .{attribute} too, where it cannot "
+                    f"{name or 'the model'} holds a BN layer in .{attribute}, where it cannot "
                     "be replaced: use nn.ModuleList or nn.ModuleDict"
                 )
 

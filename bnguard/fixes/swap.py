@@ -12,16 +12,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.errors import ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.course import Distillation, StateFile
-from bnguard.fixes.distil import Progress, Silent, distil
-from bnguard.fixes.engine import Engine, OwnDevice
+from bnguard.fixes.engine import Engine, engine_of
 from bnguard.fixes.following import check_follows, follow
 from bnguard.fixes.grouping import evaluated, measure_positions
 from bnguard.fixes.outputs import float_tensors, relative_distance
 from bnguard.fixes.planning import Plan, planned
-from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.repeatable import repeatable
 from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
 from bnguard.fixes.selection import patterns_of
@@ -34,17 +31,9 @@ from bnguard.fixes.targets import (
     Target,
     target_named,
 )
-from bnguard.layers import (
-    BatchNormLayer,
-    find_layers,
-    preserved_modes,
-    preserved_random_state,
-)
+from bnguard.fixes.teaching import Teaching
+from bnguard.layers import BatchNormLayer, find_layers, preserved_random_state
 
-# Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
-_MAX_STATISTICS_DISTANCE = 1.5
-_SAMPLES_TO_CHECK = 256
-_MIN_SAMPLES_TO_CHECK = 32
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
 
@@ -128,27 +117,36 @@ def swap(
         )
     if optimizer is not None:
         check_follows(optimizer, model)
-    engine = _engine(fabric, model)
+    teaching = None
     if teacher_data is not None:
-        teacher_data = repeatable(teacher_data)
-    batch = _sample(model, sample, teacher_data, forward)
+        teaching = Teaching(
+            data=repeatable(teacher_data),
+            steps=steps,
+            forward=forward,
+            engine=engine_of(fabric, model),
+            state_file=state_file,
+            progress=progress,
+        )
+    elif fabric is not None or state_file is not None:
+        raise ConfigurationError("fabric= and state_file= are for learning: give teacher_data=")
+    batch = _sample(model, sample, teaching, forward)
 
     with preserved_random_state(model):
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:
             positions, expected = measure_positions(model, plan.layers, forward, batch)
-        teacher = None if teacher_data is None else _copied(model)[0]
+        teacher = None if teaching is None else _copied(model)[0]
         subject, successors = (model, {}) if in_place else _copied(model)
         exchange = _exchanged(subject, plan, target, positions)
         with _put_back_on_error(exchange):
+            _check_nothing_left(exchange)
             change, distillation, notes = None, None, _NO_NOTES
             if batch is not None:
                 change = _distance(evaluated(exchange.model, forward, batch), expected)
-            if teacher is not None and teacher_data is not None:
-                distillation, notes = _taught(
-                    exchange, teacher, teacher_data, forward, steps, engine, state_file, progress
-                )
+            if teaching is not None and teacher is not None:
+                pairs = exchange.pairs_with(teacher)
+                distillation, notes = teaching.teach(exchange.model, teacher, pairs)
     if optimizer is not None:
         follow(optimizer, exchange.model, successors, exchange.parameters())
     return Swap(
@@ -220,14 +218,14 @@ def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Param
 def _sample(
     model: nn.Module,
     sample: object,
-    teacher_data: Iterable[object] | None,
+    teaching: Teaching | None,
     forward: Forward | None,
 ) -> Batch | None:
     """Return the batch that tells sizes and outputs; None where there are no data."""
     if sample is not None:
         source: Iterable[object] = [sample]
-    elif teacher_data is not None:
-        source = teacher_data
+    elif teaching is not None:
+        source = teaching.data
     else:
         return None
     lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
@@ -254,69 +252,13 @@ def _exchanged(
     return _Exchange(put_in_place(model, replacements), layers, norms, replacements)
 
 
-def _taught(
-    exchange: _Exchange,
-    teacher: nn.Module,
-    data: Iterable[object],
-    forward: Forward | None,
-    steps: int,
-    engine: Engine,
-    state_file: str | os.PathLike[str] | None,
-    is_shown: bool,
-) -> tuple[Distillation, tuple[str, ...]]:
-    """Let the teacher teach the swapped model; return how it went and what is to be said of it."""
-    student = exchange.model
-    with _moved(student, engine):
-        engine.to_device(teacher)
-        notes = _mended(teacher, data, forward)
-        distillation = distil(
-            student,
-            teacher,
-            data,
-            pairs=exchange.pairs_with(teacher),
-            steps=steps,
-            forward=forward,
-            engine=engine,
-            state_file=None if state_file is None else StateFile(state_file, student),
-            progress=_progress(steps, is_shown and engine.is_global_zero),
-        )
-    if distillation.resumed_at:
-        notes += (f"went on from step {distillation.resumed_at}, found in {state_file}",)
-    return distillation, notes
-
-
-def _mended(teacher: nn.Module, data: Iterable[object], forward: Forward | None) -> tuple[str, ...]:
-    """Recalibrate a teacher whose statistics do not fit the data, and say so."""
-    if not any(layer.is_tracking for layer in find_layers(teacher)):
-        return ()
-    with preserved_modes(teacher):
-        teacher.eval()
-        try:
-            found = recalibrate(
-                teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
+def _check_nothing_left(exchange: _Exchange) -> None:
+    for layer in find_layers(exchange.model):
+        if layer.module in exchange.replacements:
+            raise ConfigurationError(
+                f"{layer.name} is part of another BN layer, where it cannot be replaced: leave "
+                f"that one out, or pass a factory as to= that makes both"
             )
-        except CalibrationError as error:
-            return (f"the running statistics could not be checked before they taught: {error}",)
-    worst = max(found.layers, key=lambda layer: layer.distance)
-    if worst.distance <= _MAX_STATISTICS_DISTANCE or found.samples < _MIN_SAMPLES_TO_CHECK:
-        found.undo()
-        return ()
-    return (
-        f"the running statistics did not fit teacher_data (the worst: {worst.name}), so they were "
-        "recalibrated before the model taught",
-    )
-
-
-@contextmanager
-def _moved(model: nn.Module, engine: Engine) -> Iterator[None]:
-    """Hold a model where the engine computes; put it back at the end."""
-    home = OwnDevice(model).device
-    engine.to_device(model)
-    try:
-        yield
-    finally:
-        if OwnDevice(model).device != home:
-            model.to(home)
 
 
 @contextmanager
@@ -344,19 +286,3 @@ def _replaced(
 
 def _distance(output: object, expected: object) -> float:
     return relative_distance(list(float_tensors(output)), list(float_tensors(expected)))
-
-
-def _engine(fabric: Engine | None, model: nn.Module) -> Engine:
-    if fabric is None:
-        return OwnDevice(model)
-    if not isinstance(fabric, Engine):
-        raise ConfigurationError(f"fabric= takes a Fabric of Lightning, not {fabric!r}")
-    return fabric
-
-
-def _progress(steps: int, is_shown: bool) -> Progress:
-    if not is_shown:
-        return Silent()
-    from bnguard.report.swap import DistillationBar
-
-    return DistillationBar(steps)

@@ -1,6 +1,6 @@
 """What a network is worth after BN was swapped: at once, and fine-tuned at batch size 2.
 
-python -m tests.benchmarks.swap                          about ten minutes on two cores
+python -m tests.benchmarks.swap                          about eight minutes on two cores
 python -m tests.benchmarks.swap "ResNet-18" --seeds 3    one network, three times
 
 Every network is trained here, with BN at batch size 32. Figures are accuracies on 597 digits that
@@ -8,7 +8,7 @@ no training has seen, Dice for the U-Nets, in percent, the mean over seeds. No s
 label; then every contender is fine-tuned alike: one epoch on all labels at batch size 2, with
 each of the same learning rates, of which the better one is chosen on 200 digits kept for that.
 
-Opacus is ``pip install --no-deps opacus opt_einsum`` beside SciPy; without it its row says so.
+Opacus comes with the extra ``bench``; where it is missing, its column says so.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("networks", nargs="*", default=list(SUBJECTS), metavar="NETWORK")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1, help="the table shows the mean")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     console = Console(width=100)

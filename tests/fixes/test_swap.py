@@ -175,7 +175,34 @@ def test_a_layer_that_a_plain_list_holds_is_refused():
 
     model = Hidden()
     before = fingerprint(model)
-    with pytest.raises(ConfigurationError, match=r"in \.norms too.*ModuleList"):
+    with pytest.raises(ConfigurationError, match=r"in \.norms, where.*ModuleList"):
+        swap(model, "group", in_place=True)
+    assert_unchanged(model, before)
+
+
+def test_a_layer_that_is_registered_nowhere_is_refused_rather_than_left():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+            self.more = {"late": nn.BatchNorm2d(4)}
+
+    with pytest.raises(ConfigurationError, match=r"in \.more, where it cannot be replaced"):
+        swap(Hidden(), "group")
+
+
+def test_a_layer_inside_a_layer_is_refused_rather_than_left():
+    class Twice(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.after = nn.BatchNorm2d(channels)
+
+        def forward(self, x):
+            return self.after(super().forward(x))
+
+    model = nn.Sequential(Twice(4))
+    before = fingerprint(model)
+    with pytest.raises(ConfigurationError, match=r"is part of another BN layer|computes more"):
         swap(model, "group", in_place=True)
     assert_unchanged(model, before)
 
@@ -396,6 +423,7 @@ def prepared_for_quantisation():
         (with_a_lazy_head, {"sample": torch.rand(4, 8)}, "1.weight is lazy"),
         (conv_net, {"groups": {"backbone.*": 4}}, r"groups='backbone.\*' matches no BN layer"),
         (conv_net, {"groups": 2.5}, "whole numbers from 1 on"),
+        (conv_net, {"state_file": "x"}, "give teacher_data="),
         (conv_net, {"steps": 2.5}, "steps=2.5 is no whole number"),
         (conv_net, {"to": None}, "to=None is no norm"),
         (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),

@@ -1,0 +1,120 @@
+"""The old network is made fit to teach, and teaches the swapped one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from bnguard.errors import CalibrationError
+from bnguard.fixes.calibration.batches import Forward
+from bnguard.fixes.course import Distillation, StateFile
+from bnguard.fixes.distil import Progress, Silent, distil
+from bnguard.fixes.engine import Engine, OwnDevice
+from bnguard.fixes.recalibrate import recalibrate
+from bnguard.layers import find_layers, preserved_modes
+
+# Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
+# Healthy networks of the benchmark stay below 0.2.
+_MAX_STATISTICS_DISTANCE = 1.5
+_SAMPLES_TO_CHECK = 256
+_MIN_SAMPLES_TO_CHECK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """How a swapped network is to learn.
+
+    Attributes:
+        data: Batches, which can be read more than once.
+        steps: Optimizer steps at most.
+        forward: ``forward(model, batch)`` calls a model; None where the batch says how.
+        engine: Where it computes.
+        state_file: Where its state is kept; None to keep none.
+        progress: Whether to show a progress bar.
+    """
+
+    data: Iterable[object]
+    steps: int
+    forward: Forward | None
+    engine: Engine
+    state_file: str | os.PathLike[str] | None
+    progress: bool
+
+    def teach(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[tuple[nn.Module, nn.Module]],
+    ) -> tuple[Distillation, tuple[str, ...]]:
+        """Return how it went, and what a reader should know besides.
+
+        Args:
+            student: The swapped network; its weights change.
+            teacher: A copy of the old one, whose statistics may be recalibrated.
+            pairs: Layers of the student and the teacher whose outputs are to agree.
+        """
+        with _moved(student, self.engine):
+            self.engine.to_device(teacher)
+            notes = self._mended(teacher)
+            distillation = distil(
+                student,
+                teacher,
+                self.data,
+                pairs=pairs,
+                steps=self.steps,
+                forward=self.forward,
+                engine=self.engine,
+                state_file=None if self.state_file is None else StateFile(self.state_file, student),
+                progress=self._bar(),
+            )
+        if distillation.resumed_at:
+            notes += (f"went on from step {distillation.resumed_at}, found in {self.state_file}",)
+        return distillation, notes
+
+    def _mended(self, teacher: nn.Module) -> tuple[str, ...]:
+        """Recalibrate a teacher whose statistics do not fit the data, and say so."""
+        if not any(layer.is_tracking for layer in find_layers(teacher)):
+            return ()
+        with preserved_modes(teacher):
+            teacher.eval()
+            try:
+                found = recalibrate(
+                    teacher,
+                    self.data,
+                    samples=_SAMPLES_TO_CHECK,
+                    forward=self.forward,
+                    progress=False,
+                )
+            except CalibrationError as error:
+                return (f"the running statistics could not be checked before they taught: {error}",)
+        worst = max(found.layers, key=lambda layer: layer.distance)
+        if worst.distance <= _MAX_STATISTICS_DISTANCE or found.samples < _MIN_SAMPLES_TO_CHECK:
+            found.undo()
+            return ()
+        return (
+            f"the running statistics did not fit teacher_data (the worst: {worst.name}), so they "
+            "were recalibrated before the model taught",
+        )
+
+    def _bar(self) -> Progress:
+        if not (self.progress and self.engine.is_global_zero):
+            return Silent()
+        from bnguard.report.swap import DistillationBar
+
+        return DistillationBar(self.steps)
+
+
+@contextmanager
+def _moved(model: nn.Module, engine: Engine) -> Iterator[None]:
+    """Hold a model where the engine computes; put it back at the end."""
+    home = OwnDevice(model).device
+    engine.to_device(model)
+    try:
+        yield
+    finally:
+        if OwnDevice(model).device != home:
+            model.to(home)
