@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 import bnguard
+from tests.networks import digits
 from tests.zoo.architectures import build
 from tests.zoo.fault import Fault
-from tests.zoo.training import Watched, pretrained
+from tests.zoo.training import EVALUATE, Watched, pretrained
 
 
 def run(is_faulty, architecture):
@@ -20,7 +21,7 @@ def run(is_faulty, architecture):
     with bnguard.watch(loaded, on_findings=lambda group: None) as monitor:
         loaded.eval()
         with torch.no_grad(), monitor.evaluation():
-            loaded(torch.rand(128, 1, 8, 8))
+            loaded(digits()[0][EVALUATE])
     return Watched(monitor.report(), 0)
 
 
