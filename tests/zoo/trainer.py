@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
+
 import pytorch_lightning as lightning
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -77,14 +80,16 @@ def fit(
         },
         callbacks=[*callbacks, monitor],
     )
-    trainer.fit(
-        module,
-        loader
-        or DataLoader(
-            training_data(samples, change), batch_size=batch_size, shuffle=True, drop_last=True
-        ),
-        DataLoader(TensorDataset(change_evaluation(images[1200:]), labels[1200:]), 128),
-    )
+    # The callback prints what it finds; it is returned here.
+    with redirect_stdout(io.StringIO()):
+        trainer.fit(
+            module,
+            loader
+            or DataLoader(
+                training_data(samples, change), batch_size=batch_size, shuffle=True, drop_last=True
+            ),
+            DataLoader(TensorDataset(change_evaluation(images[1200:]), labels[1200:]), 128),
+        )
     return watched(monitor)
 
 
