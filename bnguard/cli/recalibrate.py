@@ -20,6 +20,7 @@ from bnguard.checkpoint import (
     write_statistics,
 )
 from bnguard.cli.loading import add_subjects, checkpoint_named, load_weights
+from bnguard.cli.ranks import is_first_rank, launched_ranks, share_of_rank
 from bnguard.cli.scoring import Samples, Scorer, has_validation, is_lower_better, shared_out
 from bnguard.cli.subjects import (
     Subject,
@@ -46,11 +47,18 @@ the model and its data:
 examples:
   bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule --split train
   bnguard recalibrate last.ckpt --config lightning_logs/version_0/config.yaml
+  torchrun --nproc_per_node 2 -m bnguard recalibrate last.ckpt --config config.yaml
+                          shares the samples out among processes
 """
 
 
 def run(arguments: list[str]) -> int:
     """Write a checkpoint with new running statistics; status 1 where they are no better."""
+    with launched_ranks():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     subjects, rest = named_subjects(arguments)
     parser = _parser()
     if {"-h", "--help"} & set(rest):
@@ -70,6 +78,9 @@ def run(arguments: list[str]) -> int:
     samples = _samples(subjects["data"], parser, values)
     scorer = _scorer(model, samples, values)
     result = _recalibrated(model.eval(), samples, scorer, values)
+    status = 0 if result.is_kept else 1
+    if not is_first_rank():
+        return status
 
     document = {
         "action": "recalibrate",
@@ -104,7 +115,7 @@ def run(arguments: list[str]) -> int:
         rich.print(result)
         for line in (*notes, said):
             print(line)
-    return 0 if result.is_kept else 1
+    return status
 
 
 def _recalibrated(
@@ -115,7 +126,7 @@ def _recalibrated(
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         return recalibrate(
             model.to(device),
-            samples.calibration,
+            share_of_rank(samples.calibration),
             method=values.method,
             samples=values.samples,
             score=scorer,
