@@ -19,6 +19,7 @@ from bnguard.checkpoint import (
 )
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
+from bnguard.cli.ranks import is_first_rank, share_of_rank
 from bnguard.cli.scoring import Samples, Scorer, has_validation, is_lower_better, shared_out
 from bnguard.cli.subjects import Data
 from bnguard.errors import CheckpointError, ConfigurationError
@@ -41,6 +42,9 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     samples = _samples(data, values)
     scorer = _scorer(model, samples, device, values)
     result = _recalibrated(model.eval(), samples, scorer, device, values)
+    status = 0 if result.is_kept else 1
+    if not is_first_rank():
+        return status
 
     document: dict[str, object] = {
         "action": "recalibrate",
@@ -67,7 +71,7 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         rich.print(result)
         for line in (*notes, said):
             print(line)
-    return 0 if result.is_kept else 1
+    return status
 
 
 def _recalibrated(
@@ -81,7 +85,7 @@ def _recalibrated(
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         return recalibrate(
             model.to(device),
-            samples.calibration,
+            share_of_rank(samples.calibration),
             method=values.method,
             samples=values.samples,
             score=scorer,

@@ -14,6 +14,8 @@ _EXAMPLES = """
 examples:
   bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule --split train
   bnguard recalibrate lightning_logs/version_0/checkpoints/last.ckpt --dry-run
+  torchrun --nproc_per_node 2 -m bnguard recalibrate last.ckpt --config config.yaml
+                          shares the samples out among processes
 """
 
 
@@ -23,8 +25,10 @@ def run(arguments: list[str]) -> int:
         _parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
+    from bnguard.cli.ranks import launched_ranks
 
-    return recalibrate_checkpoint(_parser(), arguments)
+    with launched_ranks():
+        return recalibrate_checkpoint(_parser(), arguments)
 
 
 def _parser() -> ArgumentParser:

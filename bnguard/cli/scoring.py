@@ -64,13 +64,13 @@ def shared_out(loader: Iterable[object], samples: int, holdout: float | None) ->
         return Samples(loader, loader, is_shared=True)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
     return Samples(
-        _over(loader, Subset(loader.dataset, order[:calibrating])),
-        _over(loader, Subset(loader.dataset, order[calibrating:])),
+        loader_over(loader, Subset(loader.dataset, order[:calibrating])),
+        loader_over(loader, Subset(loader.dataset, order[calibrating:])),
         is_shared=False,
     )
 
 
-def _over(loader: DataLoader[object], dataset: Dataset[object]) -> DataLoader[object]:
+def loader_over(loader: DataLoader[object], dataset: Dataset[object]) -> DataLoader[object]:
     """Return a loader like the one given over another data set, in order and without dropping."""
     return DataLoader(
         dataset,

@@ -1,0 +1,61 @@
+"""Adapt a trained network to a domain that it has not seen, from a few unlabelled samples.
+
+The digits of the new domain are darker and have less contrast. Their statistics replace those of
+training; with a prior these keep some weight, for samples that are too few to be relied on.
+
+python examples/adapt_to_new_domain.py
+"""
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnguard
+
+
+def block(inputs: int, outputs: int) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def new_domain(images: Tensor) -> Tensor:
+    return 0.35 * images - 0.5 + 0.1 * torch.randn(images.shape)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images))
+    train, few, test = order[:1200], order[1200:1232], order[1232:]
+
+    model = nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(5):
+        batches = TensorDataset(images[train], labels[train])
+        for inputs, targets in DataLoader(batches, batch_size=64, shuffle=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    target = new_domain(images[test])
+
+    def accuracy(model: nn.Module) -> float:
+        return (model(target).argmax(1) == labels[test]).float().mean().item()
+
+    unlabelled = new_domain(images[few])
+    for prior in (0, 8):
+        result = bnguard.recalibrate(
+            model, unlabelled.split(8), method="adapt", prior=prior, score=accuracy
+        )
+        print(result)
+        before, after = result.score_before, result.score_after
+        print(f"bnguard · prior of {prior} samples: accuracy {before:.1%} → {after:.1%}\n")
+        result.undo()
+
+
+if __name__ == "__main__":
+    main()
