@@ -23,8 +23,10 @@ def run(arguments: list[str]) -> int:
         _parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
+    from bnguard.cli.scoring import quiet_lightning
 
-    return recalibrate_checkpoint(_parser(), arguments)
+    with quiet_lightning():
+        return recalibrate_checkpoint(_parser(), arguments)
 
 
 def _parser() -> ArgumentParser:
