@@ -23,7 +23,7 @@ STATISTICS = (MEAN, VAR, COUNTER)
 _AFFINE = ("weight", "bias")
 
 # A module saved as it was given as an argument is no model that was trained.
-_NO_MODELS = "hyper_parameters"
+_NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 # Beyond these a file is hostile, not large: a thousand names may share one storage.
 _MOST_CANDIDATES = 200_000
@@ -54,13 +54,15 @@ def describe(contents: Contents) -> Checkpoint:
         if layers:
             models.append(CheckpointModel(prefix, layers))
     root = mapping_of(contents.root) or {}
-    own, foreign = _hyper_parameters(root)
+    own, foreign = _hyper_parameters(root, "hyper_parameters")
+    of_data, _ = _hyper_parameters(root, "datamodule_hyper_parameters")
     return Checkpoint(
         path=contents.path,
         format=contents.format,
         models=tuple(models),
         is_lightning=contents.is_lightning,
         hyper_parameters=own,
+        data_hyper_parameters=of_data,
         foreign_hyper_parameters=foreign,
         momenta=_momenta(root),
         global_step=_count(root.get("global_step")),
@@ -107,7 +109,7 @@ def _candidates(contents: Contents) -> Iterator[Entry]:
         if not isinstance(entry.value, StoredTensor) or not entry.path:
             continue
         attribute = attribute_of(entry.path[-1])
-        if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] == _NO_MODELS:
+        if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] in _NO_MODELS:
             continue
         count += 1
         if count > _MOST_CANDIDATES or sum(map(len, entry.path)) > _LONGEST_KEY:
@@ -202,11 +204,11 @@ def _kind(tensor: StoredTensor) -> str:
 
 
 def _hyper_parameters(
-    root: Mapping[object, object],
+    root: Mapping[object, object], key: str
 ) -> tuple[Mapping[str, object], Mapping[str, str]]:
     """Return Lightning's hyper-parameters: those that are plain, and the classes of the others."""
     own, foreign = {}, {}
-    for name, value in (mapping_of(root.get("hyper_parameters")) or {}).items():
+    for name, value in (mapping_of(root.get(key)) or {}).items():
         try:
             own[str(name)] = plain(value)
         except NotPlainError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bnguard.errors import CheckpointError
+from bnguard.errors import CheckpointError, nearest_name
 from bnguard.stats import FloatArray
 
 # Where Lightning keeps the state dict of the module.
@@ -81,7 +81,9 @@ class Checkpoint:
         hyper_parameters: What Lightning's ``save_hyperparameters`` stored, as far as it is plain
             data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
             string.
-        foreign_hyper_parameters: The others: name to the class of the object, which is not built.
+        data_hyper_parameters: The same of the data module, as far as it is plain data.
+        foreign_hyper_parameters: The others of the model: name to the class of the object, which
+            is not built.
         momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
             training; empty where it did not.
         global_step: Training steps taken; None where the file does not say.
@@ -95,6 +97,7 @@ class Checkpoint:
     models: tuple[CheckpointModel, ...]
     is_lightning: bool = False
     hyper_parameters: Mapping[str, object] = field(default_factory=dict)
+    data_hyper_parameters: Mapping[str, object] = field(default_factory=dict)
     foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     momenta: Mapping[str, float | None] = field(default_factory=dict)
     global_step: int | None = None
@@ -114,6 +117,19 @@ class Checkpoint:
             return self.models[0]
         own = (model for model in self.models if model.prefix == LIGHTNING_PREFIX)
         return next(own, None) if self.is_lightning else None
+
+    def model_named(self, name: str) -> CheckpointModel:
+        """Return the model of this name.
+
+        Raises:
+            CheckpointError: There is none with BN layers.
+        """
+        models = {model.name: model for model in self.models}
+        if name in models:
+            return models[name]
+        near = nearest_name(name, models)
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(repr, models))}"
+        raise CheckpointError(f"{self.path} has no model {name!r} with BN layers: {hint}")
 
     def only(self, prefix: str) -> Checkpoint:
         """Return the checkpoint as if one of its models were the only one.

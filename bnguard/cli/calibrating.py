@@ -20,7 +20,14 @@ from bnguard.checkpoint import (
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
-from bnguard.cli.scoring import Samples, Scorer, has_validation, is_lower_better, shared_out
+from bnguard.cli.scoring import (
+    Samples,
+    Scorer,
+    forward_of,
+    has_validation,
+    is_lower_better,
+    shared_out,
+)
 from bnguard.cli.subjects import Data
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
@@ -88,6 +95,7 @@ def _recalibrated(
             share_of_rank(samples.calibration),
             method=values.method,
             samples=values.samples,
+            forward=forward_of(model),
             score=scorer,
             keep=values.keep,
             prior=values.prior,

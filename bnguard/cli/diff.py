@@ -6,15 +6,16 @@ import json
 
 import rich
 
-from bnguard.checkpoint import read_checkpoint
+from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.parsing import command_parser
+from bnguard.errors import ConfigurationError
 from bnguard.report.difference import difference_document, difference_view
 
 _EXAMPLES = """
 examples:
   bnguard diff last.ckpt last-recalibrated.ckpt
-  bnguard diff weights.pt weights-ema.pt --json
+  bnguard diff last.pth.tar last.pth.tar --weights state_dict state_dict_ema
 """
 
 
@@ -30,11 +31,26 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("after", type=str, help="the second")
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--weights",
+        type=str,
+        nargs="+",
+        help="which models of files that hold several: the first's, and the second's if another",
+    )
     values = parser.parse_args(arguments)
 
-    difference = compare(read_checkpoint(values.before), read_checkpoint(values.after))
+    names = values.weights or [None]
+    if len(names) > 2:
+        raise ConfigurationError("--weights takes one name, or one for each checkpoint")
+    before, after = _read(values.before, names[0]), _read(values.after, names[-1])
+    difference = compare(before, after)
     if values.json:
         print(json.dumps(difference_document(difference), indent=2))
     else:
         rich.print(difference_view(difference, is_verbose=values.verbose))
     return int(bool(difference.entries))
+
+
+def _read(path: str, model: str | None) -> Checkpoint:
+    checkpoint = read_checkpoint(path)
+    return checkpoint if model is None else checkpoint.only(checkpoint.model_named(model).prefix)

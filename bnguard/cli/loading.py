@@ -21,7 +21,7 @@ from bnguard.cli.subjects import (
     has_loaders,
     named_subjects,
 )
-from bnguard.errors import CheckpointError, ConfigurationError, nearest_name
+from bnguard.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,20 +54,22 @@ class Request:
     Attributes:
         checkpoint: The checkpoint.
         subjects: The classes or functions named, by ``"model"`` and ``"data"``.
-        parser: The parser that knows their arguments.
         values: All arguments.
     """
 
     checkpoint: Checkpoint
     subjects: Mapping[str, Subject]
-    parser: ArgumentParser
     values: Namespace
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of where these come from, a line each."""
         files = {s.configuration.path for s in self.subjects.values() if s.configuration}
-        return [f"arguments from {path}" for path in sorted(files)]
+        here = Path.cwd()
+        return [
+            f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
+            for path in sorted(files)
+        ]
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
         """Return the model with the weights of the checkpoint, and which of its models these are.
@@ -76,7 +78,7 @@ class Request:
             ConfigurationError: The model cannot be built, or the weights have to be chosen.
             CheckpointError: The weights do not fit.
         """
-        model = built_model(self.subjects["model"], self.parser, self.values)
+        model = built_model(self.subjects["model"], self.values)
         stored = chosen_weights(self.checkpoint, model, self.values.weights)
         path = self.checkpoint.path
         _load_weights(model, load_state_dict(path, stored.prefix), path)
@@ -89,7 +91,7 @@ class Request:
             ConfigurationError: They cannot be built.
         """
         if "data" in self.subjects:
-            return built_data(self.subjects["data"], self.parser, self.values)
+            return built_data(self.subjects["data"], self.values)
         return data_of_model(model, self.subjects["model"].path)
 
 
@@ -111,7 +113,7 @@ def requested(parser: ArgumentParser, arguments: list[str], command: str) -> Req
         raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do")
     subjects, rest = named_subjects(arguments, configuration_beside(source))
     _add_subjects(parser, subjects, checkpoint)
-    return Request(checkpoint, subjects, parser, parser.parse_args(rest))
+    return Request(checkpoint, subjects, parser.parse_args(rest))
 
 
 def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
@@ -123,34 +125,29 @@ def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) 
     Raises:
         CheckpointError: There is none of that name, or none or several to choose from.
     """
-    stored = {model.name: model for model in checkpoint.models}
     if named is not None:
-        if named in stored:
-            return stored[named]
-        near = nearest_name(named, stored)
-        hint = f"did you mean {near!r}?" if near else f"it has {_listed(stored)}"
-        raise CheckpointError(f"{checkpoint.path} has no weights {named!r} with BN layers: {hint}")
+        return checkpoint.model_named(named)
     if checkpoint.main is not None:
         return checkpoint.main
     from bnguard.layers import find_layers
 
     channels = {layer.name: layer.channels for layer in find_layers(model)}
-    fitting = {
-        name: candidate
-        for name, candidate in stored.items()
-        if {layer.name: layer.channels for layer in candidate.layers} == channels
-    }
+    fitting = [
+        stored
+        for stored in checkpoint.models
+        if {layer.name: layer.channels for layer in stored.layers} == channels
+    ]
     if len(fitting) == 1:
-        return next(iter(fitting.values()))
+        return fitting[0]
     several = f", of which {_listed(fitting)} fit {type(model).__name__}" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} holds several models, {_listed(stored)}{several}: "
+        f"{checkpoint.path} holds several models, {_listed(checkpoint.models)}{several}: "
         "choose one with --weights NAME"
     )
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+def _listed(models: Iterable[CheckpointModel]) -> str:
+    return ", ".join(repr(model.name) for model in models)
 
 
 def _checkpoint_among(arguments: list[str], parser: ArgumentParser, command: str) -> Path:
@@ -179,8 +176,9 @@ def _add_subjects(
         raise ConfigurationError("--model is missing: name it as --model package.module.Class")
     if "data" not in subjects and not has_loaders(subjects["model"].build):
         raise ConfigurationError("--data is missing: name it as --data package.module.Class")
+    stored = {"model": checkpoint.hyper_parameters, "data": checkpoint.data_hyper_parameters}
     for option, subject in subjects.items():
-        subject.add_arguments(parser, checkpoint.hyper_parameters if option == "model" else {})
+        subject.add_arguments(parser, stored[option])
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

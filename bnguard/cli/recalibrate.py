@@ -26,8 +26,9 @@ def run(arguments: list[str]) -> int:
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
     from bnguard.cli.ranks import launched_ranks
+    from bnguard.cli.scoring import quiet_lightning
 
-    with launched_ranks():
+    with launched_ranks(), quiet_lightning():
         return recalibrate_checkpoint(_parser(), arguments)
 
 

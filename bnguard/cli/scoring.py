@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -129,8 +129,8 @@ class Scorer:
                     f"{error}"
                 ) from error
             finally:
-                # The Trainer leaves it on the CPU.
-                model.to(self.device)
+                # The Trainer leaves it on the CPU, and tied to a validation that is over.
+                model.to(self.device).trainer = None  # type: ignore[assignment]
         if self.metric is None:
             self.metric = _chosen(metrics)
         if self.metric not in metrics:
@@ -145,6 +145,17 @@ def has_validation(model: nn.Module) -> bool:
     bases = [cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"]
     step = getattr(type(model), "validation_step", None)
     return bool(bases) and step is not getattr(bases[0], "validation_step", None)
+
+
+def forward_of(model: nn.Module) -> Callable[[nn.Module, object], object] | None:
+    """Return what calls a Lightning module without a forward of its own: its validation step.
+
+    None for every other model, which is called itself.
+    """
+    has_forward = not type(model).forward.__qualname__.startswith("LightningModule.")
+    if has_forward or not has_validation(model):
+        return None
+    return lambda module, batch: module.validation_step(batch, 0)  # type: ignore[operator]
 
 
 def is_lower_better(metric: str) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from bnguard.cli.hyperparameters import harmless_defaults
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -75,25 +76,34 @@ class Subject:
         """Where it is imported from."""
         return f"{self.build.__module__}.{getattr(self.build, '__qualname__', self.build)}"
 
-    def add_arguments(self, parser: ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    def add_arguments(self, parser: ArgumentParser, stored: Mapping[str, object]) -> None:
         """Add the arguments of the class or function as ``--model.NAME``.
 
         Args:
             parser: The parser to add them to.
-            defaults: Values to start from, hyper-parameters of a checkpoint perhaps; those that
-                it does not take are left out, and the configuration file overrides them.
+            stored: Hyper-parameters of a checkpoint to start from; those that it does not take,
+                or that name what would be imported, are left out, and the configuration file
+                overrides them.
 
         Raises:
             ConfigurationError: The configuration file gives what it does not take.
         """
+        self._declare(parser)
+        known = parser.get_defaults().get(self.option) or {}
+        configured = self._configured(known)
+        stored = {name: value for name, value in stored.items() if name not in configured}
+        with _failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
+            parser.set_defaults(harmless_defaults(parser, self.option, stored))
+            parser.get_defaults()
+        with _failing_as(f"the configuration of --{self.option} {self.path}"):
+            parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
+            parser.get_defaults()
+
+    def _declare(self, parser: ArgumentParser) -> None:
         if isinstance(self.build, type):
             parser.add_class_arguments(self.build, self.option, fail_untyped=False)
         else:
             parser.add_function_arguments(self.build, self.option, fail_untyped=False)
-        known = parser.get_defaults().get(self.option) or {}
-        values = {name: value for name, value in defaults.items() if name in known}
-        for name, value in {**values, **self._configured(known)}.items():
-            parser.set_defaults({f"{self.option}.{name}": value})
 
     def _configured(self, known: Container[str]) -> Mapping[str, Any]:
         if self.configuration is None:
@@ -109,14 +119,15 @@ class Subject:
             )
         return {}
 
-    def built(self, parser: ArgumentParser, values: Namespace) -> object:
+    def built(self, values: Namespace) -> object:
         """Return what the class or function makes of the arguments parsed.
 
         Raises:
             ConfigurationError: It raised an exception.
         """
+        parser = ArgumentParser(exit_on_error=False)
+        self._declare(parser)
         with _failing_as(f"--{self.option} {self.path}"):
-            # Instantiated one by one, so that an error is told of what raised it.
             arguments = values.get(self.option) or Namespace()  # type: ignore[no-untyped-call]
             given = Namespace({self.option: arguments})  # type: ignore[no-untyped-call]
             made = parser.instantiate(given)[self.option]
@@ -172,7 +183,7 @@ def _is_of_script(configured: str | None, named: str) -> bool:
     return configured == f"__main__.{name}"
 
 
-def built_model(subject: Subject, parser: ArgumentParser, values: Namespace) -> nn.Module:
+def built_model(subject: Subject, values: Namespace) -> nn.Module:
     """Return the model that was named.
 
     Raises:
@@ -180,7 +191,7 @@ def built_model(subject: Subject, parser: ArgumentParser, values: Namespace) -> 
     """
     from torch import nn
 
-    model = subject.built(parser, values)
+    model = subject.built(values)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"--model {subject.path} gives a {type(model).__name__}, no torch.nn.Module"
@@ -252,13 +263,13 @@ class Data:
         source.setup(stage)
 
 
-def built_data(subject: Subject, parser: ArgumentParser, values: Namespace) -> Data:
+def built_data(subject: Subject, values: Namespace) -> Data:
     """Return the data that were named.
 
     Raises:
         ConfigurationError: They cannot be built.
     """
-    return Data(subject.path, subject.built(parser, values))
+    return Data(subject.path, subject.built(values))
 
 
 def data_of_model(model: nn.Module, path: str) -> Data:

@@ -29,6 +29,8 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
         parts.append(_layers_view(moved[:most]))
     if len(moved) > most:
         parts.append(Text(f"and {len(moved) - most} more layers (--verbose shows all)"))
+    if difference.layers and not moved and difference.entries:
+        parts.append(Text("the statistics are the same and other entries are not: do they fit?"))
     most = len(difference.entries) if is_verbose else _MOST_SHOWN
     parts += [Text(f"{entry.key}: {entry.detail}") for entry in difference.entries[:most]]
     if len(difference.entries) > most:
