@@ -124,7 +124,7 @@ def test_one_bad_layer_of_many_is_found_in_a_few_forwards(name):
     good, bad = trained.deep(), broken(trained.deep(), name, shift_std=30.0)
     (_, expected), (diagnosis, forwards) = counted(good), counted(bad)
     assert len(find_layers(bad)) == 32
-    assert diagnosis.cause.name == "stale-statistics"
+    assert diagnosis.cause.is_fault
     assert diagnosis.layers[0].name == name
     assert diagnosis.layers[0].share > 0.8
     # Five to halve 32 layers to one, from either side, and two that these are held against.
