@@ -77,7 +77,7 @@ def batches_alone(numbers: Numbers) -> Cause | None:
         return None
     name = numbers.best_of(scored)
     lost = numbers.loss(numbers.best, name)
-    if lost <= 0.0 or lost < numbers.gain("stored", numbers.best):
+    if lost <= max(numbers.chance(name), numbers.gain("stored", numbers.best)):
         return None
     compared = numbers.compared("stored", numbers.best, name)
     shuffled = numbers.rows.get("shuffled batches")
@@ -156,7 +156,7 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
             "the running statistics are not those of the weights: averaged, loaded or pruned "
             "weights, or fast ones that the running average lags behind"
         )
-    elif numbers.training is None and numbers.is_harmed and not numbers.has_other_input:
+    elif numbers.training is None and numbers.is_harmed and numbers.has_known_input:
         message = (
             "data arrive at the first BN layer as they did in training, and the statistics of "
             "later layers are not those of the weights"

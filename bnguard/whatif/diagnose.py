@@ -129,6 +129,7 @@ def diagnose(
         cause = named_cause(
             Numbers(
                 rows=table.rows,
+                samples=len(bench.samples),
                 training=told,
                 poisoned=_poisoned(stored),
                 initial_weight=max(_initial_weight(layer, stored) for layer in layers),

@@ -79,6 +79,7 @@ class Numbers:
 
     Attributes:
         rows: The rows of the table by name.
+        samples: How many evaluation samples they were measured on.
         training: What the training data tell; None without a reference.
         poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
         initial_weight: The largest weight that the initial statistics (0, 1) still have.
@@ -89,6 +90,7 @@ class Numbers:
     """
 
     rows: Mapping[str, Row]
+    samples: int
     training: Training | None = None
     poisoned: tuple[str, ...] = ()
     initial_weight: float = 0.0
@@ -116,6 +118,11 @@ class Numbers:
         if self.training is None or not self.is_harmed:
             return False
         return self.gain("stored", "reference") >= self.gain("reference", self.best)
+
+    @property
+    def has_known_input(self) -> bool:
+        """Whether evaluation data arrive at the first BN layer as its statistics have it."""
+        return self.input_drift is not None and not self.has_other_input
 
     @property
     def has_other_input(self) -> bool:
@@ -148,9 +155,18 @@ class Numbers:
         if row.score is None or other.score is None:
             flipped = (row.flipped_share or 0.0) - (other.flipped_share or 0.0)
             return lost if is_harmful(lost, flipped) else 0.0
+        if math.isinf(lost):  # A score that is no number.
+            return lost
         if not (_is_changed(row) or _is_changed(other)):
             return 0.0
         return lost if lost > self._healthy_loss(row.score, other.score) else 0.0
+
+    def chance(self, name: str) -> float:
+        """Return what a score that is a share may gain by chance, in a row that flips predictions.
+
+        Three standard deviations of a sum of flips, each of which mends or breaks one prediction.
+        """
+        return 3.0 * math.sqrt((self.rows[name].flipped_share or 0.0) / max(self.samples, 1))
 
     def compared(self, *names: str) -> str:
         """Return the measure that decides, for some rows, in words."""

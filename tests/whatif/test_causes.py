@@ -1,0 +1,129 @@
+"""Which cause the numbers name, on numbers made for it."""
+
+import math
+
+import pytest
+
+from bnguard.whatif.causes import named_cause
+from bnguard.whatif.data import BatchOrder
+from bnguard.whatif.diagnosis import Row
+from bnguard.whatif.numbers import Numbers, Training
+
+SHUFFLED = BatchOrder(variance_ratio=1.0, batches=32)
+SORTED = BatchOrder(variance_ratio=50.0, batches=32)
+
+
+def row(name, score, change=None, flipped=None):
+    far = math.inf if math.isnan(score) else 1.0 - score
+    return Row(
+        name=name,
+        label=name,
+        score=score,
+        change=far if change is None else change,
+        flipped_share=far if flipped is None else flipped,
+    )
+
+
+def training(order=SHUFFLED, data=1.0, batches=1.0, noise=0.01, flipped=None):
+    return Training(
+        batch_size=32,
+        order=order,
+        change=flipped,
+        flipped_share=flipped,
+        from_data=data,
+        from_batches=batches,
+        from_batches_by_noise=noise,
+    )
+
+
+def numbers(stored, reference, evaluation, batches=0.95, told=None, **changes):
+    scores = {"stored": stored, "reference": reference, "evaluation": evaluation}
+    scores["averaged"] = stored if reference is not None else None
+    rows = {name: row(name, score) for name, score in scores.items() if score is not None}
+    rows |= {"batches": row("batches", batches), "batches of 2": row("batches of 2", batches / 2)}
+    rows["shuffled batches"] = Row(name="shuffled batches", label="shuffled", change=0.05)
+    told = None if reference is None else told or training()
+    return Numbers(rows=rows, samples=1000, training=told, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "cured_by"),
+    [
+        (numbers(0.95, 0.95, 0.95), "none", None),
+        (numbers(0.2, 0.2, 0.2, 0.2), "none", None),
+        (numbers(0.2, 0.2, 0.2, 0.2, expected_score=0.9), "weights", None),
+        (numbers(0.95, 0.95, 0.95, expected_score=0.9), "none", None),
+        (numbers(0.94, 0.95, 0.945), "none", None),
+        (numbers(0.6, 0.95, 0.95), "stale-statistics", "reference"),
+        (numbers(math.nan, 0.95, 0.95), "stale-statistics", "reference"),
+        (numbers(0.6, 0.95, 0.95, initial_weight=0.3), "unconverged-statistics", "reference"),
+        (numbers(0.95, 0.95, 0.95, initial_weight=0.3), "none", None),
+        (numbers(0.6, 0.95, 0.95, poisoned=("bn",)), "poisoned-statistics", "reference"),
+        (numbers(0.6, 0.6, 0.95), "data-shift", "evaluation"),
+        (numbers(0.6, 0.55, 0.95, initial_weight=0.3), "data-shift", "evaluation"),
+        (numbers(0.6, 0.7, 0.95), "data-shift", "evaluation"),
+        (numbers(0.6, 0.9, 0.95), "stale-statistics", "reference"),
+        (numbers(0.6, None, 0.95), "unfit-statistics", "evaluation"),
+        (numbers(0.6, None, 0.95, input_drift=2.0), "unfit-statistics", "evaluation"),
+        (numbers(0.6, None, 0.95, input_drift=0.05), "stale-statistics", "evaluation"),
+        (numbers(0.6, None, 0.95, initial_weight=0.3), "unconverged-statistics", "evaluation"),
+        (numbers(0.3, 0.5, 0.5, 0.95), "small-batch-noise", None),
+        (
+            numbers(0.3, 0.9, 0.9, told=training(batches=0.9, noise=0.5)),
+            "small-batch-noise",
+            "reference",
+        ),
+        (numbers(0.95, 0.95, 0.95, told=training(SORTED, flipped=0.6)), "none", None),
+        (
+            numbers(0.3, 0.5, 0.5, 0.5, told=training(SORTED, batches=0.1, flipped=0.6)),
+            "correlated-batches",
+            "reference",
+        ),
+        (
+            numbers(0.5, 0.5, 0.5, 0.5, told=training(SORTED, batches=0.1, flipped=0.6)),
+            "correlated-batches",
+            None,
+        ),
+    ],
+)
+def test_the_numbers_name_the_cause(given, name, cured_by):
+    cause = named_cause(given)
+    assert (cause.name, cause.cured_by) == (name, cured_by)
+    assert cause.is_fault is (name != "none")
+    assert cause.evidence
+    assert cause.advice
+    assert cause.next_step
+
+
+def test_batches_that_do_well_only_as_they_come_are_correlated():
+    given = numbers(0.3, 0.5, 0.5, 0.95)
+    rows = dict(given.rows)
+    rows["batches"] = row("batches", 0.95, change=0.9, flipped=0.5)
+    rows["shuffled batches"] = Row(
+        name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
+    )
+    cause = named_cause(Numbers(rows=rows, samples=1000, training=training()))
+    assert cause.name == "correlated-batches"
+
+
+@pytest.mark.parametrize(
+    ("change", "flipped", "name"),
+    [
+        (0.2, 0.2, "none"),
+        (0.3, 0.02, "none"),
+        (0.3, 0.2, "stale-statistics"),
+        (0.8, 0.02, "stale-statistics"),
+        (math.inf, None, "stale-statistics"),
+        (0.8, None, "stale-statistics"),
+        (0.3, None, "none"),
+    ],
+)
+def test_without_a_score_the_outputs_tell(change, flipped, name):
+    rows = {
+        "stored": Row(name="stored", label="a", change=change, flipped_share=flipped),
+        "reference": Row(name="reference", label="b", change=0.01, flipped_share=0.0),
+        "averaged": Row(name="averaged", label="c", change=0.01, flipped_share=0.0),
+        "evaluation": Row(name="evaluation", label="d", change=0.0, flipped_share=0.0),
+    }
+    cause = named_cause(Numbers(rows=rows, samples=100, training=training()))
+    assert cause.name == name

@@ -1,0 +1,235 @@
+"""The table, and the cause that it names, on networks that were really trained into each fault."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bnguard
+from bnguard.layers import find_layers
+from tests.whatif import trained
+
+REFERENCE = trained.training_images()
+IMAGES = trained.evaluation_images()
+
+
+def diagnosed(model, *, images=IMAGES, reference=REFERENCE, score=True, batch_size=32, **options):
+    return bnguard.diagnose(
+        model,
+        images.split(128),
+        None if reference is None else reference.split(batch_size),
+        trained.accuracy(images) if score else None,
+        **options,
+    )
+
+
+def scores(diagnosis, *names):
+    return [diagnosis.row(name).score for name in names]
+
+
+def test_a_healthy_network_has_no_fault():
+    diagnosis = diagnosed(trained.healthy())
+    assert diagnosis.cause.name == "none"
+    assert not diagnosis.cause.is_fault
+    assert diagnosis.layers == ()
+    assert [row.name for row in diagnosis.rows] == [
+        "stored",
+        "reference",
+        "averaged",
+        "evaluation",
+        "batches",
+        "batches of 2",
+        "batches of 8",
+        "batches of 32",
+        "shuffled batches",
+    ]
+    assert (diagnosis.samples, diagnosis.reference_samples) == (597, 1024)
+    assert min(scores(diagnosis, "stored", "reference", "evaluation")) > 0.9
+    # Small batches are noisy for every network.
+    assert diagnosis.row("batches of 2").change > 3 * diagnosis.row("batches of 32").change
+
+
+@pytest.mark.parametrize("reference", [None, REFERENCE], ids=["alone", "with training data"])
+def test_a_healthy_network_has_no_fault_without_a_score(reference):
+    diagnosis = diagnosed(trained.healthy(), reference=reference, score=False)
+    assert diagnosis.cause.name == "none"
+    assert diagnosis.row("stored").score is None
+    assert (diagnosis.row("reference") is None) == (reference is None)
+    assert any("without reference=" in note for note in diagnosis.notes) == (reference is None)
+
+
+@pytest.mark.parametrize("score", [True, False], ids=["score", "no score"])
+@pytest.mark.parametrize("reference", [None, REFERENCE], ids=["alone", "with training data"])
+def test_too_few_updates_are_unconverged_statistics(score, reference):
+    diagnosis = diagnosed(trained.unconverged(), score=score, reference=reference)
+    assert diagnosis.cause.name == "unconverged-statistics"
+    assert diagnosis.cause.is_fault
+    assert diagnosis.cause.next_step == "bnguard.recalibrate(model, train_loader)"
+    assert any("initial statistics left 48%" in line for line in diagnosis.cause.evidence)
+    assert sum(layer.share for layer in diagnosis.layers) == pytest.approx(1.0)
+
+
+def test_averaged_weights_are_stale_statistics():
+    diagnosis = diagnosed(trained.averaged())
+    assert diagnosis.cause.name == "stale-statistics"
+    stored, reference, evaluation = scores(diagnosis, "stored", "reference", "evaluation")
+    assert stored < reference - 0.03
+    assert abs(reference - evaluation) < 0.02
+    # The fix that it names is one.
+    model = copy.deepcopy(trained.averaged())
+    assert diagnosis.cause.next_step == "bnguard.recalibrate(model, train_loader)"
+    bnguard.recalibrate(model, REFERENCE[:1024].split(32))
+    assert trained.accuracy(IMAGES)(model) == reference
+
+
+def test_averaged_weights_are_stale_statistics_without_a_score():
+    assert diagnosed(trained.averaged(), score=False).cause.name == "stale-statistics"
+
+
+@pytest.mark.parametrize("score", [True, False], ids=["score", "no score"])
+def test_other_preprocessing_is_a_data_shift_at_the_first_layer(score):
+    diagnosis = diagnosed(trained.healthy(), images=IMAGES * 2.0 - 1.0, score=score)
+    assert diagnosis.cause.name == "data-shift"
+    assert 'method="adapt"' in diagnosis.cause.next_step
+    assert diagnosis.layers[0].name == "1"
+    assert diagnosis.layers[0].share > 0.5
+    assert "drift at the first BN layer" in diagnosis.cause.evidence[-1]
+    assert diagnosis.row("reference").drift_std > 1.0
+    assert diagnosis.row("evaluation").drift_std < 1e-3
+
+
+def test_without_training_data_a_shift_is_not_told_from_stale_statistics():
+    diagnosis = diagnosed(trained.healthy(), images=IMAGES * 2.0 - 1.0, reference=None)
+    assert diagnosis.cause.name == "unfit-statistics"
+    assert "reference=train_loader" in diagnosis.cause.next_step
+
+
+def broken(model, *names, shift_std=3.0):
+    model = copy.deepcopy(model)
+    for layer in find_layers(model):
+        if layer.name in names:
+            layer.module.running_mean -= shift_std * layer.module.running_var.sqrt()
+    return model
+
+
+def test_a_later_layer_alone_is_stale_and_not_shifted_without_training_data():
+    diagnosis = diagnosed(broken(trained.healthy(), "4"), reference=None)
+    assert diagnosis.cause.name == "stale-statistics"
+    assert diagnosis.layers[0].name == "4"
+
+
+@pytest.mark.parametrize("name", ["3.bn", "17.bn", "32.bn"])
+def test_one_bad_layer_of_many_is_found_in_a_few_forwards(name):
+    good, bad = trained.deep(), broken(trained.deep(), name, shift_std=30.0)
+    (_, expected), (diagnosis, forwards) = counted(good), counted(bad)
+    assert len(find_layers(bad)) == 32
+    assert diagnosis.cause.is_fault
+    assert diagnosis.layers[0].name == name
+    assert diagnosis.layers[0].share > 0.8
+    # Five to halve 32 layers to one, from either side, and two that these are held against.
+    assert forwards - expected <= 2 * 5 + 2
+
+
+def counted(model):
+    """Return a diagnosis of one batch, and how many forwards it took."""
+    forwards = 0
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+
+    with model.register_forward_hook(count):
+        return bnguard.diagnose(model, [IMAGES[:256]], batch_sizes=()), forwards
+
+
+def test_two_bad_layers_share_the_blame():
+    model = broken(trained.deep(), "5.bn", "25.bn", shift_std=30.0)
+    layers = bnguard.diagnose(model, [IMAGES[:256]], batch_sizes=()).layers
+    assert {layer.name for layer in layers[:2]} == {"5.bn", "25.bn"}
+    assert min(layer.share for layer in layers[:2]) > 0.2
+
+
+def test_small_training_batches_are_named():
+    diagnosis = diagnosed(trained.of_small_batches(), batch_size=2)
+    assert diagnosis.cause.name == "small-batch-noise"
+    assert "batches of 2" in diagnosis.cause.message
+
+
+@pytest.mark.parametrize("group", [1, 128], ids=["mixed evaluation", "grouped evaluation"])
+@pytest.mark.parametrize("score", [True, False], ids=["score", "no score"])
+def test_batches_that_have_something_in_common_are_named(group, score):
+    diagnosis = diagnosed(
+        trained.of_scanners(),
+        images=trained.scanned(IMAGES, group),
+        reference=trained.scanned(REFERENCE, 32),
+        score=score,
+    )
+    assert diagnosis.cause.name == "correlated-batches"
+    assert "shuffle=True" in diagnosis.cause.next_step
+    if score and group == 128:
+        (as_they_come,) = scores(diagnosis, "batches")
+        assert as_they_come > 0.9
+        assert max(scores(diagnosis, "stored", "reference", "evaluation")) < 0.8
+
+
+def test_a_sorted_training_loader_is_no_fault_of_a_healthy_network():
+    labels = trained.digits()[1][trained.TRAIN]
+    diagnosis = diagnosed(trained.healthy(), reference=REFERENCE[labels.argsort()])
+    assert diagnosis.cause.name == "none"
+
+
+def test_sorted_evaluation_batches_are_said():
+    labels = trained.digits()[1][trained.EVALUATE]
+    images = IMAGES[labels.argsort()]
+    diagnosis = bnguard.diagnose(trained.healthy(), images.split(16), REFERENCE.split(32))
+    assert diagnosis.cause.name == "none"
+    assert any("evaluation batches differ" in note for note in diagnosis.notes)
+
+
+def test_poisoned_statistics_are_named_with_their_layers():
+    model = copy.deepcopy(trained.healthy())
+    model[4].running_mean[0] = torch.nan
+    model[7].running_var[1] = -1.0
+    diagnosis = diagnosed(model)
+    assert diagnosis.cause.name == "poisoned-statistics"
+    assert "4 and 1 more" in diagnosis.cause.evidence[0]
+    assert diagnosis.row("stored").change == float("inf")
+    assert diagnosis.row("reference").score > 0.9
+    assert [layer.name for layer in diagnosis.layers] == ["4", "7"]
+    assert diagnosis.layers[0].share is None
+    assert "not finite" in str(diagnosis)
+
+
+def test_a_score_below_what_is_expected_is_the_fault_of_the_weights():
+    model = copy.deepcopy(trained.healthy())
+    nn.init.normal_(model[-1].weight)
+    assert diagnosed(model).cause.name == "none"
+    diagnosis = diagnosed(model, expected_score=0.95)
+    assert diagnosis.cause.name == "weights"
+    assert diagnosis.layers == ()
+
+
+def test_scores_that_are_losses_are_judged_alike():
+    images, labels = IMAGES, trained.digits()[1][trained.EVALUATE]
+
+    def minus_loss(model):
+        with torch.no_grad():
+            return -nn.functional.cross_entropy(model.eval()(images), labels)
+
+    for model, name in (
+        (trained.healthy(), "none"),
+        (trained.unconverged(), "unconverged-statistics"),
+    ):
+        found = bnguard.diagnose(model, images.split(128), REFERENCE.split(32), minus_loss)
+        assert found.cause.name == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("lr", [0.02, 0.05])
+def test_no_healthy_network_is_accused(seed, lr):
+    torch.manual_seed(seed)
+    model = trained.fitted(trained.conv_net(), lr=lr, epochs=3)
+    for score in (True, False):
+        assert diagnosed(model, score=score).cause.name == "none"
