@@ -23,8 +23,10 @@ def run(arguments: list[str]) -> int:
         _parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.diagnosing import diagnose_checkpoint
+    from bnguard.cli.scoring import quiet_lightning
 
-    return diagnose_checkpoint(_parser(), arguments)
+    with quiet_lightning():
+        return diagnose_checkpoint(_parser(), arguments)
 
 
 def _parser() -> ArgumentParser:

@@ -14,7 +14,13 @@ from torch import nn
 
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
-from bnguard.cli.scoring import Scorer, has_validation, is_lower_better, shared_out
+from bnguard.cli.scoring import (
+    Scorer,
+    forward_of,
+    has_validation,
+    is_lower_better,
+    shared_out,
+)
 from bnguard.cli.subjects import Data
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose
@@ -38,6 +44,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         reference,
         scorer,
         samples=values.samples,
+        forward=forward_of(model),
         batch_sizes=values.batch_sizes,
         expected_score=_expected(model, scorer, values),
         progress=not values.json,
