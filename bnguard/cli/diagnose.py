@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 import rich
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from torch import nn
@@ -58,6 +59,8 @@ def run(arguments: list[str]) -> int:
     add_subjects(parser, subjects, checkpoint)
     values = parser.parse_args(rest)
 
+    # Loaders that shuffle give the same samples each time.
+    torch.manual_seed(0)
     model = built_model(subjects["model"], parser, values)
     load_weights(model, load_state_dict(source), source)
     model = model.eval().to("cuda" if values.device == "gpu" else values.device)
