@@ -34,6 +34,8 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     device = usable_device(values.device)
     model, stored = request.model()
     data = request.data(model)
+    # A loader that shuffles gives the same samples each time.
+    torch.manual_seed(0)
     model = model.eval().to(device)
     loader = shared_out(data.loader(values.split), values.samples, None).calibration
     scorer = _scorer(model, data, loader, device, values)
