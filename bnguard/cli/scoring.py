@@ -150,12 +150,28 @@ def has_validation(model: nn.Module) -> bool:
 def forward_of(model: nn.Module) -> Callable[[nn.Module, object], object] | None:
     """Return what calls a Lightning module without a forward of its own: its validation step.
 
-    None for every other model, which is called itself.
+    What it returns is then the output of the network inside, of the last part with parameters that
+    the step calls. None for every other model, which is called itself.
     """
     has_forward = not type(model).forward.__qualname__.startswith("LightningModule.")
     if has_forward or not has_validation(model):
         return None
-    return lambda module, batch: module.validation_step(batch, 0)  # type: ignore[operator]
+    return _validated
+
+
+def _validated(module: nn.Module, batch: object) -> object:
+    outputs: list[object] = []
+    handles = [
+        part.register_forward_hook(lambda part, args, output: outputs.append(output))
+        for part in module.children()
+        if any(True for _ in part.parameters())
+    ]
+    try:
+        module.validation_step(batch, 0)  # type: ignore[operator]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs[-1] if outputs else None
 
 
 def is_lower_better(metric: str) -> bool:

@@ -24,9 +24,11 @@ def run(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         _parser().parse_args(["--help"])
     # torch is imported from here on.
+    from bnguard.cli.scoring import quiet_lightning
     from bnguard.cli.swapping import swap_checkpoint
 
-    return swap_checkpoint(_parser(), arguments)
+    with quiet_lightning():
+        return swap_checkpoint(_parser(), arguments)
 
 
 def _parser() -> ArgumentParser:

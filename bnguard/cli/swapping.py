@@ -16,7 +16,7 @@ from torch import nn
 from bnguard.checkpoint import name_beside, write_model
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
-from bnguard.cli.scoring import Scorer, has_validation
+from bnguard.cli.scoring import Scorer, forward_of, has_validation
 from bnguard.cli.subjects import Data, Subject
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.fixes.swap import swap
@@ -93,6 +93,7 @@ def _swapped(model: nn.Module, data: Data, device: torch.device, values: Namespa
         sample=first,
         teacher_data=loader if values.steps else None,
         steps=max(values.steps, 1),
+        forward=forward_of(model),
         fabric=_fabric(device, values),
         state_file=values.state if values.steps else None,
         progress=not values.json,
