@@ -59,7 +59,7 @@ class Odd:
         }[hint]()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_no_rule_raises_on_any_history(seed):
@@ -71,7 +71,7 @@ def test_no_rule_raises_on_any_history(seed):
     )
     history = History(layers=layers, run=run)
     conclusions = diagnose(history)
-    assert [skip for skip in conclusions.skipped if "rule failed" in skip.reason] == []
+    assert [skip for skip in conclusions.skipped if skip.is_failure] == []
     report = Report(history, conclusions.findings, conclusions.skipped)
     assert str(report)
     assert report.to_dict()
