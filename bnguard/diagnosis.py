@@ -78,7 +78,8 @@ def _guarded(
                 raise TypeError(f"a rule yields Finding or Skipped, not {type(result).__name__}")
             yield result
     except Exception as error:
-        yield Skipped(rule.code, layer, f"the rule failed with {type(error).__name__}: {error}")
+        reason = f"the rule failed with {type(error).__name__}: {error}"
+        yield Skipped(rule.code, layer, reason, is_failure=True)
 
 
 def _cause_of(rule: Rule, findings: Collection[Finding], rules: Iterable[Rule]) -> Finding | None:

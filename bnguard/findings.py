@@ -170,8 +170,10 @@ class Skipped:
         code: Code of the rule.
         layer: Dotted name of the layer; None for the whole model.
         reason: What was missing.
+        is_failure: Whether the rule raised an exception, as one of a user's own may.
     """
 
     code: str
     layer: str | None
     reason: str
+    is_failure: bool = False

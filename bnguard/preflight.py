@@ -33,7 +33,7 @@ class Plan:
         >>> Plan(batch_size=32, samples=65, drops_last=True).last_batch_size
         32
         """
-        if self.batch_size is None or self.samples is None:
+        if not self.batch_size or self.samples is None:
             return None
         if self.drops_last:
             return self.batch_size
@@ -82,5 +82,5 @@ def _length(sampler: object) -> int | None:
         return None
     try:
         return len(sampler)
-    except (TypeError, NotImplementedError):
+    except Exception:  # a sampler of the user's own may raise whatever it likes
         return None

@@ -59,6 +59,9 @@ def initial_weight(momentum: float | None, updates: int) -> float:
     """
     if momentum is None:
         return 1.0 if updates == 0 else 0.0
+    if not 0.0 <= momentum <= 1.0:
+        # Not an average any more: what is left grows, or swings.
+        return 1.0
     return float((1.0 - momentum) ** updates)
 
 
@@ -72,6 +75,6 @@ def updates_to_forget(momentum: float | None, max_initial_weight: float) -> floa
     """
     if momentum is None or momentum >= 1.0:
         return 1
-    if momentum <= 0.0:
+    if not momentum > 0.0:
         return math.inf
     return math.ceil(math.log(max_initial_weight) / math.log1p(-momentum))

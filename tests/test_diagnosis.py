@@ -129,3 +129,27 @@ def test_a_large_network_with_every_layer_affected_fits_on_a_screen():
     lines = str(report).splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
+
+
+def test_a_rule_of_ones_own_that_raises_is_told_once_and_stops_no_training():
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.BatchNorm1d(8))
+    rules = [*bnguard.RULES, RaisesAtOnce()]
+    with bnguard.watch(model, rules=rules, every_n_steps=1) as monitor:
+        for _ in range(30):
+            model(torch.randn(16, 4))
+            monitor.step()
+    text = str(monitor.report())
+    assert text.count("X1: the rule failed with ZeroDivisionError") == 1
+
+
+def test_what_is_no_finding_is_a_failure_of_its_rule():
+    class YieldsWords(Rule):
+        code = "X3"
+        name = "yields-words"
+
+        def check(self, layer):
+            yield "something is wrong"
+
+    (skipped,) = diagnose(HISTORY, [YieldsWords()]).skipped
+    assert skipped.is_failure
+    assert "yields Finding or Skipped, not str" in skipped.reason

@@ -10,12 +10,23 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SubsetRandomSampler,
 )
 
 import bnguard
 from bnguard.preflight import Plan, plan_training
 from tests.networks import mlp
+
+
+class Endless(Sampler):
+    """A sampler that goes on for ever, and says so when it is asked for its length."""
+
+    def __iter__(self):
+        return iter(int, 1)
+
+    def __len__(self):
+        raise RuntimeError("endless")
 
 
 class Stream(IterableDataset):
@@ -37,6 +48,9 @@ class Stream(IterableDataset):
         (DataLoader(Stream(), 32), None),
         (DataLoader(range(65), batch_size=None), None),
         (DataLoader(range(65), batch_sampler=[[0, 1], [2]]), None),
+        (DataLoader(range(65), 32, sampler=Endless()), None),
+        ([torch.zeros(4, 2), torch.zeros(1, 2)], None),
+        (iter([torch.zeros(4, 2)]), None),
         ([1, 2, 3], None),
         (None, None),
     ],

@@ -35,7 +35,12 @@ def report_view(report: Report) -> RenderableType:
         parts.append(findings_view(report.groups))
     if any(layer.evaluated is not None for layer in report.layers):
         parts.append(_layers_view(report.layers))
-    parts += [Text(f"note: {note}", style="dim") for note in report.history.notes]
+    # A rule that raised does so at each layer: once is enough.
+    failures = {
+        skip.code: f"{skip.code}: {skip.reason}" for skip in report.skipped if skip.is_failure
+    }
+    notes = (*failures.values(), *report.history.notes)
+    parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
 
 

@@ -146,7 +146,9 @@ def sorted_evaluation(drift: Drift) -> Cause | None:
 def noisy_average(drift: Drift) -> Cause | None:
     """The running average holds so few batches that it is as uncertain as it is off."""
     layer, window, batches = drift.layer, drift.layer.window, drift.from_batches()
-    if window is None or batches is None or batches.is_beyond or not layer.momentum:
+    if window is None or batches is None or batches.is_beyond:
+        return None
+    if layer.momentum is None or not 0.0 < layer.momentum <= 1.0:
         return None
     # The variance of an exponential average of independent values: a / (2 - a) of theirs.
     uncertainty = _noise_std(window) * math.sqrt(layer.momentum / (2.0 - layer.momentum))

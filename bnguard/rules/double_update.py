@@ -57,6 +57,9 @@ class DoubleUpdate(Rule):
         if share <= self.max_recomputed_share or not layer.is_updating or layer.momentum is None:
             return
         momentum = layer.momentum
+        if not 0.0 <= momentum <= 1.0:
+            yield self._skipped(layer, f"momentum {momentum:g} makes no average (BN103)")
+            return
         yield self._finding(
             layer,
             Severity.WARNING,

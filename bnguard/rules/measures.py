@@ -31,7 +31,9 @@ def excess_change(gap: ModeGap) -> float:
     sampling = SAMPLING_FACTOR * (gap.sampling_change or 0.0)
     if not np.isfinite(sampling):
         return gap.relative_change
-    return float(np.sqrt(max(0.0, gap.relative_change**2 - sampling**2)))
+    # The root of the difference of two squares, which themselves may overflow.
+    rest = max(0.0, gap.relative_change - sampling)
+    return float(np.sqrt(rest) * np.sqrt(max(0.0, gap.relative_change + sampling)))
 
 
 def is_harmful(

@@ -36,7 +36,8 @@ class ModesDisagree(ExplainedRule):
         of half the batch and of the whole); and, for class scores, the share of predictions that
         flip: where many do, a smaller change is harm already. ``info`` where the layers were frozen
         throughout training, and while training goes on and fewer than four evaluations in a row
-        have shown it. A batch sorted by class misleads it.
+        have shown it; and where the evaluation is sorted (BN301), so that its first batch is
+        unlike the rest, and no drift was found. The cause is that of the layer that fits worst.
 
     Limits:
         max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
@@ -48,7 +49,8 @@ class ModesDisagree(ExplainedRule):
             was left is not judged, unless training ended like that.
 
     Fix:
-        Recalibrate, which says by how much it helps, and mend the cause that is named::
+        Mend the cause that the finding names; where it is in the average, recalibrate, which says
+        by how much it helps::
 
             bnguard.recalibrate(model, train_loader)
 

@@ -27,7 +27,8 @@ class NoisyBatchStatistics(Rule):
         The standard deviation of the batch means in standard deviations of the values, the median
         over channels, from successive differences, which slow drift of the weights does not enter.
         Independent values give 1/sqrt(n); where the positions of a sample are alike, it is up to
-        1/sqrt(samples).
+        1/sqrt(samples). A harmless mode gap does not lower it: it is measured on one batch of
+        evaluation, which is larger, and not on those of training.
 
     Limits:
         max_noise_std: 0.42. Independent samples give 0.35 at 8 a batch and 0.5 at 4. The

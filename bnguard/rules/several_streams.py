@@ -24,9 +24,11 @@ class SeveralStreams(Rule):
         adversarial images, photographs and sketches in one shared encoder do this.
 
     Evidence:
-        The distance of the streams' average means in standard deviations, and the logarithm of
-        the ratio of their variances; the upper decile over channels, of the two streams that are
-        furthest apart. Siamese calls with the same distribution lie near 0.
+        The distance of the streams' average means in standard deviations, and the logarithm of the
+        ratio of their variances; the upper decile over channels, of the two streams that are
+        furthest apart. Siamese calls with the same distribution lie near 0. A harmless mode gap
+        does not lower it: in train mode each call has statistics of its own, so that the gap on one
+        evaluation does not tell what the other stream suffers.
 
     Limits:
         max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among

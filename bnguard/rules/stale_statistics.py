@@ -56,7 +56,9 @@ class StaleStatistics(Rule):
         When copying a model, copy ``state_dict()``, not ``parameters()``.
 
     Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone.
+        Recalibration changes the running statistics only, is measured, and can be undone. A network
+        that was fine-tuned with its BN layers in eval mode has kept the statistics of its
+        reference on purpose, and fits them.
 
     References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization"

@@ -28,7 +28,9 @@ class VarianceCollapse(Rule):
         Either n, the values per channel of the usual batch; or the share of a channel's variance
         that lies within batches, biased within-batch variance / (itself + variance of the batch
         means), the median over channels. The variance of the means is taken from successive
-        differences, so that drift of the weights does not count as variance.
+        differences, so that drift of the weights does not count as variance. A harmless mode gap
+        does not lower it: it is measured on one batch, of evaluation, and hides what lies between
+        batches.
 
     Limits:
         min_values_per_channel: Fewer than 3 leave nothing but a sign.
