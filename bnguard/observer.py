@@ -274,11 +274,7 @@ class Observer:
         return dataclasses.replace(
             described,
             is_affine_frozen=self._is_affine_frozen(layer, owned),
-            is_affine_frozen_at_start=(
-                True
-                if self._affine_at_start.get(layer.name)
-                else described_at_start and described_at_start.is_affine_frozen
-            ),
+            is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
             weight_decay=self._weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
@@ -331,6 +327,14 @@ class Observer:
             return False
         at_start = self._affine_at_start.get(layer.name, [])
         return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
+
+    def _was_affine_frozen(
+        self, layer: BatchNormLayer, described: LayerHistory | None
+    ) -> bool | None:
+        """Return whether the affine parameters could not learn when watching began."""
+        if self._affine_at_start.get(layer.name):
+            return True
+        return None if described is None else described.is_affine_frozen
 
     def _weight_decay(self, layer: BatchNormLayer) -> float | None:
         """Return the largest weight decay on gamma or beta; None where no optimizer has them."""
