@@ -289,13 +289,7 @@ class Observer:
         return dataclasses.replace(
             described,
             is_affine_frozen=self._trained_by.is_affine_frozen(layer, owned),
-            is_affine_frozen_at_start=(
-                True
-                if self._trained_by.left_out_at_start(layer)
-                else None
-                if described_at_start is None
-                else described_at_start.is_affine_frozen
-            ),
+            is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
@@ -328,6 +322,14 @@ class Observer:
             evaluated=self._evaluated.get(layer.name),
             run=run,
         )
+
+    def _was_affine_frozen(
+        self, layer: BatchNormLayer, described: LayerHistory | None
+    ) -> bool | None:
+        """Return whether the affine parameters could not learn when watching began."""
+        if self._trained_by.left_out_at_start(layer):
+            return True
+        return None if described is None else described.is_affine_frozen
 
     def _was_never_called(self) -> bool:
         """Return whether no batch of training reached the model, as one that others write to."""

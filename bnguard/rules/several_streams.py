@@ -55,7 +55,7 @@ class SeveralStreams(Rule):
 
     code: ClassVar[str] = "BN207"
     name: ClassVar[str] = "several-streams"
-    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302", "BN305")
+    explains: ClassVar[tuple[str, ...]] = ("BN203", "BN301", "BN302", "BN305")
 
     max_distance_std: float = 1.0
     max_log_variance_ratio: float = 1.0

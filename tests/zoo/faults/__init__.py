@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.zoo.fault import Fault
 from tests.zoo.faults import (
     accumulated_small_batches,
+    adversaries,
     averaged_weights,
     batches_of_four,
     batches_of_one_group,
@@ -51,6 +52,7 @@ from tests.zoo.faults import (
 
 _FILES = (
     accumulated_small_batches,
+    adversaries,
     averaged_weights,
     batches_of_four,
     batches_of_one_group,

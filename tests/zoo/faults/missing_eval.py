@@ -11,4 +11,4 @@ def run(is_faulty, architecture):
     return train(build(architecture), epochs=4, start_evaluation=never if is_faulty else None)
 
 
-FAULT = Fault("BN206", "evaluation without eval()", run, ("conv", "unet", "mlp"), False)
+FAULT = Fault("BN206", "evaluation without eval()", run, ("conv", "unet", "mlp", "siamese"), False)

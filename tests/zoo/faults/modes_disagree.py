@@ -11,4 +11,6 @@ def run(is_faulty, architecture):
     return train(build(architecture, momentum=0.002 if is_faulty else 0.1))
 
 
-FAULT = Fault("BN302", "the two modes disagree", run, ("depthwise", "unet", "sequence"), False)
+FAULT = Fault(
+    "BN302", "the two modes disagree", run, ("depthwise", "unet", "sequence", "volumes"), False
+)

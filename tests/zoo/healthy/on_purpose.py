@@ -6,13 +6,13 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import bnguard
 from tests.networks import digits
 from tests.zoo.architectures import build
 from tests.zoo.fault import Healthy
+from tests.zoo.gan import train_gan
 from tests.zoo.training import TRAIN, Watched, head, norms, pretrained, sgd, told_of, train
 
 
@@ -108,51 +108,9 @@ def teacher_in_train_mode():
         return Watched(monitor.report(), steps, told_of(told))
 
 
-def gan(watched, is_generator_without_grad=False):
-    """A GAN whose discriminator is fed concatenated batches."""
-
+def gan(watched, **options):
     def run():
-        generator = nn.Sequential(
-            nn.Linear(8, 32, bias=False),
-            nn.BatchNorm1d(32),
-            nn.ReLU(),
-            nn.Linear(32, 64),
-            nn.Sigmoid(),
-        )
-        discriminator = nn.Sequential(
-            nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32), nn.LeakyReLU(0.2), nn.Linear(32, 1)
-        )
-        images = digits()[0].flatten(1)
-        optimizers = [
-            torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.999))
-            for net in (generator, discriminator)
-        ]
-        model = generator if watched == "generator" else discriminator
-        told = []
-        with bnguard.watch(
-            model, optimizer=optimizers, every_n_steps=10, on_findings=told.append
-        ) as monitor:
-            for _ in range(150):
-                real = images[torch.randint(1200, (32,))]
-                with torch.set_grad_enabled(not is_generator_without_grad):
-                    fake = generator(torch.randn(32, 8))
-                optimizers[1].zero_grad()
-                scores = discriminator(torch.cat([real, fake.detach()])).squeeze(1)
-                truth = torch.cat([torch.ones(32), torch.zeros(32)])
-                F.binary_cross_entropy_with_logits(scores, truth).backward()
-                optimizers[1].step()
-                optimizers[0].zero_grad()
-                fake = generator(torch.randn(32, 8))
-                scores = discriminator(torch.cat([real, fake])).squeeze(1)[32:]
-                F.binary_cross_entropy_with_logits(scores, torch.ones(32)).backward()
-                optimizers[0].step()
-                monitor.step()
-            model.eval()
-            with torch.no_grad(), monitor.evaluation():
-                generator.eval()
-                fake = generator(torch.randn(128, 8))
-                discriminator(torch.cat([images[1200:1328], fake]))
-            return Watched(monitor.report(), 150, told_of(told))
+        return train_gan(watched, **options)
 
     return run
 
@@ -220,7 +178,7 @@ ON_PURPOSE: tuple[Healthy, ...] = (
     Healthy("teacher in train mode", teacher_in_train_mode),
     Healthy("GAN, discriminator, concatenated", gan("discriminator")),
     Healthy("GAN, generator", gan("generator")),
-    Healthy("GAN, generator under no_grad", gan("generator", True)),
+    Healthy("GAN, generator under no_grad", gan("generator", is_generator_without_grad=True)),
     Healthy("accumulation over batches of 16", accumulation),
     Healthy("statistics re-estimated before evaluation", re_estimated),
     Healthy("recalibrated before evaluation", recalibrated),
