@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning_fabric import Fabric
 from torch import nn
 
-from bnguard.checkpoint import load_state_dict, read_checkpoint, write_model
+from bnguard.checkpoint import load_state_dict, loading_code, read_checkpoint, write_model
 from bnguard.cli.loading import add_subjects, checkpoint_named, load_weights
 from bnguard.cli.scoring import Scorer, has_validation
 from bnguard.cli.subjects import (
@@ -64,36 +64,34 @@ def run(arguments: list[str]) -> int:
     model = built_model(subjects["model"], parser, values)
     load_weights(model, load_state_dict(source), source)
     data = built_data(subjects["data"], parser, values)
-    result = _swapped(model, data, values)
-    scores = _scores(model, result.model, data, values)
+    fabric = _fabric(values)
+    scorer = _scorer(model, data, values)
+    # Before the work: a metric that does not exist must not cost its result.
+    before = _score(scorer, model)
+    result = _swapped(model, data, fabric, values)
     provenance = {"action": "swap", "to": result.to, "groups": result.groups}
     state_dict = result.model.state_dict()
-    weights = write_model(checkpoint, output, state_dict, provenance, force=values.force)
-    code = _recipe(result, subjects["model"], values, weights)
+    write_model(checkpoint, output, state_dict, provenance, force=values.force)
+    code = _recipe(result, subjects["model"], values, loading_code(checkpoint, output))
+    after = _score(scorer, result.model)
 
     if values.json:
-        document = {"action": "swap", **vars(scores)}
+        document = {
+            "action": "swap",
+            "metric": None if scorer is None else scorer.metric,
+            "score_before": before,
+            "score_after": after,
+        }
         print(json.dumps(swap_document(result, document, output, code), indent=2))
         return 0
     rich.print(result)
-    print(scores)
+    if scorer is None:
+        print("not scored: that takes a validation_step, and validation data")
+    else:
+        print(f"{scorer.metric} {before:.4g} with BN, {after:.4g} swapped")
     print(f"written: {output}; weights alone, so begin a new training rather than resume the old")
     print(f"the model that it fits:\n\n{code}")
     return 0
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What a validation says of the model with BN and of the swapped one."""
-
-    metric: str | None = None
-    score_before: float | None = None
-    score_after: float | None = None
-
-    def __str__(self) -> str:
-        if self.metric is None:
-            return "not scored: that takes a validation_step, and validation data"
-        return f"{self.metric} {self.score_before:.4g} with BN, {self.score_after:.4g} swapped"
 
 
 def _parser() -> ArgumentParser:
@@ -140,7 +138,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) -> Swap:
     loader = data.loader(values.split)
     first = next(iter(loader), None)
     if first is None:
@@ -153,7 +151,7 @@ def _swapped(model: nn.Module, data: Data, values: Namespace) -> Swap:
         sample=first,
         teacher_data=loader if values.steps else None,
         steps=max(values.steps, 1),
-        fabric=_fabric(values),
+        fabric=fabric if values.steps else None,
         state_file=values.state if values.steps else None,
         progress=not values.json,
     )
@@ -168,14 +166,17 @@ def _fabric(values: Namespace) -> Fabric:
         ) from error
 
 
-def _scores(before: nn.Module, after: nn.Module, data: Data, values: Namespace) -> _Scores:
-    if not (has_validation(before) and data.has("val")):
-        if values.metric is not None:
-            raise ConfigurationError("--metric needs a validation_step, and validation data")
-        return _Scores()
-    scorer = Scorer(data.loader("val"), values.device, values.precision, values.metric)
-    old, new = (scorer.metrics(model)[scorer.metric or ""] for model in (before, after))
-    return _Scores(scorer.metric, old, new)
+def _scorer(model: nn.Module, data: Data, values: Namespace) -> Scorer | None:
+    if has_validation(model) and data.has("val"):
+        return Scorer(data.loader("val"), values.device, values.precision, values.metric)
+    if values.metric is not None:
+        raise ConfigurationError("--metric needs a validation_step, and validation data")
+    return None
+
+
+def _score(scorer: Scorer | None, model: nn.Module) -> float | None:
+    # A copy, since a Trainer leaves itself in the module, which then cannot be copied.
+    return None if scorer is None else scorer.metrics(copy.deepcopy(model))[scorer.metric or ""]
 
 
 def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:
