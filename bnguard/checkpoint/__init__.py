@@ -12,7 +12,7 @@ from bnguard.checkpoint.comparing import (
     compare,
 )
 from bnguard.checkpoint.finding import find_checkpoints, name_beside
-from bnguard.checkpoint.making import write_model
+from bnguard.checkpoint.making import loading_code, write_model
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
 from bnguard.checkpoint.writing import replace_statistics, write_statistics
@@ -27,6 +27,7 @@ __all__ = [
     "compare",
     "find_checkpoints",
     "load_state_dict",
+    "loading_code",
     "name_beside",
     "read_checkpoint",
     "replace_statistics",

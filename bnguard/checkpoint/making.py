@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnguard.checkpoint import publishing
 from bnguard.checkpoint.formats import format_of
@@ -19,6 +19,7 @@ from bnguard.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SAFETENSORS = ".safetensors"
 _VERSION = "pytorch-lightning_version"
 
 
@@ -29,7 +30,7 @@ def write_model(
     provenance: Mapping[str, object],
     *,
     force: bool = False,
-) -> str:
+) -> None:
     """Write the weights of a model, in a file like the one that it comes from.
 
     A name that ends in ``.safetensors`` makes a file of that format; any other one that PyTorch
@@ -44,9 +45,6 @@ def write_model(
         provenance: What was done, as plain data; the version of bnguard and the name of the
             original are added.
         force: Whether an existing output is replaced.
-
-    Returns:
-        The expression that loads the weights in Python.
 
     Raises:
         CheckpointError: The output exists, or it cannot be written.
@@ -63,35 +61,44 @@ def write_model(
         temporary_beside(output, like=output) as bare,
         temporary_beside(output, like=output) as noted,
     ):
-        expression = _save(original, output, bare, tensors)
+        if output.suffix == _SAFETENSORS:
+            _save_safetensors(bare, tensors)
+        else:
+            _save(original, bare, tensors)
         format_of(bare).copy(bare, noted, (), json.dumps(note))
         publishing.settle(noted, permissions)
         if output.exists():
             publishing.replace(noted, output)
         else:
             publishing.publish(noted, output)
-    return expression
 
 
-def _save(original: Checkpoint, output: Path, target: Path, tensors: dict[str, Tensor]) -> str:
-    """Save the weights, and return the expression that loads them from the output."""
-    if output.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise CheckpointError(
-                f"{output}: takes safetensors: pip install safetensors"
-            ) from error
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+def loading_code(original: Checkpoint, output: Path) -> str:
+    """Return the Python expression that loads the state dict that was written."""
+    if output.suffix == _SAFETENSORS:
         return f'safetensors.torch.load_file("{output}")'
+    keys = "".join(f'["{key}"]' for key in _keys(original))
+    return f'torch.load("{output}", weights_only=True){keys}'
+
+
+def _save_safetensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"a file that ends in {_SAFETENSORS} takes safetensors: pip install safetensors"
+        ) from error
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+
+
+def _save(original: Checkpoint, target: Path, tensors: Mapping[str, Tensor]) -> None:
     import torch
 
     keys = _keys(original)
-    content: dict[str, Any] = dict(tensors)
+    content: dict[str, object] = dict(tensors)
     for key in reversed(keys):
         content = {key: content}
     torch.save({**content, **_of_lightning(original, keys)}, target)
-    return f'torch.load("{output}", weights_only=True)' + "".join(f'["{key}"]' for key in keys)
 
 
 def _keys(original: Checkpoint) -> list[str]:

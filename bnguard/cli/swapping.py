@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import rich
@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_fabric import Fabric
 from torch import nn
 
-from bnguard.checkpoint import name_beside, write_model
+from bnguard.checkpoint import loading_code, name_beside, write_model
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.scoring import Scorer, forward_of, has_validation
@@ -28,41 +28,38 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     """Do what the arguments say, and print the lines that build the model."""
     request = requested(parser, arguments, "swap")
     checkpoint, values = request.checkpoint, request.values
-    source = checkpoint.path
-    output = _output(source, values)
+    output = _output(checkpoint.path, values)
     device = usable_device(values.device)
     model, _ = request.model()
     data = request.data(model)
-    result = _swapped(model, data, device, values)
-    scores = _scores(model, result.model, data, device, values)
+    fabric = _fabric(device, values)
+    scorer = _scorer(model, data, device, values)
+    # Before the work: a metric that does not exist must not cost its result.
+    before = _score(scorer, model)
+    result = _swapped(model, data, fabric, values)
     provenance = {"action": "swap", "to": result.to, "groups": result.groups}
     state_dict = result.model.state_dict()
-    weights = write_model(checkpoint, output, state_dict, provenance, force=values.force)
-    code = _recipe(result, request.subjects["model"], values, weights)
+    write_model(checkpoint, output, state_dict, provenance, force=values.force)
+    code = _recipe(result, request.subjects["model"], values, loading_code(checkpoint, output))
+    after = _score(scorer, result.model)
 
     if values.json:
-        document = {"action": "swap", **vars(scores)}
+        document = {
+            "action": "swap",
+            "metric": None if scorer is None else scorer.metric,
+            "score_before": before,
+            "score_after": after,
+        }
         print(json.dumps(swap_document(result, document, output, code), indent=2))
         return 0
     rich.print(result)
-    print(scores)
+    if scorer is None:
+        print("not scored: that takes a validation_step, and validation data")
+    else:
+        print(f"{scorer.metric} {before:.4g} with BN, {after:.4g} swapped")
     print(f"written: {output}; weights alone, so begin a new training rather than resume the old")
     print(f"the model that it fits:\n\n{code}")
     return 0
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What a validation says of the model with BN and of the swapped one."""
-
-    metric: str | None = None
-    score_before: float | None = None
-    score_after: float | None = None
-
-    def __str__(self) -> str:
-        if self.metric is None:
-            return "not scored: that takes a validation_step, and validation data"
-        return f"{self.metric} {self.score_before:.4g} with BN, {self.score_after:.4g} swapped"
 
 
 def _output(source: Path, values: Namespace) -> Path:
@@ -80,7 +77,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, device: torch.device, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) -> Swap:
     loader = data.loader(values.split)
     first = next(iter(loader), None)
     if first is None:
@@ -94,7 +91,7 @@ def _swapped(model: nn.Module, data: Data, device: torch.device, values: Namespa
         teacher_data=loader if values.steps else None,
         steps=max(values.steps, 1),
         forward=forward_of(model),
-        fabric=_fabric(device, values),
+        fabric=fabric if values.steps else None,
         state_file=values.state if values.steps else None,
         progress=not values.json,
     )
@@ -110,16 +107,17 @@ def _fabric(device: torch.device, values: Namespace) -> Fabric:
         ) from error
 
 
-def _scores(
-    before: nn.Module, after: nn.Module, data: Data, device: torch.device, values: Namespace
-) -> _Scores:
-    if not (has_validation(before) and data.has("val")):
-        if values.metric is not None:
-            raise ConfigurationError("--metric needs a validation_step, and validation data")
-        return _Scores()
-    scorer = Scorer(data.loader("val"), device, values.precision, values.metric)
-    old, new = (scorer.metrics(model)[scorer.metric or ""] for model in (before, after))
-    return _Scores(scorer.metric, old, new)
+def _scorer(model: nn.Module, data: Data, device: torch.device, values: Namespace) -> Scorer | None:
+    if has_validation(model) and data.has("val"):
+        return Scorer(data.loader("val"), device, values.precision, values.metric)
+    if values.metric is not None:
+        raise ConfigurationError("--metric needs a validation_step, and validation data")
+    return None
+
+
+def _score(scorer: Scorer | None, model: nn.Module) -> float | None:
+    # A copy, since a Trainer leaves itself in the module, which then cannot be copied.
+    return None if scorer is None else scorer.metrics(copy.deepcopy(model))[scorer.metric or ""]
 
 
 def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:

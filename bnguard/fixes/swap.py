@@ -79,7 +79,8 @@ def swap(
         teacher_data: Batches, without labels or with labels that are not used, on which the swapped
             model learns to give what the model gave. Statistics that do not fit these data are
             recalibrated first, in a copy. All parameters learn, also those with
-            ``requires_grad=False``.
+            ``requires_grad=False``. Where ``torch.distributed`` is initialised every rank calls
+            this, with ``fabric``.
         steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
         fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks

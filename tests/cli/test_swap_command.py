@@ -192,6 +192,7 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         ([*DEMO, "--output", "."], "is a folder"),
         ([*QUICK, "--output", "nowhere/x.ckpt"], "is a folder, or in none"),
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
+        ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
         ([*DEMO, "--device", "gpu"], "--device gpu --precision 32-true cannot be used"),
         ([*DEMO, "--exclude", '["nothing"]'], "exclude='nothing' matches no BN layer"),
         ([*DEMO, "--state", "last.ckpt", "--steps", "1"], "is no state of a distillation"),

@@ -70,11 +70,13 @@ def test_an_interrupted_distillation_goes_on_where_it_was(model, batches, tmp_pa
     assert learnt.distance == pytest.approx(whole.distance, rel=0.3)
 
 
-def test_the_optimizer_and_the_best_weights_are_in_the_state(model, batches, tmp_path):
+@pytest.mark.parametrize("engine", [None, "fabric"])
+def test_the_optimizer_and_the_best_weights_are_in_the_state(model, batches, tmp_path, engine):
     """With batches that are all the same, an interruption changes nothing at all."""
     data = [batches[0]]
     path = tmp_path / "swap.state"
-    options = {"teacher_data": data, "steps": 40, "progress": False}
+    fabric = None if engine is None else Fabric(accelerator="cpu", devices=1)
+    options = {"teacher_data": data, "steps": 40, "fabric": fabric, "progress": False}
     forward = Interrupted(at=130)
     with pytest.raises(KeyboardInterrupt):
         swap(model, "group", forward=forward, state_file=path, **options)
