@@ -50,13 +50,18 @@ class BatchNormLayer:
 
     @property
     def weight(self) -> Tensor | None:
-        """Gamma, shape ``(C,)``; None without affine parameters."""
-        return self._tensor("weight")
+        """Gamma, shape ``(C,)``; None without affine parameters, and where they are sharded."""
+        return self._whole("weight")
 
     @property
     def bias(self) -> Tensor | None:
-        """Beta, shape ``(C,)``; None without affine parameters."""
-        return self._tensor("bias")
+        """Beta, shape ``(C,)``; None as for ``weight``."""
+        return self._whole("bias")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has a part of gamma and beta alone, as under FSDP or ZeRO-3."""
+        return self._tensor("weight") is not None and self.weight is None
 
     @property
     def affine(self) -> list[Tensor]:
@@ -120,6 +125,16 @@ class BatchNormLayer:
             if name is not None:
                 module = self.module
                 yield (module._buffers if name in module._buffers else vars(module)), name
+
+    def _whole(self, name: str) -> Tensor | None:
+        """Return a parameter where this process has all of it.
+
+        To bring a ``DTensor`` together would take a collective.
+        """
+        value = self._tensor(name)
+        if value is None or value.numel() != self.channels or hasattr(value, "device_mesh"):
+            return None
+        return value
 
     def _number(self, attribute: str | float) -> float | None:
         value = getattr(self.module, attribute) if isinstance(attribute, str) else attribute

@@ -148,6 +148,12 @@ def watch(
             f"bnguard: {type(model).__name__} has no BN layers, so there is nothing to watch",
             stacklevel=2,
         )
+    elif monitor.has_shards:
+        warnings.warn(
+            "bnguard: each rank has a part of gamma and beta alone, so that the rules on them are "
+            "silent; the statistics are watched",
+            stacklevel=2,
+        )
     return monitor
 
 
@@ -205,6 +211,11 @@ class Monitor:
     def has_layers(self) -> bool:
         """Whether there is anything to watch."""
         return bool(self._observer.layers)
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether parameters are spread over the ranks, and are not looked at."""
+        return any(layer.is_sharded for layer in self._observer.layers)
 
     @property
     def rules(self) -> tuple[Rule, ...]:

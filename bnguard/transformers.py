@@ -5,6 +5,7 @@ transformers is imported here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -125,16 +126,19 @@ class BatchNormCallback(TrainerCallback):
         if self._monitor is None:
             return
         self._end_evaluation()
-        self.report = self._monitor.report()
+        self.report = self._monitor.report_of_all_ranks()
         if is_printed:
             rich.print(self.report)
         self._let_go()
 
     def _let_go(self) -> None:
-        self._end_evaluation()
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
+        monitor, self._monitor = self._monitor, None
+        try:
+            self._end_evaluation()
+        finally:
+            if monitor is not None:
+                monitor.leave()
+                monitor.close()
 
     def _guard(
         self,
@@ -145,7 +149,9 @@ class BatchNormCallback(TrainerCallback):
         try:
             action(*args, **kwargs)
         except Exception as error:
-            self._let_go()
+            # What has failed once may fail again.
+            with contextlib.suppress(Exception):
+                self._let_go()
             warnings.warn(
                 f"bnguard: an error of its own, {type(error).__name__}: {error}; it watches no "
                 "longer, and the run goes on. Please report it.",

@@ -40,8 +40,9 @@ def main() -> None:
                 correct += (model(images).argmax(1) == labels).sum().item()
         fabric.print(f"epoch {epoch}: accuracy {correct / len(check):.1%}")
 
+    report = monitor.report_of_all_ranks()  # on each rank, also where there is but one
     if fabric.is_global_zero:
-        print(monitor.report())
+        print(report)
     monitor.close()
 
 

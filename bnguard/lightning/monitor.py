@@ -130,6 +130,7 @@ class BatchNormMonitor(GuardedCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, with weights restored and moved, and after the sanity check."""
         before, self._before = self._before, None
+        self._batches, self._untold = 0, []
         self._told.clear()
         monitor = self._watch(trainer, pl_module, planned_batches(trainer))
         if monitor is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,4 +118,15 @@ def class_path(instance: object) -> str:
     """
     if instance is None:
         return "my.DataModule"
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+    kind = type(instance)
+    module = _name_of_script() if kind.__module__ == "__main__" else kind.__module__
+    return f"{module}.{kind.__qualname__}"
+
+
+def _name_of_script() -> str:
+    """Return the name by which the script that runs can be imported, ``my`` in a notebook."""
+    script = sys.modules["__main__"]
+    if script.__spec__ is not None:
+        return script.__spec__.name
+    path = getattr(script, "__file__", None)
+    return "my" if path is None else Path(path).stem

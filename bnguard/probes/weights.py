@@ -51,13 +51,13 @@ class WeightProbe:
 
     def have_changed(self) -> bool:
         """Return whether the weights are others than those of the newest step."""
-        # A swap of averaged weights through .data leaves the versions as they are.
+        if sum(map(_VERSION, self._counting)) != self._version:
+            return True
+        # A swap of averaged weights through .data leaves the versions as they are. What is sharded
+        # may be here at one time and not at the other, and tells nothing.
         affine = self._affine_values()
-        return (
-            sum(map(_VERSION, self._counting)) != self._version
-            or len(affine) != len(self._trained)
-            or not all(map(torch.equal, affine, self._trained))
-        )
+        is_comparable = len(affine) == len(self._trained)
+        return is_comparable and not all(map(torch.equal, affine, self._trained))
 
     def have_changed_since_start(self) -> bool:
         """Return whether the weights are others than when watching began."""

@@ -20,6 +20,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
@@ -151,6 +153,30 @@ def in_a_plain_loop(folder: Path, case: str, rank: int) -> dict[str, object]:
     }
 
 
+def with_sharded_parameters(folder: Path, case: str, rank: int) -> dict[str, object]:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = fully_shard(network(), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        monitor = bnguard.watch(model, optimizer=optimizer, every_n_steps=5, strict=True)
+    for _ in range(12):
+        model(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.step()
+    model.eval()
+    with torch.no_grad(), monitor.evaluation():
+        model(torch.randn(16, 4))
+    report = monitor.report_of_all_ranks()
+    return {
+        "warned": [str(warning.message) for warning in warned],
+        "updates": report.layers[0].updates_seen,
+        "evaluated": report.layers[0].evaluated is not None,
+        "codes": {finding.code for finding in report.findings},
+    }
+
+
 CASES = {
     "broadcast": with_lightning,
     "apart": with_lightning,
@@ -160,6 +186,7 @@ CASES = {
     "rank zero alone": with_lightning,
     "recalibration": with_lightning,
     "plain loop": in_a_plain_loop,
+    "sharded": with_sharded_parameters,
 }
 
 

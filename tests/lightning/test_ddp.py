@@ -116,3 +116,13 @@ def test_a_plain_loop_compares_the_ranks_where_all_are_asked(case):
         assert "BN210" not in rank["alone"]
         assert {"BN106", "BN210"} <= {finding["code"] for finding in rank["findings"]}
     assert run.ranks[0]["findings"] == run.ranks[1]["findings"]
+
+
+def test_with_sharded_parameters_the_statistics_are_watched(case):
+    run = case("sharded")
+    assert run.statuses == [0, 0], run.text
+    for rank in run.ranks:
+        assert ["part of gamma and beta alone" in text for text in rank["warned"]] == [True]
+        assert rank["updates"] == 12
+        assert rank["evaluated"]
+        assert "BN304" not in rank["codes"]

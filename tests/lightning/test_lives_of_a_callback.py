@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.lightning import BatchNormMonitor
+from bnguard.lightning.trainer import class_path
 
 
 def test_fit_twice_with_the_same_callback(tiny, trainer_of, capsys):
@@ -199,6 +202,17 @@ def test_an_error_of_our_own_anywhere_ends_no_run(place, tiny, trainer_of, monke
 def test_options_that_do_not_exist_are_refused_at_once(options):
     with pytest.raises(ConfigurationError):
         BatchNormMonitor(**options)
+
+
+@pytest.mark.parametrize(
+    ("place", "path"), [({"__file__": "/some/train.py"}, "train.Net"), ({}, "my.Net")]
+)
+def test_the_command_names_a_class_of_the_script_by_the_scripts_name(place, path, monkeypatch):
+    script = types.ModuleType("__main__")
+    vars(script).update(place)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    net = type("Net", (), {"__module__": "__main__"})
+    assert class_path(net()) == path
 
 
 def test_rules_can_be_chosen(tiny, trainer_of, capsys):
