@@ -15,6 +15,9 @@ from bnguard.fixes.calibration.job import Job
 from bnguard.fixes.calibration.randomness import seeded
 from bnguard.moments import Moments, merge_moments
 
+_SAME = 0.05
+_MAX_NOISE = 0.3
+
 
 def everything(values: Tensor) -> Tensor:
     """Return all rows of what arrives at a layer."""
@@ -67,6 +70,17 @@ def observe(
         starts_threads=len(threads) > 1,
         draws_random=not stream.is_untouched,
     )
+
+
+def disturbed_layers(
+    job: Job, alone: Mapping[int, Moments], beside: Mapping[int, Moments]
+) -> set[int]:
+    """Return the indices of the layers at which samples meet something else beside others.
+
+    What others have a part in is off by far more than this allows; but a single value a channel
+    has no spread to tell what is little, so that what rounding may do counts in full.
+    """
+    return differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
 
 
 def differing_layers(
