@@ -15,7 +15,9 @@ from bnguard.fixes.calibration.job import Job
 from bnguard.fixes.calibration.randomness import seeded
 from bnguard.moments import Moments, merge_moments
 
+# What other samples have a part in is off by far more.
 _SAME = 0.05
+# In half precision too, something must be left that counts as another value.
 _MAX_NOISE = 0.3
 
 
@@ -77,8 +79,8 @@ def disturbed_layers(
 ) -> set[int]:
     """Return the indices of the layers at which samples meet something else beside others.
 
-    What others have a part in is off by far more than this allows; but a single value a channel
-    has no spread to tell what is little, so that what rounding may do counts in full.
+    A single value a channel has no spread to tell what is little, so that here what rounding may
+    do counts in full, and not as a share of the tolerance.
     """
     return differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
 
