@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from statistics import fmean
@@ -115,6 +115,7 @@ def recalibrate(
     inner, ranks = unwrapped(model), current_ranks()
     device = _device_of(inner)
     selection = select_layers(inner, layers)
+    _require_writable(selection.layers)
     snapshot = Snapshot(selection.layers)
     gap_samples = GapSamples()
     gate = _Gate(model, score, ranks)
@@ -316,6 +317,17 @@ def _check_options(
         raise ConfigurationError(f"tolerance={tolerance:g} is never reached: use 0.01, say")
     if tolerance is not None and method == "ema":
         raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
+
+
+def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
+    for layer in layers:
+        mean, _ = current_statistics(layer)
+        if mean.is_inference() and not torch.is_inference_mode_enabled():
+            raise CalibrationError(
+                f"{layer.name} was made in inference mode, so its statistics can be written to "
+                "there alone: call recalibrate under torch.inference_mode(), or make the model "
+                "outside of it"
+            )
 
 
 def _share_of(samples: int, ranks: Ranks) -> int:

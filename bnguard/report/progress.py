@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+# What takes no longer needs no bar.
+_LONG_SECONDS = 1.0
+
 
 class CalibrationBar:
     """A bar that says which layer the samples are at, and how long the rest will take.
 
-    A context manager; the bar is gone afterwards.
+    A context manager; the bar appears where the work is long, and is gone afterwards.
     """
 
     def __init__(self) -> None:
+        self._begin = time.monotonic()
         self._progress = Progress(
             TextColumn("recalibrating"),
             BarColumn(),
@@ -27,7 +32,7 @@ class CalibrationBar:
         self._samples = self._layers = 1
 
     def __enter__(self) -> CalibrationBar:
-        self._progress.start()
+        self._begin = time.monotonic()
         return self
 
     def __exit__(
@@ -36,7 +41,8 @@ class CalibrationBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def start(self, samples: int, layers: int) -> None:
         """Begin anew: so many samples are to pass so many layers."""
@@ -46,6 +52,8 @@ class CalibrationBar:
 
     def advance(self, samples: int) -> None:
         """So many samples passed one more layer; may be called from any thread."""
+        if time.monotonic() - self._begin >= _LONG_SECONDS:
+            self._progress.start()  # Again and again, which does nothing.
         self._progress.advance(self._task, samples)
         done = int(self._progress.tasks[0].completed) // self._samples
         self._progress.update(self._task, layer=self._layer(done))

@@ -226,6 +226,18 @@ def test_lazy_layers_want_a_batch_first():
     assert bnguard.recalibrate(model, [torch.randn(30, 4)]).is_kept
 
 
+def test_inference_mode():
+    x = torch.randn(30, 4)
+    with torch.inference_mode():
+        model = net()
+        before = copy.deepcopy(model)
+    with pytest.raises(CalibrationError, match="1 was made in inference mode"):
+        bnguard.recalibrate(model, x.split(7))
+    with torch.inference_mode():
+        bnguard.recalibrate(model, x.split(7))
+        check(before, model, x)
+
+
 def test_layers_can_be_chosen_by_name_and_by_pattern():
     model, x = nn.Sequential(net(), net()[1:]), torch.randn(30, 4)
     assert set(bnguard.recalibrate(model, [x], layers=["0.*"]).after) == {"0.1", "0.3"}

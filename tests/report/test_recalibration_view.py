@@ -72,6 +72,7 @@ def test_the_score_and_the_verdict():
 def test_a_bar_says_samples_layers_and_the_time_left(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("bnguard.report.progress._LONG_SECONDS", 0.0)
     with CalibrationBar() as bar:
         bar.start(samples=1024, layers=4)
         threads = [threading.Thread(target=bar.advance, args=(512,)) for _ in range(4)]
@@ -85,13 +86,20 @@ def test_a_bar_says_samples_layers_and_the_time_left(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["exact", "precise", "ema"])
-def test_a_terminal_shows_the_bar_and_a_pipe_does_not(monkeypatch, method):
-    x = torch.randn(64, 4)
-    for stream, options, is_shown in (
-        (Terminal(), {}, True),
-        (Terminal(), {"progress": False}, False),
-        (io.StringIO(), {}, False),
+def test_a_terminal_shows_the_bar_on_long_work_and_a_pipe_does_not(monkeypatch, method):
+    class Slow(nn.Sequential):
+        def forward(self, x):
+            time.sleep(0.3)
+            return super().forward(x)
+
+    monkeypatch.setattr("bnguard.report.progress._LONG_SECONDS", 0.5)
+    quick, slow = blocks(2), Slow(*blocks(2))
+    for model, stream, options, is_shown in (
+        (slow, Terminal(), {}, True),
+        (slow, Terminal(), {"progress": False}, False),
+        (slow, io.StringIO(), {}, False),
+        (quick, Terminal(), {}, False),
     ):
         monkeypatch.setattr(sys, "stderr", stream)
-        bnguard.recalibrate(blocks(2), x.split(8), method=method, **options)
+        bnguard.recalibrate(model, torch.randn(24, 4).split(12), method=method, **options)
         assert ("recalibrating" in stream.getvalue()) is is_shown

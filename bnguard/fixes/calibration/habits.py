@@ -19,13 +19,10 @@ from bnguard.fixes.calibration.batches import Batch, can_be_joined, joined
 from bnguard.fixes.calibration.job import Job
 from bnguard.fixes.calibration.observation import (
     Observation,
-    differing_layers,
+    disturbed_layers,
     everything,
     observe,
 )
-
-# What another sample has its part in is off by far more.
-_SAME = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,8 @@ def _second_half(values: Tensor) -> Tensor:
     return values[len(values) // 2 :]
 
 
-def _is_same(job: Job, first: Observation, second: Observation) -> bool:
-    return first.calls == second.calls and not differing_layers(
-        first.moments, second.moments, _SAME, job.noise
-    )
+def _is_same(job: Job, alone: Observation, beside: Observation) -> bool:
+    return alone.calls == beside.calls and not disturbed_layers(job, alone.moments, beside.moments)
 
 
 def _is_faster_in_channels_last(job: Job) -> bool:

@@ -14,7 +14,7 @@ from bnguard.fixes.calibration.batches import Batch
 from bnguard.fixes.calibration.chunks import Chunk
 from bnguard.fixes.calibration.habits import Habits
 from bnguard.fixes.calibration.job import Job
-from bnguard.fixes.calibration.observation import differing_layers, observe
+from bnguard.fixes.calibration.observation import disturbed_layers, observe
 from bnguard.fixes.calibration.randomness import RandomStream
 from bnguard.fixes.calibration.settling import IrregularError, settle
 from bnguard.fixes.calibration.walks import (
@@ -26,12 +26,10 @@ from bnguard.fixes.calibration.walks import (
 )
 from bnguard.moments import Moments
 
-# What other chunks disturb is off by far more.
-_SAME = 0.05
 # So many samples of a chunk are looked at again.
 _WITNESSES = 2
 # A forward that takes longer waits for another, as for a lock that stands at a layer with that one.
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 10.0
 _PATIENCE_FORWARDS = 50
 
 
@@ -188,7 +186,7 @@ class _Walks:
             return False
         alone = observe(self._job, self._witness)
         return alone.calls != tuple(self._settled) or bool(
-            differing_layers(alone.moments, self._met_by_witness, _SAME, self._job.noise)
+            disturbed_layers(self._job, alone.moments, self._met_by_witness)
         )
 
 

@@ -15,6 +15,11 @@ from bnguard.fixes.calibration.job import Job
 from bnguard.fixes.calibration.randomness import seeded
 from bnguard.moments import Moments, merge_moments
 
+# What other samples have a part in is off by far more.
+_SAME = 0.05
+# In half precision too, something must be left that counts as another value.
+_MAX_NOISE = 0.3
+
 
 def everything(values: Tensor) -> Tensor:
     """Return all rows of what arrives at a layer."""
@@ -67,6 +72,17 @@ def observe(
         starts_threads=len(threads) > 1,
         draws_random=not stream.is_untouched,
     )
+
+
+def disturbed_layers(
+    job: Job, alone: Mapping[int, Moments], beside: Mapping[int, Moments]
+) -> set[int]:
+    """Return the indices of the layers at which samples meet something else beside others.
+
+    A single value a channel has no spread to tell what is little, so that here what rounding may
+    do counts in full, and not as a share of the tolerance.
+    """
+    return differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
 
 
 def differing_layers(

@@ -6,30 +6,12 @@ from torch import nn
 
 from bnguard.fixes.calibration.batches import Batch
 from bnguard.fixes.calibration.habits import learn_habits
-from bnguard.fixes.calibration.job import Job, unbiased
-from bnguard.fixes.calibration.progress import Silent
-from bnguard.fixes.calibration.ranks import SingleRank
-from bnguard.layers import find_layers
+from tests.fixes.calibration.jobs import job_of
 
 
 def habits_of(model, x, *, batches=1):
-    job = Job(
-        model=model.eval(),
-        device=torch.device("cpu"),
-        noise=1e-4,
-        layers=find_layers(model),
-        batches=iter(()),
-        samples=100,
-        forward=None,
-        estimate=unbiased,
-        on_nonfinite="skip",
-        memory=2**30,
-        tolerance=None,
-        ranks=SingleRank(),
-        progress=Silent(),
-    )
     with torch.no_grad():
-        return learn_habits(job, [Batch(i, (x,), {}, len(x)) for i in range(batches)])
+        return learn_habits(job_of(model), [Batch(i, (x,), {}, len(x)) for i in range(batches)])
 
 
 class Model(nn.Module):
