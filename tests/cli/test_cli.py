@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,44 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
-DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
-
-
-def bnguard(folder, *arguments):
-    assert BNGUARD is not None
-    return subprocess.run(
-        [BNGUARD, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # The networks are tiny: a second thread costs more than it brings.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def is_one_line_error(done):
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("bnguard: error: ")
-    return line
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """The demo, run once: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = bnguard(folder, "demo", "--output", "out")
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-@pytest.fixture
-def checkpoint(demo, tmp_path):
-    return Path(shutil.copy(demo[0] / "out" / "digits-0.ckpt", tmp_path / "last.ckpt"))
+from tests.cli.running import DEMO, bnguard, is_one_line_error
 
 
 def accuracy_line(text):
