@@ -12,7 +12,7 @@ from bnguard.cli.parsing import command_parser
 
 _EXAMPLES = """
 examples:
-  bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule --split train
+  bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule
   bnguard recalibrate lightning_logs/version_0/checkpoints/last.ckpt --dry-run
 """
 

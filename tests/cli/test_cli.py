@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -219,9 +222,37 @@ def test_rules_and_pages_are_shown(tmp_path):
     assert "did you mean 'bnguard inspect'" in is_one_line_error(bnguard(tmp_path, "inspct", "x"))
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "recalibrate", "explain", "rules"])
-def test_every_command_has_help(command, tmp_path):
-    done = bnguard(tmp_path, command, "--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: bnguard {command}")
-    assert max(map(len, done.stdout.splitlines())) <= 100
+ANSWER_AT_ONCE = """
+import contextlib, io, sys
+from bnguard.cli import COMMANDS, main
+
+def shown(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(arguments)
+    return out.getvalue()
+
+assert all(command in shown("--help") for command in COMMANDS)
+for command in COMMANDS:
+    text = shown(command, "--help")
+    assert text.startswith(f"usage: bnguard {command}"), text
+    _, _, examples = text.partition("\\nexamples:\\n")
+    assert examples.count(f"  bnguard {command}") >= 2, text
+    assert max(map(len, text.splitlines())) <= 80, text
+assert "BN301" in shown("rules") and "BN301" in shown("explain", "BN301")
+slow = {"torch", "pytorch_lightning", "tensorboard"} & sys.modules.keys()
+assert not slow, slow
+"""
+
+
+def test_every_command_has_help_and_two_examples_at_once(tmp_path):
+    """What takes seconds to import is not."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER_AT_ONCE],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr
