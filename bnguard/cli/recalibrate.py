@@ -79,7 +79,10 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
     parser.add_argument(
-        "--precision", type=Literal["32-true", "16-mixed", "bf16-mixed"], default="32-true"
+        "--precision",
+        type=Literal["32-true", "16-mixed", "bf16-mixed"],
+        default="32-true",
+        help="as the Trainer names it",
     )
     parser.add_argument("--output", type=str, help="where to write; NAME-recalibrated by default")
     parser.add_argument(
