@@ -232,15 +232,21 @@ def shown(*arguments):
     return out.getvalue()
 
 assert all(command in shown("--help") for command in COMMANDS)
-for command in COMMANDS:
+def is_helpful(command):
     text = shown(command, "--help")
     assert text.startswith(f"usage: bnguard {command}"), text
     _, _, examples = text.partition("\\nexamples:\\n")
     assert examples.count(f"  bnguard {command}") >= 2, text
     assert max(map(len, text.splitlines())) <= 80, text
+
+import_torch = {"swap", "diagnose"} & COMMANDS.keys()
+for command in COMMANDS.keys() - import_torch:
+    is_helpful(command)
 assert "BN301" in shown("rules") and "BN301" in shown("explain", "BN301")
 slow = {"torch", "pytorch_lightning", "tensorboard"} & sys.modules.keys()
 assert not slow, slow
+for command in import_torch:
+    is_helpful(command)
 """
 
 
