@@ -46,7 +46,7 @@ def _printed(command: str, folder: Path) -> str:
     path = shutil.which(program, path=str(Path(sys.executable).parent))
     assert path is not None
     done = subprocess.run(
-        [path, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [path, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode in (0, 1), done.stderr
     text = done.stdout.strip("\n").replace(f"{folder.resolve()}/", "")

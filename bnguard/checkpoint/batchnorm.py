@@ -161,7 +161,11 @@ class _Reader:
         if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER:
             self._note(group, f"{COUNTER} is no count (shape {tensor.shape}, {tensor.dtype})")
             return None
-        return int(tensor.read().item())
+        count = int(tensor.read().item())
+        if count < 0:
+            self._note(group, f"{COUNTER} is {count}, which is no count")
+            return None
+        return count
 
     def _affine(self, group: TensorGroup, attribute: str) -> FloatArray | None:
         tensor = group.tensors.get(attribute)

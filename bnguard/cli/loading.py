@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 # For the help of these commands, after the options.
 SUBJECTS_HELP = """
 the model and its data:
-  --model PACKAGE.Class   class or function that makes the model; its own arguments
-                          follow as --model.NAME, and start from the hyper-parameters
-                          that the checkpoint holds
-  --data PACKAGE.Class    class of a data module, or function that gives a loader; its
-                          own arguments follow as --data.NAME; not needed where the
-                          model has loaders itself
-  --config FILE           both of them, as LightningCLI saved them; found by itself
-                          beside the checkpoint; of classes that it does not name,
-                          --model and --data do
+  --model PACKAGE.Class   class or function that makes the model; its arguments
+                          follow as --model.NAME, and start from those of
+                          --config and the checkpoint's hyper-parameters
+  --data PACKAGE.Class    class of a data module, or function that gives a
+                          loader, its arguments as --data.NAME; not needed
+                          where the model has loaders itself
+  --config FILE           what LightningCLI saved, found beside the checkpoint
+                          by itself; where it names no class, --model does
 """
 WEIGHTS_HELP = "which model of a file that holds several, as inspect calls it: ema, say"
 

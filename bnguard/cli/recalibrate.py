@@ -12,7 +12,7 @@ from bnguard.cli.parsing import command_parser
 
 _EXAMPLES = """
 examples:
-  bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule --split train
+  bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule
   bnguard recalibrate lightning_logs/version_0/checkpoints/last.ckpt --dry-run
   torchrun --nproc_per_node 2 -m bnguard recalibrate last.ckpt --config config.yaml
                           shares the samples out among processes
@@ -82,7 +82,10 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
     parser.add_argument(
-        "--precision", type=Literal["32-true", "16-mixed", "bf16-mixed"], default="32-true"
+        "--precision",
+        type=Literal["32-true", "16-mixed", "bf16-mixed"],
+        default="32-true",
+        help="as the Trainer names it",
     )
     parser.add_argument("--output", type=str, help="where to write; NAME-recalibrated by default")
     parser.add_argument(

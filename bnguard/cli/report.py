@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from bnguard.cli.parsing import command_parser
-from bnguard.tensorboard.logged import logged_runs
-from bnguard.tensorboard.page import write_page
 
 _EXAMPLES = """
 examples:
@@ -26,6 +24,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("logdir", type=str, help="folder with event files")
     parser.add_argument("--html", type=str, help="file to write the page to")
     values = parser.parse_args(arguments)
+    # TensorBoard, which takes a second to import, is not needed to say what this does.
+    from bnguard.tensorboard.logged import logged_runs
+    from bnguard.tensorboard.page import write_page
+
     folder = Path(values.logdir)
     if values.html is not None:
         write_page(folder, Path(values.html))

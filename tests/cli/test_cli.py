@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,44 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
-DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
-
-
-def bnguard(folder, *arguments):
-    assert BNGUARD is not None
-    return subprocess.run(
-        [BNGUARD, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # The networks are tiny: a second thread costs more than it brings.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def is_one_line_error(done):
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("bnguard: error: ")
-    return line
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """The demo, run once: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = bnguard(folder, "demo", "--output", "out")
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-@pytest.fixture
-def checkpoint(demo, tmp_path):
-    return Path(shutil.copy(demo[0] / "out" / "digits-0.ckpt", tmp_path / "last.ckpt"))
+from tests.cli.running import DEMO, bnguard, is_one_line_error
 
 
 def accuracy_line(text):
@@ -261,9 +222,43 @@ def test_rules_and_pages_are_shown(tmp_path):
     assert "did you mean 'bnguard inspect'" in is_one_line_error(bnguard(tmp_path, "inspct", "x"))
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "recalibrate", "explain", "rules"])
-def test_every_command_has_help(command, tmp_path):
-    done = bnguard(tmp_path, command, "--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: bnguard {command}")
-    assert max(map(len, done.stdout.splitlines())) <= 100
+ANSWER_AT_ONCE = """
+import contextlib, io, sys
+from bnguard.cli import COMMANDS, main
+
+def shown(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(arguments)
+    return out.getvalue()
+
+assert all(command in shown("--help") for command in COMMANDS)
+def is_helpful(command):
+    text = shown(command, "--help")
+    assert text.startswith(f"usage: bnguard {command}"), text
+    _, _, examples = text.partition("\\nexamples:\\n")
+    assert examples.count(f"  bnguard {command}") >= 2, text
+    assert max(map(len, text.splitlines())) <= 80, text
+
+import_torch = {"swap", "diagnose"} & COMMANDS.keys()
+for command in COMMANDS.keys() - import_torch:
+    is_helpful(command)
+assert "BN301" in shown("rules") and "BN301" in shown("explain", "BN301")
+slow = {"torch", "pytorch_lightning", "tensorboard"} & sys.modules.keys()
+assert not slow, slow
+for command in import_torch:
+    is_helpful(command)
+"""
+
+
+def test_every_command_has_help_and_two_examples_at_once(tmp_path):
+    """What takes seconds to import is not."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER_AT_ONCE],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,170 @@
+"""``bnguard recalibrate`` on files of several models, on folders, and with its options."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.distributed.checkpoint as dcp
+
+from bnguard.checkpoint import compare, read_checkpoint
+from bnguard.demo import DigitsData, DigitsNet
+from tests.checkpoint.saving import save_distributed, save_sharded_bin, used_network
+from tests.cli.running import DEMO, bnguard, is_one_line_error
+
+MINE = """
+import torch
+from torch import nn
+from tests.checkpoint.saving import Network
+
+class Discriminator(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+def build(width: int = 6):
+    return Network()
+
+def images(count: int = 12):
+    torch.manual_seed(0)
+    return [2 * torch.randn(4, 3, 9, 9) + 1 for _ in range(count)]
+
+def averaged():
+    return torch.optim.swa_utils.AveragedModel(Network()).module
+"""
+PLAIN = ("--model", "mine:build", "--data", "mine:images")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, request):
+    monkeypatch.setenv("PYTHONPATH", str(request.config.rootpath))
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path
+
+
+def moved(before, after):
+    difference = compare(read_checkpoint(before), read_checkpoint(after))
+    assert difference.entries == ()
+    return [not layer.is_identical for layer in difference.layers]
+
+
+def test_of_several_models_the_one_that_is_meant(folder):
+    network = used_network()
+    state = network.state_dict()
+    torch.save({"model": state, "ema": state}, folder / "two.pt")
+    line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN))
+    assert "holds several models, 'model', 'ema', of which 'model', 'ema' fit Network" in line
+    assert "--weights NAME" in line
+    line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN, "--weights", "emma"))
+    assert "did you mean 'ema'?" in line
+
+    other = {k: v.clone() for k, v in state.items()}
+    torch.save({"model": state, "ema": other}, folder / "two.pt")
+    done = bnguard(folder, "recalibrate", "two.pt", *PLAIN, "--weights", "ema")
+    assert done.returncode == 0, done.stderr
+    assert moved(folder / "two.pt", folder / "two-recalibrated.pt") == [False] * 3 + [True] * 3
+
+    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    gan = {"generator": state, "discriminator": discriminator.state_dict()}
+    torch.save(gan, folder / "gan.pt")
+    done = bnguard(
+        folder, "recalibrate", "gan.pt", "--model=mine.Discriminator", "--data=mine:images"
+    )
+    assert done.returncode == 0, done.stderr
+    assert moved(folder / "gan.pt", folder / "gan-recalibrated.pt") == [False] * 3 + [True]
+
+
+def test_averaged_weights_as_torch_saves_them(folder):
+    averaged = torch.optim.swa_utils.AveragedModel(used_network())
+    torch.save(averaged.state_dict(), folder / "swa.pt")
+    done = bnguard(folder, "recalibrate", "swa.pt", "--model=mine:averaged", "--data=mine:images")
+    assert done.returncode == 0, done.stderr
+    assert all(moved(folder / "swa.pt", folder / "swa-recalibrated.pt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folders_are_copied_beside_and_backed_up(folder):
+    network = used_network()
+    shutil.move(save_distributed(network, folder), folder / "step=10.5")
+    done = bnguard(folder, "recalibrate", "step=10.5", *PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert all(moved(folder / "step=10.5", folder / "step=10.5-recalibrated"))
+    loaded = {"model": used_network().state_dict()}
+    dcp.load(loaded, checkpoint_id=folder / "step=10.5-recalibrated")
+
+    sharded = save_sharded_bin(network, folder)
+    shutil.copy(folder / "mine.py", sharded)
+    # From within, where the folder has no name.
+    done = bnguard(
+        sharded, "recalibrate", "pytorch_model.bin.index.json", *PLAIN, "--in-place", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    done = bnguard(folder, "recalibrate", f"{sharded.name}/", *PLAIN, "--in-place")
+    assert done.returncode == 0, done.stderr
+    assert all(moved(folder / f"{sharded.name}.bak", sharded))
+    line = is_one_line_error(bnguard(folder, "recalibrate", sharded.name, *PLAIN, "--in-place"))
+    assert f"{sharded.name}.bak exists already: move it away, or use --force" in line
+
+
+@pytest.mark.slow
+def test_methods_and_their_options_do_what_the_library_does(checkpoint):
+    folder = checkpoint.parent
+    statistics = {}
+    for name, options in {
+        "exact": (),
+        "precise": ("--method", "precise", "--precision", "bf16-mixed"),
+        "adapt": ("--method", "adapt", "--prior", "100000"),
+        "small": ("--memory", "2MB", "--holdout", "0.5", "--tolerance", "0.5"),
+    }.items():
+        output = f"{name}.ckpt"
+        done = bnguard(
+            folder, "recalibrate", checkpoint, *DEMO, "--keep", "always", "--output", output,
+            *options, "--json", "--device", "cpu", "--samples", 300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert (document["schema"], document["kept"], document["written"]) == (1, True, output)
+        statistics[name] = read_checkpoint(folder / output).layers[3].running_mean
+    old = read_checkpoint(checkpoint).layers[3].running_mean
+    distances = {name: abs(mean - old).max() for name, mean in statistics.items()}
+    assert len(set(distances.values())) == len(distances)
+    assert distances["adapt"] == min(distances.values()) < 0.05 * distances["exact"]
+    for options, message in (
+        (("--prior", "3"), "method='adapt'"),
+        (("--device", "tpu9"), "--device tpu9 cannot be used"),
+    ):
+        line = is_one_line_error(
+            bnguard(folder, "recalibrate", checkpoint, *DEMO, *options, "--output", "x.ckpt")
+        )
+        assert message in line
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+def test_training_resumes_from_what_was_repaired_in_place(checkpoint):
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--in-place")
+    assert done.returncode == 0, done.stderr
+    repaired = torch.load(checkpoint, weights_only=True)["state_dict"]
+    started = {}
+
+    class Start(pl.Callback):
+        def on_train_start(self, trainer, module):
+            started.update(step=trainer.global_step)
+            started.update({key: value.clone() for key, value in module.state_dict().items()})
+            trainer.should_stop = True
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=4,
+        limit_train_batches=2,
+        limit_val_batches=0,
+        callbacks=[Start()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(DigitsNet(), DigitsData(), ckpt_path=checkpoint)
+    assert started.pop("step") == 225
+    assert all(torch.equal(started[key], repaired[key]) for key in repaired)
