@@ -216,6 +216,14 @@ def ratio_of_layers(history: History) -> float | None:
     )
 
 
+def drift_after_new_weights(history: History) -> float | None:
+    return drift_of_layers(history) if history.run.has_new_weights_in_evaluation else None
+
+
+def ratio_after_new_weights(history: History) -> float | None:
+    return ratio_of_layers(history) if history.run.has_new_weights_in_evaluation else None
+
+
 def initial_statistics_left(history: History) -> float | None:
     return _largest([layer.initial_weight for layer in history.layers])
 
@@ -250,8 +258,18 @@ MEASURES: tuple[tuple[str, str, float | None, Measure], ...] = (
         UnconvergedStatistics().max_initial_weight,
         initial_statistics_left,
     ),
-    ("BN304", "shift after new weights, σ", StaleStatistics().max_shift_std, drift_of_layers),
-    ("BN304", "log ratio after them", StaleStatistics().max_log_variance_ratio, ratio_of_layers),
+    (
+        "BN304",
+        "shift after new weights, σ",
+        StaleStatistics().max_shift_std,
+        drift_after_new_weights,
+    ),
+    (
+        "BN304",
+        "log ratio after them",
+        StaleStatistics().max_log_variance_ratio,
+        ratio_after_new_weights,
+    ),
     ("BN305", "shift of the input, σ", InputShift().max_shift_std, shift_of_input),
     ("BN305", "log ratio of the input", InputShift().max_log_variance_ratio, log_ratio_of_input),
     (
