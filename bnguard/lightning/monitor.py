@@ -139,7 +139,7 @@ class BatchNormMonitor(GuardedCallback):
             monitor.load_state_dict(before)
         self._log = RunLog(trainer, monitor.rules)
         if self._is_printed and trainer.is_global_zero and not is_rehearsal(trainer):
-            show(trainer, self._greeting(trainer))
+            show(self._greeting(trainer))
 
     @guarded
     def on_train_batch_start(
@@ -281,7 +281,7 @@ class BatchNormMonitor(GuardedCallback):
         if not self._momenta:
             if trainer.is_global_zero:
                 name = type(pl_module).__name__
-                show(trainer, f"bnguard: {name} has no BN layers, so there is nothing to watch")
+                show(f"bnguard: {name} has no BN layers, so there is nothing to watch")
             return None
         self._monitor = watch(
             pl_module,
@@ -350,11 +350,11 @@ class BatchNormMonitor(GuardedCallback):
         self._told.update(finding.key for finding in new)
         for group in group_findings(new):
             if trainer.global_rank == rank:
-                show(trainer, notice(group))
+                show(notice(group))
             if self._stop_level is not None and group.worst.severity >= self._stop_level:
                 trainer.should_stop = True
                 if trainer.is_global_zero:
-                    show(trainer, f"bnguard: stopping the trainer because of {group.worst.code}")
+                    show(f"bnguard: stopping the trainer because of {group.worst.code}")
 
     def _present(self, trainer: Trainer, report: Report) -> None:
         self.report = report
@@ -362,7 +362,7 @@ class BatchNormMonitor(GuardedCallback):
             return
         folder = log_folder(trainer)
         if self._is_printed:
-            show(trainer, "\n".join([drawn(report), *_commands(trainer, report)]))
+            show("\n".join([drawn(report), *_commands(trainer, report)]))
         if self._is_written and folder is not None:
             write_document(report, folder / REPORT_FILE)
 

@@ -247,7 +247,7 @@ class BatchNormRecalibration(GuardedCallback):
             else {}
         )
         if trainer.is_global_zero:
-            show(trainer, f"bnguard: {_told(result, score, moment)}")
+            show(f"bnguard: {_told(result, score, moment)}")
 
     def _drawn(
         self, trainer: Trainer, module: LightningModule, data: Split | Iterable[object]

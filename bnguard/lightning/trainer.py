@@ -86,13 +86,14 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
     return None
 
 
-def show(trainer: Trainer, text: str) -> None:
-    """Print lines without breaking the progress bar."""
-    bar = trainer.progress_bar_callback
-    if bar is not None and getattr(bar, "is_enabled", False):
-        bar.print(text)
-    else:
-        print(text)
+def show(text: str) -> None:
+    """Print lines without breaking a progress bar, of tqdm or rich, or none.
+
+    Not by the trainer's own bar, which prints nothing before it has begun and after it has ended.
+    """
+    tqdm = sys.modules.get("tqdm")
+    # What rich draws makes way for everything that is printed.
+    (print if tqdm is None else tqdm.tqdm.write)(text)
 
 
 def drawn(renderable: RenderableType) -> str:

@@ -72,6 +72,17 @@ def test_trainer_options(options, watched, tiny):
     watched(tiny, **options)
 
 
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar", None])
+def test_all_that_is_said_is_seen_beside_a_progress_bar(bar, trainer_of, tiny, lightning, capsys):
+    bars = [] if bar is None else [getattr(lightning.callbacks, bar)()]
+    callback = BatchNormMonitor(strict=True)
+    trainer_of(callback, *bars, enable_progress_bar=bool(bars)).fit(tiny(momentum=0.001))
+    printed = capsys.readouterr().out
+    assert printed.count("bnguard · watching 2 BN layers") == 1
+    assert printed.count("bnguard: warning: BN303 unconverged-statistics at 2 layers") == 1
+    assert printed.count("bnguard · 2 BN layers · 12 steps") == 1
+
+
 def test_barebones(watched, tiny):
     bare = dict.fromkeys(
         ["enable_checkpointing", "logger", "log_every_n_steps", "enable_progress_bar"]
