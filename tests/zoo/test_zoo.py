@@ -62,7 +62,9 @@ def test_the_scoreboard_counts_what_was_said():
     assert line.split()[1:3] == ["1/2", "50%"]
     assert "healthy runs accused  1 of 3 (2 twins, 1 others)" in text
     assert 'missed: BN103 weight decay on gamma, conv: python -m tests.zoo --only "BN103 we' in text
-    assert "false alarm: BN103 on the twin of BN109 with a bad twin, conv" in text
+    (alarm,) = (line for line in text.splitlines() if line.startswith("false alarm: "))
+    assert alarm.startswith("false alarm: BN103")
+    assert "on the twin of BN109 with a bad twin, conv: python -m tests.zoo" in alarm
 
 
 def poisoned():
