@@ -59,10 +59,12 @@ def test_the_scoreboard_counts_what_was_said():
     accused = FaultyRun(**{**vars(run), "twin": poisoned(), "name": "with a bad twin"})
     text = scoreboard([swapped, accused], [HealthyRun("a healthy run", 5, run.twin)])
     (line,) = (line for line in text.splitlines() if line.startswith("all "))
-    assert line.split()[1:3] == ["1/2", "100%"]
+    assert line.split()[1:3] == ["1/2", "50%"]
     assert "healthy runs accused  1 of 3 (2 twins, 1 others)" in text
     assert 'missed: BN103 weight decay on gamma, conv: python -m tests.zoo --only "BN103 we' in text
-    assert "false alarm: BN103 on the twin of BN109 with a bad twin, conv" in text
+    (alarm,) = (line for line in text.splitlines() if line.startswith("false alarm: "))
+    assert alarm.startswith("false alarm: BN103")
+    assert "on the twin of BN109 with a bad twin, conv: python -m tests.zoo" in alarm
 
 
 def poisoned():
