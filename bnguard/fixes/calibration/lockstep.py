@@ -30,7 +30,7 @@ from bnguard.moments import Moments
 _WITNESSES = 2
 # A forward that takes longer waits for another, as for a lock that stands at a layer with that one.
 _PATIENCE_SECONDS = 10.0
-_PATIENCE_FORWARDS = 50
+_PATIENCE_FORWARDS = 5
 
 
 def lockstep(
