@@ -25,6 +25,7 @@ from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
 from bnguard.report import Report
+from bnguard.report.lines import one_line
 from bnguard.rules import RULES, Rule
 
 _Arguments = ParamSpec("_Arguments")
@@ -40,25 +41,6 @@ def log_findings(group: FindingGroup) -> None:
     """Log findings in one line, through the logger ``bnguard``."""
     level = logging.ERROR if group.worst.severity is Severity.ERROR else logging.WARNING
     logger.log(level, "%s", one_line(group))
-
-
-def one_line(group: FindingGroup) -> str:
-    """Return findings in one line: code, name, where, step, what, evidence, fix."""
-    worst = group.worst
-    return f"{_heading(group)}: {worst.message}; {worst.evidence}. Fix: {worst.fix.summary}"
-
-
-def notice(group: FindingGroup) -> str:
-    """Return findings in two lines, for a terminal where a training runs: where; what, and fix."""
-    worst = group.worst
-    heading = f"bnguard: {worst.severity}: {_heading(group)}"
-    return f"{heading}\n  {worst.message} → {worst.fix.summary}"
-
-
-def _heading(group: FindingGroup) -> str:
-    worst = group.worst
-    when = "" if worst.step is None else f", step {worst.step}"
-    return f"{worst.code} {worst.name} at {group.where}{when}"
 
 
 def watch(

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bnguard.findings import FindingGroup
-from bnguard.monitor import Monitor, notice, watch
+from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
+from bnguard.report.lines import notice
 
 _Arguments = ParamSpec("_Arguments")
 

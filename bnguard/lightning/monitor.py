@@ -29,9 +29,10 @@ from bnguard.lightning.trainer import (
     planned_batches,
     show,
 )
-from bnguard.monitor import Monitor, notice, watch
+from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.report.document import write_document
+from bnguard.report.lines import notice
 from bnguard.rules import RULES, Rule
 
 REPORT_FILE = "bnguard-report.json"
