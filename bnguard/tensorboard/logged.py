@@ -56,7 +56,7 @@ class LoggedRun:
         if self.problem:
             return f"{name} · cannot be shown: {_shown(self.problem)}"
         counts = [
-            f"{number} {severity}"
+            f"{number} {severity}{'s' if number > 1 and severity != 'info' else ''}"
             for severity in _SEVERITIES
             if (number := sum(finding["severity"] == severity for finding in self.findings))
         ]
