@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Beyond this, sums in float32 cost the variance more than 1e-4 of itself.
 _MAX_MEAN_IN_STD = 30.0
+# Kinds of devices that do not compute in float64: Apple's.
+_WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +26,8 @@ class Moments:
 
     Attributes:
         count: Values per channel, n; the same for every channel.
-        mean: Shape ``(C,)``, float64.
-        squares: Sum of squared deviations from ``mean``, shape ``(C,)``, float64.
+        mean: Shape ``(C,)``, of :func:`wide_dtype`.
+        squares: Sum of squared deviations from ``mean``, shape ``(C,)``, of the same.
     """
 
     count: int
@@ -54,6 +56,20 @@ def values_per_channel(shape: torch.Size) -> int:
     return shape[0] * math.prod(shape[2:])
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64, or float32 on a device without it.
+
+    >>> wide_dtype(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in the dtype that sums are kept in."""
+    return values.to(wide_dtype(values.device))
+
+
 def channel_moments(values: Tensor) -> Moments:
     """Return the moments of each channel of ``values``, shape ``(N, C, *)``.
 
@@ -68,7 +84,7 @@ def channel_moments(values: Tensor) -> Moments:
     count = values_per_channel(values.shape)
     channels = values.shape[1]
     if count == 0:
-        zeros = torch.zeros(channels, dtype=torch.float64, device=values.device)
+        zeros = torch.zeros(channels, dtype=wide_dtype(values.device), device=values.device)
         return Moments(0, zeros, zeros.clone())
     values = values.detach()
     if values.dtype in (torch.float16, torch.bfloat16):
@@ -80,12 +96,12 @@ def channel_moments(values: Tensor) -> Moments:
         centre = mean[is_far].to(values.dtype)
         near = values[:, is_far] - centre.view(-1, *[1] * (values.dim() - 2))
         offset, var[is_far] = mean_and_biased_var(near)
-        mean[is_far] = centre.double() + offset
+        mean[is_far] = wide(centre) + offset
     return Moments(count, mean, var * count)
 
 
 def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance, in float64, by the fastest way for the layout."""
+    """Return mean and biased variance, in the widest dtype, by the fastest way for the layout."""
     if values.device.type == "cpu" and values.dim() > 2 and values.is_contiguous():
         return _mean_and_var_of_rows(values.flatten(2))
     if values.device.type in ("cpu", "cuda"):
@@ -93,7 +109,7 @@ def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
     else:
         dims = [0, *range(2, values.dim())]
         var, mean = torch.var_mean(values, dims, correction=0)
-    return mean.double(), var.double()
+    return wide(mean), wide(var)
 
 
 def _mean_and_var_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnguard.adapters import adapter_of
 from bnguard.errors import ConfigurationError
 from bnguard.layers import BatchNormLayer
+from bnguard.moments import wide
 
 Replacements = Mapping[nn.Module, nn.Module]
 
@@ -177,4 +178,4 @@ def _is_close(found: object, expected: object) -> bool:
     if found.shape != expected.shape:
         return False
     tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 3e-2
-    return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    return torch.allclose(wide(found), wide(expected), rtol=tolerance, atol=tolerance)

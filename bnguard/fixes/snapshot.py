@@ -33,7 +33,7 @@ def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
     """Return the statistics that a layer has now, on the host in float64."""
     mean, var = current_statistics(layer)
     return RunningStatistics(
-        mean=mean.double().cpu().numpy().copy(),
-        var=var.double().cpu().numpy().copy(),
+        mean=mean.cpu().double().numpy().copy(),
+        var=var.cpu().double().numpy().copy(),
         updates=None if layer.counter is None else int(layer.counter),
     )

@@ -297,8 +297,8 @@ def _holds(layer: BatchNormLayer, statistics: RunningStatistics) -> bool:
     return (
         mean is not None
         and var is not None
-        and np.array_equal(mean.double().cpu().numpy(), statistics.mean)
-        and np.array_equal(var.double().cpu().numpy(), statistics.var)
+        and np.array_equal(mean.cpu().double().numpy(), statistics.mean)
+        and np.array_equal(var.cpu().double().numpy(), statistics.var)
     )
 
 

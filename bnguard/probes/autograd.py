@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnguard.moments import wide
+
 _NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 
 
@@ -37,4 +39,4 @@ def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None
     mean, inverse_std = node._saved_result1, node._saved_result2
     if mean.dtype not in (torch.float32, torch.float64) or not mean.numel():
         return None
-    return mean, inverse_std.double().pow(-2.0) - eps
+    return mean, wide(inverse_std).pow(-2.0) - eps

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnguard.history import EvalWindow
 from bnguard.layers import BatchNormLayer
-from bnguard.moments import Moments, channel_moments, merge_moments
+from bnguard.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
 from bnguard.probes.hooks import Hooks, Note
 from bnguard.probes.modules import running_statistics
 
@@ -207,8 +207,17 @@ def _is_read(call: int, first: int) -> bool:
 
 def _var_of_samples(values: Tensor) -> Tensor:
     """Return the variance between the means of the samples, ``(C,)``; NaN for one sample."""
-    means = values.flatten(2).mean(2, dtype=torch.float64) if values.dim() > 2 else values.double()
+    means = _mean_of_positions(values)
     return means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)
+
+
+def _mean_of_positions(values: Tensor) -> Tensor:
+    """Return the mean of each sample and channel, shape ``(N, C)``."""
+    if values.dim() == 2:
+        return wide(values)
+    # Half-precision sums overflow.
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return wide(values.flatten(2).mean(2, dtype=dtype))
 
 
 def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:
@@ -217,9 +226,9 @@ def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:
     assert mean is not None
     assert var is not None
     dims = [0, *range(2, values.dim())]
-    low, high = values.amin(dims).double(), values.amax(dims).double()
+    low, high = wide(values.amin(dims)), wide(values.amax(dims))
     distance = torch.maximum(high - mean, mean - low)
-    return (distance / torch.sqrt(var.double() + layer.eps)).amax()
+    return (distance / torch.sqrt(wide(var) + layer.eps)).amax()
 
 
 def _padding_shares(values: Tensor) -> Tensor:
@@ -230,14 +239,14 @@ def _padding_shares(values: Tensor) -> Tensor:
     one is the last position itself.
     """
     if values.dim() < 3:
-        return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
     corner = values.flatten(2)[:, :, -1:]
     # Where the last two positions differ in every sample nothing is padded: no need to look on.
     is_padded = (values.flatten(2)[:, :, -2:-1] == corner).all(1)
     if not is_padded.any():
-        return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
     equal = (values.flatten(2) == corner).all(1).reshape(len(values), *values.shape[2:])
-    kept = torch.ones(len(values), dtype=torch.float64, device=values.device)
+    kept = torch.ones(len(values), dtype=wide_dtype(values.device), device=values.device)
     for axis in range(1, equal.dim()):
         others = [other for other in range(1, equal.dim()) if other != axis]
         constant = (equal.all(others) if others else equal).long()

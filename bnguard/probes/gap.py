@@ -29,6 +29,7 @@ from bnguard.layers import (
     preserved_random_state,
     preserved_statistics,
 )
+from bnguard.moments import wide
 from bnguard.names import without_wrappers
 from bnguard.probes.hooks import Hooks
 
@@ -228,7 +229,7 @@ def _relative_change(outputs: list[Tensor], reference: list[Tensor]) -> float:
     """Return the root mean square of the change, in standard deviations of each reference."""
     ratios = []
     for output, expected in zip(outputs, reference, strict=True):
-        expected, output = expected.double(), output.double()
+        expected, output = wide(expected), wide(output)
         variance = (
             (expected - expected.mean(0, keepdim=True)).square().mean() if expected.dim() else 0.0
         )
@@ -244,7 +245,7 @@ def _flipped_share(outputs: list[Tensor], reference: list[Tensor]) -> float | No
     """Return the share of predictions that change, where an output looks like class scores."""
     for output, expected in zip(outputs, reference, strict=True):
         if output.dim() == 2 and output.shape[1] > 1:
-            return (output.argmax(1) != expected.argmax(1)).double().mean().item()
+            return (output.argmax(1) != expected.argmax(1)).float().mean().item()
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnguard.layers import BatchNormLayer
-from bnguard.moments import channel_moments, values_per_channel
+from bnguard.moments import channel_moments, values_per_channel, wide
 from bnguard.probes.autograd import saved_statistics
 from bnguard.probes.hooks import Hooks, Note
 
@@ -67,7 +67,7 @@ class InputProbe:
 
 
 def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Tensor | None:
-    """Return mean and unbiased variance of a batch, ``(2, C)``, float64; None for no batch."""
+    """Return mean and unbiased variance of a batch, ``(2, C)``; None for no batch."""
     if not (isinstance(value, Tensor) and layer.normalises(value)):
         return None
     n = values_per_channel(value.shape)
@@ -78,7 +78,7 @@ def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Te
         moments = channel_moments(value)
         return torch.stack([moments.mean, moments.var_unbiased])
     mean, var = saved
-    return torch.stack([mean.double(), var * (n / (n - 1))])
+    return torch.stack([wide(mean), var * (n / (n - 1))])
 
 
 def _noted(layer: BatchNormLayer, record: _Record) -> Note:

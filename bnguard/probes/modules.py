@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnguard.history import LayerHistory, RunningStatistics
 from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.moments import wide
 from bnguard.stats import FloatArray
 
 # Classes whose bias shifts a whole channel, so that BN takes it out again.
@@ -97,7 +98,7 @@ def _running(
 
 def array(tensor: Tensor) -> FloatArray:
     """Return a copy of a tensor on the host, in float64."""
-    values: FloatArray = tensor.detach().double().cpu().numpy().copy()
+    values: FloatArray = tensor.detach().cpu().double().numpy().copy()
     return values
 
 
@@ -115,7 +116,7 @@ def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
         if tensor is not None and not tensor.is_meta:
             by_device.setdefault(tensor.device, []).append((place, tensor.detach().view(-1)))
     for parts in by_device.values():
-        row = torch.cat([tensor.double() for _, tensor in parts]).cpu().numpy()
+        row = torch.cat([wide(tensor) for _, tensor in parts]).cpu().double().numpy()
         edges = np.cumsum([tensor.numel() for _, tensor in parts])[:-1]
         for (place, _), values in zip(parts, np.split(row, edges), strict=True):
             arrays[place] = values

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bnguard.history import BatchWindow, RunningStatistics
 from bnguard.layers import BatchNormLayer
+from bnguard.moments import wide, wide_dtype
 from bnguard.probes.window import Window
 from bnguard.stats import FloatArray
 
@@ -136,7 +137,9 @@ class BufferRow:
         vectors = _SMALL_BYTES // max(self._old.values.nbytes // 2, 1)
         small = (vectors - _OTHER_VECTORS) // 2
         self._max_pending = min(max(small, _FEW_PENDING), _MANY_PENDING)
-        self._updates = torch.zeros(len(layers), dtype=torch.float64, device=self._device)
+        self._updates = torch.zeros(
+            len(layers), dtype=wide_dtype(self._device), device=self._device
+        )
         self._restored = torch.zeros_like(self._updates)
         self._poisoned_step = torch.full_like(self._updates, math.nan)
         self.start_window(first_step)
@@ -182,17 +185,17 @@ class BufferRow:
     def readings(self, last_step: int) -> dict[str, BufferReading]:
         """Return what was read, by layer name, in one transfer from the device."""
         self._condense({})
-        channels = torch.cat([self._old.values.view(2, -1), self._window.rows()]).double()
+        channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
         layers = torch.stack(
             [
-                self._old.counters.double(),
+                wide(self._old.counters),
                 self._updates,
                 self._poisoned_step,
                 self._restored,
                 self._weight_squares / self._blends,
             ]
         )
-        flat = torch.cat([channels.view(-1), layers.view(-1)]).cpu().numpy()
+        flat = torch.cat([channels.view(-1), layers.view(-1)]).cpu().double().numpy()
         by_channel = flat[: channels.numel()].reshape(channels.shape)
         by_layer = flat[channels.numel() :].reshape(layers.shape)
         return {
@@ -242,10 +245,12 @@ class BufferRow:
         values = [layer.momentum for layer in self._layers]
         self._is_plain = torch.tensor([value is None for value in values], device=self._device)
         self._kept_of_old = torch.tensor(
-            [1.0 - (value or 0.0) for value in values], dtype=torch.float64, device=self._device
+            [1.0 - (value or 0.0) for value in values],
+            dtype=wide_dtype(self._device),
+            device=self._device,
         )
         repeats = [self._repeats.get(layer.name, 1) for layer in self._layers]
-        self._repeated = torch.tensor(repeats, dtype=torch.float64, device=self._device)
+        self._repeated = torch.tensor(repeats, dtype=wide_dtype(self._device), device=self._device)
         kept = self._kept_of_old**self._repeated
         self._blend_factor = (1.0 - kept) / (1.0 + kept)
 

@@ -46,7 +46,7 @@ class SampleProbe:
         if batches < 2 or (newest is not None and 2 * batches < newest.batches):
             return newest
         variances, means = (
-            torch.stack(part).double().cpu().numpy() for part in zip(*self._moments, strict=True)
+            torch.stack(part).cpu().double().numpy() for part in zip(*self._moments, strict=True)
         )
         is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
         varies = is_finite & (variances > 0.0).any(0)

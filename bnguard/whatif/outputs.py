@@ -58,7 +58,7 @@ class Outputs:
         """Return the share of predictions that differ; None where there are none."""
         if self.predictions is None or expected.predictions is None:
             return None
-        return (self.predictions != expected.predictions).double().mean().item()
+        return (self.predictions != expected.predictions).float().mean().item()
 
     def in_order(self, order: Sequence[int]) -> Outputs | None:
         """Return the outputs of shuffled samples in the order from before; None without rows.

@@ -47,4 +47,4 @@ def _source_of(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
         raise CalibrationError(
             f"{layer.name}: the statistics to mix with are not finite: use prior=0"
         )
-    return mean.double().cpu(), var.double().cpu()
+    return mean.cpu().double(), var.cpu().double()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.layers import BatchNormLayer
-from bnguard.moments import Moments, channel_moments
+from bnguard.moments import Moments, channel_moments, wide
 
 Arrive = Callable[[int, Tensor], None]
 
@@ -39,7 +39,7 @@ def arrived_moments(values: Tensor) -> Moments:
     """
     moments = channel_moments(values)
     if not is_finite(moments) and bool(torch.isfinite(values).all()):
-        return channel_moments(values.double())
+        return channel_moments(wide(values))
     return moments
 
 
@@ -50,7 +50,7 @@ def is_finite(moments: Moments) -> bool:
 
 def on_host(moments: Moments) -> Moments:
     """Return the moments in the memory of the host, where parts are merged and exchanged."""
-    return Moments(moments.count, moments.mean.cpu(), moments.squares.cpu())
+    return Moments(moments.count, moments.mean.cpu().double(), moments.squares.cpu().double())
 
 
 def _hook(index: int, arrive: Arrive) -> Callable[..., None]:

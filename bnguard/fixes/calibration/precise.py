@@ -181,7 +181,7 @@ class _MovingAverage:
         assert mean is not None
         assert var is not None
         updates = 0 if counter is None else int(counter)
-        return cls(mean.double().cpu(), var.double().cpu(), layer.momentum, updates)
+        return cls(mean.cpu().double(), var.cpu().double(), layer.momentum, updates)
 
     def update(self, moments: Moments) -> None:
         self.updates += 1
