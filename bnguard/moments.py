@@ -120,8 +120,8 @@ def _mean_and_var_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     is no more than some standard deviations: what is further off is looked at again.
     """
     count = values_per_channel(rows.shape)
-    mean = rows.sum(2).sum(0, dtype=torch.float64) / count
-    mean_square = torch.linalg.vector_norm(rows, dim=2).double().square().sum(0) / count
+    mean = wide(rows.sum(2)).sum(0) / count
+    mean_square = wide(torch.linalg.vector_norm(rows, dim=2)).square().sum(0) / count
     return mean, (mean_square - mean.square()).clamp_min(0.0)
 
 
