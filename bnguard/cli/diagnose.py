@@ -13,7 +13,7 @@ from bnguard.cli.parsing import command_parser
 _EXAMPLES = """
 examples:
   bnguard diagnose last.ckpt --model my.LitModel --data my.DataModule
-  bnguard diagnose last.ckpt --config lightning_logs/version_0/config.yaml --json
+  bnguard diagnose lightning_logs/version_0/checkpoints/last.ckpt --json
 """
 
 

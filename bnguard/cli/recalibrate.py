@@ -14,7 +14,7 @@ _EXAMPLES = """
 examples:
   bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule
   bnguard recalibrate lightning_logs/version_0/checkpoints/last.ckpt --dry-run
-  torchrun --nproc_per_node 2 -m bnguard recalibrate last.ckpt --config config.yaml
+  torchrun --nproc_per_node 2 -m bnguard recalibrate last.ckpt --dry-run
                           shares the samples out among processes
 """
 

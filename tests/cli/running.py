@@ -1,29 +1,53 @@
-"""Running the real command, in a process of its own."""
+"""Running the real command, in a process of its own.
+
+To import torch and Lightning takes seconds, so the processes are forked from one that has done it.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "torch"])
+
 
 def bnguard(folder, *arguments):
-    assert BNGUARD is not None
-    return subprocess.run(
-        [BNGUARD, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # The networks are tiny: a second thread costs more than it brings.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ["bnguard", *map(str, arguments)]
+    with TemporaryDirectory() as files:
+        out, err = Path(files, "out"), Path(files, "err")
+        process = _FORKS.Process(target=_run, args=(folder, command, out, err))
+        process.start()
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{' '.join(command)} takes more than 300 s")
+        return subprocess.CompletedProcess(
+            command, process.exitcode, out.read_text("utf-8"), err.read_text("utf-8")
+        )
+
+
+def _run(folder, command, out, err):
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(folder)
+    sys.argv = command
+    import torch
+
+    from bnguard.cli import main
+
+    # The networks are tiny: a second thread costs more than it brings.
+    torch.set_num_threads(1)
+    sys.exit(main())
 
 
 def is_one_line_error(done):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bnguard.demo import DigitsNet
+from tests.cli.running import BNGUARD, DEMO, bnguard
 from tests.whatif import trained
 
-BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
-DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
 # Of no training, so that it takes no time to make.
 PLAIN = """
 import torch
@@ -44,19 +39,6 @@ class Data:
 def broken():
     raise OSError("disk on fire")
 """
-
-
-def bnguard(folder, *arguments):
-    assert BNGUARD is not None
-    return subprocess.run(
-        [BNGUARD, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def one_line_error(done):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +15,11 @@ import bnguard as library
 from bnguard.checkpoint.reading import open_contents
 from bnguard.cli import main
 from bnguard.demo import DigitsData, DigitsNet
+from tests.cli.running import DEMO, bnguard
 
-BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 # In a process of its own the deprecations that jsonargparse announces are no errors; nor here.
 pytestmark = pytest.mark.filterwarnings("default")
-DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
 QUICK = (*DEMO, "--steps", "0")
-
-
-def bnguard(folder, *arguments):
-    assert BNGUARD is not None
-    return subprocess.run(
-        [BNGUARD, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -174,7 +158,7 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         seen.update(options)
         return library.swap(model, to)
 
-    monkeypatch.setattr("bnguard.cli.swap.swap", swap)
+    monkeypatch.setattr("bnguard.cli.swapping.swap", swap)
     options = ("--precision", "bf16-mixed", "--state", "swap.state", "--steps", "5")
     assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
     assert seen["fabric"]._precision.precision == "bf16-mixed"
@@ -193,7 +177,7 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         ([*QUICK, "--output", "nowhere/x.ckpt"], "is a folder, or in none"),
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
-        ([*DEMO, "--device", "gpu"], "--device gpu --precision 32-true cannot be used"),
+        ([*DEMO, "--device", "gpu"], "--device gpu cannot be used here"),
         ([*DEMO, "--exclude", '["nothing"]'], "exclude='nothing' matches no BN layer"),
         ([*DEMO, "--state", "last.ckpt", "--steps", "1"], "is no state of a distillation"),
     ],
@@ -214,4 +198,4 @@ def test_errors_are_one_line_and_nothing_is_written(
 def test_a_checkpoint_without_bn_is_refused(tmp_path, capsys):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "plain.pt")
     assert main(["swap", str(tmp_path / "plain.pt"), *DEMO]) == 2
-    assert "has no BN layers, so there is nothing to swap" in capsys.readouterr().err
+    assert "has no BN layers, so there is nothing to do" in capsys.readouterr().err
