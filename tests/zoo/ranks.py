@@ -20,7 +20,9 @@ RANKS = 2
 
 def on_two_ranks(run, *arguments) -> Watched:
     """Return what rank 0 says of a run; ``run`` is a function of a module, since it is sent."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from one that has imported what takes seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytorch_lightning"])
     seed = torch.initial_seed()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
