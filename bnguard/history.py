@@ -187,6 +187,11 @@ class LayerHistory:
         return max(self.values_per_channel, key=lambda n: (self.values_per_channel[n], n))
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the running statistics tell how many updates they have had."""
+        return self.running is not None and bool(self.running.updates)
+
+    @property
     def unseen_calls(self) -> int:
         """Updates whose calls no hook saw, as under ``torch.compile``."""
         return max(0, self.updates_seen - self.calls_in_training)
@@ -269,6 +274,11 @@ class History:
             notes.append(
                 f"{_layers(unseen)} called where no hook sees, as under torch.compile: values per "
                 "channel, streams and eval moments not known"
+            )
+        # A rule that judges the number of updates says so itself, but not where it finds nothing.
+        if any(not layer.is_momentum_known and layer.is_counted for layer in self.layers):
+            notes.append(
+                "no momentum is stored: PyTorch's 0.1 is assumed, with which few updates suffice"
             )
         return tuple(notes)
 
