@@ -31,7 +31,7 @@ class AmplifyingChannel(Rule):
         is an ``error``.
 
     Limits:
-        max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 30,
+        max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,
             a channel that wakes in evaluation reaches 140 to 190.
         max_gain: 1,000. With eps 1e-5 a gain of 316 times gamma is the most there can be.
 
