@@ -85,7 +85,7 @@ def test_the_setup_commands_install_the_tested_set_and_ci_runs_the_second():
     demo, tests = blocks("bash")
     setup = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && '
     assert demo == f"{setup}.venv/bin/bnguard demo\n"
-    assert tests == f"{setup}.venv/bin/python -m pytest -n 2\n"
+    assert tests == f"{setup}.venv/bin/python -m pytest -n 2 --dist worksteal\n"
     assert "<!-- the tests -->\n```bash\n" in README
     assert "<!-- the tests -->" in (ROOT / ".ci" / "run").read_text("utf-8")
 

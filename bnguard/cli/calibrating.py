@@ -46,6 +46,8 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     device = usable_device(values.device)
     model, stored = request.model()
     data = request.data(model)
+    # A loader that shuffles gives the same samples each time.
+    torch.manual_seed(0)
     samples = _samples(data, values)
     scorer = _scorer(model, samples, device, values)
     result = _recalibrated(model.eval(), samples, scorer, device, values)

@@ -165,7 +165,7 @@ def test_bn401_names_the_first_layer_in_the_order_of_calls():
 def test_bn303_believes_no_counter_that_was_set_back(seen, fires):
     start = RunningStatistics(mean=np.zeros(4), var=np.ones(4), updates=0)
     now = running(mean=0.5, var=0.9, updates=10)
-    subject = layer(running_at_start=start, running=now, updates_seen=seen)
+    subject = layer(running_at_start=start, running=now, updates_seen=seen, calls_in_training=seen)
     assert bool(found("BN303", subject)) is fires
 
 
