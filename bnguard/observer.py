@@ -222,6 +222,9 @@ class Observer:
                 update before they are used.
         """
         self.follow_model()
+        if self.steps == 0:
+            # A loop that tells of no step moves the buffers all the same.
+            self._buffers.forget_changes()
         readings = self._buffers.readings()
         self._look_for_origin(readings)
         run = Run(

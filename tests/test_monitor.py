@@ -219,6 +219,34 @@ def test_the_report_fits_eighty_columns_without_a_terminal():
     assert "3 layers, worst 1" in text
 
 
+def test_a_loop_that_tells_of_no_step_is_told_so():
+    images, _ = digits()
+    model = conv_net()
+    with bnguard.watch(model) as monitor:
+        for batch in images[:640].split(64):
+            model(batch)
+    report = monitor.report()
+    # Ten updates are too few indeed; that the statistics moved behind our back is no finding.
+    assert {finding.code for finding in report.findings} == {"BN303"}
+    assert "no step was told of: call monitor.step() after each step of training" in report.history.notes
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_it_is_said_where_no_evaluation_was_seen(evaluates):
+    images, _ = digits()
+    model = conv_net()
+    with bnguard.watch(model) as monitor:
+        for batch in images[:640].split(64):
+            model(batch)
+            monitor.step()
+        if evaluates:
+            model.eval()
+            with torch.no_grad(), monitor.evaluation():
+                model(images[1200:])
+    said = any("no evaluation was seen" in note for note in monitor.report().history.notes)
+    assert said is not evaluates
+
+
 def test_a_hundred_layers_with_one_cause_are_one_entry():
     model = nn.Sequential(*[nn.BatchNorm1d(4, momentum=0.001) for _ in range(100)])
     with bnguard.watch(model, on_findings=lambda group: None) as monitor:

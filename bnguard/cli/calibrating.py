@@ -68,6 +68,8 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         "score_after": result.score_after,
     }
     notes = [*request.notes, *_notes(samples, scorer)]
+    if not data.is_module and values.split != parser.get_default("split"):
+        notes.append(f"--split {values.split} was left out: {data.path} is a function")
     written, said = None, f"not written (--dry-run): {output}"
     if not result.is_kept:
         said = "not written: the score got worse (--keep always writes it all the same)"

@@ -54,7 +54,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     named = shlex.join([str(request.checkpoint.path), *_subject_arguments(arguments)])
     diagnosis = replace(
         diagnosis,
-        cause=_with_command(diagnosis.cause, named, values.split),
+        cause=_with_command(diagnosis.cause, named, values.split if data.is_module else None),
         notes=(*_score_notes(scorer), *request.notes, *notes, *diagnosis.notes),
     )
     if values.json:
@@ -116,8 +116,20 @@ def _score_notes(scorer: Scorer | None) -> tuple[str, ...]:
     return (f"the score is {'minus ' if is_turned else ''}{metric}, on the evaluation samples",)
 
 
-def _with_command(cause: Cause, named: str, split: str) -> Cause:
-    """Return the cause with a command as the next step, where a command does it."""
+def _with_command(cause: Cause, named: str, split: str | None) -> Cause:
+    """Return the cause with a command as the next step, where a command does it.
+
+    Args:
+        cause: The cause.
+        named: The checkpoint, and what names model and data.
+        split: The evaluation data; None where a function gives the only loader there is.
+    """
+    if split is None:
+        if not cause.is_fault:
+            return cause
+        function = "--data takes a function that gives the training loader, too"
+        advice = f"{cause.advice} ({function})"
+        return replace(cause, advice=advice, next_step=f"bnguard recalibrate {named}")
     recalibrate = f"bnguard recalibrate {named} --split"
     if cause.name == "correlated-batches":
         return cause

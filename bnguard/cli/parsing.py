@@ -19,7 +19,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of examples as they are, and says of an option what a user needs."""
 
     def _get_help_string(self, action: Action) -> str:
-        text = action.help or ""
+        text = (action.help or "").replace("(default: %(default)s)", "").rstrip()
         has_default = action.option_strings and action.default not in (None, False, [], SUPPRESS)
         return f"{text} (default: {action.default})" if has_default else text
 

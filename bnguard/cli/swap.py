@@ -41,7 +41,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument("--to", type=str, default="group", help=_TARGETS)
-    parser.add_argument("--groups", type=PositiveInt, default=32, help="at most")
+    parser.add_argument("--groups", type=PositiveInt, default=32, help="groups of a layer, at most")
     parser.add_argument("--exclude", type=list[str], default=[], help="layers to leave")
     parser.add_argument(
         "--steps", type=NonNegativeInt, default=200, help="steps to learn at most; 0 only swaps"

@@ -203,8 +203,10 @@ class _Gate:
     @property
     def is_worse(self) -> bool:
         """Whether the score fell, or is no number any more."""
-        if self.before is None or self.after is None or math.isnan(self.before):
+        if self.before is None or self.after is None:
             return False
+        if math.isnan(self.before):
+            return math.isnan(self.after)
         return not self.after >= self.before
 
     @property
@@ -229,7 +231,16 @@ class _Gate:
             self._scored_on.of_inputs(inner),
         ):
             self._model.eval()
-            return fmean(self._ranks.together(lambda: float(score(self._model))))
+            return fmean(self._ranks.together(lambda: _number(score(self._model))))
+
+
+def _number(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"score= has to return a number, the higher the better, not {score!r}"
+        ) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from bnguard.errors import CalibrationError
@@ -60,6 +61,8 @@ class Teaching:
         with _moved(student, self.engine):
             self.engine.to_device(teacher)
             notes = self._mended(teacher)
+            if notes:
+                _hand_on_statistics(pairs)
             distillation = distil(
                 student,
                 teacher,
@@ -118,3 +121,13 @@ def _moved(model: nn.Module, engine: Engine) -> Iterator[None]:
     finally:
         if OwnDevice(model).device != home:
             model.to(home)
+
+
+@torch.no_grad()
+def _hand_on_statistics(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    """Give the student's layers that keep running statistics those of their teacher."""
+    for layer, taught_by in pairs:
+        for name in ("running_mean", "running_var"):
+            own, other = getattr(layer, name, None), getattr(taught_by, name, None)
+            if own is not None and other is not None:
+                own.copy_(other)

@@ -365,7 +365,10 @@ class BatchNormMonitor(GuardedCallback):
         if self._is_printed:
             show("\n".join([drawn(report), *_commands(trainer, report)]))
         if self._is_written and folder is not None:
-            write_document(report, folder / REPORT_FILE)
+            file = folder / REPORT_FILE
+            # A later ``validate`` knows nothing of the training that ``fit`` reported.
+            if is_fitting(trainer) or not file.exists():
+                write_document(report, file)
 
     def _greeting(self, trainer: Trainer) -> str:
         folder = log_folder(trainer) if self._is_written else None
@@ -393,5 +396,5 @@ def _commands(trainer: Trainer, report: Report) -> Iterator[str]:
         yield (
             f"Its repair: bnguard recalibrate {shlex.quote(path)} "
             f"--model {class_path(trainer.lightning_module)} "
-            f"--data {class_path(datamodule_of(trainer))}"
+            f"--data {class_path(datamodule_of(trainer))} --split train"
         )

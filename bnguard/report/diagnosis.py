@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -94,8 +95,10 @@ def _next_step(cause: Cause) -> list[RenderableType]:
 
 def _in_lines(code: str) -> str:
     """Return a long command with an option a line, which a shell takes as it is."""
-    is_long = len(code) > _WIDTH and code.startswith("bnguard ")
-    return code.replace(" --", " \\\n  --") if is_long and "'" not in code else code
+    if len(code) <= _WIDTH or not code.startswith("bnguard "):
+        return code
+    words = [shlex.quote(word) for word in shlex.split(code)]
+    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)
 
 
 def _score(value: float | None) -> str:

@@ -75,7 +75,8 @@ class NonFiniteBatch(ModelRule):
         where, fix = _origin(layer, layers)
         if layer.run.bad_input_step == layer.poisoned_step:
             # Weights that are not finite later are what this batch made of them.
-            where, fix = _IN_THE_DATA
+            is_alive = all(other.has_finite_affine for other in layers)
+            where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
         elif layer.run.origin is not None:
             where, fix = _seen_again(layer.run.origin)
         return self._finding(
@@ -113,6 +114,10 @@ class NonFiniteBatch(ModelRule):
 _IN_THE_DATA = (
     "the model was given it: it is in the data",
     Fix("check the data for NaN and Inf, and skip the batches that hold one"),
+)
+_IN_THE_DATA_AND_LEARNT = (
+    "the model was given it: it is in the data; the weights are not finite since",
+    Fix("go back to a checkpoint whose weights are finite, and skip batches that hold NaN or Inf"),
 )
 
 

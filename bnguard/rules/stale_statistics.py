@@ -86,7 +86,11 @@ class StaleStatistics(Rule):
             yield from self._lost(layer)
         elif _is_copied(layer):
             yield from self._of_reference(layer)
-        elif not layer.updates_seen and layer.calls_in_training >= self.min_lost_calls:
+        elif (
+            layer.run.steps
+            and not layer.updates_seen
+            and layer.calls_in_training >= self.min_lost_calls
+        ):
             yield from self._untouched(layer)
         elif layer.run.has_new_weights_in_evaluation:
             yield from self._rewritten(layer)

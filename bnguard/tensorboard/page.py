@@ -38,9 +38,13 @@ def write_page(folder: Path, file: Path) -> None:
     Long runs are thinned to what a picture can show; a peak of a single step survives.
 
     Raises:
-        LogError: No run there can be shown.
+        LogError: No run there can be shown, or the file cannot be written.
     """
-    file.write_text(page_html(open_log(folder)), "utf-8")
+    page = page_html(open_log(folder))
+    try:
+        file.write_text(page, "utf-8")
+    except OSError as error:
+        raise LogError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def page_html(reader: LogReader) -> str:

@@ -147,6 +147,10 @@ def test_a_plain_state_dict_with_functions(plain):
     assert "not scored" in done.stdout
     assert "(20)" in done.stdout
     assert "training samples" not in done.stdout
+    # A function gives one loader: there is no split to name, and training data to ask for.
+    unfolded = " ".join(done.stdout.split())
+    assert "--data takes a function that gives the training loader, too" in unfolded
+    assert "--split" not in done.stdout
     module = bnguard(plain, "diagnose", "weights.pt", *named[:3], "mine:Data", "--json")
     document = json.loads(module.stdout)
     assert (document["samples"], document["reference_samples"]) == (120, 120)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.errors import CalibrationError
+from bnguard.errors import CalibrationError, ConfigurationError
 
 
 def net():
@@ -236,6 +236,19 @@ def test_a_score_that_fails_takes_them_back():
     scores = iter([1.0])
     with pytest.raises(StopIteration):
         bnguard.recalibrate(model, [x], score=lambda _: next(scores))
+    before.check(model)
+
+
+def test_a_score_that_never_was_a_number_takes_them_back():
+    nan = float("nan")
+    assert not bnguard.recalibrate(net(), [torch.randn(9, 4)], score=lambda _: nan).is_kept
+
+
+def test_a_score_that_returns_no_number_is_refused_and_takes_them_back():
+    model, batch = net(), torch.randn(9, 4)
+    before = Fingerprint(model)
+    with pytest.raises(ConfigurationError, match=r"score= has to return a number.*not None"):
+        bnguard.recalibrate(model, [batch], score=lambda _: None)
     before.check(model)
 
 

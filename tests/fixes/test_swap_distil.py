@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 
 import pytest
@@ -70,6 +71,17 @@ def test_bad_statistics_are_recalibrated_before_they_teach(trained):
     assert torch.equal(broken[1].running_mean, kept)
     assert accuracy(result.model) > accuracy(model) - 0.02 > accuracy(broken)
     assert swap(model, "group", teacher_data=batches, steps=1, progress=False).notes == ()
+
+
+@pytest.mark.parametrize("to", ["frozen", "batch-renorm"])
+def test_a_target_that_keeps_running_statistics_is_given_the_mended_ones(trained, to):
+    model, batches, accuracy = trained
+    broken = copy.deepcopy(model)
+    for layer in (m for m in broken.modules() if isinstance(m, nn.BatchNorm1d)):
+        layer.reset_running_stats()
+    assert accuracy(broken) < 0.9
+    result = swap(broken, to, teacher_data=batches, steps=1, progress=False)
+    assert accuracy(result.model) > accuracy(model) - 0.02
 
 
 def test_frozen_parameters_learn_and_stay_frozen(trained):

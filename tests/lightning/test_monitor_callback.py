@@ -246,6 +246,17 @@ def test_the_report_goes_where_it_is_asked_to(report, printed, written, tmp_path
     assert (Path(trainer.log_dir) / REPORT_FILE).exists() is written
 
 
+def test_a_later_validate_leaves_the_report_of_the_fit(tmp_path):
+    lightning = importlib.import_module("pytorch_lightning")
+    trainer, model = fit(lightning, tmp_path, BatchNormMonitor(strict=True), limit_train_batches=2)
+    file = Path(trainer.log_dir) / REPORT_FILE
+    of_the_fit = file.read_text()
+    data = DigitsData()
+    data.setup("validate")
+    trainer.validate(model, data.val_dataloader(), verbose=False)
+    assert file.read_text() == of_the_fit
+
+
 def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
     lightning = importlib.import_module("pytorch_lightning")
     trainer, _ = fit(lightning, tmp_path, BatchNormMonitor(strict=True), limit_train_batches=2)

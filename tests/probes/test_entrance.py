@@ -89,7 +89,8 @@ def test_a_nan_in_the_data_is_told_from_the_weights_that_it_ruins(is_forward_cal
     assert report.history.run.origin.bad_parameters
     finding = next(finding for finding in report.findings if finding.code == "BN401")
     assert finding.step == 6
-    assert "it is in the data" in finding.message
+    assert "it is in the data; the weights are not finite since" in finding.message
+    assert "go back to a checkpoint whose weights are finite" in finding.fix.summary
 
 
 def test_large_half_precision_inputs_are_finite():

@@ -30,15 +30,18 @@ SYMPTOMS = [rule_named("BN301"), rule_named("BN302")]
 HARM = ModeGap(module="", samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
 
 
-def window(mean=0.0, noise=0.0, batches=20):
-    """A window of training; ``noise`` is the spread of the batch means in σ."""
+def window(mean=0.0, noise=0.0, batches=20, trend=1.0):
+    """A window of training; ``noise`` is the spread of the batch means in σ.
+
+    That from one batch to the next is ``trend`` times smaller.
+    """
     between = np.full(4, noise**2 / (1.0 - noise**2))
     return BatchWindow(
         batches=np.full(4, float(batches)),
         mean=np.full(4, mean),
         var_unbiased=np.ones(4),
         var_of_means=between,
-        var_of_means_successive=between,
+        var_of_means_successive=between / trend**2,
         var_min=np.ones(4),
         var_max=np.ones(4),
         first_step=1,
@@ -99,6 +102,12 @@ def symptoms(*layers):
             drifted(mean=1.1, window=window(mean=1.1, noise=0.7), momentum=0.45, samples=2),
             "averages some 3 batches of 2 samples.*uncertain by 0.38 σ",
             "smaller momentum",
+            "recalibrate",
+        ),
+        (
+            drifted(window=window(noise=0.6, trend=5.0)),
+            "weights that move fast.*spread 5 times as much as from one batch to the next",
+            "recalibrate before evaluation",
             "recalibrate",
         ),
         (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from bnguard.tensorboard.metadata import standard_metrics
+from bnguard.tensorboard.metadata import LogError, standard_metrics
 from bnguard.tensorboard.page import write_page
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.browsing import Tab, chromium
@@ -311,3 +311,9 @@ def test_one_bad_step_among_many_is_seen(browser, tmp_path):
         assert red[0] == []
         assert red[1] == pytest.approx([777 / 1900], abs=0.005)
         tab.close()
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_error(tmp_path, digits_log):
+    file = tmp_path / "nowhere" / "report.html"
+    with pytest.raises(LogError, match=r"report\.html cannot be written: No such file"):
+        write_page(digits_log, file)
