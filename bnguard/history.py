@@ -277,7 +277,7 @@ class History:
             )
         if not self.run.steps and any(layer.calls_in_training for layer in self.layers):
             notes.append("no step was told of: call monitor.step() after each step of training")
-        elif self.run.steps and not any(layer.evaluated for layer in self.layers):
+        elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
             notes.append("no evaluation was seen, so BN301, BN302 and BN305 were not judged")
         # A rule that judges the number of updates says so itself, but not where it finds nothing.
         if any(not layer.is_momentum_known and layer.is_counted for layer in self.layers):
