@@ -97,6 +97,8 @@ class EvalWindow:
         between_share: Share of the variance between samples that lies between batches, the median
             over channels (the intraclass correlation); 0 for independent samples, large where an
             evaluation is sorted, so that its first batches do not stand for the rest.
+        is_between_shown: Whether independent samples would seldom give as large a share: pairs,
+            unless they are many, cannot show it.
         running: The running statistics at that time.
         step: Training step after which the evaluation ran.
     """
@@ -114,6 +116,7 @@ class EvalWindow:
     dtype: str = "float32"
     var_between: FloatArray | None = None
     between_share: float = 0.0
+    is_between_shown: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,6 +6,7 @@ evaluation may be sorted, and its first batches unlike the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from bnguard.layers import BatchNormLayer
 from bnguard.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
 from bnguard.probes.hooks import Hooks, Note
 from bnguard.probes.modules import running_statistics
+
+# Of a standard normal distribution.
+_ONE_IN_A_HUNDRED = 2.326
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class EvalReading:
             ``(C,)``; None where it cannot be told.
         between_share: Share of the variance between samples that lies between calls, the median
             over channels.
+        is_between_shown: Whether that is more than independent samples would give.
     """
 
     moments: Moments
@@ -48,6 +53,7 @@ class EvalReading:
     dtype: str
     var_between: Tensor | None
     between_share: float
+    is_between_shown: bool
 
 
 class EvalProbe:
@@ -99,6 +105,7 @@ class EvalProbe:
                     None if reading.var_between is None else reading.var_between.cpu().numpy()
                 ),
                 between_share=reading.between_share,
+                is_between_shown=reading.is_between_shown,
                 running=running,
                 step=step,
             )
@@ -130,7 +137,7 @@ class _Record:
         kept = finite or self.parts[:1]
         extremes = torch.stack([call.extreme for call in self.parts])
         padding = torch.cat([call.padding_shares for call in self.parts])
-        var_between, between_share = _between(finite)
+        var_between, between_share, is_between_shown = _between(finite)
         return EvalReading(
             moments=merge_moments([call.moments for call in kept]),
             calls=len(self.parts),
@@ -143,25 +150,42 @@ class _Record:
             dtype=self.dtype,
             var_between=var_between,
             between_share=between_share,
+            is_between_shown=is_between_shown,
         )
 
 
-def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float]:
-    """Return the variance between calls beyond that of independent samples, and its share.
+def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
+    """Return how much more calls vary than independent samples would, as a share, and if shown.
 
     Independent samples, m a call, give means of variance 1/m of that between samples: the analysis
     of variance with one random factor, the share being the intraclass correlation (Fisher,
-    "Statistical Methods for Research Workers", 1925, chapter 7).
+    "Statistical Methods for Research Workers", 1925, chapter 7). It is shown where chance seldom
+    gives as much: that takes many pairs, and few batches of 32.
     """
     several = [call for call in calls if call.samples > 1]
     if len(several) < 2:
-        return None, 0.0
-    samples = sum(call.samples for call in several) / len(several)
+        return None, 0.0, False
+    total = sum(call.samples for call in several)
+    samples = total / len(several)
     within = torch.stack([call.var_of_samples for call in several]).mean(0)
-    means = torch.stack([call.moments.mean for call in several])
-    between = (means.var(0) - within / samples).clamp_min(0.0)
-    shares = (between / (between + within))[between + within > 0.0]
-    return between, float(shares.median()) if shares.numel() else 0.0
+    var = torch.stack([call.moments.mean for call in several]).var(0)
+    between = (var - within / samples).clamp_min(0.0)
+    varies = between + within > 0.0
+    if not varies.any():
+        return between, 0.0, False
+    is_shown = samples * var > _largest_of_independent(len(several), total) * within
+    share = (between / (between + within))[varies].median()
+    return between, float(share), bool(is_shown[varies].double().mean() > 0.5)
+
+
+def _largest_of_independent(calls: int, samples: int) -> float:
+    """Return what the variance ratio F of independent samples passes once in a hundred times.
+
+    Half its logarithm is nearly normal (Fisher, the same book, chapter 7: the z distribution).
+    """
+    between, within = calls - 1, samples - calls
+    mean, var = 1 / within - 1 / between, 2 / within + 2 / between
+    return math.exp(mean + _ONE_IN_A_HUNDRED * math.sqrt(var))
 
 
 def _is_finite(moments: Moments) -> bool:

@@ -59,11 +59,13 @@ class Cause:
         reason: The cause and the numbers that speak for it: the end of a sentence, "because …".
         fix: What belongs to it.
         evidence: The numbers, each against what it is held to.
+        is_vague: Whether it says that there is a difference, and little of where it comes from.
     """
 
     reason: str
     fix: Fix
     evidence: tuple[Evidence, ...] = ()
+    is_vague: bool = False
 
     @classmethod
     def of(cls, finding: Finding) -> Cause:
@@ -123,11 +125,32 @@ def cause_of_gap(history: History) -> Cause | None:
     )
 
 
-def sorted_batch(history: History) -> Cause | None:
-    """Return that evaluation is sorted, where a layer shows it: its batches are each unlike all."""
+def doubt_of_gap(history: History, cause: Cause | None) -> Cause | None:
+    """Return that evaluation is sorted, where a layer shows it: its batches are each unlike all.
+
+    Args:
+        history: What was seen.
+        cause: Why the modes disagree, as far as known. What speaks for itself is no matter of an
+            evaluation that may as well be unsorted.
+    """
     seen = [layer.evaluated for layer in history.layers if layer.evaluated is not None]
     worst = max(seen, key=lambda window: window.between_share, default=None)
-    return None if worst is None or is_representative(worst) else _sorted(worst)
+    if worst is None or is_representative(worst):
+        return None
+    return _sorted(worst) if worst.is_between_shown or _is_vague(cause) else None
+
+
+def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
+    """Return that evaluation is sorted, where that may be all that a drift is.
+
+    Args:
+        drift: The drift.
+        found: What another rule has found to be its cause.
+    """
+    if not _may_be_sorted(drift):
+        return None
+    is_vague = found is None and _is_vague(cause_of_drift(drift))
+    return _sorted(drift.seen) if drift.seen.is_between_shown or is_vague else None
 
 
 def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
@@ -147,10 +170,13 @@ def cause_of_drift(drift: Drift) -> Cause | None:
 
 def sorted_evaluation(drift: Drift) -> Cause | None:
     """The batches looked at are not like those that were not: nothing can be said of the rest."""
-    seen = drift.seen
-    if not is_sampling(seen, drift.distance, seen.running.var, drift.layer.eps):
-        return None
-    return _sorted(seen)
+    is_shown = drift.seen.is_between_shown and _may_be_sorted(drift)
+    return _sorted(drift.seen) if is_shown else None
+
+
+def unsure_evaluation(drift: Drift) -> Cause | None:
+    """The batches looked at are too few and small to tell whether they stand for the rest."""
+    return _sorted(drift.seen) if _may_be_sorted(drift) else None
 
 
 def noisy_average(drift: Drift) -> Cause | None:
@@ -179,7 +205,7 @@ def lag(drift: Drift) -> Cause | None:
     if batches is None or batches.worst is None:
         return None
     # Where weights move within the window as well, its average is only nearer than the running one.
-    if batches.is_beyond and batches.excess > _NEARER * drift.distance.excess:
+    if batches.excess > _NEARER * drift.distance.excess:
         return None
     momentum, worst = drift.layer.momentum, batches.worst
     span = (
@@ -210,16 +236,23 @@ def moving_weights(drift: Drift) -> Cause | None:
 
 
 def small_batches(drift: Drift) -> Cause | None:
-    """The statistics of each batch are so noisy that training and evaluation differ by them."""
-    layer, window = drift.layer, drift.layer.window
-    if window is None or layer.samples is None or layer.samples > _MAX_SAMPLES:
+    """The statistics of each batch are so noisy that training and evaluation differ by them.
+
+    The layers before it count too: what they normalise away in training reaches it in eval mode.
+    """
+    noises = [
+        (_noise_std(layer.window), layer)
+        for layer in (drift.layer, drift.first)
+        if layer.window is not None and (layer.samples or math.inf) <= _MAX_SAMPLES
+    ]
+    noisy = [known for known in noises if known[0] > _MIN_NOISE_STD]
+    if not noisy:
         return None
-    noise = _noise_std(window)
-    if not noise > _MIN_NOISE_STD:
-        return None
+    noise, layer = max(noisy, key=lambda known: known[0])
+    where = "" if layer is drift.layer else f" at {layer.name or 'the first layer'}"
     return Cause(
-        f"because the mean of a batch of {layer.samples} samples jumps by {noise:.2g} σ, so that "
-        "training shows the layers after it something else",
+        f"because the mean of a batch of {layer.samples} samples jumps by {noise:.2g} σ{where}, so "
+        "that training shows the layers after it something else",
         Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm"),
         (Evidence("spread of the batch means", noise, _MIN_NOISE_STD, "σ"),),
     )
@@ -235,6 +268,7 @@ def other_data(drift: Drift) -> Cause | None:
         f"of training were ({batches.worst.measure} against them {batches.worst.value:.2g})",
         Fix("compare mean and deviation of a training and an evaluation batch"),
         (batches.worst,),
+        is_vague=True,
     )
 
 
@@ -249,6 +283,7 @@ def other_path(drift: Drift) -> Cause | None:
         f"({batches.worst.measure} against them {batches.worst.value:.2g})",
         Fix("look for dropout and branches on self.training before the layer, then at the data"),
         (batches.worst,),
+        is_vague=True,
     )
 
 
@@ -259,22 +294,34 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     lag,
     moving_weights,
     small_batches,
+    unsure_evaluation,
     other_data,
     other_path,
 )
 
 
+def _may_be_sorted(drift: Drift) -> bool:
+    return is_sampling(drift.seen, drift.distance, drift.seen.running.var, drift.layer.eps)
+
+
+def _is_vague(cause: Cause | None) -> bool:
+    return cause is None or cause.is_vague
+
+
 def _sorted(seen: EvalWindow) -> Cause:
+    do = "do" if seen.is_between_shown else "may"
+    doubt = "" if seen.is_between_shown else ", which so few samples cannot tell"
     return Cause(
-        f"because the {seen.batches} batches of evaluation that were looked at do not stand for "
+        f"because the {seen.batches} batches of evaluation that were looked at {do} not stand for "
         f"the rest: {seen.between_share:.0%} of the variance between samples lies between batches, "
-        "as where they are sorted",
+        f"as where they are sorted{doubt}",
         Fix("shuffle the evaluation data once, or look at more batches (eval_batches), then judge"),
         (
             Evidence(
                 "variance between batches", 100 * seen.between_share, 100 * MAX_BETWEEN_SHARE, "%"
             ),
         ),
+        is_vague=True,
     )
 
 

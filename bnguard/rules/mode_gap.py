@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import History, ModeGap
 from bnguard.rules.base import ExplainedRule
-from bnguard.rules.causes import Cause, cause_of_gap, sorted_batch
+from bnguard.rules.causes import Cause, cause_of_gap, doubt_of_gap
 from bnguard.rules.measures import (
     MAX_EXCESS_CHANGE,
     MAX_EXCESS_CHANGE_WITH_FLIPS,
@@ -94,13 +94,11 @@ class ModesDisagree(ExplainedRule):
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
+        # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
+        cause = cause_of_gap(history) if found is None or found.reasons else Cause.of(found)
         # A drift that was found is no matter of which batches were looked at.
-        doubt = sorted_batch(history) if found is None else None
-        if found is None or found.reasons:
-            # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
-            cause = doubt or cause_of_gap(history)
-        else:
-            cause = Cause.of(found)
+        doubt = doubt_of_gap(history, cause) if found is None else None
+        cause = doubt or cause
         excess = excess_change(gap)
         is_large = excess > self.max_excess_change
         limit = self.max_excess_change if is_large else self.max_excess_change_with_flips

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule
-from bnguard.rules.causes import Cause, Drift, cause_in_chain, sorted_evaluation
+from bnguard.rules.causes import Cause, Drift, cause_in_chain, doubt_of_drift
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
     Distance,
@@ -39,7 +39,7 @@ class StatisticDrift(ExplainedRule):
         A cause that another rule has found stands before it, and lends it its numbers and its fix
         (BN303 too few updates, BN304 other weights, BN305 other data, BN207 streams, BN203 sorted
         and BN202 small batches). Otherwise the newest batches of training tell. Where they agree
-        with evaluation, or are nearer to it by far, the average is at fault: it lags behind the
+        with evaluation, being nearer to it by far, the average is at fault: it lags behind the
         weights, or, where the shift is within three times its own uncertainty, it holds too few
         batches. Where they do not, noisy small batches, other data (at the first layer) or
         something between the layers that acts otherwise in eval mode is. What begins at one layer
@@ -47,7 +47,8 @@ class StatisticDrift(ExplainedRule):
         Only some batches of an evaluation are looked at: the first few, and then each whose number
         doubles. Where they differ among each other by more than 15 % of the variance between
         samples they do not stand for the rest, and it is ``info`` unless the shift is more than
-        twice their spread: evaluations of digits have at most 1 %, sorted by class 21 to 70 %.
+        twice their spread: evaluations of digits have at most 1 %, sorted by class 21 to 70 %. A
+        few pairs show as much by chance: then it is ``info`` only if no cause speaks for itself.
 
     Limits:
         max_shift_std: Shift of the mean, in running standard deviations: 1. The worst layer of 95 %
@@ -123,7 +124,7 @@ class StatisticDrift(ExplainedRule):
         return distance if distance.is_beyond else None
 
     def _found(self, drift: Drift, first: Drift, found: Finding | None) -> Finding:
-        doubt = sorted_evaluation(drift)
+        doubt = doubt_of_drift(drift, found)
         cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
         evidence = drift.distance.worst
         assert evidence is not None

@@ -128,3 +128,20 @@ def test_a_layer_in_train_mode_is_not_read():
     probe = EvalProbe(find_layers(layer := nn.BatchNorm1d(2)), 8)
     layer(torch.randn(4, 2))
     assert probe.readings() == {}
+
+
+@pytest.mark.parametrize(("size", "is_sorted", "shown"), [
+    (2, False, (0, 5)),
+    (16, False, (0, 5)),
+    (16, True, (95, 100)),
+])  # fmt: skip
+def test_what_is_sorted_is_shown_and_chance_is_not(size, is_sorted, shown):
+    """One channel, so that a median over channels cannot make up for a false limit."""
+    torch.manual_seed(0)
+    found = 0
+    for _ in range(100):
+        samples = torch.randn(8 * size)
+        batches = (samples.sort().values if is_sorted else samples).reshape(8, size, 1)
+        found += reading(nn.BatchNorm1d(1).eval(), batches).is_between_shown
+    low, high = shown
+    assert low <= found <= high

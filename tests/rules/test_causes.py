@@ -143,6 +143,22 @@ def test_a_drift_after_layers_that_agree_lies_between_them():
     assert "dropout" in drift.fix.summary
 
 
+@pytest.mark.parametrize("noise", [0.4, 0.1, np.nan])
+def test_small_batches_are_told_where_they_enter(noise):
+    """What the first layer normalises away in training reaches the second in eval mode."""
+    first = drifted("first", mean=0.0, window=window(noise=noise), samples=2)
+    second = drifted("second", position=1, window=window(), samples=2)
+    (drift,), _ = symptoms(first, second)
+    said = "a batch of 2 samples jumps by 0.4 σ at first" in drift.message
+    assert said is (noise == 0.4)
+
+
+def test_newest_batches_that_are_no_nearer_tell_of_no_lag():
+    first = drifted("first", mean=0.0, window=window())
+    (drift,), _ = symptoms(first, drifted("second", mean=1.1, position=1, window=window(mean=0.2)))
+    assert "lag behind" not in drift.message
+
+
 def test_what_goes_wrong_at_one_layer_is_told_of_those_after_it():
     layers = [drifted(f"{place}", position=place, window=window(mean=3.0)) for place in range(3)]
     drifts, _ = symptoms(*layers)
@@ -195,7 +211,7 @@ def sorted_batches(size):
     return images[labels.argsort(stable=True)].split(size)
 
 
-@pytest.mark.parametrize("size", [8, 32, 128])
+@pytest.mark.parametrize("size", [2, 8, 32, 128])
 @pytest.mark.parametrize("architecture", ["mlp", "conv", "sequence"])
 def test_a_sorted_evaluation_accuses_nobody(architecture, size):
     batches = sorted_batches(size)
@@ -240,3 +256,20 @@ def test_what_is_sorted_is_told_as_such():
         assert finding.severity is Severity.INFO
         assert "do not stand for the rest: 60%" in finding.message
         assert "shuffle the evaluation data" in finding.fix.summary
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.1])
+def test_pairs_that_may_be_sorted_are_no_excuse_for_batches_of_pairs(noise):
+    """What so few samples cannot tell stands back where a cause speaks for itself."""
+    seen = dataclasses.replace(
+        drifted(mean=1.5).evaluated,
+        between_share=0.4,
+        is_between_shown=False,
+        var_between=np.full(4, 0.4),
+    )
+    layer = drifted(evaluated=seen, window=window(noise=noise), samples=2)
+    (drift,), (gap,) = symptoms(layer)
+    for finding in (drift, gap):
+        said = "may not stand for the rest" in finding.message
+        assert said is (noise == 0.1), finding.message
+        assert finding.severity is (Severity.INFO if said else Severity.WARNING)
