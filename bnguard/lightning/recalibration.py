@@ -41,8 +41,10 @@ class BatchNormRecalibration(GuardedCallback):
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
             checkpoint is saved, which alone gets the new statistics (not one of weights alone,
             of which Lightning tells no callback; averaging callbacks come before this one);
-            ``"fit-end"``, once after the last epoch, and for good; ``"test"``, before ``test`` and
-            ``predict``.
+            ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
+            checkpoints and the report of ``fit`` are written by then, and
+            ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
+            before ``test`` and ``predict``.
         data: ``"train"`` or ``"validation"``, of which samples are drawn; or batches.
         every_n_epochs: In which epochs; for ``when="validation"``.
         samples: Samples to use at most, on all ranks together.
@@ -205,6 +207,11 @@ class BatchNormRecalibration(GuardedCallback):
         """Recalibrate the weights that training ends with, for good."""
         if self._when == "fit-end":
             self._recalibrate(trainer, pl_module, "at the end of fit")
+            if self._changes and trainer.is_global_zero:
+                show(
+                    "bnguard: no checkpoint that fit saved has these statistics: "
+                    "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
+                )
         self._changes = {}
 
     @guarded

@@ -19,6 +19,7 @@ from bnguard.fixes.selection import select_layers, unwrapped
 from bnguard.fixes.snapshot import running_statistics
 from bnguard.layers import (
     BatchNormLayer,
+    as_written,
     find_layers,
     preserved_modes,
     preserved_random_state,
@@ -31,7 +32,7 @@ from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
 from bnguard.whatif.data import Samples, read_samples
 from bnguard.whatif.diagnosis import Diagnosis
 from bnguard.whatif.numbers import Numbers, Training
-from bnguard.whatif.statistics import Statistics, compiling_nothing, lent_statistics
+from bnguard.whatif.statistics import Statistics, lent_statistics
 from bnguard.whatif.table import Table, measured_table
 from bnguard.whatif.training import told_by_training
 
@@ -156,7 +157,7 @@ def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[N
         preserved_modes(model),
         preserved_random_state(model),
         lent_statistics(layers),
-        compiling_nothing(),
+        as_written(),
         torch.no_grad(),
     ):
         yield
