@@ -124,7 +124,8 @@ def diagnose(
                 on_training = on_training.without_nonfinite_batches(cures["reference"].statistics)
             averaged = averaged_over_batches(on_training, stored)
             told = told_by_training(on_training, cures["reference"], averaged)
-            cures = {"reference": cures["reference"], "averaged": averaged} | cures
+            if averaged.changes:
+                cures = {"reference": cures["reference"], "averaged": averaged} | cures
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measured_table(bench, stored, statistics, batch_sizes)
         cause = named_cause(
