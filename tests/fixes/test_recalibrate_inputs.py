@@ -175,6 +175,25 @@ def test_compiled_parts():
     check(before, model, x)
 
 
+def test_a_method_that_is_compiled():
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.run = torch.compile(self.run, backend="eager")
+
+        def run(self, x):
+            return self.net(x)
+
+        def forward(self, x):
+            return self.run(x)
+
+    model, x = Compiled(), torch.randn(30, 4)
+    before = copy.deepcopy(model.net)
+    bnguard.recalibrate(model, x.split(7))
+    check(before, model.net, x)
+
+
 def test_layers_that_the_user_froze_are_kept():
     model, x = net().train(), torch.randn(30, 4)
     model[1].eval()

@@ -240,13 +240,14 @@ def test_every_n_epochs(tiny, trainer_of, capsys):
     assert capsys.readouterr().out.count("recalibrated") == 2
 
 
-def test_at_the_end_of_fit_it_is_for_good(tiny, trainer_of, witness):
+def test_at_the_end_of_fit_it_is_for_good(tiny, trainer_of, witness, capsys):
     callback = BatchNormRecalibration(when="fit-end", strict=True)
     module = tiny(0.001)
     trainer_of(callback, witness).fit(module)
     assert same(witness.validated[-1], witness.after_batch[-1])
     assert callback.result.is_kept
     assert not same(statistics(module), witness.after_batch[-1])
+    assert "no checkpoint that fit saved has these statistics" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
