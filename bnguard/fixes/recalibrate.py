@@ -144,7 +144,10 @@ def recalibrate(
         )
     reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
     if not reached:
-        raise CalibrationError("no batch reaches a BN layer: check what forward= calls")
+        raise CalibrationError(
+            "no batch reaches a BN layer: check that the forward runs them, and as layer(x), since "
+            "layer.forward(x) and functional.batch_norm go unseen"
+        )
     with _taken_back_on_error(snapshot):
         for layer in reached:
             _write(layer, calibration.estimates[layer.name], calibration.batches)

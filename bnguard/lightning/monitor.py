@@ -377,9 +377,10 @@ class BatchNormMonitor(GuardedCallback):
         where = "" if folder is None else f", and in {folder / REPORT_FILE}"
         ranks = number_of_ranks()
         who = "" if ranks == 1 else f" on each of {ranks} ranks"
+        layers = len(self._momenta)
         return (
-            f"bnguard · watching {len(self._momenta)} BN layers{who} · findings appear here, "
-            f"the report at the end{where}"
+            f"bnguard · watching {layers} BN layer{'' if layers == 1 else 's'}{who} · findings "
+            f"appear here, the report at the end{where}"
         )
 
 

@@ -235,10 +235,11 @@ class BatchNormRecalibration(GuardedCallback):
                 stack.enter_context(monitor.paused())
             score = None if self._keep == "always" else self._score
             if self._keep != "always" and score is None:
-                score = ValidationScore(trainer, self._drawn(trainer, module, "validation"))
+                loader = loader_of(trainer, "validation", instead="pass score=, or keep='always'")
+                score = ValidationScore(trainer, self._drawn(trainer, module, loader))
             result = recalibrate(
                 module,
-                self._drawn(trainer, module, self._data),
+                self._drawn(trainer, module, self._loader(trainer)),
                 method=self._method,
                 samples=self._samples,
                 forward=self._called(trainer),
@@ -256,10 +257,15 @@ class BatchNormRecalibration(GuardedCallback):
         if trainer.is_global_zero:
             show(f"bnguard: {_told(result, score, moment)}")
 
+    def _loader(self, trainer: Trainer) -> Iterable[object]:
+        data = self._data
+        if data in ("train", "validation"):
+            return loader_of(trainer, data, instead="pass data=loader")
+        return data
+
     def _drawn(
-        self, trainer: Trainer, module: LightningModule, data: Split | Iterable[object]
+        self, trainer: Trainer, module: LightningModule, loader: Iterable[object]
     ) -> Iterable[object]:
-        loader = loader_of(trainer, data) if data in ("train", "validation") else data
         batches = sampled(loader, self._samples, trainer.global_rank)
         return transferred(batches, trainer, module)
 
@@ -288,7 +294,11 @@ def _monitors(trainer: Trainer) -> list[BatchNormMonitor]:
 
 
 def _told(result: Recalibration, score: object, moment: str) -> str:
-    what = f"{len(result.layers)} BN layers recalibrated on {result.samples:,} samples {moment}"
+    layers = len(result.layers)
+    what = (
+        f"{layers} BN layer{'' if layers == 1 else 's'} recalibrated on {result.samples:,} samples "
+        f"{moment}"
+    )
     if result.score_before is None or result.score_after is None:
         return what
     name, sign = "score", 1.0

@@ -92,10 +92,10 @@ def diagnose(
     inner = unwrapped(model)
     if not find_layers(inner):
         raise CalibrationError(f"{type(inner).__name__} has no BN layers: nothing to diagnose")
-    _check_weights(inner)
     selection = select_layers(inner, None)
     layers = selection.layers
     with _untouched(model, layers):
+        _check_weights(inner)
         device = next(chain(inner.parameters(), inner.buffers())).device
         read = partial(read_samples, model=inner, forward=forward, samples=samples, device=device)
         evaluation = read(loader, name="loader")

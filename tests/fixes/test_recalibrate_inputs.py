@@ -245,6 +245,12 @@ def test_lazy_layers_want_a_batch_first():
     assert bnguard.recalibrate(model, [torch.randn(30, 4)]).is_kept
 
 
+@pytest.mark.parametrize("repair", [bnguard.recalibrate, bnguard.diagnose])
+def test_layers_without_values_want_them_first(repair):
+    with pytest.raises(CalibrationError, match="1 is on the meta device and holds no values"):
+        repair(net().to("meta"), [torch.randn(30, 4)])
+
+
 def test_inference_mode():
     x = torch.randn(30, 4)
     with torch.inference_mode():

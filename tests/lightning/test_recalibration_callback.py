@@ -234,6 +234,13 @@ def test_without_a_loss_nothing_can_be_compared(tiny, trainer_of, capsys):
         trainer_of(BatchNormRecalibration(strict=True), max_epochs=1).fit(Silent())
 
 
+def test_without_validation_data_the_way_out_is_about_the_score(tiny, trainer_of):
+    callback = BatchNormRecalibration(when="fit-end", strict=True)
+    module = tiny()
+    with pytest.raises(ConfigurationError, match="no validation loaders: pass score="):
+        trainer_of(callback, limit_val_batches=0).fit(module, module.train_dataloader(), [])
+
+
 def test_every_n_epochs(tiny, trainer_of, capsys):
     callback = BatchNormRecalibration(keep="always", every_n_epochs=2, strict=True)
     trainer_of(callback, max_epochs=4).fit(tiny())
