@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.arrivals import arrivals, arrived_moments, is_finite, on_host
 from bnguard.fixes.calibration.batches import Batch, Forward, call
-from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import Moments, merge_moments
 
@@ -98,10 +98,9 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
             f"{type(model).__name__} returns no floating-point tensors, or not always as many: "
             "pass forward=lambda model, batch: … that returns scores or features"
         )
-    columns = dict(enumerate(zip(*returned, strict=True)))
-    # A loss that is returned beside the scores is of a batch, and not of its samples.
-    of_samples = {place: each for place, each in columns.items() if _have_rows(each, sizes)}
-    kept = of_samples or columns
+    columns = tuple(zip(*returned, strict=True))
+    places = places_of_rows(returned, sizes)
+    kept = {place: columns[place] for place in places or range(len(columns))}
     scores = next((column for column in kept.values() if _are_class_scores(column)), None)
     return Outputs(
         tensors={
@@ -109,7 +108,7 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
             for place, column in kept.items()
         },
         predictions=None if scores is None else torch.cat([t.argmax(1) for t in scores]),
-        samples=sum(sizes) if of_samples else None,
+        samples=sum(sizes) if places else None,
     )
 
 
@@ -165,14 +164,6 @@ def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[T
     # A copy, because a forward may write to its input.
     given = Batch(batch.index, copy.deepcopy(batch.args), copy.deepcopy(batch.kwargs), batch.size)
     return [tensor.detach().float().cpu() for tensor in float_tensors(call(model, forward, given))]
-
-
-def _have_rows(tensors: Sequence[Tensor], sizes: Sequence[int]) -> bool:
-    """Return whether one tensor a batch has a row a sample of it."""
-    return all(
-        tensor.dim() > 0 and len(tensor) == size
-        for tensor, size in zip(tensors, sizes, strict=True)
-    )
 
 
 def _are_class_scores(tensors: Sequence[Tensor]) -> bool:
