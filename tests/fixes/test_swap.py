@@ -585,3 +585,15 @@ def test_the_groups_of_a_swap_make_it_again_without_a_sample():
     alone = nn.Sequential(nn.BatchNorm1d(1))
     chosen = swap(alone, "group", sample=torch.randn(2, 1, 40)).groups
     assert swap(alone, "group", groups=chosen).groups == {"0": 1}
+
+
+def test_nothing_is_compiled_to_look_at_a_model():
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph
+
+    model = nn.Sequential(torch.compile(conv_net(), backend=backend))
+    swap(model, sample=torch.randn(4, 1, 8, 8))
+    assert not compiled
