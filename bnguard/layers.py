@@ -1,12 +1,13 @@
-"""Which modules are BN layers, how their statistics are read and set, and their modes preserved.
+"""Which modules are BN layers, how they are read, and what a look at a model leaves as it was.
 
 Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,17 @@ def is_wrapper(module: nn.Module) -> bool:
         return True
     held = (getattr(module, name, None) for name in WRAPPED)
     return any(isinstance(inner, nn.Module) for inner in held)
+
+
+def as_written() -> AbstractContextManager[object]:
+    """Run what ``torch.compile`` made of a model as it was written.
+
+    Compiled code sees neither a hook nor a forward that was put in place after it was made, and
+    other modes would make it start anew.
+    """
+    # Nothing is compiled before this is imported, which takes seconds.
+    is_compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
 
 
 @contextmanager

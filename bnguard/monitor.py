@@ -20,7 +20,7 @@ from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
 from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity, group_findings
-from bnguard.history import BatchWindow, History
+from bnguard.history import BatchWindow, History, Run
 from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
@@ -158,7 +158,7 @@ class Monitor:
         strict: bool,
     ) -> None:
         self._is_strict = strict
-        self._is_off = False
+        self._failure: str | None = None
         self._every_n_steps = max(1, every_n_steps)
         self._configuration = configuration
         self._rules = configuration.rules(rules)
@@ -247,15 +247,19 @@ class Monitor:
 
         The running statistics that it leaves behind are where training goes on from.
         """
-        with self._observer.paused():
+        paused = ExitStack()
+        self._guard(paused.enter_context, self._observer.paused())
+        try:
             yield
+        finally:
+            self._guard(paused.close)
 
     def forget_changes(self) -> None:
         """Take the running statistics as they are now, whatever changed them since the last step.
 
         To be called after statistics were loaded, exchanged or put back in a loop of your own.
         """
-        self._observer.forget_changes()
+        self._guard(self._observer.forget_changes)
 
     def check(self) -> None:
         """Run the rules now, and announce what is new; done by itself every ``every_n_steps``."""
@@ -264,11 +268,11 @@ class Monitor:
 
     def snapshot(self) -> Report:
         """Return what is known so far, for training that goes on."""
-        return self._report(self._observer.history(is_settled=False))
+        return self._report(is_settled=False)
 
     def report(self) -> Report:
         """Return what is known so far, as if training ended here."""
-        return self._report(self._observer.history(is_settled=True))
+        return self._report(is_settled=True)
 
     def report_of_all_ranks(self) -> Report:
         """Return what is known so far with what the other processes found, labelled as theirs.
@@ -313,7 +317,7 @@ class Monitor:
                     key: torch.from_numpy(value).float() if isinstance(value, np.ndarray) else value
                     for key, value in vars(window).items()
                 }
-                for name, window in self._observer.windows().items()
+                for name, window in (self._guard(self._observer.windows) or {}).items()
             },
         }
 
@@ -341,22 +345,26 @@ class Monitor:
         **kwargs: _Arguments.kwargs,
     ) -> _Result | None:
         """Keep an error of our own from the training: watch no longer, and return None."""
-        if self._is_off:
+        if self._failure is not None:
             return None
         try:
             return action(*args, **kwargs)
         except Exception as error:
-            if self._is_strict:
-                raise
-            self._is_off = True
-            self._observer.close()
-            logger.warning(
-                "bnguard: an error of its own, %s: %s; it watches no longer, and the training goes "
-                "on. Please report it, with strict=True for the trace.",
-                type(error).__name__,
-                error,
-            )
+            self._turn_off(error)
             return None
+
+    def _turn_off(self, error: Exception) -> None:
+        """Watch no longer, and say why: once in the log, and in each report from now on."""
+        if self._is_strict:
+            raise error
+        if self._failure is not None:
+            return
+        self._failure = (
+            f"an error of bnguard's own, {type(error).__name__}: {error}; it watches no longer. "
+            "Please report it, with strict=True for the trace."
+        )
+        self._observer.close()
+        logger.warning("%s", self._failure)
 
     def _new_findings(self) -> tuple[FindingGroup, ...]:
         new = [
@@ -367,8 +375,18 @@ class Monitor:
         self._announced.update(finding.key for finding in new)
         return group_findings(new)
 
-    def _report(self, history: History) -> Report:
+    def _report(self, *, is_settled: bool) -> Report:
+        """Return what is known, as far as an error of our own lets it be told."""
+        try:
+            known = self._judged(is_settled=is_settled)
+        except Exception as error:
+            self._turn_off(error)
+            known = Report(History(layers=(), run=Run()), (), ())
+        return dataclasses.replace(known, failure=self._failure)
+
+    def _judged(self, *, is_settled: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
+        history = self._observer.history(is_settled=is_settled)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         return Report(history, tuple(map(self._dated, conclusions.findings)), conclusions.skipped)
 

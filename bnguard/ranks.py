@@ -41,7 +41,8 @@ def merge_reports(
     merged = exchange.merged(_Contribution(own.findings, running), merge)
     # A round more: rank zero often holds the store, and may end as soon as it has its report.
     exchange.merged((), len)
-    return Report(_with_distances(own.history, merged.distances), merged.findings, own.skipped)
+    history = _with_distances(own.history, merged.distances)
+    return dataclasses.replace(own, history=history, findings=merged.findings)
 
 
 def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding, ...]:

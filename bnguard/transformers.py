@@ -96,6 +96,8 @@ class BatchNormCallback(TrainerCallback):
             if state.is_world_process_zero:
                 print(notice(group))
 
+        # A training that an exception ended has told nobody.
+        self._let_go()
         self._monitor = watch(
             model,
             # accelerate wraps it.

@@ -298,9 +298,13 @@ def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):
             with monitor.evaluation():
                 model(torch.randn(4, 1, 8, 8))
         assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+        monitor.forget_changes()
+        return monitor.report()
 
     monkeypatch.setattr(place, fails)
-    run()
+    text = str(run())
+    assert "nothing is wrong" not in text
+    assert "KeyError: 'ours'" in text
     assert [record.getMessage().count("KeyError: 'ours'") for record in caplog.records] == [1]
     with pytest.raises(KeyError):
         run(strict=True)

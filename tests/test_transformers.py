@@ -82,3 +82,17 @@ def test_an_error_of_our_own_does_not_end_the_run(tmp_path, monkeypatch):
         model = train(tmp_path, [callback])
     assert callback.report is None
     assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_training_that_failed_leaves_no_hooks_to_the_next(tmp_path):
+    class Fails(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            self.model = kwargs["model"]
+            raise RuntimeError("mine")
+
+    callback, failing = BatchNormCallback(), Fails()
+    with pytest.raises(RuntimeError, match="mine"):
+        train(tmp_path, [callback, failing])
+    assert any(part._forward_pre_hooks for part in failing.model.modules())
+    train(tmp_path, [callback])
+    assert not any(part._forward_pre_hooks for part in failing.model.modules())

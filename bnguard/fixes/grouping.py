@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, call
 from bnguard.layers import (
     BatchNormLayer,
@@ -41,24 +40,20 @@ def choose_groups(channels: int, wanted: int, positions: int | None, min_values:
 
 
 def measure_positions(
-    model: nn.Module, layers: Iterable[BatchNormLayer], forward: Forward | None, sample: Batch
+    model: nn.Module, layers: Sequence[BatchNormLayer], forward: Forward | None, sample: Batch
 ) -> tuple[Mapping[str, int], object]:
     """Return the values a channel and sample that arrive at each layer, the fewest of its calls.
 
     Layers that the sample does not reach are left out. The second value is what the model, in
     eval mode, returned.
     """
-    layers = tuple(layers)
     positions: dict[str, int] = {}
 
-    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        here = args[0].shape[2:].numel()
+    def measure(index: int, values: Tensor) -> None:
+        name, here = layers[index].name, values.shape[2:].numel()
         positions[name] = min(here, positions.get(name, here))
 
-    with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.module.register_forward_pre_hook(partial(measure, layer.name))
-            stack.callback(handle.remove)
+    with arrivals(layers, measure):
         return positions, evaluated(model, forward, sample)
 
 

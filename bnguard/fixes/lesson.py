@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, call
-from bnguard.fixes.outputs import float_tensors, relative_distance, spread
+from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance, spread
 from bnguard.moments import Moments, channel_moments, merge_moments
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
@@ -52,8 +52,11 @@ class Lesson:
         def measure(index: int, output: Tensor) -> None:
             moments[index].append(channel_moments(output))
 
-        with _telling(self._taught, measure):
-            self._answers = _joined([self._expected(batch) for batch in exam])
+        with _telling(self._taught, measure), torch.no_grad():
+            answers = [self._returned(teacher, batch) for batch in exam]
+        rows = places_of_rows(answers, [batch.size for batch in exam])
+        self._places = rows or range(len(answers[0]))
+        self._answers = _joined([self._compared(answer) for answer in answers])
         if not self._answers:
             raise ConfigurationError(
                 "the model returns no floating-point tensor, so there is nothing to distil: pass "
@@ -71,9 +74,7 @@ class Lesson:
     @torch.no_grad()
     def distance(self) -> float:
         """Return how far the outputs are apart, in standard deviations of the teacher's."""
-        outputs = [
-            list(float_tensors(call(self._student, self._forward, batch))) for batch in self._exam
-        ]
+        outputs = [self._compared(self._returned(self._student, batch)) for batch in self._exam]
         return relative_distance(_joined(outputs), self._answers)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -90,10 +91,10 @@ class Lesson:
                 wanted = features[index].pop(0)
                 errors.append(_squared_error(output, wanted) / self._feature_scales[index])
 
-        with _telling(self._taught, keep):
-            expected = self._expected(batch)
+        with _telling(self._taught, keep), torch.no_grad():
+            expected = self._compared(self._returned(self._teacher, batch))
         with _telling(self._learning, compare):
-            outputs = list(float_tensors(call(self._student, self._forward, batch)))
+            outputs = self._compared(self._returned(self._student, batch))
         loss = torch.stack(
             [
                 _squared_error(output, wanted) / scale
@@ -104,9 +105,11 @@ class Lesson:
         ).mean()
         return loss + _FEATURE_WEIGHT * torch.stack(errors).mean() if errors else loss
 
-    @torch.no_grad()
-    def _expected(self, batch: Batch) -> list[Tensor]:
-        return list(float_tensors(call(self._teacher, self._forward, batch)))
+    def _returned(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        return list(float_tensors(call(model, self._forward, batch)))
+
+    def _compared(self, returned: Sequence[Tensor]) -> list[Tensor]:
+        return [returned[place] for place in self._places]
 
 
 @contextmanager

@@ -25,6 +25,22 @@ def float_tensors(output: object) -> Iterator[Tensor]:
             yield from float_tensors(getattr(output, field.name))
 
 
+def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[int]:
+    """Return which tensors have a row a sample, in what a model returned for batches of some sizes.
+
+    A loss that is returned beside the scores is of a batch, and not of its samples.
+
+    >>> import torch
+    >>> places_of_rows([[torch.tensor(0.7), torch.zeros(2, 3)]], [2])
+    [1]
+    """
+    return [
+        place
+        for place, tensors in enumerate(zip(*returned, strict=True))
+        if all(t.dim() > 0 and len(t) == size for t, size in zip(tensors, sizes, strict=True))
+    ]
+
+
 def relative_distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the root mean square difference, in standard deviations of what was expected.
 

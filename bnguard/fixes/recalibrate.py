@@ -45,6 +45,8 @@ METHODS: dict[str, Callable[[Job], Calibration]] = {
 # Of the sums in a deep network, one after the other; but noise must not hide everything.
 _ROUNDINGS = 1000.0
 _MAX_NOISE = 0.3
+# Means that may be off by more than this, in standard deviations, are told of.
+_MAX_MEAN_ERROR_STD = 0.1
 # At this weight the initial statistics count as forgotten, for the rules that ask.
 _MAX_INITIAL_WEIGHT = 0.05
 
@@ -142,7 +144,10 @@ def recalibrate(
         )
     reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
     if not reached:
-        raise CalibrationError("no batch reaches a BN layer: check what forward= calls")
+        raise CalibrationError(
+            "no batch reaches a BN layer: check that the forward runs them, and as layer(x), since "
+            "layer.forward(x) and functional.batch_norm go unseen"
+        )
     with _taken_back_on_error(snapshot):
         for layer in reached:
             _write(layer, calibration.estimates[layer.name], calibration.batches)
@@ -178,7 +183,7 @@ def recalibrate(
         is_kept=is_kept,
         score_before=gate.before,
         score_after=gate.after,
-        notes=tuple(_notes(calibration, method, tolerance, gate)),
+        notes=tuple(_notes(calibration, method, prior, tolerance, gate)),
         gap_with=GapMeter(inner, reached, forward, gap_samples.batch).measured_with,
         restore=snapshot.restore,
     )
@@ -276,12 +281,18 @@ def _write(layer: BatchNormLayer, estimate: Estimate, batches: int) -> None:
 
 
 def _notes(
-    calibration: Calibration, method: str, tolerance: float | None, gate: _Gate
+    calibration: Calibration, method: str, prior: float, tolerance: float | None, gate: _Gate
 ) -> Iterator[str]:
     if gate.is_worse:
         yield "the score is worse with the new statistics"
     if calibration.left_out:
         yield _left_out(calibration)
+    error_std = _mean_error_std(calibration.samples, prior)
+    if error_std > _MAX_MEAN_ERROR_STD and method != "ema":
+        samples = (
+            "1 sample is" if calibration.samples == 1 else f"{calibration.samples} samples are"
+        )
+        yield f"{samples} few: the standard error of a mean may be up to {error_std:.2g} σ"
     if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
         yield (
             f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
@@ -293,6 +304,18 @@ def _notes(
         yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
     if gate.overlap > 0:
         yield f"{gate.overlap:.0%} of the samples that scored were also calibrated on"
+
+
+def _mean_error_std(samples: int, prior: float) -> float:
+    """Return the most that the standard error of a mean can be, in standard deviations.
+
+    That is where all values of a sample are alike, so that it counts as one; means from before,
+    as far as they are mixed in, do not scatter.
+
+    >>> _mean_error_std(16, prior=0.0), _mean_error_std(16, prior=48.0)
+    (0.25, 0.0625)
+    """
+    return math.sqrt(samples) / (prior + samples)
 
 
 def _left_out(calibration: Calibration) -> str:

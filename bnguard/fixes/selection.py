@@ -47,7 +47,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
         names: Names or patterns (``"backbone.*"``) of the layers wanted; None for all.
 
     Raises:
-        CalibrationError: There is no such layer, or a lazy one has not been initialised.
+        CalibrationError: There is no such layer, or one holds no values yet.
         ConfigurationError: A name or pattern matches no layer.
     """
     found = find_layers(model)
@@ -99,6 +99,10 @@ def _reason_to_skip(
     if is_lazy(getattr(layer.module, layer.adapter.mean)):
         raise CalibrationError(
             f"{layer.name} is lazy and has seen no batch: put one through the model first"
+        )
+    if layer.running_mean is not None and layer.running_mean.is_meta:
+        raise CalibrationError(
+            f"{layer.name} is on the meta device and holds no values: load the weights first"
         )
     if not layer.is_tracking:
         return "has no running statistics"

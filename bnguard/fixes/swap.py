@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import ConfigurationError
+from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
 from bnguard.fixes.engine import Engine, engine_of
 from bnguard.fixes.following import check_follows, follow
 from bnguard.fixes.grouping import evaluated, measure_positions
-from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.fixes.planning import Plan, planned
 from bnguard.fixes.repeatable import repeatable
 from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
@@ -32,7 +33,7 @@ from bnguard.fixes.targets import (
     target_named,
 )
 from bnguard.fixes.teaching import Teaching
-from bnguard.layers import BatchNormLayer, find_layers, preserved_random_state
+from bnguard.layers import BatchNormLayer, as_written, find_layers, preserved_random_state
 
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
@@ -132,7 +133,7 @@ def swap(
         raise ConfigurationError("fabric= and state_file= are for learning: give teacher_data=")
     batch = _sample(model, sample, teaching, forward)
 
-    with preserved_random_state(model):
+    with preserved_random_state(model), as_written():
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:
@@ -144,7 +145,9 @@ def swap(
             _check_nothing_left(exchange)
             change, distillation, notes = None, None, _NO_NOTES
             if batch is not None:
-                change = _distance(evaluated(exchange.model, forward, batch), expected)
+                before = () if in_place else plan.layers
+                output = _evaluated(exchange.model, forward, batch, before)
+                change = _distance(output, expected, batch.size)
             if teaching is not None and teacher is not None:
                 pairs = exchange.pairs_with(teacher)
                 distillation, notes = teaching.teach(exchange.model, teacher, pairs)
@@ -285,5 +288,28 @@ def _replaced(
     )
 
 
-def _distance(output: object, expected: object) -> float:
-    return relative_distance(list(float_tensors(output)), list(float_tensors(expected)))
+def _evaluated(
+    model: nn.Module, forward: Forward | None, batch: Batch, before: Sequence[BatchNormLayer]
+) -> object:
+    """Return what a swapped copy gives in eval mode.
+
+    Raises:
+        ConfigurationError: It runs a layer of the model that it is a copy of.
+    """
+    called: list[str] = []
+    with arrivals(before, lambda index, _: called.append(before[index].name)):
+        output = evaluated(model, forward, batch)
+    if called:
+        raise ConfigurationError(
+            f"{called[0]}: a copy of {type(model).__name__} still runs the layer of the model, by "
+            "a function or compiled method that it holds in an attribute: use in_place=True"
+        )
+    return output
+
+
+def _distance(output: object, expected: object, samples: int) -> float:
+    found, wanted = list(float_tensors(output)), list(float_tensors(expected))
+    places = places_of_rows([wanted], [samples]) or range(len(wanted))
+    return relative_distance(
+        [found[place] for place in places], [wanted[place] for place in places]
+    )

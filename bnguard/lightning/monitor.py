@@ -56,14 +56,16 @@ class BatchNormMonitor(GuardedCallback):
     An error inside bnguard does not end the run: it is printed, and the callback turns off.
 
     Args:
-        every_n_steps: How often the rules run, in training batches.
+        every_n_steps: How often the rules run, in training batches; besides, they do after the
+            first batch and after each validation.
         eval_batches: Validation batches that are read in each validation.
         rules: The rules to run.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
             next go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
         ignore: Those that do not run, also where they are selected.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        stop_on: Stop the trainer after the step in which a finding so severe appears.
+        stop_on: Stop the trainer when a finding so severe appears. That is when the rules run
+            and not before: ``every_n_steps=1`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
         strict: Raise errors inside bnguard; for tests.
 
@@ -375,9 +377,10 @@ class BatchNormMonitor(GuardedCallback):
         where = "" if folder is None else f", and in {folder / REPORT_FILE}"
         ranks = number_of_ranks()
         who = "" if ranks == 1 else f" on each of {ranks} ranks"
+        layers = len(self._momenta)
         return (
-            f"bnguard · watching {len(self._momenta)} BN layers{who} · findings appear here, "
-            f"the report at the end{where}"
+            f"bnguard · watching {layers} BN layer{'' if layers == 1 else 's'}{who} · findings "
+            f"appear here, the report at the end{where}"
         )
 
 

@@ -41,8 +41,10 @@ class BatchNormRecalibration(GuardedCallback):
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
             checkpoint is saved, which alone gets the new statistics (not one of weights alone,
             of which Lightning tells no callback; averaging callbacks come before this one);
-            ``"fit-end"``, once after the last epoch, and for good; ``"test"``, before ``test`` and
-            ``predict``.
+            ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
+            checkpoints and the report of ``fit`` are written by then, and
+            ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
+            before ``test`` and ``predict``.
         data: ``"train"`` or ``"validation"``, of which samples are drawn; or batches.
         every_n_epochs: In which epochs; for ``when="validation"``.
         samples: Samples to use at most, on all ranks together.
@@ -205,6 +207,11 @@ class BatchNormRecalibration(GuardedCallback):
         """Recalibrate the weights that training ends with, for good."""
         if self._when == "fit-end":
             self._recalibrate(trainer, pl_module, "at the end of fit")
+            if self._changes and trainer.is_global_zero:
+                show(
+                    "bnguard: no checkpoint that fit saved has these statistics: "
+                    "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
+                )
         self._changes = {}
 
     @guarded
@@ -228,10 +235,11 @@ class BatchNormRecalibration(GuardedCallback):
                 stack.enter_context(monitor.paused())
             score = None if self._keep == "always" else self._score
             if self._keep != "always" and score is None:
-                score = ValidationScore(trainer, self._drawn(trainer, module, "validation"))
+                loader = loader_of(trainer, "validation", instead="pass score=, or keep='always'")
+                score = ValidationScore(trainer, self._drawn(trainer, module, loader))
             result = recalibrate(
                 module,
-                self._drawn(trainer, module, self._data),
+                self._drawn(trainer, module, self._loader(trainer)),
                 method=self._method,
                 samples=self._samples,
                 forward=self._called(trainer),
@@ -249,10 +257,15 @@ class BatchNormRecalibration(GuardedCallback):
         if trainer.is_global_zero:
             show(f"bnguard: {_told(result, score, moment)}")
 
+    def _loader(self, trainer: Trainer) -> Iterable[object]:
+        data = self._data
+        if data in ("train", "validation"):
+            return loader_of(trainer, data, instead="pass data=loader")
+        return data
+
     def _drawn(
-        self, trainer: Trainer, module: LightningModule, data: Split | Iterable[object]
+        self, trainer: Trainer, module: LightningModule, loader: Iterable[object]
     ) -> Iterable[object]:
-        loader = loader_of(trainer, data) if data in ("train", "validation") else data
         batches = sampled(loader, self._samples, trainer.global_rank)
         return transferred(batches, trainer, module)
 
@@ -281,7 +294,11 @@ def _monitors(trainer: Trainer) -> list[BatchNormMonitor]:
 
 
 def _told(result: Recalibration, score: object, moment: str) -> str:
-    what = f"{len(result.layers)} BN layers recalibrated on {result.samples:,} samples {moment}"
+    layers = len(result.layers)
+    what = (
+        f"{layers} BN layer{'' if layers == 1 else 's'} recalibrated on {result.samples:,} samples "
+        f"{moment}"
+    )
     if result.score_before is None or result.score_after is None:
         return what
     name, sign = "score", 1.0

@@ -19,8 +19,13 @@ Split = Literal["train", "validation"]
 _BATCH_SIZE = 32
 
 
-def loader_of(trainer: Trainer, split: Split) -> Iterable[object]:
+def loader_of(trainer: Trainer, split: Split, *, instead: str) -> Iterable[object]:
     """Return the loader that the trainer has for a split, the first of several for validation.
+
+    Args:
+        trainer: The trainer.
+        split: Which one.
+        instead: What to do where there is none to return.
 
     Raises:
         ConfigurationError: There is none, or several that belong together.
@@ -33,7 +38,7 @@ def loader_of(trainer: Trainer, split: Split) -> Iterable[object]:
         loaders = loaders[0]
     if loaders is None or isinstance(loaders, (Mapping, list, tuple)):
         found = "no" if loaders is None else "several"
-        raise ConfigurationError(f"the trainer has {found} {split} loaders: pass data=loader")
+        raise ConfigurationError(f"the trainer has {found} {split} loaders: {instead}")
     return loaders  # type: ignore[no-any-return]
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from bnguard.history import ModeGap
 from bnguard.layers import (
     BatchNormLayer,
+    as_written,
     is_wrapper,
     preserved_modes,
     preserved_random_state,
@@ -115,7 +114,7 @@ class GapProbe:
             return "the batch of a SyncBatchNorm is spread over the ranks"
         try:
             with (
-                _compiling_nothing(),
+                as_written(),
                 preserved_modes(self._model),
                 preserved_random_state(self._model),
                 preserved_statistics(self._layers),
@@ -184,14 +183,6 @@ def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[tup
 def _without_compilation(module: nn.Module) -> nn.Module:
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
-
-
-@contextmanager
-def _compiling_nothing() -> Iterator[None]:
-    """Run compiled modules as they are written: other modes would make torch.compile start anew."""
-    is_compiling = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
-        yield
 
 
 def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:

@@ -20,6 +20,7 @@ class Report:
         history: What was observed.
         findings: What is wrong, the worst first.
         skipped: What could not be told, and why.
+        failure: The error of bnguard's own that ended the watching early; None where none did.
 
     Example:
         >>> from bnguard.history import History, Run
@@ -30,11 +31,17 @@ class Report:
     history: History
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...]
+    failure: str | None = None
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:
         """What was observed, a layer each."""
         return self.history.layers
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read in another way than usual, or could not be seen, and why; a line each."""
+        return self.history.notes if self.failure is None else (self.failure, *self.history.notes)
 
     @property
     def groups(self) -> tuple[FindingGroup, ...]:

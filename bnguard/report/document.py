@@ -54,7 +54,7 @@ def report_document(report: Report) -> dict[str, Any]:
             {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
             for skipped in report.skipped
         ],
-        "notes": list(report.history.notes),
+        "notes": list(report.notes),
     }
     return cast("dict[str, Any]", _strict(document))
 

@@ -39,7 +39,7 @@ def report_view(report: Report) -> RenderableType:
     failures = {
         skip.code: f"{skip.code}: {skip.reason}" for skip in report.skipped if skip.is_failure
     }
-    notes = (*failures.values(), *report.history.notes)
+    notes = (*failures.values(), *report.notes)
     parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
 
@@ -96,8 +96,10 @@ def _heading(report: Report) -> Text:
             for severity, number in counts
             if number
         ]
-    else:
+    elif report.failure is None:
         parts.append("nothing is wrong")
+    else:
+        parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")
 
 

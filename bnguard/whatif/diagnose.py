@@ -19,6 +19,7 @@ from bnguard.fixes.selection import select_layers, unwrapped
 from bnguard.fixes.snapshot import running_statistics
 from bnguard.layers import (
     BatchNormLayer,
+    as_written,
     find_layers,
     preserved_modes,
     preserved_random_state,
@@ -31,7 +32,7 @@ from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
 from bnguard.whatif.data import Samples, read_samples
 from bnguard.whatif.diagnosis import Diagnosis
 from bnguard.whatif.numbers import Numbers, Training
-from bnguard.whatif.statistics import Statistics, compiling_nothing, lent_statistics
+from bnguard.whatif.statistics import Statistics, lent_statistics
 from bnguard.whatif.table import Table, measured_table
 from bnguard.whatif.training import told_by_training
 
@@ -91,10 +92,10 @@ def diagnose(
     inner = unwrapped(model)
     if not find_layers(inner):
         raise CalibrationError(f"{type(inner).__name__} has no BN layers: nothing to diagnose")
-    _check_weights(inner)
     selection = select_layers(inner, None)
     layers = selection.layers
     with _untouched(model, layers):
+        _check_weights(inner)
         device = next(chain(inner.parameters(), inner.buffers())).device
         read = partial(read_samples, model=inner, forward=forward, samples=samples, device=device)
         evaluation = read(loader, name="loader")
@@ -123,7 +124,8 @@ def diagnose(
                 on_training = on_training.without_nonfinite_batches(cures["reference"].statistics)
             averaged = averaged_over_batches(on_training, stored)
             told = told_by_training(on_training, cures["reference"], averaged)
-            cures = {"reference": cures["reference"], "averaged": averaged} | cures
+            if averaged.changes:
+                cures = {"reference": cures["reference"], "averaged": averaged} | cures
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measured_table(bench, stored, statistics, batch_sizes)
         cause = named_cause(
@@ -156,7 +158,7 @@ def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[N
         preserved_modes(model),
         preserved_random_state(model),
         lent_statistics(layers),
-        compiling_nothing(),
+        as_written(),
         torch.no_grad(),
     ):
         yield

@@ -41,7 +41,7 @@ class Training:
         flipped_share: Share of the predictions that it changes.
         from_data: How far the variances of the data are from the stored ones: the logarithm of
             their ratio, the mean over the layers.
-        from_batches: The same of the mean variance of training batches.
+        from_batches: The same of the mean variance of training batches; NaN where they have none.
         from_batches_by_noise: What the running average alone is expected to make of that.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.arrivals import arrivals, arrived_moments, is_finite, on_host
 from bnguard.fixes.calibration.batches import Batch, Forward, call
-from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import Moments, merge_moments
 
@@ -25,21 +25,21 @@ class Outputs:
     """What a model returned for all samples.
 
     Attributes:
-        tensors: For each tensor that it returns, the numbers kept of all batches, one after the
-            other.
+        tensors: The numbers kept of all batches, one after the other, of each tensor that has a
+            row a sample, by its place in what the model returns; of all tensors where none has.
         predictions: Class with the highest score, a sample each; None where nothing looks like
             class scores.
-        samples: How many samples there are, where each is a row of every tensor; else None.
+        samples: How many samples there are, where each is a row of the tensors; else None.
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: Mapping[int, Tensor]
     predictions: Tensor | None
     samples: int | None
 
     @property
     def are_finite(self) -> bool:
         """Whether none is NaN or Inf."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.tensors)
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors.values())
 
     def change_from(self, expected: Outputs) -> float:
         """Return the root mean square change, in standard deviations of what is expected.
@@ -47,12 +47,16 @@ class Outputs:
         Raises:
             CalibrationError: The outputs are of another shape.
         """
-        if [t.shape for t in self.tensors] != [t.shape for t in expected.tensors]:
+        # What has a row a sample by chance, in batches of one size, may not have it in others.
+        places = sorted(self.tensors.keys() & expected.tensors.keys())
+        mine = [self.tensors[place] for place in places]
+        wanted = [expected.tensors[place] for place in places]
+        if not places or [t.shape for t in mine] != [t.shape for t in wanted]:
             raise CalibrationError(
                 "the model's outputs change their shape with the statistics, so they cannot be "
                 "compared: pass forward=lambda model, batch: … that returns scores or features"
             )
-        return relative_distance(self.tensors, expected.tensors)
+        return relative_distance(mine, wanted)
 
     def flipped_share(self, expected: Outputs) -> float | None:
         """Return the share of predictions that differ; None where there are none."""
@@ -70,7 +74,10 @@ class Outputs:
             return None
         back = torch.argsort(torch.tensor(order))
         return Outputs(
-            tensors=tuple(t.view(len(order), -1)[back].flatten() for t in self.tensors),
+            tensors={
+                place: tensor.view(len(order), -1)[back].flatten()
+                for place, tensor in self.tensors.items()
+            },
             predictions=None if self.predictions is None else self.predictions[back],
             samples=self.samples,
         )
@@ -92,16 +99,16 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
             "pass forward=lambda model, batch: … that returns scores or features"
         )
     columns = tuple(zip(*returned, strict=True))
-    has_rows = all(
-        tensor.dim() > 0 and len(tensor) == size
-        for column in columns
-        for tensor, size in zip(column, sizes, strict=True)
-    )
-    scores = next((column for column in columns if _are_class_scores(column)), None)
+    places = places_of_rows(returned, sizes)
+    kept = {place: columns[place] for place in places or range(len(columns))}
+    scores = next((column for column in kept.values() if _are_class_scores(column)), None)
     return Outputs(
-        tensors=tuple(torch.cat([_thinned(t).flatten() for t in column]) for column in columns),
+        tensors={
+            place: torch.cat([_thinned(tensor).flatten() for tensor in column])
+            for place, column in kept.items()
+        },
         predictions=None if scores is None else torch.cat([t.argmax(1) for t in scores]),
-        samples=sum(sizes) if has_rows else None,
+        samples=sum(sizes) if places else None,
     )
 
 

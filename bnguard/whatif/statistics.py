@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +125,3 @@ def _training(layer: BatchNormLayer, wanted: bool) -> Iterator[None]:
         yield
     finally:
         layer.module.training = before
-
-
-def compiling_nothing() -> AbstractContextManager[object]:
-    """Run compiled modules as they are written: what is put in place here, they would not see."""
-    is_compiling = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()

@@ -44,8 +44,12 @@ def told_by_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Train
 
 
 def _distance(cure: Cure) -> float:
-    """Return the mean distance over the layers; means are left out, as batch order moves them."""
-    return float(np.mean([_log_variance_ratio(change) for change in cure.changes.values()]))
+    """Return the mean distance over the layers; means are left out, as batch order moves them.
+
+    NaN where no layer has statistics, as of batches of one value per channel.
+    """
+    distances = [_log_variance_ratio(change) for change in cure.changes.values()]
+    return float(np.mean(distances)) if distances else math.nan
 
 
 def _log_variance_ratio(change: LayerChange) -> float:

@@ -175,6 +175,25 @@ def test_compiled_parts():
     check(before, model, x)
 
 
+def test_a_method_that_is_compiled():
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.run = torch.compile(self.run, backend="eager")
+
+        def run(self, x):
+            return self.net(x)
+
+        def forward(self, x):
+            return self.run(x)
+
+    model, x = Compiled(), torch.randn(30, 4)
+    before = copy.deepcopy(model.net)
+    bnguard.recalibrate(model, x.split(7))
+    check(before, model.net, x)
+
+
 def test_layers_that_the_user_froze_are_kept():
     model, x = net().train(), torch.randn(30, 4)
     model[1].eval()
@@ -224,6 +243,12 @@ def test_lazy_layers_want_a_batch_first():
         bnguard.recalibrate(model, [torch.randn(30, 4)])
     model(torch.randn(30, 4))
     assert bnguard.recalibrate(model, [torch.randn(30, 4)]).is_kept
+
+
+@pytest.mark.parametrize("repair", [bnguard.recalibrate, bnguard.diagnose])
+def test_layers_without_values_want_them_first(repair):
+    with pytest.raises(CalibrationError, match="1 is on the meta device and holds no values"):
+        repair(net().to("meta"), [torch.randn(30, 4)])
 
 
 def test_inference_mode():

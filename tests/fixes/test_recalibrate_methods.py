@@ -211,3 +211,26 @@ def test_a_moving_average_is_no_repair_for_several_ranks(monkeypatch):
     monkeypatch.setattr("bnguard.fixes.recalibrate.current_ranks", TwoRanks)
     with pytest.raises(ConfigurationError, match="runs on one process"):
         bnguard.recalibrate(net(), [images()], method="ema")
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "told"),
+    [
+        (1, {}, ["1 sample is few: the standard error of a mean may be up to 1 σ"]),
+        (16, {}, ["16 samples are few: the standard error of a mean may be up to 0.25 σ"]),
+        (16, {"method": "adapt", "prior": 48.0}, []),
+        (128, {}, []),
+    ],
+)
+def test_few_samples_are_told_of_with_how_far_means_may_be_off(samples, options, told):
+    result = bnguard.recalibrate(net(), [images(128)[:samples]], **options)
+    assert list(result.notes) == told
+
+
+def test_where_the_values_of_a_sample_are_alike_means_scatter_as_far_as_is_told():
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    means = []
+    for _ in range(200):
+        bnguard.recalibrate(model, [torch.randn(16, 1, 1, 1).expand(16, 1, 3, 3)])
+        means.append(model[0].running_mean.item())
+    assert torch.tensor(means).std().item() == pytest.approx(0.25, rel=0.2)

@@ -529,6 +529,43 @@ def test_a_model_fused_for_quantisation_but_not_prepared_is_swapped():
     assert model(torch.rand(2, 1, 5, 5)).shape == (2, 8, 3, 3)
 
 
+class Compiled(nn.Module):
+    """A copy of it still runs the model that it was made from."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+        self.run = torch.compile(self.run, backend="eager")
+
+    def run(self, x):
+        return self.net(x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_a_copy_that_runs_the_old_layers_is_refused():
+    x = torch.randn(4, 1, 8, 8)
+    with pytest.raises(ConfigurationError, match="a copy of Compiled still runs"):
+        swap(Compiled(), sample=x)
+    model = Compiled()
+    assert swap(model, sample=x, in_place=True).output_change > 0.01
+    assert not find_layers(model)
+
+
+def test_a_layer_that_is_called_by_keyword_tells_its_size():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(32)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    result = swap(Named(), sample=torch.randn(4, 32, 2, 2))
+    assert [(layer.positions, layer.groups) for layer in result.replaced] == [(4, 8)]
+
+
 def test_a_compiled_part_is_compiled_anew():
     """A graph that still held the BN layer would give what it gave."""
     inner = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
@@ -548,3 +585,15 @@ def test_the_groups_of_a_swap_make_it_again_without_a_sample():
     alone = nn.Sequential(nn.BatchNorm1d(1))
     chosen = swap(alone, "group", sample=torch.randn(2, 1, 40)).groups
     assert swap(alone, "group", groups=chosen).groups == {"0": 1}
+
+
+def test_nothing_is_compiled_to_look_at_a_model():
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph
+
+    model = nn.Sequential(torch.compile(conv_net(), backend=backend))
+    swap(model, sample=torch.randn(4, 1, 8, 8))
+    assert not compiled

@@ -266,3 +266,24 @@ def test_the_bar_shows_the_distance_that_is_left():
     bar.advance(30, 0.1234)
     (task,) = bar._progress.tasks
     assert (task.completed, task.total, task.description) == (30, 100, "0.123 σ off")
+
+
+def test_a_loss_beside_the_scores_is_not_learnt():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = conv_net()
+
+        def forward(self, x):
+            scores = self.net(x)
+            return {"loss": 1e3 * scores.mean(), "scores": scores} if self.has_loss else scores
+
+    found = []
+    for has_loss in (False, True):
+        model = WithLoss()
+        model.has_loss = has_loss
+        batches = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
+        result = swap(model, teacher_data=batches, steps=3, progress=False)
+        found.append((result.output_change, result.distillation))
+    assert found[0] == found[1]

@@ -234,19 +234,27 @@ def test_without_a_loss_nothing_can_be_compared(tiny, trainer_of, capsys):
         trainer_of(BatchNormRecalibration(strict=True), max_epochs=1).fit(Silent())
 
 
+def test_without_validation_data_the_way_out_is_about_the_score(tiny, trainer_of):
+    callback = BatchNormRecalibration(when="fit-end", strict=True)
+    module = tiny()
+    with pytest.raises(ConfigurationError, match="no validation loaders: pass score="):
+        trainer_of(callback, limit_val_batches=0).fit(module, module.train_dataloader(), [])
+
+
 def test_every_n_epochs(tiny, trainer_of, capsys):
     callback = BatchNormRecalibration(keep="always", every_n_epochs=2, strict=True)
     trainer_of(callback, max_epochs=4).fit(tiny())
     assert capsys.readouterr().out.count("recalibrated") == 2
 
 
-def test_at_the_end_of_fit_it_is_for_good(tiny, trainer_of, witness):
+def test_at_the_end_of_fit_it_is_for_good(tiny, trainer_of, witness, capsys):
     callback = BatchNormRecalibration(when="fit-end", strict=True)
     module = tiny(0.001)
     trainer_of(callback, witness).fit(module)
     assert same(witness.validated[-1], witness.after_batch[-1])
     assert callback.result.is_kept
     assert not same(statistics(module), witness.after_batch[-1])
+    assert "no checkpoint that fit saved has these statistics" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])

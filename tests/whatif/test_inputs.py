@@ -1,6 +1,7 @@
 """What loaders yield and models return, and one clear line where it does not fit."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -28,6 +29,21 @@ class Named(nn.Module):
         return {"logits": self.net(x) * scale}
 
 
+@dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+    temperature: torch.Tensor
+
+
+class WithLoss(Named):
+    """As those of Hugging Face transformers: a loss of the batch beside what has a row a sample."""
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return Output((logits[:, 0] - labels).square().mean(), logits, torch.ones(1))
+
+
 def names(diagnosis):
     return [row.name for row in diagnosis.rows]
 
@@ -39,11 +55,21 @@ def names(diagnosis):
         (net, [(x, 0) for x in X.split(10)], None),
         (net, [[x, 0] for x in X.split(10)], None),
         (Named, [{"x": x, "label": 0} for x in X.split(10)], None),
+        (WithLoss, [{"x": x, "labels": x[:, 0]} for x in X.split(10)], None),
         (net, [{"image": x} for x in X.split(10)], lambda model, batch: model(batch["image"])),
         (net, DataLoader(TensorDataset(X, X), 10), None),
         (lambda: nn.DataParallel(net()), list(X.split(10)), None),
     ],
-    ids=["tensors", "tuples", "lists", "mappings", "forward=", "DataLoader", "DataParallel"],
+    ids=[
+        "tensors",
+        "tuples",
+        "lists",
+        "mappings",
+        "loss",
+        "forward=",
+        "DataLoader",
+        "DataParallel",
+    ],
 )
 def test_all_ways_to_yield_a_batch_give_the_same(make, loader, forward):
     torch.manual_seed(1)
@@ -52,6 +78,11 @@ def test_all_ways_to_yield_a_batch_give_the_same(make, loader, forward):
     expected = bnguard.diagnose(net(), X.split(10))
     assert [row.change for row in found.rows] == [row.change for row in expected.rows]
     assert found.samples == 120
+
+
+def test_what_has_a_row_a_sample_by_chance_is_not_compared():
+    alone = bnguard.diagnose(WithLoss(), [{"x": x, "labels": x[:, 0]} for x in X.split(1)])
+    assert names(alone) == ["stored", "evaluation", "batches of 2", "batches of 8", "batches of 32"]
 
 
 def test_an_iterator_is_read_once_and_kept():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from bnguard.fixes.calibration.working import working_statistics
-from bnguard.layers import BatchNormLayer, is_wrapper, preserved_modes, preserved_random_state
+from bnguard.layers import (
+    BatchNormLayer,
+    as_written,
+    preserved_modes,
+    preserved_random_state,
+)
 
 
 @contextmanager
@@ -25,7 +30,7 @@ def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[Non
         _preserved_buffers(model),
         _preserved_gradients(model),
         torch.no_grad(),
-        _uncompiled(model),
+        as_written(),
         working_statistics(layers),
     ):
         model.eval()
@@ -61,11 +66,3 @@ def _preserved_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
-    """Run what ``torch.compile`` made of parts of a model as it was written: else no hook fires."""
-    is_compiled = any(
-        is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
