@@ -230,7 +230,10 @@ def test_a_loop_that_tells_of_no_step_is_told_so():
             model(images[1200:])
     report = monitor.report()
     assert "BN304" not in {finding.code for finding in report.findings}
-    assert "no step was told of: call monitor.step() after each step of training" in report.history.notes
+    assert (
+        "no step was told of: call monitor.step() after each step of training"
+        in report.history.notes
+    )
 
 
 @pytest.mark.parametrize("evaluates", [True, False])

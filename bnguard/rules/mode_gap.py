@@ -34,7 +34,9 @@ class ModesDisagree(ExplainedRule):
         change of the outputs between running and batch statistics, in standard deviations of the
         outputs, without the part that sampling explains (twice the change between the statistics
         of half the batch and of the whole); and, for class scores, the share of predictions that
-        flip: where many do, a smaller change is harm already. ``info`` where the layers were frozen
+        flip: where many do, a smaller change is harm already. A flip counts where one of the modes
+        finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
+        decides by next to nothing. ``info`` where the layers were frozen
         throughout training, and while training goes on and fewer than four evaluations in a row
         have shown it; and where the evaluation is sorted (BN301), so that its first batch is
         unlike the rest, and no drift was found. The cause is that of the layer that fits worst.
