@@ -3,7 +3,7 @@
 The smallest module that holds all BN layers and is called during evaluation is run again on a
 batch that it was called with: once with running statistics, once with those of the batch. The same
 is done with the largest, where it is another and gives what looks like class scores, to count the
-predictions that change, near ties left out. No user step function is called, and no label is needed. Forward hooks of
+predictions that change. No user step function is called, and no label is needed. Forward hooks of
 the user's do run again: pruning, weight normalisation and offloading work through them, so that
 without them it would be another model that is measured.
 """

@@ -56,7 +56,7 @@ class FrozenButUpdating(Rule):
     code: ClassVar[str] = "BN101"
     name: ClassVar[str] = "frozen-but-updating"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    is_local: ClassVar[bool] = True
 
     max_updates: int = 0
 

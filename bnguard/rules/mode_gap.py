@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import History, ModeGap
-from bnguard.rules.base import ExplainedRule
+from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.causes import Cause, cause_of_gap, sorted_batch
 from bnguard.rules.measures import (
     MAX_EXCESS_CHANGE,
@@ -73,7 +73,7 @@ class ModesDisagree(ExplainedRule):
     max_flipped_share: float = MAX_FLIPPED_SHARE
     max_initial_weight: float = 0.05
 
-    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
         """Hold the gap between the modes against both limits."""
         run = history.run
         gap = run.mode_gap
@@ -92,7 +92,7 @@ class ModesDisagree(ExplainedRule):
             max_change_with_flips=self.max_excess_change_with_flips,
             max_flipped_share=self.max_flipped_share,
         ):
-            yield self._found(history, gap, cause)
+            yield self._found(history, gap, root_at(None))
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)

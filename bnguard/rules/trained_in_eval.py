@@ -48,6 +48,7 @@ class TrainedInEval(Rule):
     code: ClassVar[str] = "BN209"
     name: ClassVar[str] = "trained-in-eval"
     explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN304")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_share_in_eval_mode: float = 0.5
     min_steps: int = 3

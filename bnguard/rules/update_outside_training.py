@@ -52,6 +52,7 @@ class UpdateOutsideTraining(Rule):
     code: ClassVar[str] = "BN206"
     name: ClassVar[str] = "update-outside-training"
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_calls_in_evaluation: int = 0
     max_calls_without_grad: int = 1
