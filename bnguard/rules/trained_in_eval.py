@@ -22,10 +22,10 @@ class TrainedInEval(Rule):
         is off then as well.
 
     Evidence:
-        The share of the training steps at whose end the model as a whole was in eval mode; or
-        training in eval mode with statistics that are still the initial ones. A layer in eval
-        mode with trained statistics, in a model in train mode, is a choice. Frozen layers are not
-        judged.
+        The share of the training steps at whose end the model as a whole was in eval mode, where
+        it was called with gradients in as many; or training in eval mode with statistics that are
+        still the initial ones. A layer in eval mode with trained statistics, in a model in train
+        mode, is a choice. Frozen layers are not judged, nor is a copy that others write to.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
@@ -72,7 +72,7 @@ class TrainedInEval(Rule):
                 Evidence("calls in eval mode", layer.frozen_calls, 0),
                 Fix("model.train() before training"),
             )
-        elif _is_model_in_eval(layer, self.max_share_in_eval_mode):
+        elif _is_model_in_eval(layer, self.max_share_in_eval_mode) and _is_trained(layer):
             yield self._finding(
                 layer,
                 Severity.WARNING,
@@ -89,3 +89,10 @@ class TrainedInEval(Rule):
 
 def _is_model_in_eval(layer: LayerHistory, max_share: float) -> bool:
     return layer.run.steps_in_eval_mode > max_share * layer.run.steps
+
+
+def _is_trained(layer: LayerHistory) -> bool:
+    """Return whether training calls the layer, as far as it can be seen; compiled ones cannot."""
+    if layer.position is None:
+        return layer.run.is_optimized is True
+    return 2 * layer.eval_calls_with_grad > layer.run.steps_in_eval_mode
