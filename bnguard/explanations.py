@@ -108,8 +108,12 @@ class Explanations:
         told_by = self._rules.get(symptom.code)
         if told_by is not None and told_by.is_local and symptom.layer is not None:
             return cause.layer == symptom.layer
-        if isinstance(told_by, ExplainedRule) and not self._has_done_harm(rule, cause.layer):
-            return False
+        if isinstance(told_by, ExplainedRule):
+            if not self._has_done_harm(rule, cause.layer):
+                return False
+        elif None not in (cause.step, symptom.step) and cause.step != symptom.step:
+            # In training what has gone wrong reaches all layers with the next step, by the weights.
+            return True
         here, there = self._position(symptom.layer), self._position(cause.layer)
         return here is None or there is None or there <= here
 

@@ -60,6 +60,8 @@ def cause(symptom, *causes):
         (found("BN302", None), found("BN208", "late", 120), False),
         (found("BN301", "late", 100), found("BN103", "fits"), False),
         (found("BN301", "late", 100), found("BN202", "fits"), True),  # each batch is off
+        (found("BN402", "early", 50), found("BN401", "late", 50), False),
+        (found("BN402", "early", 51), found("BN401", "late", 50), True),  # by the weights
         (found("BN303", "late"), found("BN103", "early"), False),  # has a counter of its own
         (found("BN303", "fits"), found("BN103", "fits"), True),
         (found("BN301", "late", 100), found("BN101", "late"), False),  # an optimizer moves none

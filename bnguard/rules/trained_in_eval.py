@@ -92,7 +92,7 @@ def _is_model_in_eval(layer: LayerHistory, max_share: float) -> bool:
 
 
 def _is_trained(layer: LayerHistory) -> bool:
-    """Return whether training calls the layer, as far as it can be seen; compiled ones cannot."""
-    if layer.position is None:
+    """Return whether training is of this model, as far as can be seen: compiled calls cannot be."""
+    if layer.position is None or layer.run.is_optimized is False:
         return layer.run.is_optimized is True
     return 2 * layer.eval_calls_with_grad > layer.run.steps_in_eval_mode
