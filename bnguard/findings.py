@@ -125,7 +125,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings of one rule and severity on one or more layers, which share a cause.
+    """Findings of one rule and severity on one or more layers, root causes or consequences.
 
     Attributes:
         findings: The earliest and worst first.
@@ -139,6 +139,12 @@ class FindingGroup:
         return self.findings[0]
 
     @property
+    def causes(self) -> tuple[str, ...]:
+        """The codes of what explains the findings, that of the worst first; empty for roots."""
+        causes = (finding.cause for finding in self.findings)
+        return tuple(dict.fromkeys(cause for cause in causes if cause is not None))
+
+    @property
     def where(self) -> str:
         """The layers in words: one name, or how many and the worst of them."""
         name = self.worst.layer
@@ -149,10 +155,14 @@ class FindingGroup:
 
 
 def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
-    """Return the findings of each rule and severity together, in the order given."""
-    groups: dict[tuple[str, Severity], list[Finding]] = {}
+    """Return the findings of each rule and severity together, in the order given.
+
+    What another finding explains stands apart from what none does.
+    """
+    groups: dict[tuple[str, Severity, bool], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.code, finding.severity), []).append(finding)
+        key = (finding.code, finding.severity, finding.cause is None)
+        groups.setdefault(key, []).append(finding)
     return tuple(
         FindingGroup(tuple(sorted(group, key=_earliest_and_worst))) for group in groups.values()
     )

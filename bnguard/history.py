@@ -58,6 +58,8 @@ class Run:
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
             the newest evaluation, as loading, averaging, pruning or rounding them does; or while
             watching a copy that no batch of training reached.
+        is_optimized: Whether an optimizer that is known has any parameter of the model; None where
+            none is known.
         weight_change: |weights - those of a reference| / |those of the reference|; None without a
             reference.
     """
@@ -74,6 +76,7 @@ class Run:
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False
+    is_optimized: bool | None = None
     weight_change: float | None = None
 
 
@@ -93,6 +96,7 @@ class LayerHistory:
         is_affine_frozen: Whether no affine parameter of the layer can learn; None where it has
             none, or is not known.
         is_affine_frozen_at_start: The same when watching began.
+        is_left_out: Whether gamma or beta could learn, but no optimizer has them.
         is_updating: Whether a forward in train mode updates the running statistics.
         position: Place in the order in which the layers were first called; None before that.
         fed_by: Class of the module that the layer directly follows; None where that is not known.
@@ -112,8 +116,14 @@ class LayerHistory:
         calls_without_grad: How many of them ran under ``torch.no_grad``.
         calls_outside: How many ran outside a forward of the model, as recomputed activations do.
         calls_recomputed: How many ran inside a backward: activations that are computed again.
+        calls_estimating: Calls that estimated the statistics anew, as ``update_bn`` does; they
+            count nowhere else.
         calls_in_evaluation: Calls inside an evaluation that still used batch statistics.
         steps_without_grad: Steps in which such a call ran under ``torch.no_grad``.
+        calls_between_steps: Those under ``torch.no_grad`` that came between two steps, where none
+            in eval mode did: an evaluation without eval().
+        steps_with_calls_between: Steps before which there were some.
+        eval_calls_with_grad: Calls with running statistics and gradients, in no evaluation.
         frozen_calls: Calls in training, the model in train mode, that used running statistics.
         frozen_calls_after: How many of them came after the first call with batch statistics that
             followed one of them.
@@ -143,6 +153,7 @@ class LayerHistory:
     training: bool | None = None
     is_affine_frozen: bool | None = None
     is_affine_frozen_at_start: bool | None = None
+    is_left_out: bool = False
     is_updating: bool = True
     position: int | None = None
     fed_by: str | None = None
@@ -160,8 +171,12 @@ class LayerHistory:
     calls_without_grad: int = 0
     calls_outside: int = 0
     calls_recomputed: int = 0
+    calls_estimating: int = 0
     calls_in_evaluation: int = 0
     steps_without_grad: int = 0
+    calls_between_steps: int = 0
+    steps_with_calls_between: int = 0
+    eval_calls_with_grad: int = 0
     frozen_calls: int = 0
     frozen_calls_after: int = 0
     unfrozen_step: int | None = None
@@ -194,7 +209,7 @@ class LayerHistory:
     @property
     def unseen_calls(self) -> int:
         """Updates whose calls no hook saw, as under ``torch.compile``."""
-        return max(0, self.updates_seen - self.calls_in_training)
+        return max(0, self.updates_seen - self.calls_in_training - self.calls_estimating)
 
     @property
     def initial_weight(self) -> float | None:
@@ -278,13 +293,22 @@ class History:
         if not self.run.steps and any(layer.calls_in_training for layer in self.layers):
             notes.append("no step was told of: call monitor.step() after each step of training")
         elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
-            notes.append("no evaluation was seen, so BN301, BN302 and BN305 were not judged")
+            was_tried = any(layer.calls_in_evaluation for layer in self.layers)
+            what = "evaluation ran in train mode" if was_tried else "no evaluation was seen"
+            notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
+        if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
+            notes.append("the optimizer given holds none of this model's parameters")
         # A rule that judges the number of updates says so itself, but not where it finds nothing.
         if any(not layer.is_momentum_known and layer.is_counted for layer in self.layers):
             notes.append(
                 "no momentum is stored: PyTorch's 0.1 is assumed, with which few updates suffice"
             )
         return tuple(notes)
+
+
+def _is_told_of(layer: LayerHistory) -> bool:
+    """Return whether BN101 says that no optimizer has the layer."""
+    return layer.is_left_out and bool(layer.is_affine_frozen and layer.updates_seen)
 
 
 def _layers(names: list[str]) -> str:

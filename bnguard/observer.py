@@ -28,7 +28,8 @@ from bnguard.probes.finiteness import FinitenessProbe
 from bnguard.probes.gap import GapProbe
 from bnguard.probes.hooks import Hooks, paused
 from bnguard.probes.inputs import InputProbe
-from bnguard.probes.modules import describe_layers
+from bnguard.probes.loading import LoadingProbe
+from bnguard.probes.modules import describe_layers, running_statistics
 from bnguard.probes.optimizers import OptimizerProbe
 from bnguard.probes.origin import OriginProbe
 from bnguard.probes.row import BufferReading
@@ -88,6 +89,7 @@ class Observer:
         self._buffers = BufferProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
         self._broadcasts = BroadcastProbe(model, self._buffers.forget_changes)
+        self._loading = LoadingProbe(self.layers, self._note_loading)
         self._evaluation_hooks: tuple[Hooks, ...] = ()
         self._inputs = InputProbe(())
         self._streams = StreamProbe(self._shapes)
@@ -133,6 +135,7 @@ class Observer:
             self.layers, self._places = layers, places
             self._buffers.follow(layers)
             self._shapes.follow(layers)
+            self._loading.follow(layers)
             self._forget_other_sizes()
             self._read_from_calls({})
         self._streams.follow(
@@ -227,6 +230,7 @@ class Observer:
             self._buffers.forget_changes()
         readings = self._buffers.readings()
         self._look_for_origin(readings)
+        owned = self._trained_by.owned_parameters()
         run = Run(
             steps=self.steps,
             planned_steps=self._planned_steps,
@@ -240,8 +244,8 @@ class Observer:
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
+            is_optimized=self._trained_by.trains(self._model) if owned else None,
         )
-        owned = self._trained_by.owned_parameters()
         described = describe_layers(self._model)
         return History(
             layers=tuple(
@@ -257,13 +261,13 @@ class Observer:
     def close(self) -> None:
         """Take the hooks off; what was observed stays."""
         self._is_closed = True
-        always = (self._shapes.hooks, self._broadcasts.hooks)
+        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
         for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.close()
 
     def _raise_errors(self) -> None:
         """Raise here, where a caller can take it, what a hook had to keep from the forward."""
-        always = (self._shapes.hooks, self._broadcasts.hooks)
+        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
         for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
             hooks.raise_error()
 
@@ -293,6 +297,8 @@ class Observer:
             described,
             is_affine_frozen=self._trained_by.is_affine_frozen(layer, owned),
             is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
+            is_left_out=described.is_affine_frozen is False
+            and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
@@ -303,8 +309,12 @@ class Observer:
             calls_without_grad=shapes.calls_without_grad,
             calls_outside=shapes.calls_outside,
             calls_recomputed=shapes.calls_recomputed,
+            calls_estimating=shapes.calls_estimating,
             calls_in_evaluation=shapes.calls_in_evaluation,
             steps_without_grad=shapes.steps_without_grad,
+            calls_between_steps=shapes.calls_between_steps,
+            steps_with_calls_between=shapes.steps_with_calls_between,
+            eval_calls_with_grad=shapes.eval_calls_with_grad,
             frozen_calls=shapes.frozen_calls,
             frozen_calls_after=shapes.frozen_calls_after,
             unfrozen_step=shapes.unfrozen_step,
@@ -404,6 +414,15 @@ class Observer:
             return
         if any(reading.poisoned_step is not None for reading in readings.values()):
             self._origin = OriginProbe(self._model, self._step + 1)
+
+    def _note_loading(self, layer: BatchNormLayer) -> None:
+        """Take what was loaded into a layer as it is: it is no update of training."""
+        self._buffers.forget_changes()
+        start = self._at_start.get(layer.name)
+        running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
+        if self.steps == 0 and start is not None and running is not None:
+            self._at_start[layer.name] = dataclasses.replace(start, running=running)
+            self._trained_by.note_start(layer, self._trained_by.owned_parameters())
 
     def _note_batch_of_one(self, name: str) -> None:
         """Tell at once, since PyTorch is about to refuse the batch without naming the layer."""

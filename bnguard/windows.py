@@ -186,8 +186,8 @@ class ModeGap:
             batch statistics, in standard deviations of the latter; infinite where not finite.
         sampling_change: The same between statistics of half the batch and of the whole: what
             sampling alone explains; None for fewer than 4 samples.
-        flipped_share: Share of samples whose largest class score is another; None where the
-            model's outputs do not look like class scores.
+        flipped_share: Share of samples whose largest class score is another, by more than 0.05 of
+            probability in one of the modes; None where the outputs do not look like class scores.
     """
 
     module: str

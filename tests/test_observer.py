@@ -241,3 +241,26 @@ def test_a_report_after_close_puts_no_hook_on_the_model():
         pass
     del model[-1]
     assert trace(model) == before
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_state_dict_that_is_loaded_is_no_update_of_training(steps_before, assign):
+    source, model, (images, _) = conv_net(), conv_net(), digits()
+    for batch in images[:640].split(32):
+        source(batch)
+    with bnguard.watch(model) as monitor:
+        for batch in images[:320].split(32)[:steps_before]:
+            model(batch)
+            monitor.step()
+        model.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+        for batch in images[:320].split(32):
+            model(batch)
+            monitor.step()
+    report = monitor.report()
+    for layer in report.layers:
+        assert layer.unseen_calls == 0
+        assert layer.updates_seen == steps_before + 10
+        assert layer.running_at_start.updates == (0 if steps_before else 20)
+        assert layer.window.batches.max() >= 10
+    assert not any("no hook sees" in note for note in report.history.notes)

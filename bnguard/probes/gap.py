@@ -38,6 +38,9 @@ _IS_TRAINING = operator.attrgetter("is_training")
 # are kept at most: what the smallest module was called with, and what the largest was.
 MAX_CAPTURED_BYTES = 128 * 2**20
 
+# Difference of the probabilities of two classes up to which they tie.
+_MAX_TIE = 0.05
+
 
 @dataclass(frozen=True, eq=False)
 class _Call:
@@ -233,11 +236,28 @@ def _relative_change(outputs: list[Tensor], reference: list[Tensor]) -> float:
 
 
 def _flipped_share(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
-    """Return the share of predictions that change, where an output looks like class scores."""
+    """Return the share of predictions that change, where an output looks like class scores.
+
+    Where both modes find the two classes about as probable, to change between them is no harm: a
+    network that has hardly learnt decides by next to nothing.
+    """
     for output, expected in zip(outputs, reference, strict=True):
         if output.dim() == 2 and output.shape[1] > 1:
-            return (output.argmax(1) != expected.argmax(1)).float().mean().item()
+            classes = output.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
+            margins = [
+                (p.gather(1, classes[0]) - p.gather(1, classes[1])).abs()
+                for p in map(_probabilities, (output, expected))
+            ]
+            # Negated, so that predictions that are not finite count.
+            return (~(torch.maximum(*margins) <= _MAX_TIE)).float().mean().item()
     return None
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    """Return class probabilities: the scores themselves, where they are, or else their softmax."""
+    scores = wide(scores)
+    are_probabilities = (scores >= 0.0).all() and (scores.sum(1) - 1.0).abs().max() < 1e-2
+    return scores if are_probabilities else scores.softmax(1)
 
 
 def _tensors(tree: object) -> list[Tensor]:

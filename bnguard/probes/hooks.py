@@ -55,6 +55,12 @@ class Hooks:
         """Call ``note`` with arguments and output of each forward, also one that raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
 
+    def after_loading(self, module: nn.Module, note: Note) -> None:
+        """Call ``note`` after each ``load_state_dict`` that reaches the module."""
+        hook = _Hook(self, note)
+        handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
+
     def raise_error(self) -> None:
         """Raise what a note has raised, if one has."""
         if self._error is not None:

@@ -21,13 +21,16 @@ class OptimizerProbe:
 
     def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
         self._optimizers = tuple(optimizers)
+        self._affine_at_start: dict[str, list[Tensor]] = {}
         owned = self.owned_parameters()
+        for layer in layers:
+            self.note_start(layer, owned)
+
+    def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
+        """Take gamma and beta as they are now for those that training starts from."""
         # Only those that no optimizer has may be frozen by standing still.
-        self._affine_at_start = {
-            layer.name: [parameter.detach().clone() for parameter in layer.affine]
-            for layer in layers
-            if owned and not _are_owned(layer.affine, owned)
-        }
+        if self.is_left_out(layer, owned):
+            self._affine_at_start[layer.name] = [part.detach().clone() for part in layer.affine]
 
     def owned_parameters(self) -> set[int]:
         """Return the identities of the parameters that an optimizer has."""
@@ -42,6 +45,10 @@ class OptimizerProbe:
         """Return whether an optimizer has any parameter of the model."""
         owned = self.owned_parameters()
         return any(id(parameter) in owned for parameter in model.parameters())
+
+    def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
+        """Return whether no optimizer has gamma and beta, where it has others."""
+        return bool(owned) and not _are_owned(layer.affine, owned)
 
     def left_out_at_start(self, layer: BatchNormLayer) -> bool:
         """Return whether no optimizer had gamma and beta when watching began, but had others."""

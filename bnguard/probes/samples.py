@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnguard.history import InputWindow
 from bnguard.moments import mean_and_biased_var
+from bnguard.stats import FloatArray
 
 # Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
 # so few that the look costs next to nothing. Of the batches after the first, one in four is read.
@@ -21,6 +22,10 @@ _MAX_FEATURES = 64
 _MAX_BATCHES = 64
 _FIRST_BATCHES = 8
 _ONE_IN = 4
+
+# From so many batches on a slow change of the data is told from batches that differ: what a
+# network that learns is fed by another one that does, as a discriminator is.
+_MIN_BATCHES_OF_TREND = 16
 
 
 class SampleProbe:
@@ -32,13 +37,14 @@ class SampleProbe:
     def __init__(self) -> None:
         self._newest: InputWindow | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []
+        self._times: list[int] = []
         self._samples = 0
         self._calls = 0
 
     def start_window(self) -> None:
         """Begin a new window, and keep the one that ends."""
         self._newest = self.window()
-        self._moments, self._samples, self._calls = [], 0, 0
+        self._moments, self._times, self._samples, self._calls = [], [], 0, 0
 
     def window(self) -> InputWindow | None:
         """Return the newest window with at least half of the batches of the last full one."""
@@ -52,7 +58,7 @@ class SampleProbe:
         varies = is_finite & (variances > 0.0).any(0)
         to_unbiased = self._samples / (self._samples - batches)
         within = variances[:, varies].mean(0) * to_unbiased
-        between = means[:, varies].var(0, ddof=1)
+        between = _variance_beside_trend(means[:, varies], self._times)
         ratio = self._samples / batches * between / within
         return InputWindow(batches=batches, variance_ratio=ratio)
 
@@ -69,9 +75,19 @@ class SampleProbe:
         with torch.no_grad():
             mean, variance = mean_and_biased_var(features)
         if self._moments and self._moments[0][0].shape != mean.shape:
-            self._moments, self._samples = [], 0
+            self._moments, self._times, self._samples = [], [], 0
         self._moments.append((variance, mean))
+        self._times.append(self._calls)
         self._samples += len(features)
+
+
+def _variance_beside_trend(means: FloatArray, times: Sequence[int]) -> FloatArray:
+    """Return the variance of batch means, those of many about a parabola in time, unbiased."""
+    if len(means) < _MIN_BATCHES_OF_TREND:
+        return np.asarray(means.var(0, ddof=1))
+    powers = np.vander(np.interp(times, (times[0], times[-1]), (-1.0, 1.0)), 3)
+    rest = means - powers @ np.linalg.lstsq(powers, means, rcond=None)[0]
+    return np.asarray(np.square(rest).sum(0) / (len(means) - powers.shape[1]))
 
 
 def _features(inputs: Sequence[Tensor]) -> Tensor | None:

@@ -25,6 +25,9 @@ class ShapeRecord:
     Attributes:
         calls_without_grad: How many of the calls ran under ``torch.no_grad``.
         steps_without_grad: In how many steps there was one.
+        calls_between_steps: How many of them came after the first step where no call in eval mode
+            but one of training followed before the next: an evaluation without eval().
+        steps_with_calls_between: In how many steps there were some.
         calls_recomputed: How many ran inside a backward: activations that are computed again.
         calls_outside: How many ran outside a forward of the model: an activation that is
             recomputed in the backward, or a part of the model that is called by itself.
@@ -32,26 +35,34 @@ class ShapeRecord:
             are called is a forward, too.
         most_calls_in_step: The most calls in one step.
         calls_now: Calls so far in the step that is under way.
+        calls_estimating: Calls that estimated the statistics anew, which count nowhere else.
         calls_in_evaluation: Calls in an evaluation, which count nowhere else.
         position: Place in the order in which the layers were first called, in whatever mode.
-        frozen_calls: Calls in training with running statistics, the model in train mode.
+        eval_calls_with_grad: Calls with running statistics and with gradients, in no evaluation.
+        frozen_calls: Those of them for which the model was in train mode.
         frozen_calls_after: How many of them came after ``unfrozen_step``.
         unfrozen_step: Step of the first call with batch statistics that followed such a call.
     """
 
     calls_without_grad: int = 0
     steps_without_grad: int = 0
+    calls_between_steps: int = 0
+    steps_with_calls_between: int = 0
     calls_recomputed: int = 0
     calls_outside: int = 0
     most_calls: int = 0
     most_calls_in_step: int = 0
     calls_now: int = 0
+    calls_estimating: int = 0
     calls_in_evaluation: int = 0
     position: int | None = None
+    eval_calls_with_grad: int = 0
     frozen_calls: int = 0
     frozen_calls_after: int = 0
     unfrozen_step: int | None = None
     _step_without_grad: int = 0
+    _waiting: int = 0
+    _step_in_eval_mode: int = 0
     _values: dict[int, int] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)
     _latest_shape: torch.Size | None = None
@@ -116,9 +127,24 @@ class ShapeRecord:
 
     def count_without_grad(self, step: int) -> None:
         """Count a call under ``torch.no_grad`` in this step."""
+        if step != self._step_without_grad:
+            self.steps_without_grad += 1
+            self._step_without_grad, self._waiting = step, 0
         self.calls_without_grad += 1
-        self.steps_without_grad += step != self._step_without_grad
-        self._step_without_grad = step
+        self._waiting += 1
+
+    def count_with_grad(self, step: int) -> None:
+        """Count those under ``torch.no_grad`` that came before a call of training in this step."""
+        if self._waiting and step == self._step_without_grad != self._step_in_eval_mode:
+            # Before the first step, a lazy layer takes its shape.
+            if step > 1:
+                self.calls_between_steps += self._waiting
+                self.steps_with_calls_between += 1
+            self._waiting = 0
+
+    def note_eval_mode(self, step: int) -> None:
+        """Note a call in eval mode, which what came before it in this step was meant for."""
+        self._step_in_eval_mode = step
 
 
 class ShapeProbe:
@@ -169,6 +195,7 @@ class ShapeProbe:
         self._is_inside = False
 
     def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
+        # Those who estimate the statistics anew set another momentum for it.
         usual_momentum = layer.momentum
         module, has_modes = layer.module, layer.has_modes
 
@@ -194,15 +221,20 @@ class ShapeProbe:
         def note_frozen() -> None:
             if record.position is None:
                 record.position = next(self._positions)
-            if self._is_training():
-                record.count_frozen()
+            record.note_eval_mode(self.step)
+            if torch.is_grad_enabled() and not self.is_evaluating:
+                record.eval_calls_with_grad += 1
+                if self._model.training:
+                    record.count_frozen()
 
         def note_batch(shape: torch.Size) -> None:
             if record.position is None:
                 record.position = next(self._positions)
             if self.is_evaluating:
-                # Those who estimate the statistics anew set another momentum for it.
                 record.calls_in_evaluation += layer.momentum == usual_momentum
+                return
+            if not torch.is_grad_enabled() and layer.momentum != usual_momentum:
+                record.calls_estimating += 1
                 return
             is_new = record.count_shape(shape) == 1
             self._place(record)
@@ -220,11 +252,10 @@ class ShapeProbe:
             record.calls_recomputed += 1
             return
         record.count_call(self.step, self._forwards if self._is_inside else -self.step)
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            record.count_with_grad(self.step)
+        else:
             record.count_without_grad(self.step)
-
-    def _is_training(self) -> bool:
-        return self._model.training and not self.is_evaluating and torch.is_grad_enabled()
 
 
 def _count(counts: dict[int, int], number: int, times: int) -> int:

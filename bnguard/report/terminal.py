@@ -54,7 +54,7 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     table.add_column(overflow="fold")
     for group in groups:
         severity = group.worst.severity
-        block = _root(group) if group.worst.cause is None else _consequence(group)
+        block = _consequence(group) if group.causes else _root(group)
         table.add_row(Text(str(severity), style=_STYLES[severity]), block)
     return table
 
@@ -72,7 +72,7 @@ def _root(group: FindingGroup) -> Text:
 def _consequence(group: FindingGroup) -> Text:
     block = _place(group)
     block.append(f"\n{group.worst.evidence}", style="dim")
-    return block.append(f" because of {group.worst.cause}")
+    return block.append(f" because of {' and '.join(group.causes)}")
 
 
 def _place(group: FindingGroup) -> Text:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
+from bnguard.rules.measures import fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,18 @@ class Rule(abc.ABC):
         is_static: Whether the fault can be told from a checkpoint, or before the first batch.
         explains: Codes of the rules whose findings this fault brings about: they are shown after
             it, as its consequences.
+        acts_by_statistics: Whether it does harm by running statistics that do not fit alone, so
+            that where they do it explains nothing.
+        is_local: Whether the fault lies in the layer itself, so that nothing at another explains
+            it.
     """
 
     code: ClassVar[str]
     name: ClassVar[str]
     is_static: ClassVar[bool] = False
     explains: ClassVar[tuple[str, ...]] = ()
+    acts_by_statistics: ClassVar[bool] = False
+    is_local: ClassVar[bool] = False
 
     @abc.abstractmethod
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
@@ -40,6 +47,10 @@ class Rule(abc.ABC):
 
         Must not raise on odd data (NaN, one channel, no data): that is a reason to skip.
         """
+
+    def has_done_harm(self, layer: LayerHistory) -> bool:
+        """Return whether the fault can show in what was evaluated, where a layer has it."""
+        return not (self.acts_by_statistics and fits(layer))
 
     @classmethod
     def headline(cls) -> str:
@@ -93,20 +104,24 @@ class ModelRule(Rule):
         yield from self.check_model(History(layers=(layer,), run=layer.run))
 
 
+# Gives the root of what the other rules found that explains a symptom at a layer, or of the model
+# for None; None where they found nothing that does.
+RootAt = Callable[[LayerHistory | None], Finding | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExplainedRule(ModelRule):
     """One symptom that several faults bring about, each with a fix of its own."""
 
     @abc.abstractmethod
-    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
         """Yield what is wrong, with the cause and the fix that belongs to it; as :meth:`check`.
 
         Args:
             history: What was observed.
-            cause: The root of what the other rules found that explains this one; None where they
-                found nothing that does.
+            root_at: Gives what explains a symptom at a layer.
         """
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Look at the model as if no other rule had found anything."""
-        yield from self.check_because(history, None)
+        yield from self.check_because(history, lambda layer: None)

@@ -17,6 +17,7 @@ from bnguard.findings import Evidence, Finding, Fix
 from bnguard.history import BatchWindow, EvalWindow, History, LayerHistory
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
+    FITTING_SHARE,
     MAX_BETWEEN_SHARE,
     Distance,
     DriftLimits,
@@ -45,10 +46,6 @@ _CATCH_UP = Fix(
 # that of 11 independent samples. BN202 accuses from 0.42 on, without one.
 _MIN_NOISE_STD = 0.3
 _MAX_SAMPLES = 11
-
-# A gap between the modes may add up from layers that are each within the limit; below this share
-# of it, what a layer shows explains nothing.
-_MIN_EXCESS_IN_GAP = 0.3
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def cause_of_gap(history: History) -> Cause | None:
         for distance in [
             DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
         ]
-        if distance.excess > _MIN_EXCESS_IN_GAP
+        if distance.excess > FITTING_SHARE
     ]
     worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
     cause = None if worst is None else cause_of_drift(worst)

@@ -28,9 +28,10 @@ class CorrelatedBatches(ModelRule):
     Evidence:
         The variance between batch means, times the samples of a batch, over the variance between
         the samples of a batch (the F ratio of an analysis of variance), the median over some
-        numbers of each sample. Independent samples give 1. It is taken at the input of the model,
-        before the first BN layer: deeper down the layers before re-centre each batch, so that
-        healthy ones swing, and weights that change make batches differ.
+        numbers of each sample. Independent samples give 1. From 16 batches on a slow trend is left
+        out, as where a discriminator is fed by a generator that learns. It is taken at the input of
+        the model, before the first BN layer: deeper down the layers before re-centre each batch, so
+        that healthy ones swing, and weights that change make batches differ.
 
     Limits:
         min_variance_ratio: 2, below which no harm is to be expected.

@@ -74,6 +74,12 @@ class DeadChannels(Rule):
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
             f"{dead.size} of {var.size} channels never vary: their output is a constant",
             Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
-            Fix("BN before the activation; look at learning rate and input of the layer before"),
+            _fix(layer),
             channels=tuple(map(int, dead)),
         )
+
+
+def _fix(layer: LayerHistory) -> Fix:
+    if layer.position == 0:
+        return Fix("look for constant channels in the data, then at what stands before the layer")
+    return Fix("BN before the activation; look at learning rate and input of the layer before")

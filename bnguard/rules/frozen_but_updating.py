@@ -26,7 +26,9 @@ class FrozenButUpdating(Rule):
     Evidence:
         Updates of the running statistics while every affine parameter of the layer is frozen:
         ``requires_grad`` is False, or the parameters stand still and are in none of the
-        optimizers that bnguard was told of. The message says how far a mean has moved, in σ.
+        optimizers that bnguard was told of. The message says which, and how far a mean has moved,
+        in σ. Where those optimizers hold no parameter of the model at all (they were built for
+        another, or before its parameters were replaced) it says so, since nothing learns.
         Of severity ``info`` where every training-mode call ran under ``torch.no_grad``: a teacher
         network is kept like that on purpose. Layers without affine parameters are not judged.
 
@@ -56,7 +58,7 @@ class FrozenButUpdating(Rule):
     code: ClassVar[str] = "BN101"
     name: ClassVar[str] = "frozen-but-updating"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    is_local: ClassVar[bool] = True
 
     max_updates: int = 0
 
@@ -68,14 +70,34 @@ class FrozenButUpdating(Rule):
         if not layer.is_affine_frozen or layer.updates_seen <= self.max_updates:
             return
         is_teacher = 0 < layer.calls_in_training == layer.calls_without_grad
+        reason, fix = _why(layer)
         yield self._finding(
             layer,
             Severity.INFO if is_teacher else Severity.WARNING,
-            "gamma and beta are frozen, but the layer is in train mode and its running "
-            f"statistics move{_distance(layer)}",
+            f"{reason}, but the layer is in train mode and its running statistics "
+            f"move{_distance(layer)}",
             Evidence("updates while frozen", layer.updates_seen, self.max_updates),
-            Fix("call .eval() on the frozen layers after every model.train()"),
+            fix,
         )
+
+
+_FREEZE = "call .eval() on the frozen layers after every model.train()"
+
+
+def _why(layer: LayerHistory) -> tuple[str, Fix]:
+    """Return why gamma and beta do not learn, and what to do about it."""
+    if not layer.is_left_out:
+        return "gamma and beta are frozen", Fix(_FREEZE)
+    if layer.run.is_optimized is False:
+        return (
+            "the optimizer given holds none of this model's parameters, and gamma and beta stand "
+            "still",
+            Fix("build the optimizer from model.parameters() after their last replacement"),
+        )
+    return (
+        "no optimizer holds gamma and beta, which stand still",
+        Fix(f"{_FREEZE}, or give the optimizer their parameters"),
+    )
 
 
 def _distance(layer: LayerHistory) -> str:

@@ -78,7 +78,6 @@ class HalfPrecisionOverflow(Rule):
             else f"{seen.nonfinite_batches} batches arrived with infinities in {seen.dtype}",
             Evidence("share of the range", 100 * used, 100 * self.max_used_share, "%"),
             Fix("autocast to bfloat16, or keep this part in float32"),
-            step=seen.step,
         )
 
     def _used(self, layer: LayerHistory, seen: EvalWindow) -> float:

@@ -60,6 +60,7 @@ class LowPrecisionStatistics(Rule):
     name: ClassVar[str] = "low-precision-statistics"
     is_static: ClassVar[bool] = True
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_rounding_step: float = 1e-4
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnguard.findings import Evidence
-from bnguard.history import EvalWindow, ModeGap, Run
+from bnguard.history import EvalWindow, LayerHistory, ModeGap, Run
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
 # Beyond what sampling explains, the two modes are different networks where the outputs change this
@@ -155,6 +155,20 @@ class DriftLimits:
 
 # What BN301 holds layers against.
 DRIFT_LIMITS = DriftLimits(max_shift=1.0, max_ratio=1.5, quantile=0.9)
+
+
+# Share of the limits of a drift up to which statistics fit; a gap between the modes may add up from
+# layers that are each within the limits.
+FITTING_SHARE = 0.3
+
+
+def fits(layer: LayerHistory) -> bool:
+    """Return whether what arrived in the newest evaluation is what the statistics say."""
+    if layer.evaluated is None or layer.evaluated.running.bad_channels:
+        return False
+    running = layer.evaluated.running
+    distance = DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
+    return distance.worst is not None and distance.excess <= FITTING_SHARE
 
 
 def drift(

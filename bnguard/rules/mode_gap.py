@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import History, ModeGap
-from bnguard.rules.base import ExplainedRule
+from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.causes import Cause, cause_of_gap, doubt_of_gap
 from bnguard.rules.measures import (
     MAX_EXCESS_CHANGE,
@@ -34,7 +34,9 @@ class ModesDisagree(ExplainedRule):
         change of the outputs between running and batch statistics, in standard deviations of the
         outputs, without the part that sampling explains (twice the change between the statistics
         of half the batch and of the whole); and, for class scores, the share of predictions that
-        flip: where many do, a smaller change is harm already. ``info`` where the layers were frozen
+        flip: where many do, a smaller change is harm already. A flip counts where one of the modes
+        finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
+        decides by next to nothing. ``info`` where the layers were frozen
         throughout training, and while training goes on and fewer than four evaluations in a row
         have shown it; and where the evaluation is sorted (BN301), so that its first batch is
         unlike the rest, and no drift was found. The cause is that of the layer that fits worst.
@@ -71,7 +73,7 @@ class ModesDisagree(ExplainedRule):
     max_flipped_share: float = MAX_FLIPPED_SHARE
     max_initial_weight: float = 0.05
 
-    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
         """Hold the gap between the modes against both limits."""
         run = history.run
         gap = run.mode_gap
@@ -90,7 +92,7 @@ class ModesDisagree(ExplainedRule):
             max_change_with_flips=self.max_excess_change_with_flips,
             max_flipped_share=self.max_flipped_share,
         ):
-            yield self._found(history, gap, cause)
+            yield self._found(history, gap, root_at(None))
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)

@@ -52,6 +52,7 @@ class MomentumOutOfRange(Rule):
     name: ClassVar[str] = "momentum-out-of-range"
     is_static: ClassVar[bool] = True
     explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN403")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_momentum: float = 0.5
     min_momentum: float = 1e-12

@@ -51,10 +51,15 @@ class NonFiniteBatch(ModelRule):
 
     code: ClassVar[str] = "BN401"
     name: ClassVar[str] = "non-finite-batch"
-    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN302")
 
     max_bad_batches: int = 0
     max_normalised_std: float = 100.0
+
+    def has_done_harm(self, layer: LayerHistory) -> bool:
+        """Return whether an evaluation met what was not finite."""
+        seen = layer.evaluated
+        return seen is None or seen.nonfinite_batches > 0 or bool(seen.running.bad_channels)
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Find the first layer in the first bad step."""

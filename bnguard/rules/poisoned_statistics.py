@@ -51,9 +51,13 @@ class PoisonedStatistics(Rule):
     code: ClassVar[str] = "BN402"
     name: ClassVar[str] = "poisoned-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN302",)
 
     max_bad_channels: int = 0
+
+    def has_done_harm(self, layer: LayerHistory) -> bool:
+        """Return whether the statistics were not finite when they were evaluated."""
+        return layer.evaluated is None or bool(layer.evaluated.running.bad_channels)
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the channels whose running statistics are not finite, now or when restored."""

@@ -50,6 +50,8 @@ class RankDisagreement(Rule):
     code: ClassVar[str] = "BN210"
     name: ClassVar[str] = "rank-disagreement"
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    acts_by_statistics: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
 
     max_distance_std: float = 0.25
 

@@ -70,6 +70,8 @@ class StaleStatistics(Rule):
     name: ClassVar[str] = "stale-statistics"
     is_static: ClassVar[bool] = True
     explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN403")
+    acts_by_statistics: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
 
     min_moved_beta: float = 1e-4
     min_lost_calls: int = 8

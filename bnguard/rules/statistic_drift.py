@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
-from bnguard.rules.base import ExplainedRule
+from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.causes import Cause, Drift, cause_in_chain, doubt_of_drift
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
@@ -88,7 +88,7 @@ class StatisticDrift(ExplainedRule):
     min_values: int = 32
     max_initial_weight: float = 0.05
 
-    def check_because(self, history: History, cause: Finding | None) -> Iterator[Finding | Skipped]:
+    def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
         """Hold shift and log-variance ratio of the newest evaluation against their limits."""
         drifts: list[Drift] = []
         called = history.layers_in_order
@@ -99,7 +99,7 @@ class StatisticDrift(ExplainedRule):
             elif judged is not None and layer.evaluated is not None:
                 drifts.append(Drift(layer, layer.evaluated, judged, self._limits, called[0]))
         for drift in drifts:
-            yield self._found(drift, drifts[0], cause)
+            yield self._found(drift, drifts[0], root_at(drift.layer))
 
     @property
     def _limits(self) -> DriftLimits:

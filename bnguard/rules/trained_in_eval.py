@@ -22,10 +22,10 @@ class TrainedInEval(Rule):
         is off then as well.
 
     Evidence:
-        The share of the training steps at whose end the model as a whole was in eval mode; or
-        training in eval mode with statistics that are still the initial ones. A layer in eval
-        mode with trained statistics, in a model in train mode, is a choice. Frozen layers are not
-        judged.
+        The share of the training steps at whose end the model as a whole was in eval mode, where
+        it was called with gradients in as many; or training in eval mode with statistics that are
+        still the initial ones. A layer in eval mode with trained statistics, in a model in train
+        mode, is a choice. Frozen layers are not judged, nor is a copy that others write to.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
@@ -48,6 +48,7 @@ class TrainedInEval(Rule):
     code: ClassVar[str] = "BN209"
     name: ClassVar[str] = "trained-in-eval"
     explains: ClassVar[tuple[str, ...]] = ("BN303", "BN301", "BN302", "BN304")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_share_in_eval_mode: float = 0.5
     min_steps: int = 3
@@ -71,7 +72,7 @@ class TrainedInEval(Rule):
                 Evidence("calls in eval mode", layer.frozen_calls, 0),
                 Fix("model.train() before training"),
             )
-        elif _is_model_in_eval(layer, self.max_share_in_eval_mode):
+        elif _is_model_in_eval(layer, self.max_share_in_eval_mode) and _is_trained(layer):
             yield self._finding(
                 layer,
                 Severity.WARNING,
@@ -88,3 +89,10 @@ class TrainedInEval(Rule):
 
 def _is_model_in_eval(layer: LayerHistory, max_share: float) -> bool:
     return layer.run.steps_in_eval_mode > max_share * layer.run.steps
+
+
+def _is_trained(layer: LayerHistory) -> bool:
+    """Return whether training is of this model, as far as can be seen: compiled calls cannot be."""
+    if layer.position is None or layer.run.is_optimized is False:
+        return layer.run.is_optimized is True
+    return 2 * layer.eval_calls_with_grad > layer.run.steps_in_eval_mode

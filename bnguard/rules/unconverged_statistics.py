@@ -57,6 +57,8 @@ class UnconvergedStatistics(ModelRule):
     name: ClassVar[str] = "unconverged-statistics"
     is_static: ClassVar[bool] = True
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302", "BN403")
+    acts_by_statistics: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
 
     max_initial_weight: float = 0.05
 

@@ -52,6 +52,7 @@ class UntrackedStatistics(Rule):
     name: ClassVar[str] = "untracked-statistics"
     is_static: ClassVar[bool] = True
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_untracked_calls: int = 0
 

@@ -23,8 +23,10 @@ class UpdateOutsideTraining(Rule):
 
     Evidence:
         Calls inside ``monitor.evaluation()``, or inside Lightning's validation, that used batch
-        statistics. Calls under ``no_grad`` in a small part of the training steps are ``info``:
-        they may be a re-estimation on purpose. ``bnguard.recalibrate`` and
+        statistics. Outside of it: calls under ``no_grad`` between two training steps, where none
+        in eval mode came, as after a re-estimation on purpose. Others under ``no_grad`` in a small
+        part of the training steps, those at the end of the training among them, are ``info``,
+        since they may be such a one. ``bnguard.recalibrate`` and
         ``torch.optim.swa_utils.update_bn`` do not count, nor do networks that run under
         ``no_grad`` in every step (a teacher, a generator while the discriminator learns).
 
@@ -52,6 +54,7 @@ class UpdateOutsideTraining(Rule):
     code: ClassVar[str] = "BN206"
     name: ClassVar[str] = "update-outside-training"
     explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+    acts_by_statistics: ClassVar[bool] = True
 
     max_calls_in_evaluation: int = 0
     max_calls_without_grad: int = 1
@@ -72,13 +75,26 @@ class UpdateOutsideTraining(Rule):
                     layer.calls_in_evaluation,
                     self.max_calls_in_evaluation,
                 ),
-                Fix("model.eval() before evaluation, model.train() after it"),
+                _EVAL,
             )
             return
         steps = layer.run.steps
         is_usual = layer.steps_without_grad > self.max_share_of_steps * steps
         with_grad = layer.calls_in_training - layer.calls_without_grad
         if is_usual or not with_grad or layer.calls_without_grad <= self.max_calls_without_grad:
+            return
+        if layer.calls_between_steps > self.max_calls_without_grad:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"{layer.calls_between_steps} batches went into the running statistics under "
+                f"no_grad, before {layer.steps_with_calls_between} of {steps} steps, and none came "
+                "there in eval mode: an evaluation without eval()",
+                Evidence(
+                    "batches under no_grad", layer.calls_between_steps, self.max_calls_without_grad
+                ),
+                _EVAL,
+            )
             return
         yield self._finding(
             layer,
@@ -90,3 +106,6 @@ class UpdateOutsideTraining(Rule):
             ),
             Fix("model.eval() around what is not training"),
         )
+
+
+_EVAL = Fix("model.eval() before evaluation, model.train() after it")

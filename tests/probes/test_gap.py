@@ -54,8 +54,36 @@ def test_change_and_flips_are_those_of_the_two_modes():
     assert gap.module == ""
     assert gap.relative_change == pytest.approx(changed(running, batch), rel=1e-5)
     assert gap.sampling_change == pytest.approx(changed(half, batch[:16]), rel=1e-5)
-    flips = (running.argmax(1) != batch.argmax(1)).double().mean().item()
-    assert gap.flipped_share == flips > 0
+    samples = torch.arange(32)
+    places = (samples, running.argmax(1)), (samples, batch.argmax(1))
+    margins = [(p[places[0]] - p[places[1]]).abs() for p in (running.softmax(1), batch.softmax(1))]
+    flips = (torch.stack(margins).amax(0) > 0.05).double().mean().item()
+    assert gap.flipped_share == pytest.approx(flips)
+    assert flips > 0
+
+
+@pytest.mark.parametrize(("scale", "has_flips"), [(0.01, False), (10.0, True)])
+def test_a_flip_between_classes_that_tie_does_not_count(scale, has_flips):
+    model, images = spoilt_net().eval(), torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter *= scale
+    assert (measured(model, images).flipped_share > 0.2) == has_flips
+
+
+def test_probabilities_are_taken_as_they_are():
+    model, images = nn.Sequential(spoilt_net(), nn.Softmax(1)).eval(), torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model[0][-1].parameters():
+            parameter *= 10.0
+    scores = measured(model[0], images)
+    assert measured(model, images).flipped_share == scores.flipped_share > 0.2
+
+
+def test_a_prediction_that_is_nan_counts_as_another():
+    model, images = conv_net().eval(), torch.randn(32, 1, 8, 8)
+    model[7].running_mean.fill_(torch.nan)
+    assert measured(model, images).flipped_share == 1.0
 
 
 def test_there_is_no_gap_where_the_statistics_are_those_of_the_batch():

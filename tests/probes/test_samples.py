@@ -53,3 +53,15 @@ def test_the_last_window_stands_until_the_new_one_is_half_full():
     for _ in range(4):
         probe.note([torch.randn(8, 3)])
     assert probe.window().batches == 5
+
+
+def of_means(means):
+    """One window of batches of 16 samples with these means."""
+    return float(np.median(observed([torch.randn(16, 3) + mean for mean in means]).variance_ratio))
+
+
+def test_a_trend_over_many_batches_is_no_difference_between_them():
+    assert of_means(torch.linspace(0.0, 2.0, 50)) < 1.7
+    assert of_means(torch.linspace(0.0, 1.4, 50).square()) < 1.7
+    # Classes in their order, each for some batches.
+    assert of_means(torch.arange(50).div(10, rounding_mode="floor") % 3 - 1.0) > 4.0

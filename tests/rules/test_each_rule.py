@@ -229,3 +229,113 @@ def test_bn402_is_silent_on_finite_statistics():
         model(torch.randn(8, 1, 8, 8))
         monitor.step()
     assert "BN402" not in codes(monitor.report(), Severity.INFO)
+
+
+def head_only(model, **options):
+    """Train with an optimizer of the last layer alone, and return the report."""
+    images, labels = digits()
+    optimizer = torch.optim.SGD(model[-1].parameters(), lr=0.05)
+    monitor = watched(model, **{"optimizer": optimizer, **options})
+    for batch in torch.arange(320).split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        monitor.step()
+    return monitor.report()
+
+
+def test_bn101_says_that_no_optimizer_holds_a_layer():
+    (finding, *_) = head_only(conv_net()).findings
+    assert finding.code == "BN101"
+    assert finding.message.startswith("no optimizer holds gamma and beta, which stand still")
+
+
+def test_bn101_says_that_the_optimizer_holds_nothing_of_the_model():
+    model = conv_net()
+    outdated = torch.optim.SGD([p.clone().detach() for p in model.parameters()], lr=0.05)
+    report = head_only(model, optimizer=outdated)
+    (finding, *_) = report.findings
+    assert "the optimizer given holds none of this model's parameters" in finding.message
+    assert "model.parameters()" in finding.fix.summary
+    assert "optimizer" not in " ".join(report.history.notes)
+
+
+def test_the_optimizer_of_another_model_accuses_none_that_learns():
+    model = conv_net()
+    monitor = watched(model, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    train(model, monitor)
+    report = monitor.report()
+    assert "BN101" not in codes(report, Severity.INFO)
+    assert report.history.notes == ("the optimizer given holds none of this model's parameters",)
+
+
+def evaluated_outside(in_eval_mode, estimates=False):
+    """Evaluate after each 8 steps, in the loop's own way; ``in_eval_mode`` tells in which mode."""
+    model, (images, labels) = conv_net(), digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = watched(model, optimizer=optimizer)
+    for step, batch in enumerate(torch.randperm(1200)[:1024].split(32), 1):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        monitor.step()
+        if step % 8 == 0:
+            with torch.no_grad():
+                if estimates:
+                    model(images[:600])
+                    model(images[600:1200])
+                model.train(not in_eval_mode(step))
+                for part in images[1200:].split(200):
+                    model(part)
+            model.train()
+    return monitor.report()
+
+
+def test_bn206_names_an_evaluation_without_eval_that_no_monitor_was_told_of():
+    report = evaluated_outside(lambda step: step != 16)
+    finding = next(f for f in report.findings if f.code == "BN206")
+    assert finding.severity is Severity.WARNING
+    assert finding.evidence.value == 3
+    assert "before 1 of 32 steps" in finding.message
+    assert "model.eval() before evaluation" in finding.fix.summary
+
+
+@pytest.mark.parametrize("estimates", [False, True])
+def test_bn206_accuses_no_evaluation_in_eval_mode(estimates):
+    report = evaluated_outside(lambda step: True, estimates=estimates)
+    assert "BN206" not in codes(report)
+
+
+def test_bn206_is_said_where_evaluation_was_judged_by_nothing():
+    model, (images, _) = conv_net(), digits()
+    monitor = watched(model)
+    for batch in images[:320].split(32):
+        model(batch)
+        monitor.step()
+    with torch.no_grad(), monitor.evaluation():
+        model(images[1200:])
+    report = monitor.report()
+    assert "BN206" in codes(report)
+    assert any("evaluation ran in train mode" in note for note in report.history.notes)
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_an_averaged_copy_in_eval_mode_is_not_accused_of_being_trained_in_it(is_updated):
+    model, (images, labels) = conv_net(), digits()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = watched(averaged)
+    for batch in torch.randperm(1200).split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+        monitor.step()
+    if is_updated:
+        torch.optim.swa_utils.update_bn(images[:1200].split(100), averaged)
+    with torch.no_grad(), monitor.evaluation():
+        averaged(images[1200:])
+    report = monitor.report()
+    assert "BN209" not in codes(report, Severity.INFO)
+    assert not (is_updated and codes(report))
