@@ -44,9 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BNGuardError as error:
         print(f"bnguard: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("bnguard: interrupted; no file was changed", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not _is_interruption(error):
+            raise
+        print("bnguard: interrupted; no file is left half written", file=sys.stderr)
         return 130
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Return whether Ctrl-C was pressed; a Trainer makes the end of the process of that."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _run(arguments: list[str]) -> int:

@@ -105,7 +105,7 @@ def test_folders_are_copied_beside_and_backed_up(folder):
     assert done.returncode == 0, done.stderr
     assert all(moved(folder / f"{sharded.name}.bak", sharded))
     line = is_one_line_error(bnguard(folder, "recalibrate", sharded.name, *PLAIN, "--in-place"))
-    assert f"{sharded.name}.bak exists already: move it away, or use --force" in line
+    assert f"{sharded.name}.bak: exists already; move it away, or force it" in line
 
 
 @pytest.mark.slow
