@@ -55,7 +55,6 @@ def write_model(
     note = {**provenance, "bnguard_version": __version__, "original": original.path.name}
     if original.provenance is not None:
         note["previous"] = original.provenance
-    permissions = original.path if original.path.is_file() else output
     with (
         write_errors(output),
         temporary_beside(output, like=output) as bare,
@@ -66,11 +65,16 @@ def write_model(
         else:
             _save(original, bare, tensors)
         format_of(bare).copy(bare, noted, (), json.dumps(note))
-        publishing.settle(noted, permissions)
+        publishing.settle(noted, _file_of(original.path))
         if output.exists():
             publishing.replace(noted, output)
         else:
             publishing.publish(noted, output)
+
+
+def _file_of(path: Path) -> Path:
+    """Return a checkpoint, or any file of one that is a folder."""
+    return path if path.is_file() else next(file for file in path.rglob("*") if file.is_file())
 
 
 def loading_code(original: Checkpoint, output: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bnguard.checkpoint.formats import FORMATS, checkpoint_at
+from bnguard.checkpoint.formats import FORMATS, checkpoint_at, format_of
+from bnguard.checkpoint.formats.pretrained import Pretrained, weights_in
 from bnguard.checkpoint.publishing import exists, no_folder
 from bnguard.errors import CheckpointError
 
@@ -41,8 +42,13 @@ def check_backup(original: Path, *, force: bool) -> None:
 
 
 def original_of(path: str | Path) -> Path:
-    """Return what is replaced in place of a checkpoint: what a link leads to, else the path."""
+    """Return what is replaced in place of a checkpoint: a file where only one changes.
+
+    Where the path is a link, that is what it leads to.
+    """
     source = checkpoint_at(path)
+    if isinstance(format_of(source), Pretrained):
+        source = weights_in(source)
     has_name = source.name not in ("", "..")
     return source if has_name and not source.is_symlink() else source.resolve()
 

@@ -84,6 +84,8 @@ def temporary_beside(path: Path, *, like: Path) -> Iterator[Path]:
 def settle(copy: Path, original: Path) -> None:
     """Give a copy the permissions of the original, and bring it to the disk."""
     for path in (*copy.rglob("*"), copy):
+        if path.is_symlink():  # one that leads nowhere
+            continue
         counterpart = original / path.relative_to(copy) if path != copy else original
         if counterpart.exists():
             shutil.copymode(counterpart, path)

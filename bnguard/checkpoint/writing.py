@@ -137,7 +137,7 @@ def _sha256(path: Path) -> str:
 def _states(source: Path) -> list[tuple[int, int, int]]:
     """Return what tells whether a file, or one in a folder, was written in the meantime."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    states = [path.stat() for path in files]
+    states = [path.stat() for path in files if path.exists()]
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 

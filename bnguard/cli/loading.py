@@ -196,7 +196,25 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {reason}") from error
     if not getattr(inner, "strict_loading", True):  # a Lightning module that says so
         return
-    wrong = [f"lacks {name}" for name in missing] + [f"has {name} too much" for name in unexpected]
+    lacking = _without_tied(missing, inner.state_dict())
+    wrong = [f"lacks {name}" for name in lacking] + [f"has {name} too much" for name in unexpected]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: it {wrong[0]}{more}")
+
+
+def _without_tied(missing: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Return those of the names whose tensor has no second name under which it was loaded.
+
+    safetensors keeps one name only of a tensor that is tied.
+    """
+    absent = set(missing)
+    loaded = {_place(tensor) for name, tensor in state.items() if name not in absent}
+    return [name for name in missing if name not in state or _place(state[name]) not in loaded]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two names of one tensor have in common."""
+    # An empty one, or one on the meta device, lies nowhere.
+    where = tensor.data_ptr() or id(tensor)
+    return where, tensor.shape, tensor.stride(), tensor.dtype

@@ -68,7 +68,9 @@ def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; what stands there already is found out before the work."""
     beside = name_beside(source, "swapped")
     if source.is_dir():
-        beside = beside.with_name(f"{beside.name}.ckpt")
+        # One file: what else is in the folder describes the network with BN.
+        suffix = ".safetensors" if any(source.glob("*.safetensors")) else ".ckpt"
+        beside = beside.with_name(f"{beside.name}{suffix}")
     output = beside if values.output is None else Path(values.output)
     check_output(output, source, is_folder=False, force=values.force)
     return output
