@@ -26,7 +26,10 @@ from bnguard.errors import CheckpointError, ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# For the help of these commands, after the options.
+# For the help of these commands: the model and the data are parsed apart from the options.
+SUBJECTS_USAGE = """checkpoint [--config FILE] [options]
+           [--model PACKAGE.Class [--model.NAME VALUE ...]]
+           [--data PACKAGE.Class [--data.NAME VALUE ...]]"""
 SUBJECTS_HELP = """
 the model and its data:
   --model PACKAGE.Class   class or function that makes the model; its arguments

@@ -24,10 +24,21 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return f"{text} (default: {action.default})" if has_default else text
 
 
-def command_parser(command: str, description: str, epilog: str) -> ArgumentParser:
-    """Return the parser of a command; what stands behind the options keeps its lines."""
+def command_parser(
+    command: str, description: str, epilog: str, usage: str | None = None
+) -> ArgumentParser:
+    """Return the parser of a command; what stands behind the options keeps its lines.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        epilog: What stands behind the options.
+        usage: What follows the name where the parser does not know all options by itself.
+    """
+    program = f"bnguard {command}"
     return ArgumentParser(
-        f"bnguard {command}",
+        program,
+        usage=None if usage is None else f"{program} {usage}",
         description=textwrap.fill(description, 79),
         epilog=epilog,
         formatter_class=_HelpFormatter,
