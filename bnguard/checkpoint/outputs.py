@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bnguard.checkpoint.formats import FORMATS, checkpoint_at, format_of
 from bnguard.checkpoint.formats.pretrained import Pretrained, weights_in
-from bnguard.checkpoint.publishing import exists, no_folder
+from bnguard.checkpoint.publishing import exists, no_folder, write_errors
 from bnguard.errors import CheckpointError
 
 
@@ -24,9 +24,10 @@ def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) ->
         CheckpointError: It is the original, something that may not be replaced has it, or it is
             in a folder that does not exist or that nothing can be written into.
     """
-    if output.exists():
-        _check_replaceable(output, source, is_folder, force)
-    _check_folder(output)
+    with write_errors(output):
+        if output.exists():
+            _check_replaceable(output, source, is_folder, force)
+        _check_folder(output)
 
 
 def check_backup(original: Path, *, force: bool) -> None:
@@ -36,9 +37,10 @@ def check_backup(original: Path, *, force: bool) -> None:
         CheckpointError: The backup exists, or nothing can be written into the folder.
     """
     backup = backup_of(original)
-    if backup.exists() and not force:
-        raise exists(backup)
-    _check_folder(backup)
+    with write_errors(backup):
+        if backup.exists() and not force:
+            raise exists(backup)
+        _check_folder(backup)
 
 
 def original_of(path: str | Path) -> Path:

@@ -1,8 +1,9 @@
-"""Parsers of commands: how their help looks, and what their errors say."""
+"""Parsers of commands: how their help looks, and how errors are told."""
 
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 
@@ -44,6 +45,12 @@ def command_parser(
         formatter_class=_HelpFormatter,
         exit_on_error=False,
     )
+
+
+def print_error(message: str) -> None:
+    """Print one line, in which no name from a file can make the terminal do anything."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(message.split()))
+    print(f"bnguard: error: {line}", file=sys.stderr)
 
 
 def in_a_line(error: ArgumentError) -> str:

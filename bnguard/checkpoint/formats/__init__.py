@@ -47,6 +47,8 @@ def format_of(path: Path) -> Format:
         raise _no_checkpoint(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
     raise CheckpointError(
         f"{path}: no checkpoint that bnguard knows; give a file that torch, Lightning or "
         "safetensors wrote"
