@@ -14,6 +14,7 @@ from bnguard.checkpoint.comparing import (
 from bnguard.checkpoint.finding import find_checkpoints, name_beside
 from bnguard.checkpoint.making import loading_code, write_model
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.outputs import check_backup, check_output, original_of
 from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
 from bnguard.checkpoint.writing import replace_statistics, write_statistics
 
@@ -24,11 +25,14 @@ __all__ = [
     "CheckpointModel",
     "EntryDifference",
     "LayerDifference",
+    "check_backup",
+    "check_output",
     "compare",
     "find_checkpoints",
     "load_state_dict",
     "loading_code",
     "name_beside",
+    "original_of",
     "read_checkpoint",
     "replace_statistics",
     "write_model",

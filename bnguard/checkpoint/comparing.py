@@ -18,6 +18,9 @@ from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.names import without_wrappers
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
+# Which version of its class each module was saved by, and the class of the dictionary.
+_VERSIONS = "_metadata"
+_ORDERED = "collections.OrderedDict"
 # A checkpoint does not hold eps; this is PyTorch's default.
 _EPS = 1e-5
 
@@ -86,7 +89,8 @@ class CheckpointDifference:
         after: Path of the second.
         layers: BN layers that both have with as many channels, in the order of the first.
         entries: Every other entry that is not bit-identical: none where only running statistics
-            changed. Of models under different prefixes the tensors of the models alone.
+            changed. Of models under different prefixes the tensors of the models alone; of
+            different formats without what only the one or the other can hold.
     """
 
     before: Path
@@ -114,6 +118,8 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
     with open_contents(a.path) as before, open_contents(b.path) as after:
         if all(first.prefix == second.prefix for first, second in pairs):
             values = _everything(before), _everything(after)
+            if before.format == after.format:
+                values = values[0] | _extras(before), values[1] | _extras(after)
         else:
             ((first, second),) = pairs
             values = (
@@ -142,8 +148,11 @@ def _layer_pairs(a: CheckpointModel, b: CheckpointModel) -> Iterator[LayerDiffer
 
 def _everything(contents: Contents) -> dict[str, object]:
     """Return all that a checkpoint holds by dotted name, without what wrappers put before a key."""
-    values = {f"<{name}>": value for name, value in contents.extras.items()}
-    return values | {entry.prefix + _own_key(entry): entry.value for entry in entries(contents)}
+    return {entry.prefix + _own_key(entry): entry.value for entry in entries(contents)}
+
+
+def _extras(contents: Contents) -> dict[str, object]:
+    return {f"<{name}>": value for name, value in contents.extras.items()}
 
 
 def _of_model(contents: Contents, prefix: str, as_prefix: str) -> dict[str, object]:
@@ -164,12 +173,19 @@ def _entry_differences(
     a: Mapping[str, object], b: Mapping[str, object]
 ) -> Iterator[EntryDifference]:
     for key in {**a, **b}:
-        if key not in b:
-            yield EntryDifference(key, "only in the first")
-        elif key not in a:
-            yield EntryDifference(key, "only in the second")
-        elif (detail := _difference(a[key], b[key])) is not None:
+        if key in a and key in b:
+            detail = _difference(a[key], b[key])
+        elif _is_bookkeeping(key, a.get(key, b.get(key))):
+            detail = None
+        else:
+            detail = f"only in the {'first' if key in a else 'second'}"
+        if detail is not None:
             yield EntryDifference(key, detail)
+
+
+def _is_bookkeeping(key: str, value: object) -> bool:
+    """Whether an entry is what torch's dictionary of weights carries, and a plain one does not."""
+    return _VERSIONS in key.split(".") or value == _ORDERED
 
 
 def _difference(a: object, b: object) -> str | None:

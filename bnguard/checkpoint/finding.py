@@ -7,20 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnguard.checkpoint.formats import FOLDER_FORMATS, checkpoint_at
+from bnguard.checkpoint.formats.folders import ENDINGS, is_checkpoint_name, listed
 from bnguard.errors import CheckpointError
-
-# What a folder is searched for; a file that is named is read whatever its name.
-_ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
-# What transformers saves beside a model: no model is in these.
-_COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
 
 
 def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
     """Return the checkpoints that files, folders and patterns name, each once.
 
-    A folder stands for all checkpoints in it and below; a sharded or distributed one is a single
-    checkpoint. What does not exist, and a folder without checkpoints, is returned as it is:
-    reading it says what is wrong, and the others are still read.
+    A folder stands for all checkpoints in it and below; one that is a checkpoint itself (sharded,
+    distributed, or saved by transformers) stands for that, and those in folders below it. What does
+    not exist, and a folder without checkpoints, is returned as it is: reading it says what is
+    wrong, and the others are still read.
     """
     found = (checkpoint for path in paths for checkpoint in _named(str(path)))
     return tuple(dict.fromkeys(found))
@@ -42,7 +39,7 @@ def _ending(path: Path) -> str:
     """Return what stands behind the name: nothing for a folder, and no digits of a number."""
     if path.is_dir():
         return ""
-    known = next((ending for ending in _ENDINGS if path.name.endswith(ending)), None)
+    known = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
     return known or (path.suffix if path.suffix[1:].isalpha() else "")
 
 
@@ -59,11 +56,11 @@ def _named(name: str) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    if any(candidate.recognises(folder) for candidate in FOLDER_FORMATS):
+    is_one = any(candidate.recognises(folder) for candidate in FOLDER_FORMATS)
+    if is_one:
         yield folder
-        return
-    for path in sorted(folder.iterdir()):
+    for path in listed(folder):
         if path.is_dir() and not path.is_symlink():
             yield from _below(path)
-        elif path.name.endswith(_ENDINGS) and not path.name.startswith(_COMPANIONS):
+        elif not is_one and is_checkpoint_name(path.name):
             yield path

@@ -11,6 +11,7 @@ from bnguard.checkpoint import publishing
 from bnguard.checkpoint.formats import format_of
 from bnguard.checkpoint.inert import mapping_of
 from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
+from bnguard.checkpoint.outputs import check_output
 from bnguard.checkpoint.publishing import temporary_beside, write_errors
 from bnguard.checkpoint.reading import open_contents
 from bnguard.errors import CheckpointError
@@ -49,13 +50,11 @@ def write_model(
     Raises:
         CheckpointError: The output exists, or it cannot be written.
     """
-    if output.exists() and not force:
-        raise publishing.exists(output)
+    check_output(output, original.path, is_folder=False, force=force)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items()}
     note = {**provenance, "bnguard_version": __version__, "original": original.path.name}
     if original.provenance is not None:
         note["previous"] = original.provenance
-    permissions = original.path if original.path.is_file() else output
     with (
         write_errors(output),
         temporary_beside(output, like=output) as bare,
@@ -66,11 +65,16 @@ def write_model(
         else:
             _save(original, bare, tensors)
         format_of(bare).copy(bare, noted, (), json.dumps(note))
-        publishing.settle(noted, permissions)
+        publishing.settle(noted, _file_of(original.path))
         if output.exists():
             publishing.replace(noted, output)
         else:
             publishing.publish(noted, output)
+
+
+def _file_of(path: Path) -> Path:
+    """Return a checkpoint, or any file of one that is a folder."""
+    return path if path.is_file() else next(file for file in path.rglob("*") if file.is_file())
 
 
 def loading_code(original: Checkpoint, output: Path) -> str:
@@ -83,22 +87,21 @@ def loading_code(original: Checkpoint, output: Path) -> str:
 
 def _save_safetensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise CheckpointError(
             f"a file that ends in {_SAFETENSORS} takes safetensors: pip install safetensors"
         ) from error
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+    # Not by save_file, which says nothing that could be told of a disk that is full.
+    target.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def _save(original: Checkpoint, target: Path, tensors: Mapping[str, Tensor]) -> None:
-    import torch
-
     keys = _keys(original)
     content: dict[str, object] = dict(tensors)
     for key in reversed(keys):
         content = {key: content}
-    torch.save({**content, **_of_lightning(original, keys)}, target)
+    publishing.save({**content, **_of_lightning(original, keys)}, target)
 
 
 def _keys(original: Checkpoint) -> list[str]:

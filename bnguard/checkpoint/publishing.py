@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from bnguard.errors import CheckpointError
 
 _PREFIX, _SUFFIX = ".bnguard-", ".tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -25,10 +27,40 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not path.parent.is_dir():
+            raise no_folder(path) from error
+        space = "free some space or " if error.errno in _FULL else ""
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror or error}; the original is untouched, "
-            "free some space or choose another output"
+            f"{space}choose another output"
         ) from error
+
+
+def no_folder(path: Path) -> CheckpointError:
+    """Return the error for a name in a folder that does not exist."""
+    state = "is a file" if path.parent.exists() else "does not exist"
+    return CheckpointError(
+        f"{path}: cannot be written, because the folder {path.parent} {state}; "
+        "make it, or choose another output"
+    )
+
+
+def save(content: object, path: Path) -> None:
+    """Save with torch; what the system says against it is raised as it is.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    import torch
+
+    try:
+        with path.open("wb") as handle:
+            torch.save(content, handle)
+    except RuntimeError as error:
+        # torch complains of what came of a write that failed, or that Ctrl-C stopped.
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager
@@ -52,6 +84,8 @@ def temporary_beside(path: Path, *, like: Path) -> Iterator[Path]:
 def settle(copy: Path, original: Path) -> None:
     """Give a copy the permissions of the original, and bring it to the disk."""
     for path in (*copy.rglob("*"), copy):
+        if path.is_symlink():  # one that leads nowhere
+            continue
         counterpart = original / path.relative_to(copy) if path != copy else original
         if counterpart.exists():
             shutil.copymode(counterpart, path)
@@ -60,7 +94,9 @@ def settle(copy: Path, original: Path) -> None:
 
 def exists(path: Path) -> CheckpointError:
     """Return the error for a name that is taken."""
-    return CheckpointError(f"{path}: exists already; move it away, or force it to be replaced")
+    return CheckpointError(
+        f"{path}: exists already; move it away, or force it to be replaced (--force)"
+    )
 
 
 def publish(copy: Path, name: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bnguard.checkpoint import publishing
 from bnguard.checkpoint.formats import checkpoint_at, format_of
+from bnguard.checkpoint.outputs import backup_of, check_backup, check_output, original_of
 from bnguard.checkpoint.publishing import temporary_beside, write_errors
 from bnguard.checkpoint.reading import open_contents
 from bnguard.checkpoint.replacing import statistics_patches
@@ -53,12 +54,7 @@ def write_statistics(
             output exists; it cannot be written. The original is untouched.
     """
     source, output = checkpoint_at(source), Path(output)
-    if output.exists() and not force:
-        raise publishing.exists(output)
-    if output.exists() and output.samefile(source):
-        raise CheckpointError(
-            f"{output}: is the original; give another output, or replace it in place"
-        )
+    check_output(output, source, is_folder=source.is_dir(), force=force)
     with _copy(source, output, statistics, provenance) as copy:
         if force and output.exists():
             publishing.replace(copy, output)
@@ -88,10 +84,9 @@ def replace_statistics(
     Raises:
         CheckpointError: As for :func:`write_statistics`; or the backup exists.
     """
-    original = checkpoint_at(path).resolve()
-    backup = original.with_name(original.name + ".bak")
-    if backup.exists() and not force:
-        raise publishing.exists(backup)
+    original = original_of(path)
+    backup = backup_of(original)
+    check_backup(original, force=force)
     with _copy(original, original, statistics, provenance) as copy:
         publishing.replace_with_backup(copy, original, backup)
     return backup
@@ -142,7 +137,7 @@ def _sha256(path: Path) -> str:
 def _states(source: Path) -> list[tuple[int, int, int]]:
     """Return what tells whether a file, or one in a folder, was written in the meantime."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    states = [path.stat() for path in files]
+    states = [path.stat() for path in files if path.exists()]
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 

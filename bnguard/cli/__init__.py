@@ -1,17 +1,20 @@
 """The command line: arguments become calls, and what they return becomes an exit status.
 
-0: done, and nothing at the fail level; 1: findings at it; 2: unusable input.
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as other programs, 130
+where Ctrl-C was pressed, and 141 where nobody reads on.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bnguard.cli.parsing import in_a_line
+from bnguard.cli.parsing import in_a_line, print_error
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__
 
@@ -37,16 +40,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return _run(list(arguments))
+        status = _run(list(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has enough of it, as `head` has; what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ArgumentError as error:
-        print(f"bnguard: error: {in_a_line(error)}", file=sys.stderr)
+        print_error(in_a_line(error))
         return 2
     except BNGuardError as error:
-        print(f"bnguard: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("bnguard: interrupted; no file was changed", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not _is_interruption(error):
+            raise
+        print("bnguard: interrupted; no file is left half written", file=sys.stderr)
         return 130
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Return whether Ctrl-C was pressed; a Trainer makes the end of the process of that."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _run(arguments: list[str]) -> int:

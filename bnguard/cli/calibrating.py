@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from bnguard.checkpoint import (
     Checkpoint,
     CheckpointModel,
+    check_backup,
+    check_output,
     name_beside,
+    original_of,
     replace_statistics,
     write_statistics,
 )
@@ -29,7 +32,7 @@ from bnguard.cli.scoring import (
     shared_out,
 )
 from bnguard.cli.subjects import Data
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration
 from bnguard.layers import BatchNormLayer, find_layers
@@ -114,18 +117,13 @@ def _output(source: Path, values: Namespace) -> Path:
     if values.output is not None and values.in_place:
         raise ConfigurationError("--output and --in-place exclude each other: leave one out")
     if values.in_place:
-        # Where the name is a link, the file that it leads to is replaced.
-        original = source.resolve()
-        _check_free(original.with_name(f"{original.name}.bak"), "move it away", values)
+        if not values.dry_run:
+            check_backup(original_of(source), force=values.force)
         return source
     output = name_beside(source, "recalibrated") if values.output is None else Path(values.output)
-    _check_free(output, "choose another --output", values)
+    if not values.dry_run:
+        check_output(output, source, is_folder=source.is_dir(), force=values.force)
     return output
-
-
-def _check_free(path: Path, advice: str, values: Namespace) -> None:
-    if path.exists() and not (values.force or values.dry_run):
-        raise CheckpointError(f"{path} exists already: {advice}, or use --force")
 
 
 def _written(

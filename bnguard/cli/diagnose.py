@@ -7,7 +7,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from bnguard.cli.loading import SUBJECTS_HELP, WEIGHTS_HELP, asks_for_help
+from bnguard.cli.loading import SUBJECTS_HELP, SUBJECTS_USAGE, WEIGHTS_HELP, asks_for_help
 from bnguard.cli.parsing import command_parser
 
 _EXAMPLES = """
@@ -36,6 +36,7 @@ def _parser() -> ArgumentParser:
         "evaluation data, and those of each batch. Name the cause and the layers to blame. "
         "Nothing is written.",
         SUBJECTS_HELP + _EXAMPLES,
+        SUBJECTS_USAGE,
     )
     parser.add_argument("checkpoint", type=str, help="checkpoint to read")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)

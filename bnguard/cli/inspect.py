@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Literal
 
 import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.parsing import command_parser
+from bnguard.cli.parsing import command_parser, print_error
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
@@ -58,7 +57,7 @@ def run(arguments: list[str]) -> int:
         for checkpoint, report in inspected:
             rich.print(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
     for message in errors.values():
-        print(f"bnguard: error: {message}", file=sys.stderr)
+        print_error(message)
     if errors:
         return 2
     return int(_is_at_level([report for _, report in inspected], values.fail_on))

@@ -22,11 +22,15 @@ from bnguard.cli.subjects import (
     named_subjects,
 )
 from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# For the help of these commands, after the options.
+# For the help of these commands: the model and the data are parsed apart from the options.
+SUBJECTS_USAGE = """checkpoint [--config FILE] [options]
+           [--model PACKAGE.Class [--model.NAME VALUE ...]]
+           [--data PACKAGE.Class [--data.NAME VALUE ...]]"""
 SUBJECTS_HELP = """
 the model and its data:
   --model PACKAGE.Class   class or function that makes the model; its arguments
@@ -109,7 +113,8 @@ def requested(parser: ArgumentParser, arguments: list[str], command: str) -> Req
     source = checkpoint_at(_checkpoint_among(arguments, parser, command))
     checkpoint = read_checkpoint(source)
     if not checkpoint.layers:
-        raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do")
+        why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
+        raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do{why}")
     subjects, rest = named_subjects(arguments, configuration_beside(source))
     _add_subjects(parser, subjects, checkpoint)
     return Request(checkpoint, subjects, parser.parse_args(rest))
@@ -190,13 +195,41 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
 
     inner = unwrapped(model)
     try:
-        missing, unexpected = inner.load_state_dict(state, strict=False)
+        missing, unexpected = inner.load_state_dict(_named_as_in(inner, state), strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {reason}") from error
     if not getattr(inner, "strict_loading", True):  # a Lightning module that says so
         return
-    wrong = [f"lacks {name}" for name in missing] + [f"has {name} too much" for name in unexpected]
+    lacking = _without_tied(missing, inner.state_dict())
+    wrong = [f"lacks {name}" for name in lacking] + [f"has {name} too much" for name in unexpected]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: it {wrong[0]}{more}")
+
+
+def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by the names that the model has for them, wherever wrappers were put in."""
+    own = model.state_dict().keys()
+    by_author = {without_wrappers(name): name for name in own}
+    return {
+        name if name in own else by_author.get(without_wrappers(name), name): tensor
+        for name, tensor in state.items()
+    }
+
+
+def _without_tied(missing: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Return those of the names whose tensor has no second name under which it was loaded.
+
+    safetensors keeps one name only of a tensor that is tied.
+    """
+    absent = set(missing)
+    loaded = {_place(tensor) for name, tensor in state.items() if name not in absent}
+    return [name for name in missing if name not in state or _place(state[name]) not in loaded]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two names of one tensor have in common."""
+    # An empty one, or one on the meta device, lies nowhere.
+    where = tensor.data_ptr() or id(tensor)
+    return where, tensor.shape, tensor.stride(), tensor.dtype

@@ -1,8 +1,9 @@
-"""Parsers of commands: how their help looks, and what their errors say."""
+"""Parsers of commands: how their help looks, and how errors are told."""
 
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 
@@ -24,15 +25,32 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return f"{text} (default: {action.default})" if has_default else text
 
 
-def command_parser(command: str, description: str, epilog: str) -> ArgumentParser:
-    """Return the parser of a command; what stands behind the options keeps its lines."""
+def command_parser(
+    command: str, description: str, epilog: str, usage: str | None = None
+) -> ArgumentParser:
+    """Return the parser of a command; what stands behind the options keeps its lines.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        epilog: What stands behind the options.
+        usage: What follows the name where the parser does not know all options by itself.
+    """
+    program = f"bnguard {command}"
     return ArgumentParser(
-        f"bnguard {command}",
+        program,
+        usage=None if usage is None else f"{program} {usage}",
         description=textwrap.fill(description, 79),
         epilog=epilog,
         formatter_class=_HelpFormatter,
         exit_on_error=False,
     )
+
+
+def print_error(message: str) -> None:
+    """Print one line, in which no name from a file can make the terminal do anything."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(message.split()))
+    print(f"bnguard: error: {line}", file=sys.stderr)
 
 
 def in_a_line(error: ArgumentError) -> str:

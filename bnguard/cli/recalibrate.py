@@ -7,7 +7,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
 
-from bnguard.cli.loading import SUBJECTS_HELP, WEIGHTS_HELP, asks_for_help
+from bnguard.cli.loading import SUBJECTS_HELP, SUBJECTS_USAGE, WEIGHTS_HELP, asks_for_help
 from bnguard.cli.parsing import command_parser
 
 _EXAMPLES = """
@@ -37,6 +37,7 @@ def _parser() -> ArgumentParser:
         "recalibrate",
         "Write a checkpoint with new running statistics beside the one given.",
         SUBJECTS_HELP + _EXAMPLES,
+        SUBJECTS_USAGE,
     )
     parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)

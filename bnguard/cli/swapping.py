@@ -13,12 +13,12 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_fabric import Fabric
 from torch import nn
 
-from bnguard.checkpoint import loading_code, name_beside, write_model
+from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.scoring import Scorer, forward_of, has_validation
 from bnguard.cli.subjects import Data, Subject
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import ConfigurationError
 from bnguard.fixes.swap import swap
 from bnguard.fixes.swapped import Swap
 from bnguard.report.document import swap_document
@@ -68,14 +68,11 @@ def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; what stands there already is found out before the work."""
     beside = name_beside(source, "swapped")
     if source.is_dir():
-        beside = beside.with_name(f"{beside.name}.ckpt")
+        # One file: what else is in the folder describes the network with BN.
+        suffix = ".safetensors" if any(source.glob("*.safetensors")) else ".ckpt"
+        beside = beside.with_name(f"{beside.name}{suffix}")
     output = beside if values.output is None else Path(values.output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise CheckpointError(f"{output}: is a folder, or in none; give the name of a file")
-    if output.exists() and output.samefile(source):
-        raise CheckpointError(f"{output}: is the original; choose another --output")
-    if output.exists() and not values.force:
-        raise CheckpointError(f"{output} exists already: choose another --output, or use --force")
+    check_output(output, source, is_folder=False, force=values.force)
     return output
 
 

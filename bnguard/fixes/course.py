@@ -102,7 +102,7 @@ class StateFile:
         }
         path = self._path
         with publishing.write_errors(path), publishing.temporary_beside(path, like=path) as copy:
-            torch.save(content, copy)
+            publishing.save(content, copy)
             publishing.replace(copy, path)
 
     def resume(self, student: nn.Module, optimizer: Optimizer) -> Course | None:

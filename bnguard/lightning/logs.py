@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bnguard.lightning.framework import Trainer
-from bnguard.lightning.trainer import logged_step
+from bnguard.lightning.trainer import logged_step, subject_options
 from bnguard.monitor import Monitor
+from bnguard.report import Report
 from bnguard.rules import Rule
 from bnguard.tensorboard.events import summary_writers
 from bnguard.tensorboard.reports import ReportLog
@@ -23,7 +24,8 @@ class RunLog:
     def __init__(self, trainer: Trainer, rules: Sequence[Rule]) -> None:
         self._trainer = trainer
         self._loggers = trainer.loggers if trainer.is_global_zero else []
-        self._reports = ReportLog(summary_writers(self._loggers), rules)
+        writers = summary_writers(self._loggers)
+        self._reports = ReportLog(writers, rules, subject_options(trainer))
         self._last_step: int | None = None
 
     def write(self, monitor: Monitor) -> None:
@@ -31,12 +33,7 @@ class RunLog:
         step = logged_step(self._trainer)
         if step == self._last_step or not self._loggers:
             return
-        self._last_step = step
-        snapshot = monitor.snapshot()
-        self._reports.add(snapshot, step)
-        metrics = self._reports.scalars(snapshot)
-        for logger in self._loggers:
-            logger.log_metrics(metrics, step=step)
+        self._write(monitor.snapshot(), step)
 
     def write_evaluation(self, monitor: Monitor) -> None:
         """Write what an evaluation told as well, down to each channel."""
@@ -44,3 +41,15 @@ class RunLog:
         self.write(monitor)
         if self._loggers:
             self._reports.add_channels(monitor.snapshot(), logged_step(self._trainer))
+
+    def conclude(self, report: Report) -> None:
+        """Write the report that the run ends with, also at a step that was written."""
+        if self._loggers:
+            self._write(report, logged_step(self._trainer))
+
+    def _write(self, report: Report, step: int) -> None:
+        self._last_step = step
+        self._reports.add(report, step)
+        metrics = self._reports.scalars(report)
+        for logger in self._loggers:
+            logger.log_metrics(metrics, step=step)

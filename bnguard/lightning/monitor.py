@@ -16,8 +16,6 @@ from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.logs import RunLog
 from bnguard.lightning.trainer import (
-    class_path,
-    datamodule_of,
     drawn,
     is_fitting,
     is_last_batch,
@@ -28,6 +26,7 @@ from bnguard.lightning.trainer import (
     newest_checkpoint,
     planned_batches,
     show,
+    subject_options,
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
@@ -234,7 +233,8 @@ class BatchNormMonitor(GuardedCallback):
         self._monitor.leave()
         self._tell(trainer, self._untold, rank=trainer.global_rank)
         self._untold = []
-        self._present(trainer, self._end(self._monitor).report())
+        self._evaluation.close()
+        self._end(trainer, self._monitor, self._monitor.report())
 
     @guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -329,18 +329,17 @@ class BatchNormMonitor(GuardedCallback):
         if self._monitor is None:
             return
         self._exchange(trainer)
-        if self._log is not None:
-            self._log.write(self._monitor)
-        report = self._monitor.report_of_all_ranks()
-        self._end(self._monitor)
-        self._present(trainer, report)
+        self._end(trainer, self._monitor, self._monitor.report_of_all_ranks())
 
-    def _end(self, monitor: Monitor) -> Monitor:
-        """Watch no longer, and keep what a later checkpoint of the run should hold."""
+    def _end(self, trainer: Trainer, monitor: Monitor, report: Report) -> None:
+        """Log and show the report, and watch no longer."""
+        # What a later checkpoint of the run should hold.
         self._ended = monitor.state_dict()
-        self._log = None
+        log, self._log = self._log, None
         self.let_go()
-        return monitor
+        if log is not None:
+            log.conclude(report)
+        self._present(trainer, report)
 
     def _exchange(self, trainer: Trainer) -> None:
         """Tell what is new on all ranks: each comes here as often as the others."""
@@ -396,8 +395,4 @@ def _commands(trainer: Trainer, report: Report) -> Iterator[str]:
         return
     yield f"The checkpoint saved: bnguard inspect {shlex.quote(path)}"
     if any(finding.fix.repair == "recalibrate" for finding in report.findings):
-        yield (
-            f"Its repair: bnguard recalibrate {shlex.quote(path)} "
-            f"--model {class_path(trainer.lightning_module)} "
-            f"--data {class_path(datamodule_of(trainer))} --split train"
-        )
+        yield (f"Its repair: bnguard recalibrate {shlex.quote(path)} {subject_options(trainer)}")

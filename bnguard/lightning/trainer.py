@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import rich
 from rich.console import Console, RenderableType
 
-from bnguard.lightning.framework import Trainer
+from bnguard.lightning.framework import LightningModule, Trainer
 
 
 def planned_batches(trainer: Trainer) -> int | None:
@@ -111,17 +112,40 @@ def datamodule_of(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def class_path(instance: object) -> str:
-    """Return how a command line names a class, ``my.Class`` where it is not known.
+def subject_options(trainer: Trainer) -> str:
+    """Return the options that name the model and its training data on the command line.
 
-    >>> class_path(None)
-    'my.DataModule'
+    What has no name to be imported by, as a loader, or a class in a function, a function has to
+    make; what stands for it says so.
     """
-    if instance is None:
-        return "my.DataModule"
+    module, data = trainer.lightning_module, datamodule_of(trainer)
+    options = ["--model", class_path(module) or _function_in(module, "that_makes_the_model")]
+    if data is not None:
+        options += ["--data", class_path(data) or _function_in(data, "that_makes_the_data_module")]
+    elif not _has_loader(module):
+        loader = _function_in(module, "that_gives_the_training_loader")
+        return shlex.join([*options, "--data", loader])
+    return shlex.join([*options, "--split", "train"])
+
+
+def class_path(instance: object) -> str | None:
+    """Return where the class of an instance can be imported from; None where it cannot."""
     kind = type(instance)
-    module = _name_of_script() if kind.__module__ == "__main__" else kind.__module__
-    return f"{module}.{kind.__qualname__}"
+    return None if "<locals>" in kind.__qualname__ else f"{_module_name(kind)}.{kind.__qualname__}"
+
+
+def _function_in(instance: object, what_it_does: str) -> str:
+    return f"{_module_name(type(instance))}:function_{what_it_does}"
+
+
+def _has_loader(module: LightningModule) -> bool:
+    """Whether a module has a training loader itself; Lightning's own only raises."""
+    method = getattr(module.train_dataloader, "__qualname__", "")
+    return not method.startswith("DataHooks.")
+
+
+def _module_name(kind: type) -> str:
+    return _name_of_script() if kind.__module__ == "__main__" else kind.__module__
 
 
 def _name_of_script() -> str:

@@ -15,10 +15,9 @@ from typing import Any
 Record = dict[str, Any]
 
 _SEVERITIES = ("info", "warning", "error")
-_COMMANDS = {
-    "recalibrate": "bnguard recalibrate CKPT --config config.yaml",
-    "swap": "bnguard swap CKPT --config config.yaml",
-}
+# Names the model and its data in a command, where nobody knows them.
+SUBJECTS = "--model PACKAGE.CLASS --data PACKAGE.CLASS"
+_COMMANDS = ("recalibrate", "swap")
 _LONGEST_TEXT = 2_000
 _MOST_RECORDS = 10_000
 _MOST_ITEMS = 4_096
@@ -82,8 +81,17 @@ def decode_findings(text: bytes) -> list[Record]:
     return [finding_record(item) for item in raw[:_MOST_RECORDS] if isinstance(item, dict)]
 
 
+def repair_command(repair: object, subjects: str = SUBJECTS) -> str:
+    """Return the command that does a repair on a checkpoint; none where no command does.
+
+    >>> repair_command("swap", "--model my.Net --data my.Data")
+    'bnguard swap CKPT --model my.Net --data my.Data'
+    """
+    return f"bnguard {repair} CKPT {subjects}" if repair in _COMMANDS else ""
+
+
 def _command(fix: Mapping[str, Any]) -> str:
-    return _text(fix.get("command")) or _COMMANDS.get(_text(fix.get("repair")), "")
+    return _text(fix.get("command")) or repair_command(fix.get("repair"))
 
 
 def _text(value: object) -> str:

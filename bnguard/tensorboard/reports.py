@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from bnguard.findings import Finding
 from bnguard.history import LayerHistory
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.lean import lean_scalars
 from bnguard.tensorboard.measures import measured
 from bnguard.tensorboard.metadata import standard_metrics
+from bnguard.tensorboard.records import SUBJECTS, Record, finding_record, repair_command
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
 
 
@@ -21,14 +23,21 @@ class ReportLog:
     Args:
         writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
         rules: The rules in force, whose limits the colours are anchored at.
+        subjects: What names the model and its data in the commands that are proposed.
 
     Example:
         A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
         ``log.add(monitor.snapshot(), step)``.
     """
 
-    def __init__(self, writers: Iterable[object], rules: Iterable[Rule] = RULES) -> None:
+    def __init__(
+        self,
+        writers: Iterable[object],
+        rules: Iterable[Rule] = RULES,
+        subjects: str = SUBJECTS,
+    ) -> None:
         self._writers = tuple(writers)
+        self._subjects = subjects
         self._metrics = standard_metrics(rules)
         self._names: tuple[str, ...] = ()
         self._logs: list[BatchNormLog] = []
@@ -38,7 +47,7 @@ class ReportLog:
         layers = self._layers(report)
         for log in self._logs:
             log.add_stats(measured(layers, self._metrics), step)
-            log.add_findings((finding.to_dict() for finding in report.findings), step)
+            log.add_findings(map(self._record, report.findings), step)
 
     def add_channels(self, report: Report, step: int) -> None:
         """Write what is known of each channel; worth it once an evaluation, not every step."""
@@ -52,6 +61,11 @@ class ReportLog:
     def scalars(self, report: Report) -> dict[str, float]:
         """Return a few quantiles over the layers of each metric, name to number, for any logger."""
         return lean_scalars(self._metrics, measured(report.layers, self._metrics))
+
+    def _record(self, finding: Finding) -> Record:
+        command = repair_command(finding.fix.repair, self._subjects)
+        raw = finding.to_dict()
+        return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
 
     def _layers(self, report: Report) -> Sequence[LayerHistory]:
         """Return the layers in the order of the columns, which the first report sets."""

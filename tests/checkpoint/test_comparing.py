@@ -115,8 +115,19 @@ def test_one_model_each_is_compared_whatever_its_prefix(network, tmp_path):
 def test_formats_may_differ(network, tmp_path):
     a = saved(network.state_dict(), tmp_path, "a.pt")
     b = read_checkpoint(save_safetensors(network, tmp_path))
-    keys = [entry.key for entry in compare(a, b).entries]
-    assert all(key.startswith(("_metadata", "<")) for key in keys)
+    plain = saved(dict(network.state_dict()), tmp_path, "plain.pt")
+    for first, second in ((a, b), (b, a), (a, plain)):
+        difference = compare(first, second)
+        assert [layer.name for layer in difference.layers] == NAMES
+        assert difference.entries == ()
+
+
+def test_versions_of_modules_are_compared_where_both_say_them(network, tmp_path):
+    a = saved(network.state_dict(), tmp_path, "a.pt")
+    older = network.state_dict()
+    older._metadata["stem.1"]["version"] = 1
+    (entry,) = compare(a, saved(older, tmp_path, "b.pt")).entries
+    assert (entry.key, entry.detail) == ("_metadata.stem.1.version", "2 against 1")
 
 
 def test_two_models_of_one_file(tmp_path):

@@ -91,7 +91,7 @@ def test_a_name_of_the_greatest_length(network, tmp_path):
 
 
 def test_an_output_in_a_folder_that_is_not_there(path, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be written: No such file"):
+    with pytest.raises(CheckpointError, match=r"the folder .*no does not exist"):
         write_statistics(path, tmp_path / "no" / "copy.pt", new_statistics(path), {})
 
 
@@ -236,7 +236,8 @@ def test_a_folder_without_rights_leaves_the_original(is_in_place):
             process = writer(path, output, how)
             error = process.communicate()[1].strip()
             assert process.returncode == 1
-            assert error.startswith(f"{output}: cannot be written: Permission denied")
+            assert error.startswith(str(output))
+            assert f"nothing may be written into {folder}; choose another output" in error
             assert sha256(path.read_bytes()).hexdigest() == digest
             assert [p.name for p in folder.iterdir()] == ["small.pt"]
         finally:

@@ -20,12 +20,22 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "torch"])
 
 
-def bnguard(folder, *arguments):
+def bnguard(folder, *arguments, prepare=None, meanwhile=None):
+    """Run a command in a folder.
+
+    Args:
+        folder: The current directory of the process.
+        arguments: The arguments.
+        prepare: Called in the process, before the command.
+        meanwhile: Called with the process while the command runs.
+    """
     command = ["bnguard", *map(str, arguments)]
     with TemporaryDirectory() as files:
         out, err = Path(files, "out"), Path(files, "err")
-        process = _FORKS.Process(target=_run, args=(folder, command, out, err))
+        process = _FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
         process.start()
+        if meanwhile is not None:
+            meanwhile(process)
         process.join(timeout=300)
         if process.is_alive():
             process.kill()
@@ -35,11 +45,13 @@ def bnguard(folder, *arguments):
         )
 
 
-def _run(folder, command, out, err):
+def _run(folder, command, out, err, prepare):
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.chdir(folder)
+    if prepare is not None:
+        prepare()
     sys.argv = command
     import torch
 

@@ -238,6 +238,8 @@ def is_helpful(command):
     _, _, examples = text.partition("\\nexamples:\\n")
     assert examples.count(f"  bnguard {command}") >= 2, text
     assert max(map(len, text.splitlines())) <= 80, text
+    usage, _, rest = text.partition("\\n\\n")
+    assert all(option in usage for option in ("--model ", "--data ") if option in rest), text
 
 for command in COMMANDS:
     is_helpful(command)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
+import subprocess
 import warnings
 
 import pytest
@@ -23,7 +26,7 @@ from tests.checkpoint.saving import (
     save_zip,
     used_network,
 )
-from tests.cli.running import bnguard
+from tests.cli.running import BNGUARD, bnguard, is_one_line_error
 
 
 class Lit(pl.LightningModule):
@@ -185,6 +188,21 @@ def mutated(data, random_):
     if way == 0:
         return data[:at]
     return data[:at] + junk + data[at + (len(junk) if way > 1 else 0) :]
+
+
+def test_a_pipe_is_told_to_be_one_and_one_that_nobody_reads_is_no_fault(tmp_path):
+    for number in range(300):
+        torch.save(nn.BatchNorm1d(2).state_dict(), tmp_path / f"{number}.pt")
+    os.mkfifo(tmp_path / "pipe")
+    line = is_one_line_error(bnguard(tmp_path, "inspect", "pipe"))
+    assert "a pipe or a device; write it to a file" in line
+    with subprocess.Popen(
+        [BNGUARD, "inspect", tmp_path, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"{\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_hundreds_of_damaged_files_in_one_command(tmp_path):

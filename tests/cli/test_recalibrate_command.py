@@ -11,8 +11,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from bnguard.checkpoint import compare, read_checkpoint
+from bnguard.cli import main
 from bnguard.demo import DigitsData, DigitsNet
-from tests.checkpoint.saving import save_distributed, save_sharded_bin, used_network
+from tests.checkpoint.saving import (
+    save_distributed,
+    save_safetensors,
+    save_sharded_bin,
+    used_network,
+)
 from tests.cli.running import DEMO, bnguard, is_one_line_error
 
 MINE = """
@@ -30,6 +36,12 @@ def build(width: int = 6):
 def images(count: int = 12):
     torch.manual_seed(0)
     return [2 * torch.randn(4, 3, 9, 9) + 1 for _ in range(count)]
+
+def tied():
+    # safetensors keeps one name only of the weights that have two here.
+    network = Network()
+    network.tail = network.head
+    return network
 
 def averaged():
     return torch.optim.swa_utils.AveragedModel(Network()).module
@@ -104,8 +116,71 @@ def test_folders_are_copied_beside_and_backed_up(folder):
     done = bnguard(folder, "recalibrate", f"{sharded.name}/", *PLAIN, "--in-place")
     assert done.returncode == 0, done.stderr
     assert all(moved(folder / f"{sharded.name}.bak", sharded))
+    # As it was given, and from where one is.
+    assert f"written: {sharded.name}, with the original as {sharded.name}.bak\n" in done.stdout
     line = is_one_line_error(bnguard(folder, "recalibrate", sharded.name, *PLAIN, "--in-place"))
-    assert f"{sharded.name}.bak exists already: move it away, or use --force" in line
+    assert f"{sharded.name}.bak: exists already; move it away, or force it" in line
+
+
+def test_a_folder_as_transformers_saves_it(folder):
+    pretrained = folder / "hub"
+    pretrained.mkdir()
+    (pretrained / "config.json").write_text("{}")
+    save_safetensors(used_network(), pretrained)
+    done = bnguard(folder, "recalibrate", "hub/", *PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert "written: hub-recalibrated\n" in done.stdout
+    assert all(moved(pretrained, folder / "hub-recalibrated"))
+    assert (folder / "hub-recalibrated" / "config.json").read_text() == "{}"
+
+    done = bnguard(folder, "recalibrate", "hub", *PLAIN, "--in-place")
+    assert "written: hub, with the original as hub/model.safetensors.bak\n" in done.stdout
+    assert all(moved(pretrained / "model.safetensors.bak", pretrained))
+    done = bnguard(folder, "swap", "hub", "--model=mine:tied", *PLAIN[2:], "--steps=0")
+    assert done.returncode == 0, done.stderr
+    assert "written: hub-swapped.safetensors;" in done.stdout
+    done = bnguard(folder, "diagnose", "hub", *PLAIN)
+    assert "bnguard · 48 evaluation samples" in done.stdout
+
+
+@pytest.fixture
+def weights():
+    return DigitsNet(width=2).state_dict()
+
+
+ODD = (*DEMO, "--model.width=2", "--samples=64", "--keep=always", "--json")
+
+
+def test_names_of_wrappers_are_no_difference_wherever_they_are(weights, tmp_path, capsys):
+    """A part that was compiled, in a checkpoint of Lightning; averaged weights of some GPUs."""
+    compiled = {key.replace("features.", "features._orig_mod."): weights[key] for key in weights}
+    lightning = {"pytorch-lightning_version": "2.5.0", "state_dict": compiled}
+    ema = {"ema": {f"module._orig_mod.{key}": weights[key] for key in weights}}
+    for content in (lightning, ema):
+        torch.save(content, tmp_path / "given.ckpt")
+        assert main(["recalibrate", str(tmp_path / "given.ckpt"), *ODD, "--force"]) == 0
+        written = json.loads(capsys.readouterr().out)["written"]
+        assert all(moved(tmp_path / "given.ckpt", written))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x" * 245 + ".pt", lambda key, tensor: {key: tensor}, "File name too long"),
+        ("meta.pt", lambda key, tensor: {key: tensor.to("meta")}, "on the meta device"),
+        ("\x1b[2J.pt", lambda key, tensor: {f"\x1b[31m{key}": tensor}, "does not fit DigitsNet"),
+    ],
+    ids=["long", "meta", "escape"],
+)
+def test_odd_checkpoints_are_one_clear_line(weights, name, change, message, tmp_path, capsys):
+    changed = {key: value for pair in weights.items() for key, value in change(*pair).items()}
+    torch.save(changed, tmp_path / name)
+    assert main(["recalibrate", str(tmp_path / name), *ODD]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bnguard: error: ")
+    assert message in line
+    assert "\x1b" not in line
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint,
 
     again = main(["swap", str(checkpoint), *QUICK])
     assert again == 2
-    assert "exists already: choose another --output, or use --force" in capsys.readouterr().err
+    assert "exists already; move it away, or force it" in capsys.readouterr().err
     assert main(["swap", str(checkpoint), *QUICK, "--force"]) == 0
     assert not list(checkpoint.parent.glob(".bnguard-*"))
 
@@ -172,9 +172,9 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         (["--to", "grop", *DEMO], "did you mean 'group'?"),
         ([*DEMO[2:]], "--model is missing"),
         ([*DEMO, "--model.width", "4"], "does not fit DigitsNet"),
-        ([*DEMO, "--output", "last.ckpt", "--force"], "is the original; choose another --output"),
+        ([*DEMO, "--output", "last.ckpt", "--force"], "is the original; choose another output"),
         ([*DEMO, "--output", "."], "is a folder"),
-        ([*QUICK, "--output", "nowhere/x.ckpt"], "is a folder, or in none"),
+        ([*QUICK, "--output", "nowhere/x.ckpt"], "the folder nowhere does not exist"),
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
         ([*DEMO, "--device", "gpu"], "--device gpu cannot be used here"),

@@ -162,6 +162,7 @@ def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
         "bnguard.lightning.monitor.drawn",
         "bnguard.lightning.monitor.watch",
         "bnguard.lightning.logs.RunLog.write",
+        "bnguard.lightning.logs.RunLog.conclude",
         "bnguard.monitor.Monitor.state_dict",
         "bnguard.monitor.Monitor.load_state_dict",
         "bnguard.monitor.Monitor.report_of_all_ranks",

@@ -6,14 +6,19 @@ import importlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
+from bnguard.lightning.trainer import subject_options
+from bnguard.tensorboard.logged import logged_runs
 
 
 def model_for(lightning):
@@ -264,3 +269,53 @@ def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
     momenta = saved["callbacks"]["BatchNormMonitor"]["momentum"]
     assert momenta["features.0.1"] == 0.005
     assert len(momenta) == 7
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_the_log_ends_with_the_report_that_is_shown(tmp_path, capsys, is_interrupted):
+    """Whether it ends at a step that was logged, or in the middle."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if is_interrupted and batch_idx == 33:
+                raise ValueError("the user's")
+
+    callback = BatchNormMonitor(every_n_steps=20, strict=True)
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    options = {"logger": logger, "limit_val_batches": 0, "limit_train_batches": 40}
+    with pytest.raises(ValueError, match="the user's") if is_interrupted else nullcontext():
+        fit(pl, tmp_path, callback, **options, callbacks=[callback, Stop()])
+    shown = {
+        (f.code, f.severity.name.lower(), f.layer, f.message) for f in callback.report.findings
+    }
+    (run,) = logged_runs(tmp_path)
+    keys = ("code", "severity", "layer", "message")
+    assert {tuple(finding[key] for key in keys) for finding in run.findings} == shown
+    assert "still the initial mean" in str(run)
+    # The Trainer was given loaders, which have no name.
+    subjects = (
+        "--model bnguard.demo.DigitsNet "
+        "--data bnguard.demo:function_that_gives_the_training_loader\n"
+    )
+    assert f"bnguard recalibrate CKPT {subjects}" in f"{run}\n"
+    printed = capsys.readouterr().out
+    assert is_interrupted or f".ckpt {subjects}" in f"{printed}\n"
+
+
+class Loads(DigitsNet):
+    def train_dataloader(self):
+        return DigitsData().train_dataloader()
+
+
+def test_the_commands_name_what_can_be_imported(tmp_path):
+    class Local(DigitsNet):
+        """Of a function, as in many notebooks and tests."""
+
+    here = Loads.__module__
+    for model, data, options in (
+        (DigitsNet(), DigitsData(), "bnguard.demo.DigitsNet --data bnguard.demo.DigitsData"),
+        (Loads(), None, f"{here}.Loads --split train"),
+        (Local(), None, f"{here}:function_that_makes_the_model --data {here}:function_that_gives"),
+    ):
+        trainer = SimpleNamespace(lightning_module=model, datamodule=data)
+        assert subject_options(trainer).startswith(f"--model {options}")

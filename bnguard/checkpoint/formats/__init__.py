@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.formats.distributed import METADATA, Distributed
+from bnguard.checkpoint.formats.folders import ENDINGS, checkpoints_in
+from bnguard.checkpoint.formats.pretrained import Pretrained
 from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.sharded import INDEX_SUFFIXES, Sharded
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
@@ -14,7 +16,8 @@ from bnguard.checkpoint.sources import unreadable
 from bnguard.errors import CheckpointError
 
 FILE_FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Safetensors())
-FOLDER_FORMATS: tuple[Format, ...] = (Distributed(), Sharded())
+# A folder of one file comes last: the others hold files that could be taken for the one.
+FOLDER_FORMATS: tuple[Format, ...] = (Distributed(), Sharded(), Pretrained())
 FORMATS = FILE_FORMATS + FOLDER_FORMATS
 
 
@@ -41,13 +44,25 @@ def format_of(path: Path) -> Format:
         if candidate.recognises(path):
             return candidate
     if path.is_dir():
-        raise CheckpointError(
-            f"{path}: a folder that is neither a sharded nor a distributed checkpoint; "
-            "name the files in it"
-        )
+        raise _no_checkpoint(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
     raise CheckpointError(
         f"{path}: no checkpoint that bnguard knows; give a file that torch, Lightning or "
         "safetensors wrote"
     )
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    """Return the error for a folder that is none, with what may have been meant."""
+    files = checkpoints_in(folder)
+    if not files:
+        endings = ", ".join(ENDINGS[:-1])
+        return CheckpointError(
+            f"{folder}: a folder without a checkpoint: nothing in it ends in {endings} or "
+            f"{ENDINGS[-1]}; name the file"
+        )
+    others = f", or one of {len(files) - 1} more" if len(files) > 1 else ""
+    return CheckpointError(f"{folder}: a folder; name the checkpoint in it: {files[0]}{others}")

@@ -9,8 +9,12 @@ from pathlib import Path
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, parse_provenance
 from bnguard.checkpoint.patch import Patch
 from bnguard.checkpoint.pickles import damaged
-from bnguard.checkpoint.sources import first_bytes
+from bnguard.checkpoint.sources import first_bytes, unreadable
 
+# How names of checkpoints end; a file that is named is read whatever its name.
+ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
+# What transformers saves beside a model: no model is in these.
+_COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
 _PROVENANCE = "bnguard-provenance.json"
 
 CopyFile = Callable[[Path, Path, Sequence[Patch]], None]
@@ -28,6 +32,36 @@ def member(folder: Path, name: object) -> Path:
     return folder / name
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the files in a folder, not below it, that are checkpoints by their names.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    return [path for path in listed(folder) if path.is_file() and is_checkpoint_name(path.name)]
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a file of this name is taken for a checkpoint.
+
+    >>> is_checkpoint_name("last.ckpt"), is_checkpoint_name("optimizer.pt")
+    (True, False)
+    """
+    return name.endswith(ENDINGS) and not name.startswith(_COMPANIONS)
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return what is in a folder, in the order of names.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
 def read_note(folder: Path) -> Mapping[str, object] | None:
     """Return the note that bnguard left in a folder; None where there is none."""
     path = folder / _PROVENANCE
@@ -38,6 +72,8 @@ def copy_folder(
     folder: Path, target: Path, patches: Sequence[Patch], provenance: str, copy_patched: CopyFile
 ) -> None:
     """Copy a folder with all that is in it, and leave a note.
+
+    Links are followed, as a cache of the Hub consists of them; one that leads nowhere stays one.
 
     Args:
         folder: The folder.
@@ -50,7 +86,9 @@ def copy_folder(
         copy = target / path.relative_to(folder)
         inside = [patch for patch in patches if patch.path == path]
         if path.is_dir():
-            copy.mkdir()
+            copy.mkdir(exist_ok=True)
+        elif not path.exists():
+            copy.symlink_to(path.readlink())
         elif inside:
             copy_patched(path, copy, inside)
         else:

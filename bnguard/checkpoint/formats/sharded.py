@@ -9,14 +9,14 @@ from pathlib import Path
 
 from bnguard.checkpoint.contents import Contents
 from bnguard.checkpoint.formats.base import Format
-from bnguard.checkpoint.formats.folders import copy_folder, member, read_note
+from bnguard.checkpoint.formats.folders import copy_folder, listed, member, read_note
 from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
 from bnguard.checkpoint.inert import mapping_of
 from bnguard.checkpoint.patch import Patch
 from bnguard.checkpoint.pickles import damaged
-from bnguard.checkpoint.sources import first_bytes, unreadable
+from bnguard.checkpoint.sources import first_bytes
 from bnguard.errors import CheckpointError
 
 # transformers prefers safetensors where a folder has both.
@@ -40,7 +40,7 @@ class Sharded(Format):
         places = _weight_map(path)
         with ExitStack() as stack:
             shards = {
-                shard: stack.enter_context(_format_of(shard).open(shard))
+                shard: stack.enter_context(shard_format(shard).open(shard))
                 for shard in dict.fromkeys(places.values())
             }
             tensors = {shard: mapping_of(opened.root) or {} for shard, opened in shards.items()}
@@ -63,16 +63,13 @@ class Sharded(Format):
         """Copy the folder; a shard in which something changes is copied as its format is."""
 
         def copy_shard(shard: Path, copy: Path, inside: Sequence[Patch]) -> None:
-            _format_of(shard).copy(shard, copy, inside, provenance)
+            shard_format(shard).copy(shard, copy, inside, provenance)
 
         copy_folder(path, target, patches, provenance, copy_shard)
 
 
 def _index_of(folder: Path) -> Path | None:
-    try:
-        indices = [path for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIXES)]
-    except OSError as error:
-        raise unreadable(folder, error) from error
+    indices = [path for path in listed(folder) if path.name.endswith(INDEX_SUFFIXES)]
     indices.sort(key=lambda path: (path.name.endswith(INDEX_SUFFIXES[1]), path.name))
     return indices[0] if indices else None
 
@@ -91,7 +88,12 @@ def _weight_map(folder: Path) -> Mapping[str, Path]:
     return {name: member(folder, shard) for name, shard in weight_map.items()}
 
 
-def _format_of(shard: Path) -> Format:
+def shard_format(shard: Path) -> Format:
+    """Return the format of a file in a folder.
+
+    Raises:
+        CheckpointError: It is missing, or of no format that such files have.
+    """
     for candidate in _SHARD_FORMATS:
         if candidate.recognises(shard):
             return candidate
