@@ -10,10 +10,16 @@ from jsonargparse.typing import PositiveInt
 from bnguard.cli.loading import SUBJECTS_HELP, SUBJECTS_USAGE, WEIGHTS_HELP, asks_for_help
 from bnguard.cli.parsing import command_parser
 
+_REFERENCE = """\
+  --reference PACKAGE:function
+                          function that gives the training loader, where
+                          --data is one that gives the evaluation loader
+"""
 _EXAMPLES = """
 examples:
   bnguard diagnose last.ckpt --model my.LitModel --data my.DataModule
   bnguard diagnose lightning_logs/version_0/checkpoints/last.ckpt --json
+  bnguard diagnose best.pt --model my:build --data my:val --reference my:train
 """
 
 
@@ -35,8 +41,8 @@ def _parser() -> ArgumentParser:
         "Try a checkpoint with other BN statistics: recalibrated on training and on "
         "evaluation data, and those of each batch. Name the cause and the layers to blame. "
         "Nothing is written.",
-        SUBJECTS_HELP + _EXAMPLES,
-        SUBJECTS_USAGE,
+        SUBJECTS_HELP + _REFERENCE + _EXAMPLES,
+        f"{SUBJECTS_USAGE}\n           [--reference PACKAGE:function [--reference.NAME VALUE ...]]",
     )
     parser.add_argument("checkpoint", type=str, help="checkpoint to read")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)

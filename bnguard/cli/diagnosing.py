@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 
 import rich
 import torch
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from bnguard.cli.devices import usable_device
-from bnguard.cli.loading import requested
+from bnguard.cli.loading import Request, requested
 from bnguard.cli.scoring import (
     Scorer,
     forward_of,
@@ -21,7 +22,7 @@ from bnguard.cli.scoring import (
     is_lower_better,
     shared_out,
 )
-from bnguard.cli.subjects import Data
+from bnguard.cli.subjects import OPTIONS, Data
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose
 from bnguard.whatif.diagnosis import Cause
@@ -29,7 +30,7 @@ from bnguard.whatif.diagnosis import Cause
 
 def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     """Do what the arguments say; the exit status is 1 where there is a fault."""
-    request = requested(parser, arguments, "diagnose")
+    request = requested(parser, arguments, "diagnose", (*OPTIONS, "reference"))
     values = request.values
     device = usable_device(values.device)
     model, stored = request.model()
@@ -39,7 +40,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     model = model.eval().to(device)
     loader = shared_out(data.loader(values.split), values.samples, None).calibration
     scorer = _scorer(model, data, loader, device, values)
-    reference, notes = _reference(data)
+    reference, notes = _reference(request, data)
     diagnosis = diagnose(
         model,
         loader,
@@ -51,10 +52,15 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         expected_score=_expected(model, scorer, values),
         progress=not values.json,
     )
-    named = shlex.join([str(request.checkpoint.path), *_subject_arguments(arguments)])
+    commands = _Commands(str(request.checkpoint.path), tuple(arguments))
+    cause = (
+        commands.of_module(diagnosis.cause, values.split)
+        if data.is_module
+        else commands.of_functions(diagnosis.cause)
+    )
     diagnosis = replace(
         diagnosis,
-        cause=_with_command(diagnosis.cause, named, values.split if data.is_module else None),
+        cause=cause,
         notes=(*_score_notes(scorer), *request.notes, *notes, *diagnosis.notes),
     )
     if values.json:
@@ -89,8 +95,11 @@ def _scorer(
     return None
 
 
-def _reference(data: Data) -> tuple[Iterable[object] | None, list[str]]:
+def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, list[str]]:
     """Return the training data in their own batches, or why there are none."""
+    named = request.reference()
+    if named is not None:
+        return named.loader("train"), []
     if not data.has("train"):
         return None, []
     try:
@@ -116,42 +125,65 @@ def _score_notes(scorer: Scorer | None) -> tuple[str, ...]:
     return (f"the score is {'minus ' if is_turned else ''}{metric}, on the evaluation samples",)
 
 
-def _with_command(cause: Cause, named: str, split: str | None) -> Cause:
-    """Return the cause with a command as the next step, where a command does it.
+@dataclass(frozen=True)
+class _Commands:
+    """Commands in place of the code that a cause proposes, where a command does it.
 
-    Args:
-        cause: The cause.
-        named: The checkpoint, and what names model and data.
-        split: The evaluation data; None where a function gives the only loader there is.
+    Attributes:
+        checkpoint: The checkpoint.
+        arguments: Those of the command that found the cause.
     """
-    if split is None:
-        if not cause.is_fault:
+
+    checkpoint: str
+    arguments: tuple[str, ...]
+
+    def of_module(self, cause: Cause, split: str) -> Cause:
+        """Return the cause with a command for the splits of a data module."""
+        recalibrate = f"bnguard recalibrate {self._named('data')} --split"
+        if cause.name == "correlated-batches":
             return cause
-        function = "--data takes a function that gives the training loader, too"
-        advice = f"{cause.advice} ({function})"
-        return replace(cause, advice=advice, next_step=f"bnguard recalibrate {named}")
-    recalibrate = f"bnguard recalibrate {named} --split"
-    if cause.name == "correlated-batches":
+        if cause.name == "unfit-statistics":
+            advice = "recalibrate on these data; data with a training split would tell why"
+            return replace(cause, advice=advice, next_step=f"{recalibrate} {split}")
+        if cause.cured_by is not None:
+            on = "train" if cause.cured_by == "reference" else split
+            return replace(cause, next_step=f"{recalibrate} {on}")
+        if cause.name == "weights":
+            step = f"bnguard diagnose {self._named('data')} --split train"
+            return replace(cause, next_step=step)
         return cause
-    if cause.name == "unfit-statistics":
-        advice = "recalibrate on these data; data with a training split would tell why"
-        return replace(cause, advice=advice, next_step=f"{recalibrate} {split}")
-    if cause.cured_by is not None:
-        on = "train" if cause.cured_by == "reference" else split
-        return replace(cause, next_step=f"{recalibrate} {on}")
-    if cause.name == "weights":
-        return replace(cause, next_step=f"bnguard diagnose {named} --split train")
-    return cause
+
+    def of_functions(self, cause: Cause) -> Cause:
+        """Return the cause with a command for functions that give a loader each."""
+        if cause.name == "unfit-statistics":
+            advice = "give the training data, which tells the two apart"
+            step = f"bnguard diagnose {self._named('data')} --reference PACKAGE:function"
+            return replace(cause, advice=advice, next_step=step)
+        if cause.cured_by is None or cause.name == "correlated-batches":
+            return cause
+        if cause.cured_by == "reference":
+            return replace(cause, next_step=f"bnguard recalibrate {self._named('reference')}")
+        advice = cause.advice
+        if not _naming(self.arguments, {"reference"}):
+            advice += " (--data takes a function that gives the training loader, too)"
+        step = f"bnguard recalibrate {self._named('data')}"
+        return replace(cause, advice=advice, next_step=step)
+
+    def _named(self, data: str) -> str:
+        """Return the checkpoint, its model, and as its data those of an option."""
+        words = _naming(self.arguments, {"model", "config", "weights", data})
+        in_place = [re.sub(rf"^--{data}(?=$|[.=])", "--data", word) for word in words]
+        return shlex.join([self.checkpoint, *in_place])
 
 
-def _subject_arguments(arguments: list[str]) -> list[str]:
-    """Return those of the arguments that name the model and the data."""
+def _naming(arguments: Iterable[str], options: Container[str]) -> list[str]:
+    """Return those of the arguments that belong to some options."""
     chosen, is_value = [], False
     for argument in arguments:
         is_option = argument.startswith("--")
         if is_option:
             name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
-            is_value = name in ("model", "data", "config", "weights")
+            is_value = name in options
         if is_value:
             chosen.append(argument)
             # One value an option; what follows is the next option, or the checkpoint.

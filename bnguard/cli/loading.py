@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
 from bnguard.checkpoint.formats import checkpoint_at
 from bnguard.cli.subjects import (
+    OPTIONS,
     Data,
     Subject,
     built_data,
@@ -97,14 +98,26 @@ class Request:
             return built_data(self.subjects["data"], self.values)
         return data_of_model(model, self.subjects["model"].path)
 
+    def reference(self) -> Data | None:
+        """Return the data of training, where they are named apart.
 
-def requested(parser: ArgumentParser, arguments: list[str], command: str) -> Request:
+        Raises:
+            ConfigurationError: They cannot be built.
+        """
+        subject = self.subjects.get("reference")
+        return None if subject is None else built_data(subject, self.values)
+
+
+def requested(
+    parser: ArgumentParser, arguments: list[str], command: str, options: Iterable[str] = OPTIONS
+) -> Request:
     """Read the checkpoint and the arguments, those of the model and the data among them.
 
     Args:
         parser: Knows ``checkpoint``, ``--weights`` and the options of the command.
         arguments: The arguments.
         command: Name of the command, for messages.
+        options: What is named as a class or function, with arguments of its own.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no BN layers.
@@ -115,7 +128,7 @@ def requested(parser: ArgumentParser, arguments: list[str], command: str) -> Req
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do{why}")
-    subjects, rest = named_subjects(arguments, configuration_beside(source))
+    subjects, rest = named_subjects(arguments, configuration_beside(source), options)
     _add_subjects(parser, subjects, checkpoint)
     return Request(checkpoint, subjects, parser.parse_args(rest))
 
@@ -182,7 +195,7 @@ def _add_subjects(
         raise ConfigurationError("--data is missing: name it as --data package.module.Class")
     stored = {"model": checkpoint.hyper_parameters, "data": checkpoint.data_hyper_parameters}
     for option, subject in subjects.items():
-        subject.add_arguments(parser, stored[option])
+        subject.add_arguments(parser, stored.get(option, {}))
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

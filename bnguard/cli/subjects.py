@@ -25,7 +25,7 @@ from bnguard.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import nn
 
-_OPTIONS = ("model", "data")
+OPTIONS = ("model", "data")
 _SPLITS = ("train", "val", "test")
 
 
@@ -135,19 +135,22 @@ class Subject:
 
 
 def named_subjects(
-    arguments: list[str], found: Configuration | None = None
+    arguments: list[str],
+    found: Configuration | None = None,
+    options: Iterable[str] = OPTIONS,
 ) -> tuple[dict[str, Subject], list[str]]:
     """Return the model and the data that the arguments name, and the arguments that are left.
 
     Args:
         arguments: The arguments of a command.
         found: The configuration to use where the arguments name none.
+        options: What there is to name.
 
     Raises:
         ConfigurationError: What is named cannot be imported, or the configuration not be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in (*_OPTIONS, "config"):
+    for option in (*options, "config"):
         parser.add_argument(f"--{option}")
     try:
         values, rest = parser.parse_known_args(arguments)
@@ -155,7 +158,7 @@ def named_subjects(
         raise ConfigurationError(str(error)) from error
     configuration = found if values.config is None else _read_configuration(Path(values.config))
     subjects = {}
-    for option in _OPTIONS:
+    for option in options:
         subject = _subject(option, getattr(values, option), configuration)
         if subject is not None:
             subjects[option] = subject
@@ -299,7 +302,7 @@ def configuration_beside(checkpoint: Path) -> Configuration | None:
             configuration = _read_configuration(path, is_named=False)
         except ConfigurationError:
             continue
-        if any(isinstance(configuration.sections.get(option), dict) for option in _OPTIONS):
+        if any(isinstance(configuration.sections.get(option), dict) for option in OPTIONS):
             return configuration
     return None
 

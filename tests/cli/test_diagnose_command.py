@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 
 import pytest
@@ -151,6 +152,14 @@ def test_a_plain_state_dict_with_functions(plain):
     unfolded = " ".join(done.stdout.split())
     assert "--data takes a function that gives the training loader, too" in unfolded
     assert "--split" not in done.stdout
+    told = bnguard(
+        plain, "diagnose", "weights.pt", *named, "--reference=mine:loader", "--reference.size", 20
+    )
+    assert "120 training samples" in told.stdout, told.stderr
+    _, command = told.stdout.split("momentum:\n")
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[1:] == ["recalibrate", "weights.pt", *named[:2], "--data=mine:loader",
+                         "--data.size", "20"]  # fmt: skip
     module = bnguard(plain, "diagnose", "weights.pt", *named[:3], "mine:Data", "--json")
     document = json.loads(module.stdout)
     assert (document["samples"], document["reference_samples"]) == (120, 120)
