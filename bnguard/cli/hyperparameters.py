@@ -14,10 +14,15 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser
 
 # What jsonargparse takes for the description of an object to import, in a dictionary or in YAML.
 _DESCRIBES_OBJECT = "class_path"
+
+# The classes of what jsonargparse has for an argument without a type, or with one that it cannot
+# find: any value is taken as it is.
+_UNTYPED = ("UntypedType", "UnvalidatedType")
 
 _ATOMS = (str, bool, int, float, complex, bytes, types.NoneType)
 _CONTAINERS = (list, tuple, set, frozenset, dict)
@@ -59,7 +64,25 @@ def _leaves(
 
 def _is_harmless(value: object, hint: object) -> bool:
     texts = list(_texts(value))
-    return not any(_DESCRIBES_OBJECT in text for text in texts) and not (texts and _imports(hint))
+    if any(_DESCRIBES_OBJECT in text for text in texts) or (texts and _imports(hint)):
+        return False
+    return hint in (str, str | None) or not any(map(_is_structure, texts))
+
+
+def _is_structure(text: str) -> bool:
+    """Whether YAML, as which jsonargparse reads a text, makes more of it than a text or a number.
+
+    It could be the description of an object, and escapes hide the word that would tell.
+
+    >>> _is_structure("resnet50"), _is_structure('{"a": 1}')
+    (False, True)
+    """
+    try:
+        return isinstance(yaml.safe_load(text), (dict, list, set, tuple))
+    except yaml.YAMLError:
+        return False  # and a text to jsonargparse as well
+    except (RecursionError, ValueError):
+        return True
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -82,6 +105,8 @@ def _imports(hint: Any) -> bool:
     """
     origin = typing.get_origin(hint)
     if hint in (None, Any, inspect.Parameter.empty) or origin is Literal:
+        return False
+    if type(hint).__name__ in _UNTYPED:
         return False
     if origin is typing.Annotated or origin in (typing.Union, types.UnionType, *_CONTAINERS):
         return any(map(_imports, filter(lambda part: part is not ..., typing.get_args(hint))))
