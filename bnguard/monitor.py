@@ -360,8 +360,8 @@ class Monitor:
         if self._failure is not None:
             return
         self._failure = (
-            f"an error of bnguard's own, {type(error).__name__}: {error}; it watches no longer. "
-            "Please report it, with strict=True for the trace."
+            f"an error of bnguard's own, {type(error).__name__}: {error}; it watches no longer, "
+            "and the training goes on. Please report it, with strict=True for the trace."
         )
         self._observer.close()
         logger.warning("%s", self._failure)
