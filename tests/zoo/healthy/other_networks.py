@@ -135,6 +135,12 @@ class Dense(nn.Module):
         return self.head(x)
 
 
+def dense():
+    """With SGD at a constant rate its statistics lag: 72 % in eval mode, 93 % recalibrated."""
+    model = Dense()
+    return train(model, epochs=6, optimizer=torch.optim.Adam(model.parameters(), 2e-3))
+
+
 class NormNeck(nn.Module):
     """BN on the pooled features, right before the classes."""
 
@@ -321,7 +327,7 @@ OTHER_NETWORKS: tuple[Healthy, ...] = (
     Healthy("pre-activation ResNet", of(lambda: stacked(PreActivation))),
     Healthy("squeeze-and-excite blocks", of(lambda: stacked(SqueezeExcite))),
     Healthy("residual branches that begin with gamma 0", of(zero_initialised_residuals)),
-    Healthy("DenseNet", of(Dense, epochs=3)),
+    Healthy("DenseNet", dense),
     Healthy("BN neck on pooled features", of(NormNeck)),
     Healthy("GRU, then BN", of(Recurrent)),
     Healthy("embedding, then BN", of(Tokens)),
