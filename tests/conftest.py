@@ -1,11 +1,18 @@
 """What every test starts from."""
 
+import signal
+
 import pytest
 import torch
 
 # The networks are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would all that is started
+# from here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Run by hand, with packages that the tests do without.
 collect_ignore = ["benchmarks", "lightning/recordings.py"]

@@ -54,7 +54,7 @@ def test_each_rank_reads_its_own_batches_and_the_findings_are_merged(name, case)
         torch.testing.assert_close(read, rank["true"], rtol=1e-4, atol=1e-4)
     assert (run.ranks[0]["true"] - run.ranks[1]["true"]).abs().max() > 0.5
 
-    assert "bnguard · watching 1 BN layers on each of 2 ranks" in run.texts[0]
+    assert "bnguard · watching 1 BN layer on each of 2 ranks" in run.texts[0]
     assert run.texts[0].count("bnguard · 1 BN layer ") == 1
     assert "bnguard" not in run.texts[1]
     assert len(list(run.folder.rglob("bnguard-report.json"))) == 1
@@ -101,7 +101,7 @@ def test_a_callback_on_rank_zero_alone_leaves_none_waiting(case):
 def test_recalibration_is_the_same_on_all_ranks(case):
     run = case("recalibration")
     assert run.statuses == [0, 0], run.text
-    told = "1 BN layers recalibrated on 192 samples before validation"
+    told = "1 BN layer recalibrated on 192 samples before validation"
     assert run.texts[0].count(told) == 2
     first, second = (rank["state"] for rank in run.ranks)
     assert torch.equal(first["net.1.running_mean"], second["net.1.running_mean"])
