@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ class LoggedRun:
         layers: Names in forward order.
         first_step: First training step logged.
         last_step: Newest training step logged.
-        findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first.
+        findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first, and root
+            causes before what they explain, as they were told.
         problem: Why it cannot be shown; empty where it can.
     """
 
@@ -115,30 +117,42 @@ def _logged(reader: LogReader, name: str) -> LoggedRun:
     )
 
 
-def _rank(finding: Record) -> tuple[int, str]:
-    return (_SEVERITIES.index(finding["severity"]), finding["code"])
+def _rank(finding: Record) -> int:
+    return _SEVERITIES.index(finding["severity"])
 
 
 def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
     groups: dict[tuple[int, str], list[Record]] = {}
     for finding in findings:
-        groups.setdefault(_rank(finding), []).append(finding)
+        groups.setdefault((_rank(finding), finding["code"]), []).append(finding)
     return list(groups.values())
 
 
 def _group_text(group: list[Record]) -> str:
-    first = group[0]
-    evidence = first["evidence"]
+    worst = max(group, key=_excess)
+    evidence = worst["evidence"]
+    where = "" if len(group) == 1 else f" at {_place(worst)}"
     layers = [_shown(_place(finding)) for finding in group]
     more = len(layers) - _LAYERS_SHOWN
     lines = [
-        f"{first['severity']}  {first['code']} {first['name']}: {first['message']}",
+        f"{worst['severity']}  {worst['code']} {worst['name']}: {worst['message']}",
         f"  {', '.join(layers[:_LAYERS_SHOWN])}" + (f" and {more} more" if more > 0 else ""),
         f"  {evidence['name']} {_number(evidence['value'])} {evidence['unit']}".rstrip()
-        + f" (limit {_number(evidence['limit'])})",
-        f"  → {first['fix']['command'] or first['fix']['summary']}",
+        + f" (limit {_number(evidence['limit'])}){where}",
+        f"  → {worst['fix']['command'] or worst['fix']['summary']}",
     ]
     return "\n".join(map(_shown, lines))
+
+
+def _excess(finding: Record) -> float:
+    """Return how many times beyond its limit the evidence is; 0 where that is not known."""
+    evidence = finding["evidence"]
+    value, limit = evidence["value"], evidence["limit"]
+    if value in ("NaN", "Infinity"):
+        return math.inf
+    if not (isinstance(value, float) and isinstance(limit, float) and value > 0.0 < limit):
+        return 0.0
+    return value / limit if evidence["above"] else limit / value
 
 
 def _place(finding: Record) -> str:

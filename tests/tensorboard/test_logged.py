@@ -6,6 +6,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.logged import LoggedRun, logged_runs
 from bnguard.tensorboard.metadata import LogError, standard_metrics
+from bnguard.tensorboard.records import finding_record
 from bnguard.tensorboard.summary import BatchNormLog
 
 
@@ -48,3 +49,16 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path):
         logged_runs(tmp_path)
     with pytest.raises(LogError, match="is not a folder"):
         logged_runs(tmp_path / "nothing")
+
+
+def test_the_numbers_of_a_group_are_those_of_its_worst_layer():
+    def found(layer, **evidence):
+        raw = {"code": "BN1", "severity": "warning", "layer": layer, "evidence": evidence}
+        return finding_record(raw)
+
+    shifts = [found("a", value=2.0, limit=1.0), found("b", value=7.0, limit=1.0)]
+    assert " 7 (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(shifts)))
+    shares = [found("a", value=0.1, limit=0.5), found("b", value=0.3, limit=0.5)]
+    assert " 0.1 (limit 0.5) at a" in str(LoggedRun(name="run", findings=tuple(shares)))
+    broken = [found("a", value=9.0, limit=1.0), found("b", value=float("nan"), limit=1.0)]
+    assert " NaN (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(broken)))
