@@ -58,6 +58,14 @@ def layer(**options):
 
 
 @pytest.mark.parametrize(
+    ("momentum", "proposed"), [(0.5, "0.1"), (0.6, "0.4"), (0.99, "0.01"), (1.0, "0.001")]
+)
+def test_the_momentum_proposed_is_within_the_range(momentum, proposed):
+    (finding,) = found("BN103", layer(momentum=momentum))
+    assert finding.fix.summary == f"momentum={proposed}, then recalibrate"
+
+
+@pytest.mark.parametrize(
     ("ranks", "kind", "samples", "fires"),
     [
         (2, "BatchNorm2d", 2, True),
