@@ -139,7 +139,7 @@ class LayerHistory:
         has_finite_affine: Whether gamma and beta are finite.
         window: Batch statistics of the newest window.
         evaluated: The newest evaluation.
-        rank_shift_std: Largest distance of this rank's running mean from that of another, in
+        rank_shift_std: Largest distance of rank zero's running mean from that of another rank, in
             running standard deviations; None where ranks were not compared.
         run: What holds for the whole model.
     """

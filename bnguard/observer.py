@@ -52,8 +52,7 @@ class Observer:
         planned_steps: Steps that training will take in all, None where that is not known.
         plan: What loader and trainer say of the training before its first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        on_batch_of_one: Called with the name of a layer before it meets its first batch with one
-            value per channel.
+        on_batch_of_one: Called before a layer meets its first batch with one value per channel.
     """
 
     def __init__(

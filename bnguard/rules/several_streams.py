@@ -79,7 +79,7 @@ class SeveralStreams(Rule):
             layer,
             Severity.WARNING,
             f"{len(streams)} streams with different statistics share the layer: the "
-            "running ones fit neither",
+            "running ones fit none",
             worst,
             Fix("concatenate the streams before the layer, or give each its own BN layers"),
         )

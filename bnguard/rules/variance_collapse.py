@@ -48,7 +48,7 @@ class VarianceCollapse(Rule):
         With several devices: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
 
     Which norm:
-        GroupNorm, whose statistics are those of one sample, and BN202 has the figures of BN,
+        GroupNorm, whose statistics are those of one sample. BN202 has the figures of BN,
         GroupNorm and batch renormalisation (Wu & He, table 2).
 
     Fix safety:
