@@ -23,14 +23,8 @@ from bnguard.checkpoint import (
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
-from bnguard.cli.scoring import (
-    Samples,
-    Scorer,
-    forward_of,
-    has_validation,
-    is_lower_better,
-    shared_out,
-)
+from bnguard.cli.scoring import Scorer, forward_of, has_validation, is_lower_better
+from bnguard.cli.sharing import Samples, shared_out
 from bnguard.cli.subjects import Data
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate

@@ -20,8 +20,8 @@ from bnguard.cli.scoring import (
     forward_of,
     has_validation,
     is_lower_better,
-    shared_out,
 )
+from bnguard.cli.sharing import shared_out
 from bnguard.cli.subjects import OPTIONS, Data
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose

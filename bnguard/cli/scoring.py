@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from bnguard.cli.devices import lightning_device
 from bnguard.errors import ConfigurationError, nearest_name
@@ -21,64 +18,6 @@ from bnguard.errors import ConfigurationError, nearest_name
 _LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "perplexity", "wer", "cer")
 # Which of a module's metrics is meant where none is named, the first that fits.
 _PREFERRED = ("acc", "f1", "dice", "iou", "auc", "map", "loss")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Which samples calibrate, and which score.
-
-    Attributes:
-        calibration: Loader of the samples that the statistics come from.
-        scoring: Loader of the samples that the model is scored on; None where there are none.
-        is_shared: Whether the same samples do both.
-    """
-
-    calibration: Iterable[object]
-    scoring: Iterable[object] | None
-    is_shared: bool
-
-
-def shared_out(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
-    """Return the samples of one split, shared out between calibration and scoring.
-
-    Args:
-        loader: Loader of the split.
-        samples: Samples to calibrate on at most.
-        holdout: Share of the split that scores and does not calibrate; None leaves to scoring
-            what ``samples`` leaves over, or all of it where nothing is left over.
-
-    Raises:
-        ConfigurationError: A share is asked for of a loader that has no data set to share out.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if holdout is not None:
-            raise ConfigurationError(
-                "--holdout needs a DataLoader over a data set with a length; leave it out"
-            )
-        return Samples(loader, loader, is_shared=True)
-    total = len(cast("Sized", loader.dataset))
-    calibrating = min(samples, total)
-    if holdout is not None:
-        calibrating = min(calibrating, total - math.ceil(holdout * total))
-    if calibrating == total:
-        return Samples(loader, loader, is_shared=True)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
-    return Samples(
-        loader_over(loader, Subset(loader.dataset, order[:calibrating])),
-        loader_over(loader, Subset(loader.dataset, order[calibrating:])),
-        is_shared=False,
-    )
-
-
-def loader_over(loader: DataLoader[object], dataset: Dataset[object]) -> DataLoader[object]:
-    """Return a loader like the one given over another data set, in order and without dropping."""
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size or 1,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-    )
 
 
 @dataclass
@@ -185,7 +124,10 @@ def is_lower_better(metric: str) -> bool:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's remarks on workers and accelerators out of the output."""
+    """Keep Lightning's remarks on workers and accelerators out of the output.
+
+    To be entered after Lightning was imported, which sets the level of its logger.
+    """
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
