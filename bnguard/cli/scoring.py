@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from torch import nn
 from bnguard.cli.devices import lightning_device
 from bnguard.errors import ConfigurationError, nearest_name
 
-# Words in the name of a metric that is better when it is lower.
-_LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "perplexity", "wer", "cer")
+# What the name of a metric says that is better when it is lower; rates of word and character
+# errors only as words, since "answer" and "cancer" hold them too.
+_LOWER_IS_BETTER = re.compile(
+    r"loss|error|mae|mse|perplexity|(?<![a-z])[wc]er(?![a-z])", re.IGNORECASE
+)
 # Which of a module's metrics is meant where none is named, the first that fits.
 _PREFERRED = ("acc", "f1", "dice", "iou", "auc", "map", "loss")
 
@@ -116,10 +120,10 @@ def _validated(module: nn.Module, batch: object) -> object:
 def is_lower_better(metric: str) -> bool:
     """Return whether a metric is better when it is lower, from the words in its name.
 
-    >>> is_lower_better("val_loss"), is_lower_better("val_accuracy")
-    (True, False)
+    >>> is_lower_better("val_loss"), is_lower_better("test/WER"), is_lower_better("cancer_recall")
+    (True, True, False)
     """
-    return any(word in metric.lower() for word in _LOWER_IS_BETTER)
+    return _LOWER_IS_BETTER.search(metric) is not None
 
 
 @contextmanager
