@@ -23,6 +23,9 @@ _LOWER_IS_BETTER = re.compile(
 # Which of a module's metrics is meant where none is named, the first that fits.
 _PREFERRED = ("acc", "f1", "dice", "iou", "auc", "map", "loss")
 
+# What is said where there is no score.
+NOT_SCORED = "not scored: that takes a validation_step, and validation data"
+
 
 @dataclass
 class Scorer:
@@ -47,7 +50,18 @@ class Scorer:
             ConfigurationError: The module logs no such metric.
         """
         value = self.metrics(model)[self.metric or ""]
-        return -value if is_lower_better(self.metric or "") else value
+        return -value if self.is_turned else value
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the score is minus the metric."""
+        return is_lower_better(self.metric or "")
+
+    @property
+    def meaning(self) -> str:
+        """What the score is, in words."""
+        metric = self.metric or ""
+        return f"minus {metric}, which is better when lower" if self.is_turned else metric
 
     def metrics(self, model: nn.Module) -> Mapping[str, float]:
         """Return all metrics that a validation logs, and choose the one that counts."""
