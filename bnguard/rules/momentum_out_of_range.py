@@ -31,8 +31,8 @@ class MomentumOutOfRange(Rule):
     Limits:
         max_momentum: 0.5, at which the last batch alone has half of all the weight; PyTorch's
             default is 0.1, and published models lie between 0.001 and 0.3.
-        min_momentum: Smallest that updates at all; what is too small for the length of the
-            training is BN303's to say.
+        min_momentum: 1e-12, the smallest that updates at all; what is too small for the length of
+            the training is BN303's to say.
 
     Fix:
         Say it in PyTorch's convention, 1 - the Keras value::

@@ -30,7 +30,7 @@ class TrainedInEval(Rule):
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
-        min_steps: Steps before they are judged.
+        min_steps: Steps before they are judged: 3.
 
     Fix:
         Set the mode at the start of every epoch::
