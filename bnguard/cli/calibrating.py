@@ -20,12 +20,12 @@ from bnguard.checkpoint import (
     replace_statistics,
     write_statistics,
 )
+from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
 from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
 from bnguard.cli.sharing import Samples, shared_out
-from bnguard.cli.subjects import Data
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration

@@ -13,11 +13,12 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import Request, requested
 from bnguard.cli.scoring import Scorer, forward_of, has_validation
 from bnguard.cli.sharing import shared_out
-from bnguard.cli.subjects import OPTIONS, Data
+from bnguard.cli.subjects import OPTIONS
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose
 from bnguard.whatif.diagnosis import Cause

@@ -14,10 +14,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
+from bnguard.cli.data import Data
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
-from bnguard.cli.subjects import Data, Subject
+from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.swap import swap
 from bnguard.fixes.swapped import Swap
