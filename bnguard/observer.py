@@ -53,6 +53,10 @@ class Observer:
         plan: What loader and trainer say of the training before its first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         on_batch_of_one: Called before a layer meets its first batch with one value per channel.
+
+    Attributes:
+        layers: The BN layers that the model has now.
+        steps: Training steps observed.
     """
 
     def __init__(
