@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from bnguard.preflight import Plan
 from bnguard.stats import FloatArray, initial_weight, log_variance_ratio, shift_std
 from bnguard.windows import (
@@ -136,10 +138,9 @@ class LayerHistory:
         batch_of_one_step: First step in which n was 1.
         poisoned_step: First step after which the running statistics were not finite.
         restored_updates: Updates whose statistics were put back because they were not finite.
-        has_finite_affine: Whether gamma and beta are finite.
         window: Batch statistics of the newest window.
         evaluated: The newest evaluation.
-        rank_shift_std: Largest distance of this rank's running mean from that of another, in
+        rank_shift_std: Largest distance of rank zero's running mean from that of another rank, in
             running standard deviations; None where ranks were not compared.
         run: What holds for the whole model.
     """
@@ -188,7 +189,6 @@ class LayerHistory:
     batch_of_one_step: int | None = None
     poisoned_step: int | None = None
     restored_updates: int = 0
-    has_finite_affine: bool = True
     window: BatchWindow | None = None
     evaluated: EvalWindow | None = None
     rank_shift_std: FloatArray | None = None
@@ -200,6 +200,12 @@ class LayerHistory:
         if not self.values_per_channel:
             return None
         return max(self.values_per_channel, key=lambda n: (self.values_per_channel[n], n))
+
+    @cached_property
+    def has_finite_affine(self) -> bool:
+        """Whether gamma and beta are finite, as far as they are known."""
+        affine = (part for part in (self.gamma, self.beta) if part is not None)
+        return all(bool(np.isfinite(part).all()) for part in affine)
 
     @property
     def is_counted(self) -> bool:

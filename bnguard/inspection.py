@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
@@ -153,22 +151,20 @@ def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
 
 
 def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHistory]:
-    from bnguard.probes.modules import array, running_statistics
+    from bnguard.probes.modules import on_host, running_statistics
 
     for key, mean in state_dict.items():
         prefix = key.removesuffix("running_mean")
         if prefix == key or f"{prefix}running_var" not in state_dict:
             continue
-        gamma, beta = (state_dict.get(f"{prefix}{name}") for name in ("weight", "bias"))
-        affine = [part for part in (gamma, beta) if part is not None]
+        gamma, beta = on_host([state_dict.get(f"{prefix}{name}") for name in ("weight", "bias")])
         yield LayerHistory(
             name=prefix.removesuffix("."),
             channels=mean.numel(),
             momentum=_DEFAULT_MOMENTUM,
             is_momentum_known=False,
-            has_finite_affine=all(bool(part.isfinite().all()) for part in affine),
-            gamma=None if gamma is None else array(gamma),
-            beta=None if beta is None else array(beta),
+            gamma=gamma,
+            beta=beta,
             statistics_dtype=str(mean.dtype).removeprefix("torch."),
             running=running_statistics(
                 mean,
@@ -181,13 +177,11 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
 def _layer_of_checkpoint(
     layer: CheckpointLayer, momenta: Mapping[str, float | None], model: str
 ) -> LayerHistory:
-    affine = [part for part in (layer.weight, layer.bias) if part is not None]
     return LayerHistory(
         name=model + layer.name,
         channels=layer.channels,
         momentum=momenta.get(layer.name, _DEFAULT_MOMENTUM),
         is_momentum_known=layer.name in momenta,
-        has_finite_affine=all(bool(np.isfinite(part).all()) for part in affine),
         gamma=layer.weight,
         beta=layer.bias,
         statistics_dtype=layer.dtype,

@@ -126,7 +126,7 @@ def _mean_and_var_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all samples together, weighted by their counts, in float64.
+    """Return the moments of all samples together, weighted by their counts.
 
     The variance between the means of the parts is part of the variance of the whole: Chan, Golub
     and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bnguard.announcements import Announcements
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
 from bnguard.exchange import Exchange, number_of_ranks
-from bnguard.findings import Finding, FindingGroup, Severity, group_findings
+from bnguard.findings import Finding, FindingGroup, Severity
 from bnguard.history import BatchWindow, History, Run
 from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
@@ -75,7 +76,8 @@ def watch(
         optimizer: What trains the model, one or several: a layer whose parameters none of them
             owns, and that stand still, counts as frozen.
         every_n_steps: How often the rules run, in steps.
-        eval_batches: Forward calls a layer that are read in each evaluation.
+        eval_batches: First forward calls a layer that are read in each evaluation; of the rest
+            ever fewer are.
         planned_steps: Steps that training will take in all, so that what its end will be like can
             be told ahead.
         loader: The training loader, whose batch sizes tell of a last batch of one before it
@@ -166,8 +168,7 @@ class Monitor:
         self._exchange = Exchange(f"monitor {next(_numbers)}")
         self._step = 0
         self._is_evaluating = False
-        self._first_steps: dict[tuple[str, Severity, str | None], int] = {}
-        self._announced: set[tuple[str, Severity, str | None]] = set()
+        self._announcements = Announcements()
         self._observer = Observer(
             model,
             optimizers=_optimizers(optimizer),
@@ -298,20 +299,13 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what lets a run that is resumed go on as one, as a checkpoint can hold it.
 
-        These are the findings announced so far, the steps that they date from, and the windows of
-        batch statistics; numbers, strings, lists and tensors, nothing else.
+        These are the findings so far, the steps that they date from and whether they were
+        announced, and the windows of batch statistics; numbers, strings, lists and tensors,
+        nothing else.
         """
         return {
             "step": self._step,
-            "findings": [
-                {
-                    "key": [code, int(severity), layer],
-                    "step": step,
-                    "is_announced": key in self._announced,
-                }
-                for key, step in self._first_steps.items()
-                for code, severity, layer in [key]
-            ],
+            "findings": self._announcements.state(),
             "windows": {
                 name: {
                     key: torch.from_numpy(value).float() if isinstance(value, np.ndarray) else value
@@ -324,12 +318,7 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where :meth:`state_dict` was taken."""
         self._step = state["step"]
-        for record in state["findings"]:
-            code, severity, layer = record["key"]
-            key = (code, Severity(severity), layer)
-            self._first_steps[key] = record["step"]
-            if record["is_announced"]:
-                self._announced.add(key)
+        self._announcements.resume(state["findings"])
         self._observer.resume(
             {name: _window_of(window) for name, window in state["windows"].items()}
         )
@@ -367,13 +356,7 @@ class Monitor:
         logger.warning("%s", self._failure)
 
     def _new_findings(self) -> tuple[FindingGroup, ...]:
-        new = [
-            finding
-            for finding in self.snapshot().findings
-            if finding.severity > Severity.INFO and finding.key not in self._announced
-        ]
-        self._announced.update(finding.key for finding in new)
-        return group_findings(new)
+        return self._announcements.new(self.snapshot().findings)
 
     def _report(self, *, is_settled: bool) -> Report:
         """Return what is known, as far as an error of our own lets it be told."""
@@ -393,8 +376,7 @@ class Monitor:
     def _dated(self, finding: Finding) -> Finding:
         if self._observer.steps == 0:
             return finding
-        first = self._first_steps.setdefault(finding.key, self._step)
-        return dataclasses.replace(finding, step=first) if finding.step is None else finding
+        return self._announcements.dated(finding, self._step)
 
 
 def _window_of(state: dict[str, Any]) -> BatchWindow:

@@ -20,14 +20,13 @@ from bnguard.history import (
 )
 from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.preflight import Plan
+from bnguard.probes.batches import BatchProbe, fitting
 from bnguard.probes.broadcasts import BroadcastProbe
-from bnguard.probes.buffers import BufferProbe, imprecision
 from bnguard.probes.entrance import Entrance
 from bnguard.probes.evaluation import EvalProbe
 from bnguard.probes.finiteness import FinitenessProbe
 from bnguard.probes.gap import GapProbe
 from bnguard.probes.hooks import Hooks, paused
-from bnguard.probes.inputs import InputProbe
 from bnguard.probes.loading import LoadingProbe
 from bnguard.probes.modules import describe_layers, running_statistics
 from bnguard.probes.optimizers import OptimizerProbe
@@ -48,12 +47,16 @@ class Observer:
     Args:
         model: The model; left as it is, but for hooks that :meth:`close` takes off.
         optimizers: What trains the model, as far as that is known.
-        eval_batches: Forward calls a layer that are read in each evaluation.
+        eval_batches: First forward calls a layer that are read in each evaluation; of the rest
+            ever fewer are.
         planned_steps: Steps that training will take in all, None where that is not known.
         plan: What loader and trainer say of the training before its first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        on_batch_of_one: Called with the name of a layer before it meets its first batch with one
-            value per channel.
+        on_batch_of_one: Called before a layer meets its first batch with one value per channel.
+
+    Attributes:
+        layers: The BN layers that the model has now.
+        steps: Training steps observed.
     """
 
     def __init__(
@@ -80,29 +83,25 @@ class Observer:
         self._on_batch_of_one = on_batch_of_one
         self._step = 0
         self._batch_of_one_steps: dict[str, int] = {}
-        self._full_windows: dict[str, BatchWindow] = {}
         self._evaluated: dict[str, EvalWindow] = {}
         self._gap: ModeGap | str = Run().mode_gap_reason
         self._earlier_gaps: tuple[ModeGap, ...] = ()
         self._origin: OriginProbe | None = None
 
-        self._buffers = BufferProbe(self.layers, restore_poisoned=restore_poisoned)
+        self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
-        self._broadcasts = BroadcastProbe(model, self._buffers.forget_changes)
+        self._broadcasts = BroadcastProbe(model, self._batches.forget_changes)
         self._loading = LoadingProbe(self.layers, self._note_loading)
         self._evaluation_hooks: tuple[Hooks, ...] = ()
-        self._inputs = InputProbe(())
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe()
         self._finiteness = FinitenessProbe()
         self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
-        self._reasons: dict[str, str] = {}
-        self._repeats: dict[str, int] = {}
-        self._at_start = self._buffers.readings()
+        self._at_start = self._batches.readings()
         self._trained_by = OptimizerProbe(optimizers, self.layers)
         self._weights = WeightProbe(model)
         self._described_at_start = describe_layers(model)
-        self._places = self._places_of(self.layers)
+        self._places = _places_of(self.layers)
         self._choose_sources()
         self._follow_entrance()
 
@@ -117,7 +116,7 @@ class Observer:
         self._finiteness.step = step + 1
         if self._origin is not None:
             self._origin.step = step + 1
-        self._buffers.read(step)
+        self._batches.read(step)
         if self.steps == 1:
             self.follow_model()
 
@@ -130,14 +129,13 @@ class Observer:
             return
         self._weights.follow_model()
         layers = find_layers(self._model)
-        places = self._places_of(layers)
+        places = _places_of(layers)
         if places != self._places:
             self.layers, self._places = layers, places
-            self._buffers.follow(layers)
+            self._batches.follow(layers)
             self._shapes.follow(layers)
             self._loading.follow(layers)
-            self._forget_other_sizes()
-            self._read_from_calls({})
+            self._evaluated = fitting(self._evaluated, layers)
         self._streams.follow(
             layer for layer in layers if self._shapes.records[layer.name].most_calls_in_step > 1
         )
@@ -146,10 +144,7 @@ class Observer:
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics, and keep the one that ends as the newest full."""
-        for name, reading in self._buffers.readings().items():
-            if reading.window is not None:
-                self._full_windows[name] = reading.window
-        self._buffers.start_window()
+        self._batches.start_window()
         self._samples.start_window()
 
     @contextmanager
@@ -184,38 +179,29 @@ class Observer:
             self._shapes.is_evaluating = False
             moments.hooks.close()
             gap.close()
-            self._buffers.forget_changes()
+            self._batches.forget_changes()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Note nothing inside, and take the buffers as they are at the end."""
         with paused(self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
             yield
-        self._buffers.forget_changes()
+        self._batches.forget_changes()
 
     def forget_changes(self) -> None:
         """Take the buffers as they are now, whatever changed them since the newest step."""
-        self._buffers.forget_changes()
+        self._batches.forget_changes()
 
     def windows(self) -> dict[str, BatchWindow]:
         """Return the window of batch statistics that each layer is judged by."""
-        readings = self._buffers.readings()
-        windows = {
-            layer.name: self._window(layer.name, readings.get(layer.name)) for layer in self.layers
-        }
-        return {name: window for name, window in windows.items() if window is not None}
+        return self._batches.windows()
 
     def resume(self, windows: Mapping[str, BatchWindow]) -> None:
         """Go on from the windows of an interrupted run, until newer ones are full.
 
         Those of layers that are others now are left out.
         """
-        channels = {layer.name: layer.channels for layer in self.layers}
-        self._full_windows.update(
-            (name, window)
-            for name, window in windows.items()
-            if len(window.mean) == channels.get(name)
-        )
+        self._batches.resume(windows)
 
     def history(self, *, is_settled: bool) -> History:
         """Return what was observed so far.
@@ -227,8 +213,8 @@ class Observer:
         self.follow_model()
         if self.steps == 0:
             # A loop that tells of no step moves the buffers all the same.
-            self._buffers.forget_changes()
-        readings = self._buffers.readings()
+            self._batches.forget_changes()
+        readings = self._batches.readings()
         self._look_for_origin(readings)
         owned = self._trained_by.owned_parameters()
         run = Run(
@@ -261,24 +247,23 @@ class Observer:
     def close(self) -> None:
         """Take the hooks off; what was observed stays."""
         self._is_closed = True
-        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
-        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
+        for hooks in self._all_hooks:
             hooks.close()
 
     def _raise_errors(self) -> None:
         """Raise here, where a caller can take it, what a hook had to keep from the forward."""
-        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
-        for hooks in (*always, *self._training_hooks, *self._evaluation_hooks):
+        for hooks in self._all_hooks:
             hooks.raise_error()
+
+    @property
+    def _all_hooks(self) -> tuple[Hooks, ...]:
+        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
+        return (*always, *self._training_hooks, *self._evaluation_hooks)
 
     @property
     def _training_hooks(self) -> list[Hooks]:
         """The hooks, but for the cheap ones on shapes, that look at training and nothing else."""
-        hooks = [
-            self._inputs.hooks,
-            self._streams.hooks,
-            self._entrance.hooks,
-        ]
+        hooks = [self._batches.hooks, self._streams.hooks, self._entrance.hooks]
         return hooks if self._origin is None else [*hooks, self._origin.hooks]
 
     def _layer_history(
@@ -304,7 +289,7 @@ class Observer:
             running=None if reading is None else reading.running,
             running_at_start=None if start is None else start.running,
             updates_seen=0 if reading is None else reading.updates,
-            source=self._source(layer.name),
+            source=self._batches.source(layer.name),
             calls_in_training=sum(counts.values()),
             calls_without_grad=shapes.calls_without_grad,
             calls_outside=shapes.calls_outside,
@@ -331,7 +316,7 @@ class Observer:
             batch_of_one_step=self._batch_of_one_steps.get(layer.name),
             poisoned_step=None if reading is None else reading.poisoned_step,
             restored_updates=0 if reading is None else reading.restored_updates,
-            window=self._window(layer.name, reading),
+            window=self._batches.window(layer.name),
             evaluated=self._evaluated.get(layer.name),
             run=run,
         )
@@ -350,28 +335,11 @@ class Observer:
             self._shapes.records[layer.name].position is None for layer in self.layers
         )
 
-    def _window(self, name: str, reading: BufferReading | None) -> BatchWindow | None:
-        """Return the newest window that holds at least half of the batches of a full one."""
-        newest, full = None if reading is None else reading.window, self._full_windows.get(name)
-        if newest is None or full is None:
-            return newest or full
-        return newest if 2 * newest.batches.max() >= full.batches.max() else full
-
     def _choose_sources(self) -> None:
-        """Read layers from their calls where their buffers do not tell their batches."""
-        repeats = {layer.name: self._shapes.records[layer.name].repeats() for layer in self.layers}
-        if repeats != self._repeats:
-            self._repeats = repeats
-            self._buffers.use_repeats(repeats)
-        readings = self._buffers.readings()
-        reasons = {}
-        for layer in self.layers:
-            reading = readings.get(layer.name)
-            reason = None if reading is None else imprecision(layer, reading.running.updates or 0)
-            if reason is not None:
-                reasons[layer.name] = reason
-        if reasons.keys() != self._reasons.keys():
-            self._read_from_calls(reasons)
+        """Let the calls that were seen decide where the batch statistics of a layer are read."""
+        self._batches.choose_sources(
+            {layer.name: self._shapes.records[layer.name].repeats() for layer in self.layers}
+        )
 
     def _follow_entrance(self) -> None:
         """Listen to what the modules around the layer that is called first are given."""
@@ -379,34 +347,6 @@ class Observer:
             positions = {name: record.position for name, record in self._shapes.records.items()}
             first = min(self.layers, key=lambda layer: positions[layer.name] or 0)
             self._entrance.follow(first.module)
-
-    def _read_from_calls(self, reasons: dict[str, str]) -> None:
-        """Read the layers with these names from their calls, for these reasons."""
-        self._reasons = reasons
-        self._inputs.hooks.close()
-        self._inputs = InputProbe(layer for layer in self.layers if layer.name in reasons)
-        self._buffers.take_from(dict.fromkeys(reasons, self._inputs))
-
-    def _source(self, layer: str) -> str:
-        """Return where the batch statistics of a layer are read, and why not from its buffers."""
-        reason = self._reasons.get(layer)
-        return "buffers" if reason is None else f"{self._inputs.place(layer)}: {reason}"
-
-    def _places_of(self, layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:
-        """Return what has to be followed anew when it changes: the modules, and their buffers."""
-        places: list[tuple[object, ...]] = []
-        for layer in layers:
-            mean = layer.running_mean
-            kind = None if mean is None else (mean.shape, mean.dtype, mean.device)
-            places.append((layer.name, layer.module, kind))
-        return places
-
-    def _forget_other_sizes(self) -> None:
-        """Forget what was seen of layers in whose place one with other channels stands now."""
-        channels = {layer.name: layer.channels for layer in self.layers}
-        for kept in (self._full_windows, self._evaluated):
-            for name in [name for name in kept if len(kept[name].mean) != channels.get(name)]:
-                del kept[name]
 
     def _look_for_origin(self, readings: dict[str, BufferReading]) -> None:
         """Once statistics were poisoned, wait for the next bad forward and see where it begins."""
@@ -417,7 +357,7 @@ class Observer:
 
     def _note_loading(self, layer: BatchNormLayer) -> None:
         """Take what was loaded into a layer as it is: it is no update of training."""
-        self._buffers.forget_changes()
+        self._batches.forget_changes()
         start = self._at_start.get(layer.name)
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
         if self.steps == 0 and start is not None and running is not None:
@@ -428,3 +368,13 @@ class Observer:
         """Tell at once, since PyTorch is about to refuse the batch without naming the layer."""
         self._batch_of_one_steps.setdefault(name, self._step + 1)
         self._on_batch_of_one()
+
+
+def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:
+    """Return what has to be followed anew when it changes: the modules, and their buffers."""
+    places: list[tuple[object, ...]] = []
+    for layer in layers:
+        mean = layer.running_mean
+        kind = None if mean is None else (mean.shape, mean.dtype, mean.device)
+        places.append((layer.name, layer.module, kind))
+    return places

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnguard.diagnosis import diagnose
 from bnguard.exchange import Exchange
-from bnguard.findings import Finding
+from bnguard.findings import Finding, Severity
 from bnguard.history import History, LayerHistory, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import Rule
@@ -34,8 +34,7 @@ def merge_reports(
         known = {finding.key for finding in own.findings}
         between_ranks = [finding for finding in compared if finding.key not in known]
         found = merge_findings([None if part is None else part.findings for part in by_rank])
-        findings = sorted((*found, *between_ranks), key=lambda finding: -finding.severity)
-        return _Merged(tuple(findings), distances)
+        return _Merged(_worst_first((*found, *between_ranks)), distances)
 
     running = {layer.name: layer.running for layer in own.layers if layer.running is not None}
     merged = exchange.merged(_Contribution(own.findings, running), merge)
@@ -81,6 +80,31 @@ def _labelled(finding: Finding, ranks: Sequence[int], size: int) -> Finding:
     where = ", ".join(map(str, ranks))
     label = f"on rank {where}" if len(ranks) == 1 else f"on ranks {where}"
     return dataclasses.replace(finding, message=f"{label}: {finding.message}")
+
+
+def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Return the findings in the order of one rank's report.
+
+    A root cause is as urgent as the worst of what it explains; what is only good to know is last.
+    """
+    cause_of = {finding.code: finding.cause for finding in reversed(findings)}
+
+    def root(code: str) -> str:
+        chain = [code]
+        while (cause := cause_of.get(chain[-1])) is not None and cause not in chain:
+            chain.append(cause)
+        return chain[-1]
+
+    worst: dict[str, Severity] = {}
+    for finding in findings:
+        code = root(finding.code)
+        worst[code] = max(worst.get(code, Severity.INFO), finding.severity)
+
+    def urgency(finding: Finding) -> Severity:
+        is_info = finding.severity is Severity.INFO
+        return Severity.INFO if is_info else worst[root(finding.code)]
+
+    return tuple(sorted(findings, key=urgency, reverse=True))
 
 
 def _distances(history: History, by_rank: Sequence[_Contribution | None]) -> dict[str, FloatArray]:

@@ -87,9 +87,9 @@ class EvalWindow:
         mean: Mean of the values.
         var_unbiased: Variance of the values, the unbiased estimate.
         largest_normalised_std: Largest distance of a value from the running mean, in running
-            standard deviations.
-        padding_share: Share of constant padding among the positions of a sample, the mean over
-            samples.
+            standard deviations; NaN where no value was finite.
+        padding_share: Share of trailing constant padding among the positions of a sample, the
+            mean over samples.
         padding_spread: Standard deviation of that share over the samples.
         dtype: Element type of the values, as in ``"float16"`` under autocast.
         var_between: Variance of the batch means beyond what batches of independent samples have;

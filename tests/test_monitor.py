@@ -170,7 +170,7 @@ def test_what_changes_during_evaluation_is_no_batch_of_training():
     assert layer.evaluated is None
 
 
-def test_eval_moments_are_read_from_the_first_calls_only():
+def test_eval_batches_says_how_many_first_calls_are_read():
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
     values = torch.randn(5, 4, 2)
     with bnguard.watch(model, eval_batches=3) as monitor, monitor.evaluation():

@@ -20,18 +20,12 @@ from bnguard.checkpoint import (
     replace_statistics,
     write_statistics,
 )
+from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
-from bnguard.cli.scoring import (
-    Samples,
-    Scorer,
-    forward_of,
-    has_validation,
-    is_lower_better,
-    shared_out,
-)
-from bnguard.cli.subjects import Data
+from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
+from bnguard.cli.sharing import Samples, shared_out
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration
@@ -58,18 +52,7 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     if not is_first_rank():
         return status
 
-    document: dict[str, object] = {
-        "action": "recalibrate",
-        "method": result.method,
-        "weights": stored.name,
-        "data": data.path,
-        "split": values.split if data.is_module else None,
-        "samples": result.samples,
-        "batches": result.batches,
-        "metric": None if scorer is None else scorer.metric,
-        "score_before": result.score_before,
-        "score_after": result.score_after,
-    }
+    document = _document(result, stored, data, scorer, values)
     notes = [*request.notes, *_notes(samples, scorer)]
     if not data.is_module and values.split != parser.get_default("split"):
         notes.append(f"--split {values.split} was left out: {data.path} is a function")
@@ -110,6 +93,28 @@ def _recalibrated(
             tolerance=values.tolerance,
             progress=not values.json,
         )
+
+
+def _document(
+    result: Recalibration,
+    stored: CheckpointModel,
+    data: Data,
+    scorer: Scorer | None,
+    values: Namespace,
+) -> dict[str, object]:
+    """Return what was done, as the checkpoint that is written keeps it and ``--json`` prints it."""
+    return {
+        "action": "recalibrate",
+        "method": result.method,
+        "weights": stored.name,
+        "data": data.path,
+        "split": values.split if data.is_module else None,
+        "samples": result.samples,
+        "batches": result.batches,
+        "metric": None if scorer is None else scorer.metric,
+        "score_before": result.score_before,
+        "score_after": result.score_after,
+    }
 
 
 def _output(source: Path, values: Namespace) -> Path:
@@ -169,11 +174,9 @@ def _scorer(
 
 def _notes(samples: Samples, scorer: Scorer | None) -> list[str]:
     if scorer is None:
-        return ["not scored: that takes a validation_step, and validation data"]
-    metric = scorer.metric or ""
-    sign = f"minus {metric}, which is better when lower" if is_lower_better(metric) else metric
+        return [NOT_SCORED]
     on = "the samples that calibrated" if samples.is_shared else "samples that did not calibrate"
-    return [f"the score is {sign}, on {on}"]
+    return [f"the score is {scorer.meaning}, on {on}"]
 
 
 def _statistics(model: nn.Module, stored: CheckpointModel) -> dict[str, Tensor]:

@@ -13,16 +13,12 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import Request, requested
-from bnguard.cli.scoring import (
-    Scorer,
-    forward_of,
-    has_validation,
-    is_lower_better,
-    shared_out,
-)
-from bnguard.cli.subjects import OPTIONS, Data
+from bnguard.cli.scoring import Scorer, forward_of, has_validation
+from bnguard.cli.sharing import shared_out
+from bnguard.cli.subjects import OPTIONS
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose
 from bnguard.whatif.diagnosis import Cause
@@ -114,15 +110,13 @@ def _expected(model: nn.Module, scorer: Scorer | None, values: Namespace) -> flo
     if expected is None or scorer is None:
         return None
     scorer(model)  # The metric is chosen when it is first measured.
-    return -expected if is_lower_better(scorer.metric or "") else expected
+    return -expected if scorer.is_turned else expected
 
 
 def _score_notes(scorer: Scorer | None) -> tuple[str, ...]:
     if scorer is None:
         return ("not scored: that takes a validation_step, and a data module",)
-    metric = scorer.metric or ""
-    is_turned = is_lower_better(metric)
-    return (f"the score is {'minus ' if is_turned else ''}{metric}, on the evaluation samples",)
+    return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
 @dataclass(frozen=True)

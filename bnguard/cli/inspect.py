@@ -25,8 +25,8 @@ _HELP = """
                 problems, and report: findings, layers, skipped, notes
   errors        what could not be read, each with path and message
   a finding has code, name, severity (info, warning, error), layer, message,
-                evidence (measure, value, limit, unit), fix (summary, repair),
-                channels, step, cause
+                evidence (measure, value, limit, unit), reasons (as evidence),
+                fix (summary, repair), channels, step, cause
 
 exit status:
   0 nothing at the level of --fail-on, 1 findings at it, 2 unusable input

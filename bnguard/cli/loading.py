@@ -11,15 +11,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
 from bnguard.checkpoint.formats import checkpoint_at
+from bnguard.cli.data import Data, built_data, data_of_model, has_loaders
 from bnguard.cli.subjects import (
     OPTIONS,
-    Data,
     Subject,
-    built_data,
     built_model,
     configuration_beside,
-    data_of_model,
-    has_loaders,
     named_subjects,
 )
 from bnguard.errors import CheckpointError, ConfigurationError

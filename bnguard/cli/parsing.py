@@ -6,8 +6,12 @@ import re
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+from bnguard.errors import ConfigurationError
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
 _TYPE = re.compile(r"<(?:class|enum) '(?:[^']*\.)?([^'.]+)'>")
@@ -67,6 +71,21 @@ def in_a_line(error: ArgumentError) -> str:
     text = _CHOICE.sub(lambda found: "one of " + found[1].replace("'", ""), text)
     text = _EXPECTED.sub(r"takes \1, not \2", text)
     return _RESTRICTED.sub(lambda found: f"takes {_restricted(found[2])}, not {found[1]}", text)
+
+
+@contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Tell of an error in a user's code in one line; a script may even end the process.
+
+    Raises:
+        ConfigurationError: The block raised an exception.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error
 
 
 def _option(key: str) -> str:

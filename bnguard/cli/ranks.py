@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from bnguard.cli.scoring import loader_over
+from bnguard.cli.sharing import loader_over
 
 
 @contextmanager

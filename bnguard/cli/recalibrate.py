@@ -39,7 +39,7 @@ def _parser() -> ArgumentParser:
         SUBJECTS_HELP + _EXAMPLES,
         SUBJECTS_USAGE,
     )
-    parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
+    parser.add_argument("checkpoint", type=str, help="checkpoint to read")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument(
         "--split", type=Literal["train", "val", "test"], default="val", help="data to use"

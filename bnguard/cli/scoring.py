@@ -3,82 +3,28 @@
 from __future__ import annotations
 
 import logging
-import math
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from bnguard.cli.devices import lightning_device
 from bnguard.errors import ConfigurationError, nearest_name
 
-# Words in the name of a metric that is better when it is lower.
-_LOWER_IS_BETTER = ("loss", "error", "mae", "mse", "perplexity", "wer", "cer")
+# What the name of a metric says that is better when it is lower; rates of word and character
+# errors only as words, since "answer" and "cancer" hold them too.
+_LOWER_IS_BETTER = re.compile(
+    r"loss|error|mae|mse|perplexity|(?<![a-z])[wc]er(?![a-z])", re.IGNORECASE
+)
 # Which of a module's metrics is meant where none is named, the first that fits.
 _PREFERRED = ("acc", "f1", "dice", "iou", "auc", "map", "loss")
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Which samples calibrate, and which score.
-
-    Attributes:
-        calibration: Loader of the samples that the statistics come from.
-        scoring: Loader of the samples that the model is scored on; None where there are none.
-        is_shared: Whether the same samples do both.
-    """
-
-    calibration: Iterable[object]
-    scoring: Iterable[object] | None
-    is_shared: bool
-
-
-def shared_out(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
-    """Return the samples of one split, shared out between calibration and scoring.
-
-    Args:
-        loader: Loader of the split.
-        samples: Samples to calibrate on at most.
-        holdout: Share of the split that scores and does not calibrate; None leaves to scoring
-            what ``samples`` leaves over, or all of it where nothing is left over.
-
-    Raises:
-        ConfigurationError: A share is asked for of a loader that has no data set to share out.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if holdout is not None:
-            raise ConfigurationError(
-                "--holdout needs a DataLoader over a data set with a length; leave it out"
-            )
-        return Samples(loader, loader, is_shared=True)
-    total = len(cast("Sized", loader.dataset))
-    calibrating = min(samples, total)
-    if holdout is not None:
-        calibrating = min(calibrating, total - math.ceil(holdout * total))
-    if calibrating == total:
-        return Samples(loader, loader, is_shared=True)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
-    return Samples(
-        loader_over(loader, Subset(loader.dataset, order[:calibrating])),
-        loader_over(loader, Subset(loader.dataset, order[calibrating:])),
-        is_shared=False,
-    )
-
-
-def loader_over(loader: DataLoader[object], dataset: Dataset[object]) -> DataLoader[object]:
-    """Return a loader like the one given over another data set, in order and without dropping."""
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size or 1,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-    )
+# What is said where there is no score.
+NOT_SCORED = "not scored: that takes a validation_step, and validation data"
 
 
 @dataclass
@@ -104,7 +50,18 @@ class Scorer:
             ConfigurationError: The module logs no such metric.
         """
         value = self.metrics(model)[self.metric or ""]
-        return -value if is_lower_better(self.metric or "") else value
+        return -value if self.is_turned else value
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the score is minus the metric."""
+        return is_lower_better(self.metric or "")
+
+    @property
+    def meaning(self) -> str:
+        """What the score is, in words."""
+        metric = self.metric or ""
+        return f"minus {metric}, which is better when lower" if self.is_turned else metric
 
     def metrics(self, model: nn.Module) -> Mapping[str, float]:
         """Return all metrics that a validation logs, and choose the one that counts."""
@@ -177,15 +134,18 @@ def _validated(module: nn.Module, batch: object) -> object:
 def is_lower_better(metric: str) -> bool:
     """Return whether a metric is better when it is lower, from the words in its name.
 
-    >>> is_lower_better("val_loss"), is_lower_better("val_accuracy")
-    (True, False)
+    >>> is_lower_better("val_loss"), is_lower_better("test/WER"), is_lower_better("cancer_recall")
+    (True, True, False)
     """
-    return any(word in metric.lower() for word in _LOWER_IS_BETTER)
+    return _LOWER_IS_BETTER.search(metric) is not None
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's remarks on workers and accelerators out of the output."""
+    """Keep Lightning's remarks on workers and accelerators out of the output.
+
+    To be entered after Lightning was imported, which sets the level of its logger.
+    """
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The model and the data that a command line names, as LightningCLI names them.
+"""The classes and functions that a command line names, as LightningCLI names model and data.
 
 ``--model pkg.LitModel --model.width 64 --data pkg.DataModule``, a function in place of a class,
 or ``--config config.yaml`` as LightningCLI saves it. Only what the user names is imported, never a
@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,13 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.cli.hyperparameters import harmless_defaults
+from bnguard.cli.parsing import failing_as
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import nn
 
 OPTIONS = ("model", "data")
-_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,10 @@ class Subject:
         known = parser.get_defaults().get(self.option) or {}
         configured = self._configured(known)
         stored = {name: value for name, value in stored.items() if name not in configured}
-        with _failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
+        with failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
             parser.set_defaults(harmless_defaults(parser, self.option, stored))
             parser.get_defaults()
-        with _failing_as(f"the configuration of --{self.option} {self.path}"):
+        with failing_as(f"the configuration of --{self.option} {self.path}"):
             parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
             parser.get_defaults()
 
@@ -127,7 +126,7 @@ class Subject:
         """
         parser = ArgumentParser(exit_on_error=False)
         self._declare(parser)
-        with _failing_as(f"--{self.option} {self.path}"):
+        with failing_as(f"--{self.option} {self.path}"):
             arguments = values.get(self.option) or Namespace()  # type: ignore[no-untyped-call]
             given = Namespace({self.option: arguments})  # type: ignore[no-untyped-call]
             made = parser.instantiate(given)[self.option]
@@ -202,93 +201,9 @@ def built_model(subject: Subject, values: Namespace) -> nn.Module:
     # Where Lightning has large models make their layers.
     configure = getattr(model, "configure_model", None)
     if configure is not None and not configure.__qualname__.startswith("ModelHooks."):
-        with _failing_as(f"--model {subject.path}: configure_model()"):
+        with failing_as(f"--model {subject.path}: configure_model()"):
             configure()
     return model
-
-
-@dataclass(frozen=True)
-class Data:
-    """Data that was named: a data module, or a loader as a function gives it.
-
-    Attributes:
-        path: Where it was imported from.
-        source: The data module or loader.
-    """
-
-    path: str
-    source: object
-    _stages: set[str] = field(default_factory=set, init=False, repr=False)
-
-    @property
-    def is_module(self) -> bool:
-        """Whether it is a data module, and not a bare loader, whose batches may have no labels."""
-        return any(self.has(split) for split in _SPLITS)
-
-    def has(self, split: str) -> bool:
-        """Return whether there is a loader of this split."""
-        return _has_loader(self.source, split)
-
-    def loader(self, split: str) -> Iterable[object]:
-        """Return the loader of a split; a bare loader serves as any of them.
-
-        Raises:
-            ConfigurationError: There is none, or it cannot be made.
-        """
-        from torch.utils.data import DataLoader
-
-        name = f"{split}_dataloader"
-        if not self.has(split):
-            if not self.is_module and isinstance(self.source, Iterable):
-                return self.source
-            its = [known for known in _SPLITS if self.has(known)]
-            other = f"use --split {its[0]}" if its else "give a data module, or a loader"
-            raise ConfigurationError(f"--data {self.path} has no {name}(): {other}")
-        with _failing_as(f"--data {self.path}: {name}()"):
-            self._set_up("test" if split == "test" else "fit")
-            loader: object = getattr(self.source, name)()
-        if isinstance(loader, Mapping):
-            loader = list(loader.values())
-        if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], DataLoader):
-            loader = loader[0]
-        if not isinstance(loader, Iterable):
-            raise ConfigurationError(f"--data {self.path} gives no {name}")
-        return loader
-
-    def _set_up(self, stage: str) -> None:
-        """Prepare the data, once for each stage: a split at random must not be another later."""
-        if stage in self._stages:
-            return
-        source: Any = self.source
-        if not self._stages:
-            source.prepare_data()
-        self._stages.add(stage)
-        source.setup(stage)
-
-
-def built_data(subject: Subject, values: Namespace) -> Data:
-    """Return the data that were named.
-
-    Raises:
-        ConfigurationError: They cannot be built.
-    """
-    return Data(subject.path, subject.built(values))
-
-
-def data_of_model(model: nn.Module, path: str) -> Data:
-    """Return the loaders that a Lightning module has itself."""
-    return Data(path, model)
-
-
-def has_loaders(build: Callable[..., object]) -> bool:
-    """Return whether a class has loaders of its own, as a Lightning module may."""
-    return isinstance(build, type) and any(_has_loader(build, split) for split in _SPLITS)
-
-
-def _has_loader(source: object, split: str) -> bool:
-    method = getattr(source, f"{split}_dataloader", None)
-    # Lightning's own only raise.
-    return method is not None and not method.__qualname__.startswith("DataHooks.")
 
 
 def configuration_beside(checkpoint: Path) -> Configuration | None:
@@ -328,23 +243,8 @@ def _imported(path: str, option: str) -> Callable[..., object]:
         raise ConfigurationError(f"--{option} {path}: give it as package.module.Name")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    with _failing_as(f"--{option} {path}: the import"):
+    with failing_as(f"--{option} {path}: the import"):
         found: object = getattr(importlib.import_module(module_name), name)
     if not callable(found):
         raise ConfigurationError(f"--{option} {path} is neither a class nor a function")
     return found
-
-
-@contextmanager
-def _failing_as(what: str) -> Iterator[None]:
-    """Tell of an error in a user's code in one line; a script may even end the process.
-
-    Raises:
-        ConfigurationError: The block raised an exception.
-    """
-    try:
-        yield
-    except ConfigurationError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error

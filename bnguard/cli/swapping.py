@@ -14,10 +14,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
+from bnguard.cli.data import Data
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
-from bnguard.cli.scoring import Scorer, forward_of, has_validation
-from bnguard.cli.subjects import Data, Subject
+from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
+from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.swap import swap
 from bnguard.fixes.swapped import Swap
@@ -56,7 +57,7 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         return 0
     rich.print(result)
     if scorer is None:
-        print("not scored: that takes a validation_step, and validation data")
+        print(NOT_SCORED)
     else:
         print(f"{scorer.metric} {before:.4g} with BN, {after:.4g} swapped")
     print(f"written: {output}; weights alone, so begin a new training rather than resume the old")

@@ -5,6 +5,8 @@ Both are asked as ``torch.utils.checkpoint`` and ``torch.autograd.graph`` ask fo
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -21,22 +23,30 @@ def is_recomputing() -> bool:
 def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
     """Return the batch mean and biased variance that a BN call saved for its backward.
 
-    None where there is nothing to read, or nothing precise enough: without gradients, in a class
-    that does more than normalise, in half precision, or where tensors that are saved go elsewhere,
-    as under activation checkpointing.
+    None where :func:`saves_statistics` says that there is nothing to read.
 
     >>> layer = torch.nn.BatchNorm1d(1)
     >>> mean, var = saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
     >>> round(mean.item(), 3), round(var.item(), 3)
     (3.0, 4.0)
     """
+    if not saves_statistics(output):
+        return None
+    node = output.grad_fn
+    return node._saved_result1, wide(node._saved_result2).pow(-2.0) - eps
+
+
+def saves_statistics(output: object) -> TypeGuard[Any]:
+    """Return whether a BN call saved statistics that can be read, and are precise enough.
+
+    It did not without gradients, in a class that does more than normalise, in half precision, or
+    where tensors that are saved go elsewhere, as under activation checkpointing.
+    """
     node = getattr(output, "grad_fn", None)
     if node is None or type(node).__name__ not in _NODES:
-        return None
+        return False
     # To read a tensor that was packed away would unpack it: compute it again, or fetch it.
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return None
-    mean, inverse_std = node._saved_result1, node._saved_result2
-    if mean.dtype not in (torch.float32, torch.float64) or not mean.numel():
-        return None
-    return mean, wide(inverse_std).pow(-2.0) - eps
+        return False
+    mean = node._saved_result1
+    return mean.dtype in (torch.float32, torch.float64) and mean.numel() > 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bnguard.history import EvalWindow
+from bnguard.history import EvalWindow, RunningStatistics
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
 from bnguard.probes.hooks import Hooks, Note
@@ -21,39 +21,6 @@ from bnguard.probes.modules import running_statistics
 
 # Of a standard normal distribution.
 _ONE_IN_A_HUNDRED = 2.326
-
-
-@dataclass(frozen=True, eq=False)
-class EvalReading:
-    """What arrived at one layer.
-
-    Attributes:
-        moments: Moments over all calls read that were finite.
-        calls: Calls read.
-        nonfinite_calls: Calls read that held NaN or Inf, and are left out of ``moments``.
-        largest_normalised: Largest |value - running mean| / sqrt(running var + eps), in running
-            standard deviations; NaN where no value was finite.
-        padding_share: Share of the positions of a sample that are trailing constant padding. The
-            mean over samples.
-        padding_spread: Standard deviation of that share over the samples.
-        dtype: Element type of the values.
-        var_between: Variance of the means of the calls beyond that of independent samples, shape
-            ``(C,)``; None where it cannot be told.
-        between_share: Share of the variance between samples that lies between calls, the median
-            over channels.
-        is_between_shown: Whether that is more than independent samples would give.
-    """
-
-    moments: Moments
-    calls: int
-    nonfinite_calls: int
-    largest_normalised: float
-    padding_share: float
-    padding_spread: float
-    dtype: str
-    var_between: Tensor | None
-    between_share: float
-    is_between_shown: bool
 
 
 class EvalProbe:
@@ -72,49 +39,27 @@ class EvalProbe:
             record = self._records[layer.name] = _Record()
             self.hooks.before(layer.module, _noted(layer, record, max_calls))
 
-    def readings(self) -> dict[str, EvalReading]:
-        """Return what was read, by layer name; layers that were not called are left out."""
-        return {name: record.reading() for name, record in self._records.items() if record.parts}
-
     def windows(self, step: int) -> dict[str, EvalWindow]:
         """Return what was read, beside the running statistics that the layers have now.
 
-        Averaged weights, say, are evaluated with statistics of their own.
+        Averaged weights, say, are evaluated with statistics of their own. Layers that were not
+        called, or that have none, are left out.
 
         Args:
             step: The training step after which the evaluation ran.
         """
-        readings = self.readings()
         windows = {}
         for layer in self._layers:
             running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-            reading = readings.get(layer.name)
-            if reading is None or running is None or reading.moments.count < 2:
-                continue
-            windows[layer.name] = EvalWindow(
-                count=reading.moments.count,
-                batches=reading.calls,
-                nonfinite_batches=reading.nonfinite_calls,
-                mean=reading.moments.mean.cpu().numpy(),
-                var_unbiased=reading.moments.var_unbiased.cpu().numpy(),
-                largest_normalised_std=reading.largest_normalised,
-                padding_share=reading.padding_share,
-                padding_spread=reading.padding_spread,
-                dtype=reading.dtype,
-                var_between=(
-                    None if reading.var_between is None else reading.var_between.cpu().numpy()
-                ),
-                between_share=reading.between_share,
-                is_between_shown=reading.is_between_shown,
-                running=running,
-                step=step,
-            )
+            window = None if running is None else self._records[layer.name].window(running, step)
+            if window is not None:
+                windows[layer.name] = window
         return windows
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call: moments, largest normalised value, and a padding share and a mean a sample."""
+    """One call: moments, largest normalised value, padding share a sample, and how samples vary."""
 
     moments: Moments
     extreme: Tensor
@@ -131,26 +76,34 @@ class _Record:
     calls: int = 0
     dtype: str = ""
 
-    def reading(self) -> EvalReading:
+    def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
+        """Return what the calls told all together; None where they brought too little."""
+        if not self.parts:
+            return None
         finite = [call for call in self.parts if _is_finite(call.moments)]
         # With nothing finite, what is left of the moments is their being NaN.
-        kept = finite or self.parts[:1]
+        moments = merge_moments([call.moments for call in finite or self.parts[:1]])
+        if moments.count < 2:
+            return None
         extremes = torch.stack([call.extreme for call in self.parts])
+        known = extremes[extremes.isfinite()]
         padding = torch.cat([call.padding_shares for call in self.parts])
         var_between, between_share, is_between_shown = _between(finite)
-        return EvalReading(
-            moments=merge_moments([call.moments for call in kept]),
-            calls=len(self.parts),
-            nonfinite_calls=len(self.parts) - len(finite),
-            largest_normalised=float(extremes[extremes.isfinite()].max())
-            if extremes.isfinite().any()
-            else float("nan"),
+        return EvalWindow(
+            count=moments.count,
+            batches=len(self.parts),
+            nonfinite_batches=len(self.parts) - len(finite),
+            mean=moments.mean.cpu().numpy(),
+            var_unbiased=moments.var_unbiased.cpu().numpy(),
+            largest_normalised_std=float(known.max()) if known.numel() else math.nan,
             padding_share=float(padding.mean()),
             padding_spread=float(padding.std(correction=0)),
             dtype=self.dtype,
-            var_between=var_between,
+            var_between=None if var_between is None else var_between.cpu().numpy(),
             between_share=between_share,
             is_between_shown=is_between_shown,
+            running=running,
+            step=step,
         )
 
 

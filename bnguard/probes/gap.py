@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from bnguard.exchange import number_of_ranks
 from bnguard.history import ModeGap
 from bnguard.layers import (
     BatchNormLayer,
@@ -189,12 +190,8 @@ def _without_compilation(module: nn.Module) -> nn.Module:
 
 
 def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return distributed.get_world_size() > 1 and any(
-        isinstance(layer.module, nn.SyncBatchNorm) for layer in layers
-    )
+    is_synchronised = any(isinstance(layer.module, nn.SyncBatchNorm) for layer in layers)
+    return is_synchronised and number_of_ranks() > 1
 
 
 def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer]) -> ModeGap:

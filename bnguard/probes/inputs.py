@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import channel_moments, values_per_channel, wide
-from bnguard.probes.autograd import saved_statistics
+from bnguard.probes.autograd import saved_statistics, saves_statistics
 from bnguard.probes.hooks import Hooks, Note
 
 
@@ -88,7 +88,7 @@ def _noted(layer: BatchNormLayer, record: _Record) -> Note:
             return
         statistics = batch_statistics(layer, args[0], output)
         if statistics is not None:
-            record.is_saved_by_autograd = saved_statistics(output, layer.eps) is not None
+            record.is_saved_by_autograd = saves_statistics(output)
             record.pending.add(statistics)
 
     return note

@@ -63,9 +63,6 @@ def _described(
         momentum=layer.momentum,
         training=layer.is_training,
         is_affine_frozen=not any(part.requires_grad for part in affine) if affine else None,
-        has_finite_affine=all(
-            bool(np.isfinite(part).all()) for part in (gamma, beta) if part is not None
-        ),
         is_updating=bool(getattr(layer.module, "track_running_stats", True)),
         fed_by=None if feeder is None else type(feeder).__name__,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
@@ -94,12 +91,6 @@ def _running(
     return RunningStatistics(
         mean=mean, var=var, updates=None if counter is None else int(counter.item())
     )
-
-
-def array(tensor: Tensor) -> FloatArray:
-    """Return a copy of a tensor on the host, in float64."""
-    values: FloatArray = tensor.detach().cpu().double().numpy().copy()
-    return values
 
 
 def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:

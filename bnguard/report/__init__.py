@@ -18,7 +18,7 @@ class Report:
 
     Attributes:
         history: What was observed.
-        findings: What is wrong, the worst first.
+        findings: What is wrong, the worst first, each root cause before what it explains.
         skipped: What could not be told, and why.
         failure: The error of bnguard's own that ended the watching early; None where none did.
 

@@ -36,7 +36,7 @@ class AccumulationBlind(Rule):
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
     Which norm:
-        GroupNorm below some 16 samples a call, and BN202 has the figures of BN, GroupNorm and batch
+        GroupNorm below some 16 samples a call. BN202 has the figures of BN, GroupNorm and batch
         renormalisation (Wu & He, table 2).
 
     Fix safety:

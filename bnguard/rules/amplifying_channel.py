@@ -26,9 +26,9 @@ class AmplifyingChannel(Rule):
 
     Evidence:
         The largest |value - running mean|, in running standard deviations, of the newest
-        evaluation, ``info`` where the mode gap was measured and shows no harm. Without one, in a
-        checkpoint: the gain. A running variance that is so negative that its root is not a number
-        is an ``error``.
+        evaluation, ``info`` where the mode gap was measured and shows no harm. Where it is within
+        its limit, or there was none, as in a checkpoint: the gain. A running variance that is so
+        negative that its root is not a number is an ``error``.
 
     Limits:
         max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,

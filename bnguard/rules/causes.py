@@ -35,6 +35,7 @@ _NEARER = 0.6
 # How much wider the batch means spread over the window than between neighbours, from which the
 # weights move within it: of 30 independent batches one channel in a thousand reaches 1.5.
 _MIN_TREND = 2.0
+
 # What helps statistics that lag.
 _CATCH_UP = Fix(
     "recalibrate before evaluation (BatchNormRecalibration); a larger momentum, or a falling "

@@ -49,8 +49,9 @@ class CorrelatedBatches(ModelRule):
         An ``IterableDataset`` needs a shuffle buffer; a sampler of one's own has to mix classes.
 
     Which norm:
-        GroupNorm or, to keep running statistics, batch renormalisation, made for such batches, and
-        BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table 2).
+        GroupNorm; or, to keep running statistics, batch renormalisation, which was made for such
+        batches. BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table
+        2).
 
     Fix safety:
         Safe. Where batches have to be grouped (episodes, contrastive pairs), GroupNorm in place

@@ -45,7 +45,6 @@ class DoubleUpdate(Rule):
 
     code: ClassVar[str] = "BN205"
     name: ClassVar[str] = "double-update"
-    explains: ClassVar[tuple[str, ...]] = ()
 
     max_recomputed_share: float = 0.25
 

@@ -36,8 +36,8 @@ class InputShift(ModelRule):
             included, stay below 0.62; other preprocessing gives 1.6 to 2.6.
         max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 1.1.
         channel_quantile: Share of the channels that has to be within the limits: 0.9.
-        min_values: Values per channel observed in eval mode before they are judged.
-        max_initial_weight: As in BN301.
+        min_values: Values per channel observed in eval mode before they are judged: 256.
+        max_initial_weight: 0.05, as in BN301.
 
     Fix:
         Compare one batch of each, and share the preprocessing::

@@ -12,7 +12,7 @@ from bnguard.history import EvalWindow, LayerHistory, ModeGap, Run
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
 # Beyond what sampling explains, the two modes are different networks where the outputs change this
-# much, or half as much where predictions flip. See BN302 for the figures.
+# much, or as much as the second limit where predictions flip. See BN302 for the figures.
 MAX_EXCESS_CHANGE = 0.75
 MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
 MAX_FLIPPED_SHARE = 0.12

@@ -47,8 +47,8 @@ class ModesDisagree(ExplainedRule):
             reach 0.6 to 1.2.
         max_excess_change_with_flips: 0.3, where more predictions flip than the next limit says.
         max_flipped_share: 0.12 of the predictions. Healthy runs stay below 0.11.
-        max_initial_weight: An evaluation that ran while more of the initial statistics than this
-            was left is not judged, unless training ended like that.
+        max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
+            left is not judged, unless training ended like that.
 
     Fix:
         Mend the cause that the finding names; where it is in the average, recalibrate, which says

@@ -10,6 +10,9 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import LayerHistory
 from bnguard.rules.base import Rule
 
+# PyTorch's.
+_DEFAULT_MOMENTUM = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumOutOfRange(Rule):
@@ -28,8 +31,8 @@ class MomentumOutOfRange(Rule):
     Limits:
         max_momentum: 0.5, at which the last batch alone has half of all the weight; PyTorch's
             default is 0.1, and published models lie between 0.001 and 0.3.
-        min_momentum: Smallest that updates at all; what is too small for the length of the
-            training is BN303's to say.
+        min_momentum: 1e-12, the smallest that updates at all; what is too small for the length of
+            the training is BN303's to say.
 
     Fix:
         Say it in PyTorch's convention, 1 - the Keras value::
@@ -84,5 +87,10 @@ class MomentumOutOfRange(Rule):
                 f"momentum {momentum:g} is the weight of the newest batch: what came before the "
                 "last few is forgotten",
                 Evidence("momentum", momentum, self.max_momentum),
-                Fix(f"momentum={max(1.0 - momentum, 0.001):.2g}, then recalibrate", "recalibrate"),
+                Fix(f"momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"),
             )
+
+    def _proposed(self, momentum: float) -> float:
+        """Return what Keras means by this momentum, or the default where that is too large too."""
+        converted = max(1.0 - momentum, 0.001)
+        return converted if converted < self.max_momentum else _DEFAULT_MOMENTUM

@@ -31,11 +31,11 @@ class NoisyBatchStatistics(Rule):
         evaluation, which is larger, and not on those of training.
 
     Limits:
-        max_noise_std: 0.42. Independent samples give 0.35 at 8 a batch and 0.5 at 4. The
+        max_noise_std: 0.42. Independent samples give up to 0.35 at 8 a batch, and 0.5 at 4. The
             healthy runs of the zoo stay below 0.39, batches of four lie at 0.45 to 0.47.
-        min_batches: Batches in the window before they are judged.
-        max_samples: Batches of more samples than this are not small: what jumps there is the
-            data (BN203) or the weights.
+        min_batches: Batches in the window before they are judged: 8.
+        max_samples: 7. Batches of more samples are not small: what jumps there is the data (BN203)
+            or the weights.
 
     Fix:
         Enlarge the batch, share the statistics between devices, or use a norm without batch::

@@ -24,8 +24,8 @@ class RankDisagreement(Rule):
         not with ``broadcast_buffers=False``.
 
     Evidence:
-        The largest distance of a running mean from that of another rank, in running standard
-        deviations; the upper decile over channels.
+        The largest distance of rank 0's running mean from that of another rank, in running
+        standard deviations; the upper decile over channels.
 
     Limits:
         max_distance_std: 0.25, well above what one last update with momentum 0.1 leaves at

@@ -34,7 +34,7 @@ class SeveralStreams(Rule):
         max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among
             them, 95 % stay below 0.3 and all below 0.72.
         max_log_variance_ratio: 1, a factor of 2.7; a digit and its negative have 2.3.
-        min_batches: Batches of each stream before it is compared.
+        min_batches: Batches of each stream before it is compared: 8.
 
     Fix:
         Concatenate the streams and split the output, so that both modes see the mixture::
@@ -79,7 +79,7 @@ class SeveralStreams(Rule):
             layer,
             Severity.WARNING,
             f"{len(streams)} streams with different statistics share the layer: the "
-            "running ones fit neither",
+            "running ones fit none",
             worst,
             Fix("concatenate the streams before the layer, or give each its own BN layers"),
         )

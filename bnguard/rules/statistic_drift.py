@@ -55,10 +55,10 @@ class StatisticDrift(ExplainedRule):
             of the healthy runs of the zoo stays below 0.52, and what lies beyond does no harm at
             the outputs; the faults reach 2.0 to 7.5.
         max_log_variance_ratio: |log(variance / running variance)|; 1.5 is a factor of 4.5.
-        channel_quantile: Share of the channels that has to be within the limits.
-        min_values: Values per channel observed in eval mode before they are judged.
-        max_initial_weight: An evaluation that ran while more of the initial statistics than this
-            was left is not judged, unless training ended like that.
+        channel_quantile: Share of the channels that has to be within the limits: 0.9.
+        min_values: Values per channel observed in eval mode before they are judged: 32.
+        max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
+            left is not judged, unless training ended like that.
 
     Fix:
         Estimate the statistics again with the weights as they are now::

@@ -22,14 +22,15 @@ class TrainedInEval(Rule):
         is off then as well.
 
     Evidence:
-        The share of the training steps at whose end the model as a whole was in eval mode, where
-        it was called with gradients in as many; or training in eval mode with statistics that are
-        still the initial ones. A layer in eval mode with trained statistics, in a model in train
-        mode, is a choice. Frozen layers are not judged, nor is a copy that others write to.
+        The share of the training steps at whose end the model as a whole was in eval mode, where it
+        was called with gradients in more than half of them; or training in eval mode with
+        statistics that are still the initial ones. A layer in eval mode with trained statistics, in
+        a model in train mode, is a choice. Frozen layers are not judged, nor is a copy that others
+        write to.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
-        min_steps: Steps before they are judged.
+        min_steps: Steps before they are judged: 3.
 
     Fix:
         Set the mode at the start of every epoch::

@@ -21,8 +21,8 @@ class UnfrozenByTrain(Rule):
         epoch on the statistics move, silently.
 
     Evidence:
-        Steps of training, the model in train mode, that the layer spent in eval mode before its
-        first batch in train mode. Layers that go back and forth, and those whose parameters were
+        Batches of training, the model in train mode, that reached the layer in eval mode before
+        its first one in train mode. Layers that go back and forth, and those whose parameters were
         unfrozen at the same time, are meant to.
 
     Limits:

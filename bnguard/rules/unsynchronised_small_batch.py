@@ -38,7 +38,7 @@ class UnsynchronisedSmallBatch(Rule):
         errs by 24.1 % at 2 samples, where BN errs by 34.7 % (table 2).
 
     Which norm:
-        SyncBatchNorm where all ranks together have 16 samples or more, GroupNorm otherwise, and
+        SyncBatchNorm where all ranks together have 16 samples or more, GroupNorm otherwise.
         BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table 2).
 
     Fix safety:

@@ -58,6 +58,8 @@ class UntrackedStatistics(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for layers that normalise in training with what they do not keep."""
+        if 0 < layer.calls_in_training <= self.max_untracked_calls:
+            return
         evidence = Evidence(
             "untracked calls in training",
             max(layer.calls_in_training, self.max_untracked_calls + 1),

@@ -37,7 +37,7 @@ class VarianceCollapse(Rule):
         min_within_batch_share: 0.2. Independent values give (n - 1) / n, or 1 - 1/samples where
             the positions of a sample are all alike, which is 0.5 for two samples; healthy runs of
             the tests stay above 0.4, crops of one image at a time fall below 0.1.
-        min_batches: Batches in the window before the share is judged.
+        min_batches: Batches in the window before the share is judged: 8.
 
     Fix:
         Enlarge what one batch holds (more samples, or samples from more sources), or replace the
@@ -48,7 +48,7 @@ class VarianceCollapse(Rule):
         With several devices: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
 
     Which norm:
-        GroupNorm, whose statistics are those of one sample, and BN202 has the figures of BN,
+        GroupNorm, whose statistics are those of one sample. BN202 has the figures of BN,
         GroupNorm and batch renormalisation (Wu & He, table 2).
 
     Fix safety:

@@ -13,13 +13,13 @@ from bnguard.layers import find_layers
 from bnguard.probes.evaluation import EvalProbe
 
 
-def reading(model, batches, max_calls=8, mode=torch.no_grad):
+def window(model, batches, max_calls=8, mode=torch.no_grad):
     probe = EvalProbe(find_layers(model), max_calls)
     with mode():
         for batch in batches:
             model(batch)
     probe.hooks.close()
-    (result,) = probe.readings().values()
+    (result,) = probe.windows(step=1).values()
     return result
 
 
@@ -44,25 +44,25 @@ def test_moments_and_extremes_are_those_of_all_values_together(
     layer.running_var.uniform_(0.5, 2.0)
     shape = (channels, *SHAPES[kind])
     batches = [torch.randn(size, *shape, dtype=dtype) + offset for size in sizes]
-    result = reading(layer, batches)
+    result = window(layer, batches)
     rows = torch.cat(batches).double().movedim(1, 0).flatten(1)
-    assert result.moments.count == rows.shape[1]
-    assert result.calls == len(sizes)
+    assert result.count == rows.shape[1]
+    assert result.batches == len(sizes)
     mean, var = rows.mean(1), rows.var(1)
-    torch.testing.assert_close(result.moments.mean, mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(result.moments.var_unbiased, var, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(result.mean), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(result.var_unbiased), var, rtol=1e-4, atol=1e-6)
     deviation = (layer.running_var.double() + layer.eps).sqrt()
     extreme = ((rows - layer.running_mean.double()[:, None]).abs() / deviation[:, None]).max()
-    assert result.largest_normalised == pytest.approx(extreme.item(), rel=1e-4, abs=1e-4)
+    assert result.largest_normalised_std == pytest.approx(extreme.item(), rel=1e-4, abs=1e-4)
 
 
-def test_only_the_first_calls_are_read():
-    layer = nn.BatchNorm1d(2).eval()
-    batches = [torch.randn(4, 2) for _ in range(5)]
-    result = reading(layer, batches, max_calls=3)
-    assert result.calls == 3
-    expected = torch.cat(batches[:3]).double().mean(0)
-    torch.testing.assert_close(result.moments.mean, expected, rtol=1e-5, atol=1e-6)
+def test_of_the_calls_after_the_first_ever_fewer_are_read():
+    batches = [torch.randn(4, 2) for _ in range(13)]
+    result = window(nn.BatchNorm1d(2).eval(), batches, max_calls=3)
+    assert result.batches == 5
+    read = [batches[call - 1] for call in (1, 2, 3, 6, 12)]
+    expected = torch.cat(read).double().mean(0)
+    torch.testing.assert_close(torch.from_numpy(result.mean), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -70,17 +70,19 @@ def test_a_call_that_is_not_finite_is_counted_and_left_out(bad):
     layer = nn.BatchNorm1d(2).eval()
     good, spoilt = torch.randn(4, 2), torch.randn(4, 2)
     spoilt[1, 1] = bad
-    result = reading(layer, [good, spoilt])
-    assert (result.calls, result.nonfinite_calls, result.moments.count) == (2, 1, 4)
-    torch.testing.assert_close(result.moments.mean, good.double().mean(0), rtol=1e-5, atol=1e-6)
-    assert np.isfinite(result.largest_normalised)
+    result = window(layer, [good, spoilt])
+    assert (result.batches, result.nonfinite_batches, result.count) == (2, 1, 4)
+    torch.testing.assert_close(
+        torch.from_numpy(result.mean), good.double().mean(0), rtol=1e-5, atol=1e-6
+    )
+    assert np.isfinite(result.largest_normalised_std)
 
 
 def test_the_share_of_padding_and_its_spread():
     layer = nn.BatchNorm1d(3).eval()
     values = torch.randn(2, 3, 10)
     values[0, :, 6:] = 0.0
-    result = reading(layer, [values])
+    result = window(layer, [values])
     assert result.padding_share == pytest.approx(0.2)
     assert result.padding_spread == pytest.approx(0.2)
 
@@ -89,24 +91,24 @@ def test_padding_at_two_sides_of_an_image_is_a_share_of_its_area():
     values = torch.randn(1, 2, 8, 8)
     values[..., 4:] = 0.0
     values[:, :, 6:] = 0.0
-    result = reading(nn.BatchNorm2d(2).eval(), [values])
+    result = window(nn.BatchNorm2d(2).eval(), [values])
     assert result.padding_share == pytest.approx(1 - 0.5 * 0.75)
 
 
 def test_a_dark_background_is_not_padding():
     values = torch.zeros(4, 2, 8, 8)
     values[:, :, 2:6, 3:5] = torch.randn(4, 2, 4, 2)
-    assert reading(nn.BatchNorm2d(2).eval(), [values]).padding_share == 0.0
+    assert window(nn.BatchNorm2d(2).eval(), [values]).padding_share == 0.0
 
 
 def test_values_that_come_again_are_not_padding():
     letters = torch.randint(0, 4, (64, 100))
     values = nn.functional.one_hot(letters, 4).float().transpose(1, 2)
-    assert reading(nn.BatchNorm1d(4).eval(), [values]).padding_share < 0.05
+    assert window(nn.BatchNorm1d(4).eval(), [values]).padding_share < 0.05
 
 
 def test_no_padding_is_no_padding():
-    result = reading(nn.BatchNorm2d(3).eval(), [torch.randn(4, 3, 5, 5)])
+    result = window(nn.BatchNorm2d(3).eval(), [torch.randn(4, 3, 5, 5)])
     assert result.padding_share == result.padding_spread == 0.0
 
 
@@ -116,18 +118,20 @@ def test_under_autocast_and_in_every_grad_mode(mode, dtype):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
     images = torch.randn(4, 1, 8, 8)
     with torch.autocast("cpu", dtype):
-        result = reading(model, [images], mode=mode)
+        result = window(model, [images], mode=mode)
         with torch.no_grad():
             rows = model[0](images).double().movedim(1, 0).flatten(1)
     assert result.dtype == str(dtype).removeprefix("torch.")
-    torch.testing.assert_close(result.moments.mean, rows.mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(result.moments.var_unbiased, rows.var(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(result.mean), rows.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(result.var_unbiased), rows.var(1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_layer_in_train_mode_is_not_read():
     probe = EvalProbe(find_layers(layer := nn.BatchNorm1d(2)), 8)
     layer(torch.randn(4, 2))
-    assert probe.readings() == {}
+    assert probe.windows(step=1) == {}
 
 
 @pytest.mark.parametrize(("size", "is_sorted", "shown"), [
@@ -142,6 +146,6 @@ def test_what_is_sorted_is_shown_and_chance_is_not(size, is_sorted, shown):
     for _ in range(100):
         samples = torch.randn(8 * size)
         batches = (samples.sort().values if is_sorted else samples).reshape(8, size, 1)
-        found += reading(nn.BatchNorm1d(1).eval(), batches).is_between_shown
+        found += window(nn.BatchNorm1d(1).eval(), batches).is_between_shown
     low, high = shown
     assert low <= found <= high

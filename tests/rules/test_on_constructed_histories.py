@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bnguard.configuration import with_limits
 from bnguard.diagnosis import diagnose
 from bnguard.findings import Severity
 from bnguard.history import (
@@ -58,6 +59,14 @@ def layer(**options):
 
 
 @pytest.mark.parametrize(
+    ("momentum", "proposed"), [(0.5, "0.1"), (0.6, "0.4"), (0.99, "0.01"), (1.0, "0.001")]
+)
+def test_the_momentum_proposed_is_within_the_range(momentum, proposed):
+    (finding,) = found("BN103", layer(momentum=momentum))
+    assert finding.fix.summary == f"momentum={proposed}, then recalibrate"
+
+
+@pytest.mark.parametrize(
     ("ranks", "kind", "samples", "fires"),
     [
         (2, "BatchNorm2d", 2, True),
@@ -69,6 +78,13 @@ def layer(**options):
 def test_bn106(ranks, kind, samples, fires):
     run = Run(steps=10, plan=Plan(ranks=ranks))
     assert bool(found("BN106", layer(kind=kind, samples=samples, run=run))) is fires
+
+
+@pytest.mark.parametrize(("calls", "fires"), [(5, False), (20, True), (0, True)])
+def test_bn104_counts_calls_in_training_and_the_setting_before_it(calls, fires):
+    rule = with_limits(rule_named("BN104"), {"max_untracked_calls": 10})
+    untracked = layer(running=None, calls_in_training=calls)
+    assert bool(list(rule.check(untracked))) is fires
 
 
 @pytest.mark.parametrize(("distance", "fires"), [(0.4, True), (0.1, False)])
