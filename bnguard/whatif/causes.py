@@ -6,7 +6,7 @@ is the answer. They stand in the order of trust: what is certain, then what expl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bnguard.whatif.diagnosis import Cause, Row
 from bnguard.whatif.numbers import (
@@ -38,13 +38,11 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
     """NaN or Inf in the stored statistics: nothing else needs to be asked."""
     if not numbers.poisoned:
         return None
-    first, *others = numbers.poisoned
-    more = f" and {len(others)} more" if others else ""
     return Cause(
         name="poisoned-statistics",
         message="NaN or Inf has entered the running statistics, and averaging never takes it out",
         evidence=(
-            f"not finite: {first or 'the model'}{more}",
+            f"not finite: {_layers(numbers.poisoned)}",
             numbers.compared("stored", numbers.fresh),
         ),
         advice="recalibrate; bnguard.watch(model, restore_poisoned=True) keeps it from recurring",
@@ -54,10 +52,24 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
 
 
 def unconverged_statistics(numbers: Numbers) -> Cause | None:
-    """Too few updates: the initial statistics are still there, and recalibration is a cure."""
+    """The initial statistics are still there, and recalibration is a cure."""
     is_cured = numbers.is_cured_by_training or numbers.training is None
     if not (numbers.is_harmed and is_cured and numbers.initial_weight > MAX_INITIAL_WEIGHT):
         return None
+    if numbers.untouched:
+        return Cause(
+            name="unconverged-statistics",
+            message="the running statistics are the initial mean 0 and variance 1: they were lost "
+            "when the weights were saved or loaded, or never updated",
+            evidence=(
+                f"initial: {_layers(numbers.untouched)}",
+                numbers.compared("stored", numbers.fresh),
+            ),
+            advice="load the state dict that holds the buffers too, or recalibrate on training "
+            "data",
+            next_step=_RECALIBRATE,
+            cured_by=numbers.fresh,
+        )
     return Cause(
         name="unconverged-statistics",
         message="the running statistics still hold a part of the initial mean 0 and variance 1: "
@@ -254,6 +266,11 @@ CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
     poor_weights,
     no_fault,
 )
+
+
+def _layers(names: Sequence[str]) -> str:
+    first, *others = names
+    return f"{first or 'the model'}{f' and {len(others)} more' if others else ''}"
 
 
 def _initial_weight(numbers: Numbers) -> str:
