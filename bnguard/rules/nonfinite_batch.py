@@ -51,7 +51,7 @@ class NonFiniteBatch(ModelRule):
 
     code: ClassVar[str] = "BN401"
     name: ClassVar[str] = "non-finite-batch"
-    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN204", "BN302", "BN402")
 
     max_bad_batches: int = 0
     max_normalised_std: float = 100.0
@@ -82,6 +82,8 @@ class NonFiniteBatch(ModelRule):
             # Weights that are not finite later are what this batch made of them.
             is_alive = all(other.has_finite_affine for other in layers)
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
+        elif _is_aftermath(layer, layers):
+            where, fix = f"{where}; the weights are not finite since", _go_back_and(fix)
         elif layer.run.origin is not None:
             where, fix = _seen_again(layer.run.origin)
         return self._finding(
@@ -126,6 +128,24 @@ _IN_THE_DATA_AND_LEARNT = (
 )
 
 
+_MAKERS = "an overflow, a division, a logarithm, weights that a learning rate has blown up"
+
+
+def _is_aftermath(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> bool:
+    """Return whether the weights found not finite are what the first bad batch made of them.
+
+    They were finite in that batch where layers before the first bad one stayed finite in it, and
+    did not later.
+    """
+    origin, before = layer.run.origin, layers[: layers.index(layer)]
+    is_in_weights = origin is not None and bool(origin.bad_parameters)
+    return is_in_weights and any(other.poisoned_step is not None for other in before)
+
+
+def _go_back_and(fix: Fix) -> Fix:
+    return Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
+
+
 def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str, Fix]:
     index = layers.index(layer)
     if index == 0:
@@ -136,7 +156,7 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     before = layers[index - 1].name
     return (
         f"what comes after {before or 'the layer before'}, which was fine",
-        Fix(f"look between {before} and {layer.name}: an overflow, a division, a logarithm"),
+        Fix(f"look between {before} and {layer.name}: {_MAKERS}"),
     )
 
 
@@ -150,4 +170,11 @@ def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
         )
     if origin.is_input_bad:
         return f"{place} was given it: it is in the data", Fix("check the data for NaN and Inf")
-    return f"{place} made it of finite input", Fix(f"look at {place}: an overflow or a division")
+    of = f"input{_up_to(origin.largest_input)}"
+    if origin.largest_parameter is not None:
+        of += f" and parameters{_up_to(origin.largest_parameter)}"
+    return f"{place} made it of finite {of}", Fix(f"look at {place}: {_MAKERS}")
+
+
+def _up_to(largest: float | None) -> str:
+    return "" if largest is None else f" up to {largest:.2g}"

@@ -54,6 +54,8 @@ def test_a_division_by_zero_is_found_in_its_module_channel_and_sample():
     assert (origin.channels, origin.samples, origin.step) == ((2,), (1,), 6)
     assert not origin.is_input_bad
     assert origin.bad_parameters == ()
+    assert 0.0 < origin.largest_input < 100.0
+    assert origin.largest_parameter is None
     # Before the fault was noticed, and after it was found, normal steps pay nothing.
     assert hooks[2] == hooks[0] < hooks[3]
     assert hooks[6] == hooks[0]
