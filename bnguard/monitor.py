@@ -328,7 +328,8 @@ class Monitor:
             code, severity, layer = record["key"]
             key = (code, Severity(severity), layer)
             self._first_steps[key] = record["step"]
-            if record["is_announced"]:
+            # A run that goes on from what is broken is told so, and stopped if it is to be.
+            if record["is_announced"] and severity < Severity.ERROR:
                 self._announced.add(key)
         self._observer.resume(
             {name: _window_of(window) for name, window in state["windows"].items()}
