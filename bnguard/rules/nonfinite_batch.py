@@ -78,14 +78,15 @@ class NonFiniteBatch(ModelRule):
 
     def _trained(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
         where, fix = _origin(layer, layers)
+        is_alive = all(other.has_finite_affine for other in layers)
         if layer.run.bad_input_step == layer.poisoned_step:
             # Weights that are not finite later are what this batch made of them.
-            is_alive = all(other.has_finite_affine for other in layers)
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
-        elif _is_aftermath(layer, layers):
-            where, fix = f"{where}; the weights are not finite since", _go_back_and(fix)
-        elif layer.run.origin is not None:
+        elif layer.run.origin is not None and not _is_aftermath(layer, layers):
             where, fix = _seen_again(layer.run.origin)
+        elif not is_alive:
+            where = f"{where}; the weights are not finite now"
+            fix = Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
         return self._finding(
             layer,
             Severity.ERROR,
@@ -140,10 +141,6 @@ def _is_aftermath(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> bool
     origin, before = layer.run.origin, layers[: layers.index(layer)]
     is_in_weights = origin is not None and bool(origin.bad_parameters)
     return is_in_weights and any(other.poisoned_step is not None for other in before)
-
-
-def _go_back_and(fix: Fix) -> Fix:
-    return Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
 
 
 def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str, Fix]:

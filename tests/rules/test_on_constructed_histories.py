@@ -167,7 +167,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
         module="conv", kind="Conv2d", channels=(), is_input_bad=False, bad_parameters=("weight",)
     )
     run = Run(steps=10, origin=ruined)
-    bad = layer(name="bad", position=1, poisoned_step=7, run=run)
+    bad = layer(name="bad", position=1, poisoned_step=7, has_finite_affine=False, run=run)
 
     def found(step):
         before = layer(name="before", position=0, poisoned_step=step, run=run)
@@ -177,7 +177,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
         return finding
 
     aftermath = found(8)
-    assert "after before, which was fine; the weights are not finite since" in aftermath.message
+    assert "after before, which was fine; the weights are not finite now" in aftermath.message
     assert "conv" not in aftermath.message
     assert found(7).message.endswith("conv (Conv2d) has parameters that are not finite: weight")
 
