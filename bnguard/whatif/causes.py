@@ -187,7 +187,7 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
 
 def data_shift(numbers: Numbers) -> Cause | None:
     """Statistics of the evaluation data do better than those of training data."""
-    if numbers.training is None or not numbers.is_harmed:
+    if numbers.training is None or not numbers.is_harmed or _is_chance(numbers):
         return None
     return Cause(
         name="data-shift",
@@ -204,7 +204,7 @@ def data_shift(numbers: Numbers) -> Cause | None:
 
 def unfit_statistics(numbers: Numbers) -> Cause | None:
     """The stored statistics do not fit, and only training data can tell why."""
-    if not numbers.is_harmed:
+    if numbers.training is not None or not numbers.is_harmed:
         return None
     return Cause(
         name="unfit-statistics",
@@ -241,7 +241,8 @@ def no_fault(numbers: Numbers) -> Cause:
     is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
     return Cause(
         name="none",
-        message="no other statistics do better than those that are stored",
+        message="no other statistics do better than those that are stored"
+        + (", by more than chance on so few samples" if numbers.is_harmed else ""),
         evidence=(
             numbers.compared("stored", numbers.fresh, "evaluation"),
             *((_initial_weight(numbers),) if is_unconverged else ()),
@@ -275,6 +276,15 @@ def _layers(names: Sequence[str]) -> str:
 
 def _initial_weight(numbers: Numbers) -> str:
     return f"initial statistics left {numbers.initial_weight:.0%} (limit {MAX_INITIAL_WEIGHT:.0%})"
+
+
+def _is_chance(numbers: Numbers) -> bool:
+    """Return whether the data look alike, and chance explains what other statistics gain."""
+    scores = [numbers.rows[name].score for name in ("reference", numbers.best)]
+    if not all(score is not None and 0.0 <= score <= 1.0 for score in scores):
+        return False
+    gained = numbers.gain("reference", numbers.best)
+    return numbers.has_known_input and gained <= numbers.chance("reference")
 
 
 def _input_drift(numbers: Numbers) -> tuple[str, ...]:
