@@ -83,7 +83,7 @@ class NonFiniteBatch(ModelRule):
             # Weights that are not finite later are what this batch made of them.
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
         elif layer.run.origin is not None and not _is_aftermath(layer, layers):
-            where, fix = _seen_again(layer.run.origin)
+            where, fix = _seen_again(layer.run.origin, is_first=layer is layers[0])
         elif not is_alive:
             where = f"{where}; the weights are not finite now"
             fix = Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
@@ -157,7 +157,7 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     )
 
 
-def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
+def _seen_again(origin: BadValueOrigin, *, is_first: bool) -> tuple[str, Fix]:
     place = f"{origin.module or 'the model'} ({origin.kind})"
     if origin.bad_parameters:
         names = ", ".join(origin.bad_parameters)
@@ -165,8 +165,16 @@ def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
             f"{place} has parameters that are not finite: {names}",
             Fix("go back to a checkpoint whose weights are finite; lower the learning rate"),
         )
+    if origin.is_input_bad and is_first:
+        return (
+            f"{place} was given it: it is in the data, or the forward made it before",
+            Fix(f"check the data for NaN and Inf, then what the forward computes before {place}"),
+        )
     if origin.is_input_bad:
-        return f"{place} was given it: it is in the data", Fix("check the data for NaN and Inf")
+        return (
+            f"{place} was given it, and no module before it made it: the forward did, in between",
+            Fix(f"look at what the forward computes before {place}: {_MAKERS}"),
+        )
     of = f"input{_up_to(origin.largest_input)}"
     if origin.largest_parameter is not None:
         of += f" and parameters{_up_to(origin.largest_parameter)}"

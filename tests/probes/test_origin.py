@@ -73,6 +73,19 @@ def test_bad_data_is_told_from_a_bad_network():
     assert (origin.samples, origin.step) == ((2,), 5)
 
 
+def test_an_overflow_between_modules_is_not_laid_on_the_data():
+    class Scaled(Net):
+        def forward(self, inputs):
+            return self.tail(self.stem(inputs) * 1e39)
+
+    report, _ = run(Scaled(), 6, lambda model, inputs, step: None)
+    (finding,) = [f for f in report.findings if f.code == "BN401"]
+    assert finding.layer == "tail.1"
+    assert report.history.run.origin.is_input_bad
+    assert "data" not in finding.message + finding.fix.summary
+    assert "what the forward computes before tail.0 (Conv2d)" in finding.fix.summary
+
+
 def test_a_parameter_that_is_not_finite_is_named():
     def spoil(model, inputs, step):
         if step == 3:
