@@ -103,10 +103,12 @@ class Bench:
 
     def why_not_in_batches(self, size: int) -> str | None:
         """Return why samples cannot be normalised so many at a time; None where they can."""
+        if size > len(self.samples):
+            return f"there are {len(self.samples)} samples"
         if self.samples.must_be_joined(size):
-            # A single batch would take what is left over, and be of another size.
+            # It would take what is left over, and be of another size.
             if size != len(self.samples) < 2 * size:
-                return f"there are {len(self.samples)} samples"
+                return f"{len(self.samples)} samples make only one"
             if self.samples.whole is None:
                 return "the samples do not fit together, so that batches cannot be joined"
             if self._one_batch[1].samples is None:

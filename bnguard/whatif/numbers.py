@@ -82,7 +82,7 @@ class Numbers:
         samples: How many evaluation samples they were measured on.
         training: What the training data tell; None without a reference.
         poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
-        untouched: Layers whose stored statistics are the initial ones (0, 1), to the last bit.
+        untouched: Layers that are reached, with the initial statistics (0, 1) to the last bit.
         initial_weight: The largest weight that the initial statistics still have.
         input_drift: Drift at the first BN layer, which no other has changed: of the statistics
             from training data where there are any, else of the stored ones; None where nothing

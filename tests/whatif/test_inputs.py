@@ -125,7 +125,7 @@ def test_a_row_is_of_batches_of_the_size_that_it_names():
     """What is left over never makes one large batch, under the name of a smaller one."""
     model = net().eval()
     few = bnguard.diagnose(model, X[:12].split(2), batch_sizes=(8, 12))
-    assert "no row for batches of 8: there are 12 samples" in few.notes
+    assert "no row for batches of 8: 12 samples make only one" in few.notes
     assert "batches of 12" in names(few)
     threes = bnguard.diagnose(model, X.split(3), batch_sizes=(2,)).row("batches of 2")
     twos = bnguard.diagnose(model, X.split(2)).row("batches")
