@@ -46,10 +46,13 @@ class Announcements:
         ]
 
     def resume(self, state: Iterable[dict[str, Any]]) -> None:
-        """Go on from where :meth:`state` was taken."""
+        """Go on from where :meth:`state` was taken; errors are announced anew.
+
+        A run that goes on from what is broken is told so, and stopped if it is to be.
+        """
         for record in state:
             code, severity, layer = record["key"]
             key = (code, Severity(severity), layer)
             self._first_steps[key] = record["step"]
-            if record["is_announced"]:
+            if record["is_announced"] and severity < Severity.ERROR:
                 self._announced.add(key)

@@ -89,8 +89,8 @@ def inspect_checkpoint(
         CheckpointError: It holds no BN layers.
     """
     if not checkpoint.layers:
-        reason = checkpoint.problems[0] if checkpoint.problems else "it has no BN layers"
-        raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reason}")
+        reasons = (*checkpoint.problems, "it has no BN layers with running statistics")
+        raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reasons[0]}")
     has_several = len(checkpoint.models) > 1
     layers: Iterable[LayerHistory] = (
         _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")

@@ -164,6 +164,8 @@ class BadValueOrigin:
         bad_parameters: Names of its own parameters and buffers that are not finite.
         samples: Places in the batch of the samples whose output was not finite.
         step: Training step of that forward.
+        largest_input: The largest absolute value of its input; None where there is no number.
+        largest_parameter: The same of its own parameters.
     """
 
     module: str
@@ -173,6 +175,8 @@ class BadValueOrigin:
     bad_parameters: tuple[str, ...]
     samples: tuple[int, ...] = ()
     step: int | None = None
+    largest_input: float | None = None
+    largest_parameter: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,9 @@ def requested(
     checkpoint = read_checkpoint(source)
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
-        raise CheckpointError(f"{source}: has no BN layers, so there is nothing to do{why}")
+        raise CheckpointError(
+            f"{source}: has no BN layers with running statistics, so there is nothing to do{why}"
+        )
     subjects, rest = named_subjects(arguments, configuration_beside(source), options)
     _add_subjects(parser, subjects, checkpoint)
     return Request(checkpoint, subjects, parser.parse_args(rest))

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from bnguard.errors import ConfigurationError
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
+_REQUIRED = re.compile(r"the following arguments are required: (\w+\..*)")
 _TYPE = re.compile(r"<(?:class|enum) '(?:[^']*\.)?([^'.]+)'>")
 _CHOICE = re.compile(r"(?:typing\.)?Literal\[([^\]]*)\]")
 _EXPECTED = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
@@ -64,8 +65,13 @@ def in_a_line(error: ArgumentError) -> str:
     '--dry-run: takes bool, not x'
     >>> in_a_line(ArgumentError(None, "the following arguments are required: paths"))
     'the following arguments are required: paths'
+    >>> in_a_line(ArgumentError(None, "the following arguments are required: model.config"))
+    'missing: --model.config; give it, or name a function that needs no more'
     """
     text = " ".join(str(error).split())
+    if found := _REQUIRED.fullmatch(text):
+        names = ", ".join(f"--{name}" for name in found[1].split(", "))
+        return f"missing: {names}; give it, or name a function that needs no more"
     text = _KEY.sub(lambda found: f"{_option(found[1])}: ", text)
     text = _TYPE.sub(r"\1", text)
     text = _CHOICE.sub(lambda found: "one of " + found[1].replace("'", ""), text)

@@ -50,7 +50,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--split", type=str, default="train", help="data to learn on")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
     parser.add_argument(
-        "--precision", type=Literal["32-true", "16-mixed", "bf16-mixed"], default="32-true"
+        "--precision",
+        type=Literal["32-true", "16-mixed", "bf16-mixed"],
+        default="32-true",
+        help="as the Trainer names it",
     )
     parser.add_argument(
         "--state", type=str, help="file from which the same command goes on if it was interrupted"

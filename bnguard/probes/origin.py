@@ -6,7 +6,7 @@ then wait for the next time, for a bounded number of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class OriginProbe:
                     bad_parameters=_bad_state(module),
                     samples=samples,
                     step=self.step,
+                    largest_input=_largest(tree_flatten(args)[0]),
+                    largest_parameter=_largest(module.parameters(recurse=False)),
                 )
                 self.hooks.close()
                 return
@@ -73,6 +75,11 @@ def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
             return (), ()
         return _numbers(bad.transpose(0, 1).flatten(1).any(1)), _numbers(bad.flatten(1).any(1))
     return None
+
+
+def _largest(leaves: Iterable[object]) -> float | None:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max((leaf.abs().max().item() for leaf in tensors if leaf.numel()), default=None)
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:

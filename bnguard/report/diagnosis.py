@@ -56,8 +56,8 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     return Group(
         table,
         Text(
-            "flips, change: against the statistics of the evaluation data; gap: against those of "
-            "each batch; drift: of what arrives, at the worst layer",
+            f"{'flips, ' * has_flips}change: against the statistics of the evaluation data; gap: "
+            "against those of each batch; drift: of what arrives, at the worst layer",
             style="dim",
         ),
     )

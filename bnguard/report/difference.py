@@ -32,6 +32,10 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
     if difference.layers and not moved and difference.entries:
         parts.append(Text("the statistics are the same and other entries are not: do they fit?"))
     most = len(difference.entries) if is_verbose else _MOST_SHOWN
+    if not difference.layers:
+        parts.append(
+            Text("no BN layer is in both, by name and channels: are they the same network?")
+        )
     parts += [Text(f"{entry.key}: {entry.detail}") for entry in difference.entries[:most]]
     if len(difference.entries) > most:
         parts.append(Text(f"and {len(difference.entries) - most} more entries"))

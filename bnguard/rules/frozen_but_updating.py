@@ -30,7 +30,8 @@ class FrozenButUpdating(Rule):
         in σ. Where those optimizers hold no parameter of the model at all (they were built for
         another, or before its parameters were replaced) it says so, since nothing learns.
         Of severity ``info`` where every training-mode call ran under ``torch.no_grad``: a teacher
-        network is kept like that on purpose. Layers without affine parameters are not judged.
+        network is kept like that on purpose; and of a model that has not trained yet, where a
+        frozen layer is in train mode. Layers without affine parameters are not judged.
 
     Limits:
         max_updates: Updates allowed while frozen; 0, since the first is already a defect.
@@ -67,7 +68,19 @@ class FrozenButUpdating(Rule):
         if layer.training is None:
             yield self._skipped(layer, "a checkpoint does not say which layers are frozen")
             return
-        if not layer.is_affine_frozen or layer.updates_seen <= self.max_updates:
+        if not layer.is_affine_frozen:
+            return
+        if layer.run.steps == 0 and layer.training and not layer.is_left_out:
+            yield self._finding(
+                layer,
+                Severity.INFO,
+                "gamma and beta are frozen, but the layer is in train mode: each batch of training "
+                "will move its running statistics",
+                Evidence("frozen layers in train mode", 1, 0),
+                Fix(_FREEZE),
+            )
+            return
+        if layer.updates_seen <= self.max_updates:
             return
         is_teacher = 0 < layer.calls_in_training == layer.calls_without_grad
         reason, fix = _why(layer)

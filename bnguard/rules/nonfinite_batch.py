@@ -78,12 +78,15 @@ class NonFiniteBatch(ModelRule):
 
     def _trained(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
         where, fix = _origin(layer, layers)
+        is_alive = all(other.has_finite_affine for other in layers)
         if layer.run.bad_input_step == layer.poisoned_step:
             # Weights that are not finite later are what this batch made of them.
-            is_alive = all(other.has_finite_affine for other in layers)
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
-        elif layer.run.origin is not None:
-            where, fix = _seen_again(layer.run.origin)
+        elif layer.run.origin is not None and not _is_aftermath(layer, layers):
+            where, fix = _seen_again(layer.run.origin, is_first=layer is layers[0])
+        elif not is_alive:
+            where = f"{where}; the weights are not finite now"
+            fix = Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
         return self._finding(
             layer,
             Severity.ERROR,
@@ -126,6 +129,20 @@ _IN_THE_DATA_AND_LEARNT = (
 )
 
 
+_MAKERS = "an overflow, a division, a logarithm, weights that a learning rate has blown up"
+
+
+def _is_aftermath(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> bool:
+    """Return whether the weights found not finite are what the first bad batch made of them.
+
+    They were finite in that batch where layers before the first bad one stayed finite in it, and
+    did not later.
+    """
+    origin, before = layer.run.origin, layers[: layers.index(layer)]
+    is_in_weights = origin is not None and bool(origin.bad_parameters)
+    return is_in_weights and any(other.poisoned_step is not None for other in before)
+
+
 def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str, Fix]:
     index = layers.index(layer)
     if index == 0:
@@ -136,11 +153,11 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     before = layers[index - 1].name
     return (
         f"what comes after {before or 'the layer before'}, which was fine",
-        Fix(f"look between {before} and {layer.name}: an overflow, a division, a logarithm"),
+        Fix(f"look between {before} and {layer.name}: {_MAKERS}"),
     )
 
 
-def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
+def _seen_again(origin: BadValueOrigin, *, is_first: bool) -> tuple[str, Fix]:
     place = f"{origin.module or 'the model'} ({origin.kind})"
     if origin.bad_parameters:
         names = ", ".join(origin.bad_parameters)
@@ -148,6 +165,21 @@ def _seen_again(origin: BadValueOrigin) -> tuple[str, Fix]:
             f"{place} has parameters that are not finite: {names}",
             Fix("go back to a checkpoint whose weights are finite; lower the learning rate"),
         )
+    if origin.is_input_bad and is_first:
+        return (
+            f"{place} was given it: it is in the data, or the forward made it before",
+            Fix(f"check the data for NaN and Inf, then what the forward computes before {place}"),
+        )
     if origin.is_input_bad:
-        return f"{place} was given it: it is in the data", Fix("check the data for NaN and Inf")
-    return f"{place} made it of finite input", Fix(f"look at {place}: an overflow or a division")
+        return (
+            f"{place} was given it, and no module before it made it: the forward did, in between",
+            Fix(f"look at what the forward computes before {place}: {_MAKERS}"),
+        )
+    of = f"input{_up_to(origin.largest_input)}"
+    if origin.largest_parameter is not None:
+        of += f" and parameters{_up_to(origin.largest_parameter)}"
+    return f"{place} made it of finite {of}", Fix(f"look at {place}: {_MAKERS}")
+
+
+def _up_to(largest: float | None) -> str:
+    return "" if largest is None else f" up to {largest:.2g}"

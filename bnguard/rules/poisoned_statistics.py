@@ -24,7 +24,8 @@ class PoisonedStatistics(Rule):
     Evidence:
         The number of channels whose running mean or variance is not finite, and the first step
         after which that was so. Where bnguard put the last finite statistics back in that step,
-        the finding is a ``warning``: the bad batch is still worth a look.
+        the finding is a ``warning``: the bad batch is still worth a look. Finite statistics beside
+        a gamma or beta that is not are an ``error`` as well: the batch has reached the weights.
 
     Limits:
         max_bad_channels: 0, since one NaN channel makes every output NaN.
@@ -51,7 +52,7 @@ class PoisonedStatistics(Rule):
     code: ClassVar[str] = "BN402"
     name: ClassVar[str] = "poisoned-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN302",)
+    explains: ClassVar[tuple[str, ...]] = ("BN302", "BN204")
 
     max_bad_channels: int = 0
 
@@ -70,10 +71,21 @@ class PoisonedStatistics(Rule):
                 layer,
                 Severity.ERROR,
                 "the running statistics are NaN or infinite: every evaluation is, from now on"
-                + _weights(layer),
+                + ("" if layer.has_finite_affine else "; gamma or beta is not finite either"),
                 Evidence("channels not finite", len(bad), self.max_bad_channels),
                 _way_out(layer),
                 channels=bad,
+                step=layer.poisoned_step,
+            )
+        elif not layer.has_finite_affine:
+            put_back = ", since they were put back" if layer.restored_updates else ""
+            yield self._finding(
+                layer,
+                Severity.ERROR,
+                "gamma or beta is NaN or infinite, and every output is; the running statistics are "
+                f"finite{put_back}",
+                Evidence("parameters not finite", 1, 0),
+                _way_out(layer),
                 step=layer.poisoned_step,
             )
         elif layer.restored_updates:
@@ -81,15 +93,11 @@ class PoisonedStatistics(Rule):
                 layer,
                 Severity.WARNING,
                 "a batch made the running statistics NaN or infinite, and the last finite ones "
-                "were put back" + _weights(layer),
+                "were put back",
                 Evidence("updates put back", layer.restored_updates, 0),
                 Fix("look at the batch of that step: its loss was not finite either"),
                 step=layer.poisoned_step,
             )
-
-
-def _weights(layer: LayerHistory) -> str:
-    return "" if layer.has_finite_affine else "; gamma or beta is not finite either"
 
 
 def _way_out(layer: LayerHistory) -> Fix:

@@ -105,8 +105,14 @@ class Bench:
         """Return why samples cannot be normalised so many at a time; None where they can."""
         if size > len(self.samples):
             return f"there are {len(self.samples)} samples"
-        if size > self.samples.batch_size and self._one_batch[1].samples is None:
-            return "the outputs have no row a sample, so that batches cannot be joined"
+        if self.samples.must_be_joined(size):
+            # It would take what is left over, and be of another size.
+            if size != len(self.samples) < 2 * size:
+                return f"{len(self.samples)} samples make only one"
+            if self.samples.whole is None:
+                return "the samples do not fit together, so that batches cannot be joined"
+            if self._one_batch[1].samples is None:
+                return "the outputs have no row a sample, so that batches cannot be joined"
         for name, values in self.values_per_sample.items():
             if size * values < 2:
                 return f"{name or 'the model'} has one value per channel"

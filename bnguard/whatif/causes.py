@@ -6,7 +6,7 @@ is the answer. They stand in the order of trust: what is certain, then what expl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bnguard.whatif.diagnosis import Cause, Row
 from bnguard.whatif.numbers import (
@@ -38,13 +38,11 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
     """NaN or Inf in the stored statistics: nothing else needs to be asked."""
     if not numbers.poisoned:
         return None
-    first, *others = numbers.poisoned
-    more = f" and {len(others)} more" if others else ""
     return Cause(
         name="poisoned-statistics",
         message="NaN or Inf has entered the running statistics, and averaging never takes it out",
         evidence=(
-            f"not finite: {first or 'the model'}{more}",
+            f"not finite: {_layers(numbers.poisoned)}",
             numbers.compared("stored", numbers.fresh),
         ),
         advice="recalibrate; bnguard.watch(model, restore_poisoned=True) keeps it from recurring",
@@ -54,10 +52,24 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
 
 
 def unconverged_statistics(numbers: Numbers) -> Cause | None:
-    """Too few updates: the initial statistics are still there, and recalibration is a cure."""
+    """The initial statistics are still there, and recalibration is a cure."""
     is_cured = numbers.is_cured_by_training or numbers.training is None
     if not (numbers.is_harmed and is_cured and numbers.initial_weight > MAX_INITIAL_WEIGHT):
         return None
+    if numbers.untouched:
+        return Cause(
+            name="unconverged-statistics",
+            message="the running statistics are the initial mean 0 and variance 1: they were lost "
+            "when the weights were saved or loaded, or never updated",
+            evidence=(
+                f"initial: {_layers(numbers.untouched)}",
+                numbers.compared("stored", numbers.fresh),
+            ),
+            advice="load the state dict that holds the buffers too, or recalibrate on training "
+            "data",
+            next_step=_RECALIBRATE,
+            cured_by=numbers.fresh,
+        )
     return Cause(
         name="unconverged-statistics",
         message="the running statistics still hold a part of the initial mean 0 and variance 1: "
@@ -175,7 +187,7 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
 
 def data_shift(numbers: Numbers) -> Cause | None:
     """Statistics of the evaluation data do better than those of training data."""
-    if numbers.training is None or not numbers.is_harmed:
+    if numbers.training is None or not numbers.is_harmed or _is_chance(numbers):
         return None
     return Cause(
         name="data-shift",
@@ -192,7 +204,7 @@ def data_shift(numbers: Numbers) -> Cause | None:
 
 def unfit_statistics(numbers: Numbers) -> Cause | None:
     """The stored statistics do not fit, and only training data can tell why."""
-    if not numbers.is_harmed:
+    if numbers.training is not None or not numbers.is_harmed:
         return None
     return Cause(
         name="unfit-statistics",
@@ -229,7 +241,8 @@ def no_fault(numbers: Numbers) -> Cause:
     is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
     return Cause(
         name="none",
-        message="no other statistics do better than those that are stored",
+        message="no other statistics do better than those that are stored"
+        + (", by more than chance on so few samples" if numbers.is_harmed else ""),
         evidence=(
             numbers.compared("stored", numbers.fresh, "evaluation"),
             *((_initial_weight(numbers),) if is_unconverged else ()),
@@ -256,8 +269,22 @@ CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
 )
 
 
+def _layers(names: Sequence[str]) -> str:
+    first, *others = names
+    return f"{first or 'the model'}{f' and {len(others)} more' if others else ''}"
+
+
 def _initial_weight(numbers: Numbers) -> str:
     return f"initial statistics left {numbers.initial_weight:.0%} (limit {MAX_INITIAL_WEIGHT:.0%})"
+
+
+def _is_chance(numbers: Numbers) -> bool:
+    """Return whether the data look alike, and chance explains what other statistics gain."""
+    scores = [numbers.rows[name].score for name in ("reference", numbers.best)]
+    if not all(score is not None and 0.0 <= score <= 1.0 for score in scores):
+        return False
+    gained = numbers.gain("reference", numbers.best)
+    return numbers.has_known_input and gained <= numbers.chance("reference")
 
 
 def _input_drift(numbers: Numbers) -> tuple[str, ...]:

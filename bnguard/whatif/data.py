@@ -62,10 +62,15 @@ class Samples:
         return joined(self.batches) if first.can_be_cut else None
 
     def of_size(self, size: int) -> tuple[Batch, ...]:
-        """Return batches of at least this size, as far as samples fit together."""
-        if size <= self.batch_size or self.whole is None:
+        """Return batches that fall into parts of this size, joined where they have to be."""
+        if not self.must_be_joined(size):
             return self.batches
+        assert self.whole is not None
         return tuple(_cut(self.whole, size))
+
+    def must_be_joined(self, size: int) -> bool:
+        """Whether a batch as it comes is too small to be cut into parts of this size."""
+        return size != self.batch_size and 2 * size > self.batch_size
 
     def shuffled(self) -> tuple[list[int], tuple[Batch, ...]] | None:
         """Return batches of the same size with other neighbours, and which sample is where.

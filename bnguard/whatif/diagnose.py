@@ -134,6 +134,9 @@ def diagnose(
                 samples=len(bench.samples),
                 training=told,
                 poisoned=_poisoned(stored),
+                untouched=tuple(
+                    name for name in table.measured["stored"].arrived if stored[name].is_initial
+                ),
                 initial_weight=max(_initial_weight(layer, stored) for layer in layers),
                 input_drift=_input_drift(table, told),
                 expected_score=expected_score,

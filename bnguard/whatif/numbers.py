@@ -82,7 +82,8 @@ class Numbers:
         samples: How many evaluation samples they were measured on.
         training: What the training data tell; None without a reference.
         poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
-        initial_weight: The largest weight that the initial statistics (0, 1) still have.
+        untouched: Layers that are reached, with the initial statistics (0, 1) to the last bit.
+        initial_weight: The largest weight that the initial statistics still have.
         input_drift: Drift at the first BN layer, which no other has changed: of the statistics
             from training data where there are any, else of the stored ones; None where nothing
             finite arrives.
@@ -93,6 +94,7 @@ class Numbers:
     samples: int
     training: Training | None = None
     poisoned: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
     initial_weight: float = 0.0
     input_drift: float | None = None
     expected_score: float | None = None

@@ -156,7 +156,7 @@ def test_a_plain_state_dict_with_functions(plain):
         plain, "diagnose", "weights.pt", *named, "--reference=mine:loader", "--reference.size", 20
     )
     assert "120 training samples" in told.stdout, told.stderr
-    _, command = told.stdout.split("momentum:\n")
+    _, command = told.stdout.rsplit("data:\n", 1)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[1:] == ["recalibrate", "weights.pt", *named[:2], "--data=mine:loader",
                          "--data.size", "20"]  # fmt: skip

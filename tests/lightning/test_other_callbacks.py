@@ -170,6 +170,20 @@ def test_a_resumed_run_goes_on(tiny, trainer_of, capsys):
     assert set(saved["windows"]) == {"backbone.1", "head.1"}
 
 
+def test_a_run_resumed_from_what_is_broken_is_told_so_and_stopped(tiny, trainer_of, capsys):
+    broken = tiny()
+    broken.backbone[0].weight.data[0, 0] = torch.nan
+    trainer = trainer_of(BatchNormMonitor(strict=True), max_epochs=1, enable_checkpointing=True)
+    trainer.fit(broken)
+    path = trainer.checkpoint_callback.best_model_path
+    capsys.readouterr()
+
+    resumed = trainer_of(BatchNormMonitor(stop_on="error", strict=True), max_epochs=4)
+    resumed.fit(tiny(), ckpt_path=path)
+    assert "bnguard: error: BN402" in capsys.readouterr().out
+    assert resumed.current_epoch < 4
+
+
 def test_the_state_of_a_run_is_taken_over(tiny, trainer_of):
     first = BatchNormMonitor(every_n_steps=6, strict=True)
     trainer_of(first, max_epochs=1).fit(tiny())

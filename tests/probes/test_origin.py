@@ -54,6 +54,8 @@ def test_a_division_by_zero_is_found_in_its_module_channel_and_sample():
     assert (origin.channels, origin.samples, origin.step) == ((2,), (1,), 6)
     assert not origin.is_input_bad
     assert origin.bad_parameters == ()
+    assert 0.0 < origin.largest_input < 100.0
+    assert origin.largest_parameter is None
     # Before the fault was noticed, and after it was found, normal steps pay nothing.
     assert hooks[2] == hooks[0] < hooks[3]
     assert hooks[6] == hooks[0]
@@ -69,6 +71,19 @@ def test_bad_data_is_told_from_a_bad_network():
     assert origin.module == "stem.0"
     assert origin.is_input_bad
     assert (origin.samples, origin.step) == ((2,), 5)
+
+
+def test_an_overflow_between_modules_is_not_laid_on_the_data():
+    class Scaled(Net):
+        def forward(self, inputs):
+            return self.tail(self.stem(inputs) * 1e39)
+
+    report, _ = run(Scaled(), 6, lambda model, inputs, step: None)
+    (finding,) = [f for f in report.findings if f.code == "BN401"]
+    assert finding.layer == "tail.1"
+    assert report.history.run.origin.is_input_bad
+    assert "data" not in finding.message + finding.fix.summary
+    assert "what the forward computes before tail.0 (Conv2d)" in finding.fix.summary
 
 
 def test_a_parameter_that_is_not_finite_is_named():

@@ -54,6 +54,15 @@ def test_bn101_fires_on_a_backbone_frozen_by_requires_grad_alone():
     assert "σ" in finding.message
 
 
+def test_bn101_is_told_of_a_model_before_it_trains():
+    model = conv_net()
+    assert "BN101" not in codes(bnguard.inspect(model), Severity.INFO)
+    without_gradient(model)
+    (finding, *_) = [f for f in bnguard.inspect(model).findings if f.code == "BN101"]
+    assert finding.severity is Severity.INFO
+    assert "BN101" not in codes(bnguard.inspect(model.eval()), Severity.INFO)
+
+
 def test_bn101_is_silent_on_a_backbone_in_eval_mode():
     assert "BN101" not in codes(fine_tuned(in_eval_mode), Severity.INFO)
 

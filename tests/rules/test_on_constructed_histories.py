@@ -11,6 +11,7 @@ from bnguard.configuration import with_limits
 from bnguard.diagnosis import diagnose
 from bnguard.findings import Severity
 from bnguard.history import (
+    BadValueOrigin,
     BatchWindow,
     EvalWindow,
     History,
@@ -175,6 +176,36 @@ def test_bn401_names_the_first_layer_in_the_order_of_calls():
     ).findings
     assert finding.layer == "later"
     assert "what comes after fine" in finding.message
+
+
+def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it():
+    ruined = BadValueOrigin(
+        module="conv", kind="Conv2d", channels=(), is_input_bad=False, bad_parameters=("weight",)
+    )
+    run = Run(steps=10, origin=ruined)
+    bad = layer(name="bad", position=1, poisoned_step=7, has_finite_affine=False, run=run)
+
+    def found(step):
+        before = layer(name="before", position=0, poisoned_step=step, run=run)
+        (finding,) = diagnose(
+            History(layers=(before, bad), run=run), [rule_named("BN401")]
+        ).findings
+        return finding
+
+    aftermath = found(8)
+    assert "after before, which was fine; the weights are not finite now" in aftermath.message
+    assert "conv" not in aftermath.message
+    assert found(7).message.endswith("conv (Conv2d) has parameters that are not finite: weight")
+
+
+def test_bn402_does_not_pass_over_a_network_whose_gamma_is_nan():
+    dead = layer(running=running(), has_finite_affine=False)
+    (finding,) = found("BN402", dead)
+    assert finding.severity is Severity.ERROR
+    assert "go back to a checkpoint" in finding.fix.summary
+    (restored,) = found("BN402", dataclasses.replace(dead, restored_updates=3))
+    assert restored.severity is Severity.ERROR
+    assert "put back" in restored.message
 
 
 @pytest.mark.parametrize(("seen", "fires"), [(10, True), (100, False)])

@@ -46,6 +46,15 @@ def numbers(stored, reference, evaluation, batches=0.95, told=None, **changes):
     return Numbers(rows=rows, samples=1000, training=told, **changes)
 
 
+def test_statistics_that_were_lost_are_told_from_those_with_too_few_updates():
+    few = named_cause(numbers(0.6, 0.95, 0.95, initial_weight=0.3))
+    lost = named_cause(numbers(0.6, 0.95, 0.95, initial_weight=1.0, untouched=("a", "b")))
+    assert few.name == lost.name == "unconverged-statistics"
+    assert "momentum" in few.message
+    assert "momentum" not in lost.message + lost.advice
+    assert lost.evidence[0] == "initial: a and 1 more"
+
+
 @pytest.mark.parametrize(
     ("given", "name", "cured_by"),
     [
@@ -62,6 +71,9 @@ def numbers(stored, reference, evaluation, batches=0.95, told=None, **changes):
         (numbers(0.6, 0.6, 0.95), "data-shift", "evaluation"),
         (numbers(0.6, 0.55, 0.95, initial_weight=0.3), "data-shift", "evaluation"),
         (numbers(0.6, 0.7, 0.95), "data-shift", "evaluation"),
+        (numbers(0.77, 0.775, 0.81, 0.8, input_drift=0.05), "none", None),
+        (numbers(0.77, 0.775, 0.81, 0.8, input_drift=2.0), "data-shift", "evaluation"),
+        (numbers(0.6, 0.6, 0.95, input_drift=0.05), "data-shift", "evaluation"),
         (numbers(0.6, 0.9, 0.95), "stale-statistics", "reference"),
         (numbers(0.6, None, 0.95), "unfit-statistics", "evaluation"),
         (numbers(0.6, None, 0.95, input_drift=2.0), "unfit-statistics", "evaluation"),

@@ -121,6 +121,22 @@ def test_a_batch_size_that_cannot_be_is_said():
     assert "no row for batches of 500: there are 120 samples" in found.notes
 
 
+def test_a_row_is_of_batches_of_the_size_that_it_names():
+    """What is left over never makes one large batch, under the name of a smaller one."""
+    model = net().eval()
+    few = bnguard.diagnose(model, X[:12].split(2), batch_sizes=(8, 12))
+    assert "no row for batches of 8: 12 samples make only one" in few.notes
+    assert "batches of 12" in names(few)
+    threes = bnguard.diagnose(model, X.split(3), batch_sizes=(2,)).row("batches of 2")
+    twos = bnguard.diagnose(model, X.split(2)).row("batches")
+    assert threes.change == pytest.approx(twos.change, rel=1e-5)
+    images = [torch.randn(4, 1, side, side) for side in (6, 7, 8, 9, 10, 11)]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1))
+    found = bnguard.diagnose(model, images, batch_sizes=(2, 8))
+    assert "batches of 2" in names(found)
+    assert any("batches of 8: the samples do not fit together" in note for note in found.notes)
+
+
 def test_batch_statistics_of_parts_are_those_of_batches_of_that_size():
     """Parts of a larger batch, at every layer, are as good as smaller batches."""
     model = net().eval()

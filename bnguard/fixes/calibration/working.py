@@ -72,9 +72,15 @@ def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
     """
     kept = values.to(device=buffer.device, dtype=buffer.dtype, copy=True).view(buffer.shape)
     if not bool(torch.isfinite(kept).all()):
+        is_wide = torch.finfo(buffer.dtype).max >= torch.finfo(torch.float32).max
         raise CalibrationError(
             f"{layer}: the statistics reach {values.abs().max().item():.3g}, which its buffers "
-            f"cannot hold in {str(buffer.dtype).removeprefix('torch.')}: keep BN layers in float32"
+            f"cannot hold in {str(buffer.dtype).removeprefix('torch.')}: "
+            + (
+                "the weights before it have blown up: go back to an earlier checkpoint"
+                if is_wide
+                else "keep BN layers in float32"
+            )
         )
     return kept
 

@@ -1,0 +1,26 @@
+"""How the comparison of two checkpoints prints itself."""
+
+import io
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from bnguard.checkpoint import read_checkpoint
+from bnguard.checkpoint.comparing import compare
+from bnguard.report.difference import difference_view
+
+
+def test_networks_without_a_layer_in_common_are_said_to_be_others(tmp_path):
+    names = ("backbone", "encoder")
+    for name in names:
+        torch.save(nn.ModuleDict({name: nn.BatchNorm1d(4)}).state_dict(), tmp_path / name)
+    before, after = (read_checkpoint(tmp_path / name) for name in names)
+    assert "are they the same network?" in drawn(compare(before, after))
+    assert "are they the same network?" not in drawn(compare(before, before))
+
+
+def drawn(difference):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(difference_view(difference, is_verbose=False))
+    return console.file.getvalue()
