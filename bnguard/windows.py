@@ -5,6 +5,7 @@ Arrays have shape ``(C,)``, a value per channel, in float64. Nothing here import
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,19 @@ class BatchWindow:
         total = self.var_unbiased + self.var_of_means_successive
         with np.errstate(all="ignore"):
             return np.sqrt(self.var_of_means_successive / np.where(total > 0.0, total, np.nan))
+
+    @property
+    def trend(self) -> float:
+        """How much wider the batch means spread over the window than between neighbours.
+
+        1 for independent batches, more where weights move; the median over channels, NaN where not
+        known. It is the root of 2 over von Neumann's ratio ("Distribution of the ratio of
+        the mean square successive difference to the variance", 1941).
+        """
+        with np.errstate(all="ignore"):
+            ratio = np.sqrt(self.var_of_means / self.var_of_means_successive)
+        known = ratio[np.isfinite(ratio)]
+        return float(np.median(known)) if known.size else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -222,7 +222,7 @@ def lag(drift: Drift) -> Cause | None:
 def moving_weights(drift: Drift) -> Cause | None:
     """The weights move so fast that the window of the newest batches is behind them as well."""
     window = drift.layer.window
-    trend = math.nan if window is None else _trend(window)
+    trend = math.nan if window is None else window.trend
     if not trend > _MIN_TREND:
         return None
     return Cause(
@@ -321,17 +321,6 @@ def _sorted(seen: EvalWindow) -> Cause:
         ),
         is_vague=True,
     )
-
-
-def _trend(window: BatchWindow) -> float:
-    """Return how much wider the batch means spread over the window than between neighbours.
-
-    1 for independent batches; the median over channels; NaN if not known.
-    """
-    with np.errstate(all="ignore"):
-        ratio = np.sqrt(window.var_of_means / window.var_of_means_successive)
-    known = ratio[np.isfinite(ratio)]
-    return float(np.median(known)) if known.size else math.nan
 
 
 def _noise_std(window: BatchWindow) -> float:

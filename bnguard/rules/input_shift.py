@@ -28,8 +28,10 @@ class InputShift(ModelRule):
     Evidence:
         At the first BN layer: the eval moments against the newest batches of training *and*
         against the running statistics, shift in standard deviations or log-variance ratio, the
-        quantile over channels; the smaller of the two distances counts. ``info`` where the mode
-        gap was measured and shows no harm.
+        quantile over channels; the smaller of the two distances counts. Where weights move, the
+        newest batches lag behind them: the limits are so many times larger as the batch means
+        spread wider over the window than from one batch to the next. ``info`` where the mode gap
+        was measured and shows no harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
@@ -104,7 +106,9 @@ class InputShift(ModelRule):
         if distance.worst is None:
             yield self._skipped(layer, "no channel has finite statistics")
             return
-        if not distance.is_beyond or layer.run.has_new_weights_in_evaluation:
+        # The wider the window spreads by weights that move, the further it is behind them.
+        is_beyond = distance.excess > max(1.0, window.trend)
+        if not is_beyond or layer.run.has_new_weights_in_evaluation:
             return
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
         yield self._finding(

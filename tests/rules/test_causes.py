@@ -273,3 +273,10 @@ def test_pairs_that_may_be_sorted_are_no_excuse_for_batches_of_pairs(noise):
         said = "may not stand for the rest" in finding.message
         assert said is (noise == 0.1), finding.message
         assert finding.severity is (Severity.INFO if said else Severity.WARNING)
+
+
+@pytest.mark.parametrize(("trend", "is_accused"), [(1.0, True), (1.4, True), (1.6, False)])
+def test_data_are_not_accused_of_a_distance_that_moving_weights_may_make(trend, is_accused):
+    layer = drifted(mean=1.5, window=window(noise=0.1, trend=trend))
+    found = diagnose(History(layers=(layer,), run=layer.run), [rule_named("BN305")]).findings
+    assert bool(found) is is_accused
