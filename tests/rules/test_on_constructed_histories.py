@@ -183,7 +183,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
         module="conv", kind="Conv2d", channels=(), is_input_bad=False, bad_parameters=("weight",)
     )
     run = Run(steps=10, origin=ruined)
-    bad = layer(name="bad", position=1, poisoned_step=7, has_finite_affine=False, run=run)
+    bad = layer(name="bad", position=1, poisoned_step=7, gamma=np.full(4, np.nan), run=run)
 
     def found(step):
         before = layer(name="before", position=0, poisoned_step=step, run=run)
@@ -199,7 +199,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
 
 
 def test_bn402_does_not_pass_over_a_network_whose_gamma_is_nan():
-    dead = layer(running=running(), has_finite_affine=False)
+    dead = layer(running=running(), gamma=np.full(4, np.nan))
     (finding,) = found("BN402", dead)
     assert finding.severity is Severity.ERROR
     assert "go back to a checkpoint" in finding.fix.summary
