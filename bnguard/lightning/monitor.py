@@ -350,13 +350,17 @@ class BatchNormMonitor(GuardedCallback):
     def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
         new = [finding for finding in findings if finding.key not in self._told]
         self._told.update(finding.key for finding in new)
-        for group in group_findings(new):
-            if trainer.global_rank == rank:
+        groups = group_findings(new)
+        if trainer.global_rank == rank:
+            for group in groups:
                 show(notice(group))
-            if self._stop_level is not None and group.worst.severity >= self._stop_level:
-                trainer.should_stop = True
-                if trainer.is_global_zero:
-                    show(f"bnguard: stopping the trainer because of {group.worst.code}")
+        if self._stop_level is None or trainer.should_stop:
+            return
+        reason = next((g.worst for g in groups if g.worst.severity >= self._stop_level), None)
+        if reason is not None:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                show(f"bnguard: stopping the trainer because of {reason.code}")
 
     def _present(self, trainer: Trainer, report: Report) -> None:
         self.report = report
