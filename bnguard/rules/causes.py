@@ -257,14 +257,18 @@ def small_batches(drift: Drift) -> Cause | None:
 
 
 def other_data(drift: Drift) -> Cause | None:
-    """At the first layer, evaluation is unlike the batches of training: the data differ."""
+    """At the first layer, evaluation is unlike the batches of training."""
     batches = drift.from_batches()
     if batches is None or batches.worst is None or drift.layer is not drift.first:
         return None
     return Cause(
-        "because the data differ: at the first BN layer already it is not what the newest batches "
-        f"of training were ({batches.worst.measure} against them {batches.worst.value:.2g})",
-        Fix("compare mean and deviation of a training and an evaluation batch"),
+        "because the data differ, or the weights have just moved: at the first BN layer already it "
+        "is not what the newest batches of training were "
+        f"({batches.worst.measure} against them {batches.worst.value:.2g})",
+        Fix(
+            "recalibrate on training data; where that does not help, compare mean and deviation of "
+            "a training and an evaluation batch"
+        ),
         (batches.worst,),
         is_vague=True,
     )

@@ -118,7 +118,7 @@ def symptoms(*layers):
         ),
         (
             drifted(window=window()),
-            "the data differ: at the first BN layer already",
+            "the data differ, or the weights have just moved: at the first BN layer already",
             "a training and an evaluation batch",
             None,
         ),
