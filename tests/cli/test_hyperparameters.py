@@ -11,8 +11,6 @@ from torch import nn
 
 from bnguard.cli.hyperparameters import harmless_defaults
 
-pytestmark = pytest.mark.filterwarnings("default")  # what jsonargparse announces
-
 
 class Untyped:
     """As most write it."""

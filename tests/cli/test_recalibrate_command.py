@@ -216,7 +216,11 @@ def test_methods_and_their_options_do_what_the_library_does(checkpoint):
         assert message in line
 
 
-@pytest.mark.filterwarnings("ignore")  # of Lightning, on workers and callbacks
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:.*callbacks used to create the checkpoint",
+)
 def test_training_resumes_from_what_was_repaired_in_place(checkpoint):
     done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--in-place")
     assert done.returncode == 0, done.stderr
