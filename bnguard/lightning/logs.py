@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bnguard.lightning.framework import Trainer
-from bnguard.lightning.trainer import logged_step, subject_options
+from bnguard.lightning.proposals import subject_options
+from bnguard.lightning.trainer import logged_step
 from bnguard.monitor import Monitor
 from bnguard.report import Report
 from bnguard.rules import Rule

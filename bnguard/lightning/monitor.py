@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from bnguard.layers import find_layers
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.logs import RunLog
+from bnguard.lightning.proposals import commands
 from bnguard.lightning.trainer import (
     drawn,
     is_fitting,
@@ -23,10 +23,8 @@ from bnguard.lightning.trainer import (
     is_rehearsal,
     log_folder,
     logged_step,
-    newest_checkpoint,
     planned_batches,
     show,
-    subject_options,
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
@@ -368,7 +366,7 @@ class BatchNormMonitor(GuardedCallback):
             return
         folder = log_folder(trainer)
         if self._is_printed:
-            show("\n".join([drawn(report), *_commands(trainer, report)]))
+            show("\n".join([drawn(report), *commands(trainer, report)]))
         if self._is_written and folder is not None:
             file = folder / REPORT_FILE
             # A later ``validate`` knows nothing of the training that ``fit`` reported.
@@ -390,13 +388,3 @@ class BatchNormMonitor(GuardedCallback):
 def _known(option: str, value: object, known: Collection[object]) -> None:
     if value not in known:
         raise ConfigurationError(f"{option}={value!r} is unknown: use one of {known}")
-
-
-def _commands(trainer: Trainer, report: Report) -> Iterator[str]:
-    """Yield the commands to type for the checkpoint just saved."""
-    path = newest_checkpoint(trainer) if is_fitting(trainer) else None
-    if path is None or not report.findings:
-        return
-    yield f"The checkpoint saved: bnguard inspect {shlex.quote(path)}"
-    if any(finding.fix.repair == "recalibrate" for finding in report.findings):
-        yield (f"Its repair: bnguard recalibrate {shlex.quote(path)} {subject_options(trainer)}")

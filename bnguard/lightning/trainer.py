@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import rich
 from rich.console import Console, RenderableType
 
-from bnguard.lightning.framework import LightningModule, Trainer
+from bnguard.lightning.framework import Trainer
 
 
 def planned_batches(trainer: Trainer) -> int | None:
@@ -77,16 +76,6 @@ def log_folder(trainer: Trainer) -> Path | None:
     return None
 
 
-def newest_checkpoint(trainer: Trainer) -> str | None:
-    """Return the path of the best checkpoint that was saved, else of the last; None without."""
-    for callback in trainer.checkpoint_callbacks:
-        for attribute in ("best_model_path", "last_model_path"):
-            path = getattr(callback, attribute, "")
-            if path:
-                return str(path)
-    return None
-
-
 def show(text: str) -> None:
     """Print lines without breaking a progress bar, of tqdm or rich, or none.
 
@@ -110,48 +99,3 @@ def drawn(renderable: RenderableType) -> str:
 def datamodule_of(trainer: Trainer) -> Any:
     """Return the data module that the trainer was given; None without one."""
     return getattr(trainer, "datamodule", None)
-
-
-def subject_options(trainer: Trainer) -> str:
-    """Return the options that name the model and its training data on the command line.
-
-    What has no name to be imported by, as a loader, or a class in a function, a function has to
-    make; what stands for it says so.
-    """
-    module, data = trainer.lightning_module, datamodule_of(trainer)
-    options = ["--model", class_path(module) or _function_in(module, "that_makes_the_model")]
-    if data is not None:
-        options += ["--data", class_path(data) or _function_in(data, "that_makes_the_data_module")]
-    elif not _has_loader(module):
-        loader = _function_in(module, "that_gives_the_training_loader")
-        return shlex.join([*options, "--data", loader])
-    return shlex.join([*options, "--split", "train"])
-
-
-def class_path(instance: object) -> str | None:
-    """Return where the class of an instance can be imported from; None where it cannot."""
-    kind = type(instance)
-    return None if "<locals>" in kind.__qualname__ else f"{_module_name(kind)}.{kind.__qualname__}"
-
-
-def _function_in(instance: object, what_it_does: str) -> str:
-    return f"{_module_name(type(instance))}:function_{what_it_does}"
-
-
-def _has_loader(module: LightningModule) -> bool:
-    """Whether a module has a training loader itself; Lightning's own only raises."""
-    method = getattr(module.train_dataloader, "__qualname__", "")
-    return not method.startswith("DataHooks.")
-
-
-def _module_name(kind: type) -> str:
-    return _name_of_script() if kind.__module__ == "__main__" else kind.__module__
-
-
-def _name_of_script() -> str:
-    """Return the name by which the script that runs can be imported, ``my`` in a notebook."""
-    script = sys.modules["__main__"]
-    if script.__spec__ is not None:
-        return script.__spec__.name
-    path = getattr(script, "__file__", None)
-    return "my" if path is None else Path(path).stem

@@ -13,7 +13,7 @@ from torch import nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.lightning import BatchNormMonitor
-from bnguard.lightning.trainer import class_path
+from bnguard.lightning.proposals import class_path
 
 
 def test_fit_twice_with_the_same_callback(tiny, trainer_of, capsys):

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
-from bnguard.lightning.trainer import subject_options
+from bnguard.lightning.proposals import subject_options
 from bnguard.tensorboard.logged import logged_runs
 
 
