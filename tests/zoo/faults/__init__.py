@@ -47,6 +47,7 @@ from tests.zoo.faults import (
     two_domains,
     under_lightning,
     unfrozen_by_train,
+    weights_too_fast,
     zero_momentum,
 )
 
@@ -94,6 +95,7 @@ _FILES = (
     two_domains,
     under_lightning,
     unfrozen_by_train,
+    weights_too_fast,
     zero_momentum,
 )
 
