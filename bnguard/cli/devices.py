@@ -22,6 +22,7 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(_first_gpu() if name == _ANY_GPU else name)
         torch.empty(0, device=device)
+    # A torch built without CUDA asserts, and a backend without a kernel implements nothing.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigurationError(
