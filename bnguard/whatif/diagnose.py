@@ -84,7 +84,7 @@ def diagnose(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-        >>> diagnosis = diagnose(model, torch.randn(256, 4).split(32))
+        >>> diagnosis = diagnose(model, (3 + torch.randn(256, 4)).split(32))
         >>> diagnosis.cause.name, [row.name for row in diagnosis.rows][:3]
         ('unconverged-statistics', ['stored', 'evaluation', 'batches'])
     """
