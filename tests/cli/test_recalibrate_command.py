@@ -96,7 +96,7 @@ def test_averaged_weights_as_torch_saves_them(folder):
     assert all(moved(folder / "swa.pt", folder / "swa-recalibrated.pt"))
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which suits us
 def test_folders_are_copied_beside_and_backed_up(folder):
     network = used_network()
     shutil.move(save_distributed(network, folder), folder / "step=10.5")

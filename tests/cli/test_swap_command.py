@@ -17,8 +17,6 @@ from bnguard.cli import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.cli.running import DEMO, bnguard
 
-# In a process of its own the deprecations that jsonargparse announces are no errors; nor here.
-pytestmark = pytest.mark.filterwarnings("default")
 QUICK = (*DEMO, "--steps", "0")
 
 
@@ -120,6 +118,7 @@ def test_safetensors_stay_safetensors(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
 def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path, capsys):
     def trainer():
         return Trainer(
