@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+# At this weight the initial statistics count as forgotten; BN303 has it for a default.
+FORGOTTEN_WEIGHT = 0.05
+
 
 def shift_std(
     mean: FloatArray, running_mean: FloatArray, running_var: FloatArray, eps: float

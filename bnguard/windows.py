@@ -53,10 +53,7 @@ class BatchWindow:
         var_of_means_successive: The same from successive differences, which slow drift does not
             enter: half their mean square (von Neumann et al., "The mean square successive
             difference", 1941).
-        var_min: Smallest within-batch variance.
         var_max: Largest within-batch variance.
-        first_step: First step of the window.
-        last_step: Last step of the window.
     """
 
     batches: FloatArray
@@ -64,10 +61,7 @@ class BatchWindow:
     var_unbiased: FloatArray
     var_of_means: FloatArray
     var_of_means_successive: FloatArray
-    var_min: FloatArray
     var_max: FloatArray
-    first_step: int
-    last_step: int
 
     @property
     def noise_std(self) -> FloatArray:
@@ -198,7 +192,6 @@ class ModeGap:
     """How far the outputs for one batch differ between the two modes, all else in eval mode.
 
     Attributes:
-        module: Name of the module that was run: the smallest that holds all BN layers.
         samples: Samples in the batch; 0 where its inputs do not share a first dimension.
         relative_change: Root mean square difference between the outputs under running and under
             batch statistics, in standard deviations of the latter; infinite where not finite.
@@ -208,7 +201,6 @@ class ModeGap:
             probability in one of the modes; None where the outputs do not look like class scores.
     """
 
-    module: str
     samples: int
     relative_change: float
     sampling_change: float | None

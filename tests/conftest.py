@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # The networks are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 # from here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in each run, and no clock: what a busy machine does tells nothing of the code.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 # Run by hand, with packages that the tests do without.
 collect_ignore = ["benchmarks", "lightning/recordings.py"]

@@ -40,7 +40,7 @@ def test_a_large_mean_hides_no_small_deviation(layout):
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
     offset=st.sampled_from([0.0, 1.0, 1e3]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_merged_parts_are_the_whole(sizes, offset):
     parts = [torch.randn(size, 3, 2, dtype=torch.float64) + offset + size for size in sizes]
     merged = merge_moments(map(channel_moments, parts))

@@ -321,3 +321,16 @@ def test_what_the_user_raises_passes():
         monitor.step()
     with pytest.raises(ValueError, match="mine"), monitor.evaluation():
         raise ValueError("mine")
+
+
+def test_the_state_of_a_version_that_kept_more_is_resumed():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    with bnguard.watch(model, strict=True) as monitor:
+        model(torch.randn(16, 4))
+        monitor.step()
+        state = monitor.state_dict()
+    state["windows"]["1"] |= {"var_min": torch.ones(8), "last_step": 1}
+    resumed = bnguard.watch(model, strict=True)
+    resumed.load_state_dict(state)
+    (layer,) = resumed.report().layers
+    assert layer.window.mean == pytest.approx(state["windows"]["1"]["mean"].numpy())

@@ -31,7 +31,7 @@ from bnguard.fixes.recalibration import LayerChange, Recalibration
 from bnguard.fixes.selection import SkippedLayer, select_layers, unwrapped
 from bnguard.fixes.snapshot import Snapshot
 from bnguard.layers import BatchNormLayer, preserved_modes, preserved_random_state
-from bnguard.stats import updates_to_forget
+from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
 
 Keep = Literal["if-better", "always"]
 Score = Callable[[nn.Module], float]
@@ -47,8 +47,6 @@ _ROUNDINGS = 1000.0
 _MAX_NOISE = 0.3
 # Means that may be off by more than this, in standard deviations, are told of.
 _MAX_MEAN_ERROR_STD = 0.1
-# At this weight the initial statistics count as forgotten, for the rules that ask.
-_MAX_INITIAL_WEIGHT = 0.05
 
 
 def recalibrate(
@@ -275,7 +273,7 @@ def _write(layer: BatchNormLayer, estimate: Estimate, batches: int) -> None:
     mean.copy_(fitted(estimate.mean, mean, layer.name))
     var.copy_(fitted(estimate.var, var, layer.name))
     if layer.counter is not None:
-        forgotten = updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT)
+        forgotten = updates_to_forget(layer.momentum, FORGOTTEN_WEIGHT)
         updates = int(layer.counter) + batches
         layer.counter.fill_(max(updates, int(forgotten)) if math.isfinite(forgotten) else updates)
 

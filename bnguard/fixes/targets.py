@@ -19,13 +19,10 @@ from bnguard.errors import ConfigurationError, nearest_name
 from bnguard.fixes.grouping import choose_groups
 from bnguard.fixes.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 from bnguard.layers import BatchNormLayer, find_layers
-from bnguard.stats import updates_to_forget
+from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
 
 Factory = Callable[[nn.Module], nn.Module]
 Groups = int | Mapping[str, int]
-
-# Below this weight the initial statistics count as forgotten.
-_MAX_INITIAL_WEIGHT = 0.05
 
 # Wu and He 2018, section 4.1: the number of groups that did best on ImageNet.
 DEFAULT_GROUPS = 32
@@ -172,7 +169,7 @@ class RenormTarget:
             momentum=layer.momentum,
             schedule=self.schedule,
         )
-        if bool(batches >= updates_to_forget(layer.momentum, _MAX_INITIAL_WEIGHT)):
+        if bool(batches >= updates_to_forget(layer.momentum, FORGOTTEN_WEIGHT)):
             norm.skip_warm_up()
         take_affine(norm, layer.module)
         return norm

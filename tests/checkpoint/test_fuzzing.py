@@ -28,7 +28,6 @@ from tests.checkpoint.saving import (
 )
 
 FUZZ = settings(
-    deadline=None,
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

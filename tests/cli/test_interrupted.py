@@ -54,8 +54,8 @@ class Data(DigitsData):
 def folder(tmp_path):
     state = DigitsNet(width=2).state_dict()
     content = {"state_dict": state, "hyper_parameters": {"width": 2}}
-    # Large enough for a signal to come while it is copied.
-    torch.save({**content, "large": torch.zeros(15 * 10**6)}, tmp_path / "last.ckpt")
+    # So large that it is copied in several pieces.
+    torch.save({**content, "large": torch.zeros(10**7)}, tmp_path / "last.ckpt")
     return tmp_path
 
 
@@ -124,6 +124,11 @@ def stopped(number, is_reached):
     return stop
 
 
+def never_done():
+    """Wait for the signal before a file is complete: on a busy machine it may come late."""
+    os.fsync = lambda handle: time.sleep(60)
+
+
 @pytest.mark.parametrize("command", ["recalibrate", "in place"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_signal_while_the_copy_is_written(folder, command, number):
@@ -132,7 +137,8 @@ def test_a_signal_while_the_copy_is_written(folder, command, number):
     def is_writing():
         return any(path.stat().st_size > 0 for path in folder.glob(".bnguard-*"))
 
-    done = bnguard(folder, *COMMANDS[command], meanwhile=stopped(number, is_writing))
+    stop = stopped(number, is_writing)
+    done = bnguard(folder, *COMMANDS[command], prepare=never_done, meanwhile=stop)
     after = state_of(folder)
     left = {name: after.pop(name) for name in list(after) if name.startswith(".bnguard-")}
     assert after == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from torch import nn
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.fixes.swap import swap
 from tests.networks import digits, mlp
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -118,6 +118,7 @@ KILLED = """
     import os, signal, sys
     import torch
     from tests.networks import digits, mlp
+from tests.ports import free_port
     from bnguard import swap
 
     torch.manual_seed(0)
@@ -198,6 +199,7 @@ RANKS = """
     import torch
     from lightning.fabric import Fabric
     from tests.networks import digits, mlp
+from tests.ports import free_port
     from bnguard import swap
 
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
@@ -222,9 +224,7 @@ RANKS = """
 
 @pytest.mark.slow
 def test_the_ranks_of_fabric_learn_the_same(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = textwrap.dedent(RANKS)
     ranks = [
         subprocess.Popen(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import sys
 import traceback
 import warnings
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bnguard
 from bnguard import exchange
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
+from tests.ports import free_port
 
 MEANS = (0.0, 3.0)
 
@@ -219,9 +219,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     for case in CASES:
         (folder / case).mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ranks = []
         for rank in range(2):
             child = os.fork()

@@ -34,7 +34,7 @@ SHAPES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 1, 3)}
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_moments_and_extremes_are_those_of_all_values_together(
     kind, sizes, channels, offset, dtype, seed
 ):

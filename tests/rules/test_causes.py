@@ -27,7 +27,7 @@ from tests.zoo.faults import (
 from tests.zoo.training import EVALUATE, shuffled
 
 SYMPTOMS = [rule_named("BN301"), rule_named("BN302")]
-HARM = ModeGap(module="", samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
+HARM = ModeGap(samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
 
 
 def window(mean=0.0, noise=0.0, batches=20, trend=1.0):
@@ -42,10 +42,7 @@ def window(mean=0.0, noise=0.0, batches=20, trend=1.0):
         var_unbiased=np.ones(4),
         var_of_means=between,
         var_of_means_successive=between / trend**2,
-        var_min=np.ones(4),
         var_max=np.ones(4),
-        first_step=1,
-        last_step=batches,
     )
 
 

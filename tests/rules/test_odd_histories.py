@@ -59,7 +59,7 @@ class Odd:
         }[hint]()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_no_rule_raises_on_any_history(seed):

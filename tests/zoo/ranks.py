@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from tests.ports import free_port
 from tests.zoo.training import Watched
 
 RANKS = 2
@@ -24,11 +24,8 @@ def on_two_ranks(run, *arguments) -> Watched:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "pytorch_lightning"])
     seed = torch.initial_seed()
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        # Let go of it: rank 0 listens there.
-        probe.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "watched.pickle"
         processes = [
             context.Process(target=_rank, args=(rank, port, seed, result, run, arguments))
