@@ -150,3 +150,38 @@ def test_the_statistics_are_those_of_the_whole_set(kind, monkeypatch):
     alive = threading.active_count()
     assert max(errors(bnguard.recalibrate(model, x.split(5)), truth)) < 1e-4
     assert threading.active_count() == alive
+
+
+class EarlyExit(nn.Module):
+    """Leaves out the second block where a test on the whole batch says so."""
+
+    def __init__(self, leaves):
+        super().__init__()
+        self.leaves, self.first, self.second = leaves, conv(3, 4), conv(4, 4)
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y if self.leaves(x) else self.second(y))
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [lambda x: x.mean() > 0, lambda x: x.amax() > 3],
+    ids=["mean", "any"],
+)
+@pytest.mark.parametrize("first", [0, 7])
+def test_each_batch_goes_the_way_that_it_goes_alone(leaves, first):
+    model, x = EarlyExit(leaves), torch.randn(96, 3, 6, 6).roll(first, 0)
+    truth = true_statistics(copy.deepcopy(model).double(), [b.double() for b in x.split(1)])
+    result = bnguard.recalibrate(model, x.split(1))
+    assert max(errors(result, truth)) < 1e-4
+    assert result.virtual_batches == 1
+
+
+def test_a_layer_that_the_first_batches_do_not_reach():
+    model = EarlyExit(lambda x: x.mean() < 1)
+    model.last = nn.Identity()
+    batches = [torch.randn(8, 3, 6, 6) + 3 * (index > 3) for index in range(8)]
+    truth = true_statistics(copy.deepcopy(model).double(), [b.double() for b in batches])
+    assert max(errors(bnguard.recalibrate(model, batches), truth)) < 1e-4

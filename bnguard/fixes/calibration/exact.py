@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from math import ceil
 
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Batch
 from bnguard.fixes.calibration.chunks import Chunk, ChunkedBatches
-from bnguard.fixes.calibration.habits import Habits, learn_habits
+from bnguard.fixes.calibration.habits import Habits, first_few, learn_habits
 from bnguard.fixes.calibration.job import Calibration, Job
 from bnguard.fixes.calibration.lockstep import lockstep
 from bnguard.fixes.calibration.replay import replay
@@ -28,7 +28,7 @@ from bnguard.moments import Moments
 # Each chunk is a thread: small batches are joined so that there are about so many, ...
 _USUAL_CHUNKS = 64
 _MIN_JOINED_SAMPLES = 32
-# ... and where they cannot be joined, a virtual batch ends at so many.
+# ... and where they cannot be joined, a virtual batch of as many threads ends at so many.
 _MOST_CHUNKS = 256
 # With a tolerance, so many samples are tried first, then twice as many, and so on.
 _PILOT_SAMPLES = 128
@@ -41,7 +41,7 @@ def calibrate_exactly(job: Job) -> Calibration:
         CalibrationError: There is no data, or the statistics cannot be computed from it.
     """
     head: list[Batch] = []
-    job.ranks.together(lambda: head.extend(islice(job.batches, 2)))
+    job.ranks.together(lambda: head.extend(first_few(job.batches)))
     habits = job.ranks.together(lambda: learn_habits(job, head) if head else None)
     return _Engine(replace(job, batches=chain(head, job.batches)), habits).run()
 
@@ -143,14 +143,16 @@ class _Engine:
         if self._takes_rows:
             held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
         taken = 0
-        while held.samples < goal and len(held.chunks) < _MOST_CHUNKS:
+        while held.samples < goal and not self._is_crowded(held):
             batch = next(self._job.batches, None)
             if batch is None:
                 break
             held.append(batch)
             taken += 1
-        is_full = held.samples >= self._full_size or len(held.chunks) >= _MOST_CHUNKS
-        return _Filled(taken, is_full)
+        return _Filled(taken, held.samples >= self._full_size or self._is_crowded(held))
+
+    def _is_crowded(self, held: ChunkedBatches) -> bool:
+        return self._runs_side_by_side and len(held.chunks) >= _MOST_CHUNKS
 
     def _is_precise_enough(self, tally: _Tally, last: _VirtualBatch) -> bool:
         if self._job.tolerance is None:
@@ -179,7 +181,9 @@ class _Engine:
             try:
                 arrived = self._settled(held.chunks, samples)
             except IrregularError:
-                self._runs_side_by_side = False
+                # What a batch does may depend on all of it, so each goes as it comes.
+                self._runs_side_by_side = self._takes_rows = False
+                held.join(1)
             except NonFiniteError as error:
                 where = job.layers[error.index].name
                 job.ranks.together(partial(self._expel, held, error))

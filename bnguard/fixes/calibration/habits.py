@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from bnguard.fixes.calibration.observation import (
     observe,
 )
 
+# Samples of small batches that are followed to see whether all go the same way.
+_SAMPLES_TO_FOLLOW = 16
+
 
 @dataclass(frozen=True)
 class Habits:
@@ -31,8 +34,8 @@ class Habits:
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether a sample's way does not depend on what else is in its batch, so that
-            batches may be joined.
+        takes_rows: Whether a sample's way does not depend on what else is in its batch, as far as
+            the first few tell, so that batches may be joined.
         is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
@@ -55,20 +58,54 @@ class Habits:
         return len(set(self.calls)) == len(self.calls) and not self.starts_threads
 
 
+def first_few(batches: Iterator[Batch]) -> list[Batch]:
+    """Take the first two batches, and more of small ones, to learn habits from."""
+    head = list(islice(batches, 2))
+    while head and sum(batch.size for batch in head) < _SAMPLES_TO_FOLLOW:
+        more = next(batches, None)
+        if more is None:
+            break
+        head.append(more)
+    return head
+
+
 def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
     """Put two samples through the model, and one of them also alone; or else a batch.
 
     Args:
         job: What to calibrate.
-        head: The first batch, or the first two.
+        head: The first few batches.
     """
     # What fails on so few samples may not on a batch; if it does, that says why.
     with suppress(CalibrationError):
-        if len(head) > 1 and can_be_joined(head[0], head[1]):
-            return _habits_from_samples(job, head[0].rows(0, 1), head[1].rows(0, 1))
-        if head[0].can_be_cut and head[0].size > 1:
-            return _habits_from_samples(job, head[0].rows(0, 1), head[0].rows(1, 2))
+        first, second = _two_samples(head)
+        habits = _habits_from_samples(job, first, second)
+        takes_rows = habits.takes_rows and _go_one_way(job, head, habits.calls)
+        return replace(habits, takes_rows=takes_rows)
     return _watched(job, head[0]).habits(takes_rows=False)
+
+
+def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
+    if len(head) > 1 and can_be_joined(head[0], head[1]):
+        return head[0].rows(0, 1), head[1].rows(0, 1)
+    if head[0].can_be_cut and head[0].size > 1:
+        return head[0].rows(0, 1), head[0].rows(1, 2)
+    raise CalibrationError("no two samples go through the model together")
+
+
+def _go_one_way(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool:
+    """Return whether small batches, as they come, call the same layers as two samples did.
+
+    Where a batch decides by itself which layers it calls, one that it is joined to would too.
+    """
+    left = _SAMPLES_TO_FOLLOW
+    for batch in head:
+        left -= batch.size
+        if left < 0:
+            break
+        if observe(job, batch).calls != calls:
+            return False
+    return True
 
 
 def _habits_from_samples(job: Job, first: Batch, second: Batch) -> Habits:

@@ -102,7 +102,6 @@ class _Walks:
     def __init__(self, job: Job, chunks: Sequence[Chunk], habits: Habits | None) -> None:
         self._job = job
         self._chunks = chunks
-        self._calls = () if habits is None else habits.calls
         self._settled: list[int] = []
         self._witness = _witness_of(chunks, habits)
         self._met_by_witness: dict[int, Moments] = {}
@@ -167,7 +166,8 @@ class _Walks:
     def note_settled(self, index: int) -> None:
         """Take note that a layer is settled; nothing after the last one needs to be computed."""
         self._settled.append(index)
-        if tuple(self._settled) == self._calls:
+        # What the first samples did not reach, others may.
+        if len(self._settled) == len(self._job.layers):
             self.end()
 
     def end(self) -> None:

@@ -27,10 +27,11 @@ class RandomStream:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
-        outside = random_states(device)
-        torch.manual_seed(seed)
-        self._begin = self._states = random_states(device)
-        _set_random_states(outside, device)
+        # Generators of its own: torch.manual_seed would seed devices too that begin later.
+        drawing = ["cpu", device] if device.type == "cuda" else ["cpu"]
+        self._begin = self._states = [
+            torch.Generator(each).manual_seed(seed).get_state() for each in drawing
+        ]
 
     @property
     def is_untouched(self) -> bool:
