@@ -15,6 +15,7 @@ from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.logs import RunLog
 from bnguard.lightning.proposals import commands
+from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import (
     drawn,
     is_fitting,
@@ -308,7 +309,7 @@ class BatchNormMonitor(GuardedCallback):
         if self._monitor is None and not is_fitting(trainer):
             self._watch(trainer, pl_module, None)
         if self._monitor is not None:
-            self._evaluation.enter_context(self._monitor.evaluation())
+            self._evaluation.enter_context(_watched_evaluation(self._monitor, pl_module))
             self._has_evaluated = True
 
     def _end_evaluation(self, trainer: Trainer) -> None:
@@ -382,6 +383,14 @@ class BatchNormMonitor(GuardedCallback):
             f"bnguard · watching {counted(len(self._momenta), 'BN layer')}{who} · findings appear "
             f"here, the report at the end{where}"
         )
+
+
+@contextmanager
+def _watched_evaluation(monitor: Monitor, module: LightningModule) -> Iterator[None]:
+    """Watch an evaluation, at whose end the module is run again, and is to log nothing then."""
+    with ExitStack() as at_end, monitor.evaluation():
+        yield
+        at_end.enter_context(unlogged(module))
 
 
 def _known(option: str, value: object, known: Collection[object]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
@@ -21,6 +22,7 @@ from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.samples import Split, loader_of, plain_forward, sampled, transferred
 from bnguard.lightning.scoring import ValidationScore
+from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import is_fitting, show
 from bnguard.report.lines import counted
 
@@ -28,6 +30,18 @@ When = Literal["validation", "checkpoint", "fit-end", "test"]
 
 # Running statistics before and after, by the name of the layer.
 _Change = tuple[RunningStatistics, RunningStatistics]
+
+# Number of the batch, and the norm of each weight: what a checkpoint holds, at no memory.
+_Content = tuple[int, list[float]]
+
+
+@dataclass(frozen=True)
+class _ForCheckpoint:
+    """What a checkpoint is given, and the next ones of the same weights: the best, and the last."""
+
+    content: _Content
+    statistics: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 class BatchNormRecalibration(GuardedCallback):
@@ -101,6 +115,7 @@ class BatchNormRecalibration(GuardedCallback):
         self._frozen: frozenset[str] = frozenset()
         self._knows_frozen = False
         self._changes: dict[str, _Change] = {}
+        self._newest: _ForCheckpoint | None = None
 
     @property
     def state_key(self) -> str:
@@ -127,15 +142,12 @@ class BatchNormRecalibration(GuardedCallback):
         if self._when != "checkpoint" or not is_fitting(trainer):
             return
         saved = checkpoint["state_dict"]
-        twin = copy.deepcopy(pl_module)
-        twin.load_state_dict(saved, strict=False)
-        twin.trainer = trainer
-        self._recalibrate(trainer, twin, "for the checkpoint")
-        new = twin.state_dict()
-        saved.update({key: new[key] for key in saved if key in new})
+        content = _content(trainer, pl_module, saved)
+        if self._newest is None or self._newest.content != content:
+            self._newest = self._made_for_checkpoint(trainer, pl_module, saved, content)
+        saved.update(self._newest.statistics)
         # A run that goes on from here goes on with its own.
-        checkpoint.setdefault("callbacks", {})[self.state_key] = self._state()
-        self._changes = {}
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self._newest.state
 
     @guarded
     def on_train_batch_start(
@@ -224,6 +236,25 @@ class BatchNormRecalibration(GuardedCallback):
             }
         }
 
+    def _made_for_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        saved: dict[str, Any],
+        content: _Content,
+    ) -> _ForCheckpoint:
+        twin = copy.deepcopy(pl_module)
+        twin.load_state_dict(saved, strict=False)
+        twin.trainer = trainer
+        self._recalibrate(trainer, twin, "for the checkpoint")
+        statistics = {
+            key: buffer
+            for key, buffer in twin.named_buffers(remove_duplicate=False)
+            if key in saved and not torch.equal(buffer, saved[key].to(buffer.device))
+        }
+        state, self._changes = self._state() or {}, {}
+        return _ForCheckpoint(content, statistics, state)
+
     def _recalibrate(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
         names = [layer.name for layer in find_layers(module) if layer.name not in self._frozen]
         if not names:
@@ -232,6 +263,7 @@ class BatchNormRecalibration(GuardedCallback):
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(unlogged(module))
             for monitor in _monitors(trainer):
                 stack.enter_context(monitor.paused())
             score = None if self._keep == "always" else self._score
@@ -287,6 +319,12 @@ class BatchNormRecalibration(GuardedCallback):
         self._changes = {}
         for monitor in _monitors(trainer):
             monitor.forget_changes()
+
+
+def _content(trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> _Content:
+    """Return what tells a checkpoint from others; of parameters alone, which all ranks share."""
+    weights = [saved[name] for name, _ in module.named_parameters() if name in saved]
+    return trainer.fit_loop.total_batch_idx, [part.float().norm().item() for part in weights]
 
 
 def _monitors(trainer: Trainer) -> list[BatchNormMonitor]:

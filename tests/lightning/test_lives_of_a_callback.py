@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bnguard.errors import ConfigurationError
-from bnguard.lightning import BatchNormMonitor
+from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from bnguard.lightning.proposals import class_path
 
 
@@ -153,6 +153,22 @@ def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
     with pytest.raises(ValueError, match="mine"):
         getattr(trainer_of(BatchNormMonitor(strict=True)), stage)(module)
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
+    class Logs(tiny):
+        def forward(self, inputs):
+            if not self.training:
+                self.log("calls", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return super().forward(inputs)
+
+    # Lightning raises at the end of fit, where nothing is logged.
+    repair, module = BatchNormRecalibration(when="fit-end", strict=True), Logs()
+    trainer = trainer_of(BatchNormMonitor(strict=True), repair, max_epochs=1)
+    trainer.fit(module)
+    assert trainer.callback_metrics["calls"] == 3
+    assert repair.result is not None
+    assert "log" not in vars(module)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,30 @@ def test_a_checkpoint_alone_gets_new_statistics(tiny, trainer_of, witness, tmp_p
     assert same(witness.before_batch[0], last)
 
 
+def test_checkpoints_of_the_same_weights_share_a_recalibration(
+    tiny, trainer_of, lightning, tmp_path, capsys
+):
+    class Scales(lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            for parameter in pl_module.parameters():
+                parameter.data.mul_(2.0)
+            trainer.save_checkpoint(tmp_path / "scaled.ckpt")
+
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, "best", save_last=True)
+    repair = BatchNormRecalibration(when="checkpoint", keep="always", strict=True)
+    trainer_of(repair, checkpoint, Scales(), enable_checkpointing=True, max_epochs=1).fit(tiny())
+    best, last, scaled = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        for name in ("best", "last", "scaled")
+    )
+    assert same(best["state_dict"], last["state_dict"])
+    mean = "head.1.running_mean"
+    assert not torch.equal(scaled["state_dict"][mean], last["state_dict"][mean])
+    states = [saved["callbacks"][repair.state_key]["changes"] for saved in (best, last)]
+    assert torch.equal(*(state["head.1"][0]["mean"] for state in states))
+    assert capsys.readouterr().out.count("recalibrated on 48 samples for the checkpoint") == 2
+
+
 def test_a_checkpoint_of_averaged_weights_gets_statistics_of_these(tiny, trainer_of, lightning):
     averaging = lightning.callbacks.EMAWeightAveraging(decay=0.5)
     callback = BatchNormRecalibration(when="checkpoint", keep="always", strict=True)
