@@ -68,6 +68,26 @@ def initial_weight(momentum: float | None, updates: int) -> float:
     return float((1.0 - momentum) ** updates)
 
 
+def initial_shift_std(
+    mean: FloatArray, var: FloatArray, eps: float, weight_now: float, weight_then: float
+) -> FloatArray:
+    """Return how far the initial mean 0 shifts a running mean, in running standard deviations.
+
+    At the weight ``weight_then`` of the initial (0, 1), by running statistics that hold
+    ``weight_now`` of it, where what arrives stays as it is: w |mean| / sqrt(var + w + eps), of the
+    mean and the variance that the batches have. Shape ``(C,)``.
+
+    >>> initial_shift_std(np.array([900.0]), np.array([1.0]), 0.0, 0.1, 0.01).round(2)
+    array([10.])
+    """
+    rest = max(1.0 - weight_now, np.finfo(np.float64).tiny)
+    with np.errstate(all="ignore"):
+        batch_mean = mean / rest
+        batch_var = np.maximum(var - weight_now, 0.0) / rest
+        then = (1.0 - weight_then) * batch_var + weight_then
+        return np.asarray(weight_then * np.abs(batch_mean) / np.sqrt(then + eps))
+
+
 def updates_to_forget(momentum: float | None, max_initial_weight: float) -> float:
     """Return how many updates bring the weight of the initial statistics to the limit given.
 

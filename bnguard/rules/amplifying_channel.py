@@ -9,13 +9,13 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
-from bnguard.rules.base import Rule
-from bnguard.rules.measures import is_known_harmless
+from bnguard.history import History, LayerHistory
+from bnguard.rules.base import ModelRule
+from bnguard.rules.measures import evaluated_too_early, is_known_harmless
 
 
 @dataclass(frozen=True, kw_only=True)
-class AmplifyingChannel(Rule):
+class AmplifyingChannel(ModelRule):
     """A channel is multiplied so much in eval mode that it drowns the others, or overflows.
 
     Why it matters:
@@ -34,6 +34,7 @@ class AmplifyingChannel(Rule):
         max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,
             a channel that wakes in evaluation reaches 140 to 190.
         max_gain: 1,000. With eps 1e-5 a gain of 316 times gamma is the most there can be.
+        max_initial_weight: 0.05, as in BN301, for the values of an evaluation.
 
     Fix:
         Estimate the statistics again, on data that vary as those of evaluation do::
@@ -59,9 +60,15 @@ class AmplifyingChannel(Rule):
 
     max_normalised_std: float = 100.0
     max_gain: float = 1000.0
+    max_initial_weight: float = 0.05
 
-    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the normalised values, and the gain, against their limits."""
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
+        """Hold the normalised values, and the gain, of each layer against their limits."""
+        too_early = evaluated_too_early(history, self.max_initial_weight)
+        for layer in history.layers:
+            yield from self._judged(layer, too_early.get(layer.name))
+
+    def _judged(self, layer: LayerHistory, too_early: str | None) -> Iterator[Finding | Skipped]:
         if layer.running is None or not layer.running.var.size:
             yield self._skipped(layer, "the layer keeps no running statistics")
             return
@@ -77,7 +84,9 @@ class AmplifyingChannel(Rule):
             )
             return
         seen = layer.evaluated
-        if seen is not None and seen.largest_normalised_std > self.max_normalised_std:
+        if too_early is not None:
+            yield self._skipped(layer, too_early)
+        elif seen is not None and seen.largest_normalised_std > self.max_normalised_std:
             yield self._finding(
                 layer,
                 Severity.INFO if is_known_harmless(layer.run) else Severity.WARNING,

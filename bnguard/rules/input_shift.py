@@ -12,7 +12,12 @@ import numpy as np
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measures import DriftLimits, is_known_harmless, is_sampling
+from bnguard.rules.measures import (
+    DriftLimits,
+    is_known_harmless,
+    is_sampling,
+    left_when_evaluated,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ class InputShift(ModelRule):
             yield self._skipped(layer, "the first layer was not seen in both modes")
         elif seen.count < self.min_values:
             yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
-        elif (layer.initial_weight_when_evaluated or 0.0) > self.max_initial_weight:
+        elif left_when_evaluated(layer, self.max_initial_weight):
             yield self._skipped(layer, "the running statistics were not settled yet")
         else:
             yield from self._judged(layer, seen)

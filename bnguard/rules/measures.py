@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnguard.findings import Evidence
-from bnguard.history import EvalWindow, LayerHistory, ModeGap, Run
-from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+from bnguard.history import EvalWindow, History, LayerHistory, ModeGap, Run, RunningStatistics
+from bnguard.stats import (
+    FloatArray,
+    initial_shift_std,
+    largest,
+    log_variance_ratio,
+    shift_std,
+)
 
 # Beyond what sampling explains, the two modes are different networks where the outputs change this
 # much, or as much as the second limit where predictions flip. See BN302 for the figures.
@@ -21,6 +27,10 @@ SAMPLING_FACTOR = 2.0
 # Share of the variance between samples that lies between the batches of an evaluation, beyond which
 # those that were looked at do not stand for the rest. See BN301 for the figures.
 MAX_BETWEEN_SHARE = 0.15
+
+# Shift of a running mean by what is left of the initial mean 0, in σ, from which statistics are not
+# settled, however little of it is left: the limit of a drift (BN301).
+MAX_INITIAL_SHIFT_STD = 1.0
 
 # Evaluations in a row that show harm before it counts while training goes on.
 LASTING_EVALUATIONS = 4
@@ -65,6 +75,53 @@ def is_lasting(run: Run) -> bool:
     gaps = (*run.earlier_mode_gaps, *((run.mode_gap,) if run.mode_gap else ()))
     newest = gaps[-LASTING_EVALUATIONS:]
     return len(newest) == LASTING_EVALUATIONS and all(map(is_harmful, newest))
+
+
+def what_is_left(
+    layer: LayerHistory,
+    running: RunningStatistics | None,
+    weight: float | None,
+    max_weight: float,
+) -> str | None:
+    """Return what these running statistics still hold of the initial ones; None where too little.
+
+    A small weight of the initial mean 0 is a large shift where the mean is far from it. That is not
+    told of a checkpoint: its statistics may be a plain average, of which nothing is initial.
+    """
+    if running is None or not weight:
+        return None
+    if weight > max_weight:
+        return f"{weight:.0%} of the initial statistics was left"
+    shift = largest(initial_shift_std(running.mean, running.var, layer.eps, weight, weight))
+    if layer.updates_seen and shift is not None and shift > MAX_INITIAL_SHIFT_STD:
+        return f"the initial mean 0 still shifted a channel by {shift:.2g} σ"
+    return None
+
+
+def left_when_evaluated(layer: LayerHistory, max_weight: float) -> str | None:
+    """Return what was left of the initial statistics in the newest evaluation, as above."""
+    if layer.evaluated is None:
+        return None
+    weight = layer.initial_weight_when_evaluated
+    return what_is_left(layer, layer.evaluated.running, weight, max_weight)
+
+
+def evaluated_too_early(history: History, max_weight: float) -> dict[str, str]:
+    """Return at which layers the newest evaluation is not to be judged, and why, by name.
+
+    What is left of the initial statistics at a layer goes on to all that are called after it.
+    Where training ended like that, it is judged.
+    """
+    reasons: dict[str, str] = {}
+    early: str | None = None
+    is_final = False
+    for layer in history.layers_in_order:
+        early = early or left_when_evaluated(layer, max_weight)
+        left = what_is_left(layer, layer.running, layer.initial_weight, max_weight)
+        is_final = is_final or (history.run.is_settled and left is not None)
+        if early and not is_final:
+            reasons[layer.name] = f"when it was evaluated, {early}"
+    return reasons
 
 
 def is_representative(seen: EvalWindow) -> bool:

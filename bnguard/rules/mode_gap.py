@@ -17,6 +17,7 @@ from bnguard.rules.measures import (
     excess_change,
     is_harmful,
     is_lasting,
+    left_when_evaluated,
 )
 
 
@@ -48,7 +49,8 @@ class ModesDisagree(ExplainedRule):
         max_excess_change_with_flips: 0.3, where more predictions flip than the next limit says.
         max_flipped_share: 0.12 of the predictions. Healthy runs stay below 0.11.
         max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
-            left is not judged, unless training ended like that.
+            left, or the initial mean still shifted a channel by 1 σ, is not judged, unless training
+            ended like that.
 
     Fix:
         Mend the cause that the finding names; where it is in the average, recalibrate, which says
@@ -80,12 +82,10 @@ class ModesDisagree(ExplainedRule):
         if gap is None:
             yield self._skipped(None, run.mode_gap_reason)
             return
-        weights = (layer.initial_weight_when_evaluated or 0.0 for layer in history.layers)
-        left = max(weights, default=0.0)
-        if left > self.max_initial_weight and not run.is_settled:
-            yield self._skipped(
-                None, f"when it was evaluated, {left:.0%} of the initial statistics was left"
-            )
+        reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
+        left = next(filter(None, reasons), None)
+        if left and not run.is_settled:
+            yield self._skipped(None, f"when it was evaluated, {left}")
         elif is_harmful(
             gap,
             max_change=self.max_excess_change,

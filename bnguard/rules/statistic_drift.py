@@ -14,6 +14,7 @@ from bnguard.rules.measures import (
     DRIFT_LIMITS,
     Distance,
     DriftLimits,
+    evaluated_too_early,
     is_known_harmless,
     is_lasting,
 )
@@ -58,7 +59,8 @@ class StatisticDrift(ExplainedRule):
         channel_quantile: Share of the channels that has to be within the limits: 0.9.
         min_values: Values per channel observed in eval mode before they are judged: 32.
         max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
-            left is not judged, unless training ended like that.
+            left, or the initial mean still shifted a channel by 1 σ, is not judged, unless training
+            ended like that.
 
     Fix:
         Estimate the statistics again with the weights as they are now::
@@ -92,8 +94,9 @@ class StatisticDrift(ExplainedRule):
         """Hold shift and log-variance ratio of the newest evaluation against their limits."""
         drifts: list[Drift] = []
         called = history.layers_in_order
+        too_early = evaluated_too_early(history, self.max_initial_weight)
         for layer in (*called, *(layer for layer in history.layers if layer not in called)):
-            judged = self._judged(layer)
+            judged = self._judged(layer, too_early.get(layer.name))
             if isinstance(judged, Skipped):
                 yield judged
             elif judged is not None and layer.evaluated is not None:
@@ -105,19 +108,15 @@ class StatisticDrift(ExplainedRule):
     def _limits(self) -> DriftLimits:
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
-    def _judged(self, layer: LayerHistory) -> Distance | Skipped | None:
+    def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
         """Return how far the layer has drifted, None where within the limits, or why not known."""
         seen = layer.evaluated
         if seen is None:
             return self._skipped(layer, "the layer was not seen in eval mode")
         if seen.count < self.min_values:
             return self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
-        left, left_then = layer.initial_weight or 0.0, layer.initial_weight_when_evaluated or 0.0
-        is_final = layer.run.is_settled and left > self.max_initial_weight
-        if left_then > self.max_initial_weight and not is_final:
-            return self._skipped(
-                layer, f"when it was evaluated, {left_then:.0%} of the initial statistics was left"
-            )
+        if too_early is not None:
+            return self._skipped(layer, too_early)
         distance = self._limits.distance(seen, seen.running.mean, seen.running.var, layer.eps)
         if distance.worst is None:
             return self._skipped(layer, "no channel has finite statistics")

@@ -12,7 +12,8 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.stats import initial_weight, updates_to_forget
+from bnguard.rules.measures import MAX_INITIAL_SHIFT_STD
+from bnguard.stats import initial_shift_std, initial_weight, updates_to_forget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +33,23 @@ class UnconvergedStatistics(ModelRule):
         value. A checkpoint does not hold ``momentum``; its default of 0.1 is assumed there.
         ``update_bn`` sets the counter back and makes a plain average: a running variance below
         the weight, which an average that began at 1 cannot have, gives that away.
+        Of training that is watched also by how much the initial mean 0 shifts a running mean: the
+        weight left times the mean, in standard deviations. Raw columns of a table (a year, a
+        price) lie hundreds of them from 0, so that 1 % of the initial mean is far too much.
 
     Limits:
         max_initial_weight: 0.05, which the default momentum of 0.1 reaches after 29 updates, 0.01
             after 299. A mean off by 5 % of itself and a variance by 5 % do no harm that can be
             measured on the networks of the tests.
+        max_initial_shift_std: 1 running standard deviation in any channel, BN301's limit.
 
     Fix:
         Estimate the statistics again, which takes one pass over some 1,000 samples::
 
             bnguard.recalibrate(model, train_loader)
 
-        For the next run: a larger momentum, or ``momentum=None`` (a plain average).
+        For the next run: a larger momentum, or ``momentum=None`` (a plain average); and data whose
+        columns are brought to mean 0 and deviation 1 before the network.
 
     Fix safety:
         Recalibration changes the running statistics only, is measured, and can be undone.
@@ -61,6 +67,7 @@ class UnconvergedStatistics(ModelRule):
     is_local: ClassVar[bool] = True
 
     max_initial_weight: float = 0.05
+    max_initial_shift_std: float = MAX_INITIAL_SHIFT_STD
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Hold the weight of the initial statistics, now or at the end, against the limit."""
@@ -91,6 +98,7 @@ class UnconvergedStatistics(ModelRule):
             left, updates = initial_weight(layer.momentum, planned), planned
             verb = "will still be, when training ends,"
         if left <= self.max_initial_weight:
+            yield from self._shifted(layer, left, updates, verb)
             return
         needed = updates_to_forget(layer.momentum, self.max_initial_weight)
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
@@ -101,6 +109,34 @@ class UnconvergedStatistics(ModelRule):
             f"{updates} updates, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
+        )
+
+    def _shifted(
+        self, layer: LayerHistory, left: float, updates: int, verb: str
+    ) -> Iterator[Finding]:
+        """Hold what a small rest of the initial mean does to a mean that is far from it."""
+        running, now = layer.running, layer.initial_weight
+        if running is None or not (now and left and layer.updates_seen):
+            return
+        shift = initial_shift_std(running.mean, running.var, layer.eps, now, left)
+        shift = np.where(np.isfinite(shift), shift, 0.0)
+        worst = float(np.max(shift, initial=0.0))
+        if worst <= self.max_initial_shift_std:
+            return
+        needed = updates_to_forget(layer.momentum, left * self.max_initial_shift_std / worst)
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and variance 1, "
+            "but batches have a mean so far from it that this shifts the running one: "
+            f"{updates} updates, {_needed(needed)}",
+            Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
+            Fix(
+                "bring the input to mean 0 and deviation 1, or train for longer; recalibrate what "
+                "is trained",
+                "recalibrate",
+            ),
+            channels=tuple(map(int, np.flatnonzero(shift > self.max_initial_shift_std))),
         )
 
 
