@@ -60,3 +60,7 @@ def _rank(rank, port, seed, result, run, arguments) -> None:
     watched = run(*arguments)
     if rank == 0:
         result.write_bytes(pickle.dumps(watched))
+    if torch.distributed.is_initialized():
+        # Else the one that ends first takes the other's store with it, which says so at length.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
