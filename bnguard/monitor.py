@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -308,8 +307,7 @@ class Monitor:
             "findings": self._announcements.state(),
             "windows": {
                 name: {
-                    key: torch.from_numpy(value).float() if isinstance(value, np.ndarray) else value
-                    for key, value in vars(window).items()
+                    name: torch.from_numpy(values).float() for name, values in vars(window).items()
                 }
                 for name, window in (self._guard(self._observer.windows) or {}).items()
             },
@@ -380,11 +378,9 @@ class Monitor:
 
 
 def _window_of(state: dict[str, Any]) -> BatchWindow:
-    fields: dict[str, Any] = {
-        key: value.double().numpy() if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-    }
-    return BatchWindow(**fields)
+    # A checkpoint of an earlier version may hold more.
+    known = (field.name for field in dataclasses.fields(BatchWindow))
+    return BatchWindow(**{name: state[name].double().numpy() for name in known})
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:

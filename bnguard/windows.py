@@ -53,10 +53,7 @@ class BatchWindow:
         var_of_means_successive: The same from successive differences, which slow drift does not
             enter: half their mean square (von Neumann et al., "The mean square successive
             difference", 1941).
-        var_min: Smallest within-batch variance.
         var_max: Largest within-batch variance.
-        first_step: First step of the window.
-        last_step: Last step of the window.
     """
 
     batches: FloatArray
@@ -64,10 +61,7 @@ class BatchWindow:
     var_unbiased: FloatArray
     var_of_means: FloatArray
     var_of_means_successive: FloatArray
-    var_min: FloatArray
     var_max: FloatArray
-    first_step: int
-    last_step: int
 
     @property
     def noise_std(self) -> FloatArray:

@@ -34,7 +34,6 @@ class BufferProbe:
         self._latest: dict[str, BufferReading] | None = None
         self._sources: Mapping[str, BatchSource] = {}
         self._repeats: Mapping[str, int] = {}
-        self._step = 0
         self._layers = tuple(layers)
         self._rows = self._by_place()
 
@@ -43,7 +42,6 @@ class BufferProbe:
 
         A step in which buffers were replaced (moved, converted, loaded) tells nothing of them.
         """
-        self._step = step
         self._latest = None
         fresh = [row for row in self._rows if not row.is_stale()]
         for row in fresh:
@@ -85,7 +83,7 @@ class BufferProbe:
         """Begin a new window of batch statistics."""
         self._latest = None
         for row in self._rows:
-            row.start_window(self._step + 1)
+            row.start_window()
 
     def readings(self) -> dict[str, BufferReading]:
         """Return what was read, by layer name; the one place that waits for the device."""
@@ -93,7 +91,7 @@ class BufferProbe:
             self._latest = {
                 name: reading.after(self._carried.get(name))
                 for row in self._rows
-                for name, reading in row.readings(self._step).items()
+                for name, reading in row.readings().items()
             }
         return self._latest
 
@@ -108,7 +106,6 @@ class BufferProbe:
                 layers,
                 repeats=self._repeats,
                 restore_poisoned=self._restore_poisoned,
-                first_step=self._step + 1,
             )
             for layers in by_place.values()
         ]

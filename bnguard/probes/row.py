@@ -29,10 +29,10 @@ from bnguard.stats import FloatArray
 
 # Steps whose buffers wait for the arithmetic to be done for all of them at once, since what small
 # operations cost is their number. Each step that waits holds two vectors of all channels, beside
-# the nine that are always held, so that more than a few may wait only where all that is small.
+# the eight that are always held, so that more than a few may wait only where all that is small.
 _FEW_PENDING = 3
 _MANY_PENDING = 32
-_OTHER_VECTORS = 9
+_OTHER_VECTORS = 8
 _SMALL_BYTES = 256 * 2**10
 
 
@@ -90,14 +90,13 @@ class _Snapshot(NamedTuple):
 class BufferRow:
     """L layers whose buffers share a device and a dtype, as one row of C channels in all.
 
-    Holds at most 15 vectors of C values between two steps (6 of buffers, 8 of the window, and the
+    Holds at most 14 vectors of C values between two steps (6 of buffers, 7 of the window, and the
     layer of each channel), or 256 KiB where that is more.
 
     Args:
         layers: The layers; either all have counters or none.
         repeats: How often a layer, by name, meets each batch, where it is more than once.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        first_step: Number of the first step that can be read.
     """
 
     def __init__(
@@ -106,7 +105,6 @@ class BufferRow:
         *,
         repeats: Mapping[str, int],
         restore_poisoned: bool,
-        first_step: int,
     ) -> None:
         self._layers = layers
         self._restore_poisoned = restore_poisoned
@@ -133,7 +131,7 @@ class BufferRow:
         self._repeats = dict(repeats)
         self._use_momenta(self._current_momenta())
         self._pending: list[_Snapshot] = []
-        self._old = self._snapshot(first_step - 1)
+        self._old = self._snapshot(0)
         vectors = _SMALL_BYTES // max(self._old.values.nbytes // 2, 1)
         small = (vectors - _OTHER_VECTORS) // 2
         self._max_pending = min(max(small, _FEW_PENDING), _MANY_PENDING)
@@ -142,7 +140,7 @@ class BufferRow:
         )
         self._restored = torch.zeros_like(self._updates)
         self._poisoned_step = torch.full_like(self._updates, math.nan)
-        self.start_window(first_step)
+        self.start_window()
 
     def is_stale(self) -> bool:
         """Whether the layers have other buffers now.
@@ -155,10 +153,10 @@ class BufferRow:
             return not all(map(operator.is_, current, self._buffers))
         return list(map(_kind, current)) != list(map(_kind, self._buffers))
 
-    def start_window(self, first_step: int) -> None:
+    def start_window(self) -> None:
         """Begin a new window of batch statistics."""
         self._condense({})
-        self._window = Window(self._old.values.view(2, -1)[0], first_step)
+        self._window = Window(self._old.values.view(2, -1)[0])
         self._weight_squares = torch.zeros_like(self._updates)
         self._blends = torch.zeros_like(self._updates)
 
@@ -182,7 +180,7 @@ class BufferRow:
         if len(self._pending) >= self._max_pending or self._restore_poisoned or sources:
             self._condense(sources)
 
-    def readings(self, last_step: int) -> dict[str, BufferReading]:
+    def readings(self) -> dict[str, BufferReading]:
         """Return what was read, by layer name, in one transfer from the device."""
         self._condense({})
         channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
@@ -199,13 +197,11 @@ class BufferRow:
         by_channel = flat[: channels.numel()].reshape(channels.shape)
         by_layer = flat[channels.numel() :].reshape(layers.shape)
         return {
-            name: self._reading(by_channel[:, self._slices[index]], by_layer[:, index], last_step)
+            name: self._reading(by_channel[:, self._slices[index]], by_layer[:, index])
             for name, index in self._index.items()
         }
 
-    def _reading(
-        self, by_channel: FloatArray, by_layer: FloatArray, last_step: int
-    ) -> BufferReading:
+    def _reading(self, by_channel: FloatArray, by_layer: FloatArray) -> BufferReading:
         mean, var = by_channel[:2]
         counter, updates, poisoned_step, restored, weight_square = map(float, by_layer)
         return BufferReading(
@@ -214,7 +210,7 @@ class BufferRow:
             ),
             updates=int(updates),
             window=self._window.reading(
-                by_channel[2:], last_step, 1.0 if math.isnan(weight_square) else weight_square
+                by_channel[2:], 1.0 if math.isnan(weight_square) else weight_square
             ),
             poisoned_step=None if math.isnan(poisoned_step) else int(poisoned_step),
             restored_updates=int(restored),

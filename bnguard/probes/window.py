@@ -17,21 +17,18 @@ class Window:
 
     Several batches are merged at once, as Chan, Golub and LeVeque do ("Updating formulae and a
     pairwise algorithm for computing sample variances", 1979, equation 2.1), so that a large mean
-    hides no small deviation. Holds 8 vectors of C values.
+    hides no small deviation. Holds 7 vectors of C values.
 
     Args:
         like: A tensor of shape ``(C,)`` with the dtype and device to keep.
-        first_step: Number of the first step that can be in the window.
     """
 
-    def __init__(self, like: Tensor, first_step: int) -> None:
-        self._first_step = first_step
+    def __init__(self, like: Tensor) -> None:
         self._batches = torch.zeros_like(like)
         self._centre = torch.zeros(2, like.numel(), dtype=like.dtype, device=like.device)
         self._squares_of_means = torch.zeros_like(like)
         self._squares_of_steps = torch.zeros_like(like)
         self._latest_mean = torch.full_like(like, math.nan)
-        self._var_min = torch.full_like(like, math.inf)
         self._var_max = torch.full_like(like, -math.inf)
 
     def add(self, batches: Tensor) -> None:
@@ -63,7 +60,6 @@ class Window:
         steps = torch.stack(latest).diff(dim=0).nan_to_num_(nan=0.0)
         self._squares_of_steps += steps.square_().sum(0)
 
-        self._var_min = torch.minimum(self._var_min, variances.nan_to_num(nan=math.inf).amin(0))
         self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
 
     def rows(self) -> Tensor:
@@ -74,21 +70,19 @@ class Window:
                 *self._centre,
                 self._squares_of_means,
                 self._squares_of_steps,
-                self._var_min,
                 self._var_max,
             ]
         )
 
-    def reading(self, rows: FloatArray, last_step: int, weight_square: float) -> BatchWindow | None:
+    def reading(self, rows: FloatArray, weight_square: float) -> BatchWindow | None:
         """Return the window of some of the channels, from their columns of :meth:`rows`.
 
         Args:
             rows: The columns.
-            last_step: Number of the last step that can be in the window.
             weight_square: Sum of the squared weights of the batches that one batch here blends,
                 1 where it blends none: the means of blends vary less, by this factor.
         """
-        batches, mean, var, squares_of_means, squares_of_steps, var_min, var_max = rows
+        batches, mean, var, squares_of_means, squares_of_steps, var_max = rows
         if not batches.any():
             return None
         pairs = np.where(batches > 1, batches - 1, np.nan) * weight_square
@@ -98,8 +92,5 @@ class Window:
             var_unbiased=np.maximum(var, 0.0),
             var_of_means=squares_of_means / pairs,
             var_of_means_successive=squares_of_steps / (2 * pairs),
-            var_min=np.maximum(var_min, 0.0),
             var_max=np.maximum(var_max, 0.0),
-            first_step=self._first_step,
-            last_step=last_step,
         )

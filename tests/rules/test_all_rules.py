@@ -64,11 +64,10 @@ def odd_histories():
                 "var_unbiased",
                 "var_of_means",
                 "var_of_means_successive",
-                "var_min",
                 "var_max",
             )
         }
-        return BatchWindow(first_step=1, last_step=2, **rows)
+        return BatchWindow(**rows)
 
     def evaluated(value, count):
         return EvalWindow(

@@ -42,10 +42,7 @@ def window(mean=0.0, noise=0.0, batches=20, trend=1.0):
         var_unbiased=np.ones(4),
         var_of_means=between,
         var_of_means_successive=between / trend**2,
-        var_min=np.ones(4),
         var_max=np.ones(4),
-        first_step=1,
-        last_step=batches,
     )
 
 
