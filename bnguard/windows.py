@@ -192,7 +192,6 @@ class ModeGap:
     """How far the outputs for one batch differ between the two modes, all else in eval mode.
 
     Attributes:
-        module: Name of the module that was run: the smallest that holds all BN layers.
         samples: Samples in the batch; 0 where its inputs do not share a first dimension.
         relative_change: Root mean square difference between the outputs under running and under
             batch statistics, in standard deviations of the latter; infinite where not finite.
@@ -202,7 +201,6 @@ class ModeGap:
             probability in one of the modes; None where the outputs do not look like class scores.
     """
 
-    module: str
     samples: int
     relative_change: float
     sampling_change: float | None

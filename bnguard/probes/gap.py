@@ -30,7 +30,6 @@ from bnguard.layers import (
     preserved_statistics,
 )
 from bnguard.moments import wide
-from bnguard.names import without_wrappers
 from bnguard.probes.hooks import Hooks
 
 _IS_TRAINING = operator.attrgetter("is_training")
@@ -50,7 +49,6 @@ class _Call:
     ``depth`` is larger the deeper the module lies in the model.
     """
 
-    name: str
     depth: int
     module: nn.Module
     args: tuple[object, ...]
@@ -101,8 +99,8 @@ class GapProbe:
             "no module that holds all BN layers was seen in eval mode (where the model runs under "
             "torch.compile, watch what torch.compile returned)"
         )
-        for depth, (name, module) in enumerate(_holders(model, self._layers)):
-            keep = self._keeper(name, depth, _without_compilation(module))
+        for depth, module in enumerate(_holders(model, self._layers)):
+            keep = self._keeper(depth, _without_compilation(module))
             self.hooks.before(module, keep, with_kwargs=True)
 
     def close(self) -> None:
@@ -127,7 +125,7 @@ class GapProbe:
         except Exception as error:
             return f"the batch could not be run again: {type(error).__name__}: {error}"
 
-    def _keeper(self, name: str, depth: int, module: nn.Module) -> Callable[..., None]:
+    def _keeper(self, depth: int, module: nn.Module) -> Callable[..., None]:
         def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             is_smallest = self._smallest is None or depth > self._smallest.depth
             is_largest = self._largest is None or depth < self._largest.depth
@@ -137,7 +135,7 @@ class GapProbe:
             if size > MAX_CAPTURED_BYTES:
                 self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
                 return
-            call = _kept(name, depth, module, args, kwargs, self._device)
+            call = _kept(depth, module, args, kwargs, self._device)
             self._smallest = call if is_smallest else self._smallest
             self._largest = call if is_largest else self._largest
 
@@ -145,7 +143,6 @@ class GapProbe:
 
 
 def _kept(
-    name: str,
     depth: int,
     module: nn.Module,
     args: tuple[object, ...],
@@ -157,7 +154,6 @@ def _kept(
         lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
     )
     return _Call(
-        name=name,
         depth=depth,
         module=module,
         args=args,
@@ -169,7 +165,7 @@ def _kept(
     )
 
 
-def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[tuple[str, nn.Module]]:
+def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:
     """Yield the modules that hold all the layers, the model first, deeper ones later.
 
     Wrappers are left out, but for compiled modules: what these hold is called where no hook sees.
@@ -177,11 +173,11 @@ def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[tup
     inside = {id(layer.module) for layer in layers}
     if not inside:
         return
-    for name, module in model.named_modules():
+    for module in model.modules():
         held = {id(child) for child in module.modules() if child is not module}
         is_compiled = _without_compilation(module) is not module
         if inside <= held and (is_compiled or not is_wrapper(module)):
-            yield without_wrappers(name), module
+            yield module
 
 
 def _without_compilation(module: nn.Module) -> nn.Module:
@@ -208,7 +204,6 @@ def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer])
         half = samples // 2
         sampling = _relative_change(smallest.outputs(half), [part[:half] for part in batch])
     return ModeGap(
-        module=smallest.name,
         samples=samples,
         relative_change=_relative_change(running, batch),
         sampling_change=sampling,

@@ -27,7 +27,7 @@ from tests.zoo.faults import (
 from tests.zoo.training import EVALUATE, shuffled
 
 SYMPTOMS = [rule_named("BN301"), rule_named("BN302")]
-HARM = ModeGap(module="", samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
+HARM = ModeGap(samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
 
 
 def window(mean=0.0, noise=0.0, batches=20, trend=1.0):

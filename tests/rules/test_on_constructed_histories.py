@@ -95,7 +95,7 @@ def test_bn210(distance, fires):
     assert bool(found("BN210", layer(rank_shift_std=shift, run=run))) is fires
 
 
-GAP = ModeGap(module="", samples=64, relative_change=0.1, sampling_change=0.1, flipped_share=0.0)
+GAP = ModeGap(samples=64, relative_change=0.1, sampling_change=0.1, flipped_share=0.0)
 HARM = dataclasses.replace(GAP, relative_change=2.0, flipped_share=0.5)
 
 
