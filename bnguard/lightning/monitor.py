@@ -29,7 +29,7 @@ from bnguard.lightning.trainer import (
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.report.document import write_document
-from bnguard.report.lines import notice
+from bnguard.report.lines import counted, notice
 from bnguard.rules import RULES, Rule
 
 REPORT_FILE = "bnguard-report.json"
@@ -378,10 +378,9 @@ class BatchNormMonitor(GuardedCallback):
         where = "" if folder is None else f", and in {folder / REPORT_FILE}"
         ranks = number_of_ranks()
         who = "" if ranks == 1 else f" on each of {ranks} ranks"
-        layers = len(self._momenta)
         return (
-            f"bnguard · watching {layers} BN layer{'' if layers == 1 else 's'}{who} · findings "
-            f"appear here, the report at the end{where}"
+            f"bnguard · watching {counted(len(self._momenta), 'BN layer')}{who} · findings appear "
+            f"here, the report at the end{where}"
         )
 
 

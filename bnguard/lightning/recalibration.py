@@ -22,6 +22,7 @@ from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.samples import Split, loader_of, plain_forward, sampled, transferred
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.lightning.trainer import is_fitting, show
+from bnguard.report.lines import counted
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 
@@ -294,11 +295,8 @@ def _monitors(trainer: Trainer) -> list[BatchNormMonitor]:
 
 
 def _told(result: Recalibration, score: object, moment: str) -> str:
-    layers = len(result.layers)
-    what = (
-        f"{layers} BN layer{'' if layers == 1 else 's'} recalibrated on {result.samples:,} samples "
-        f"{moment}"
-    )
+    layers, samples = counted(len(result.layers), "BN layer"), counted(result.samples, "sample")
+    what = f"{layers} recalibrated on {samples} {moment}"
     if result.score_before is None or result.score_after is None:
         return what
     name, sign = "score", 1.0

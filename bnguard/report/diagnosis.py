@@ -10,6 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from bnguard.report.lines import counted
+
 if TYPE_CHECKING:
     from bnguard.whatif.diagnosis import Cause, Diagnosis, LayerShare, Row
 
@@ -85,7 +87,7 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
             _moved(layer.log_variance_ratio),
         )
     rest = len(layers) - _MOST_LAYERS_SHOWN
-    more = [Text(f"and {rest} more layer{'' if rest == 1 else 's'}", style="dim")]
+    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")]
     return Group(table, *(more if rest > 0 else []))
 
 

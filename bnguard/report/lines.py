@@ -1,4 +1,4 @@
-"""Findings in a line or two, for logs and for a terminal where a training runs."""
+"""Findings in a line or two, for logs and a terminal where a training runs; counts in words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def notice(group: FindingGroup) -> str:
     worst = group.worst
     heading = f"bnguard: {worst.severity}: {_heading(group)}"
     return f"{heading}\n  {worst.message} → {worst.fix.summary}"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "layer"), counted(2, "layer"), counted(1024, "batch", "batches")
+    ('1 layer', '2 layers', '1,024 batches')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _heading(group: FindingGroup) -> str:

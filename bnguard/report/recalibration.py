@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bnguard.report.lines import counted
+
 if TYPE_CHECKING:
     from bnguard.fixes.recalibration import LayerChange, Recalibration
     from bnguard.fixes.selection import SkippedLayer
@@ -35,9 +37,9 @@ def _heading(recalibration: Recalibration) -> Text:
     parts = [
         "recalibrated" if recalibration.is_kept else "not recalibrated",
         recalibration.method,
-        _counted(len(recalibration.layers), "BN layer"),
-        _counted(recalibration.samples, "sample"),
-        _counted(recalibration.batches, "batch", "batches"),
+        counted(len(recalibration.layers), "BN layer"),
+        counted(recalibration.samples, "sample"),
+        counted(recalibration.batches, "batch", "batches"),
     ]
     return Text(" · ".join(parts), style="bold" if recalibration.is_kept else "bold yellow")
 
@@ -60,7 +62,7 @@ def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
         table,
     ]
     if rest := len(layers) - len(shown):
-        parts.append(Text(f"and {_counted(rest, 'more layer')}", style="dim"))
+        parts.append(Text(f"and {counted(rest, 'more layer')}", style="dim"))
     return Group(*parts)
 
 
@@ -71,7 +73,7 @@ def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
     change = f"{first} → {after.relative_change:.3g} σ of the outputs"
     noise = after.sampling_change
     alone = "" if noise is None else f" (sampling alone: {noise:.2g})"
-    return Text(f"mode gap {change}{alone}, on {_counted(after.samples, 'sample')}")
+    return Text(f"mode gap {change}{alone}, on {counted(after.samples, 'sample')}")
 
 
 def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
@@ -88,7 +90,3 @@ def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
 
 def _moved(value: float | None) -> str:
     return "was not finite" if value is None else f"{value:.3g}"
-
-
-def _counted(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

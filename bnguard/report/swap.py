@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bnguard.report.lines import counted
+
 if TYPE_CHECKING:
     from bnguard.fixes.swapped import ReplacedLayer, Swap
 
@@ -55,11 +57,11 @@ class DistillationBar:
 
 
 def _heading(swap: Swap) -> Text:
-    parts = [f"swapped ({swap.to})", _counted(len(swap.replaced), "BN layer")]
+    parts = [f"swapped ({swap.to})", counted(len(swap.replaced), "BN layer")]
     if swap.skipped:
         parts.append(f"{len(swap.skipped)} left")
     if swap.distillation is not None:
-        parts.append(_counted(swap.distillation.steps, "step"))
+        parts.append(counted(swap.distillation.steps, "step"))
     return Text(" · ".join(parts), style="bold")
 
 
@@ -75,14 +77,14 @@ def _replaced_view(layers: tuple[ReplacedLayer, ...]) -> RenderableType:
 def _became(layer: ReplacedLayer) -> str:
     if layer.groups is None:
         return layer.after
-    size = _counted(layer.channels // layer.groups, "channel")
+    size = counted(layer.channels // layer.groups, "channel")
     values = layer.values_per_group
     known = "" if values is None else f", {values:,} values"
     fewer = ""
     if layer.groups_wanted is not None and layer.groups < layer.groups_wanted:
         would = "could" if values is None else "would"
         fewer = f" ({layer.groups_wanted} groups {would} have too few values)"
-    return f"{layer.after}, {_counted(layer.groups, 'group')} of {size}{known}{fewer}"
+    return f"{layer.after}, {counted(layer.groups, 'group')} of {size}{known}{fewer}"
 
 
 def _outputs(swap: Swap) -> str:
@@ -95,7 +97,3 @@ def _outputs(swap: Swap) -> str:
     if swap.output_change is None:
         return "outputs not compared: that takes sample= or teacher_data="
     return f"outputs off by {swap.output_change:.3g} σ"
-
-
-def _counted(number: int, one: str) -> str:
-    return f"{number:,} {one if number == 1 else one + 's'}"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bnguard.findings import FindingGroup, Severity
 from bnguard.history import LayerHistory
+from bnguard.report.lines import counted
 from bnguard.stats import largest
 
 if TYPE_CHECKING:
@@ -83,16 +84,16 @@ def _place(group: FindingGroup) -> Text:
 
 def _heading(report: Report) -> Text:
     layers, steps = len(report.layers), report.history.run.steps
-    parts = ["bnguard", f"{layers} BN layer{'' if layers == 1 else 's'}"]
+    parts = ["bnguard", counted(layers, "BN layer")]
     if steps:
-        parts.append(f"{steps} step{'' if steps == 1 else 's'}")
+        parts.append(counted(steps, "step"))
     if report.findings:
         counts = (
             (severity, sum(group.worst.severity is severity for group in report.groups))
             for severity in sorted(Severity, reverse=True)
         )
         parts += [
-            f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"
+            counted(number, str(severity), "info" if severity is Severity.INFO else None)
             for severity, number in counts
             if number
         ]
@@ -120,7 +121,7 @@ def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
             _number(largest(layer.eval_shift_std)),
             _number(largest(layer.eval_log_variance_ratio)),
         )
-    more = [Text(f"and {rest} more layer{'' if rest == 1 else 's'}", style="dim")] if rest else []
+    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
     return Group(title, table, *more)
 
 

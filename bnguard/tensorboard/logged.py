@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
     plugin_event_multiplexer,
 )
 
+from bnguard.report.lines import counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.reader import LogReader, SeriesCache
 from bnguard.tensorboard.records import Record
@@ -58,13 +59,13 @@ class LoggedRun:
         if self.problem:
             return f"{name} · cannot be shown: {_shown(self.problem)}"
         counts = [
-            f"{number} {severity}{'s' if number > 1 and severity != 'info' else ''}"
+            counted(number, severity, "info" if severity == "info" else None)
             for severity in _SEVERITIES
             if (number := sum(finding["severity"] == severity for finding in self.findings))
         ]
         head = (
-            f"{name} · {len(self.layers)} BN layers · step {self.first_step} to {self.last_step} · "
-            + (" · ".join(counts) or "nothing is wrong")
+            f"{name} · {counted(len(self.layers), 'BN layer')} · step {self.first_step} to "
+            f"{self.last_step} · {' · '.join(counts) or 'nothing is wrong'}"
         )
         return "\n".join([head, *map(_group_text, _groups(self.findings))])
 
