@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     )
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
     from bnguard.fixes.recalibrate import recalibrate
+    from bnguard.fixes.recalibration import Recalibration
     from bnguard.fixes.swap import swap
+    from bnguard.fixes.swapped import Swap
     from bnguard.inspection import inspect
     from bnguard.monitor import Monitor, watch
     from bnguard.report import Report
@@ -40,10 +42,12 @@ _HOMES = {
     "Finding": "bnguard.findings",
     "Fix": "bnguard.findings",
     "Monitor": "bnguard.monitor",
+    "Recalibration": "bnguard.fixes.recalibration",
     "Report": "bnguard.report",
     "Rule": "bnguard.rules",
     "Severity": "bnguard.findings",
     "Skipped": "bnguard.findings",
+    "Swap": "bnguard.fixes.swapped",
     "diagnose": "bnguard.whatif.diagnose",
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.fixes.recalibrate",
@@ -63,10 +67,12 @@ __all__ = [
     "Finding",
     "Fix",
     "Monitor",
+    "Recalibration",
     "Report",
     "Rule",
     "Severity",
     "Skipped",
+    "Swap",
     "__version__",
     "diagnose",
     "inspect",

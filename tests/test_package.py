@@ -42,6 +42,7 @@ def test_watching_imports_neither_lightning_nor_rich():
 
 
 def test_every_public_name_exists():
+    assert sorted(bnguard.__all__) == sorted(["__version__", *bnguard._HOMES])
     for name in bnguard.__all__:
         assert getattr(bnguard, name) is not None
     assert dir(bnguard) == sorted(bnguard.__all__)
