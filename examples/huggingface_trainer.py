@@ -35,10 +35,11 @@ def main() -> None:
             model=ResNetForImageClassification(config),
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=40,
+                max_steps=60,
+                learning_rate=5e-3,  # the default is meant for large networks that were trained
                 per_device_train_batch_size=32,
                 eval_strategy="steps",
-                eval_steps=20,
+                eval_steps=30,
                 report_to=[],
                 use_cpu=True,
                 disable_tqdm=True,
