@@ -1,7 +1,7 @@
 """Adapt a trained network to a domain that it has not seen, from a few unlabelled samples.
 
 The digits of the new domain are darker and have less contrast. Their statistics replace those of
-training; with a prior these keep some weight, for samples that are too few to be relied on.
+training; with a prior these keep some weight, which helps where samples are few.
 
 python examples/adapt_to_new_domain.py
 """
@@ -21,7 +21,7 @@ def block(inputs: int, outputs: int) -> nn.Module:
 
 
 def new_domain(images: Tensor) -> Tensor:
-    return 0.35 * images - 0.5 + 0.1 * torch.randn(images.shape)
+    return 0.7 * images - 0.15 + 0.1 * torch.randn(images.shape)
 
 
 def main() -> None:
@@ -47,13 +47,12 @@ def main() -> None:
         return (model(target).argmax(1) == labels[test]).float().mean().item()
 
     unlabelled = new_domain(images[few])
-    for prior in (0, 8):
+    for count, prior in ((32, 0), (2, 0), (2, 4)):
         result = bnguard.recalibrate(
-            model, unlabelled.split(8), method="adapt", prior=prior, score=accuracy
+            model, [unlabelled[:count]], method="adapt", prior=prior, score=accuracy
         )
-        print(result)
-        before, after = result.score_before, result.score_after
-        print(f"bnguard · prior of {prior} samples: accuracy {before:.1%} → {after:.1%}\n")
+        print(f"bnguard · {count} samples, and a prior of {prior}")
+        print(result, end="\n\n")
         result.undo()
 
 
