@@ -102,8 +102,8 @@ def diagnose(
         training = None if reference is None else read(reference, name="reference")
         # In the modes that the user holds the layers in: frozen ones keep their statistics.
         cure = partial(recalibrated, inner, layers, forward=forward, progress=progress)
-        cures = {} if training is None else {"reference": cure(training)}
-        cures["evaluation"] = cure(evaluation)
+        by_training = None if training is None else cure(training)
+        by_evaluation = cure(evaluation)
         model.eval()
         bench = Bench(
             model=model,
@@ -114,34 +114,17 @@ def diagnose(
             score=score,
             samples=evaluation,
         )
-        if cures["evaluation"].left_out:
-            bench = bench.without_nonfinite_batches(cures["evaluation"].statistics)
+        bench = _without_left_out(bench, by_evaluation)
         stored = {layer.name: running_statistics(layer) for layer in layers}
-        told = None
-        if training is not None:
+        cures: dict[str, Cure] = {}
+        told: Training | None = None
+        if training is not None and by_training is not None:
             on_training = replace(bench, score=None, samples=training)
-            if cures["reference"].left_out:
-                on_training = on_training.without_nonfinite_batches(cures["reference"].statistics)
-            averaged = averaged_over_batches(on_training, stored)
-            told = told_by_training(on_training, cures["reference"], averaged)
-            if averaged.changes:
-                cures = {"reference": cures["reference"], "averaged": averaged} | cures
+            cures, told = _from_training(on_training, by_training, stored)
+        cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measured_table(bench, stored, statistics, batch_sizes)
-        cause = named_cause(
-            Numbers(
-                rows=table.rows,
-                samples=len(bench.samples),
-                training=told,
-                poisoned=_poisoned(stored),
-                untouched=tuple(
-                    name for name in table.measured["stored"].arrived if stored[name].is_initial
-                ),
-                initial_weight=max(_initial_weight(layer, stored) for layer in layers),
-                input_drift=_input_drift(table, told),
-                expected_score=expected_score,
-            )
-        )
+        cause = named_cause(_numbers(bench, table, stored, told, expected_score))
         blamed = () if cause.cured_by is None else blamed_layers(bench, cures[cause.cured_by])
     return Diagnosis(
         rows=tuple(table.rows.values()),
@@ -167,9 +150,49 @@ def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[N
         yield
 
 
-def _poisoned(stored: Statistics) -> tuple[str, ...]:
-    return tuple(
-        name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
+def _without_left_out(bench: Bench, cure: Cure) -> Bench:
+    """Return a bench without the batches that a cure, computed from its samples, left out."""
+    return bench.without_nonfinite_batches(cure.statistics) if cure.left_out else bench
+
+
+def _from_training(
+    bench: Bench, cure: Cure, stored: Statistics
+) -> tuple[dict[str, Cure], Training]:
+    """Return the cures from the training data, by the name of their row, and what else they tell.
+
+    Args:
+        bench: The model on the training data.
+        cure: The statistics of all of them.
+        stored: The statistics that the model has.
+    """
+    bench = _without_left_out(bench, cure)
+    averaged = averaged_over_batches(bench, stored)
+    cures = {"reference": cure}
+    if averaged.changes:
+        cures["averaged"] = averaged
+    return cures, told_by_training(bench, cure, averaged)
+
+
+def _numbers(
+    bench: Bench,
+    table: Table,
+    stored: Statistics,
+    training: Training | None,
+    expected_score: float | None,
+) -> Numbers:
+    """Return what the cause is told from."""
+    reached = table.measured["stored"].arrived
+    return Numbers(
+        rows=table.rows,
+        samples=len(bench.samples),
+        training=training,
+        poisoned=tuple(
+            name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
+        ),
+        untouched=tuple(name for name in reached if stored[name].is_initial),
+        initial_weight=max(_initial_weight(layer, stored) for layer in bench.layers),
+        input_drift=_input_drift(table, training),
+        expected_score=expected_score,
     )
 
 
