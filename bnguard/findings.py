@@ -63,8 +63,8 @@ class Fix:
 
     Attributes:
         summary: The next step in one sentence.
-        repair: Name of the repair in ``bnguard.fixes.FIXES`` that does it, None where the user's
-            own code has to change.
+        repair: The command that does it on a checkpoint, ``"recalibrate"`` or ``"swap"``, which
+            is the name of the function, too; None where the user's own code has to change.
     """
 
     summary: str

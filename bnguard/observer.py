@@ -16,7 +16,6 @@ from bnguard.history import (
     LayerHistory,
     ModeGap,
     Run,
-    Stream,
 )
 from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.preflight import Plan
@@ -304,13 +303,7 @@ class Observer:
             frozen_calls_after=shapes.frozen_calls_after,
             unfrozen_step=shapes.unfrozen_step,
             calls_per_forward=shapes.most_calls,
-            streams=tuple(
-                Stream(mean=mean, var_unbiased=var, batches=batches)
-                for (mean, var), batches in (
-                    (values.cpu().numpy(), batches)
-                    for values, batches in self._streams.streams(layer.name)
-                )
-            ),
+            streams=self._streams.streams(layer.name),
             samples=shapes.samples(),
             values_per_channel=counts,
             batch_of_one_step=self._batch_of_one_steps.get(layer.name),

@@ -36,6 +36,19 @@ def test_a_healthy_run_is_accused_of_nothing(seed, build, flat):
     assert len(report.layers) == len(bnguard.layers.find_layers(model))
 
 
+def test_the_state_of_a_version_that_kept_more_is_resumed():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    with bnguard.watch(model, strict=True) as monitor:
+        model(torch.randn(16, 4))
+        monitor.step()
+        state = monitor.state_dict()
+    state["windows"]["1"] |= {"var_min": torch.ones(8), "last_step": 1}
+    resumed = bnguard.watch(model, strict=True)
+    resumed.load_state_dict(state)
+    (layer,) = resumed.report().layers
+    assert layer.window.mean == pytest.approx(state["windows"]["1"]["mean"].numpy())
+
+
 def poisoned_run(restore):
     """Train with one NaN batch, whose optimizer step the loop skips, as a gradient scaler does."""
     images, labels = digits()

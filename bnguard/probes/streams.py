@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
+from bnguard.history import Stream
 from bnguard.layers import BatchNormLayer
 from bnguard.probes.autograd import is_recomputing
 from bnguard.probes.hooks import Hooks, Note
@@ -39,17 +39,15 @@ class StreamProbe:
                 record = self._shapes.records[layer.name]
                 self.hooks.after(layer.module, _noted(layer, record, averages))
 
-    def streams(self, layer: str) -> list[tuple[Tensor, int]]:
-        """Return the average statistics of the first, second, … call in a step, ``(2, C)``.
-
-        And of how many batches each is the average.
-        """
+    def streams(self, layer: str) -> tuple[Stream, ...]:
+        """Return the average statistics of the first, second, … call of a layer in a step."""
         averages = self._averages.get(layer, [])
-        return [
-            (value, average.batches)
+        return tuple(
+            Stream(mean=mean, var_unbiased=var, batches=average.batches)
             for average in averages
             if (value := average.value()) is not None
-        ]
+            for mean, var in [value.cpu().numpy()]
+        )
 
 
 def _noted(layer: BatchNormLayer, record: ShapeRecord, averages: list[Average]) -> Note:

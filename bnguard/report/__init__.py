@@ -1,4 +1,4 @@
-"""What is shown to people and machines: reports, and how they are drawn, stored and plotted."""
+"""What is shown to people and machines: reports, and how they are drawn and stored."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import LayerHistory
@@ -57,26 +58,34 @@ class DeadChannels(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the channels without variance in all batches, or without running variance."""
-        var = None
+        is_dead = self.dead(layer)
+        if is_dead is None:
+            yield self._skipped(layer, "no variance is known")
+            return
+        if not is_dead.any():
+            return
+        share = float(is_dead.mean())
+        yield self._finding(
+            layer,
+            Severity.WARNING if share > self.max_dead_share else Severity.INFO,
+            f"{is_dead.sum()} of {is_dead.size} channels never vary: their output is a constant",
+            Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
+            _fix(layer),
+            channels=tuple(map(int, np.flatnonzero(is_dead))),
+        )
+
+    def dead(self, layer: LayerHistory) -> npt.NDArray[np.bool_] | None:
+        """Return which channels never vary, shape ``(C,)``; None where no variance is known."""
         if layer.window is not None:
             var = layer.window.var_max
         elif layer.running is not None:
             var = layer.running.var
-        if var is None or not np.isfinite(var).any():
-            yield self._skipped(layer, "no variance is known")
-            return
-        dead = np.flatnonzero(np.isfinite(var) & (np.abs(var) <= self.max_var_in_eps * layer.eps))
-        if not dead.size:
-            return
-        share = float(dead.size / var.size)
-        yield self._finding(
-            layer,
-            Severity.WARNING if share > self.max_dead_share else Severity.INFO,
-            f"{dead.size} of {var.size} channels never vary: their output is a constant",
-            Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
-            _fix(layer),
-            channels=tuple(map(int, dead)),
-        )
+        else:
+            return None
+        is_known = np.isfinite(var)
+        if not is_known.any():
+            return None
+        return is_known & (np.abs(var) <= self.max_var_in_eps * layer.eps)
 
 
 def _fix(layer: LayerHistory) -> Fix:

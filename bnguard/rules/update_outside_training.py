@@ -65,42 +65,52 @@ class UpdateOutsideTraining(Rule):
         if layer.running is None or not layer.is_updating:
             return
         if layer.calls_in_evaluation > self.max_calls_in_evaluation:
-            yield self._finding(
-                layer,
-                Severity.WARNING,
-                f"the layer was in train mode during evaluation: {layer.calls_in_evaluation} "
-                "batches of it went into the running statistics",
-                Evidence(
-                    "batches of evaluation in the statistics",
-                    layer.calls_in_evaluation,
-                    self.max_calls_in_evaluation,
-                ),
-                _EVAL,
-            )
-            return
-        steps = layer.run.steps
-        is_usual = layer.steps_without_grad > self.max_share_of_steps * steps
+            yield self._in_evaluation(layer)
+        elif self._is_unusual(layer):
+            is_evaluation = layer.calls_between_steps > self.max_calls_without_grad
+            yield self._between_steps(layer) if is_evaluation else self._without_grad(layer)
+
+    def _is_unusual(self, layer: LayerHistory) -> bool:
+        """Return whether some calls ran under ``no_grad``, and most of the steps had none."""
         with_grad = layer.calls_in_training - layer.calls_without_grad
-        if is_usual or not with_grad or layer.calls_without_grad <= self.max_calls_without_grad:
-            return
-        if layer.calls_between_steps > self.max_calls_without_grad:
-            yield self._finding(
-                layer,
-                Severity.WARNING,
-                f"{layer.calls_between_steps} batches went into the running statistics under "
-                f"no_grad, before {layer.steps_with_calls_between} of {steps} steps, and none came "
-                "there in eval mode: an evaluation without eval()",
-                Evidence(
-                    "batches under no_grad", layer.calls_between_steps, self.max_calls_without_grad
-                ),
-                _EVAL,
-            )
-            return
-        yield self._finding(
+        is_usual = layer.steps_without_grad > self.max_share_of_steps * layer.run.steps
+        has_some = layer.calls_without_grad > self.max_calls_without_grad
+        return has_some and bool(with_grad) and not is_usual
+
+    def _in_evaluation(self, layer: LayerHistory) -> Finding:
+        return self._finding(
+            layer,
+            Severity.WARNING,
+            f"the layer was in train mode during evaluation: {layer.calls_in_evaluation} "
+            "batches of it went into the running statistics",
+            Evidence(
+                "batches of evaluation in the statistics",
+                layer.calls_in_evaluation,
+                self.max_calls_in_evaluation,
+            ),
+            _EVAL,
+        )
+
+    def _between_steps(self, layer: LayerHistory) -> Finding:
+        return self._finding(
+            layer,
+            Severity.WARNING,
+            f"{layer.calls_between_steps} batches went into the running statistics under "
+            f"no_grad, before {layer.steps_with_calls_between} of {layer.run.steps} steps, and "
+            "none came there in eval mode: an evaluation without eval()",
+            Evidence(
+                "batches under no_grad", layer.calls_between_steps, self.max_calls_without_grad
+            ),
+            _EVAL,
+        )
+
+    def _without_grad(self, layer: LayerHistory) -> Finding:
+        return self._finding(
             layer,
             Severity.INFO,
             f"{layer.calls_without_grad} batches went into the statistics under no_grad, in "
-            f"{layer.steps_without_grad} of {steps} steps: re-estimation, or a missing eval()",
+            f"{layer.steps_without_grad} of {layer.run.steps} steps: re-estimation, or a missing "
+            "eval()",
             Evidence(
                 "batches under no_grad", layer.calls_without_grad, self.max_calls_without_grad
             ),

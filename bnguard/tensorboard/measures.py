@@ -9,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bnguard.history import LayerHistory
+from bnguard.rules import DeadChannels
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 from bnguard.tensorboard.metadata import Metric
 
 # Share of the channels that a layer's number speaks for, as in the rules on drift.
 _CHANNEL_QUANTILE = 0.9
+
+# Which channels of a layer never vary, as BN204 sees it.
+dead_channels = DeadChannels().dead
 
 
 def measured(layers: Sequence[LayerHistory], metrics: Sequence[Metric]) -> npt.NDArray[np.float32]:
@@ -66,9 +70,8 @@ def _gain(layer: LayerHistory) -> float:
 
 
 def _dead_channel_share(layer: LayerHistory) -> float:
-    if layer.window is None or layer.window.var_max.size == 0:
-        return math.nan
-    return float(np.mean(layer.window.var_max <= layer.eps))
+    is_dead = dead_channels(layer)
+    return math.nan if is_dead is None else float(is_dead.mean())
 
 
 def _batch_mean(layer: LayerHistory) -> float:

@@ -9,7 +9,7 @@ from bnguard.history import LayerHistory
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.lean import lean_scalars
-from bnguard.tensorboard.measures import measured
+from bnguard.tensorboard.measures import dead_channels, measured
 from bnguard.tensorboard.metadata import standard_metrics
 from bnguard.tensorboard.records import SUBJECTS, Record, finding_record, repair_command
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
@@ -96,5 +96,6 @@ def _snapshot(layer: LayerHistory) -> ChannelSnapshot | None:
         eval_var=None if evaluated is None else evaluated.var_unbiased,
         gamma=layer.gamma,
         beta=layer.beta,
+        is_dead=dead_channels(layer),
         eps=layer.eps,
     )

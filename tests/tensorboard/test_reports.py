@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
-from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.logged import logged_runs, open_log
 from bnguard.tensorboard.measures import MEASURES, measured
-from bnguard.tensorboard.metadata import standard_metrics
+from bnguard.tensorboard.metadata import CHANNEL_ROWS, standard_metrics
 from bnguard.tensorboard.reports import ReportLog
 from tests.networks import conv_net, train
 
@@ -45,6 +46,24 @@ def test_what_was_observed_is_what_is_read(tmp_path):
     assert {record["code"] for record in run.findings} >= {"BN303"}
     scalars = log.scalars(report)
     assert scalars["bnguard/eval_shift_std/max"] == float(by_key["eval_shift_std"].max())
+
+
+def test_channels_are_as_dead_as_the_rule_finds_them(tmp_path):
+    model = nn.BatchNorm1d(4)
+    with SummaryWriter(tmp_path) as writer, bnguard.watch(model) as monitor:
+        log = ReportLog([writer])
+        # The variance of the second is between a tenth of eps and eps.
+        batch = torch.randn(64, 4) * torch.tensor([1.0, 2e-3, 1e-4, 0.0])
+        model(batch)
+        monitor.step()
+        report = monitor.report()
+        log.add_channels(report, 1)
+    (finding,) = [found for found in report.findings if found.code == "BN204"]
+    assert finding.channels == (2, 3)
+    (metric,) = [metric for metric in standard_metrics() if metric.key == "dead_channel_share"]
+    assert measured(report.layers, [metric]).item() == 0.5
+    series = open_log(tmp_path).channels(".", "")
+    assert series.values[-1, CHANNEL_ROWS.index("is_dead")].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_a_model_without_bn_writes_nothing(tmp_path):
