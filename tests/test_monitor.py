@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
+from bnguard.errors import ConfigurationError
 from bnguard.findings import Severity
 from bnguard.rules import Rule
 from tests.networks import conv_net, digits, mlp, train
@@ -321,3 +322,18 @@ def test_what_the_user_raises_passes():
         monitor.step()
     with pytest.raises(ValueError, match="mine"), monitor.evaluation():
         raise ValueError("mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, "watch takes a model, not a NoneType"),
+        ({"optimizer": mlp().parameters()}, "several of them, not a Parameter"),
+        ({"optimizer": 3}, "several of them, not a int"),
+        ({"rules": ["BN301"]}, r"rules takes objects of bnguard.rules.Rule, not 'BN301'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_watched_is_answered_in_one_line(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        bnguard.watch(**{"model": mlp(), **arguments})

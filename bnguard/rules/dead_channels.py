@@ -29,7 +29,8 @@ class DeadChannels(Rule):
         healthy networks: ``info``.
 
     Limits:
-        max_var_in_eps: 0.1 of eps, 1e-6 as a rule: below it eps alone sets the scale.
+        max_var_in_eps: 0.1 of eps, of 1e-5 where eps is larger: 1e-6 as a rule. Below it eps alone
+            sets the scale; above it an eps that was chosen large only damps what does vary.
         max_dead_share: 0.5 of a layer's channels, beyond which it is a ``warning``; dead ReLUs
             before a layer make it 1, healthy networks of the zoo have at most a few channels.
 
@@ -65,21 +66,30 @@ class DeadChannels(Rule):
         if var is None or not np.isfinite(var).any():
             yield self._skipped(layer, "no variance is known")
             return
-        dead = np.flatnonzero(np.isfinite(var) & (np.abs(var) <= self.max_var_in_eps * layer.eps))
+        least = self.max_var_in_eps * min(layer.eps, _USUAL_EPS)
+        dead = np.flatnonzero(np.isfinite(var) & (np.abs(var) <= least))
         if not dead.size:
             return
         share = float(dead.size / var.size)
         yield self._finding(
             layer,
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
-            f"{dead.size} of {var.size} channels never vary: their output is a constant",
+            f"{dead.size} of {var.size} channels vary by next to nothing, a variance of "
+            f"{np.max(np.abs(var[dead])):.2g} at most: their output is as good as constant",
             Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
             _fix(layer),
             channels=tuple(map(int, dead)),
         )
 
 
+# PyTorch's default. A larger eps is no sign that channels are dead.
+_USUAL_EPS = 1e-5
+
+
 def _fix(layer: LayerHistory) -> Fix:
     if layer.position == 0:
-        return Fix("look for constant channels in the data, then at what stands before the layer")
+        return Fix(
+            "look for channels of the data that are constant, or of so small a scale that they "
+            "want standardising; then at what stands before the layer"
+        )
     return Fix("BN before the activation; look at learning rate and input of the layer before")
