@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,11 +66,16 @@ class Configuration:
     limits: Mapping[str, Mapping[str, Limit]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*(self.select or ()), *self.ignore):
-            codes_meant(name)
-        for names in self.per_layer_ignores.values():
-            for name in names:
-                codes_meant(name)
+        chosen = {"select": self.select or (), "ignore": self.ignore}
+        for key, names in (*chosen.items(), *self.per_layer_ignores.items()):
+            if isinstance(names, str):
+                raise ConfigurationError(f"{key} has to be a list of codes, not {names!r}")
+            _codes(names)
+        for name, changed in self.limits.items():
+            if not isinstance(changed, Mapping):
+                raise ConfigurationError(
+                    f"limits of {name} have to be numbers by name, not {changed!r}"
+                )
         self.rules()
 
     def changed(
@@ -95,11 +101,22 @@ class Configuration:
         )
 
     def rules(self, rules: Iterable[Rule] = RULES) -> tuple[Rule, ...]:
-        """Return those of the rules that run, with their limits; rules of a user's own all do."""
+        """Return those of the rules that run, with their limits; rules of a user's own all do.
+
+        Raises:
+            ConfigurationError: One of them is no rule.
+        """
         own = {rule.code for rule in RULES}
         selected = own if self.select is None else _codes(self.select)
         running = selected - _codes(self.ignore)
         limits = {rule_named(name).code: changed for name, changed in self.limits.items()}
+        rules = tuple(rules)
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ConfigurationError(
+                    f"rules takes objects of bnguard.rules.Rule, not {rule!r}: select=[...] takes "
+                    "codes"
+                )
         return tuple(
             with_limits(rule, limits.get(rule.code, {}))
             for rule in rules
@@ -147,6 +164,9 @@ def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
             raise ConfigurationError(f"{rule.code} has no limit {name!r}: {hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigurationError(f"{rule.code}: {name} has to be a number, not {value!r}")
+        if math.isnan(value) or (name.endswith("_quantile") and not 0.0 <= value <= 1.0):
+            kind = "between 0 and 1" if name.endswith("_quantile") else "a number"
+            raise ConfigurationError(f"{rule.code}: {name} has to be {kind}, not {value!r}")
     return dataclasses.replace(rule, **limits) if limits else rule
 
 

@@ -101,10 +101,26 @@ def inspect_checkpoint(
 
 
 def _check_subject(what: str, subject: object) -> None:
-    from torch import nn
+    from torch import Tensor, nn
 
-    if not isinstance(subject, nn.Module | Mapping):
+    if isinstance(subject, nn.Module):
+        return
+    if not isinstance(subject, Mapping):
         raise ConfigurationError(f"{what} a model or a state dict, not a {type(subject).__name__}")
+    statistics = {key: value for key, value in subject.items() if _is_statistic(key)}
+    for key, value in statistics.items():
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(f"{key} has to be a tensor, not a {type(value).__name__}")
+    for key, value in subject.items():
+        if not statistics and isinstance(value, Mapping) and any(map(_is_statistic, value)):
+            raise ConfigurationError(
+                f"{what} a model or a state dict, and the BN layers are in its entry {key!r}: pass "
+                "that"
+            )
+
+
+def _is_statistic(key: object) -> bool:
+    return str(key).endswith(("running_mean", "running_var"))
 
 
 def _beside(
@@ -157,6 +173,12 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
         prefix = key.removesuffix("running_mean")
         if prefix == key or f"{prefix}running_var" not in state_dict:
             continue
+        var = state_dict[f"{prefix}running_var"]
+        if mean.shape != var.shape:
+            raise ConfigurationError(
+                f"{key} has shape {tuple(mean.shape)}, running_var {tuple(var.shape)}: they belong "
+                "to different layers"
+            )
         gamma, beta = on_host([state_dict.get(f"{prefix}{name}") for name in ("weight", "bias")])
         yield LayerHistory(
             name=prefix.removesuffix("."),
@@ -168,7 +190,7 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
             statistics_dtype=str(mean.dtype).removeprefix("torch."),
             running=running_statistics(
                 mean,
-                state_dict[f"{prefix}running_var"],
+                var,
                 state_dict.get(f"{prefix}num_batches_tracked"),
             ),
         )

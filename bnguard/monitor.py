@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from bnguard.announcements import Announcements
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
+from bnguard.errors import ConfigurationError
 from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity
 from bnguard.history import BatchWindow, History, Run
@@ -96,7 +97,8 @@ def watch(
             from then on: the training goes on.
 
     Raises:
-        ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
+        ConfigurationError: The model or the optimizer is something else, or a rule or a limit does
+            not exist; the message has the nearest name.
 
     Example:
         >>> import torch
@@ -108,6 +110,8 @@ def watch(
         >>> monitor.report().findings
         ()
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"watch takes a model, not a {type(model).__name__}")
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -386,4 +390,11 @@ def _window_of(state: dict[str, Any]) -> BatchWindow:
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, Optimizer) else tuple(given)
+    optimizers = tuple(given) if isinstance(given, Iterable) else (given,)
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigurationError(
+                "optimizer has to be what trains the model, or several of them, not a "
+                f"{type(optimizer).__name__}"
+            )
+    return optimizers

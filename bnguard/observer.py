@@ -113,6 +113,7 @@ class Observer:
         self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1
+        self._samples.start_step()
         if self._origin is not None:
             self._origin.step = step + 1
         self._batches.read(step)
@@ -152,7 +153,7 @@ class Observer:
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
-        moments = EvalProbe(self.layers, self._eval_batches)
+        moments = EvalProbe(self._model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         gap = GapProbe(self._model, self.layers)
         self._evaluation_hooks = (moments.hooks, gap.hooks)

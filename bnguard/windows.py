@@ -107,6 +107,8 @@ class EvalWindow:
             evaluation is sorted, so that its first batches do not stand for the rest.
         is_between_shown: Whether independent samples would seldom give as large a share: pairs,
             unless they are many, cannot show it.
+        dropout_before: Class of the dropout that acts between the BN layer before and this one, in
+            training alone; empty where none was called.
         running: The running statistics at that time.
         step: Training step after which the evaluation ran.
     """
@@ -125,6 +127,7 @@ class EvalWindow:
     var_between: FloatArray | None = None
     between_share: float = 0.0
     is_between_shown: bool = True
+    dropout_before: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,7 +150,7 @@ class InputWindow:
     """How much the batches that the model was given differ, over the newest window of training.
 
     Attributes:
-        batches: Batches observed.
+        batches: Batches that were compared: one more than the degrees of freedom.
         variance_ratio: Variance of the batch means times the samples of a batch, over the variance
             of the samples of a batch, a value for each of some numbers of a sample; those that
             never vary are left out. Samples that are drawn independently give 1.

@@ -47,7 +47,12 @@ def test_what_is_ignored_does_not_run_also_where_it_is_selected():
         ({"limits": {"BN301": {"max_shift": 2}}}, "did you mean max_shift_std"),
         ({"limits": {"BN301": {"max_shift_std": "2"}}}, "has to be a number"),
         ({"limits": {"BN301": {"max_shift_std": True}}}, "has to be a number"),
+        ({"limits": {"BN301": {"max_shift_std": float("nan")}}}, "has to be a number, not nan"),
+        ({"limits": {"BN301": {"channel_quantile": 90}}}, "has to be between 0 and 1, not 90"),
+        ({"limits": {"BN301": 2.0}}, "limits of BN301 have to be numbers by name, not 2.0"),
         ({"limits": {"drift": {}}}, "no rule is called 'drift'"),
+        ({"select": "BN301"}, "select has to be a list of codes, not 'BN301'"),
+        ({"per_layer_ignores": {"head.*": "BN1"}}, r"head.\* has to be a list of codes"),
     ],
     ids=str,
 )

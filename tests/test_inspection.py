@@ -126,6 +126,13 @@ def test_an_average_with_its_own_statistics_is_not_accused():
     ("subject", "reference", "message"),
     [
         ([1], None, "inspect takes a model or a state dict, not a list"),
+        ({"state_dict": conv_net().state_dict()}, None, "are in its entry 'state_dict': pass that"),
+        ({"bn.running_mean": [0.0]}, None, "bn.running_mean has to be a tensor, not a list"),
+        (
+            {"bn.running_mean": torch.zeros(7), "bn.running_var": torch.ones(8)},
+            None,
+            r"bn.running_mean has shape \(7,\), running_var \(8,\)",
+        ),
         (conv_net(), 3, "reference has to be a model or a state dict, not a int"),
         (conv_net(), nn.Linear(2, 2), "no weight in common"),
         ({}, {}, "no weight in common"),
@@ -158,3 +165,19 @@ def test_rules_limits_and_layers_are_chosen_as_in_watch(tmp_path, monkeypatch):
     )
     assert told() == {("BN103", "1")}
     assert told(ignore=[], per_layer_ignores={}) == both
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        nn.BatchNorm1d(8, device="meta"),
+        nn.BatchNorm1d(8, device="meta").state_dict(),
+        nn.LazyBatchNorm1d(),
+    ],
+    ids=["meta", "state dict", "lazy"],
+)
+def test_statistics_without_values_are_no_untracked_ones(subject):
+    report = bnguard.inspect(subject)
+    assert report.findings == ()
+    reasons = {skipped.code: skipped.reason for skipped in report.skipped}
+    assert reasons["BN104"] == "the running statistics hold no values yet"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
+from bnguard.errors import ConfigurationError
 from bnguard.findings import Severity
 from bnguard.rules import Rule
 from tests.networks import conv_net, digits, mlp, train
@@ -336,14 +337,16 @@ def test_what_the_user_raises_passes():
         raise ValueError("mine")
 
 
-def test_the_state_of_a_version_that_kept_more_is_resumed():
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-    with bnguard.watch(model, strict=True) as monitor:
-        model(torch.randn(16, 4))
-        monitor.step()
-        state = monitor.state_dict()
-    state["windows"]["1"] |= {"var_min": torch.ones(8), "last_step": 1}
-    resumed = bnguard.watch(model, strict=True)
-    resumed.load_state_dict(state)
-    (layer,) = resumed.report().layers
-    assert layer.window.mean == pytest.approx(state["windows"]["1"]["mean"].numpy())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, "watch takes a model, not a NoneType"),
+        ({"optimizer": mlp().parameters()}, "several of them, not a Parameter"),
+        ({"optimizer": 3}, "several of them, not a int"),
+        ({"rules": ["BN301"]}, r"rules takes objects of bnguard.rules.Rule, not 'BN301'"),
+    ],
+    ids=["no model", "parameters", "a number", "a code"],
+)
+def test_what_cannot_be_watched_is_answered_in_one_line(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        bnguard.watch(**{"model": mlp(), **arguments})

@@ -6,12 +6,13 @@ evaluation may be sorted, and its first batches unlike the rest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.history import EvalWindow, RunningStatistics
 from bnguard.layers import BatchNormLayer
@@ -27,17 +28,43 @@ class EvalProbe:
     """Takes the moments of what arrives at each layer in eval mode, for its first calls.
 
     Args:
+        model: The model, whose dropouts are noted where they stand before a layer.
         layers: The layers to watch.
         max_calls: First calls of a layer that are read; of the rest ever fewer are.
     """
 
-    def __init__(self, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
         self.hooks = Hooks()
         self._layers = tuple(layers)
         self._records: dict[str, _Record] = {}
+        self._dropouts: list[str] = []
         for layer in self._layers:
             record = self._records[layer.name] = _Record()
+            self.hooks.before(layer.module, self._ordered(record))
             self.hooks.before(layer.module, _noted(layer, record, max_calls))
+        for module in model.modules():
+            if _drops(module):
+                self.hooks.before(module, self._dropped(module))
+
+    def _ordered(self, record: _Record) -> Note:
+        """Note which dropouts were called, for the first time, before a layer was."""
+
+        def note(args: tuple[object, ...]) -> None:
+            if not record.is_called:
+                record.is_called = True
+                record.dropout = next(iter(self._dropouts), "")
+                self._dropouts.clear()
+
+        return note
+
+    def _dropped(self, module: nn.Module) -> Note:
+        calls = itertools.count()
+
+        def note(args: tuple[object, ...]) -> None:
+            if next(calls) == 0:
+                self._dropouts.append(type(module).__name__)
+
+        return note
 
     def windows(self, step: int) -> dict[str, EvalWindow]:
         """Return what was read, beside the running statistics that the layers have now.
@@ -73,6 +100,8 @@ class _Record:
     """What the calls of one layer told."""
 
     parts: list[_Call] = field(default_factory=list)
+    is_called: bool = False
+    dropout: str = ""
     calls: int = 0
     dtype: str = ""
 
@@ -102,6 +131,7 @@ class _Record:
             var_between=None if var_between is None else var_between.cpu().numpy(),
             between_share=between_share,
             is_between_shown=is_between_shown,
+            dropout_before=self.dropout,
             running=running,
             step=step,
         )
@@ -170,6 +200,17 @@ def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
         )
 
     return note
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module drops values, or paths, in training, as other people's do as well.
+
+    >>> [_drops(module) for module in (nn.Dropout(0.5), nn.Dropout2d(0.0), nn.ReLU())]
+    [True, False, False]
+    """
+    is_named = any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))
+    is_leaf = next(module.children(), None) is None
+    return is_named and is_leaf and getattr(module, "p", 1.0) != 0.0
 
 
 def _is_read(call: int, first: int) -> bool:

@@ -6,7 +6,9 @@ one batch to the next, would make the batches differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,77 +19,126 @@ from bnguard.moments import mean_and_biased_var
 from bnguard.stats import FloatArray
 
 # Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
-# so few that the look costs next to nothing. Of the batches after the first, one in four is read.
+# so few that the look costs next to nothing. Of the steps after the first, one in four is read.
 _MAX_FEATURES = 64
 _MAX_BATCHES = 64
-_FIRST_BATCHES = 8
+_FIRST_STEPS = 8
 _ONE_IN = 4
+
+# Calls of a step that are told apart; further ones share the last.
+_MAX_PLACES = 4
+# Share of the batches from which the rest, of odd steps, are no further places.
+_USUAL_SHARE = 0.75
 
 # From so many batches on a slow change of the data is told from batches that differ: what a
 # network that learns is fed by another one that does, as a discriminator is.
 _MIN_BATCHES_OF_TREND = 16
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What is kept of a batch.
+
+    Attributes:
+        origin: Its place among the calls of its step, the number of the step, and its samples.
+        mean: Mean of its samples.
+        variance: Their biased variance.
+    """
+
+    origin: tuple[int, int, int]
+    mean: Tensor
+    variance: Tensor
+
+
 class SampleProbe:
     """Compares the variance between batches with that between the samples of a batch.
 
-    Reads a few numbers of each sample in the first input, without waiting for the device.
+    Reads a few numbers of each sample in the first input, without waiting for the device. Where the
+    model is called several times a step, each batch is compared with those at the same place in
+    other steps of as many calls, and the place counts whose batches differ least: real and
+    generated images, of which a discriminator is given one after the other, differ on purpose, and
+    the latter from step to step, since the generator learns.
     """
 
     def __init__(self) -> None:
         self._newest: InputWindow | None = None
-        self._moments: list[tuple[Tensor, Tensor]] = []
-        self._times: list[int] = []
-        self._samples = 0
-        self._calls = 0
+        self._newest_count = 0
+        self._batches: list[_Batch] = []
+        self._steps = 0
+        self._is_read = True
+        self._place = 0
 
     def start_window(self) -> None:
         """Begin a new window, and keep the one that ends."""
-        self._newest = self.window()
-        self._moments, self._times, self._samples, self._calls = [], [], 0, 0
+        self._newest, self._newest_count = self.window(), max(len(self._batches), 2)
+        self._batches, self._steps, self._is_read = [], 0, True
+
+    def start_step(self) -> None:
+        """Let the calls that come now be those of the next step."""
+        self._steps += 1
+        self._place = 0
+        self._is_read = self._steps < _FIRST_STEPS or self._steps % _ONE_IN == 0
 
     def window(self) -> InputWindow | None:
         """Return the newest window with at least half of the batches of the last full one."""
-        batches, newest = len(self._moments), self._newest
-        if batches < 2 or (newest is not None and 2 * batches < newest.batches):
+        count, newest = len(self._batches), self._newest
+        if count < 2 or (newest is not None and 2 * count < self._newest_count):
             return newest
-        variances, means = (
-            torch.stack(part).cpu().double().numpy() for part in zip(*self._moments, strict=True)
+        means, variances = (
+            torch.stack(part).cpu().double().numpy()
+            for part in zip(*((batch.mean, batch.variance) for batch in self._batches), strict=True)
         )
         is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
         varies = is_finite & (variances > 0.0).any(0)
-        to_unbiased = self._samples / (self._samples - batches)
-        within = variances[:, varies].mean(0) * to_unbiased
-        between = _variance_beside_trend(means[:, varies], self._times)
-        ratio = self._samples / batches * between / within
-        return InputWindow(batches=batches, variance_ratio=ratio)
+        means, variances = means[:, varies], variances[:, varies]
+        places, steps, sizes = np.array([batch.origin for batch in self._batches]).T
+        calls = np.array([np.count_nonzero(steps == step) for step in steps])
+        groups = [
+            (places == place) & (calls == many)
+            for place, many in sorted(set(zip(places, calls, strict=True)))
+        ]
+        # One of several places may be fed by a network that learns, fast at first.
+        has_one_place = max(map(np.count_nonzero, groups)) > _USUAL_SHARE * count
+        enough = 2 if has_one_place else _MIN_BATCHES_OF_TREND
+        of_places = [
+            _of_place(means[here], variances[here], steps[here], sizes[here])
+            for here in groups
+            if np.count_nonzero(here) >= enough
+        ]
+        return min(of_places, key=_usual_ratio, default=newest)
 
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Take in what a batch brings to the model."""
-        self._calls += 1
-        if self._calls > _FIRST_BATCHES and self._calls % _ONE_IN:
-            return
-        if len(self._moments) >= _MAX_BATCHES:
+        place, self._place = min(self._place, _MAX_PLACES - 1), self._place + 1
+        if not self._is_read or len(self._batches) >= _MAX_BATCHES:
             return
         features = _features(inputs)
         if features is None:
             return
         with torch.no_grad():
             mean, variance = mean_and_biased_var(features)
-        if self._moments and self._moments[0][0].shape != mean.shape:
-            self._moments, self._times, self._samples = [], [], 0
-        self._moments.append((variance, mean))
-        self._times.append(self._calls)
-        self._samples += len(features)
+        if self._batches and self._batches[0].mean.shape != mean.shape:
+            self._batches = []
+        self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
 
 
-def _variance_beside_trend(means: FloatArray, times: Sequence[int]) -> FloatArray:
-    """Return the variance of batch means, those of many about a parabola in time, unbiased."""
-    if len(means) < _MIN_BATCHES_OF_TREND:
-        return np.asarray(means.var(0, ddof=1))
-    powers = np.vander(np.interp(times, (times[0], times[-1]), (-1.0, 1.0)), 3)
-    rest = means - powers @ np.linalg.lstsq(powers, means, rcond=None)[0]
-    return np.asarray(np.square(rest).sum(0) / (len(means) - powers.shape[1]))
+def _usual_ratio(window: InputWindow) -> float:
+    ratio = window.variance_ratio[np.isfinite(window.variance_ratio)]
+    return float(np.median(ratio)) if ratio.size else math.inf
+
+
+def _of_place(
+    means: FloatArray, variances: FloatArray, steps: FloatArray, sizes: FloatArray
+) -> InputWindow:
+    """Return how much the batches of one place differ; many of them beside a parabola in time."""
+    powers = 3 if len(means) >= _MIN_BATCHES_OF_TREND else 1
+    times = np.vander(np.interp(steps, (steps[0], steps[-1]), (-1.0, 1.0)), powers)
+    rest = means - times @ np.linalg.lstsq(times, means, rcond=None)[0]
+    freedom = len(means) - powers
+    between = sizes.mean() * np.square(rest).sum(0) / freedom
+    within = variances.mean(0) * sizes.sum() / (sizes.sum() - len(sizes))
+    with np.errstate(all="ignore"):
+        return InputWindow(batches=1 + freedom, variance_ratio=np.asarray(between / within))
 
 
 def _features(inputs: Sequence[Tensor]) -> Tensor | None:

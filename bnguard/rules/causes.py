@@ -219,6 +219,25 @@ def lag(drift: Drift) -> Cause | None:
     )
 
 
+def dropout(drift: Drift) -> Cause | None:
+    """What is dropped before the layer, in training alone, makes the variance there larger."""
+    batches, window = drift.from_batches(), drift.layer.window
+    if not drift.seen.dropout_before or window is None or batches is None or not batches.is_beyond:
+        return None
+    with np.errstate(all="ignore"):
+        is_smaller = np.nanmedian(drift.seen.var_unbiased - window.var_unbiased) < 0.0
+    worst = batches.worst
+    if worst is None or worst.unit == "σ" or not is_smaller:
+        return None
+    return Cause(
+        f"because {drift.seen.dropout_before} stands before the layer, and acts in training alone: "
+        "evaluation has less variance than the newest batches of training "
+        f"({worst.measure} against them {worst.value:.2g})",
+        Fix("move dropout behind the last BN layer, or lower its rate, and train on"),
+        (worst,),
+    )
+
+
 def moving_weights(drift: Drift) -> Cause | None:
     """The weights move so fast that the window of the newest batches is behind them as well."""
     window = drift.layer.window
@@ -294,6 +313,7 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     sorted_evaluation,
     noisy_average,
     lag,
+    dropout,
     moving_weights,
     small_batches,
     unsure_evaluation,

@@ -31,7 +31,9 @@ class CorrelatedBatches(ModelRule):
         numbers of each sample. Independent samples give 1. From 16 batches on a slow trend is left
         out, as where a discriminator is fed by a generator that learns. It is taken at the input of
         the model, before the first BN layer: deeper down the layers before re-centre each batch, so
-        that healthy ones swing, and weights that change make batches differ.
+        that healthy ones swing, and weights that change make batches differ. Where the model is
+        called several times a step, real and generated images in turn, batches are compared with
+        those of the same call in other steps, and the call whose batches differ least counts.
 
     Limits:
         min_variance_ratio: 2, below which no harm is to be expected.
@@ -93,7 +95,7 @@ class CorrelatedBatches(ModelRule):
             layer,
             Severity.WARNING,
             f"the batches differ {value:.2g} times as much as independent samples explain: they "
-            "are sorted, grouped, or neighbours",
+            "are sorted, grouped, or neighbours, or the data change as training goes on",
             Evidence("variance of batch means over the expected", value, limit),
             Fix("DataLoader(..., shuffle=True), or draw each batch from several groups"),
         )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.stats import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class DeadChannels(Rule):
         healthy networks: ``info``.
 
     Limits:
-        max_var_in_eps: 0.1 of eps, 1e-6 as a rule: below it eps alone sets the scale.
+        max_var_in_eps: 0.1 of eps, of 1e-5 where eps is larger: 1e-6 as a rule. Below it eps alone
+            sets the scale; above it an eps that was chosen large only damps what does vary.
         max_dead_share: 0.5 of a layer's channels, beyond which it is a ``warning``; dead ReLUs
             before a layer make it 1, healthy networks of the zoo have at most a few channels.
 
@@ -58,8 +60,8 @@ class DeadChannels(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the channels without variance in all batches, or without running variance."""
-        is_dead = self.dead(layer)
-        if is_dead is None:
+        var, is_dead = _var(layer), self.dead(layer)
+        if var is None or is_dead is None:
             yield self._skipped(layer, "no variance is known")
             return
         if not is_dead.any():
@@ -68,27 +70,41 @@ class DeadChannels(Rule):
         yield self._finding(
             layer,
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
-            f"{is_dead.sum()} of {is_dead.size} channels never vary: their output is a constant",
+            f"{is_dead.sum()} of {is_dead.size} channels vary by next to nothing, a variance of "
+            f"{np.abs(var[is_dead]).max():.2g} at most: their output is as good as constant",
             Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
             _fix(layer),
             channels=tuple(map(int, np.flatnonzero(is_dead))),
         )
 
     def dead(self, layer: LayerHistory) -> npt.NDArray[np.bool_] | None:
-        """Return which channels never vary, shape ``(C,)``; None where no variance is known."""
-        if layer.window is not None:
-            var = layer.window.var_max
-        elif layer.running is not None:
-            var = layer.running.var
-        else:
+        """Return which channels hardly vary, shape ``(C,)``; None where no variance is known."""
+        var = _var(layer)
+        if var is None:
             return None
-        is_known = np.isfinite(var)
-        if not is_known.any():
-            return None
-        return is_known & (np.abs(var) <= self.max_var_in_eps * layer.eps)
+        least = self.max_var_in_eps * min(layer.eps, _USUAL_EPS)
+        return np.isfinite(var) & (np.abs(var) <= least)
+
+
+def _var(layer: LayerHistory) -> FloatArray | None:
+    """Return the largest variance of each channel that was seen; None where none is finite."""
+    if layer.window is not None:
+        var = layer.window.var_max
+    elif layer.running is not None:
+        var = layer.running.var
+    else:
+        return None
+    return var if np.isfinite(var).any() else None
+
+
+# PyTorch's default. A larger eps is no sign that channels are dead.
+_USUAL_EPS = 1e-5
 
 
 def _fix(layer: LayerHistory) -> Fix:
     if layer.position == 0:
-        return Fix("look for constant channels in the data, then at what stands before the layer")
+        return Fix(
+            "look for channels of the data that are constant, or of so small a scale that they "
+            "want standardising; then at what stands before the layer"
+        )
     return Fix("BN before the activation; look at learning rate and input of the layer before")

@@ -35,8 +35,9 @@ class InputShift(ModelRule):
         against the running statistics, shift in standard deviations or log-variance ratio, the
         quantile over channels; the smaller of the two distances counts. Where weights move, the
         newest batches lag behind them: the limits are so many times larger as the batch means
-        spread wider over the window than from one batch to the next. ``info`` where the mode gap
-        was measured and shows no harm.
+        spread wider over the window than from one batch to the next. A variance that is smaller in
+        evaluation counts for nothing where dropout stands before the layer. ``info`` where the
+        mode gap was measured and shows no harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
@@ -108,6 +109,11 @@ class InputShift(ModelRule):
             shift=np.minimum(*(distance.shift for distance in distances)),
             ratio=np.minimum(*(distance.ratio for distance in distances)),
         )
+        if seen.dropout_before:
+            is_by_dropout = seen.var_unbiased < window.var_unbiased
+            distance = dataclasses.replace(
+                distance, ratio=np.where(is_by_dropout, 0.0, distance.ratio)
+            )
         if distance.worst is None:
             yield self._skipped(layer, "no channel has finite statistics")
             return

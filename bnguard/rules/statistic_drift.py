@@ -42,7 +42,8 @@ class StatisticDrift(ExplainedRule):
         and BN202 small batches). Otherwise the newest batches of training tell. Where they agree
         with evaluation, being nearer to it by far, the average is at fault: it lags behind the
         weights, or, where the shift is within three times its own uncertainty, it holds too few
-        batches. Where they do not, noisy small batches, other data (at the first layer) or
+        batches. Where they do not, dropout before the layer (where the variance
+        is smaller in evaluation), noisy small batches, other data (at the first layer) or
         something between the layers that acts otherwise in eval mode is. What begins at one layer
         is told of those after it.
         Only some batches of an evaluation are looked at: the first few, and then each whose number

@@ -127,8 +127,8 @@ class UnconvergedStatistics(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and variance 1, "
-            "but batches have a mean so far from it that this shifts the running one: "
+            f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
+            "variance 1, but batches have a mean so far from it that this shifts the running one: "
             f"{updates} updates, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(

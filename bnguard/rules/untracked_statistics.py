@@ -65,7 +65,10 @@ class UntrackedStatistics(Rule):
             max(layer.calls_in_training, self.max_untracked_calls + 1),
             self.max_untracked_calls,
         )
-        if layer.running is None:
+        has_no_values_yet = layer.channels == 0 or layer.statistics_dtype is not None
+        if layer.running is None and has_no_values_yet:
+            yield self._skipped(layer, "the running statistics hold no values yet")
+        elif layer.running is None:
             yield self._finding(
                 layer,
                 Severity.WARNING,

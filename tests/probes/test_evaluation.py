@@ -14,7 +14,7 @@ from bnguard.probes.evaluation import EvalProbe
 
 
 def window(model, batches, max_calls=8, mode=torch.no_grad):
-    probe = EvalProbe(find_layers(model), max_calls)
+    probe = EvalProbe(model, find_layers(model), max_calls)
     with mode():
         for batch in batches:
             model(batch)
@@ -129,7 +129,7 @@ def test_under_autocast_and_in_every_grad_mode(mode, dtype):
 
 
 def test_a_layer_in_train_mode_is_not_read():
-    probe = EvalProbe(find_layers(layer := nn.BatchNorm1d(2)), 8)
+    probe = EvalProbe(layer := nn.BatchNorm1d(2), find_layers(layer), 8)
     layer(torch.randn(4, 2))
     assert probe.windows(step=1) == {}
 
@@ -149,3 +149,21 @@ def test_what_is_sorted_is_shown_and_chance_is_not(size, is_sorted, shown):
         found += window(nn.BatchNorm1d(1).eval(), batches).is_between_shown
     low, high = shown
     assert low <= found <= high
+
+
+def test_dropout_is_noted_at_the_layer_that_it_comes_before():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.BatchNorm1d(4) for _ in range(3))
+            self.none, self.drop, self.head = nn.Dropout(0.0), nn.Dropout(0.3), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.head(self.third(self.second(self.drop(self.first(self.none(x))))))
+
+    model = Network().eval()
+    probe = EvalProbe(model, find_layers(model), 8)
+    for _ in range(2):
+        model(torch.randn(8, 4))
+    before = {name: window.dropout_before for name, window in probe.windows(1).items()}
+    assert before == {"first": "", "second": "Dropout", "third": ""}

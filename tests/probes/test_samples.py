@@ -13,6 +13,7 @@ def observed(batches):
     probe = SampleProbe()
     for batch in batches:
         probe.note([batch])
+        probe.start_step()
     return probe.window()
 
 
@@ -47,10 +48,12 @@ def test_the_last_window_stands_until_the_new_one_is_half_full():
     probe = SampleProbe()
     for _ in range(8):
         probe.note([torch.randn(8, 3)])
+        probe.start_step()
     probe.start_window()
     probe.note([torch.randn(8, 3)])
     assert probe.window().batches == 8
     for _ in range(4):
+        probe.start_step()
         probe.note([torch.randn(8, 3)])
     assert probe.window().batches == 5
 
@@ -65,3 +68,28 @@ def test_a_trend_over_many_batches_is_no_difference_between_them():
     assert of_means(torch.linspace(0.0, 1.4, 50).square()) < 1.7
     # Classes in their order, each for some batches.
     assert of_means(torch.arange(50).div(10, rounding_mode="floor") % 3 - 1.0) > 4.0
+
+
+def in_turn(*streams, steps=40):
+    """One window of steps in which the model is given a batch of each stream."""
+    probe = SampleProbe()
+    for step in range(steps):
+        for stream in streams:
+            probe.note([stream(step)])
+        probe.start_step()
+    return float(np.median(probe.window().variance_ratio))
+
+
+def test_batches_of_one_step_are_compared_with_those_at_their_place():
+    def real(step):
+        return torch.randn(16, 3)
+
+    def generated(step):
+        return 0.1 * torch.randn(32, 3) + 3.0 + step % 5
+
+    def sorted_by_class(step):
+        return torch.randn(16, 3) + step // 4 % 3
+
+    assert in_turn(real, generated) == pytest.approx(1.0, abs=0.5)
+    assert in_turn(real, generated, generated, real) == pytest.approx(1.0, abs=0.5)
+    assert in_turn(sorted_by_class, sorted_by_class) > 3.0

@@ -277,3 +277,37 @@ def test_data_are_not_accused_of_a_distance_that_moving_weights_may_make(trend, 
     layer = drifted(mean=1.5, window=window(noise=0.1, trend=trend))
     found = diagnose(History(layers=(layer,), run=layer.run), [rule_named("BN305")]).findings
     assert bool(found) is is_accused
+
+
+def test_dropout_before_the_first_layer_is_told_as_such_and_accuses_no_data():
+    torch.manual_seed(0)
+    images, labels = digits()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.8),
+        torch.nn.Linear(64, 64, bias=False),
+        torch.nn.BatchNorm1d(64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    told = []
+    with bnguard.watch(model, optimizer=optimizer, on_findings=told.append) as monitor:
+        for step in range(1, 121):
+            batch = torch.randint(1200, (64,))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            monitor.step()
+            if step % 40 == 0:
+                model.eval()
+                with torch.no_grad(), monitor.evaluation():
+                    model(images[EVALUATE])
+                model.train()
+        findings = monitor.report().findings
+    assert "BN305" not in {finding.code for finding in findings}
+    assert "BN305" not in {group.worst.code for group in told}
+    drift = next(finding for finding in findings if finding.code == "BN301")
+    assert "because Dropout stands before the layer" in drift.message

@@ -225,3 +225,11 @@ def test_a_healthy_layer_is_accused_of_nothing():
         evaluated=evaluated(), run=Run(steps=100, mode_gap=GAP), statistics_dtype="float32"
     )
     assert diagnose(History(layers=(healthy,), run=healthy.run), RULES).findings == ()
+
+
+def test_channels_that_a_large_eps_damps_are_not_dead():
+    damped = layer(eps=1.0, running=running(var=0.05))
+    assert found("BN204", damped) == []
+    (finding,) = found("BN204", layer(running=running(var=1e-7)))
+    assert "4 of 4 channels" in finding.message
+    assert "1e-07 at most" in finding.message
