@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from bnguard.announcements import Announcements
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
+from bnguard.errors import ConfigurationError
 from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity
 from bnguard.history import BatchWindow, History, Run
+from bnguard.layers import require_module, without_layers
 from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
@@ -97,7 +99,8 @@ def watch(
             from then on: the training goes on.
 
     Raises:
-        ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
+        ConfigurationError: A rule or a limit does not exist, the message having the nearest name;
+            or the model is none that can be read.
 
     Example:
         >>> import torch
@@ -109,6 +112,9 @@ def watch(
         >>> monitor.report().findings
         ()
     """
+    require_module(model, "watch")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigurationError(f"{without_layers(model)}: nothing to watch")
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -129,7 +135,7 @@ def watch(
     )
     if not monitor.has_layers:
         warnings.warn(
-            f"bnguard: {type(model).__name__} has no BN layers, so there is nothing to watch",
+            f"bnguard: {without_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
     elif monitor.has_shards:

@@ -158,3 +158,11 @@ def test_rules_limits_and_layers_are_chosen_as_in_watch(tmp_path, monkeypatch):
     )
     assert told() == {("BN103", "1")}
     assert told(ignore=[], per_layer_ignores={}) == both
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_of_a_scripted_model_that_is_inspected_which_it_saves(model):
+    found = bnguard.inspect(torch.jit.script(model))
+    assert [layer.name for layer in found.layers] == [
+        layer.name for layer in bnguard.inspect(model.state_dict()).layers
+    ]

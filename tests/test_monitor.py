@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
+from bnguard.errors import ConfigurationError
 from bnguard.findings import Severity
 from bnguard.rules import Rule
 from tests.networks import conv_net, digits, mlp, train
@@ -321,3 +322,16 @@ def test_what_the_user_raises_passes():
         monitor.step()
     with pytest.raises(ValueError, match="mine"), monitor.evaluation():
         raise ValueError("mine")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: "last.ckpt", "takes a torch.nn.Module, not str"),
+        (lambda: torch.jit.script(conv_net()), "TorchScript, whose layers cannot be read"),
+    ],
+)
+def test_what_cannot_be_watched_is_said(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        bnguard.watch(make())

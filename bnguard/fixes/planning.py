@@ -11,7 +11,7 @@ from torch import nn
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.selection import SkippedLayer, patterns_of
 from bnguard.fixes.targets import Target
-from bnguard.layers import BatchNormLayer, find_layers, is_wrapper
+from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def planned(
         )
     found = find_layers(model)
     if not found:
-        raise ConfigurationError(f"{type(model).__name__} has no BN layers: nothing to swap")
+        raise ConfigurationError(f"{without_layers(model)}: nothing to swap")
     wanted = ("*",) if names is None else patterns_of("layers", names, found)
     unwanted = patterns_of("exclude", exclude, found)
     layers, skipped = [], []

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import CalibrationError
+from bnguard.errors import CalibrationError, in_one_line
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
@@ -141,7 +141,7 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
             ) from error
         hint = "" if forward else "; if it takes anything else, pass forward=…"
         raise CalibrationError(
-            f"the forward failed at batch {batch.index}: {type(error).__name__}: {error}{hint}"
+            f"the forward failed at batch {batch.index}: {in_one_line(error)}{hint}"
         ) from error
 
 
@@ -153,7 +153,7 @@ def _loaded(loader: Iterable[object]) -> Iterator[object]:
             count += 1
     except Exception as error:
         raise CalibrationError(
-            f"the loader failed at batch {count}: {type(error).__name__}: {error}"
+            f"the loader failed at batch {count}: {in_one_line(error)}"
         ) from error
 
 
