@@ -39,7 +39,8 @@ def planned(
         exclude: Names or patterns of layers to leave.
 
     Raises:
-        ConfigurationError: There are none, a pattern fits none, or one is not initialised.
+        ConfigurationError: There are none, a pattern fits none, one is not initialised, or has
+            parameters that are computed from others.
     """
     if is_wrapper(model):
         raise ConfigurationError(
@@ -54,6 +55,7 @@ def planned(
     for layer in found:
         reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
         if reason is None:
+            _require_own_parameters(layer)
             layers.append(_initialised(layer))
         else:
             skipped.append(SkippedLayer(layer.name, reason))
@@ -80,3 +82,15 @@ def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
             f"{layer.name} is lazy and has seen no batch: put one through the model first"
         )
     return layer
+
+
+def _require_own_parameters(layer: BatchNormLayer) -> None:
+    for name in ("weight", "bias"):
+        # So pruning and the old weight norm leave a module: the value is no parameter any more.
+        if name in vars(layer.module) and any(
+            f"{name}_{kind}" in layer.module._parameters for kind in ("orig", "g")
+        ):
+            raise ConfigurationError(
+                f"{layer.name}: its {name} is computed anew at each call, by pruning or a weight "
+                "norm: make that permanent first, with torch.nn.utils.prune.remove, say"
+            )

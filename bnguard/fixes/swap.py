@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
 from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
 from bnguard.fixes.engine import Engine, engine_of
@@ -300,11 +300,18 @@ def _evaluated(
     """Return what a swapped copy gives in eval mode.
 
     Raises:
-        ConfigurationError: It runs a layer of the model that it is a copy of.
+        ConfigurationError: It fails, or runs a layer of the model that it is a copy of.
     """
     called: list[str] = []
-    with arrivals(before, lambda index, _: called.append(before[index].name)):
-        output = evaluated(model, forward, batch)
+    try:
+        with arrivals(before, lambda index, _: called.append(before[index].name)):
+            output = evaluated(model, forward, batch)
+    except CalibrationError as error:
+        raise ConfigurationError(
+            f"the swapped {type(model).__name__} fails on a batch that the model takes: "
+            f"{in_one_line(error.__cause__ or error)}: where the code uses a BN layer by more than "
+            "a call, leave that out with exclude="
+        ) from error
     if called:
         raise ConfigurationError(
             f"{called[0]}: a copy of {type(model).__name__} still runs the layer of the model, by "

@@ -108,7 +108,8 @@ class Bench:
     def why_not_in_batches(self, size: int) -> str | None:
         """Return why samples cannot be normalised so many at a time; None where they can."""
         if size > len(self.samples):
-            return f"there are {len(self.samples)} samples"
+            number = len(self.samples)
+            return "there is 1 sample" if number == 1 else f"there are {number} samples"
         if self.samples.must_be_joined(size):
             # It would take what is left over, and be of another size.
             if size != len(self.samples) < 2 * size:
