@@ -22,6 +22,24 @@ class ConfigurationError(BNGuardError):
     """An option, a name or a limit that does not exist or does not fit."""
 
 
+def in_one_line(error: BaseException) -> str:
+    r"""Return the class of an error and the first line of what it says.
+
+    Where another process sent a traceback along, as a worker of a ``DataLoader`` does, what it
+    raised follows that.
+
+    >>> in_one_line(ValueError("no such image\nat line 5")), in_one_line(KeyboardInterrupt())
+    ('ValueError: no such image', 'KeyboardInterrupt')
+    """
+    lines = str(error).strip().splitlines()
+    traceback = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    for line in lines[traceback[-1] :] if traceback else ():
+        if not line.startswith(" "):
+            return line
+    name = type(error).__name__
+    return f"{name}: {lines[0]}" if lines else name
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that was probably meant; None where none is near.
 

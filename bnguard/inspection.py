@@ -58,12 +58,16 @@ def inspect(
         >>> inspect(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).findings[0].code
         'BN303'
     """
+    import torch
     from torch import nn
 
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
     _check_subject("inspect takes", subject)
+    if isinstance(subject, torch.jit.ScriptModule):
+        # Its modules cannot be read, but what it saves can.
+        subject = subject.state_dict()
     layers: Iterable[LayerHistory] = (
         _layers_of_model(subject)
         if isinstance(subject, nn.Module)

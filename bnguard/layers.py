@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.adapters import Adapter, adapter_of
+from bnguard.errors import ConfigurationError
 from bnguard.names import WRAPPED, without_wrappers
 
 
@@ -163,6 +165,39 @@ def find_layers(model: nn.Module) -> tuple[BatchNormLayer, ...]:
         if adapter is not None:
             layers.append(BatchNormLayer(without_wrappers(name), module, adapter))
     return tuple(layers)
+
+
+def require_module(model: object, caller: str) -> None:
+    """Make sure that what a function was given is a model.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(model, nn.Module):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        what = f"the class {given}: make a model of it" if isinstance(model, type) else given
+        raise ConfigurationError(f"{caller} takes a torch.nn.Module, not {what}")
+
+
+def without_layers(model: nn.Module) -> str:
+    """Return why no BN layers are found in a model.
+
+    >>> without_layers(nn.Linear(2, 2))
+    'Linear has no BN layers'
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return (
+            f"{type(model).__name__} was compiled by TorchScript, whose layers cannot be read, "
+            "so give the module that it was made from"
+        )
+    return f"{type(model).__name__} has no BN layers"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor that holds values; the CPU without one."""
+    tensors = chain(model.parameters(), model.buffers())
+    devices = (tensor.device for tensor in tensors)
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from bnguard.errors import ConfigurationError
 from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity
 from bnguard.history import BatchWindow, History, Run
+from bnguard.layers import require_module, without_layers
 from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
@@ -97,8 +98,8 @@ def watch(
             from then on: the training goes on.
 
     Raises:
-        ConfigurationError: The model or the optimizer is something else, or a rule or a limit does
-            not exist; the message has the nearest name.
+        ConfigurationError: The model or the optimizer is none that can be read, or a rule or a
+            limit does not exist; the message has the nearest name.
 
     Example:
         >>> import torch
@@ -110,8 +111,9 @@ def watch(
         >>> monitor.report().findings
         ()
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"watch takes a model, not a {type(model).__name__}")
+    require_module(model, "watch")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigurationError(f"{without_layers(model)}: nothing to watch")
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -132,7 +134,7 @@ def watch(
     )
     if not monitor.has_layers:
         warnings.warn(
-            f"bnguard: {type(model).__name__} has no BN layers, so there is nothing to watch",
+            f"bnguard: {without_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
     elif monitor.has_shards:

@@ -181,3 +181,11 @@ def test_statistics_without_values_are_no_untracked_ones(subject):
     assert report.findings == ()
     reasons = {skipped.code: skipped.reason for skipped in report.skipped}
     assert reasons["BN104"] == "the running statistics hold no values yet"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_of_a_scripted_model_that_is_inspected_which_it_saves(model):
+    found = bnguard.inspect(torch.jit.script(model))
+    assert [layer.name for layer in found.layers] == [
+        layer.name for layer in bnguard.inspect(model.state_dict()).layers
+    ]

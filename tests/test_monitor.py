@@ -340,7 +340,7 @@ def test_what_the_user_raises_passes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": None}, "watch takes a model, not a NoneType"),
+        ({"model": None}, "watch takes a torch.nn.Module, not NoneType"),
         ({"optimizer": mlp().parameters()}, "several of them, not a Parameter"),
         ({"optimizer": 3}, "several of them, not a int"),
         ({"rules": ["BN301"]}, r"rules takes objects of bnguard.rules.Rule, not 'BN301'"),
@@ -350,3 +350,9 @@ def test_what_the_user_raises_passes():
 def test_what_cannot_be_watched_is_answered_in_one_line(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         bnguard.watch(**{"model": mlp(), **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripted_models_cannot_be_watched():
+    with pytest.raises(ConfigurationError, match="TorchScript, whose layers cannot be read"):
+        bnguard.watch(torch.jit.script(conv_net()))

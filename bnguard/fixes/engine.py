@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.errors import ConfigurationError
+from bnguard.layers import device_of
 
 
 @runtime_checkable
@@ -71,8 +72,7 @@ class OwnDevice:
     is_global_zero = True
 
     def __init__(self, model: nn.Module) -> None:
-        first = next(model.parameters(), None)
-        self.device = torch.device("cpu") if first is None else first.device
+        self.device = device_of(model)
 
     def to_device(self, module: nn.Module) -> nn.Module:
         """Return the module, which is there; its parts may be on several devices."""

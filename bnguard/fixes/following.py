@@ -19,8 +19,10 @@ def check_follows(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Make sure that an optimizer is one of this model.
 
     Raises:
-        ConfigurationError: It updates none of the model's parameters.
+        ConfigurationError: It is none, or updates none of the model's parameters.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigurationError(f"optimizer={optimizer!r} is no optimizer of torch.optim")
     if not parameters_of(optimizer) & set(model.parameters()):
         raise ConfigurationError(
             "optimizer= updates none of the model's parameters: give the one that trains it"

@@ -11,7 +11,7 @@ from torch import nn
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.selection import SkippedLayer, patterns_of
 from bnguard.fixes.targets import Target
-from bnguard.layers import BatchNormLayer, find_layers, is_wrapper
+from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def planned(
         exclude: Names or patterns of layers to leave.
 
     Raises:
-        ConfigurationError: There are none, a pattern fits none, or one is not initialised.
+        ConfigurationError: There are none, a pattern fits none, one is not initialised, or has
+            parameters that are computed from others.
     """
     if is_wrapper(model):
         raise ConfigurationError(
@@ -47,13 +48,14 @@ def planned(
         )
     found = find_layers(model)
     if not found:
-        raise ConfigurationError(f"{type(model).__name__} has no BN layers: nothing to swap")
+        raise ConfigurationError(f"{without_layers(model)}: nothing to swap")
     wanted = ("*",) if names is None else patterns_of("layers", names, found)
     unwanted = patterns_of("exclude", exclude, found)
     layers, skipped = [], []
     for layer in found:
         reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
         if reason is None:
+            _require_own_parameters(layer)
             layers.append(_initialised(layer))
         else:
             skipped.append(SkippedLayer(layer.name, reason))
@@ -80,3 +82,15 @@ def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
             f"{layer.name} is lazy and has seen no batch: put one through the model first"
         )
     return layer
+
+
+def _require_own_parameters(layer: BatchNormLayer) -> None:
+    for name in ("weight", "bias"):
+        # So pruning and the old weight norm leave a module: the value is no parameter any more.
+        if name in vars(layer.module) and any(
+            f"{name}_{kind}" in layer.module._parameters for kind in ("orig", "g")
+        ):
+            raise ConfigurationError(
+                f"{layer.name}: its {name} is computed anew at each call, by pruning or a weight "
+                "norm: make that permanent first, with torch.nn.utils.prune.remove, say"
+            )

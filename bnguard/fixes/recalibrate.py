@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from numbers import Real
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -26,15 +26,23 @@ from bnguard.fixes.calibration.progress import Progress, Silent
 from bnguard.fixes.calibration.ranks import Ranks, current_ranks
 from bnguard.fixes.calibration.working import current_statistics, fitted
 from bnguard.fixes.modegap import GapMeter, GapSamples
+from bnguard.fixes.options import Score, as_number, require_samples, require_score
 from bnguard.fixes.overlap import SampleMarks
 from bnguard.fixes.recalibration import LayerChange, Recalibration
 from bnguard.fixes.selection import SkippedLayer, select_layers, unwrapped
 from bnguard.fixes.snapshot import Snapshot
-from bnguard.layers import BatchNormLayer, preserved_modes, preserved_random_state
+from bnguard.layers import (
+    BatchNormLayer,
+    device_of,
+    find_layers,
+    preserved_modes,
+    preserved_random_state,
+    preserved_statistics,
+    require_module,
+)
 from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
 
 Keep = Literal["if-better", "always"]
-Score = Callable[[nn.Module], float]
 
 METHODS: dict[str, Callable[[Job], Calibration]] = {
     "exact": calibrate_exactly,
@@ -111,9 +119,10 @@ def recalibrate(
         >>> result.samples, result.is_kept
         (64, True)
     """
-    _check_options(method, samples, keep, on_nonfinite, prior, tolerance)
+    require_module(model, "recalibrate")
+    _check_options(method, samples, score, keep, on_nonfinite, prior, tolerance)
     inner, ranks = unwrapped(model), current_ranks()
-    device = _device_of(inner)
+    device = device_of(inner)
     selection = select_layers(inner, layers)
     _require_writable(selection.layers)
     snapshot = Snapshot(selection.layers)
@@ -230,20 +239,12 @@ class _Gate:
         with (
             preserved_modes(self._model),
             preserved_random_state(self._model),
+            preserved_statistics(find_layers(inner)),
             torch.no_grad(),
             self._scored_on.of_inputs(inner),
         ):
             self._model.eval()
-            return fmean(self._ranks.together(lambda: _number(score(self._model))))
-
-
-def _number(score: object) -> float:
-    try:
-        return float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"score= has to return a number, the higher the better, not {score!r}"
-        ) from error
+            return fmean(self._ranks.together(lambda: as_number(score(self._model))))
 
 
 @contextmanager
@@ -327,6 +328,7 @@ def _left_out(calibration: Calibration) -> str:
 def _check_options(
     method: str,
     samples: int,
+    score: Score | None,
     keep: str,
     on_nonfinite: str,
     prior: float,
@@ -341,14 +343,18 @@ def _check_options(
             raise ConfigurationError(
                 f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
             )
-    if samples < 1:
-        raise ConfigurationError(f"samples={samples} leaves nothing to calibrate on")
-    if prior < 0 or (prior and method != "adapt"):
-        raise ConfigurationError(f"prior={prior:g} needs method='adapt', and a number of samples")
-    if tolerance is not None and tolerance <= 0:
-        raise ConfigurationError(f"tolerance={tolerance:g} is never reached: use 0.01, say")
+    require_samples(samples, 1)
+    require_score(score)
+    if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
+        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
+    if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
+        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
     if tolerance is not None and method == "ema":
         raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)
 
 
 def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
@@ -373,7 +379,3 @@ def _noise_of(model: nn.Module, device: torch.device) -> float:
         dtypes.add(torch.get_autocast_dtype(device.type))
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
     return min(_ROUNDINGS * eps, _MAX_NOISE)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError
-from bnguard.layers import BatchNormLayer, find_layers, is_wrapper
+from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     """
     found = find_layers(model)
     if not found:
-        raise CalibrationError(f"{type(model).__name__} has no BN layers: nothing to recalibrate")
+        raise CalibrationError(f"{without_layers(model)}: nothing to recalibrate")
     patterns = None if names is None else patterns_of("layers", names, found)
     reasons = [(layer, _reason_to_skip(layer, model, patterns)) for layer in found]
     chosen = tuple(layer for layer, reason in reasons if reason is None)
@@ -73,15 +73,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def patterns_of(
-    option: str, names: Iterable[str], found: Sequence[BatchNormLayer]
-) -> tuple[str, ...]:
+def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> tuple[str, ...]:
     """Return the patterns that an option gives, one alone too.
 
     Raises:
         ConfigurationError: One of them matches no layer.
     """
-    patterns = (names,) if isinstance(names, str) else tuple(names)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        names = (names,)
+    patterns = tuple(map(str, names))
     for pattern in patterns:
         if not any(fnmatchcase(layer.name, pattern) for layer in found):
             raise ConfigurationError(

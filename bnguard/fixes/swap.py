@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
 from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
 from bnguard.fixes.engine import Engine, engine_of
@@ -33,7 +33,14 @@ from bnguard.fixes.targets import (
     target_named,
 )
 from bnguard.fixes.teaching import Teaching
-from bnguard.layers import BatchNormLayer, as_written, find_layers, preserved_random_state
+from bnguard.layers import (
+    BatchNormLayer,
+    as_written,
+    device_of,
+    find_layers,
+    preserved_random_state,
+    require_module,
+)
 
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
@@ -197,8 +204,7 @@ class _Exchange:
 
 
 def _check(model: object, steps: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"swap takes a torch.nn.Module, not {type(model).__name__}")
+    require_module(model, "swap")
     if not isinstance(steps, int) or steps < 1:
         raise ConfigurationError(f"steps={steps!r} is no whole number from 1 on")
 
@@ -235,7 +241,7 @@ def _sample(
     lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
     if lazy is not None:
         raise ConfigurationError(f"{lazy} is lazy: put a batch through the model first")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batches = read_batches(source, model, forward, samples=_SAMPLES_TO_COMPARE, device=device)
     for batch in batches:
         return batch
@@ -294,11 +300,18 @@ def _evaluated(
     """Return what a swapped copy gives in eval mode.
 
     Raises:
-        ConfigurationError: It runs a layer of the model that it is a copy of.
+        ConfigurationError: It fails, or runs a layer of the model that it is a copy of.
     """
     called: list[str] = []
-    with arrivals(before, lambda index, _: called.append(before[index].name)):
-        output = evaluated(model, forward, batch)
+    try:
+        with arrivals(before, lambda index, _: called.append(before[index].name)):
+            output = evaluated(model, forward, batch)
+    except CalibrationError as error:
+        raise ConfigurationError(
+            f"the swapped {type(model).__name__} fails on a batch that the model takes: "
+            f"{in_one_line(error.__cause__ or error)}: where the code uses a BN layer by more than "
+            "a call, leave that out with exclude="
+        ) from error
     if called:
         raise ConfigurationError(
             f"{called[0]}: a copy of {type(model).__name__} still runs the layer of the model, by "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnguard.errors import ConfigurationError, nearest_name
+from bnguard.errors import ConfigurationError, in_one_line, nearest_name
 from bnguard.fixes.grouping import choose_groups
 from bnguard.fixes.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 from bnguard.layers import BatchNormLayer, find_layers
@@ -117,9 +117,10 @@ class AsNamed:
         if groups is None:
             return self.otherwise(layer, positions)
         if layer.channels % groups or groups == layer.channels * (positions or 2):
+            size = "" if positions is None else f" of {positions} value{'s' * (positions != 1)}"
             raise ConfigurationError(
-                f"{layer.name}: its {layer.channels} channels with {positions or 'unknown'} values "
-                f"each do not make {groups} groups of more than one value; give another number"
+                f"{layer.name}: its {layer.channels} channels{size} do not make {groups} groups of "
+                "more than one value; give another number"
             )
         return groups
 
@@ -238,7 +239,13 @@ class FactoryTarget:
 
     def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
         """Return what the factory makes, on the layer's device and in its element type."""
-        norm = self.factory(layer.module)
+        try:
+            norm = self.factory(layer.module)
+        except Exception as error:
+            raise ConfigurationError(
+                f"to= failed for {layer.name}: {in_one_line(error)}: it is called with the BN "
+                "layer, and returns the module to put in its place"
+            ) from error
         if not isinstance(norm, nn.Module):
             raise ConfigurationError(
                 f"to= made a {type(norm).__name__} for {layer.name}, no torch.nn.Module"

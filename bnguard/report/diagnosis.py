@@ -37,9 +37,9 @@ def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
 
 
 def _heading(diagnosis: Diagnosis) -> Text:
-    parts = ["bnguard", f"{diagnosis.samples:,} evaluation samples"]
-    if diagnosis.reference_samples:
-        parts.append(f"{diagnosis.reference_samples:,} training samples")
+    numbers = {"evaluation": diagnosis.samples, "training": diagnosis.reference_samples}
+    parts = ["bnguard"]
+    parts += [f"{n:,} {name} sample{'s' * (n != 1)}" for name, n in numbers.items() if n]
     return Text(" · ".join(parts), style="bold")
 
 

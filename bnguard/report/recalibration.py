@@ -83,7 +83,7 @@ def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
         by_reason.setdefault(layer.reason, []).append(layer.name or "(the model)")
     lines = []
     for reason, names in by_reason.items():
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        more = f" (and {len(names) - 1:,} more like it)" if len(names) > 1 else ""
         lines.append(f"skipped: {names[0]}{more} {reason}")
     return Text("\n".join(lines), style="yellow")
 

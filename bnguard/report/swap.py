@@ -15,12 +15,23 @@ from bnguard.report.lines import counted
 if TYPE_CHECKING:
     from bnguard.fixes.swapped import ReplacedLayer, Swap
 
+# A network whose outputs stay further off, in standard deviations, has lost points of accuracy.
+_FAR_OFF_STD = 0.25
+
 
 def swap_view(swap: Swap) -> RenderableType:
     """Return a heading, what was replaced by what, what was left, and how far the outputs moved."""
     parts: list[RenderableType] = [_heading(swap), _replaced_view(swap.replaced)]
     parts += [Text(f"left  {layer.name} {layer.reason}") for layer in swap.skipped]
     parts.append(Text(_outputs(swap)))
+    if swap.distillation is not None and swap.distillation.distance > _FAR_OFF_STD:
+        parts.append(
+            Text(
+                "still far off: measure it before use; more steps bring it nearer, and fewer "
+                "groups, of more channels each, may",
+                style="yellow",
+            )
+        )
     parts += [Text(note) for note in swap.notes]
     return Group(*parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,13 +11,17 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Batch, Forward
-from bnguard.layers import BatchNormLayer, preserved_modes, preserved_random_state
+from bnguard.fixes.options import Score, as_number
+from bnguard.layers import (
+    BatchNormLayer,
+    preserved_modes,
+    preserved_random_state,
+    preserved_statistics,
+)
 from bnguard.stats import log_variance_ratio, shift_std
 from bnguard.whatif.data import Samples
 from bnguard.whatif.outputs import Arrived, Outputs, arrived_at, outputs_of
 from bnguard.whatif.statistics import BatchStatistics, Statistics, given_statistics
-
-Score = Callable[[nn.Module], float]
 
 # As many channels of a layer have to be within a limit, as for BN301.
 CHANNEL_QUANTILE = 0.9
@@ -104,7 +108,8 @@ class Bench:
     def why_not_in_batches(self, size: int) -> str | None:
         """Return why samples cannot be normalised so many at a time; None where they can."""
         if size > len(self.samples):
-            return f"there are {len(self.samples)} samples"
+            number = len(self.samples)
+            return "there is 1 sample" if number == 1 else f"there are {number} samples"
         if self.samples.must_be_joined(size):
             # It would take what is left over, and be of another size.
             if size != len(self.samples) < 2 * size:
@@ -163,8 +168,12 @@ class Bench:
     def _scored(self) -> float | None:
         if self.score is None:
             return None
-        with preserved_modes(self.model), preserved_random_state(self.model):
-            return float(self.score(self.model))
+        with (
+            preserved_modes(self.model),
+            preserved_random_state(self.model),
+            preserved_statistics((*self.layers, *self.untracked)),
+        ):
+            return as_number(self.score(self.model))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import nn
@@ -15,17 +14,21 @@ from torch.nn.parameter import is_lazy
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.fixes.calibration.batches import Forward
 from bnguard.fixes.calibration.ranks import current_ranks
+from bnguard.fixes.options import Score, require_batch_sizes, require_samples, require_score
 from bnguard.fixes.selection import select_layers, unwrapped
 from bnguard.fixes.snapshot import running_statistics
 from bnguard.layers import (
     BatchNormLayer,
     as_written,
+    device_of,
     find_layers,
     preserved_modes,
     preserved_random_state,
+    require_module,
+    without_layers,
 )
 from bnguard.stats import initial_weight
-from bnguard.whatif.bench import Bench, Score
+from bnguard.whatif.bench import Bench
 from bnguard.whatif.blame import blamed_layers
 from bnguard.whatif.causes import named_cause
 from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
@@ -88,16 +91,18 @@ def diagnose(
         >>> diagnosis.cause.name, [row.name for row in diagnosis.rows][:3]
         ('unconverged-statistics', ['stored', 'evaluation', 'batches'])
     """
+    require_module(model, "diagnose")
     _check_options(samples, batch_sizes, score, expected_score)
     inner = unwrapped(model)
     if not find_layers(inner):
-        raise CalibrationError(f"{type(inner).__name__} has no BN layers: nothing to diagnose")
+        raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
     selection = select_layers(inner, None)
     layers = selection.layers
     with _untouched(model, layers):
         _check_weights(inner)
-        device = next(chain(inner.parameters(), inner.buffers())).device
-        read = partial(read_samples, model=inner, forward=forward, samples=samples, device=device)
+        read = partial(
+            read_samples, model=inner, forward=forward, samples=samples, device=device_of(inner)
+        )
         evaluation = read(loader, name="loader")
         training = None if reference is None else read(reference, name="reference")
         # In the modes that the user holds the layers in: frozen ones keep their statistics.
@@ -243,10 +248,9 @@ def _check_weights(model: nn.Module) -> None:
 def _check_options(
     samples: int, batch_sizes: Sequence[int], score: Score | None, expected_score: float | None
 ) -> None:
-    if samples < 2:
-        raise ConfigurationError(f"samples={samples} are too few for statistics")
-    if any(size < 1 for size in batch_sizes):
-        raise ConfigurationError(f"batch_sizes={tuple(batch_sizes)}: a batch has a sample at least")
+    require_samples(samples, 2)
+    require_score(score)
+    require_batch_sizes(batch_sizes)
     if expected_score is not None and score is None:
         raise ConfigurationError("expected_score= needs score=, to be held against")
     if current_ranks().size > 1:

@@ -290,6 +290,14 @@ def test_an_empty_loader_and_too_few_values():
         ({"keep": "maybe"}, "keep='maybe' does not exist"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' does not exist"),
         ({"samples": 0}, "samples=0"),
+        ({"samples": 2.5}, "samples=2.5 is no whole number"),
+        ({"samples": "all"}, "samples='all' is no whole number"),
+        ({"prior": float("nan"), "method": "adapt"}, "prior=nan"),
+        ({"prior": "much", "method": "adapt"}, "prior='much'"),
+        ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"tolerance": "low"}, "tolerance='low'"),
+        ({"score": 0.9}, "score=0.9 is no function"),
+        ({"layers": 9}, "layers='9' matches no BN layer"),
         ({"prior": 10}, "prior=10 needs method='adapt'"),
         ({"tolerance": 0.0}, "tolerance=0"),
         ({"tolerance": 0.1, "method": "ema"}, "no meaning"),
@@ -299,3 +307,68 @@ def test_an_empty_loader_and_too_few_values():
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ConfigurationError, match=message):
         bnguard.recalibrate(net(), [torch.randn(30, 4)], **options)
+
+
+@pytest.mark.parametrize("call", [bnguard.recalibrate, bnguard.diagnose])
+@pytest.mark.parametrize("model", ["last.ckpt", None, net().state_dict(), nn.BatchNorm1d])
+def test_what_is_no_model_is_refused(call, model):
+    with pytest.raises(ConfigurationError, match=r"takes a torch\.nn\.Module, not"):
+        call(model, [torch.randn(30, 4)])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("call", [bnguard.recalibrate, bnguard.diagnose])
+def test_a_scripted_model_cannot_be_read(call):
+    x = torch.randn(30, 4)
+    for model in (torch.jit.script(net()), torch.jit.trace(net().eval(), x)):
+        with pytest.raises(CalibrationError, match="TorchScript, whose layers cannot be read"):
+            call(model, [x])
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.ones(1).expand(3), torch.eye(3).to_sparse()], ids=["expanded", "sparse"]
+)
+def test_buffers_of_any_kind(buffer):
+    class Scale(nn.Module):
+        def forward(self, x):
+            return x * self.table.to_dense().sum()
+
+    model, x = net().append(Scale()), torch.randn(40, 4)
+    model[-1].register_buffer("table", buffer)
+    bnguard.recalibrate(model, x.split(8))
+    check(model, model, x)
+    assert model[-1].table is buffer
+
+
+def test_parts_on_the_meta_device_do_not_say_where_the_model_is():
+    model, x = net(), torch.randn(40, 4)
+    model.register_buffer("offloaded", torch.empty(3, device="meta"))
+    model = nn.Sequential(nn.Linear(3, 3, device="meta"), model)
+    result = bnguard.recalibrate(model, x.split(8), forward=lambda model, x: model[1](x))
+    assert len(result.layers) == 2
+
+
+def test_errors_are_one_line():
+    def loader():
+        yield torch.randn(8, 4)
+        raise OSError("disk is gone\nat sector 5")
+
+    with pytest.raises(CalibrationError, match=r"batch 1: OSError: disk is gone$"):
+        bnguard.recalibrate(net(), loader())
+    with pytest.raises(CalibrationError) as raised:
+        bnguard.recalibrate(net(), [[[torch.randn(8, 4)]]])
+    assert len(str(raised.value).splitlines()) == 1
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise OSError("disk is gone")
+
+
+def test_an_error_of_a_worker_says_what_it_was():
+    loader = DataLoader(Broken(), batch_size=4, num_workers=1)
+    with pytest.raises(CalibrationError, match=r"^the loader failed at batch 0: OSError: disk is"):
+        bnguard.recalibrate(net(), loader)

@@ -230,6 +230,20 @@ def test_the_score_sees_eval_mode_and_the_statistics_of_its_moment():
     assert model.training
 
 
+def test_a_score_that_trains_moves_no_statistics():
+    def score(model):
+        model.train()
+        model(torch.randn(20, 4) + 5)
+        return 1.0
+
+    model, twin = net(), net()
+    twin.load_state_dict(model.state_dict())
+    batches = torch.randn(40, 4).split(8)
+    bnguard.recalibrate(model, batches, score=score)
+    bnguard.recalibrate(twin, batches)
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+
+
 def test_a_score_that_fails_takes_them_back():
     model, x = net(), torch.randn(9, 4)
     before = Fingerprint(model)

@@ -10,9 +10,9 @@ import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
-from bnguard.errors import BNGuardError, CalibrationError, ConfigurationError
+from bnguard.errors import BNGuardError, ConfigurationError
 from bnguard.fixes.norms import BatchRenorm, FrozenNorm
 from bnguard.fixes.swap import swap
 from bnguard.layers import find_layers
@@ -282,7 +282,7 @@ def test_in_place_puts_the_layers_back_after_an_exception(net):
     calls = []
     net[4].register_forward_hook(lambda module, args, output: calls.append(type(module)))
     before = fingerprint(net)
-    with pytest.raises(CalibrationError, match="forward failed"):
+    with pytest.raises(ConfigurationError, match="swapped Sequential fails on a batch"):
         swap(
             net,
             lambda bn: nn.Linear(3, 5),
@@ -392,6 +392,7 @@ def test_a_factory_gets_the_layer_and_its_norm_gets_the_affine_parameters(net):
     [
         (lambda bn: nn.BatchNorm2d(bn.num_features), "made a BatchNorm2d for 1, which is BN still"),
         (lambda bn: None, "made a NoneType for 1, no torch.nn.Module"),
+        (nn.GroupNorm, "failed for 1: TypeError: .*: it is called with the BN layer"),
     ],
 )
 def test_a_factory_that_makes_no_other_norm_is_refused(net, factory, message):
@@ -409,6 +410,21 @@ def prepared_for_quantisation():
     return nn.Sequential(nniqat.ConvBnReLU2d.from_float(fused))
 
 
+def pruned():
+    model = conv_net()
+    prune.l1_unstructured(model[1], "weight", 2)
+    return model
+
+
+class ReadsItsLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(x) * self.bn.running_mean.view(-1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -423,6 +439,15 @@ def prepared_for_quantisation():
         (with_a_lazy_head, {"sample": torch.rand(4, 8)}, "1.weight is lazy"),
         (conv_net, {"groups": {"backbone.*": 4}}, r"groups='backbone.\*' matches no BN layer"),
         (conv_net, {"groups": 2.5}, "whole numbers from 1 on"),
+        (conv_net, {"layers": 3}, "layers='3' matches no BN layer"),
+        (conv_net, {"optimizer": 3}, "optimizer=3 is no optimizer"),
+        (pruned, {}, "1: its weight is computed anew at each call"),
+        (
+            ReadsItsLayer,
+            {"sample": torch.rand(2, 3, 5, 5)},
+            "fails on a batch that",
+        ),
+        (conv_net, {"groups": {"*": 5}}, "its 8 channels do not make 5 groups"),
         (conv_net, {"state_file": "x"}, "give teacher_data="),
         (conv_net, {"steps": 2.5}, "steps=2.5 is no whole number"),
         (conv_net, {"to": None}, "to=None is no norm"),

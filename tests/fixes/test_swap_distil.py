@@ -51,6 +51,8 @@ def test_a_swapped_network_learns_what_it_knew(trained):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert [p.grad for p in result.model.parameters()] == [None] * 10
     assert f"{result.distillation.distance:.3g} σ after step" in str(result)
+    assert "still far off" not in str(result)
+    assert "still far off" in str(swap(model, "layer", teacher_data=batches, steps=1))
 
 
 def test_batches_of_one_teach_as_well_as_large_ones(trained):

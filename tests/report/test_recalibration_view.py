@@ -51,7 +51,7 @@ def test_what_was_skipped_and_why_and_what_was_not_finite():
     model[1].eval()
     model[2].running_var.fill_(float("nan"))
     text = str(bnguard.recalibrate(model, torch.randn(128, 4).split(10)))
-    assert "skipped: 0 and 1 more is in eval mode while the model is in train mode" in text
+    assert "skipped: 0 (and 1 more like it) is in eval mode while the model is in train" in text
     assert "was not finite" in text
 
 

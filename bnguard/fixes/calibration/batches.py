@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import CalibrationError
+from bnguard.errors import CalibrationError, in_one_line
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
@@ -41,7 +42,12 @@ class Batch:
     def can_be_cut(self) -> bool:
         """Whether every tensor in it has a row a sample."""
         tensors = list(self.tensors())
-        return bool(tensors) and all(t.dim() > 0 and len(t) == self.size for t in tensors)
+        is_listed = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
+        return (
+            bool(tensors)
+            and not is_listed
+            and all(t.dim() > 0 and len(t) == self.size for t in tensors)
+        )
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return the samples from ``start`` to before ``stop``; the batch can be cut."""
@@ -111,7 +117,7 @@ def read_batches(
         return
     for index, payload in enumerate(_loaded(loader)):
         args, kwargs = _arguments(model, payload) if forward is None else ((payload,), {})
-        size = _size_of((args, kwargs))
+        size = _first(map(_size_of, (*args, *kwargs.values())))
         batch = Batch(index, args, kwargs, 1 if size is None else size)
         if batch.size > left and batch.can_be_cut:
             batch = batch.rows(0, left)
@@ -141,7 +147,7 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
             ) from error
         hint = "" if forward else "; if it takes anything else, pass forward=…"
         raise CalibrationError(
-            f"the forward failed at batch {batch.index}: {type(error).__name__}: {error}{hint}"
+            f"the forward failed at batch {batch.index}: {in_one_line(error)}{hint}"
         ) from error
 
 
@@ -153,7 +159,7 @@ def _loaded(loader: Iterable[object]) -> Iterator[object]:
             count += 1
     except Exception as error:
         raise CalibrationError(
-            f"the loader failed at batch {count}: {type(error).__name__}: {error}"
+            f"the loader failed at batch {count}: {in_one_line(error)}"
         ) from error
 
 
@@ -191,16 +197,42 @@ def _accepted(model: nn.Module, payload: Mapping[str, object]) -> dict[str, obje
 
 
 def _size_of(payload: object) -> int | None:
-    """Return the length of the first tensor, or of a list of images; None where there is none."""
+    """Return the length of the first tensor, or list of samples; None where there is none."""
     if isinstance(payload, Tensor):
         return len(payload) if payload.dim() else None
+    entries = _entries(payload)
+    return len(entries) if _is_a_sample_each(payload) else _first(map(_size_of, entries))
+
+
+def _lists_samples(payload: object) -> bool:
+    """Return whether there is a list in a batch with a sample an entry."""
+    return _is_a_sample_each(payload) or any(map(_lists_samples, _entries(payload)))
+
+
+def _is_a_sample_each(payload: object) -> bool:
+    """Return whether each entry of a list is an image, or a record that begins with one."""
+    if not isinstance(payload, (tuple, list)) or not payload:
+        return False
+    return not any(isinstance(entry, (tuple, list)) for entry in payload) and all(
+        _is_image(next(tensors_in(entry), None)) for entry in payload
+    )
+
+
+def _entries(payload: object) -> Sequence[object]:
+    """Return what a container holds; nothing where a batch's part is none."""
     if isinstance(payload, Mapping):
-        return _first(map(_size_of, payload.values()))
+        return list(payload.values())
     if isinstance(payload, (tuple, list)):
-        if payload and all(_is_image(value) for value in payload):
-            return len(payload)
-        return _first(map(_size_of, payload))
-    return None
+        return payload
+    return list(_fields_of(payload).values()) if _is_dataclass(payload) else ()
+
+
+def _is_dataclass(payload: object) -> bool:
+    return dataclasses.is_dataclass(payload) and not isinstance(payload, type)
+
+
+def _fields_of(payload: Any) -> dict[str, object]:
+    return {field.name: getattr(payload, field.name) for field in dataclasses.fields(payload)}
 
 
 def _first(sizes: Iterable[int | None]) -> int | None:
@@ -219,12 +251,8 @@ def tensors_in(payload: object) -> Iterator[Tensor]:
     """Yield the tensors in a batch, depth first."""
     if isinstance(payload, Tensor):
         yield payload
-    elif isinstance(payload, Mapping):
-        for value in payload.values():
-            yield from tensors_in(value)
-    elif isinstance(payload, (tuple, list)):
-        for value in payload:
-            yield from tensors_in(value)
+    for entry in _entries(payload):
+        yield from tensors_in(entry)
 
 
 def _mapped(payload: T, change: Callable[[Tensor], Tensor]) -> T:
@@ -253,11 +281,19 @@ def _rebuilt(payload: T, change: Callable[[object], object]) -> T:
         for key, value in payload.items():
             changed[key] = change(value)
         return changed
+    kind: Any = type(payload)
+    if isinstance(payload, Mapping):
+        return cast("T", kind({key: change(value) for key, value in payload.items()}))
     if isinstance(payload, (tuple, list)):
         items = [change(value) for value in payload]
         is_named = hasattr(payload, "_fields")
-        kind: Any = type(payload)
         return cast("T", kind(*items) if is_named else kind(items))
+    if _is_dataclass(payload):
+        twin = copy.copy(payload)
+        for name, value in _fields_of(payload).items():
+            # As one that is frozen sets its own.
+            object.__setattr__(twin, name, change(value))
+        return twin
     return payload
 
 
@@ -269,6 +305,8 @@ def _layout(payload: object) -> object:
         return (type(payload), {key: _layout(value) for key, value in payload.items()})
     if isinstance(payload, (tuple, list)):
         return (type(payload), [_layout(value) for value in payload])
+    if _is_dataclass(payload):
+        return (type(payload), {key: _layout(value) for key, value in _fields_of(payload).items()})
     if payload is None or isinstance(payload, (bool, int, float, str)):
         return payload
     return object()

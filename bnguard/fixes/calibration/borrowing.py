@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.fixes.calibration.working import working_statistics
 from bnguard.layers import (
@@ -44,7 +44,7 @@ def _preserved_buffers(model: nn.Module) -> Iterator[None]:
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not _is_expanded(buffer)
     ]
     try:
         yield
@@ -53,6 +53,13 @@ def _preserved_buffers(model: nn.Module) -> Iterator[None]:
             # .data: a version counter that moved would break a backward that needs the buffer.
             buffer.data.copy_(values)
             holder[name] = buffer
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Return whether elements share a place in memory, so that no forward can write to them."""
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -209,7 +209,8 @@ class _LiveTensors(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._own = {tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+        own = _strided([*model.parameters(), *model.buffers()])
+        self._own = {tensor.data_ptr() for tensor in own}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     @property

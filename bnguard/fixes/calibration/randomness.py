@@ -28,7 +28,7 @@ class RandomStream:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
         # Generators of its own: torch.manual_seed would seed devices too that begin later.
-        drawing = [torch.device("cpu"), device] if device.type == "cuda" else [torch.device("cpu")]
+        drawing = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
         self._begin = self._states = [
             torch.Generator(each).manual_seed(seed).get_state() for each in drawing
         ]

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
-from bnguard.errors import CalibrationError
+from bnguard.errors import BNGuardError, CalibrationError, in_one_line
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class ProcessGroup:
         try:
             mine = work()
         except BaseException as error:
-            self._exchanged(_Failure(f"{type(error).__name__}: {error}"))
+            self._exchanged(_Failure(_told(error)))
             raise
         results = self._exchanged(mine)
         for rank, result in enumerate(results):
@@ -72,6 +72,10 @@ class ProcessGroup:
 @dataclass(frozen=True)
 class _Failure:
     message: str
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, BNGuardError) else in_one_line(error)
 
 
 def current_ranks() -> Ranks:

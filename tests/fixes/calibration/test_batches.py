@@ -1,6 +1,8 @@
 """How what loaders yield is measured, cut, joined and moved."""
 
 import collections
+import dataclasses
+import types
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from bnguard.fixes.calibration.batches import Batch, can_be_joined, joined, read
 from bnguard.fixes.calibration.chunks import ChunkedBatches
 
 
-def read(payload, *, samples=100, forward=None):
-    (batch,) = read_batches(
-        [payload], nn.Identity(), forward, samples=samples, device=torch.device("cpu")
+def read_all(loader, *, samples=100, forward=None):
+    return list(
+        read_batches(loader, nn.Identity(), forward, samples=samples, device=torch.device("cpu"))
     )
+
+
+def read(payload, *, samples=100, forward=None):
+    (batch,) = read_all([payload], samples=samples, forward=forward)
     return batch
 
 
@@ -114,3 +120,44 @@ def test_neighbours_are_joined_until_a_chunk_is_full_and_taken_apart_where_one_i
     assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
     assert [batch.index for batch in held.expel({1, 2})] == [1, 2]
     assert (held.samples, held.batches) == (9, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    x: torch.Tensor
+    name: str = "a"
+
+
+@pytest.mark.parametrize(
+    ("payload", "x"),
+    [
+        (lambda x: Sample(x), lambda batch: batch.args[0].x),
+        (lambda x: {"a": [Sample(x), {"y": x}]}, lambda batch: batch.args[0]["a"][0].x),
+        (lambda x: types.MappingProxyType({"x": x}), lambda batch: batch.args[0]["x"]),
+        (lambda x: (x,), lambda batch: batch.args[0][0]),
+    ],
+    ids=["dataclass", "nested", "read-only mapping", "tuple"],
+)
+def test_containers_of_any_kind_are_cut_and_joined(payload, x):
+    rows = torch.arange(12.0).view(6, 2)
+    loader = [payload(rows[:4]), payload(rows[4:])]
+    batches = read_all(loader, samples=5, forward=whole)
+    assert [batch.size for batch in batches] == [4, 1]
+    assert torch.equal(x(joined(batches)), rows[:5])
+    assert torch.equal(x(batches[0].rows(1, 3).copied()), rows[1:3])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_batch_of_signals_is_no_list_of_images(size):
+    loader = [torch.randn(size, 2, 9)] * 2
+    batches = read_all(loader)
+    assert [batch.size for batch in batches] == [size, size]
+    assert all(batch.can_be_cut for batch in batches)
+
+
+@pytest.mark.parametrize("entry", [lambda x: x, lambda x: {"image": x}], ids=["images", "mappings"])
+def test_a_list_with_a_sample_an_entry_is_counted_and_used_whole(entry):
+    loader = [[entry(torch.randn(3, 5, 5)) for _ in range(3)] for _ in range(4)]
+    batches = read_all(loader, samples=7, forward=whole)
+    assert [batch.size for batch in batches] == [3, 3, 3]
+    assert not any(batch.can_be_cut for batch in batches)
