@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from bnguard.errors import ConfigurationError
@@ -153,6 +154,15 @@ def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
     with pytest.raises(ValueError, match="mine"):
         getattr(trainer_of(BatchNormMonitor(strict=True)), stage)(module)
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("callback", [BatchNormMonitor, BatchNormRecalibration])
+def test_the_configuration_that_a_command_line_saves_can_be_read_again(callback):
+    parser = ArgumentParser()
+    parser.add_class_arguments(callback, "callback")
+    saved = parser.dump(parser.get_defaults())
+    read = parser.parse_string(saved)
+    assert isinstance(parser.instantiate(read).callback, callback)
 
 
 def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
