@@ -257,6 +257,33 @@ def preserved_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
 
 
 @contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what forwards write to buffers: queues, observers, averages of the user's own."""
+    kept = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not (is_lazy(buffer) or _is_expanded(buffer))
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, buffer, values in kept:
+            # One that a forward in inference mode has made can be written to in that mode alone.
+            with torch.inference_mode(buffer.is_inference()):
+                # .data: a version counter that moved would break a backward that needs the buffer.
+                buffer.data.copy_(values)
+            holder[name] = buffer
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Return whether elements share a place in memory, so that no forward can write to them."""
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
+
+
+@contextmanager
 def preserved_random_state(model: nn.Module) -> Iterator[None]:
     """Put the random state of the CPU and of the model's accelerators back at the end."""
     tensors = [*model.parameters(), *model.buffers()]

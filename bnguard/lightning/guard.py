@@ -9,6 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from bnguard.errors import BNGuardError
 from bnguard.lightning.framework import Callback
+from bnguard.lightning.trainer import show
 
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")
@@ -39,14 +40,16 @@ class GuardedCallback(Callback):
         # What has failed once may fail again.
         with contextlib.suppress(Exception):
             self.let_go()
-        off = f"{type(self).__name__} is off from here, and the run goes on"
-        if isinstance(error, BNGuardError):
-            print(f"bnguard: {error}; {off}.")
-            return
-        print(
-            f"bnguard: an error of its own, {type(error).__name__}: {error}; {off}. "
-            "Please report it, with strict=True for the trace."
-        )
+        off = f"{type(self).__name__} is off from here, and the run goes on."
+        why = f"bnguard: {error}; {off}"
+        if not isinstance(error, BNGuardError):
+            why = (
+                f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
+                "Please report it, with strict=True for the trace."
+            )
+        # A terminal that is gone may be what has failed.
+        with contextlib.suppress(OSError, ValueError):
+            show(why)
 
 
 def guarded(

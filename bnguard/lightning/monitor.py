@@ -57,7 +57,7 @@ class BatchNormMonitor(GuardedCallback):
         every_n_steps: How often the rules run, in training batches; besides, they do after the
             first batch and after each validation.
         eval_batches: Validation batches that are read in each validation.
-        rules: The rules to run.
+        rules: The rules to run; all by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
             next go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
         ignore: Those that do not run, also where they are selected.
@@ -83,7 +83,7 @@ class BatchNormMonitor(GuardedCallback):
         *,
         every_n_steps: int = 50,
         eval_batches: int = 8,
-        rules: Iterable[Rule] = RULES,
+        rules: Iterable[Rule] | None = None,
         select: Collection[str] | None = None,
         ignore: Collection[str] | None = None,
         restore_poisoned: bool = False,
@@ -99,7 +99,7 @@ class BatchNormMonitor(GuardedCallback):
         self.report: Report | None = None
         self._every_n_steps = max(1, every_n_steps)
         self._eval_batches = eval_batches
-        self._rules = tuple(rules)
+        self._rules = RULES if rules is None else tuple(rules)
         self._select = select
         self._ignore = ignore
         self._restore_poisoned = restore_poisoned

@@ -82,8 +82,11 @@ def show(text: str) -> None:
     Not by the trainer's own bar, which prints nothing before it has begun and after it has ended.
     """
     tqdm = sys.modules.get("tqdm")
+    # Where output goes to a file, the console of Windows has no Greek letters, and no arrows.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    printable = text.encode(encoding, "replace").decode(encoding)
     # What rich draws makes way for everything that is printed.
-    (print if tqdm is None else tqdm.tqdm.write)(text)
+    (print if tqdm is None else tqdm.tqdm.write)(printable)
 
 
 def drawn(renderable: RenderableType) -> str:

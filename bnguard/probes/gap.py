@@ -25,6 +25,7 @@ from bnguard.layers import (
     BatchNormLayer,
     as_written,
     is_wrapper,
+    preserved_buffers,
     preserved_modes,
     preserved_random_state,
     preserved_statistics,
@@ -119,6 +120,7 @@ class GapProbe:
                 as_written(),
                 preserved_modes(self._model),
                 preserved_random_state(self._model),
+                preserved_buffers(self._model),
                 preserved_statistics(self._layers),
             ):
                 return _measured(self._smallest, self._largest, self._layers)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import sys
 import types
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from bnguard.errors import ConfigurationError
@@ -153,6 +155,32 @@ def test_an_exception_in_an_evaluation_is_the_users(stage, tiny, trainer_of):
     with pytest.raises(ValueError, match="mine"):
         getattr(trainer_of(BatchNormMonitor(strict=True)), stage)(module)
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("callback", [BatchNormMonitor, BatchNormRecalibration])
+def test_the_configuration_that_a_command_line_saves_can_be_read_again(callback):
+    parser = ArgumentParser()
+    parser.add_class_arguments(callback, "callback")
+    saved = parser.dump(parser.get_defaults())
+    read = parser.parse_string(saved)
+    assert isinstance(parser.instantiate(read).callback, callback)
+
+
+def test_a_terminal_that_has_few_characters_is_shown_what_it_can(tiny, trainer_of, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    trainer_of(BatchNormMonitor(strict=True), max_epochs=1).fit(tiny(momentum=0.001))
+    assert b"bnguard ? watching 2 BN layers" in written.getvalue()
+    assert b"bnguard ? 2 BN layers ? 6 steps" in written.getvalue()
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tiny, trainer_of, monkeypatch):
+    gone = io.StringIO()
+    gone.close()
+    monkeypatch.setattr(sys, "stdout", gone)
+    trainer = trainer_of(BatchNormMonitor(), max_epochs=1)
+    trainer.fit(tiny())
+    assert trainer.global_step == 6
 
 
 def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):

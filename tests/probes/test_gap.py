@@ -42,6 +42,22 @@ def spoilt_net():
     return model
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_buffers_that_a_forward_writes_to_are_put_back(mode):
+    class Counts(nn.Sequential):
+        def forward(self, images):
+            self.written += len(images)
+            self.replaced = self.replaced + len(images)
+            return super().forward(images)
+
+    model = Counts(*conv_net())
+    model.register_buffer("written", torch.zeros(()))
+    model.register_buffer("replaced", torch.zeros(()))
+    gap = measured(model.eval(), torch.randn(8, 1, 8, 8), mode=mode)
+    assert gap.samples == 8
+    assert model.written == model.replaced == 8
+
+
 def test_change_and_flips_are_those_of_the_two_modes():
     model, images = spoilt_net().eval(), torch.randn(32, 1, 8, 8)
     twin = copy.deepcopy(model)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnguard.fixes.calibration.working import working_statistics
 from bnguard.layers import (
     BatchNormLayer,
     as_written,
+    preserved_buffers,
     preserved_modes,
     preserved_random_state,
 )
@@ -27,7 +28,7 @@ def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[Non
     with (
         preserved_modes(model),
         preserved_random_state(model),
-        _preserved_buffers(model),
+        preserved_buffers(model),
         _preserved_gradients(model),
         torch.no_grad(),
         as_written(),
@@ -35,31 +36,6 @@ def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[Non
     ):
         model.eval()
         yield
-
-
-@contextmanager
-def _preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards write to buffers: queues, observers, averages of the user's own."""
-    kept = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not _is_expanded(buffer)
-    ]
-    try:
-        yield
-    finally:
-        for holder, name, buffer, values in kept:
-            # .data: a version counter that moved would break a backward that needs the buffer.
-            buffer.data.copy_(values)
-            holder[name] = buffer
-
-
-def _is_expanded(buffer: Tensor) -> bool:
-    """Return whether elements share a place in memory, so that no forward can write to them."""
-    return buffer.layout is torch.strided and any(
-        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    )
 
 
 @contextmanager
