@@ -131,7 +131,7 @@ def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> 
         options.append(f"exclude={[layer.name for layer in result.skipped]}")
     module, _, name = subject.path.rpartition(".")
     libraries = ["bnguard", weights.partition(".load")[0]]
-    given = vars(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
+    given = subject.arguments(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
     arguments = ", ".join(f"{key}={_literal(value)}" for key, value in given.items())
     return (
         f"import {', '.join(libraries)}\n"
