@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
-from bnguard.checkpoint.inert import NotPlainError, mapping_of, plain
-from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.inert import InertObject, NotPlainError, mapping_of, plain
+from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel, ForeignValue
 from bnguard.checkpoint.sources import printable
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
@@ -29,6 +29,9 @@ _NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
 _MOST_CANDIDATES = 200_000
 _LONGEST_KEY = 4096
 _MOST_VALUES = 2**22
+
+# Data classes in data classes among the hyper-parameters.
+_MOST_NESTED_FIELDS = 4
 
 
 def attribute_of(key: str) -> str:
@@ -55,7 +58,7 @@ def describe(contents: Contents) -> Checkpoint:
             models.append(CheckpointModel(prefix, layers))
     root = mapping_of(contents.root) or {}
     own, foreign = _hyper_parameters(root, "hyper_parameters")
-    of_data, _ = _hyper_parameters(root, "datamodule_hyper_parameters")
+    of_data, foreign_of_data = _hyper_parameters(root, "datamodule_hyper_parameters")
     return Checkpoint(
         path=contents.path,
         format=contents.format,
@@ -64,6 +67,9 @@ def describe(contents: Contents) -> Checkpoint:
         hyper_parameters=own,
         data_hyper_parameters=of_data,
         foreign_hyper_parameters=foreign,
+        foreign_data_hyper_parameters=foreign_of_data,
+        hyper_parameters_argument=_text(root.get("hparams_name")),
+        data_hyper_parameters_argument=_text(root.get("datamodule_hparams_name")),
         momenta=_momenta(root),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
@@ -209,15 +215,37 @@ def _kind(tensor: StoredTensor) -> str:
 
 def _hyper_parameters(
     root: Mapping[object, object], key: str
-) -> tuple[Mapping[str, object], Mapping[str, str]]:
-    """Return Lightning's hyper-parameters: those that are plain, and the classes of the others."""
+) -> tuple[Mapping[str, object], Mapping[str, ForeignValue]]:
+    """Return Lightning's hyper-parameters: those that are plain, and the others."""
     own, foreign = {}, {}
     for name, value in (mapping_of(root.get(key)) or {}).items():
-        try:
-            own[str(name)] = plain(value)
-        except NotPlainError as error:
-            foreign[str(name)] = str(error)
+        stored = _hyper_parameter(value)
+        if isinstance(stored, ForeignValue):
+            foreign[str(name)] = stored
+        else:
+            own[str(name)] = stored
     return own, foreign
+
+
+def _hyper_parameter(value: object, depth: int = _MOST_NESTED_FIELDS) -> object:
+    """Return plain data as such, and an object with what it was made of."""
+    try:
+        return plain(value)
+    except NotPlainError as error:
+        class_name = str(error)
+    if not isinstance(value, InertObject) or depth == 0:
+        return ForeignValue(class_name)
+    # Names with an underscore are those of modules and other machinery, which nobody passes.
+    if isinstance(value.state, dict) and all(
+        isinstance(name, str) and not name.startswith("_") for name in value.state
+    ):
+        fields = {str(n): _hyper_parameter(v, depth - 1) for n, v in value.state.items()}
+        return ForeignValue(value.class_name, fields)
+    try:
+        args = plain(value.args)
+    except NotPlainError:
+        args = None
+    return ForeignValue(value.class_name, args if isinstance(args, tuple) else None)
 
 
 def _momenta(root: Mapping[object, object]) -> dict[str, float | None]:
@@ -231,6 +259,10 @@ def _momenta(root: Mapping[object, object]) -> dict[str, float | None]:
         for name, value in momenta.items()
         if value is None or isinstance(value, float)
     }
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _count(value: object) -> int | None:

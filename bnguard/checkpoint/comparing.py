@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from bnguard.checkpoint.inert import Blob, TypedStorage
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import open_contents
 from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.errors import CheckpointError
 from bnguard.names import without_wrappers
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 
@@ -103,45 +104,122 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
     """Compare two checkpoints layer by layer, and everything else bit by bit.
 
     Models are matched by their prefix; where each checkpoint has one model only, whatever its
-    prefix. To compare two models of one file, pass ``checkpoint.only(prefix)`` for each.
+    prefix, and also where the one is a part of the other. To compare two models of one file, pass
+    ``checkpoint.only(prefix)`` for each.
 
     Raises:
-        CheckpointError: One of the files cannot be read any more.
+        CheckpointError: One of the files cannot be read any more, or it has several models, none
+            of which has a counterpart by name.
     """
     pairs = _model_pairs(a, b)
-    layers = [(first.prefix, d) for first, second in pairs for d in _layer_pairs(first, second)]
+    layers = [(pair.first.prefix, d) for pair in pairs for d in _layer_pairs(pair)]
     compared = {
         f"{prefix}{layer.name}.{attribute}" if layer.name else prefix + attribute
         for prefix, layer in layers
         for attribute in STATISTICS
     }
     with open_contents(a.path) as before, open_contents(b.path) as after:
-        if all(first.prefix == second.prefix for first, second in pairs):
+        if all(pair.is_alike for pair in pairs):
             values = _everything(before), _everything(after)
             if before.format == after.format:
                 values = values[0] | _extras(before), values[1] | _extras(after)
         else:
-            ((first, second),) = pairs
+            (pair,) = pairs
+            name = pair.first.prefix + pair.first_stem
             values = (
-                _of_model(before, first.prefix, first.prefix),
-                _of_model(after, second.prefix, first.prefix),
+                _of_model(before, pair.first.prefix, pair.first_stem, name),
+                _of_model(after, pair.second.prefix, pair.second_stem, name),
             )
         others = tuple(d for d in _entry_differences(*values) if d.key not in compared)
     return CheckpointDifference(a.path, b.path, tuple(layer for _, layer in layers), others)
 
 
-def _model_pairs(a: Checkpoint, b: Checkpoint) -> list[tuple[CheckpointModel, CheckpointModel]]:
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Two models to compare.
+
+    Attributes:
+        first: The one.
+        second: The other.
+        first_stem: What stands before the names of the layers in the one, and not in the other.
+        second_stem: What stands before them in the other, and not in the one.
+    """
+
+    first: CheckpointModel
+    second: CheckpointModel
+    first_stem: str = ""
+    second_stem: str = ""
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether both have the same names for the same entries."""
+        return (self.first.prefix, self.first_stem) == (self.second.prefix, self.second_stem)
+
+
+def _model_pairs(a: Checkpoint, b: Checkpoint) -> list[_Pair]:
     others = {model.prefix: model for model in b.models}
-    pairs = [(model, others[model.prefix]) for model in a.models if model.prefix in others]
-    if not pairs and len(a.models) == len(b.models) == 1:
-        pairs = [(a.models[0], b.models[0])]
-    return pairs
+    pairs = [_Pair(model, others[model.prefix]) for model in a.models if model.prefix in others]
+    if pairs and (len(pairs) > 1 or _names(pairs[0].first) & _names(pairs[0].second)):
+        return pairs
+    if not a.models or not b.models:
+        return []
+    first, second = (pairs[0].first, pairs[0].second) if pairs else (_only_model(a), _only_model(b))
+    return [_Pair(first, second, *_stems(first, second))]
 
 
-def _layer_pairs(a: CheckpointModel, b: CheckpointModel) -> Iterator[LayerDifference]:
-    others = {layer.name: layer for layer in b.layers}
-    for layer in a.layers:
-        other = others.get(layer.name)
+def _only_model(checkpoint: Checkpoint) -> CheckpointModel:
+    if checkpoint.main is None:
+        names = ", ".join(repr(model.name) for model in checkpoint.models)
+        raise CheckpointError(
+            f"{checkpoint.path} holds several models, {names}, and the other checkpoint none of "
+            "that name: choose one of each with --weights FIRST SECOND ('' is a bare state dict)"
+        )
+    return checkpoint.main
+
+
+def _names(model: CheckpointModel) -> set[str]:
+    return {layer.name for layer in model.layers}
+
+
+def _stems(first: CheckpointModel, second: CheckpointModel) -> tuple[str, str]:
+    """Return what stands before the layers' names in each model where one is a part of the other.
+
+    A network may be saved alone, and as the attribute of a larger one, or of two.
+    """
+    if _names(first) & _names(second):
+        return "", ""
+    if len(first.layers) < len(second.layers):
+        return _stems(second, first)[::-1]
+    sizes = {layer.name: layer.channels for layer in first.layers}
+    inner = _common_stem(_names(second))
+    bare = {layer.name.removeprefix(inner): layer.channels for layer in second.layers}
+    some = f".{next(iter(bare))}"
+    stems = {f".{name}".removesuffix(some) + "." for name in sizes if f".{name}".endswith(some)}
+    fitting = [
+        stem.removeprefix(".")
+        for stem in stems
+        if all(sizes.get(stem.removeprefix(".") + name) == size for name, size in bare.items())
+    ]
+    return (fitting[0], inner) if len(fitting) == 1 else ("", "")
+
+
+def _common_stem(names: Iterable[str]) -> str:
+    """Return the modules that all names begin with.
+
+    >>> _common_stem(["net.bn", "net.body.bn"])
+    'net.'
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    common = takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))
+    return "".join(f"{each[0]}." for each in common)
+
+
+def _layer_pairs(pair: _Pair) -> Iterator[LayerDifference]:
+    others = {layer.name.removeprefix(pair.second_stem): layer for layer in pair.second.layers}
+    for layer in pair.first.layers:
+        if not layer.name.startswith(pair.first_stem):
+            continue
+        other = others.get(layer.name.removeprefix(pair.first_stem))
         if other is not None and other.channels == layer.channels:
             yield LayerDifference(layer, other)
 
@@ -155,13 +233,13 @@ def _extras(contents: Contents) -> dict[str, object]:
     return {f"<{name}>": value for name, value in contents.extras.items()}
 
 
-def _of_model(contents: Contents, prefix: str, as_prefix: str) -> dict[str, object]:
-    """Return the tensors of one model, under the prefix that it has in another checkpoint."""
+def _of_model(contents: Contents, prefix: str, stem: str, name: str) -> dict[str, object]:
+    """Return the tensors of one model below a stem, under the name that another one has for it."""
     found = (entry for entry in entries(contents) if entry.prefix == prefix)
     return {
-        as_prefix + _own_key(entry): entry.value
+        name + _own_key(entry).removeprefix(stem): entry.value
         for entry in found
-        if isinstance(entry.value, StoredTensor)
+        if isinstance(entry.value, StoredTensor) and _own_key(entry).startswith(stem)
     }
 
 

@@ -69,6 +69,20 @@ class CheckpointModel:
         return self.prefix.removesuffix(".")
 
 
+@dataclass(frozen=True)
+class ForeignValue:
+    """A hyper-parameter that is an object of a class, which is not built.
+
+    Attributes:
+        class_name: Dotted name of the class.
+        parts: What it was made of: the fields of a dataclass by name, or a tuple with the value
+            of a member of an enumeration; None where that is no plain data either.
+    """
+
+    class_name: str
+    parts: Mapping[str, object] | tuple[object, ...] | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A checkpoint, read without executing anything in it.
@@ -82,8 +96,11 @@ class Checkpoint:
             data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
             string.
         data_hyper_parameters: The same of the data module, as far as it is plain data.
-        foreign_hyper_parameters: The others of the model: name to the class of the object, which
-            is not built.
+        foreign_hyper_parameters: The others of the model, by name.
+        foreign_data_hyper_parameters: The others of the data module, by name.
+        hyper_parameters_argument: The argument that was given all of the model's as one
+            namespace or dictionary; None where each was an argument.
+        data_hyper_parameters_argument: The same of the data module.
         momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
             training; empty where it did not.
         global_step: Training steps taken; None where the file does not say.
@@ -98,7 +115,10 @@ class Checkpoint:
     is_lightning: bool = False
     hyper_parameters: Mapping[str, object] = field(default_factory=dict)
     data_hyper_parameters: Mapping[str, object] = field(default_factory=dict)
-    foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
+    foreign_hyper_parameters: Mapping[str, ForeignValue] = field(default_factory=dict)
+    foreign_data_hyper_parameters: Mapping[str, ForeignValue] = field(default_factory=dict)
+    hyper_parameters_argument: str | None = None
+    data_hyper_parameters_argument: str | None = None
     momenta: Mapping[str, float | None] = field(default_factory=dict)
     global_step: int | None = None
     epoch: int | None = None

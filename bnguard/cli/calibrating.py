@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import rich
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from bnguard.cli.loading import requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
 from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
 from bnguard.cli.sharing import Samples, shared_out
+from bnguard.cli.showing import show
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration
@@ -65,7 +65,7 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     if values.json:
         print(json.dumps(recalibration_document(result, document, notes, written), indent=2))
     else:
-        rich.print(result)
+        show(result)
         for line in (*notes, said):
             print(line)
     return status

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
-import rich
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -18,6 +17,7 @@ from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import Request, requested
 from bnguard.cli.scoring import Scorer, forward_of, has_validation
 from bnguard.cli.sharing import shared_out
+from bnguard.cli.showing import show
 from bnguard.cli.subjects import OPTIONS
 from bnguard.errors import ConfigurationError
 from bnguard.whatif.diagnose import diagnose
@@ -70,7 +70,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         }
         print(json.dumps(diagnosis.to_dict() | document, indent=2))
     else:
-        rich.print(diagnosis)
+        show(diagnosis)
     return 1 if diagnosis.cause.is_fault else 0
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-import rich
-
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import show
 from bnguard.errors import ConfigurationError
 from bnguard.report.difference import difference_document, difference_view
 
@@ -47,7 +46,7 @@ def run(arguments: list[str]) -> int:
     if values.json:
         print(json.dumps(difference_document(difference), indent=2))
     else:
-        rich.print(difference_view(difference, is_verbose=values.verbose))
+        show(difference_view(difference, is_verbose=values.verbose))
     return int(bool(difference.entries))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.parsing import command_parser, print_error
+from bnguard.cli.showing import show
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
         print(json.dumps(inspection_document(inspected, errors), indent=2))
     else:
         for checkpoint, report in inspected:
-            rich.print(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
+            show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
     for message in errors.values():
         print_error(message)
     if errors:

@@ -56,21 +56,28 @@ class Request:
         checkpoint: The checkpoint.
         subjects: The classes or functions named, by ``"model"`` and ``"data"``.
         values: All arguments.
+        left_out: Arguments that the checkpoint holds in a form that cannot be used, and that
+            nothing else gives.
     """
 
     checkpoint: Checkpoint
     subjects: Mapping[str, Subject]
     values: Namespace
+    left_out: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of where these come from, a line each."""
         files = {s.configuration.path for s in self.subjects.values() if s.configuration}
         here = Path.cwd()
-        return [
+        lines = [
             f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
             for path in sorted(files)
         ]
+        if self.left_out:
+            names = ", ".join(f"--{name}" for name in self.left_out)
+            lines.append(f"the checkpoint's own value is an object, and was left out: {names}")
+        return lines
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
         """Return the model with the weights of the checkpoint, and which of its models these are.
@@ -129,7 +136,14 @@ def requested(
         )
     subjects, rest = named_subjects(arguments, configuration_beside(source), options)
     _add_subjects(parser, subjects, checkpoint)
-    return Request(checkpoint, subjects, parser.parse_args(rest))
+    left_out = [name for subject in subjects.values() for name in subject.left_out(parser)]
+    given = tuple(rest)
+    return Request(
+        checkpoint,
+        subjects,
+        parser.parse_args(rest),
+        tuple(name for name in left_out if not any(word.startswith(f"--{name}") for word in given)),
+    )
 
 
 def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
@@ -192,9 +206,20 @@ def _add_subjects(
         raise ConfigurationError("--model is missing: name it as --model package.module.Class")
     if "data" not in subjects and not has_loaders(subjects["model"].build):
         raise ConfigurationError("--data is missing: name it as --data package.module.Class")
-    stored = {"model": checkpoint.hyper_parameters, "data": checkpoint.data_hyper_parameters}
     for option, subject in subjects.items():
-        subject.add_arguments(parser, stored.get(option, {}))
+        subjects[option] = subject.starting_from(*_stored(checkpoint, option))
+        subjects[option].add_arguments(parser)
+
+
+def _stored(checkpoint: Checkpoint, option: str) -> tuple[Mapping[str, object], str | None]:
+    """Return the hyper-parameters of the model or the data, and the argument that took them all."""
+    if option == "model":
+        own, foreign = checkpoint.hyper_parameters, checkpoint.foreign_hyper_parameters
+        return {**own, **foreign}, checkpoint.hyper_parameters_argument
+    if option == "data":
+        own, foreign = checkpoint.data_hyper_parameters, checkpoint.foreign_data_hyper_parameters
+        return {**own, **foreign}, checkpoint.data_hyper_parameters_argument
+    return {}, None
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

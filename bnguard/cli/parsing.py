@@ -54,8 +54,12 @@ def command_parser(
 
 def print_error(message: str) -> None:
     """Print one line, in which no name from a file can make the terminal do anything."""
-    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(message.split()))
-    print(f"bnguard: error: {line}", file=sys.stderr)
+    print(f"bnguard: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Return a text with a sign in place of each character that would control a terminal."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def in_a_line(error: ArgumentError) -> str:

@@ -11,14 +11,19 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.cli.hyperparameters import harmless_defaults
+from bnguard.cli.hyperparameters import (
+    annotations_of,
+    arguments_by_value,
+    as_argument,
+    harmless_defaults,
+)
 from bnguard.cli.parsing import failing_as
 from bnguard.errors import ConfigurationError
 
@@ -64,25 +69,35 @@ class Subject:
         option: ``"model"`` or ``"data"``.
         build: The class or function that was named.
         configuration: The configuration file that gives it arguments; None where none does.
+        stored: Arguments that a checkpoint holds, by name, to start from.
     """
 
     option: str
     build: Callable[..., object]
     configuration: Configuration | None = None
+    stored: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
         """Where it is imported from."""
         return f"{self.build.__module__}.{getattr(self.build, '__qualname__', self.build)}"
 
-    def add_arguments(self, parser: ArgumentParser, stored: Mapping[str, object]) -> None:
-        """Add the arguments of the class or function as ``--model.NAME``.
+    def starting_from(self, stored: Mapping[str, object], whole: str | None) -> Subject:
+        """Return the subject with the hyper-parameters of a checkpoint to start from.
 
         Args:
-            parser: The parser to add them to.
-            stored: Hyper-parameters of a checkpoint to start from; those that it does not take,
-                or that name what would be imported, are left out, and the configuration file
-                overrides them.
+            stored: The hyper-parameters by name.
+            whole: The argument that was given all of them; None where each was one.
+        """
+        if whole in annotations_of(self.build):
+            stored = {whole: stored} if stored else {}
+        return replace(self, stored=stored)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add the arguments of the class or function as ``--model.NAME``.
+
+        They start from the hyper-parameters stored; those that it does not take, or that name
+        what would be imported, are left out, and the configuration file overrides them.
 
         Raises:
             ConfigurationError: The configuration file gives what it does not take.
@@ -90,7 +105,7 @@ class Subject:
         self._declare(parser)
         known = parser.get_defaults().get(self.option) or {}
         configured = self._configured(known)
-        stored = {name: value for name, value in stored.items() if name not in configured}
+        stored = {name: value for name, value in self.stored.items() if name not in configured}
         with failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
             parser.set_defaults(harmless_defaults(parser, self.option, stored))
             parser.get_defaults()
@@ -98,11 +113,36 @@ class Subject:
             parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
             parser.get_defaults()
 
+    def left_out(self, parser: ArgumentParser) -> list[str]:
+        """Return the arguments that were stored and cannot be used, and that nothing else gives."""
+        taken = harmless_defaults(parser, self.option, self.stored)
+        known = parser.get_defaults().get(self.option) or {}
+        configured = self._configured(known)
+        prefixes = [f"{self.option}.{name}" for name in self.stored if name in known]
+        return [
+            prefix
+            for prefix in prefixes
+            if prefix.partition(".")[2] not in configured
+            and not any(name == prefix or name.startswith(f"{prefix}.") for name in taken)
+        ]
+
     def _declare(self, parser: ArgumentParser) -> None:
+        """Add the arguments by their types, and those without one by what was stored for them."""
+        alone = ArgumentParser(exit_on_error=False)
+        self._add(alone, set())
+        known = vars(alone.get_defaults().get(self.option) or Namespace())  # type: ignore[no-untyped-call]
+        by_value = arguments_by_value(self.build, self.stored, known)
+        self._add(parser, set(by_value))
+        for name, kind in by_value.items():
+            parser.add_argument(f"--{self.option}.{name}", type=kind)
+
+    def _add(self, parser: ArgumentParser, skip: set[str | int]) -> None:
         if isinstance(self.build, type):
-            parser.add_class_arguments(self.build, self.option, fail_untyped=False)
+            parser.add_class_arguments(
+                self.build, self.option, fail_untyped=False, skip=skip, instantiate=False
+            )
         else:
-            parser.add_function_arguments(self.build, self.option, fail_untyped=False)
+            parser.add_function_arguments(self.build, self.option, fail_untyped=False, skip=skip)
 
     def _configured(self, known: Container[str]) -> Mapping[str, Any]:
         if self.configuration is None:
@@ -130,7 +170,12 @@ class Subject:
             arguments = values.get(self.option) or Namespace()  # type: ignore[no-untyped-call]
             given = Namespace({self.option: arguments})  # type: ignore[no-untyped-call]
             made = parser.instantiate(given)[self.option]
-            return made if isinstance(self.build, type) else self.build(**vars(made))
+            return self.build(**self.arguments(made))
+
+    def arguments(self, values: Namespace) -> dict[str, object]:
+        """Return values by the names of the arguments, each mapping as what its argument takes."""
+        hints = annotations_of(self.build)
+        return {name: as_argument(value, hints.get(name)) for name, value in vars(values).items()}
 
 
 def named_subjects(

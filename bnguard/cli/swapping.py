@@ -7,7 +7,6 @@ import copy
 import json
 from pathlib import Path
 
-import rich
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning_fabric import Fabric
@@ -18,6 +17,7 @@ from bnguard.cli.data import Data
 from bnguard.cli.devices import lightning_device, usable_device
 from bnguard.cli.loading import requested
 from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
+from bnguard.cli.showing import show
 from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.swap import swap
@@ -55,7 +55,7 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         }
         print(json.dumps(swap_document(result, document, output, code), indent=2))
         return 0
-    rich.print(result)
+    show(result)
     if scorer is None:
         print(NOT_SCORED)
     else:
@@ -131,7 +131,7 @@ def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> 
         options.append(f"exclude={[layer.name for layer in result.skipped]}")
     module, _, name = subject.path.rpartition(".")
     libraries = ["bnguard", weights.partition(".load")[0]]
-    given = vars(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
+    given = subject.arguments(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
     arguments = ", ".join(f"{key}={_literal(value)}" for key, value in given.items())
     return (
         f"import {', '.join(libraries)}\n"

@@ -26,7 +26,10 @@ def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool)
         action = checkpoint.provenance.get("action", "written")
         parts.append(Text(f"written by bnguard: {action}", style="dim"))
     if is_verbose:
-        parts.append(_layers_view(checkpoint.layers))
+        has_several = len(checkpoint.models) > 1
+        for model in checkpoint.models:
+            parts += [Text(model.name, style="bold")] if has_several else []
+            parts.append(_layers_view(model.layers))
     return Group(*parts)
 
 

@@ -115,7 +115,7 @@ def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     for layer in shown:
         updates = None if layer.running is None else layer.running.updates
         table.add_row(
-            layer.name,
+            Text(layer.name),
             _number(layer.typical_values_per_channel),
             _number(updates),
             _number(largest(layer.eval_shift_std)),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bnguard.checkpoint import compare, read_checkpoint, write_statistics
+from bnguard.errors import CheckpointError
 from tests.checkpoint.saving import NAMES, Network, new_statistics, save_safetensors, used_network
 
 
@@ -168,3 +169,30 @@ def test_the_copy_of_a_copy(network, tmp_path):
             module.running_var.double().numpy() + 1e-5
         )
         assert layer.shift_std == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stems", [("net.", ""), ("", "net."), ("backbone.", "model.encoder.")])
+def test_a_network_is_compared_wherever_it_was_put(tmp_path, stems):
+    state = used_network().state_dict()
+    one, other = ({stem + key: value for key, value in state.items()} for stem in stems)
+    a = saved({"state_dict": one}, tmp_path, "a.pt")
+    b = saved(other, tmp_path, "b.pt")
+    assert len(compare(a, b).layers) == len(NAMES)
+    assert compare(a, b).entries == ()
+    other[f"{stems[1]}{NAMES[0]}.weight"] = torch.full_like(state[f"{NAMES[0]}.weight"], 7.0)
+    (entry,) = compare(a, saved(other, tmp_path, "c.pt")).entries
+    assert entry.key == f"state_dict.{stems[0]}{NAMES[0]}.weight"
+
+
+def test_a_network_that_is_in_the_other_twice_is_not_guessed(tmp_path):
+    state = used_network().state_dict()
+    twice = {f"{part}.{key}": value for part in ("a", "b") for key, value in state.items()}
+    assert not compare(saved(twice, tmp_path, "a.pt"), saved(state, tmp_path, "b.pt")).layers
+
+
+def test_of_several_models_one_has_to_be_chosen(tmp_path):
+    state = used_network().state_dict()
+    a, b = saved(state, tmp_path, "a.pt"), saved({"g": state, "d": state}, tmp_path, "b.pt")
+    with pytest.raises(CheckpointError, match=r"'g', 'd'.*--weights"):
+        compare(a, b)
+    assert compare(a, b.only("g.")).entries == ()

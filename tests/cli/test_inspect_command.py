@@ -242,3 +242,23 @@ def test_two_models_of_a_file_are_compared(tmp_path):
     done = bnguard(tmp_path, "diff", "both.pt", "both.pt", "--weights", "emma")
     assert done.returncode == 2
     assert "did you mean 'ema'?" in done.stderr
+
+
+def test_no_name_in_a_file_makes_the_terminal_do_anything(tmp_path):
+    evil = "\x1b[2J\x07red\n"
+    state = {f"{evil}.running_mean": torch.zeros(2), f"{evil}.running_var": -torch.ones(2)}
+    torch.save({evil: state, "b": state}, tmp_path / f"{evil}.pt")
+    torch.save({evil: state, "b": {}}, tmp_path / "other.pt")
+    shown = bnguard(tmp_path, "inspect", "--verbose", f"{evil}.pt", "other.pt")
+    compared = bnguard(tmp_path, "diff", "--verbose", f"{evil}.pt", "other.pt")
+    for done in (shown, compared):
+        assert "red" in done.stdout
+        assert all(char.isprintable() for char in (done.stdout + done.stderr).replace("\n", ""))
+
+
+def test_the_layers_of_several_models_are_told_apart(tmp_path):
+    torch.save(
+        {"ema": used_network().state_dict(), "net": used_network().state_dict()}, tmp_path / "a.pt"
+    )
+    lines = bnguard(tmp_path, "inspect", "--verbose", "a.pt").stdout.splitlines()
+    assert lines.index("ema") + len(NAMES) + 2 == lines.index("net")
