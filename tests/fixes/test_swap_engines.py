@@ -199,7 +199,6 @@ RANKS = """
     import torch
     from lightning.fabric import Fabric
     from tests.networks import digits, mlp
-from tests.ports import free_port
     from bnguard import swap
 
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
