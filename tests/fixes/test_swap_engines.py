@@ -118,7 +118,6 @@ KILLED = """
     import os, signal, sys
     import torch
     from tests.networks import digits, mlp
-from tests.ports import free_port
     from bnguard import swap
 
     torch.manual_seed(0)
