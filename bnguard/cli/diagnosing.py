@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from bnguard.checkpoint import CheckpointModel
 from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import Request, requested
@@ -60,15 +61,8 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         notes=(*_score_notes(scorer), *request.notes, *notes, *diagnosis.notes),
     )
     if values.json:
-        document = {
-            "action": "diagnose",
-            "checkpoint": str(request.checkpoint.path),
-            "weights": stored.name,
-            "data": data.path,
-            "split": values.split,
-            "metric": None if scorer is None else scorer.metric,
-        }
-        print(json.dumps(diagnosis.to_dict() | document, indent=2))
+        document = diagnosis.to_dict() | _document(request, stored, data, scorer)
+        print(json.dumps(document, indent=2))
     else:
         show(diagnosis)
     return 1 if diagnosis.cause.is_fault else 0
@@ -117,6 +111,20 @@ def _score_notes(scorer: Scorer | None) -> tuple[str, ...]:
     if scorer is None:
         return ("not scored: that takes a validation_step, and a data module",)
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
+
+
+def _document(
+    request: Request, stored: CheckpointModel, data: Data, scorer: Scorer | None
+) -> dict[str, object]:
+    """Return what was diagnosed, which ``--json`` prints beside the diagnosis."""
+    return {
+        "action": "diagnose",
+        "checkpoint": str(request.checkpoint.path),
+        "weights": stored.name,
+        "data": data.path,
+        "split": request.values.split,
+        "metric": None if scorer is None else scorer.metric,
+    }
 
 
 @dataclass(frozen=True)

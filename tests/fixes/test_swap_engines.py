@@ -118,7 +118,6 @@ KILLED = """
     import os, signal, sys
     import torch
     from tests.networks import digits, mlp
-from tests.ports import free_port
     from bnguard import swap
 
     torch.manual_seed(0)
@@ -199,7 +198,6 @@ RANKS = """
     import torch
     from lightning.fabric import Fabric
     from tests.networks import digits, mlp
-from tests.ports import free_port
     from bnguard import swap
 
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")

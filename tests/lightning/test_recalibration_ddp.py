@@ -1,7 +1,6 @@
 """Recalibration in a Trainer with ddp: the callback, and ``recalibrate`` called by the user."""
 
 import copy
-import os
 import runpy
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import bnguard
-from tests.ports import free_port
 
 SCRIPT = Path(__file__).with_name("recalibration_ddp_run.py")
 
@@ -25,7 +23,6 @@ def test_all_ranks_end_with_the_statistics_of_all_samples(ranks, tmp_path):
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "MASTER_PORT": str(free_port())},
     )
     assert done.returncode == 0, done.stderr
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
