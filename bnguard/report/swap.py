@@ -25,13 +25,7 @@ def swap_view(swap: Swap) -> RenderableType:
     parts += [Text(f"left  {layer.name} {layer.reason}") for layer in swap.skipped]
     parts.append(Text(_outputs(swap)))
     if swap.distillation is not None and swap.distillation.distance > _FAR_OFF_STD:
-        parts.append(
-            Text(
-                "still far off: measure it before use; more steps bring it nearer, and fewer "
-                "groups, of more channels each, may",
-                style="yellow",
-            )
-        )
+        parts.append(Text(f"still far off, so measure it before use: {_advice(swap)}"))
     parts += [Text(note) for note in swap.notes]
     return Group(*parts)
 
@@ -108,3 +102,14 @@ def _outputs(swap: Swap) -> str:
     if swap.output_change is None:
         return "outputs not compared: that takes sample= or teacher_data="
     return f"outputs off by {swap.output_change:.3g} σ"
+
+
+def _advice(swap: Swap) -> str:
+    """Return what brings the outputs of a network nearer that has learnt."""
+    alone = sum(1 < layer.channels == layer.groups for layer in swap.replaced)
+    if not alone:
+        return "more steps bring it nearer"
+    return (
+        f"{counted(alone, 'layer')} with a group for each channel, whose mean is lost there, so "
+        "try fewer groups, or 'layer'"
+    )

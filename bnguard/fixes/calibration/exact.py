@@ -22,7 +22,7 @@ from bnguard.fixes.calibration.job import Calibration, Job
 from bnguard.fixes.calibration.lockstep import lockstep
 from bnguard.fixes.calibration.replay import replay
 from bnguard.fixes.calibration.sampling import Pool, is_precise
-from bnguard.fixes.calibration.settling import IrregularError, NonFiniteError
+from bnguard.fixes.calibration.settling import IrregularError, NonFiniteError, PartingError
 from bnguard.moments import Moments
 
 # Each chunk is a thread: small batches are joined so that there are about so many, ...
@@ -180,10 +180,11 @@ class _Engine:
                 )
             try:
                 arrived = self._settled(held.chunks, samples)
-            except IrregularError:
-                # What a batch does may depend on all of it, so each goes as it comes.
-                self._runs_side_by_side = self._takes_rows = False
-                held.join(1)
+            except IrregularError as error:
+                self._runs_side_by_side = False
+                if isinstance(error, PartingError):
+                    self._takes_rows = False
+                    held.join(1)
             except NonFiniteError as error:
                 where = job.layers[error.index].name
                 job.ranks.together(partial(self._expel, held, error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +14,9 @@ from bnguard.fixes.calibration.batches import Batch
 from bnguard.fixes.calibration.chunks import Chunk
 from bnguard.fixes.calibration.habits import Habits
 from bnguard.fixes.calibration.job import Job
-from bnguard.fixes.calibration.observation import disturbed_layers, observe
+from bnguard.fixes.calibration.observation import Observation, disturbed_layers, observe
 from bnguard.fixes.calibration.randomness import RandomStream
-from bnguard.fixes.calibration.settling import IrregularError, settle
+from bnguard.fixes.calibration.settling import IrregularError, PartingError, settle
 from bnguard.fixes.calibration.walks import (
     StuckError,
     Surroundings,
@@ -63,7 +63,10 @@ def lockstep(
                 walks.note_settled(index)
     finally:
         walks.end()
-    if any(job.ranks.together(walks.disturbed_one_another)):
+    compared = job.ranks.together(walks.compared_with_witness)
+    if any(each.is_parted_by_joining for each in compared):
+        raise PartingError("samples go another way beside those that they are joined to")
+    if any(each.is_disturbed for each in compared):
         raise IrregularError("forwards that run side by side disturb one another")
     return parts
 
@@ -85,6 +88,14 @@ class _Stand:
     trouble: str | None
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """Whether samples meet something else than alone: beside others, and joined to others."""
+
+    is_disturbed: bool
+    is_parted_by_joining: bool
+
+
 def _common(stands: Sequence[_Stand]) -> int | None:
     """Return the one layer at which all chunks of all ranks stand; None where all have ended."""
     for stand in stands:
@@ -92,7 +103,7 @@ def _common(stands: Sequence[_Stand]) -> int | None:
             raise IrregularError(stand.trouble)
     layers = frozenset[int]().union(*(stand.layers for stand in stands))
     if len(layers) > 1 or (layers and any(stand.has_ended for stand in stands)):
-        raise IrregularError("batches call the layers in different order, or not the same ones")
+        raise PartingError("batches call the layers in different order, or not the same ones")
     return next(iter(layers), None)
 
 
@@ -180,14 +191,25 @@ class _Walks:
         if self._width > 1:
             torch.set_num_threads(self._threads)
 
-    def disturbed_one_another(self) -> bool:
-        """Return whether samples meet something else when they go through alone."""
+    def compared_with_witness(self) -> _Comparison:
+        """Return what becomes of samples alone, and alone with those that they are joined to."""
         if self._witness is None:
-            return False
-        alone = observe(self._job, self._witness)
-        return alone.calls != tuple(self._settled) or bool(
-            disturbed_layers(self._job, alone.moments, self._met_by_witness)
+            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
+        job, chunk = self._job, self._chunks[0]
+        alone = observe(job, self._witness)
+        if not self._differs(alone, tuple(self._settled), self._met_by_witness):
+            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
+        share = self._witness.size / chunk.samples
+        joined = observe(job, chunk.whole, lambda values: values[: round(len(values) * share)])
+        return _Comparison(
+            is_disturbed=True,
+            is_parted_by_joining=self._differs(alone, joined.calls, joined.moments),
         )
+
+    def _differs(
+        self, alone: Observation, calls: tuple[int, ...], met: Mapping[int, Moments]
+    ) -> bool:
+        return alone.calls != calls or bool(disturbed_layers(self._job, alone.moments, met))
 
 
 def _witness_of(chunks: Sequence[Chunk], habits: Habits | None) -> Batch | None:

@@ -31,6 +31,10 @@ class IrregularError(Exception):
     """The chunks cannot go through the layers side by side; says why."""
 
 
+class PartingError(IrregularError):
+    """Batches go other ways than those that they are joined to, so each has to go as it comes."""
+
+
 def settle(job: Job, index: int, arrived: Arrived, samples: int) -> tuple[Moments, ...]:
     """Give a layer the statistics of all that arrived at it on all ranks; return the parts.
 
