@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "print what a log directory says of BN layers, or write it as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",
+    "completion": "print a script that makes a shell complete all this",
 }
 
 
@@ -66,7 +67,7 @@ def _is_interruption(error: BaseException) -> bool:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
-        _overview().parse_args(arguments or ["--help"])
+        overview().parse_args(arguments or ["--help"])
     command = arguments[0]
     if command not in COMMANDS:
         near = nearest_name(command, COMMANDS)
@@ -76,8 +77,12 @@ def _run(arguments: list[str]) -> int:
     return status
 
 
-def _overview() -> ArgumentParser:
-    """Return a parser that shows the commands, without what it would take to run them."""
+def overview(parsers: Mapping[str, ArgumentParser] | None = None) -> ArgumentParser:
+    """Return a parser that shows the commands, without what it would take to run them.
+
+    Args:
+        parsers: Those of the commands, where their options are of interest.
+    """
     parser = ArgumentParser(
         prog="bnguard",
         description="Tells what is wrong with the batch normalisation of networks and repairs it.",
@@ -86,5 +91,5 @@ def _overview() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
-        commands.add_subcommand(name, ArgumentParser(), help=summary)
+        commands.add_subcommand(name, (parsers or {}).get(name) or ArgumentParser(), help=summary)
     return parser

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from bnguard.cli.parsing import command_parser
 from bnguard.errors import ConfigurationError
 
@@ -16,15 +18,7 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Train a small network into a BN fault, name it, repair the checkpoint, and measure both."""
-    parser = command_parser(
-        "demo",
-        "Train a small network on handwritten digits into a BN fault, name it, "
-        "repair the checkpoint, and measure both. Takes some seconds.",
-        _EXAMPLES,
-    )
-    parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
-    values = parser.parse_args(arguments)
+    values = make_parser().parse_args(arguments)
     folder = Path(values.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder")
@@ -35,3 +29,16 @@ def run(arguments: list[str]) -> int:
     with quiet_lightning():
         tell_story(folder, values.seed)
     return 0
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    parser = command_parser(
+        "demo",
+        "Train a small network on handwritten digits into a BN fault, name it, "
+        "repair the checkpoint, and measure both. Takes some seconds.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
+    return parser

@@ -26,16 +26,17 @@ examples:
 def run(arguments: list[str]) -> int:
     """Show what other statistics would do for a checkpoint; status 1 where there is a fault."""
     if asks_for_help(arguments):
-        _parser().parse_args(["--help"])
+        make_parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.diagnosing import diagnose_checkpoint
     from bnguard.cli.scoring import quiet_lightning
 
     with quiet_lightning():
-        return diagnose_checkpoint(_parser(), arguments)
+        return diagnose_checkpoint(make_parser(), arguments)
 
 
-def _parser() -> ArgumentParser:
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
     parser = command_parser(
         "diagnose",
         "Try a checkpoint with other BN statistics: recalibrated on training and on "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from jsonargparse import ArgumentParser
+
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.parsing import command_parser
@@ -20,6 +22,22 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Compare two checkpoints; status 1 where anything but running statistics differs."""
+    values = make_parser().parse_args(arguments)
+
+    names = values.weights or [None]
+    if len(names) > 2:
+        raise ConfigurationError("--weights takes one name, or one for each checkpoint")
+    before, after = _read(values.before, names[0]), _read(values.after, names[-1])
+    difference = compare(before, after)
+    if values.json:
+        print(json.dumps(difference_document(difference), indent=2))
+    else:
+        show(difference_view(difference, is_verbose=values.verbose))
+    return int(bool(difference.entries))
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
     parser = command_parser(
         "diff",
         "Compare two checkpoints: BN layers in standard deviations and log-variance "
@@ -36,18 +54,7 @@ def run(arguments: list[str]) -> int:
         nargs="+",
         help="which models of files that hold several: the first's, and the second's if another",
     )
-    values = parser.parse_args(arguments)
-
-    names = values.weights or [None]
-    if len(names) > 2:
-        raise ConfigurationError("--weights takes one name, or one for each checkpoint")
-    before, after = _read(values.before, names[0]), _read(values.after, names[-1])
-    difference = compare(before, after)
-    if values.json:
-        print(json.dumps(difference_document(difference), indent=2))
-    else:
-        show(difference_view(difference, is_verbose=values.verbose))
-    return int(bool(difference.entries))
+    return parser
 
 
 def _read(path: str, model: str | None) -> Checkpoint:

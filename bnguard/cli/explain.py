@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import rich
+from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
 from bnguard.report.pages import page_view
@@ -17,8 +18,13 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Show the page of a rule."""
-    parser = command_parser("explain", "Show the page of a rule.", _EXAMPLES)
-    parser.add_argument("rule", type=str, help="code or name of the rule")
-    values = parser.parse_args(arguments)
+    values = make_parser().parse_args(arguments)
     rich.print(page_view(rule_named(values.rule)))
     return 0
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    parser = command_parser("explain", "Show the page of a rule.", _EXAMPLES)
+    parser.add_argument("rule", type=str, help="code or name of the rule")
+    return parser

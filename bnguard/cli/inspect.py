@@ -39,7 +39,7 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Report on each checkpoint; what is unusable among them does not hide the rest."""
-    values = _parser().parse_args(arguments)
+    values = make_parser().parse_args(arguments)
     configuration = read_configuration().changed(
         select=_codes(values.select), ignore=_codes(values.ignore)
     )
@@ -63,7 +63,8 @@ def run(arguments: list[str]) -> int:
     return int(_is_at_level([report for _, report in inspected], values.fail_on))
 
 
-def _parser() -> ArgumentParser:
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
     parser = command_parser(
         "inspect",
         "Tell what is wrong with the BN layers of checkpoints; needs no model code, "

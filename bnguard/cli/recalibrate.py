@@ -22,17 +22,18 @@ examples:
 def run(arguments: list[str]) -> int:
     """Write a checkpoint with new running statistics; status 1 where they are no better."""
     if asks_for_help(arguments):
-        _parser().parse_args(["--help"])
+        make_parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
     from bnguard.cli.ranks import launched_ranks
     from bnguard.cli.scoring import quiet_lightning
 
     with launched_ranks(), quiet_lightning():
-        return recalibrate_checkpoint(_parser(), arguments)
+        return recalibrate_checkpoint(make_parser(), arguments)
 
 
-def _parser() -> ArgumentParser:
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
     parser = command_parser(
         "recalibrate",
         "Write a checkpoint with new running statistics beside the one given.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from bnguard.cli.parsing import command_parser
 
 _EXAMPLES = """
@@ -15,15 +17,7 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Print the last report of each run in a log directory, or write all of it as one page."""
-    parser = command_parser(
-        "report",
-        "Print what the event files of a log directory say of BN layers, or write the "
-        "TensorBoard tab as one self-contained page.",
-        _EXAMPLES,
-    )
-    parser.add_argument("logdir", type=str, help="folder with event files")
-    parser.add_argument("--html", type=str, help="file to write the page to")
-    values = parser.parse_args(arguments)
+    values = make_parser().parse_args(arguments)
     # TensorBoard, which takes a second to import, is not needed to say what this does.
     from bnguard.tensorboard.logged import logged_runs
     from bnguard.tensorboard.page import write_page
@@ -36,3 +30,16 @@ def run(arguments: list[str]) -> int:
     for logged in logged_runs(folder):
         print(logged)
     return 0
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    parser = command_parser(
+        "report",
+        "Print what the event files of a log directory say of BN layers, or write the "
+        "TensorBoard tab as one self-contained page.",
+        _EXAMPLES,
+    )
+    parser.add_argument("logdir", type=str, help="folder with event files")
+    parser.add_argument("--html", type=str, help="file to write the page to")
+    return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import rich
+from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
 from bnguard.report.pages import rules_view
@@ -17,7 +18,11 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """List the rules."""
-    parser = command_parser("rules", "List the rules.", _EXAMPLES)
-    parser.parse_args(arguments)
+    make_parser().parse_args(arguments)
     rich.print(rules_view(RULES))
     return 0
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    return command_parser("rules", "List the rules.", _EXAMPLES)

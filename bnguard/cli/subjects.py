@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from bnguard.checkpoint.model import ForeignValue
 from bnguard.cli.hyperparameters import (
     annotations_of,
     arguments_by_value,
@@ -90,7 +91,9 @@ class Subject:
             whole: The argument that was given all of them; None where each was one.
         """
         if whole in annotations_of(self.build):
-            stored = {whole: stored} if stored else {}
+            plain = {n: v for n, v in stored.items() if not isinstance(v, ForeignValue)}
+            others = {f"{whole}.{n}": v for n, v in stored.items() if n not in plain}
+            stored = {whole: plain, **others} if stored else {}
         return replace(self, stored=stored)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -118,7 +121,9 @@ class Subject:
         taken = harmless_defaults(parser, self.option, self.stored)
         known = parser.get_defaults().get(self.option) or {}
         configured = self._configured(known)
-        prefixes = [f"{self.option}.{name}" for name in self.stored if name in known]
+        prefixes = [
+            f"{self.option}.{name}" for name in self.stored if name.partition(".")[0] in known
+        ]
         return [
             prefix
             for prefix in prefixes

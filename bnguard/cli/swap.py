@@ -22,16 +22,17 @@ _TARGETS = "one of group, layer, instance, batch-renorm, frozen, sync"
 def run(arguments: list[str]) -> int:
     """Write a checkpoint of the model with another norm, and print the lines that build it."""
     if asks_for_help(arguments):
-        _parser().parse_args(["--help"])
+        make_parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.scoring import quiet_lightning
     from bnguard.cli.swapping import swap_checkpoint
 
     with quiet_lightning():
-        return swap_checkpoint(_parser(), arguments)
+        return swap_checkpoint(make_parser(), arguments)
 
 
-def _parser() -> ArgumentParser:
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
     parser = command_parser(
         "swap",
         "Swap BN for another norm, let the network learn what it knew, and write a "

@@ -109,3 +109,10 @@ def test_what_cannot_be_given_back_is_told(tmp_path):
     again, left_out = built(model, tmp_path)
     assert again.got == {"width": 8}
     assert left_out == ["model.width"]
+
+
+def test_an_object_in_a_namespace_is_left_out_of_it_and_told(tmp_path):
+    model = Untyped(argparse.Namespace(width=3, lr=0.1, act=object()))
+    again, left_out = built(model, tmp_path)
+    assert again.hparams == {"width": 3, "lr": 0.1}
+    assert left_out == ["model.hparams.act"]
