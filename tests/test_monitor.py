@@ -332,7 +332,7 @@ def test_what_the_user_raises_passes():
         ({"optimizer": 3}, "several of them, not a int"),
         ({"rules": ["BN301"]}, r"rules takes objects of bnguard.rules.Rule, not 'BN301'"),
     ],
-    ids=str,
+    ids=["model", "parameters", "number", "code"],
 )
 def test_what_cannot_be_watched_is_answered_in_one_line(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
