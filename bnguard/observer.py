@@ -93,7 +93,7 @@ class Observer:
         self._loading = LoadingProbe(self.layers, self._note_loading)
         self._evaluation_hooks: tuple[Hooks, ...] = ()
         self._streams = StreamProbe(self._shapes)
-        self._samples = SampleProbe()
+        self._samples = SampleProbe(plan.accumulated_batches)
         self._finiteness = FinitenessProbe()
         self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
         self._at_start = self._batches.readings()

@@ -57,10 +57,15 @@ class SampleProbe:
     model is called several times a step, each batch is compared with those at the same place in
     other steps of as many calls, and the place counts whose batches differ least: real and
     generated images, of which a discriminator is given one after the other, differ on purpose, and
-    the latter from step to step, since the generator learns.
+    the latter from step to step, since the generator learns. Batches whose gradients are
+    accumulated come from one loader: they are at the same place.
+
+    Args:
+        accumulated_batches: Batches whose gradients are added before a step of the optimizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accumulated_batches: int = 1) -> None:
+        self._accumulated = max(1, accumulated_batches)
         self._newest: InputWindow | None = None
         self._newest_count = 0
         self._batches: list[_Batch] = []
@@ -93,6 +98,8 @@ class SampleProbe:
         means, variances = means[:, varies], variances[:, varies]
         places, steps, sizes = np.array([batch.origin for batch in self._batches]).T
         calls = np.array([np.count_nonzero(steps == step) for step in steps])
+        calls = np.where(calls % self._accumulated == 0, calls // self._accumulated, calls)
+        places = np.minimum(places % calls, _MAX_PLACES - 1)
         groups = [
             (places == place) & (calls == many)
             for place, many in sorted(set(zip(places, calls, strict=True)))
@@ -109,7 +116,7 @@ class SampleProbe:
 
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Take in what a batch brings to the model."""
-        place, self._place = min(self._place, _MAX_PLACES - 1), self._place + 1
+        place, self._place = self._place, self._place + 1
         if not self._is_read or len(self._batches) >= _MAX_BATCHES:
             return
         features = _features(inputs)

@@ -83,6 +83,9 @@ class UnconvergedStatistics(ModelRule):
         if layer.running is None:
             yield self._skipped(layer, "the layer keeps no running statistics")
             return
+        if layer.run.steps and not layer.updates_seen and layer.position is None:
+            yield self._skipped(layer, "the layer was never called")
+            return
         if _is_written_otherwise(layer):
             yield self._skipped(layer, "the statistics change, but not by updates that are counted")
             return

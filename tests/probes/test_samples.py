@@ -70,9 +70,9 @@ def test_a_trend_over_many_batches_is_no_difference_between_them():
     assert of_means(torch.arange(50).div(10, rounding_mode="floor") % 3 - 1.0) > 4.0
 
 
-def in_turn(*streams, steps=40):
+def in_turn(*streams, steps=40, **options):
     """One window of steps in which the model is given a batch of each stream."""
-    probe = SampleProbe()
+    probe = SampleProbe(**options)
     for step in range(steps):
         for stream in streams:
             probe.note([stream(step)])
@@ -93,3 +93,5 @@ def test_batches_of_one_step_are_compared_with_those_at_their_place():
     assert in_turn(real, generated) == pytest.approx(1.0, abs=0.5)
     assert in_turn(real, generated, generated, real) == pytest.approx(1.0, abs=0.5)
     assert in_turn(sorted_by_class, sorted_by_class) > 3.0
+    assert in_turn(real, generated, accumulated_batches=2) > 3.0
+    assert in_turn(real, real, real, accumulated_batches=3) == pytest.approx(1.0, abs=0.5)

@@ -102,7 +102,7 @@ def symptoms(*layers):
             "recalibrate",
         ),
         (
-            drifted(window=window(noise=0.6, trend=5.0)),
+            drifted(window=window(mean=1.1, noise=0.6, trend=5.0)),
             "weights that move fast.*spread 5 times as much as from one batch to the next",
             "recalibrate before evaluation",
             "recalibrate",
@@ -311,3 +311,24 @@ def test_dropout_before_the_first_layer_is_told_as_such_and_accuses_no_data():
     assert "BN305" not in {group.worst.code for group in told}
     drift = next(finding for finding in findings if finding.code == "BN301")
     assert "because Dropout stands before the layer" in drift.message
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05])
+def test_other_data_are_not_laid_on_weights_that_move_as_usual(rate):
+    torch.manual_seed(0)
+    images, labels = digits()
+    model = build("conv")
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    with bnguard.watch(model, optimizer=optimizer) as monitor:
+        for batch in torch.randperm(1200).repeat(3).split(32):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            monitor.step()
+        model.eval()
+        with torch.no_grad(), monitor.evaluation():
+            model(1.0 - images[EVALUATE])
+    report = monitor.report()
+    told = [finding for finding in report.findings if finding.code in ("BN301", "BN302")]
+    assert told
+    assert all("data differ" in finding.message for finding in told)

@@ -233,3 +233,10 @@ def test_channels_that_a_large_eps_damps_are_not_dead():
     (finding,) = found("BN204", layer(running=running(var=1e-7)))
     assert "4 of 4 channels" in finding.message
     assert "1e-07 at most" in finding.message
+
+
+def test_statistics_of_a_layer_that_is_never_called_are_not_awaited():
+    unused = layer(running=running(updates=0), updates_seen=0, position=None)
+    assert found("BN303", unused) == []
+    assert found("BN303", dataclasses.replace(unused, position=0)) != []
+    assert found("BN303", dataclasses.replace(unused, run=Run())) != []
