@@ -68,6 +68,20 @@ def initial_weight(momentum: float | None, updates: int) -> float:
     return float((1.0 - momentum) ** updates)
 
 
+def without_initial(
+    mean: FloatArray, var: FloatArray, weight: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return running mean and variance without the ``weight`` of the initial (0, 1) in them.
+
+    >>> mean, var = without_initial(np.array([0.9]), np.array([1.9]), 0.1)
+    >>> mean.round(2), var.round(2)
+    (array([1.]), array([2.]))
+    """
+    rest = max(1.0 - weight, np.finfo(np.float64).tiny)
+    with np.errstate(all="ignore"):
+        return np.asarray(mean / rest), np.asarray(np.maximum(var - weight, 0.0) / rest)
+
+
 def initial_shift_std(
     mean: FloatArray, var: FloatArray, eps: float, weight_now: float, weight_then: float
 ) -> FloatArray:
@@ -80,10 +94,8 @@ def initial_shift_std(
     >>> initial_shift_std(np.array([900.0]), np.array([1.0]), 0.0, 0.1, 0.01).round(2)
     array([10.])
     """
-    rest = max(1.0 - weight_now, np.finfo(np.float64).tiny)
+    batch_mean, batch_var = without_initial(mean, var, weight_now)
     with np.errstate(all="ignore"):
-        batch_mean = mean / rest
-        batch_var = np.maximum(var - weight_now, 0.0) / rest
         then = (1.0 - weight_then) * batch_var + weight_then
         return np.asarray(weight_then * np.abs(batch_mean) / np.sqrt(then + eps))
 

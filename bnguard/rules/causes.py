@@ -15,16 +15,14 @@ import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix
 from bnguard.history import BatchWindow, EvalWindow, History, LayerHistory
+from bnguard.rules.drifts import Drift
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
     FITTING_SHARE,
     MAX_BETWEEN_SHARE,
-    Distance,
-    DriftLimits,
     is_representative,
     is_sampling,
 )
-from bnguard.stats import log_variance_ratio, shift_std
 
 # How many times its own uncertainty the average has to be off before it is more than noise.
 _NOISE_FACTOR = 3.0
@@ -36,11 +34,6 @@ _NEARER = 0.6
 # How much wider the batch means spread over the window than between neighbours, from which the
 # weights move within it: of 30 independent batches one channel in a thousand reaches 1.5.
 _MIN_TREND = 2.0
-
-# Share of a drift that the newest batches have to show too where moving weights make it: those of
-# networks that learn as usual show at most 0.26 of what other data make at the first layer, and 0.8
-# and more where the statistics lag.
-_MOVED_SHARE = 0.35
 
 # What helps statistics that lag.
 _CATCH_UP = Fix(
@@ -76,55 +69,6 @@ class Cause:
         """Return the cause that another rule has found."""
         reason = f"because of {finding.code} {finding.name}: {finding.message}"
         return cls(reason, finding.fix, (finding.evidence, *finding.reasons))
-
-
-@dataclass(frozen=True)
-class Drift:
-    """A layer whose eval moments do not fit its running statistics, and what surrounds it.
-
-    Attributes:
-        layer: The layer.
-        seen: What arrived at it in eval mode.
-        distance: How far that is from the running statistics.
-        limits: What it was held against.
-        first: The layer that was called first.
-    """
-
-    layer: LayerHistory
-    seen: EvalWindow
-    distance: Distance
-    limits: DriftLimits
-    first: LayerHistory
-
-    def from_batches(self) -> Distance | None:
-        """Return how far what arrived is from the newest batches of training."""
-        window = self.layer.window
-        if window is None or self.distance.worst is None:
-            return None
-        distance = self.limits.distance(self.seen, window.mean, window.var_unbiased, self.layer.eps)
-        return None if distance.worst is None else distance
-
-    def at_first(self) -> Drift:
-        """Return how far the layer that was called first is off; this, where that is not known."""
-        seen = self.first.evaluated
-        if seen is None or self.layer is self.first:
-            return self
-        running = seen.running
-        distance = self.limits.distance(seen, running.mean, running.var, self.first.eps)
-        return dataclasses.replace(self, layer=self.first, seen=seen, distance=distance)
-
-    def is_moved(self) -> bool:
-        """Return whether the newest batches lie as far from the running statistics as it does.
-
-        Nothing but the weights takes the batches of training away from their own average.
-        """
-        window, running = self.layer.window, self.seen.running
-        if window is None:
-            return False
-        shift = np.abs(shift_std(window.mean, running.mean, running.var, self.layer.eps))
-        ratio = np.abs(log_variance_ratio(window.var_unbiased, running.var, self.layer.eps))
-        moved = dataclasses.replace(self.distance, shift=shift, ratio=ratio)
-        return moved.excess > _MOVED_SHARE * self.distance.excess
 
 
 def cause_of_gap(history: History) -> Cause | None:
@@ -222,6 +166,22 @@ def noisy_average(drift: Drift) -> Cause | None:
         f"{_of_samples(layer)}, which leaves the mean uncertain by {uncertainty:.2g} σ",
         Fix("recalibrate; a smaller momentum or larger batches for the next run", "recalibrate"),
         (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
+    )
+
+
+def initial_values(drift: Drift) -> Cause | None:
+    """Little is left of the initial mean and variance, and yet much beside those of the data."""
+    weight, rest = drift.layer.initial_weight_when_evaluated, drift.without_initial()
+    if not weight or rest is None or rest.worst is None:
+        return None
+    if rest.excess > _NEARER * drift.distance.excess:
+        return None
+    return Cause(
+        f"because {100 * weight:.2g}% of them is still the initial mean 0 and variance 1, much "
+        "beside those of the data: without it they agree with what arrives "
+        f"({rest.worst.measure} then {rest.worst.value:.2g})",
+        Fix("train on, or recalibrate; data and weights of a usual scale next time", "recalibrate"),
+        (rest.worst,),
     )
 
 
@@ -348,6 +308,7 @@ def other_path(drift: Drift) -> Cause | None:
 _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     sorted_evaluation,
     noisy_average,
+    initial_values,
     lag,
     dropout,
     moving_weights,

@@ -9,7 +9,8 @@ from typing import ClassVar
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
-from bnguard.rules.causes import Cause, Drift, cause_in_chain, doubt_of_drift
+from bnguard.rules.causes import Cause, cause_in_chain, doubt_of_drift
+from bnguard.rules.drifts import Drift
 from bnguard.rules.measures import (
     DRIFT_LIMITS,
     Distance,

@@ -132,6 +132,23 @@ def test_each_cause_has_its_words_numbers_and_fix(layer, reason, fix, repair):
     assert gap.cause == "BN301"
 
 
+def test_a_rest_of_the_initial_variance_is_told_as_such_and_not_as_lag():
+    """Data of a small scale: after 40 updates 1.5 % of the initial 1 is most of the variance."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16))
+    with bnguard.watch(model, every_n_steps=10) as monitor:
+        for _ in range(40):
+            model(0.05 * torch.randn(32, 8))
+            monitor.step()
+        model.eval()
+        with monitor.evaluation():
+            for _ in range(8):
+                model(0.05 * torch.randn(32, 8))
+    (told,) = (found for found in monitor.report().findings if found.code == "BN301")
+    assert "because 1.5% of them is still the initial mean 0 and variance 1" in told.message
+    assert told.fix.repair == "recalibrate"
+
+
 def test_a_drift_after_layers_that_agree_lies_between_them():
     first = drifted("first", mean=0.0, window=window())
     (drift,), _ = symptoms(first, drifted("second", position=1, window=window()))
