@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 from torch import nn
 
@@ -11,13 +12,22 @@ from bnguard.errors import ConfigurationError
 Score = Callable[[nn.Module], float]
 
 
+def is_whole(number: object, fewest: int) -> bool:
+    """Return whether it is a whole number, NumPy's too, and large enough.
+
+    >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0, 1)
+    (True, False, False)
+    """
+    return isinstance(number, Integral) and int(number) >= fewest
+
+
 def require_samples(samples: object, fewest: int) -> None:
     """Make sure that a number of samples is one.
 
     Raises:
         ConfigurationError: It is something else, or there are too few.
     """
-    if not isinstance(samples, int) or samples < fewest:
+    if not is_whole(samples, fewest):
         raise ConfigurationError(f"samples={samples!r} is no whole number from {fewest} on")
 
 
@@ -28,7 +38,7 @@ def require_batch_sizes(sizes: object) -> None:
         ConfigurationError: One has less than a sample, or there are not several.
     """
     numbers = tuple(sizes) if isinstance(sizes, Iterable) else (0,)
-    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+    if not all(is_whole(number, 1) for number in numbers):
         raise ConfigurationError(f"batch_sizes={sizes!r} are not whole numbers from 1 on")
 
 

@@ -18,6 +18,7 @@ from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
 from bnguard.fixes.engine import Engine, engine_of
 from bnguard.fixes.following import check_follows, follow
 from bnguard.fixes.grouping import evaluated, measure_positions
+from bnguard.fixes.options import is_whole
 from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.fixes.planning import Plan, planned
 from bnguard.fixes.repeatable import repeatable
@@ -205,7 +206,7 @@ class _Exchange:
 
 def _check(model: object, steps: object) -> None:
     require_module(model, "swap")
-    if not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps, 1):
         raise ConfigurationError(f"steps={steps!r} is no whole number from 1 on")
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
 from bnguard.fixes.grouping import choose_groups
 from bnguard.fixes.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
+from bnguard.fixes.options import is_whole
 from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
 
@@ -280,7 +281,7 @@ def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
         ConfigurationError: There is no such target, or the groups are no positive numbers.
     """
     numbers = [*(groups.values() if isinstance(groups, Mapping) else [groups]), min_values]
-    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+    if not all(is_whole(number, 1) for number in numbers):
         raise ConfigurationError("groups= and min_values_per_group= take whole numbers from 1 on")
     if callable(to):
         return FactoryTarget(to)
