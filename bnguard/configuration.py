@@ -216,13 +216,16 @@ def _table(path: Path) -> Mapping[str, Any]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
-    if "tool.bnguard" not in text:
+    if "bnguard" not in text:  # Nothing is wanted of a file that others may have broken.
         return {}
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: is no TOML: {error}") from error
-    return _mapping(_mapping(document, "tool"), "bnguard")
+    try:
+        return _mapping(_mapping(document, "tool"), "bnguard")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
 
 
 def _mapping(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -118,6 +118,8 @@ def test_the_project_file_is_read_and_what_code_says_goes_before_it(tmp_path, mo
         ("[tool.bnguard]\nignore = ['BN31']", "did you mean BN301"),
         ("[tool.bnguard]\nlimits = 3", "limits has to be a table"),
         ("[tool.bnguard", "is no TOML"),
+        ("[tool]\nbnguard = 3", "bnguard has to be a table"),
+        ("[tool]\nbnguard.ignroe = []", "no key 'ignroe'"),
     ],
     ids=str,
 )
