@@ -12,7 +12,7 @@ from rich.text import Text
 from bnguard.findings import FindingGroup, Severity
 from bnguard.history import LayerHistory
 from bnguard.report.lines import counted
-from bnguard.stats import largest
+from bnguard.rules.measures import distance_of
 
 if TYPE_CHECKING:
     from bnguard.report import Report
@@ -105,28 +105,25 @@ def _heading(report: Report) -> Text:
 
 
 def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
-    shown = sorted(layers, key=_distance, reverse=True)[:_MOST_LAYERS_SHOWN]
+    measured = [(layer, distance_of(layer)) for layer in layers]
+    measured.sort(key=lambda row: 0.0 if row[1] is None else row[1].excess, reverse=True)
+    shown = measured[:_MOST_LAYERS_SHOWN]
     rest = len(layers) - len(shown)
     title = Text("Eval mode against the running statistics, the furthest off first", style="bold")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", overflow="fold")
     for heading in ("n", "updates", "shift, σ", "|log var ratio|"):
         table.add_column(heading, justify="right")
-    for layer in shown:
-        updates = None if layer.running is None else layer.running.updates
+    for layer, distance in shown:
+        known = None if distance is None else distance.measured
         table.add_row(
             Text(layer.name),
             _number(layer.typical_values_per_channel),
-            _number(updates),
-            _number(largest(layer.eval_shift_std)),
-            _number(largest(layer.eval_log_variance_ratio)),
+            _number(None if layer.running is None else layer.running.updates),
+            *(("–", "–") if known is None else (_number(evidence.value) for evidence in known)),
         )
     more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
     return Group(title, table, *more)
-
-
-def _distance(layer: LayerHistory) -> float:
-    return largest(layer.eval_shift_std) or 0.0
 
 
 def _number(value: float | None) -> str:

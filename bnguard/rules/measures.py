@@ -148,19 +148,23 @@ class Distance:
     quantile: float
 
     @property
-    def worst(self) -> Evidence | None:
-        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+    def measured(self) -> tuple[Evidence, Evidence] | None:
+        """Shift and ratio at the quantile, each with its limit; None where none is finite."""
         judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
         if not judged.any():
             return None
         shift, ratio = (
             float(np.quantile(values[judged], self.quantile)) for values in (self.shift, self.ratio)
         )
-        return max(
+        return (
             Evidence("shift of the mean", shift, self.max_shift, "σ"),
             Evidence("|log variance ratio|", ratio, self.max_ratio),
-            key=lambda evidence: evidence.value / evidence.limit,
         )
+
+    @property
+    def worst(self) -> Evidence | None:
+        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+        return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)
 
     @property
     def excess(self) -> float:
@@ -219,13 +223,20 @@ DRIFT_LIMITS = DriftLimits(max_shift=1.0, max_ratio=1.5, quantile=0.9)
 FITTING_SHARE = 0.3
 
 
+def distance_of(layer: LayerHistory) -> Distance | None:
+    """Return how far what arrived in the newest evaluation is from the running statistics then."""
+    if layer.evaluated is None:
+        return None
+    running = layer.evaluated.running
+    return DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
+
+
 def fits(layer: LayerHistory) -> bool:
     """Return whether what arrived in the newest evaluation is what the statistics say."""
     if layer.evaluated is None or layer.evaluated.running.bad_channels:
         return False
-    running = layer.evaluated.running
-    distance = DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
-    return distance.worst is not None and distance.excess <= FITTING_SHARE
+    distance = distance_of(layer)
+    return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
 
 
 def drift(
