@@ -20,6 +20,7 @@ from bnguard.rules.measures import (
     DRIFT_LIMITS,
     FITTING_SHARE,
     MAX_BETWEEN_SHARE,
+    distance_of,
     is_representative,
     is_sampling,
 )
@@ -77,12 +78,8 @@ def cause_of_gap(history: History) -> Cause | None:
     drifts = [
         Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, called[0])
         for layer in called
-        if layer.evaluated is not None
-        for running in [layer.evaluated.running]
-        for distance in [
-            DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
-        ]
-        if distance.excess > FITTING_SHARE
+        for distance in [distance_of(layer)]
+        if layer.evaluated is not None and distance is not None and distance.excess > FITTING_SHARE
     ]
     worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
     cause = None if worst is None else cause_of_drift(worst)

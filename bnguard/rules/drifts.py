@@ -63,7 +63,8 @@ class Drift:
     def is_moved(self) -> bool:
         """Return whether the newest batches lie as far from the running statistics as it does.
 
-        Nothing but the weights takes the batches of training away from their own average.
+        Nothing but the weights takes the batches of training away from their own average, once the
+        initial values are forgotten.
         """
         window, running = self.layer.window, self.seen.running
         if window is None:
