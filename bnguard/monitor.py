@@ -137,7 +137,7 @@ def watch(
             f"bnguard: {without_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
-    elif monitor.has_shards:
+    elif monitor._has_shards:
         warnings.warn(
             "bnguard: each rank has a part of gamma and beta alone, so that the rules on them are "
             "silent; the statistics are watched",
@@ -174,6 +174,7 @@ class Monitor:
         self._step = 0
         self._is_evaluating = False
         self._announcements = Announcements()
+        self._checked: Report | None = None
         self._observer = Observer(
             model,
             optimizers=_optimizers(optimizer),
@@ -181,7 +182,7 @@ class Monitor:
             planned_steps=planned_steps,
             plan=plan,
             restore_poisoned=restore_poisoned,
-            on_batch_of_one=self.check,
+            on_batch_of_one=self._announce_batch_of_one,
         )
 
     def __enter__(self) -> Monitor:
@@ -201,7 +202,7 @@ class Monitor:
         return bool(self._observer.layers)
 
     @property
-    def has_shards(self) -> bool:
+    def _has_shards(self) -> bool:
         """Whether parameters are spread over the ranks, and are not looked at."""
         return any(layer.is_sharded for layer in self._observer.layers)
 
@@ -217,6 +218,7 @@ class Monitor:
             step: Number of the step, as it should stand in findings; counted from 1 by default.
         """
         self._step = self._step + 1 if step is None else step
+        self._checked = None
         self._guard(self._observer.step, self._step)
         if self._observer.steps == 1:
             self.check()
@@ -235,6 +237,7 @@ class Monitor:
             yield
             return
         self._is_evaluating = True
+        self._checked = None
         observed = ExitStack()
         self._guard(observed.enter_context, self._observer.evaluation())
         try:
@@ -248,7 +251,7 @@ class Monitor:
         self.check()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def _paused(self) -> Iterator[None]:
         """Note nothing of what runs inside: a repair, which is neither training nor evaluation.
 
         The running statistics that it leaves behind are where training goes on from.
@@ -258,6 +261,7 @@ class Monitor:
         try:
             yield
         finally:
+            self._checked = None
             self._guard(paused.close)
 
     def forget_changes(self) -> None:
@@ -265,20 +269,38 @@ class Monitor:
 
         To be called after statistics were loaded, exchanged or put back in a loop of your own.
         """
+        self._checked = None
         self._guard(self._observer.forget_changes)
 
-    def check(self) -> None:
-        """Run the rules now, and announce what is new; done by itself every ``every_n_steps``."""
-        for group in self._guard(self._new_findings) or ():
-            self._on_findings(group)
+    def check(self) -> Report:
+        """Run the rules unless nothing has happened since they last ran; announce what is new.
 
-    def snapshot(self) -> Report:
-        """Return what is known so far, for training that goes on."""
-        return self._report(is_settled=False)
+        Done by itself every ``every_n_steps`` and after each evaluation.
 
-    def report(self) -> Report:
-        """Return what is known so far, as if training ended here."""
-        return self._report(is_settled=True)
+        Returns:
+            What is known so far, for training that goes on; whoever shows it needs no other.
+        """
+        # A loop that reports no step may have done anything since.
+        if self._checked is None or not self._observer.steps:
+            self._checked = self.report(final=False)
+            if self._failure is None:
+                for group in self._announcements.new(self._checked.findings):
+                    self._on_findings(group)
+        return self._checked
+
+    def report(self, *, final: bool = True) -> Report:
+        """Return what is known so far.
+
+        Args:
+            final: Judge the running statistics as they are now, as if training ended here; else
+                what the updates still to come will mend is not held against them.
+        """
+        try:
+            known = self._judge(final=final)
+        except Exception as error:
+            self._turn_off(error)
+            known = Report(History(layers=(), run=Run()), (), ())
+        return dataclasses.replace(known, failure=self._failure)
 
     def report_of_all_ranks(self) -> Report:
         """Return what is known so far with what the other processes found, labelled as theirs.
@@ -290,14 +312,14 @@ class Monitor:
             self.report(), self._exchange, self._rules, self._configuration.is_wanted
         )
 
-    def findings_of_all_ranks(self, mine: Collection[Finding]) -> tuple[Finding, ...]:
+    def _findings_of_all_ranks(self, mine: Collection[Finding]) -> tuple[Finding, ...]:
         """Return findings that each rank brings, each once, labelled where not all have it.
 
         To be called by all ranks, as :meth:`report_of_all_ranks`.
         """
         return self._exchange.merged(tuple(mine), merge_findings)
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Let the other ranks bring together what they have without this one, from now on."""
         self._exchange.leave()
 
@@ -359,23 +381,16 @@ class Monitor:
         self._observer.close()
         logger.warning("%s", self._failure)
 
-    def _new_findings(self) -> tuple[FindingGroup, ...]:
-        return self._announcements.new(self.snapshot().findings)
-
-    def _report(self, *, is_settled: bool) -> Report:
-        """Return what is known, as far as an error of our own lets it be told."""
-        try:
-            known = self._judged(is_settled=is_settled)
-        except Exception as error:
-            self._turn_off(error)
-            known = Report(History(layers=(), run=Run()), (), ())
-        return dataclasses.replace(known, failure=self._failure)
-
-    def _judged(self, *, is_settled: bool) -> Report:
+    def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
-        history = self._observer.history(is_settled=is_settled)
+        history = self._observer.history(is_settled=final)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         return Report(history, tuple(map(self._dated, conclusions.findings)), conclusions.skipped)
+
+    def _announce_batch_of_one(self) -> None:
+        """Run the rules in the middle of a step: PyTorch is about to refuse the batch."""
+        self._checked = None
+        self.check()
 
     def _dated(self, finding: Finding) -> Finding:
         if self._observer.steps == 0:

@@ -140,7 +140,7 @@ class BatchNormCallback(TrainerCallback):
             self._end_evaluation()
         finally:
             if monitor is not None:
-                monitor.leave()
+                monitor._leave()
                 monitor.close()
 
     def _guard(

@@ -356,3 +356,23 @@ def test_what_cannot_be_watched_is_answered_in_one_line(arguments, message):
 def test_scripted_models_cannot_be_watched():
     with pytest.raises(ConfigurationError, match="TorchScript, whose layers cannot be read"):
         bnguard.watch(torch.jit.script(conv_net()))
+
+
+def test_the_rules_run_once_a_check(monkeypatch):
+    runs = []
+    judge = bnguard.Monitor._judge
+    monkeypatch.setattr(
+        bnguard.Monitor, "_judge", lambda self, **options: runs.append(1) or judge(self, **options)
+    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    with bnguard.watch(model, every_n_steps=5) as monitor:
+        for _ in range(10):
+            model(torch.randn(16, 4))
+            monitor.step()
+        assert monitor.check() is monitor.check()
+        assert len(runs) == 3  # the first step, the fifth and the tenth
+        model.eval()
+        with torch.no_grad(), monitor.evaluation():
+            model(torch.randn(64, 4))
+        assert monitor.check().history.layers[0].evaluated is not None
+    assert len(runs) == 4

@@ -34,14 +34,14 @@ class RunLog:
         step = logged_step(self._trainer)
         if step == self._last_step or not self._loggers:
             return
-        self._write(monitor.snapshot(), step)
+        self._write(monitor.check(), step)
 
     def write_evaluation(self, monitor: Monitor) -> None:
         """Write what an evaluation told as well, down to each channel."""
         self._last_step = None
         self.write(monitor)
         if self._loggers:
-            self._reports.add_channels(monitor.snapshot(), logged_step(self._trainer))
+            self._reports.add_channels(monitor.check(), logged_step(self._trainer))
 
     def conclude(self, report: Report) -> None:
         """Write the report that the run ends with, also at a step that was written."""

@@ -229,7 +229,7 @@ class BatchNormMonitor(GuardedCallback):
         """
         if self._monitor is None:
             return
-        self._monitor.leave()
+        self._monitor._leave()
         self._tell(trainer, self._untold, rank=trainer.global_rank)
         self._untold = []
         self._evaluation.close()
@@ -247,7 +247,7 @@ class BatchNormMonitor(GuardedCallback):
             self._evaluation.close()
         finally:
             if monitor is not None:
-                monitor.leave()
+                monitor._leave()
                 monitor.close()
 
     @guarded
@@ -261,7 +261,7 @@ class BatchNormMonitor(GuardedCallback):
         """Note nothing of what runs inside: it is a repair, and not the user's training."""
         with ExitStack() as stack:
             if self._monitor is not None:
-                stack.enter_context(self._monitor.paused())
+                stack.enter_context(self._monitor._paused())
             yield
 
     @guarded
@@ -344,7 +344,7 @@ class BatchNormMonitor(GuardedCallback):
         """Tell what is new on all ranks: each comes here as often as the others."""
         mine, self._untold = self._untold, []
         if self._monitor is not None:
-            self._tell(trainer, self._monitor.findings_of_all_ranks(mine))
+            self._tell(trainer, self._monitor._findings_of_all_ranks(mine))
 
     def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
         new = [finding for finding in findings if finding.key not in self._told]

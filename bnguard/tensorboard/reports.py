@@ -27,7 +27,7 @@ class ReportLog:
 
     Example:
         A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
-        ``log.add(monitor.snapshot(), step)``.
+        ``log.add(monitor.report(final=False), step)``.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ class Looks(Callback):
 
     def on_train_end(self, trainer, pl_module):
         if self.monitor._monitor is not None:
-            self.read = self.monitor._monitor.snapshot().layers[0].window.mean
+            self.read = self.monitor._monitor.report(final=False).layers[0].window.mean
 
 
 class Poisons(Callback):

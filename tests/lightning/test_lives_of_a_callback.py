@@ -210,7 +210,7 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
         "bnguard.monitor.Monitor.state_dict",
         "bnguard.monitor.Monitor.load_state_dict",
         "bnguard.monitor.Monitor.report_of_all_ranks",
-        "bnguard.monitor.Monitor.findings_of_all_ranks",
+        "bnguard.monitor.Monitor._findings_of_all_ranks",
         "bnguard.monitor.Monitor.close",
         "bnguard.observer.Observer.evaluation",
         "bnguard.probes.gap.GapProbe.measure",

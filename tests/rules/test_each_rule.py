@@ -175,8 +175,8 @@ def test_bn301_waits_while_the_initial_statistics_fade():
     model = conv_net(momentum=0.01)
     monitor = watched(model)
     train(model, monitor, epochs=1)
-    assert "BN301" not in codes(monitor.snapshot())
-    reasons = [skip.reason for skip in monitor.snapshot().skipped if skip.code == "BN301"]
+    assert "BN301" not in codes(monitor.report(final=False))
+    reasons = [skip.reason for skip in monitor.report(final=False).skipped if skip.code == "BN301"]
     assert all("of the initial statistics was left" in reason for reason in reasons)
 
 
