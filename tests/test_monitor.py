@@ -291,7 +291,7 @@ def test_steps_and_evaluations_after_close_do_no_harm():
 @pytest.mark.parametrize(
     "place",
     [
-        "bnguard.probes.buffers.BufferProbe.read",
+        "bnguard.probes.batches.BatchProbe.read",
         "bnguard.probes.shapes.values_per_channel",
         "bnguard.probes.evaluation.channel_moments",
         "bnguard.observer.Observer.history",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import bnguard
 from bnguard.layers import find_layers
-from bnguard.probes.buffers import BufferProbe
+from bnguard.probes.batches import BatchProbe
 from tests.benchmarks.networks import perceptron, resnet18, resnet50, volumetric
 
 Step = Callable[[], object]
@@ -310,7 +310,7 @@ def growth_table(rounds: int, clock: Clock) -> None:
         *[(20, channels) for channels in (16, 64, 256, 1024, 4096)],
     ]:
         model = nn.ModuleList([nn.BatchNorm1d(channels) for _ in range(layers)])
-        probe = BufferProbe(find_layers(model))
+        probe = BatchProbe(find_layers(model))
         buffers = [b for module in model for b in (module.running_mean, module.running_var)]
         counters = [module.num_batches_tracked for module in model]
         reads, copies = [], []

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnguard.layers import find_layers
-from bnguard.probes.buffers import BufferProbe
+from bnguard.probes.batches import BatchProbe
 from tests.probes.oracle import Oracle, check_window, near
 
 LAYERS = {
@@ -53,7 +53,7 @@ def test_windows_are_those_of_a_float64_record(drawn, batch, seed):
     torch.manual_seed(seed)
     layers, steps, dtype, offset = drawn
     oracles = [Oracle(layer) for layer in layers]
-    probe = BufferProbe(find_layers(layers))
+    probe = BatchProbe(find_layers(layers))
     for step, are_called in enumerate(steps):
         for layer, is_called in zip(layers, are_called, strict=True):
             if is_called:
@@ -80,7 +80,7 @@ def test_a_step_of_k_batches_gives_the_blend_that_torch_made(rises, momentum, se
     torch.manual_seed(seed)
     layer = nn.BatchNorm1d(3, momentum=momentum).double()
     oracle = Oracle(layer)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     means, variances = [], []
     for step, k in enumerate(rises):
         for _ in range(k):
@@ -105,7 +105,7 @@ def test_a_step_of_k_batches_gives_the_blend_that_torch_made(rises, momentum, se
 def test_the_spread_of_blends_is_scaled_to_that_of_single_batches(momentum, k):
     """Means of 4 values of variance 1 have variance 1/4, however many are blended in a step."""
     layer = nn.BatchNorm1d(400, momentum=momentum).double()
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     for step in range(40):
         for _ in range(k):
             layer(torch.randn(4, 400).double())
@@ -118,8 +118,8 @@ def test_the_spread_of_blends_is_scaled_to_that_of_single_batches(momentum, k):
 @pytest.mark.parametrize("momentum", [None, 0.1, 0.5])
 def test_batches_that_are_met_twice_are_no_blend_of_two(momentum):
     layer = nn.BatchNorm1d(400, momentum=momentum).double()
-    probe = BufferProbe(find_layers(layer))
-    probe.use_repeats({"": 2})
+    probe = BatchProbe(find_layers(layer))
+    probe.choose_sources({"": 2})
     for step in range(40):
         batch = torch.randn(4, 400).double()
         layer(batch)
@@ -131,7 +131,7 @@ def test_batches_that_are_met_twice_are_no_blend_of_two(momentum):
 
 def test_a_new_window_forgets_the_old_one():
     layer = nn.BatchNorm1d(3)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     for step in range(3):
         layer(torch.randn(8, 3) + 100)
         probe.read(step)
@@ -150,7 +150,7 @@ def test_a_new_window_forgets_the_old_one():
 
 def test_a_step_without_a_batch_adds_nothing():
     model = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     model[0](torch.randn(4, 2))
     probe.read(1)
     readings = probe.readings()
@@ -161,7 +161,7 @@ def test_a_step_without_a_batch_adds_nothing():
 
 def test_momentum_zero_tells_nothing_and_breaks_nothing():
     layer = nn.BatchNorm1d(2, momentum=0.0)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     layer(torch.randn(4, 2))
     probe.read(1)
     assert probe.readings()[""].window is None
@@ -170,7 +170,7 @@ def test_momentum_zero_tells_nothing_and_breaks_nothing():
 def test_momentum_that_changes_in_training_is_followed():
     layer = nn.BatchNorm1d(2).double()
     oracle = Oracle(layer)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     for step, momentum in enumerate([0.1, 0.5, None, 0.01]):
         layer.momentum = momentum
         layer(torch.randn(6, 2).double())
@@ -189,7 +189,7 @@ def test_momentum_that_changes_in_training_is_followed():
 )
 def test_buffers_that_are_replaced_are_read_from_then_on(replace):
     model = nn.Sequential(nn.BatchNorm1d(3))
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     for step in range(2):
         model(torch.randn(4, 3))
         probe.read(step)
@@ -206,7 +206,7 @@ def test_buffers_that_are_replaced_are_read_from_then_on(replace):
 
 def test_statistics_loaded_in_between_are_no_batch():
     layer = nn.BatchNorm1d(3)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     with torch.no_grad():
         layer.running_mean.fill_(50.0)
     probe.forget_changes()
@@ -219,7 +219,7 @@ def test_statistics_loaded_in_between_are_no_batch():
 def test_a_poisoned_channel_is_dated_and_keeps_out_of_the_window():
     layer = nn.BatchNorm1d(3)
     oracle = Oracle(layer)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     for step in range(1, 6):
         values = torch.randn(6, 3)
         if step == 3:
@@ -238,7 +238,7 @@ def test_a_poisoned_channel_is_dated_and_keeps_out_of_the_window():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_poisoned_statistics_are_put_back_in_the_same_step(bad):
     layer = nn.BatchNorm1d(3)
-    probe = BufferProbe(find_layers(layer), restore_poisoned=True)
+    probe = BatchProbe(find_layers(layer), restore_poisoned=True)
     layer(torch.randn(6, 3))
     probe.read(1)
     before = copy.deepcopy(layer.state_dict())
@@ -257,7 +257,7 @@ def test_poisoned_statistics_are_put_back_in_the_same_step(bad):
 
 def test_putting_back_does_not_disturb_a_backward_that_comes_later():
     layer = nn.BatchNorm1d(3)
-    probe = BufferProbe(find_layers(layer), restore_poisoned=True)
+    probe = BatchProbe(find_layers(layer), restore_poisoned=True)
     values = torch.randn(6, 3)
     values[0, 1] = math.nan
     loss = layer(values).nan_to_num().sum()
@@ -268,7 +268,7 @@ def test_putting_back_does_not_disturb_a_backward_that_comes_later():
 def test_statistics_that_were_bad_before_watching_stay_as_they_are():
     layer = nn.BatchNorm1d(2)
     layer.running_mean[0] = math.nan
-    probe = BufferProbe(find_layers(layer), restore_poisoned=True)
+    probe = BatchProbe(find_layers(layer), restore_poisoned=True)
     layer(torch.randn(4, 2))
     probe.read(1)
     reading = probe.readings()[""]
@@ -278,14 +278,14 @@ def test_statistics_that_were_bad_before_watching_stay_as_they_are():
 
 def test_layers_without_running_statistics_are_left_out():
     model = nn.ModuleList([nn.BatchNorm1d(2, track_running_stats=False), nn.LazyBatchNorm1d()])
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     probe.read(1)
     assert probe.readings() == {}
 
 
 def test_nothing_waits_for_the_device_between_readings():
     model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(2, momentum=None)])
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     with Waiting() as waiting:
         for step in range(70):
             for layer in model:
@@ -323,7 +323,7 @@ def test_layers_on_several_devices_and_dtypes_are_read_apart():
     model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(2).double(), nn.BatchNorm1d(4)])
     model[2].to("meta")
     oracles = [Oracle(layer) for layer in model]
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     for step in range(4):
         model[0](torch.randn(4, 3))
         model[1](torch.randn(4, 2).double())
@@ -336,7 +336,7 @@ def test_layers_on_several_devices_and_dtypes_are_read_apart():
 
 def test_half_precision_buffers_are_watched_for_poison_all_the_same():
     layer = nn.BatchNorm1d(3).bfloat16()
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     layer(torch.randn(4, 3).bfloat16())
     probe.read(1)
     layer(torch.full((4, 3), math.inf).bfloat16())
@@ -346,7 +346,7 @@ def test_half_precision_buffers_are_watched_for_poison_all_the_same():
 
 def test_a_layer_of_another_width_in_the_same_place_begins_anew():
     model = nn.Sequential(nn.BatchNorm1d(3))
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     model(torch.randn(4, 3))
     probe.read(1)
     model[0] = nn.BatchNorm1d(5)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bnguard.layers import find_layers
-from bnguard.probes.buffers import BufferProbe
+from bnguard.probes.batches import BatchProbe
 from tests.networks import conv_net
 from tests.probes.oracle import Oracle, check_window
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def test_nothing_waits_between_readings():
     model = conv_net().cuda()
     oracle = Oracle(model[1])
-    probe = BufferProbe(find_layers(model))
+    probe = BatchProbe(find_layers(model))
     for step in range(70):
         model(torch.randn(16, 1, 8, 8, device="cuda"))
         torch.cuda.set_sync_debug_mode("error")
@@ -39,7 +39,7 @@ def test_a_forward_replayed_by_a_cuda_graph_is_seen():
     with torch.cuda.graph(graph):
         layer(inputs)
     oracle = Oracle(layer)
-    probe = BufferProbe(find_layers(layer))
+    probe = BatchProbe(find_layers(layer))
     for step in range(5):
         inputs.normal_()
         oracle.record(layer, (inputs,))
