@@ -16,6 +16,7 @@ from bnguard.stats import FloatArray, initial_weight, log_variance_ratio, shift_
 from bnguard.windows import (
     BadValueOrigin,
     BatchWindow,
+    Calls,
     EvalWindow,
     InputWindow,
     ModeGap,
@@ -26,6 +27,7 @@ from bnguard.windows import (
 __all__ = [
     "BadValueOrigin",
     "BatchWindow",
+    "Calls",
     "EvalWindow",
     "History",
     "InputWindow",
@@ -114,23 +116,7 @@ class LayerHistory:
         updates_seen: Updates of the running statistics observed in training.
         source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
             saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
-        calls_in_training: Calls that normalised with the statistics of the batch.
-        calls_without_grad: How many of them ran under ``torch.no_grad``.
-        calls_outside: How many ran outside a forward of the model, as recomputed activations do.
-        calls_recomputed: How many ran inside a backward: activations that are computed again.
-        calls_estimating: Calls that estimated the statistics anew, as ``update_bn`` does; they
-            count nowhere else.
-        calls_in_evaluation: Calls inside an evaluation that still used batch statistics.
-        steps_without_grad: Steps in which such a call ran under ``torch.no_grad``.
-        calls_between_steps: Those under ``torch.no_grad`` that came between two steps, where none
-            in eval mode did: an evaluation without eval().
-        steps_with_calls_between: Steps before which there were some.
-        eval_calls_with_grad: Calls with running statistics and gradients, in no evaluation.
-        frozen_calls: Calls in training, the model in train mode, that used running statistics.
-        frozen_calls_after: How many of them came after the first call with batch statistics that
-            followed one of them.
-        unfrozen_step: Step of that call.
-        calls_per_forward: The most calls in one forward of the model.
+        calls: How often, and how, the layer was called.
         streams: Batch statistics of each of the calls in a step, where there are several.
         samples: Samples in the usual batch; None where none was seen.
         values_per_channel: How often a batch of n values per channel was normalised with its own
@@ -168,20 +154,7 @@ class LayerHistory:
     running_at_start: RunningStatistics | None = None
     running_of_reference: RunningStatistics | None = None
     updates_seen: int = 0
-    calls_in_training: int = 0
-    calls_without_grad: int = 0
-    calls_outside: int = 0
-    calls_recomputed: int = 0
-    calls_estimating: int = 0
-    calls_in_evaluation: int = 0
-    steps_without_grad: int = 0
-    calls_between_steps: int = 0
-    steps_with_calls_between: int = 0
-    eval_calls_with_grad: int = 0
-    frozen_calls: int = 0
-    frozen_calls_after: int = 0
-    unfrozen_step: int | None = None
-    calls_per_forward: int = 0
+    calls: Calls = field(default_factory=Calls)
     streams: tuple[Stream, ...] = ()
     source: str = "buffers"
     samples: int | None = None
@@ -215,7 +188,7 @@ class LayerHistory:
     @property
     def unseen_calls(self) -> int:
         """Updates whose calls no hook saw, as under ``torch.compile``."""
-        return max(0, self.updates_seen - self.calls_in_training - self.calls_estimating)
+        return max(0, self.updates_seen - self.calls.in_training - self.calls.estimating)
 
     @property
     def initial_weight(self) -> float | None:
@@ -296,10 +269,10 @@ class History:
                 f"{_layers(unseen)} called where no hook sees, as under torch.compile: values per "
                 "channel, streams and eval moments not known"
             )
-        if not self.run.steps and any(layer.calls_in_training for layer in self.layers):
+        if not self.run.steps and any(layer.calls.in_training for layer in self.layers):
             notes.append("no step was told of: call monitor.step() after each step of training")
         elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
-            was_tried = any(layer.calls_in_evaluation for layer in self.layers)
+            was_tried = any(layer.calls.in_evaluation for layer in self.layers)
             what = "evaluation ran in train mode" if was_tried else "no evaluation was seen"
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
         if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):

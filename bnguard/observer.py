@@ -137,7 +137,7 @@ class Observer:
             self._loading.follow(layers)
             self._evaluated = fitting(self._evaluated, layers)
         self._streams.follow(
-            layer for layer in layers if self._shapes.records[layer.name].most_calls_in_step > 1
+            layer for layer in layers if self._shapes.records[layer.name].calls.most_per_step > 1
         )
         self._choose_sources()
         self._follow_entrance()
@@ -290,20 +290,7 @@ class Observer:
             running_at_start=None if start is None else start.running,
             updates_seen=0 if reading is None else reading.updates,
             source=self._batches.source(layer.name),
-            calls_in_training=sum(counts.values()),
-            calls_without_grad=shapes.calls_without_grad,
-            calls_outside=shapes.calls_outside,
-            calls_recomputed=shapes.calls_recomputed,
-            calls_estimating=shapes.calls_estimating,
-            calls_in_evaluation=shapes.calls_in_evaluation,
-            steps_without_grad=shapes.steps_without_grad,
-            calls_between_steps=shapes.calls_between_steps,
-            steps_with_calls_between=shapes.steps_with_calls_between,
-            eval_calls_with_grad=shapes.eval_calls_with_grad,
-            frozen_calls=shapes.frozen_calls,
-            frozen_calls_after=shapes.frozen_calls_after,
-            unfrozen_step=shapes.unfrozen_step,
-            calls_per_forward=shapes.most_calls,
+            calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
             streams=self._streams.streams(layer.name),
             samples=shapes.samples(),
             values_per_channel=counts,

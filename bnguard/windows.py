@@ -13,6 +13,52 @@ import numpy as np
 from bnguard.stats import FloatArray
 
 
+@dataclass(kw_only=True, slots=True)
+class Calls:
+    """How often, and how, a layer was called.
+
+    The counts from ``in_training`` to ``between_steps`` are of calls that normalised with the
+    statistics of the batch.
+
+    Attributes:
+        in_training: In training, activations that are computed again included.
+        without_grad: How many of them ran under ``torch.no_grad``.
+        steps_without_grad: In how many steps there was one.
+        outside: How many ran outside a forward of the model: an activation that is recomputed in
+            the backward, or a part of the model that is called by itself.
+        recomputed: How many ran inside a backward: activations that are computed again.
+        between_steps: How many ran under ``torch.no_grad`` between two steps, where none in eval
+            mode did: an evaluation without eval().
+        steps_with_some_between: Steps before which there were some.
+        estimating: Those that estimated the statistics anew, as ``update_bn`` does; they count
+            nowhere else.
+        in_evaluation: Those inside an evaluation; they count nowhere else.
+        in_eval_mode_with_grad: With running statistics and gradients, in no evaluation.
+        frozen: How many of them came while the model was in train mode.
+        frozen_after: How many of these came after ``unfrozen_step``.
+        unfrozen_step: Step of the first call with batch statistics that followed a frozen one.
+        most_per_forward: The most calls in one forward of the model; a step in which only parts of
+            it are called is a forward, too.
+        most_per_step: The most calls in one step.
+    """
+
+    in_training: int = 0
+    without_grad: int = 0
+    steps_without_grad: int = 0
+    outside: int = 0
+    recomputed: int = 0
+    between_steps: int = 0
+    steps_with_some_between: int = 0
+    estimating: int = 0
+    in_evaluation: int = 0
+    in_eval_mode_with_grad: int = 0
+    frozen: int = 0
+    frozen_after: int = 0
+    unfrozen_step: int | None = None
+    most_per_forward: int = 0
+    most_per_step: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunningStatistics:
     """The ``running_mean`` and ``running_var`` buffers of a layer, used in eval mode.

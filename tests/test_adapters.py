@@ -66,7 +66,7 @@ def test_a_hand_written_layer_is_read_like_any_other():
     for index, batches in trained.items():
         layer = layers[str(index)]
         assert (layer.momentum, layer.eps) == (pytest.approx(0.1), 1e-5)
-        assert (layer.updates_seen, layer.calls_in_training, layer.unseen_calls) == (6, 6, 0)
+        assert (layer.updates_seen, layer.calls.in_training, layer.unseen_calls) == (6, 6, 0)
         means = np.array([batch.mean((0, 2, 3)).numpy() for batch in batches])
         variances = np.array([batch.var((0, 2, 3), correction=0).numpy() for batch in batches])
         near(layer.window.mean, means.mean(0), 1.0)
@@ -107,7 +107,7 @@ def test_a_frozen_class_is_known_by_its_name(home):
             model(torch.randn(4, 1, 8, 8))
         report = monitor.report()
     (history,) = report.layers
-    assert history.updates_seen == history.calls_in_training == 0
+    assert history.updates_seen == history.calls.in_training == 0
     assert history.evaluated.batches == 1
     assert all(finding.severity is bnguard.Severity.INFO for finding in report.findings)
 

@@ -140,10 +140,10 @@ def test_a_copy_of_a_watched_model_takes_nothing_along(copied):
         model(torch.randn(4, 1, 8, 8))
         monitor.step()
         twin = copied(model)
-        seen = monitor.report().layers[0].calls_in_training
+        seen = monitor.report().layers[0].calls.in_training
         if copied is not copy.copy:  # which shares its modules
             twin(torch.randn(4, 1, 8, 8))
-            assert monitor.report().layers[0].calls_in_training == seen
+            assert monitor.report().layers[0].calls.in_training == seen
         assert list(twin.state_dict()) == list(conv_net().state_dict())
         if copied is not copy.copy:
             # The hooks of the copy do nothing, and hold nothing of the monitor.
@@ -190,7 +190,7 @@ def test_a_forward_that_failed_does_not_spoil_the_next():
                 model(torch.randn(4, channels, 8, 8))
             monitor.step()
         layer = monitor.report().layers[0]
-    assert (layer.calls_in_training, layer.calls_outside, layer.updates_seen) == (2, 0, 2)
+    assert (layer.calls.in_training, layer.calls.outside, layer.updates_seen) == (2, 0, 2)
 
 
 def test_memory_is_sixteen_vectors_or_a_quarter_of_a_mebibyte():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from bnguard.history import Calls
 from bnguard.layers import BatchNormLayer
 from bnguard.moments import values_per_channel
 from bnguard.probes.autograd import is_recomputing
@@ -20,46 +21,17 @@ _MAX_DIFFERENT = 256
 
 @dataclass(slots=True)
 class ShapeRecord:
-    """The calls of one layer that normalised with the statistics of the batch.
+    """How often a layer was called, and with batches of which shapes.
 
     Attributes:
-        calls_without_grad: How many of the calls ran under ``torch.no_grad``.
-        steps_without_grad: In how many steps there was one.
-        calls_between_steps: How many of them came after the first step where no call in eval mode
-            but one of training followed before the next: an evaluation without eval().
-        steps_with_calls_between: In how many steps there were some.
-        calls_recomputed: How many ran inside a backward: activations that are computed again.
-        calls_outside: How many ran outside a forward of the model: an activation that is
-            recomputed in the backward, or a part of the model that is called by itself.
-        most_calls: The most calls in one forward of the model; a step in which only parts of it
-            are called is a forward, too.
-        most_calls_in_step: The most calls in one step.
+        calls: What was counted, but for the calls in training, which the shapes tell.
         calls_now: Calls so far in the step that is under way.
-        calls_estimating: Calls that estimated the statistics anew, which count nowhere else.
-        calls_in_evaluation: Calls in an evaluation, which count nowhere else.
         position: Place in the order in which the layers were first called, in whatever mode.
-        eval_calls_with_grad: Calls with running statistics and with gradients, in no evaluation.
-        frozen_calls: Those of them for which the model was in train mode.
-        frozen_calls_after: How many of them came after ``unfrozen_step``.
-        unfrozen_step: Step of the first call with batch statistics that followed such a call.
     """
 
-    calls_without_grad: int = 0
-    steps_without_grad: int = 0
-    calls_between_steps: int = 0
-    steps_with_calls_between: int = 0
-    calls_recomputed: int = 0
-    calls_outside: int = 0
-    most_calls: int = 0
-    most_calls_in_step: int = 0
+    calls: Calls = field(default_factory=Calls)
     calls_now: int = 0
-    calls_estimating: int = 0
-    calls_in_evaluation: int = 0
     position: int | None = None
-    eval_calls_with_grad: int = 0
-    frozen_calls: int = 0
-    frozen_calls_after: int = 0
-    unfrozen_step: int | None = None
     _step_without_grad: int = 0
     _waiting: int = 0
     _step_in_eval_mode: int = 0
@@ -85,7 +57,7 @@ class ShapeRecord:
         """Return how often each batch is met: more than once where activations are recomputed."""
         calls = sum(self.values_per_channel().values())
         # A compiled layer is called without the hook: no call is known.
-        return max(1, round(calls / max(calls - self.calls_recomputed, 1)))
+        return max(1, round(calls / max(calls - self.calls.recomputed, 1)))
 
     def is_repeated(self, shape: torch.Size, step: int, forward: int) -> bool:
         """Count a call that is as the one in the step before, and return whether it is."""
@@ -116,21 +88,21 @@ class ShapeRecord:
             self._forward, self._calls_in_forward = forward, 0
         self.calls_now += 1
         self._calls_in_forward += 1
-        self.most_calls_in_step = max(self.most_calls_in_step, self.calls_now)
-        self.most_calls = max(self.most_calls, self._calls_in_forward)
+        self.calls.most_per_step = max(self.calls.most_per_step, self.calls_now)
+        self.calls.most_per_forward = max(self.calls.most_per_forward, self._calls_in_forward)
 
     def count_frozen(self) -> None:
         """Count a call in training that used running statistics."""
-        self.frozen_calls += 1
-        self.frozen_calls_after += self.unfrozen_step is not None
+        self.calls.frozen += 1
+        self.calls.frozen_after += self.calls.unfrozen_step is not None
         self._step = -1  # so that the next call with batch statistics is looked at
 
     def count_without_grad(self, step: int) -> None:
         """Count a call under ``torch.no_grad`` in this step."""
         if step != self._step_without_grad:
-            self.steps_without_grad += 1
+            self.calls.steps_without_grad += 1
             self._step_without_grad, self._waiting = step, 0
-        self.calls_without_grad += 1
+        self.calls.without_grad += 1
         self._waiting += 1
 
     def count_with_grad(self, step: int) -> None:
@@ -138,8 +110,8 @@ class ShapeRecord:
         if self._waiting and step == self._step_without_grad != self._step_in_eval_mode:
             # Before the first step, a lazy layer takes its shape.
             if step > 1:
-                self.calls_between_steps += self._waiting
-                self.steps_with_calls_between += 1
+                self.calls.between_steps += self._waiting
+                self.calls.steps_with_some_between += 1
             self._waiting = 0
 
     def note_eval_mode(self, step: int) -> None:
@@ -223,7 +195,7 @@ class ShapeProbe:
                 record.position = next(self._positions)
             record.note_eval_mode(self.step)
             if torch.is_grad_enabled() and not self.is_evaluating:
-                record.eval_calls_with_grad += 1
+                record.calls.in_eval_mode_with_grad += 1
                 if self._model.training:
                     record.count_frozen()
 
@@ -231,15 +203,15 @@ class ShapeProbe:
             if record.position is None:
                 record.position = next(self._positions)
             if self.is_evaluating:
-                record.calls_in_evaluation += layer.momentum == usual_momentum
+                record.calls.in_evaluation += layer.momentum == usual_momentum
                 return
             if not torch.is_grad_enabled() and layer.momentum != usual_momentum:
-                record.calls_estimating += 1
+                record.calls.estimating += 1
                 return
             is_new = record.count_shape(shape) == 1
             self._place(record)
-            if record.frozen_calls and record.unfrozen_step is None:
-                record.unfrozen_step = self.step
+            if record.calls.frozen and record.calls.unfrozen_step is None:
+                record.calls.unfrozen_step = self.step
             if is_new and values_per_channel(shape) == 1:
                 self._on_batch_of_one(layer.name)
 
@@ -247,9 +219,9 @@ class ShapeProbe:
 
     def _place(self, record: ShapeRecord) -> None:
         """Note where a call with batch statistics stands: in which forward, or in a backward."""
-        record.calls_outside += not self._is_inside
+        record.calls.outside += not self._is_inside
         if is_recomputing():
-            record.calls_recomputed += 1
+            record.calls.recomputed += 1
             return
         record.count_call(self.step, self._forwards if self._is_inside else -self.step)
         if torch.is_grad_enabled():

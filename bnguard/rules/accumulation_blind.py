@@ -75,6 +75,6 @@ class AccumulationBlind(Rule):
 
 def _forwards_a_step(layer: LayerHistory) -> float:
     """Return how many forwards of the model with gradients came before each step."""
-    if layer.calls_per_forward > 1 or layer.calls_outside or layer.calls_without_grad:
+    if layer.calls.most_per_forward > 1 or layer.calls.outside or layer.calls.without_grad:
         return 1.0
-    return layer.calls_in_training / layer.run.steps
+    return layer.calls.in_training / layer.run.steps

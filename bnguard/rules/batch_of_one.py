@@ -81,6 +81,6 @@ def _smallest_to_come(layer: LayerHistory) -> int | None:
     """Return the values per channel in the smallest batch of the loader; None where not known."""
     samples = layer.run.plan.smallest_batch_size
     n = layer.typical_values_per_channel
-    if samples is None or n is None or not layer.samples or layer.calls_per_forward > 1:
+    if samples is None or n is None or not layer.samples or layer.calls.most_per_forward > 1:
         return None
     return samples * (n // layer.samples)

@@ -75,7 +75,7 @@ class CorrelatedBatches(ModelRule):
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Compare the batches that the model was given with those of independent samples."""
         layer = next(iter(history.layers_in_order), None)
-        if layer is None or not layer.calls_in_training:
+        if layer is None or not layer.calls.in_training:
             return
         inputs = history.run.inputs
         ratio = np.empty(0) if inputs is None else inputs.variance_ratio

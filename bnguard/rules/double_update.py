@@ -50,9 +50,9 @@ class DoubleUpdate(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Hold the share of calls inside a backward against the limit."""
-        if layer.running is None or not layer.calls_in_training:
+        if layer.running is None or not layer.calls.in_training:
             return
-        share = layer.calls_recomputed / layer.calls_in_training
+        share = layer.calls.recomputed / layer.calls.in_training
         if share <= self.max_recomputed_share or not layer.is_updating or layer.momentum is None:
             return
         momentum = layer.momentum

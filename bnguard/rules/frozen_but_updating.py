@@ -82,7 +82,7 @@ class FrozenButUpdating(Rule):
             return
         if layer.updates_seen <= self.max_updates:
             return
-        is_teacher = 0 < layer.calls_in_training == layer.calls_without_grad
+        is_teacher = 0 < layer.calls.in_training == layer.calls.without_grad
         reason, fix = _why(layer)
         yield self._finding(
             layer,

@@ -68,7 +68,7 @@ class MomentumOutOfRange(Rule):
             return
         if momentum is None or layer.running is None or not layer.is_updating:
             return
-        if layer.run.steps and not layer.training and not layer.calls_in_training:
+        if layer.run.steps and not layer.training and not layer.calls.in_training:
             return
         if momentum < self.min_momentum:
             is_initial = layer.running.is_initial

@@ -91,7 +91,7 @@ class StaleStatistics(Rule):
         elif (
             layer.run.steps
             and not layer.updates_seen
-            and layer.calls_in_training >= self.min_lost_calls
+            and layer.calls.in_training >= self.min_lost_calls
         ):
             yield from self._untouched(layer)
         elif layer.run.has_new_weights_in_evaluation:
@@ -134,9 +134,9 @@ class StaleStatistics(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls_in_training} batches were normalised in train mode, but none entered "
+            f"{layer.calls.in_training} batches were normalised in train mode, but none entered "
             "the running statistics: something runs the layer on copies of its buffers",
-            Evidence("batches without an update", layer.calls_in_training, self.min_lost_calls),
+            Evidence("batches without an update", layer.calls.in_training, self.min_lost_calls),
             _FIX,
         )
 

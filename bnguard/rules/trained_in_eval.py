@@ -62,15 +62,15 @@ class TrainedInEval(Rule):
             return
         if layer.is_affine_frozen or layer.running is None or layer.training:
             return
-        if layer.calls_in_training and not _is_model_in_eval(layer, self.max_share_in_eval_mode):
+        if layer.calls.in_training and not _is_model_in_eval(layer, self.max_share_in_eval_mode):
             return
-        if layer.running.is_initial and layer.frozen_calls:
+        if layer.running.is_initial and layer.calls.frozen:
             yield self._finding(
                 layer,
                 Severity.ERROR,
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
                 "normalises nothing",
-                Evidence("calls in eval mode", layer.frozen_calls, 0),
+                Evidence("calls in eval mode", layer.calls.frozen, 0),
                 Fix("model.train() before training"),
             )
         elif _is_model_in_eval(layer, self.max_share_in_eval_mode) and _is_trained(layer):
@@ -96,4 +96,4 @@ def _is_trained(layer: LayerHistory) -> bool:
     """Return whether training is of this model, as far as can be seen: compiled calls cannot be."""
     if layer.position is None or layer.run.is_optimized is False:
         return layer.run.is_optimized is True
-    return 2 * layer.eval_calls_with_grad > layer.run.steps_in_eval_mode
+    return 2 * layer.calls.in_eval_mode_with_grad > layer.run.steps_in_eval_mode

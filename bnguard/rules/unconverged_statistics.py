@@ -161,7 +161,7 @@ def _is_written_otherwise(layer: LayerHistory) -> bool:
     if (
         start is None
         or now is None
-        or layer.calls_in_training
+        or layer.calls.in_training
         or start.mean.shape != now.mean.shape
     ):
         return False

@@ -54,17 +54,17 @@ class UnfrozenByTrain(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for calls in eval mode before the first in train mode, and for none after it."""
-        if layer.unfrozen_step is None or layer.frozen_calls_after:
+        if layer.calls.unfrozen_step is None or layer.calls.frozen_after:
             return
         was_thawed = layer.is_affine_frozen_at_start and not layer.is_affine_frozen
-        if was_thawed or layer.frozen_calls < self.min_frozen_calls:
+        if was_thawed or layer.calls.frozen < self.min_frozen_calls:
             return
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"after {layer.frozen_calls} batches in eval mode the layer is in train mode again, "
+            f"after {layer.calls.frozen} batches in eval mode the layer is in train mode again, "
             "and its statistics move: a model.train() undid the freezing",
-            Evidence("batches in eval mode before", layer.frozen_calls, self.min_frozen_calls),
+            Evidence("batches in eval mode before", layer.calls.frozen, self.min_frozen_calls),
             Fix("call .eval() on the frozen layers after every model.train(), in Module.train"),
-            step=layer.unfrozen_step,
+            step=layer.calls.unfrozen_step,
         )

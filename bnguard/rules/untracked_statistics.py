@@ -58,11 +58,11 @@ class UntrackedStatistics(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for layers that normalise in training with what they do not keep."""
-        if 0 < layer.calls_in_training <= self.max_untracked_calls:
+        if 0 < layer.calls.in_training <= self.max_untracked_calls:
             return
         evidence = Evidence(
             "untracked calls in training",
-            max(layer.calls_in_training, self.max_untracked_calls + 1),
+            max(layer.calls.in_training, self.max_untracked_calls + 1),
             self.max_untracked_calls,
         )
         has_no_values_yet = layer.channels == 0 or layer.statistics_dtype is not None
@@ -77,7 +77,7 @@ class UntrackedStatistics(Rule):
                 evidence,
                 Fix("track_running_stats=True, or GroupNorm, which needs no batch"),
             )
-        elif not layer.is_updating and (layer.training or layer.calls_in_training):
+        elif not layer.is_updating and (layer.training or layer.calls.in_training):
             yield self._finding(
                 layer,
                 Severity.WARNING,

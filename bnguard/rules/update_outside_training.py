@@ -64,28 +64,28 @@ class UpdateOutsideTraining(Rule):
         """Count the calls with batch statistics where no training was."""
         if layer.running is None or not layer.is_updating:
             return
-        if layer.calls_in_evaluation > self.max_calls_in_evaluation:
+        if layer.calls.in_evaluation > self.max_calls_in_evaluation:
             yield self._in_evaluation(layer)
         elif self._is_unusual(layer):
-            is_evaluation = layer.calls_between_steps > self.max_calls_without_grad
+            is_evaluation = layer.calls.between_steps > self.max_calls_without_grad
             yield self._between_steps(layer) if is_evaluation else self._without_grad(layer)
 
     def _is_unusual(self, layer: LayerHistory) -> bool:
         """Return whether some calls ran under ``no_grad``, and most of the steps had none."""
-        with_grad = layer.calls_in_training - layer.calls_without_grad
-        is_usual = layer.steps_without_grad > self.max_share_of_steps * layer.run.steps
-        has_some = layer.calls_without_grad > self.max_calls_without_grad
+        with_grad = layer.calls.in_training - layer.calls.without_grad
+        is_usual = layer.calls.steps_without_grad > self.max_share_of_steps * layer.run.steps
+        has_some = layer.calls.without_grad > self.max_calls_without_grad
         return has_some and bool(with_grad) and not is_usual
 
     def _in_evaluation(self, layer: LayerHistory) -> Finding:
         return self._finding(
             layer,
             Severity.WARNING,
-            f"the layer was in train mode during evaluation: {layer.calls_in_evaluation} "
+            f"the layer was in train mode during evaluation: {layer.calls.in_evaluation} "
             "batches of it went into the running statistics",
             Evidence(
                 "batches of evaluation in the statistics",
-                layer.calls_in_evaluation,
+                layer.calls.in_evaluation,
                 self.max_calls_in_evaluation,
             ),
             _EVAL,
@@ -95,11 +95,11 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls_between_steps} batches went into the running statistics under "
-            f"no_grad, before {layer.steps_with_calls_between} of {layer.run.steps} steps, and "
-            "none came there in eval mode: an evaluation without eval()",
+            f"{layer.calls.between_steps} batches went into the running statistics under "
+            f"no_grad, before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, "
+            "and none came there in eval mode: an evaluation without eval()",
             Evidence(
-                "batches under no_grad", layer.calls_between_steps, self.max_calls_without_grad
+                "batches under no_grad", layer.calls.between_steps, self.max_calls_without_grad
             ),
             _EVAL,
         )
@@ -108,11 +108,11 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.INFO,
-            f"{layer.calls_without_grad} batches went into the statistics under no_grad, in "
-            f"{layer.steps_without_grad} of {layer.run.steps} steps: re-estimation, or a missing "
-            "eval()",
+            f"{layer.calls.without_grad} batches went into the statistics under no_grad, in "
+            f"{layer.calls.steps_without_grad} of {layer.run.steps} steps: re-estimation, or a "
+            "missing eval()",
             Evidence(
-                "batches under no_grad", layer.calls_without_grad, self.max_calls_without_grad
+                "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
             ),
             Fix("model.eval() around what is not training"),
         )

@@ -86,7 +86,7 @@ def test_the_monitor_does_not_take_it_for_training(tiny, trainer_of, monitor_fir
     for plain, repaired in zip(*(report.layers for report in reports), strict=True):
         np.testing.assert_allclose(repaired.window.mean, plain.window.mean, rtol=1e-6)
         np.testing.assert_allclose(repaired.window.var_max, plain.window.var_max, rtol=1e-6)
-        assert repaired.calls_in_training == plain.calls_in_training
+        assert repaired.calls.in_training == plain.calls.in_training
         assert repaired.evaluated.batches == plain.evaluated.batches
         assert np.abs(repaired.eval_shift_std).max() < np.abs(plain.eval_shift_std).max()
 

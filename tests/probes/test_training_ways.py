@@ -71,9 +71,9 @@ def test_gradient_accumulation():
             optimizer.zero_grad()
             monitor.step()
     for layer in by_name(monitor).values():
-        assert layer.updates_seen == layer.calls_in_training == 32
-        assert (layer.calls_per_forward, layer.source) == (1, "buffers")
-        assert layer.calls_recomputed == layer.calls_outside == 0
+        assert layer.updates_seen == layer.calls.in_training == 32
+        assert (layer.calls.most_per_forward, layer.source) == (1, "buffers")
+        assert layer.calls.recomputed == layer.calls.outside == 0
     assert "BN207" not in {finding.code for finding in monitor.report().findings}
 
 
@@ -103,9 +103,9 @@ def test_activation_checkpointing(use_reentrant):
     assert np.allclose(first.means[::2], first.means[1::2])
     layer = by_name(monitor)["block.1"]
     check_window(layer.window, second)
-    assert (layer.updates_seen, layer.calls_in_training) == (24, 24)
-    assert layer.calls_recomputed == layer.calls_outside == 12
-    assert layer.calls_per_forward == 1
+    assert (layer.updates_seen, layer.calls.in_training) == (24, 24)
+    assert layer.calls.recomputed == layer.calls.outside == 12
+    assert layer.calls.most_per_forward == 1
     assert layer.streams == ()
 
 
@@ -179,7 +179,7 @@ def test_layers_added_removed_and_frozen_between_steps():
     assert layers["7"].updates_seen == 10
     # Added after the second step, noticed at the fourth.
     assert layers["11"].updates_seen == 6
-    assert layers["11"].calls_in_training == 6
+    assert layers["11"].calls.in_training == 6
 
 
 REPLACEMENTS = {
@@ -332,7 +332,7 @@ def test_the_calls_of_a_step_are_told_apart():
     assert np.allclose(second.mean, 5, atol=0.5)
     assert np.allclose(first.var_unbiased, 1, atol=0.3)
     assert np.allclose(second.var_unbiased, 4, atol=1)
-    assert (layer.calls_per_forward, layer.updates_seen) == (1, 48)
+    assert (layer.calls.most_per_forward, layer.updates_seen) == (1, 48)
 
 
 class Siamese(nn.Module):
@@ -352,7 +352,7 @@ def test_the_calls_of_a_forward_are_told_apart_and_blended_in_the_window():
             model(torch.randn(32, 3), torch.randn(32, 3) + 3)
             monitor.step()
         (layer,) = monitor.report().layers
-    assert layer.calls_per_forward == 2
+    assert layer.calls.most_per_forward == 2
     assert np.allclose(layer.streams[0].mean, 0, atol=0.3)
     assert np.allclose(layer.streams[1].mean, 3, atol=0.3)
     means = np.array(oracle.means).reshape(24, 2, 3)
@@ -367,7 +367,7 @@ def test_images_of_every_size_do_not_fill_the_memory():
             model(torch.zeros(1, 1, side, 3))
             monitor.step()
         (layer,) = monitor.report().layers
-    assert sum(layer.values_per_channel.values()) == layer.calls_in_training == 400
+    assert sum(layer.values_per_channel.values()) == layer.calls.in_training == 400
     assert len(layer.values_per_channel) <= 256 + 16
     assert layer.values_per_channel[6] == 1
 

@@ -13,6 +13,7 @@ from bnguard.findings import Severity
 from bnguard.history import (
     BadValueOrigin,
     BatchWindow,
+    Calls,
     EvalWindow,
     History,
     LayerHistory,
@@ -84,7 +85,7 @@ def test_bn106(ranks, kind, samples, fires):
 @pytest.mark.parametrize(("calls", "fires"), [(5, False), (20, True), (0, True)])
 def test_bn104_counts_calls_in_training_and_the_setting_before_it(calls, fires):
     rule = with_limits(rule_named("BN104"), {"max_untracked_calls": 10})
-    untracked = layer(running=None, calls_in_training=calls)
+    untracked = layer(running=None, calls=Calls(in_training=calls))
     assert bool(list(rule.check(untracked))) is fires
 
 
@@ -210,7 +211,9 @@ def test_bn402_does_not_pass_over_a_network_whose_gamma_is_nan():
 def test_bn303_believes_no_counter_that_was_set_back(seen, fires):
     start = RunningStatistics(mean=np.zeros(4), var=np.ones(4), updates=0)
     now = running(mean=0.5, var=0.9, updates=10)
-    subject = layer(running_at_start=start, running=now, updates_seen=seen, calls_in_training=seen)
+    subject = layer(
+        running_at_start=start, running=now, updates_seen=seen, calls=Calls(in_training=seen)
+    )
     assert bool(found("BN303", subject)) is fires
 
 

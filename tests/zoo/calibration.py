@@ -182,9 +182,9 @@ def dead_share(history: History) -> float | None:
 def recomputed_share(history: History) -> float | None:
     return _largest(
         [
-            layer.calls_recomputed / layer.calls_in_training
+            layer.calls.recomputed / layer.calls.in_training
             for layer in history.layers
-            if layer.calls_in_training
+            if layer.calls.in_training
         ]
     )
 
