@@ -34,8 +34,14 @@ def check_backup(original: Path, *, force: bool) -> None:
     """Refuse a checkpoint that cannot be replaced in place, with the original as a backup.
 
     Raises:
-        CheckpointError: The backup exists, or nothing can be written into the folder.
+        CheckpointError: It is a folder of several files; the backup exists, or nothing can be
+            written into the folder.
     """
+    if original.is_dir():
+        raise CheckpointError(
+            f"{original}: only a checkpoint of one file can be replaced in place; write a copy of "
+            "the folder under another name (--output)"
+        )
     backup = backup_of(original)
     with write_errors(backup):
         if backup.exists() and not force:

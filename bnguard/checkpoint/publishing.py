@@ -106,110 +106,52 @@ def publish(copy: Path, name: Path) -> None:
         CheckpointError: Something has the name by now.
         OSError: The system does not let us.
     """
-    try:
-        if copy.is_dir():
-            copy.rename(name)
-        else:
-            _rename_new(copy, name)
-    except OSError:
-        if name.exists():
-            raise exists(name) from None
-        raise
+    if name.exists():
+        raise exists(name)
+    copy.rename(name)
     _sync(name.parent)
 
 
 def replace(copy: Path, name: Path) -> None:
     """Give a complete copy the name of something else, which is removed.
 
-    A file is replaced in one step. Of two folders, for the moment between two renamings, the old
-    one has a temporary name and the new one its own.
+    A file is replaced in one step. A folder has a temporary name for the moment between two
+    renamings.
 
     Raises:
         OSError: The system does not let us; the name leads to what it led to before.
     """
-    if copy.is_dir():
-        with _set_aside(name):
-            copy.rename(name)
-    else:
+    if not copy.is_dir():
         copy.replace(name)
+    else:
+        aside = name.rename(name.with_name(f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"))
+        try:
+            copy.rename(name)
+        except BaseException:
+            aside.rename(name)
+            raise
+        _remove(aside)
     _sync(name.parent)
 
 
 def replace_with_backup(copy: Path, name: Path, backup: Path) -> None:
-    """Give a complete copy the name of something else, which gets the name of the backup.
+    """Give a complete copy the name of a file, which is kept under the name of the backup.
 
-    An older backup is removed once all is done. A file has its old or its new content at any
-    moment; of two folders, for the moment between two renamings, there is the backup alone.
+    The file has its old or its new content at any moment. An older backup is replaced.
 
     Raises:
-        OSError: The system does not let us; the names lead to what they led to before.
+        OSError: The system does not let us; the file is as it was.
     """
-    with _set_aside(backup):
-        if name.is_dir():
-            _exchange_folders(copy, name, backup)
-        else:
-            _exchange_files(copy, name, backup)
-    _sync(name.parent)
-
-
-def _exchange_folders(copy: Path, name: Path, backup: Path) -> None:
+    with temporary_beside(backup, like=name) as second:
+        shutil.copy2(name, second)
+        _sync(second)
+        second.replace(backup)
     try:
-        name.rename(backup)
-        copy.rename(name)
-    except BaseException:
-        if not name.exists():
-            backup.rename(name)
-        raise
-
-
-def _exchange_files(copy: Path, name: Path, backup: Path) -> None:
-    try:
-        _second_name(name, backup)
         copy.replace(name)
     except BaseException:
-        # Only where the original still has its own name may the second one go.
-        if backup.exists() and backup.samefile(name):
-            backup.unlink()
+        backup.unlink()
         raise
-
-
-@contextmanager
-def _set_aside(path: Path) -> Iterator[None]:
-    """Free a name for the block; what had it is removed afterwards, or put back if that fails."""
-    if not path.exists():
-        yield
-        return
-    aside = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}")
-    try:
-        path.rename(aside)
-        yield
-    except BaseException:
-        if aside.exists() and not path.exists():
-            aside.rename(path)
-        raise
-    _remove(aside)
-
-
-def _rename_new(copy: Path, name: Path) -> None:
-    try:
-        # A link, unlike a renaming, never replaces what came into being in the meantime.
-        os.link(copy, name)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        if name.exists():
-            raise
-        copy.rename(name)
-
-
-def _second_name(name: Path, second: Path) -> None:
-    try:
-        os.link(name, second)
-    except OSError:  # a file system without links
-        with temporary_beside(second, like=name) as copy:
-            shutil.copy2(name, copy)
-            _sync(copy)
-            copy.rename(second)
+    _sync(name.parent)
 
 
 def _sync(path: Path) -> None:

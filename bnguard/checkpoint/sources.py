@@ -68,7 +68,11 @@ class Source:
 
     def stream(self) -> io.BufferedReader:
         """Return the bytes as a file of its own, to be read from the first one on."""
-        return io.BufferedReader(_Stream(self))
+        return io.BufferedReader(self.raw_stream())
+
+    def raw_stream(self) -> io.RawIOBase:
+        """Return the bytes as an unbuffered file of its own."""
+        return _Stream(self)
 
     def truncated(self) -> CheckpointError:
         """Return the error for bytes that should be there and are not."""
@@ -91,6 +95,9 @@ class _Stream(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
         self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
         return self._position
 
     # typeshed's own type of the buffer is wider, and has no name in the standard library.

@@ -97,7 +97,7 @@ def test_averaged_weights_as_torch_saves_them(folder):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which suits us
-def test_folders_are_copied_beside_and_backed_up(folder):
+def test_folders_are_copied_and_not_replaced_in_place(folder):
     network = used_network()
     shutil.move(save_distributed(network, folder), folder / "step=10.5")
     done = bnguard(folder, "recalibrate", "step=10.5", *PLAIN)
@@ -109,17 +109,15 @@ def test_folders_are_copied_beside_and_backed_up(folder):
     sharded = save_sharded_bin(network, folder)
     shutil.copy(folder / "mine.py", sharded)
     # From within, where the folder has no name.
-    done = bnguard(
-        sharded, "recalibrate", "pytorch_model.bin.index.json", *PLAIN, "--in-place", "--dry-run"
+    line = is_one_line_error(
+        bnguard(sharded, "recalibrate", "pytorch_model.bin.index.json", *PLAIN, "--in-place")
     )
+    assert "only a checkpoint of one file can be replaced in place" in line
+    done = bnguard(folder, "recalibrate", f"{sharded.name}/", *PLAIN)
     assert done.returncode == 0, done.stderr
-    done = bnguard(folder, "recalibrate", f"{sharded.name}/", *PLAIN, "--in-place")
-    assert done.returncode == 0, done.stderr
-    assert all(moved(folder / f"{sharded.name}.bak", sharded))
+    assert all(moved(sharded, folder / f"{sharded.name}-recalibrated"))
     # As it was given, and from where one is.
-    assert f"written: {sharded.name}, with the original as {sharded.name}.bak\n" in done.stdout
-    line = is_one_line_error(bnguard(folder, "recalibrate", sharded.name, *PLAIN, "--in-place"))
-    assert f"{sharded.name}.bak: exists already; move it away, or force it" in line
+    assert f"written: {sharded.name}-recalibrated\n" in done.stdout
 
 
 def test_a_folder_as_transformers_saves_it(folder):

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bnguard.checkpoint.archive import read_archive
+from bnguard.checkpoint.archive import checksum_patches, read_archive
 from bnguard.checkpoint.contents import Contents
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.formats.folders import copy_folder, member, read_note
@@ -21,7 +21,6 @@ from bnguard.checkpoint.formats.torch_zip import TorchZip, archive_folder, read_
 from bnguard.checkpoint.inert import InertObject, Reference, mapping_of
 from bnguard.checkpoint.patch import Patch, patched, write_all
 from bnguard.checkpoint.pickles import damaged, read_pickle
-from bnguard.checkpoint.rewriting import checksum_patches
 from bnguard.checkpoint.sources import Source, open_source
 from bnguard.checkpoint.tensors import Piece, StoredTensor
 from bnguard.errors import CheckpointError

@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile, ZipInfo
 
-from bnguard.checkpoint.archive import LOCAL_MAGIC, Archive, Record, read_archive
+from bnguard.checkpoint.archive import (
+    LOCAL_MAGIC,
+    Archive,
+    checksum_patches,
+    is_stored,
+    read_archive,
+)
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, Contents, parse_provenance
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.inert import TypedStorage, storage_dtype
 from bnguard.checkpoint.patch import Patch, patched, write_all
 from bnguard.checkpoint.pickles import read_pickle
-from bnguard.checkpoint.rewriting import checksum_patches, end_of_directory, new_record
 from bnguard.checkpoint.sources import Source, first_bytes, open_source
 from bnguard.checkpoint.tensors import Storage, StoredTensor
 from bnguard.errors import CheckpointError
@@ -36,7 +42,7 @@ class RecordStorage(Storage):
     """A storage that is a record of an archive."""
 
     archive: Archive
-    record: Record
+    record: ZipInfo
 
     @property
     def source(self) -> Source:
@@ -71,34 +77,21 @@ class TorchZip(Format):
         """Copy the archive byte for byte, and append the note to it."""
         with open_source(path) as source, target.open("wb") as handle:
             archive = read_archive(source)
+            last = max(record.header_offset for record in archive.records.values())
+            if last > archive.directory_start:
+                raise CheckpointError(
+                    f"{path}: its archive has records behind its directory; "
+                    "save the checkpoint again with torch.save"
+                )
             name = archive_folder(archive) + _PROVENANCE
-            old_note = archive.records.get(name)
-            changes = [*patches, *checksum_patches(archive, patches)]
-            stop = _end_of_records(archive, old_note)
-            record, entry = new_record(name, provenance.encode(), stop)
-            write_all(handle, patched(source.window(0, stop), changes))
-            handle.write(record)
-
-            size = len(archive.directory)
-            place = source.window(archive.directory_start, size)
-            directory = bytearray(b"".join(patched(place, changes)))
+            write_all(handle, patched(source, [*patches, *checksum_patches(archive, patches)]))
+        with ZipFile(target, "a") as copy:
+            old_note = copy.NameToInfo.pop(name, None)
             if old_note is not None:
-                del directory[old_note.entry : old_note.entry + old_note.entry_size]
-            count = len(archive.records) + (old_note is None)
-            start = handle.tell()
-            handle.write(directory + entry)
-            handle.write(end_of_directory(count, len(directory) + len(entry), start))
-
-
-def _end_of_records(archive: Archive, old_note: Record | None) -> int:
-    """Return where the records end; an old note that is the last of them does not count."""
-    last = max(record.header for record in archive.records.values())
-    if last > archive.directory_start:
-        raise CheckpointError(
-            f"{archive.source.path}: its archive has records behind its directory; "
-            "save the checkpoint again with torch.save"
-        )
-    return last if old_note is not None and old_note.header == last else archive.directory_start
+                copy.filelist.remove(old_note)
+                if old_note.header_offset == last:
+                    copy.start_dir = last
+            copy.writestr(ZipInfo(name), provenance)
 
 
 def read_object(archive: Archive, folder: str) -> object:
@@ -123,7 +116,7 @@ def _storages(archive: Archive, folder: str) -> Callable[[tuple[object, ...]], T
             record = archive.records.get(f"{folder}data/{name}")
             if record is None:
                 raise ValueError(f"storage {name} is missing")
-            known[name] = RecordStorage(record.size, order, archive, record)
+            known[name] = RecordStorage(record.file_size, order, archive, record)
         return TypedStorage(known[name], storage_dtype(storage_type))
 
     return resolve
@@ -146,7 +139,7 @@ def archive_folder(archive: Archive) -> str:
 
 def _byteorder(archive: Archive, folder: str) -> str:
     record = archive.records.get(folder + "byteorder")
-    is_big = record is not None and record.size == 3
+    is_big = record is not None and record.file_size == 3
     return "big" if is_big else "little"
 
 
@@ -155,9 +148,9 @@ def _extras(archive: Archive, folder: str) -> Iterator[tuple[str, StoredTensor]]
         short = name.removeprefix(folder)
         if short in _BOOKKEEPING or short in (_PICKLE, _PROVENANCE) or short.startswith("data/"):
             continue
-        if record.is_stored:
-            storage = RecordStorage(record.size, "little", archive, record)
-            yield f"record {short}", StoredTensor.viewing(storage, "uint8", (record.size,))
+        if is_stored(record):
+            storage = RecordStorage(record.file_size, "little", archive, record)
+            yield f"record {short}", StoredTensor.viewing(storage, "uint8", (record.file_size,))
 
 
 def _provenance(archive: Archive, folder: str) -> Mapping[str, object] | None:

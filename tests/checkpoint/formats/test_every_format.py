@@ -85,6 +85,10 @@ def test_the_provenance_says_what_was_done_and_to_what(saved):
 
 
 def test_in_place_keeps_the_original_as_a_backup(saved, tmp_path):
+    if saved.is_dir() and len(list(saved.iterdir())) > 1:
+        with pytest.raises(CheckpointError, match="only a checkpoint of one file"):
+            replace_statistics(saved, new_statistics(saved), {})
+        return
     original = files_in(saved)
     backup = replace_statistics(saved, new_statistics(saved), {})
     assert backup == saved.with_name(f"{saved.name}.bak")

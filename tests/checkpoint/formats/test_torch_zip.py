@@ -61,11 +61,6 @@ def test_the_checksums_behind_the_records_are_right_too(network, tmp_path):
         assert (magic, crc, size) == (b"PK\x07\x08", record.CRC, record.file_size)
 
 
-def test_the_provenance_begins_at_a_multiple_of_64(network, tmp_path):
-    path = repaired(save_zip(network, tmp_path))
-    assert path.read_bytes().index(b'{"action": "test"') % 64 == 0
-
-
 def test_writing_again_leaves_one_provenance(network, tmp_path):
     first = repaired(save_zip(network, tmp_path))
     second = repaired(first, output="again.pt")
@@ -86,6 +81,17 @@ def test_a_provenance_in_the_middle_is_replaced_too(network, tmp_path):
         assert archive.read("zip/theirs") == b"keep me"
         assert sum("bnguard" in name for name in archive.namelist()) == 1
     assert torch.load(second, weights_only=True).keys() == network.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_records_of_one_name_leave_the_directory_sound(network, tmp_path):
+    path = save_zip(network, tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for text in ("longer than the next", "short"):
+            archive.writestr("zip/theirs", text)
+    with zipfile.ZipFile(repaired(path)) as archive:
+        assert archive.testzip() is None
+        assert archive.read("zip/theirs") == b"short"
 
 
 def test_an_archive_written_by_python_keeps_its_checksums_in_front(network, tmp_path):
