@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_MOMENTUM = 0.1
+_DEFAULT_EPS = 1e-5
 
 _EVERYTHING = Configuration()
 
@@ -203,11 +204,13 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
 def _layer_of_checkpoint(
     layer: CheckpointLayer, momenta: Mapping[str, float | None], model: str
 ) -> LayerHistory:
+    noted = momenta.get(layer.name, _DEFAULT_MOMENTUM)
     return LayerHistory(
         name=model + layer.name,
         channels=layer.channels,
-        momentum=momenta.get(layer.name, _DEFAULT_MOMENTUM),
-        is_momentum_known=layer.name in momenta,
+        eps=_DEFAULT_EPS if layer.eps is None else layer.eps,
+        momentum=layer.momentum if layer.is_momentum_known else noted,
+        is_momentum_known=layer.is_momentum_known or layer.name in momenta,
         gamma=layer.weight,
         beta=layer.bias,
         statistics_dtype=layer.dtype,

@@ -244,6 +244,15 @@ def test_two_models_of_a_file_are_compared(tmp_path):
     assert "did you mean 'ema'?" in done.stderr
 
 
+def test_one_file_is_enough_to_compare_its_models(tmp_path):
+    state = used_network().state_dict()
+    torch.save({"state_dict": state, "ema": state}, tmp_path / "both.pt")
+    assert bnguard(tmp_path, "diff", "both.pt", "--weights", "state_dict", "ema").returncode == 0
+    done = bnguard(tmp_path, "diff", "both.pt")
+    assert is_one_line_error(done)
+    assert "--weights A B" in done.stderr
+
+
 def test_no_name_in_a_file_makes_the_terminal_do_anything(tmp_path):
     evil = "\x1b[2J\x07red\n"
     state = {f"{evil}.running_mean": torch.zeros(2), f"{evil}.running_var": -torch.ones(2)}
