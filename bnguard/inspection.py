@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
@@ -94,8 +94,13 @@ def inspect_checkpoint(
         CheckpointError: It holds no BN layers.
     """
     if not checkpoint.layers:
-        reasons = (*checkpoint.problems, "it has no BN layers with running statistics")
-        raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reasons[0]}")
+        if checkpoint.problems:
+            raise CheckpointError(
+                f"{checkpoint.path}: nothing to inspect: {checkpoint.problems[0]}"
+            )
+        raise NoBatchNormError(
+            f"{checkpoint.path}: nothing to inspect: it has no BN layers with running statistics"
+        )
     has_several = len(checkpoint.models) > 1
     layers: Iterable[LayerHistory] = (
         _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")

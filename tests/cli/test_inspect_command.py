@@ -271,3 +271,21 @@ def test_the_layers_of_several_models_are_told_apart(tmp_path):
     )
     lines = bnguard(tmp_path, "inspect", "--verbose", "a.pt").stdout.splitlines()
     assert lines.index("ema") + len(NAMES) + 2 == lines.index("net")
+
+
+def test_what_lies_beside_a_model_in_a_folder_is_a_note(tmp_path):
+    """DeepSpeed's and SpeechBrain's companions; a damaged checkpoint is still an error."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_zip(used_network(), folder)
+    torch.save({"optimizer_state_dict": {"step": 3}}, folder / "zero_pp_rank_0_optim_states.pt")
+    (folder / "counter.ckpt").write_text("12")
+    (folder / "brain.ckpt").write_text("avg_train_loss: 0.5\nstep: 3\n")
+    done = bnguard(tmp_path, "inspect", "run", "--fail-on", "never")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("bnguard: note: ") == 3
+    assert bnguard(tmp_path, "inspect", "run/counter.ckpt").returncode == 2
+    (folder / "broken.ckpt").write_bytes((folder / "zip.pt").read_bytes()[:500])
+    done = bnguard(tmp_path, "inspect", "run", "--fail-on", "never")
+    assert done.returncode == 2
+    assert "broken.ckpt" in done.stderr
