@@ -32,6 +32,7 @@ _LONGEST_KEY = 4096
 _MOST_VALUES = 2**22
 
 _ABSENT = object()
+_KERAS_STATISTICS = ("moving_mean", "moving_variance")
 
 # Data classes in data classes among the hyper-parameters.
 _MOST_NESTED_FIELDS = 4
@@ -54,7 +55,9 @@ def describe(contents: Contents) -> Checkpoint:
     """
     reader = _Reader(contents)
     models = []
-    for prefix, groups in groups_by_model(contents).items():
+    by_model = groups_by_model(contents)
+    foreign_state = None if by_model else _foreign_state(contents)
+    for prefix, groups in by_model.items():
         layers = tuple(filter(None, (reader.layer(prefix, group) for group in groups)))
         if layers:
             models.append(CheckpointModel(prefix, layers))
@@ -76,7 +79,7 @@ def describe(contents: Contents) -> Checkpoint:
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
-        problems=tuple(reader.problems()),
+        problems=(*reader.problems(), *([foreign_state] if foreign_state else [])),
     )
 
 
@@ -111,6 +114,26 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
         if MEAN in group.tensors or VAR in group.tensors:
             by_model.setdefault(model, []).append(group)
     return by_model
+
+
+def _foreign_state(contents: Contents) -> str | None:
+    """Return what BN state of other libraries is, where torch's names or tensors are missing."""
+    for entry in entries(contents):
+        # An array is an object of NumPy, and its parts are what entries are made of.
+        for depth, part in enumerate(entry.path):
+            attribute = attribute_of(part)
+            if attribute in _KERAS_STATISTICS and isinstance(entry.value, StoredTensor):
+                return (
+                    "its BN layers are named as Keras does (moving_mean, moving_variance): rename "
+                    "them to running_mean, running_var, weight and bias"
+                )
+            is_array = depth < len(entry.path) - 1 and "numpy" in str(entry.value)
+            if attribute in (MEAN, VAR, *_KERAS_STATISTICS) and is_array:
+                return (
+                    "its BN statistics are NumPy arrays, not tensors: save them as "
+                    "{k: torch.as_tensor(v) for k, v in state.items()}"
+                )
+    return None
 
 
 def _candidates(contents: Contents) -> Iterator[Entry]:
