@@ -14,6 +14,10 @@ class CheckpointError(BNGuardError):
     """A checkpoint that cannot be read, does not fit, or cannot be written."""
 
 
+class NoBatchNormError(CheckpointError):
+    """A file that is in order and holds no BN layers, or is no checkpoint but text."""
+
+
 class CalibrationError(BNGuardError):
     """A recalibration that cannot be done; the model is as it was before."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.diagnosis import diagnose
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_MOMENTUM = 0.1
+_DEFAULT_EPS = 1e-5
 
 _EVERYTHING = Configuration()
 
@@ -93,8 +94,13 @@ def inspect_checkpoint(
         CheckpointError: It holds no BN layers.
     """
     if not checkpoint.layers:
-        reasons = (*checkpoint.problems, "it has no BN layers with running statistics")
-        raise CheckpointError(f"{checkpoint.path}: nothing to inspect: {reasons[0]}")
+        if checkpoint.problems:
+            raise CheckpointError(
+                f"{checkpoint.path}: nothing to inspect: {checkpoint.problems[0]}"
+            )
+        raise NoBatchNormError(
+            f"{checkpoint.path}: nothing to inspect: it has no BN layers with running statistics"
+        )
     has_several = len(checkpoint.models) > 1
     layers: Iterable[LayerHistory] = (
         _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")
@@ -203,11 +209,13 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
 def _layer_of_checkpoint(
     layer: CheckpointLayer, momenta: Mapping[str, float | None], model: str
 ) -> LayerHistory:
+    noted = momenta.get(layer.name, _DEFAULT_MOMENTUM)
     return LayerHistory(
         name=model + layer.name,
         channels=layer.channels,
-        momentum=momenta.get(layer.name, _DEFAULT_MOMENTUM),
-        is_momentum_known=layer.name in momenta,
+        eps=_DEFAULT_EPS if layer.eps is None else layer.eps,
+        momentum=layer.momentum if layer.is_momentum_known else noted,
+        is_momentum_known=layer.is_momentum_known or layer.name in momenta,
         gamma=layer.weight,
         beta=layer.bias,
         statistics_dtype=layer.dtype,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
@@ -30,6 +31,9 @@ _MOST_CANDIDATES = 200_000
 _LONGEST_KEY = 4096
 _MOST_VALUES = 2**22
 
+_ABSENT = object()
+_KERAS_STATISTICS = ("moving_mean", "moving_variance")
+
 # Data classes in data classes among the hyper-parameters.
 _MOST_NESTED_FIELDS = 4
 
@@ -49,10 +53,11 @@ def describe(contents: Contents) -> Checkpoint:
     Raises:
         CheckpointError: It is damaged, or holds more than can be BN state.
     """
-    problems: list[str] = []
-    reader = _Reader(contents, problems)
+    reader = _Reader(contents)
     models = []
-    for prefix, groups in groups_by_model(contents).items():
+    by_model = groups_by_model(contents)
+    foreign_state = None if by_model else _foreign_state(contents)
+    for prefix, groups in by_model.items():
         layers = tuple(filter(None, (reader.layer(prefix, group) for group in groups)))
         if layers:
             models.append(CheckpointModel(prefix, layers))
@@ -74,7 +79,7 @@ def describe(contents: Contents) -> Checkpoint:
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
-        problems=tuple(problems),
+        problems=(*reader.problems(), *([foreign_state] if foreign_state else [])),
     )
 
 
@@ -84,10 +89,12 @@ class TensorGroup:
 
     Attributes:
         prefix: What stands before the attribute in the names of their entries.
+        owner: The pickled module that holds them; None in a state dict.
         tensors: The tensors by attribute.
     """
 
     prefix: str
+    owner: InertObject | None = None
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
@@ -100,13 +107,33 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
     found: dict[tuple[str, str], TensorGroup] = {}
     for entry in _candidates(contents):
         prefix = entry.key.removesuffix(attribute_of(entry.key))
-        group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix))
+        group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix, entry.owner))
         group.tensors[attribute_of(entry.key)] = entry.value  # type: ignore[assignment]
     by_model: dict[str, list[TensorGroup]] = {}
     for (model, _), group in found.items():
         if MEAN in group.tensors or VAR in group.tensors:
             by_model.setdefault(model, []).append(group)
     return by_model
+
+
+def _foreign_state(contents: Contents) -> str | None:
+    """Return what BN state of other libraries is, where torch's names or tensors are missing."""
+    for entry in entries(contents):
+        # An array is an object of NumPy, and its parts are what entries are made of.
+        for depth, part in enumerate(entry.path):
+            attribute = attribute_of(part)
+            if attribute in _KERAS_STATISTICS and isinstance(entry.value, StoredTensor):
+                return (
+                    "its BN layers are named as Keras does (moving_mean, moving_variance): rename "
+                    "them to running_mean, running_var, weight and bias"
+                )
+            is_array = depth < len(entry.path) - 1 and "numpy" in str(entry.value)
+            if attribute in (MEAN, VAR, *_KERAS_STATISTICS) and is_array:
+                return (
+                    "its BN statistics are NumPy arrays, not tensors: save them as "
+                    "{k: torch.as_tensor(v) for k, v in state.items()}"
+                )
+    return None
 
 
 def _candidates(contents: Contents) -> Iterator[Entry]:
@@ -129,10 +156,15 @@ def _candidates(contents: Contents) -> Iterator[Entry]:
 class _Reader:
     """Reads groups of tensors as layers, and notes why one cannot be."""
 
-    def __init__(self, contents: Contents, problems: list[str]) -> None:
+    def __init__(self, contents: Contents) -> None:
         self.contents = contents
-        self.problems = problems
+        self.layers_by_problem: dict[str, list[str]] = {}
         self.values = 0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what was noted, a line for all layers that have the same problem."""
+        for problem, names in self.layers_by_problem.items():
+            yield f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {problem}"
 
     def layer(self, model: str, group: TensorGroup) -> CheckpointLayer | None:
         problem = _problem(group.tensors)
@@ -140,6 +172,9 @@ class _Reader:
             self._note(group, problem)
             return None
         mean, var = group.tensors[MEAN], group.tensors[VAR]
+        options = group.owner.state if group.owner is not None else None
+        options = options if isinstance(options, dict) else {}
+        momentum, eps = options.get("momentum", _ABSENT), options.get("eps")
         return CheckpointLayer(
             name=without_wrappers(group.prefix.removeprefix(model).removesuffix(".")),
             prefix=group.prefix,
@@ -149,6 +184,9 @@ class _Reader:
             weight=self._affine(group, "weight"),
             bias=self._affine(group, "bias"),
             dtype=mean.dtype,
+            momentum=float(momentum) if _is_number(momentum) else None,
+            is_momentum_known=momentum is None or _is_number(momentum),
+            eps=float(eps) if _is_number(eps) else None,
         )
 
     def _values(self, tensor: StoredTensor) -> FloatArray:
@@ -164,10 +202,18 @@ class _Reader:
         tensor = group.tensors.get(COUNTER)
         if tensor is None:
             return None
-        if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER:
+        if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER | FLOATING:
             self._note(group, f"{COUNTER} is no count (shape {tensor.shape}, {tensor.dtype})")
             return None
-        count = int(tensor.read().item())
+        if tensor.dtype in INTEGER:
+            count = int(tensor.read().item())
+        else:
+            # Whoever converts a whole state dict converts the counters too.
+            stored = float(to_float64(tensor.read(), tensor.dtype).item())
+            if not stored.is_integer():
+                self._note(group, f"{COUNTER} is {stored:g} ({tensor.dtype}), which is no count")
+                return None
+            count = int(stored)
         if count < 0:
             self._note(group, f"{COUNTER} is {count}, which is no count")
             return None
@@ -190,7 +236,7 @@ class _Reader:
 
     def _note(self, group: TensorGroup, problem: str) -> None:
         name = group.prefix.removesuffix(".") or "the model itself"
-        self.problems.append(f"{printable(name)}: {problem}")
+        self.layers_by_problem.setdefault(problem, []).append(printable(name))
 
 
 def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
@@ -207,6 +253,10 @@ def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
     if mean.shape != var.shape:
         return f"{MEAN} has shape {mean.shape}, {VAR} {var.shape}"
     return None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _kind(tensor: StoredTensor) -> str:

@@ -22,7 +22,7 @@ _MOST_NESTED = 200
 _ATOM_TYPES = frozenset(ATOMS)
 
 # A pickled module keeps its tensors and its children in these, which no key of its state dict
-# mentions.
+# mentions. Tensors anywhere else in it are in no state dict.
 _TRANSPARENT = ("_parameters", "_buffers", "_modules")
 
 
@@ -58,11 +58,13 @@ class Entry(NamedTuple):
         path: The keys that lead to it from the root.
         home: How many of these keys lead to the model that it belongs to.
         value: The value.
+        owner: The pickled module that it is a part of; None where there is none.
     """
 
     path: tuple[str, ...]
     home: int
     value: object
+    owner: InertObject | None = None
 
     @property
     def key(self) -> str:
@@ -84,7 +86,7 @@ def entries(contents: Contents) -> Iterator[Entry]:
         CheckpointError: It is too large or too deeply nested.
     """
     count = 0
-    branches = [_Branch(0, iter([_Node((), None, contents.root)]))]
+    branches = [_Branch(0, iter([_Node((), None, contents.root, None)]))]
     above: set[int] = set()
     while branches:
         node = next(branches[-1].children, None)
@@ -98,7 +100,7 @@ def entries(contents: Contents) -> Iterator[Entry]:
             raise _too_much(contents.path, f"holds more than {_MOST_ENTRIES:,} values")
         if children is None:
             home = _home(node.path) if node.module_at is None else node.module_at
-            yield Entry(node.path, home, node.value)
+            yield Entry(node.path, home, node.value, node.owner)
         elif id(node.value) not in above:
             if len(branches) > _MOST_NESTED:
                 raise _too_much(contents.path, f"is nested more than {_MOST_NESTED} levels deep")
@@ -107,11 +109,19 @@ def entries(contents: Contents) -> Iterator[Entry]:
 
 
 class _Node(NamedTuple):
-    """A value on the way through a checkpoint, and how many keys led to the module around it."""
+    """A value on the way through a checkpoint.
+
+    Attributes:
+        path: The keys that led to it.
+        module_at: How many of these led to the outermost module around it.
+        value: The value.
+        owner: The innermost module around it.
+    """
 
     path: tuple[str, ...]
     module_at: int | None
     value: object
+    owner: InertObject | None
 
 
 class _Branch(NamedTuple):
@@ -122,10 +132,11 @@ class _Branch(NamedTuple):
 
 
 def _below(node: _Node, children: Iterator[tuple[str, object]]) -> Iterator[_Node]:
-    module_at = node.module_at
-    if module_at is None and _is_module(node.value):
-        module_at = len(node.path)
-    return (_Node((*node.path, name), module_at, child) for name, child in children)
+    module_at, owner = node.module_at, node.owner
+    if isinstance(node.value, InertObject) and _is_module(node.value):
+        module_at = len(node.path) if module_at is None else module_at
+        owner = node.value
+    return (_Node((*node.path, name), module_at, child, owner) for name, child in children)
 
 
 def _too_much(path: Path, what: str) -> CheckpointError:
@@ -145,11 +156,12 @@ def _children(node: object) -> Iterator[tuple[str, object]] | None:
 
 def _children_of_object(node: InertObject) -> Iterator[tuple[str, object]]:
     state = node.state if isinstance(node.state, dict) else {}
+    if "_modules" in state:
+        yield from _children_of_module(state)
+        yield "<class>", node.class_name
+        return
     for name, value in state.items():
-        if name in _TRANSPARENT and (inner := mapping_of(value)) is not None:
-            yield from ((_name(key), child) for key, child in inner.items())
-        else:
-            yield _name(name), value
+        yield _name(name), value
     for key, value in (node.pairs or {}).items():
         yield _name(key), value
     for index, value in enumerate(node.items or ()):
@@ -161,15 +173,36 @@ def _children_of_object(node: InertObject) -> Iterator[tuple[str, object]]:
         yield "<state>", node.state
 
 
+def _children_of_module(state: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """Yield what a module's state dict would hold, and its options: numbers, names and flags."""
+    passing = _members(state.get("_non_persistent_buffers_set"))
+    for group in _TRANSPARENT:
+        for key, value in (mapping_of(state.get(group)) or {}).items():
+            if value is not None and not (group == "_buffers" and key in passing):
+                yield _name(key), value
+    for name, value in state.items():
+        if type(value) in _ATOM_TYPES and not _name(name).startswith("_"):
+            yield _name(name), value
+
+
+def _members(stored: object) -> frozenset[str]:
+    """Return the names in a set, which old protocols make of a list and new ones add to."""
+    if not isinstance(stored, InertObject):
+        return frozenset()
+    made_of = stored.args[0] if isinstance(stored.args, tuple) and stored.args else ()
+    listed = made_of if isinstance(made_of, (list, tuple)) else ()
+    return frozenset(item for item in (*listed, *(stored.items or ())) if isinstance(item, str))
+
+
 def _name(key: object) -> str:
     if isinstance(key, InertObject):
         return f"<{key.class_name}>"
     return key if isinstance(key, str) else str(key)
 
 
-def _is_module(node: object) -> bool:
-    """Whether a node is a pickled module, or one of TorchScript."""
-    if not isinstance(node, InertObject) or not isinstance(node.state, dict):
+def _is_module(node: InertObject) -> bool:
+    """Whether an object is a pickled module, or one of TorchScript."""
+    if not isinstance(node.state, dict):
         return False
     is_script = isinstance(node.made_by, Reference) and node.made_by.module.startswith("__torch__")
     return is_script or "_modules" in node.state

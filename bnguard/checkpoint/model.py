@@ -26,6 +26,9 @@ class CheckpointLayer:
         weight: Gamma; None without affine parameters.
         bias: Beta; None without affine parameters.
         dtype: Element type of the running statistics in the file, as torch names it.
+        momentum: Weight of the new value in an update, None for a cumulative average.
+        is_momentum_known: Whether the file holds the momentum, as a pickled module does.
+        eps: What is added to the variance; None where the file does not hold it.
     """
 
     name: str
@@ -36,6 +39,9 @@ class CheckpointLayer:
     weight: FloatArray | None
     bias: FloatArray | None
     dtype: str
+    momentum: float | None = None
+    is_momentum_known: bool = False
+    eps: float | None = None
 
     @property
     def channels(self) -> int:

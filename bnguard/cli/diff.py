@@ -16,7 +16,7 @@ from bnguard.report.difference import difference_document, difference_view
 _EXAMPLES = """
 examples:
   bnguard diff last.ckpt last-recalibrated.ckpt
-  bnguard diff last.pth.tar last.pth.tar --weights state_dict state_dict_ema
+  bnguard diff last.pth.tar --weights state_dict state_dict_ema
 """
 
 
@@ -27,7 +27,12 @@ def run(arguments: list[str]) -> int:
     names = values.weights or [None]
     if len(names) > 2:
         raise ConfigurationError("--weights takes one name, or one for each checkpoint")
-    before, after = _read(values.before, names[0]), _read(values.after, names[-1])
+    if values.after is None and len(names) < 2:
+        raise ConfigurationError(
+            "one checkpoint is named: name a second, or two models of this with --weights A B"
+        )
+    before = _read(values.before, names[0])
+    after = _read(values.after or values.before, names[-1])
     difference = compare(before, after)
     if values.json:
         print(json.dumps(difference_document(difference), indent=2))
@@ -45,7 +50,9 @@ def make_parser() -> ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
-    parser.add_argument("after", type=str, help="the second")
+    parser.add_argument(
+        "after", type=str, nargs="?", help="the second; the first again where it is left out"
+    )
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(

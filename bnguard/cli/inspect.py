@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
@@ -11,7 +13,7 @@ from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.parsing import command_parser, print_error
 from bnguard.cli.showing import show
 from bnguard.configuration import read_configuration
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.report import Report
@@ -45,17 +47,27 @@ def run(arguments: list[str]) -> int:
     )
     inspected: list[tuple[Checkpoint, Report]] = []
     errors: dict[str, str] = {}
+    passed_over: dict[str, str] = {}
+    named = {Path(path) for path in values.paths}
     for path in find_checkpoints(values.paths):
         try:
             checkpoint = read_checkpoint(path)
             inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
+        except NoBatchNormError as error:
+            # Optimizer states and counters lie in folders beside the model; nobody asked for them.
+            (errors if path in named else passed_over)[str(path)] = str(error)
         except BNGuardError as error:
             errors[str(path)] = str(error)
+    if not inspected:
+        errors |= passed_over
+        passed_over = {}
     if values.json:
         print(json.dumps(inspection_document(inspected, errors), indent=2))
     else:
         for checkpoint, report in inspected:
             show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
+    for message in passed_over.values():
+        print(f"bnguard: note: {message}", file=sys.stderr)
     for message in errors.values():
         print_error(message)
     if errors:

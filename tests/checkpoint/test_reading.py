@@ -353,3 +353,15 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
     assert read_checkpoint(path).layers == ()
     with pytest.raises(CheckpointError, match="too large to be expanded"):
         load_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}, "NumPy arrays"),
+        ({"bn.moving_mean": torch.zeros(3), "bn.moving_variance": torch.ones(3)}, "Keras"),
+    ],
+)
+def test_statistics_of_other_libraries_are_named(tmp_path, state, said):
+    (problem,) = read_checkpoint(saved({"model": state}, tmp_path)).problems
+    assert said in problem

@@ -244,6 +244,15 @@ def test_two_models_of_a_file_are_compared(tmp_path):
     assert "did you mean 'ema'?" in done.stderr
 
 
+def test_one_file_is_enough_to_compare_its_models(tmp_path):
+    state = used_network().state_dict()
+    torch.save({"state_dict": state, "ema": state}, tmp_path / "both.pt")
+    assert bnguard(tmp_path, "diff", "both.pt", "--weights", "state_dict", "ema").returncode == 0
+    done = bnguard(tmp_path, "diff", "both.pt")
+    assert is_one_line_error(done)
+    assert "--weights A B" in done.stderr
+
+
 def test_no_name_in_a_file_makes_the_terminal_do_anything(tmp_path):
     evil = "\x1b[2J\x07red\n"
     state = {f"{evil}.running_mean": torch.zeros(2), f"{evil}.running_var": -torch.ones(2)}
@@ -262,3 +271,21 @@ def test_the_layers_of_several_models_are_told_apart(tmp_path):
     )
     lines = bnguard(tmp_path, "inspect", "--verbose", "a.pt").stdout.splitlines()
     assert lines.index("ema") + len(NAMES) + 2 == lines.index("net")
+
+
+def test_what_lies_beside_a_model_in_a_folder_is_a_note(tmp_path):
+    """DeepSpeed's and SpeechBrain's companions; a damaged checkpoint is still an error."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_zip(used_network(), folder)
+    torch.save({"optimizer_state_dict": {"step": 3}}, folder / "zero_pp_rank_0_optim_states.pt")
+    (folder / "counter.ckpt").write_text("12")
+    (folder / "brain.ckpt").write_text("avg_train_loss: 0.5\nstep: 3\n")
+    done = bnguard(tmp_path, "inspect", "run", "--fail-on", "never")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("bnguard: note: ") == 3
+    assert bnguard(tmp_path, "inspect", "run/counter.ckpt").returncode == 2
+    (folder / "broken.ckpt").write_bytes((folder / "zip.pt").read_bytes()[:500])
+    done = bnguard(tmp_path, "inspect", "run", "--fail-on", "never")
+    assert done.returncode == 2
+    assert "broken.ckpt" in done.stderr

@@ -12,12 +12,14 @@ from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.sharded import INDEX_SUFFIXES, Sharded
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
-from bnguard.checkpoint.sources import unreadable
-from bnguard.errors import CheckpointError
+from bnguard.checkpoint.sources import first_bytes, unreadable
+from bnguard.errors import CheckpointError, NoBatchNormError
 
 FILE_FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Safetensors())
 # A folder of one file comes last: the others hold files that could be taken for the one.
 FOLDER_FORMATS: tuple[Format, ...] = (Distributed(), Sharded(), Pretrained())
+# So much of a file tells whether it is text.
+_TEXT_BYTES = 4096
 FORMATS = FILE_FORMATS + FOLDER_FORMATS
 
 
@@ -49,9 +51,18 @@ def format_of(path: Path) -> Format:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
     if not path.is_file():
         raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
-    raise CheckpointError(
+    unknown = NoBatchNormError if _is_text(path) else CheckpointError
+    raise unknown(
         f"{path}: no checkpoint that bnguard knows; give a file that torch, Lightning or "
         "safetensors wrote"
+    )
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file holds text of its own, as SpeechBrain's counters do, and is no LFS pointer."""
+    start = first_bytes(path, _TEXT_BYTES)
+    return not start.startswith(b"version https://git-lfs") and all(
+        byte in b"\t\n\r" or 32 <= byte < 127 for byte in start
     )
 
 

@@ -1,0 +1,87 @@
+"""Modules saved whole, by ``torch.save(model)``: what counts in them, and their own options."""
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard.checkpoint import load_state_dict, read_checkpoint
+from bnguard.inspection import inspect_checkpoint
+
+
+class Detector(nn.Module):
+    """Tensors and modules in plain attributes, as detection networks have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=0.003))
+        self.conv = torch.nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+        self.shared = self.body[1]
+        self.stride = torch.tensor([8.0, 16.0])
+        self.stages = (self.body, [self.body[1]])
+        self.register_buffer("anchors", torch.zeros(3), persistent=False)
+        self.register_buffer("grid", torch.ones(2))
+
+    def forward(self, x):
+        return self.conv(self.body(x))
+
+
+def wrapped_in_dictionaries(model):
+    return {"epoch": 3, "model": model, "ema": None, "updates": 7}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, wrapped_in_dictionaries])
+def test_a_pickled_module_holds_what_its_state_dict_holds(tmp_path, wrap, protocol, is_zip):
+    model = Detector()
+    path = tmp_path / "model.pt"
+    torch.save(wrap(model), path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    loaded = load_state_dict(path)
+    expected = model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    layers = read_checkpoint(path).layers
+    assert [layer.name for layer in layers] == ["body.1", "shared"]
+    assert {(layer.momentum, layer.is_momentum_known, layer.eps) for layer in layers} == {
+        (0.003, True, 1e-3)
+    }
+
+
+def test_the_momentum_of_the_file_decides(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.003))
+    for _ in range(60):
+        model(torch.randn(16, 3))
+    torch.save(model, tmp_path / "model.pt")
+    (finding,) = inspect_checkpoint(read_checkpoint(tmp_path / "model.pt")).findings
+    assert finding.code == "BN303"
+    assert finding.evidence.value == pytest.approx(100 * 0.997**60)
+
+
+def test_a_cumulative_average_is_known_to_be_one(tmp_path):
+    torch.save(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), tmp_path / "model.pt")
+    (layer,) = read_checkpoint(tmp_path / "model.pt").layers
+    assert layer.momentum is None
+    assert layer.is_momentum_known
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_counters_that_were_converted_with_the_weights_count(tmp_path, dtype):
+    model = nn.BatchNorm1d(3)
+    for _ in range(5):
+        model(torch.randn(16, 3))
+    state = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    checkpoint = read_checkpoint(tmp_path / "half.pt")
+    assert checkpoint.layers[0].counter == 5
+    assert not checkpoint.problems
+
+
+def test_one_problem_of_many_layers_is_one_line(tmp_path):
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(7)))
+    for layer in model:
+        layer.num_batches_tracked.fill_(100_000)
+    torch.save({key: value.half() for key, value in model.state_dict().items()}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").problems == (
+        "7 layers: num_batches_tracked is inf (float16), which is no count",
+    )
