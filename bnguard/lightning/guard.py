@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from bnguard.errors import BNGuardError
 from bnguard.lightning.framework import Callback
-from bnguard.lightning.trainer import show
+from bnguard.report.lines import show
 
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")

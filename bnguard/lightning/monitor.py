@@ -17,7 +17,6 @@ from bnguard.lightning.logs import RunLog
 from bnguard.lightning.proposals import commands
 from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import (
-    drawn,
     is_fitting,
     is_last_batch,
     is_logging_step,
@@ -25,12 +24,12 @@ from bnguard.lightning.trainer import (
     log_folder,
     logged_step,
     planned_batches,
-    show,
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.report.document import write_document
-from bnguard.report.lines import counted, notice
+from bnguard.report.lines import counted, notice, show
+from bnguard.report.terminal import as_terminal_text
 from bnguard.rules import RULES, Rule
 
 REPORT_FILE = "bnguard-report.json"
@@ -367,7 +366,7 @@ class BatchNormMonitor(GuardedCallback):
             return
         folder = log_folder(trainer)
         if self._is_printed:
-            show("\n".join([drawn(report), *commands(trainer, report)]))
+            show("\n".join([as_terminal_text(report), *commands(trainer, report)]))
         if self._is_written and folder is not None:
             file = folder / REPORT_FILE
             # A later ``validate`` knows nothing of the training that ``fit`` reported.

@@ -23,8 +23,8 @@ from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.samples import Split, loader_of, plain_forward, sampled, transferred
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.lightning.silence import unlogged
-from bnguard.lightning.trainer import is_fitting, show
-from bnguard.report.lines import counted
+from bnguard.lightning.trainer import is_fitting
+from bnguard.report.lines import counted, show
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
-import sys
 from pathlib import Path
 from typing import Any
-
-import rich
-from rich.console import Console, RenderableType
 
 from bnguard.lightning.framework import Trainer
 
@@ -74,29 +69,6 @@ def log_folder(trainer: Trainer) -> Path | None:
         if isinstance(folder, (str, Path)) and Path(folder).is_dir():
             return Path(folder)
     return None
-
-
-def show(text: str) -> None:
-    """Print lines without breaking a progress bar, of tqdm or rich, or none.
-
-    Not by the trainer's own bar, which prints nothing before it has begun and after it has ended.
-    """
-    tqdm = sys.modules.get("tqdm")
-    # Where output goes to a file, the console of Windows has no Greek letters, and no arrows.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    printable = text.encode(encoding, "replace").decode(encoding)
-    # What rich draws makes way for everything that is printed.
-    (print if tqdm is None else tqdm.tqdm.write)(printable)
-
-
-def drawn(renderable: RenderableType) -> str:
-    """Return what rich would print, in colour where the terminal has any."""
-    terminal = rich.get_console()
-    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
-    console = Console(file=io.StringIO(), width=terminal.width, force_terminal=terminal.is_terminal)
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get().rstrip("\n")
 
 
 def datamodule_of(trainer: Trainer) -> Any:
