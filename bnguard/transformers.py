@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bnguard.errors import BNGuardError
 from bnguard.findings import FindingGroup
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
@@ -155,8 +156,11 @@ class BatchNormCallback(TrainerCallback):
             # What has failed once may fail again.
             with contextlib.suppress(Exception):
                 self._let_go()
-            warnings.warn(
-                f"bnguard: an error of its own, {type(error).__name__}: {error}; it watches no "
-                "longer, and the run goes on. Please report it.",
-                stacklevel=2,
-            )
+            off = "it watches no longer, and the run goes on."
+            why = f"bnguard: {error}; {off}"
+            if not isinstance(error, BNGuardError):
+                why = (
+                    f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
+                    "Please report it."
+                )
+            warnings.warn(why, stacklevel=2)

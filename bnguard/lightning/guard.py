@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 from bnguard.errors import BNGuardError
-from bnguard.lightning.framework import Callback
+from bnguard.lightning.framework import Callback, LightningModule, Trainer
 from bnguard.report.lines import show
 
 _Arguments = ParamSpec("_Arguments")
@@ -18,6 +18,8 @@ _Result = TypeVar("_Result")
 
 class GuardedCallback(Callback):
     """A callback that turns itself off at its first error, and lets the run go on.
+
+    The next run, ``fit`` in the next cell of a notebook perhaps, is begun anew.
 
     Args:
         strict: Raise errors instead; for tests.
@@ -29,6 +31,10 @@ class GuardedCallback(Callback):
     def __init__(self, *, strict: bool) -> None:
         super().__init__()
         self.is_strict = strict
+        self.is_off = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew, whatever failed in the run before."""
         self.is_off = False
 
     def let_go(self) -> None:

@@ -231,7 +231,8 @@ class BatchNormMonitor(GuardedCallback):
         self._monitor.leave()
         self._tell(trainer, self._untold, rank=trainer.global_rank)
         self._untold = []
-        self._evaluation.close()
+        # Not as at its end, where the module is run again.
+        self._evaluation.__exit__(type(exception), exception, exception.__traceback__)
         self._end(trainer, self._monitor, self._monitor.report())
 
     @guarded
@@ -371,7 +372,10 @@ class BatchNormMonitor(GuardedCallback):
             file = folder / REPORT_FILE
             # A later ``validate`` knows nothing of the training that ``fit`` reported.
             if is_fitting(trainer) or not file.exists():
-                write_document(report, file)
+                try:
+                    write_document(report, file)
+                except OSError as error:
+                    show(f"bnguard: {file} cannot be written: {error.strerror}")
 
     def _greeting(self, trainer: Trainer) -> str:
         folder = log_folder(trainer) if self._is_written else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bnguard.lightning.framework import Trainer
+
+Split = Literal["train", "validation"]
 
 
 def planned_batches(trainer: Trainer) -> int | None:
@@ -57,6 +59,30 @@ def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool
     else:
         counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
     return dataloader_idx == len(counts) - 1 and batch_idx == counts[-1] - 1
+
+
+def most_batches(trainer: Trainer, split: Split, loader: object) -> float:
+    """Return how many batches of a loader the trainer's limits allow; infinite if none is known.
+
+    ``fast_dev_run`` and ``overfit_batches`` have set the limits.
+    """
+    limit = trainer.limit_train_batches if split == "train" else trainer.limit_val_batches
+    try:
+        length: float = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        length = math.inf
+    if isinstance(limit, int):
+        return min(length, limit)
+    return length if limit is None or math.isinf(length) else int(length * limit)
+
+
+def validation_mode(trainer: Trainer) -> str:
+    """Return the mode in which the trainer combines several validation loaders."""
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop):
+        combined = getattr(loop, "_combined_loader", None)
+        if combined is not None:
+            return str(getattr(combined, "_mode", "sequential"))
+    return "sequential"
 
 
 def log_folder(trainer: Trainer) -> Path | None:
