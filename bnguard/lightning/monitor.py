@@ -117,6 +117,10 @@ class BatchNormMonitor(GuardedCallback):
         self._before: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what watches a model right now: a copy watches from its own next run on."""
+        return {**vars(self), "_monitor": None, "_evaluation": ExitStack(), "_log": None}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the momentum of each layer, and what lets a resumed run go on as one."""
         return self._state() or {}
