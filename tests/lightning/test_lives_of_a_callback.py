@@ -208,7 +208,7 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
     "place",
     [
         "bnguard.lightning.monitor.show",
-        "bnguard.lightning.monitor.drawn",
+        "bnguard.lightning.monitor.as_terminal_text",
         "bnguard.lightning.monitor.watch",
         "bnguard.lightning.logs.RunLog.write",
         "bnguard.lightning.logs.RunLog.conclude",
