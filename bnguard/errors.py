@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class BNGuardError(Exception):
@@ -24,6 +25,28 @@ class CalibrationError(BNGuardError):
 
 class ConfigurationError(BNGuardError):
     """An option, a name or a limit that does not exist or does not fit."""
+
+
+class UserCodeError(BNGuardError):
+    """Code of the user's that raised an exception when bnguard ran it."""
+
+
+@contextmanager
+def user_code(name: str) -> Iterator[None]:
+    """Tell an exception of the user's code, which runs inside, from an error of our own.
+
+    Args:
+        name: What of the user's it is, as in "your validation_step raised".
+
+    Raises:
+        UserCodeError: It raised an exception; one of bnguard's passes as it is.
+    """
+    try:
+        yield
+    except BNGuardError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"your {name} raised {in_one_line(error)}") from error
 
 
 def in_one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from bnguard.observer import Observer
 from bnguard.preflight import Plan, plan_training
 from bnguard.ranks import merge_findings, merge_reports
 from bnguard.report import Report
-from bnguard.report.lines import one_line
+from bnguard.report.lines import above_bars, one_line
 from bnguard.rules import RULES, Rule
 
 _Arguments = ParamSpec("_Arguments")
@@ -42,7 +43,8 @@ _numbers = itertools.count()
 def log_findings(group: FindingGroup) -> None:
     """Log findings in one line, through the logger ``bnguard``."""
     level = logging.ERROR if group.worst.severity is Severity.ERROR else logging.WARNING
-    logger.log(level, "%s", one_line(group))
+    with above_bars(sys.stderr):
+        logger.log(level, "%s", one_line(group))
 
 
 def watch(
@@ -379,7 +381,8 @@ class Monitor:
             "and the training goes on. Please report it, with strict=True for the trace."
         )
         self._observer.close()
-        logger.warning("%s", self._failure)
+        with above_bars(sys.stderr):
+            logger.warning("%s", self._failure)
 
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, ParamSpec
 
-import rich
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bnguard.errors import BNGuardError
 from bnguard.findings import FindingGroup
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.lines import notice
+from bnguard.report.lines import notice, show
+from bnguard.report.terminal import as_terminal_text
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -94,7 +95,7 @@ class BatchNormCallback(TrainerCallback):
     ) -> None:
         def tell(group: FindingGroup) -> None:
             if state.is_world_process_zero:
-                print(notice(group))
+                show(notice(group))
 
         # A training that an exception ended has told nobody.
         self._let_go()
@@ -131,7 +132,7 @@ class BatchNormCallback(TrainerCallback):
         self._end_evaluation()
         self.report = self._monitor.report_of_all_ranks()
         if is_printed:
-            rich.print(self.report)
+            show(as_terminal_text(self.report))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -155,8 +156,11 @@ class BatchNormCallback(TrainerCallback):
             # What has failed once may fail again.
             with contextlib.suppress(Exception):
                 self._let_go()
-            warnings.warn(
-                f"bnguard: an error of its own, {type(error).__name__}: {error}; it watches no "
-                "longer, and the run goes on. Please report it.",
-                stacklevel=2,
-            )
+            off = "it watches no longer, and the run goes on."
+            why = f"bnguard: {error}; {off}"
+            if not isinstance(error, BNGuardError):
+                why = (
+                    f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
+                    "Please report it."
+                )
+            warnings.warn(why, stacklevel=2)

@@ -7,11 +7,14 @@ import io
 import json
 import logging
 import pickle
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import bnguard
 from bnguard.errors import ConfigurationError
@@ -168,6 +171,21 @@ def test_a_finding_is_logged_once(caplog):
             monitor.step()
     (record,) = caplog.records
     assert record.getMessage().startswith("BN303 unconverged-statistics at 3 layers, worst 1,")
+
+
+def test_a_finding_does_not_continue_the_line_of_a_progress_bar(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("bnguard").addHandler(handler)
+    model = conv_net(momentum=0.01)
+    monitor = bnguard.watch(model, planned_steps=60)
+    try:
+        for _ in tqdm(range(3), file=sys.stderr, ascii=True, ncols=40):
+            model(torch.randn(4, 1, 8, 8))
+            monitor.step()
+    finally:
+        logging.getLogger("bnguard").removeHandler(handler)
+    cleared, _, _ = capsys.readouterr().err.partition("BN303 unconverged-statistics")
+    assert re.search(r"\r {20,}\r$", cleared)
 
 
 def test_what_changes_during_evaluation_is_no_batch_of_training():

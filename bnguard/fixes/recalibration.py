@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnguard.errors import CalibrationError
 from bnguard.fixes.selection import SkippedLayer
 from bnguard.history import ModeGap, RunningStatistics
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
@@ -126,8 +127,16 @@ class Recalibration:
         return self.gap_with(self.after)
 
     def undo(self) -> None:
-        """Give the model the statistics and counters that it had before."""
+        """Give the model the statistics and counters that it had before.
+
+        Raises:
+            CalibrationError: This is a copy, or was loaded from a file: the model is not with it.
+        """
         self.restore()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the numbers without the model, for a copy, a file or another process."""
+        return {**vars(self), "gap_with": _gap_without_model, "restore": _restore_without_model}
 
     def __rich__(self) -> RenderableType:
         from bnguard.report.recalibration import recalibration_view
@@ -138,6 +147,16 @@ class Recalibration:
         from bnguard.report.terminal import as_text
 
         return as_text(self)
+
+
+def _gap_without_model(statistics: Mapping[str, RunningStatistics]) -> str:
+    return "it was not measured before the result was copied or stored"
+
+
+def _restore_without_model() -> None:
+    raise CalibrationError(
+        "a copied or stored result has no model to undo anything on: call undo() of the original"
+    )
 
 
 def _extreme(values: FloatArray) -> float | None:

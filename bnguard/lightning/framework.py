@@ -29,11 +29,13 @@ def _package() -> ModuleType:
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.utilities import CombinedLoader
     from pytorch_lightning.utilities.seed import isolate_rng
 else:
     package = _package()
     Callback, LightningModule = package.Callback, package.LightningModule
     Trainer = package.Trainer
+    CombinedLoader = importlib.import_module(f"{package.__name__}.utilities").CombinedLoader
     isolate_rng = importlib.import_module(f"{package.__name__}.utilities.seed").isolate_rng
 
-__all__ = ["Callback", "LightningModule", "Trainer", "isolate_rng"]
+__all__ = ["Callback", "CombinedLoader", "LightningModule", "Trainer", "isolate_rng"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 from bnguard.errors import BNGuardError
-from bnguard.lightning.framework import Callback
-from bnguard.lightning.trainer import show
+from bnguard.lightning.framework import Callback, LightningModule, Trainer
+from bnguard.report.lines import show
 
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")
@@ -18,6 +18,9 @@ _Result = TypeVar("_Result")
 
 class GuardedCallback(Callback):
     """A callback that turns itself off at its first error, and lets the run go on.
+
+    If that was the user's, such as an error in a step that the next cell of a notebook mends, the
+    next run is begun anew.
 
     Args:
         strict: Raise errors instead; for tests.
@@ -30,6 +33,11 @@ class GuardedCallback(Callback):
         super().__init__()
         self.is_strict = strict
         self.is_off = False
+        self._is_ours = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew, unless an error of our own ended the run before."""
+        self.is_off = self.is_off and self._is_ours
 
     def let_go(self) -> None:
         """Leave the model as it was found; callable at any time."""
@@ -37,12 +45,13 @@ class GuardedCallback(Callback):
     def turn_off(self, error: Exception) -> None:
         """Do nothing from now on, and say why."""
         self.is_off = True
+        self._is_ours = not isinstance(error, BNGuardError)
         # What has failed once may fail again.
         with contextlib.suppress(Exception):
             self.let_go()
         off = f"{type(self).__name__} is off from here, and the run goes on."
         why = f"bnguard: {error}; {off}"
-        if not isinstance(error, BNGuardError):
+        if self._is_ours:
             why = (
                 f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
                 "Please report it, with strict=True for the trace."

@@ -17,7 +17,6 @@ from bnguard.lightning.logs import RunLog
 from bnguard.lightning.proposals import commands
 from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import (
-    drawn,
     is_fitting,
     is_last_batch,
     is_logging_step,
@@ -25,12 +24,12 @@ from bnguard.lightning.trainer import (
     log_folder,
     logged_step,
     planned_batches,
-    show,
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.report.document import write_document
-from bnguard.report.lines import counted, notice
+from bnguard.report.lines import counted, notice, show
+from bnguard.report.terminal import as_terminal_text
 from bnguard.rules import RULES, Rule
 
 REPORT_FILE = "bnguard-report.json"
@@ -117,6 +116,10 @@ class BatchNormMonitor(GuardedCallback):
         # Of the run that this one goes on from; and of the one that ended last.
         self._before: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what watches a model right now: a copy watches from its own next run on."""
+        return {**vars(self), "_monitor": None, "_evaluation": ExitStack(), "_log": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the momentum of each layer, and what lets a resumed run go on as one."""
@@ -232,7 +235,8 @@ class BatchNormMonitor(GuardedCallback):
         self._monitor._leave()
         self._tell(trainer, self._untold, rank=trainer.global_rank)
         self._untold = []
-        self._evaluation.close()
+        # Not as at its end, where the module is run again.
+        self._evaluation.__exit__(type(exception), exception, exception.__traceback__)
         self._end(trainer, self._monitor, self._monitor.report())
 
     @guarded
@@ -367,12 +371,15 @@ class BatchNormMonitor(GuardedCallback):
             return
         folder = log_folder(trainer)
         if self._is_printed:
-            show("\n".join([drawn(report), *commands(trainer, report)]))
+            show("\n".join([as_terminal_text(report), *commands(trainer, report)]))
         if self._is_written and folder is not None:
             file = folder / REPORT_FILE
             # A later ``validate`` knows nothing of the training that ``fit`` reported.
             if is_fitting(trainer) or not file.exists():
-                write_document(report, file)
+                try:
+                    write_document(report, file)
+                except OSError as error:
+                    show(f"bnguard: {file} cannot be written: {error.strerror}")
 
     def _greeting(self, trainer: Trainer) -> str:
         folder = log_folder(trainer) if self._is_written else None

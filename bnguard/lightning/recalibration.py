@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, user_code
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration
 from bnguard.history import RunningStatistics
@@ -20,11 +19,11 @@ from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.lightning.framework import LightningModule, Trainer, isolate_rng
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.monitor import BatchNormMonitor
-from bnguard.lightning.samples import Split, loader_of, plain_forward, sampled, transferred
-from bnguard.lightning.scoring import ValidationScore
+from bnguard.lightning.samples import drawn_samples, plain_forward, split_samples, transferred
+from bnguard.lightning.scoring import ValidationScore, twin_of
 from bnguard.lightning.silence import unlogged
-from bnguard.lightning.trainer import is_fitting, show
-from bnguard.report.lines import counted
+from bnguard.lightning.trainer import Split, is_fitting
+from bnguard.report.lines import counted, show
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 
@@ -243,9 +242,8 @@ class BatchNormRecalibration(GuardedCallback):
         saved: dict[str, Any],
         content: _Content,
     ) -> _ForCheckpoint:
-        twin = copy.deepcopy(pl_module)
+        twin = twin_of(pl_module, trainer)
         twin.load_state_dict(saved, strict=False)
-        twin.trainer = trainer
         self._recalibrate(trainer, twin, "for the checkpoint")
         statistics = {
             key: buffer
@@ -266,13 +264,10 @@ class BatchNormRecalibration(GuardedCallback):
             stack.enter_context(unlogged(module))
             for monitor in _monitors(trainer):
                 stack.enter_context(monitor.paused())
-            score = None if self._keep == "always" else self._score
-            if self._keep != "always" and score is None:
-                loader = loader_of(trainer, "validation", instead="pass score=, or keep='always'")
-                score = ValidationScore(trainer, self._drawn(trainer, module, loader))
+            score = self._scored(trainer, module)
             result = recalibrate(
                 module,
-                self._drawn(trainer, module, self._loader(trainer)),
+                transferred(self._batches(trainer), trainer, module),
                 method=self._method,
                 samples=self._samples,
                 forward=self._called(trainer),
@@ -290,17 +285,29 @@ class BatchNormRecalibration(GuardedCallback):
         if trainer.is_global_zero:
             show(f"bnguard: {_told(result, score, moment)}")
 
-    def _loader(self, trainer: Trainer) -> Iterable[object]:
-        data = self._data
-        if data in ("train", "validation"):
-            return loader_of(trainer, data, instead="pass data=loader")
-        return data
+    def _batches(self, trainer: Trainer) -> Iterable[object]:
+        data, samples = self._data, self._samples
+        if data == "train" or data == "validation":
+            return split_samples(trainer, data, samples, instead="pass data=loader")
+        return drawn_samples(data, samples, trainer.global_rank)
 
-    def _drawn(
-        self, trainer: Trainer, module: LightningModule, loader: Iterable[object]
-    ) -> Iterable[object]:
-        batches = sampled(loader, self._samples, trainer.global_rank)
-        return transferred(batches, trainer, module)
+    def _scored(
+        self, trainer: Trainer, module: LightningModule
+    ) -> Callable[[nn.Module], float] | None:
+        """Return what says how good the module is, if that is compared."""
+        if self._keep == "always":
+            return None
+        if self._score is None:
+            way_out = "pass score=, or keep='always'"
+            batches = split_samples(trainer, "validation", self._samples, instead=way_out)
+            return ValidationScore(trainer, transferred(batches, trainer, module))
+        score = self._score
+
+        def scored(module: nn.Module) -> float:
+            with user_code("score"):
+                return score(module)
+
+        return scored
 
     def _called(self, trainer: Trainer) -> Callable[[nn.Module, Any], object]:
         def forward(module: nn.Module, batch: object) -> object:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnguard.errors import ConfigurationError
-from bnguard.lightning.framework import Trainer
+from bnguard.errors import ConfigurationError, in_one_line, user_code
+from bnguard.lightning.framework import LightningModule, Trainer
 
 
 class ValidationScore:
@@ -25,7 +25,12 @@ class ValidationScore:
 
     Args:
         trainer: The trainer.
-        batches: The batches to score on, as the step takes them.
+        batches: The batches to score on, as the step takes them; no more of them than the trainer
+            validates on, since a step may look something up by the number of its batch.
+
+    Raises:
+        ConfigurationError: There is no batch.
+        UserCodeError: The loader raised an exception, or later the step.
 
     Attributes:
         name: What was counted, after the first call.
@@ -36,12 +41,17 @@ class ValidationScore:
         self.name = ""
         self.sign = -1.0
         self._trainer = trainer
-        self._batches = tuple(batches)
+        with user_code("validation loader"):
+            self._batches = tuple(batches)
+        if not self._batches:
+            raise ConfigurationError(
+                "the trainer validates on no batch, so nothing says whether new statistics are "
+                "better: pass score=, or keep='always'"
+            )
 
     def __call__(self, module: nn.Module) -> float:
         """Return the score of a module."""
-        twin = copy.deepcopy(module).eval()
-        twin.trainer = self._trainer  # type: ignore[assignment]
+        twin = twin_of(module, self._trainer).eval()
         logged: dict[str, list[object]] = defaultdict(list)
         returned: list[object] = []
         metrics: list[Any] = [part for part in twin.modules() if _is_metric(part)]
@@ -51,12 +61,15 @@ class ValidationScore:
         def log(name: str, value: object, *_: object, **__: object) -> None:
             logged[name].append(value)
 
-        twin.log = log  # type: ignore[assignment]
-        step: Callable[..., Any] = twin.validation_step  # type: ignore[assignment]
-        extra = (0,) if "dataloader_idx" in inspect.signature(step).parameters else ()
+        twin.log = log  # type: ignore[method-assign]
+        step: Callable[..., Any] = twin.validation_step
+        parameters = inspect.signature(step).parameters
         for index, batch in enumerate(self._batches):
-            with self._trainer.precision_plugin.val_step_context():
-                output = step(batch, index, *extra)
+            # As Lightning calls it: a step may do without the number.
+            numbers = (index,) if len(parameters) > 1 or "batch_idx" in parameters else ()
+            extra = (0,) if "dataloader_idx" in parameters else ()
+            with user_code("validation_step"), self._trainer.precision_plugin.val_step_context():
+                output = step(batch, *numbers, *extra)
             returned.append(output.get("loss") if isinstance(output, dict) else output)
         counted = self._counted(logged, returned)
         return self.sign * _number(counted)
@@ -81,6 +94,23 @@ class ValidationScore:
             "validation_step neither returns a loss nor logs one, so nothing says whether new "
             "statistics are better: pass score=, or keep='always'"
         )
+
+
+def twin_of(module: nn.Module, trainer: Trainer) -> LightningModule:
+    """Return a copy of a module that has the same trainer.
+
+    Raises:
+        ConfigurationError: It cannot be copied.
+    """
+    try:
+        twin: LightningModule = copy.deepcopy(module)  # type: ignore[assignment]
+    except Exception as error:
+        raise ConfigurationError(
+            f"{type(module).__name__} cannot be copied ({in_one_line(error)}): pass score=, or "
+            "keep='always', and when= other than 'checkpoint'"
+        ) from error
+    twin.trainer = trainer
+    return twin
 
 
 def _number(values: Sequence[object]) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import sys
 from pathlib import Path
-from typing import Any
-
-import rich
-from rich.console import Console, RenderableType
+from typing import Any, Literal
 
 from bnguard.lightning.framework import Trainer
+
+Split = Literal["train", "validation"]
 
 
 def planned_batches(trainer: Trainer) -> int | None:
@@ -64,6 +61,30 @@ def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool
     return dataloader_idx == len(counts) - 1 and batch_idx == counts[-1] - 1
 
 
+def most_batches(trainer: Trainer, split: Split, loader: object) -> float:
+    """Return how many batches of a loader the trainer's limits allow; infinite if none is known.
+
+    ``fast_dev_run`` and ``overfit_batches`` have set the limits.
+    """
+    limit = trainer.limit_train_batches if split == "train" else trainer.limit_val_batches
+    try:
+        length: float = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        length = math.inf
+    if isinstance(limit, int):
+        return min(length, limit)
+    return length if limit is None or math.isinf(length) else int(length * limit)
+
+
+def validation_mode(trainer: Trainer) -> str:
+    """Return the mode in which the trainer combines several validation loaders."""
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop):
+        combined = getattr(loop, "_combined_loader", None)
+        if combined is not None:
+            return str(getattr(combined, "_mode", "sequential"))
+    return "sequential"
+
+
 def log_folder(trainer: Trainer) -> Path | None:
     """Return the folder of the first logger that has one; to be asked on rank zero only.
 
@@ -74,29 +95,6 @@ def log_folder(trainer: Trainer) -> Path | None:
         if isinstance(folder, (str, Path)) and Path(folder).is_dir():
             return Path(folder)
     return None
-
-
-def show(text: str) -> None:
-    """Print lines without breaking a progress bar, of tqdm or rich, or none.
-
-    Not by the trainer's own bar, which prints nothing before it has begun and after it has ended.
-    """
-    tqdm = sys.modules.get("tqdm")
-    # Where output goes to a file, the console of Windows has no Greek letters, and no arrows.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    printable = text.encode(encoding, "replace").decode(encoding)
-    # What rich draws makes way for everything that is printed.
-    (print if tqdm is None else tqdm.tqdm.write)(printable)
-
-
-def drawn(renderable: RenderableType) -> str:
-    """Return what rich would print, in colour where the terminal has any."""
-    terminal = rich.get_console()
-    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
-    console = Console(file=io.StringIO(), width=terminal.width, force_terminal=terminal.is_terminal)
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get().rstrip("\n")
 
 
 def datamodule_of(trainer: Trainer) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+import rich
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,11 +20,27 @@ if TYPE_CHECKING:
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
 _MOST_LAYERS_SHOWN = 4
+_UNWRAPPED = 10_000
 
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def as_terminal_text(renderable: RenderableType) -> str:
+    """Return what rich would print: in colour on a terminal, unwrapped in a file."""
+    terminal = rich.get_console()
+    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
+    console = Console(
+        file=io.StringIO(),
+        width=terminal.width if terminal.is_terminal or terminal.is_jupyter else _UNWRAPPED,
+        force_terminal=terminal.is_terminal,
+        force_jupyter=False,
+    )
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

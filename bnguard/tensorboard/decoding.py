@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from bnguard.tensorboard.metadata import LogError
 from bnguard.tensorboard.records import Record, decode_findings
 
 # A step's tensor beyond this is refused: 20,000 layers of 64 metrics are 5 MB.
-_MOST_VALUES_A_STEP = 4_000_000
+MOST_VALUES_A_STEP = 4_000_000
 
 
 class Event(Protocol):
@@ -82,32 +83,29 @@ def channel_series(events: Iterable[Event], rows: Sequence[str]) -> Series:
     """Return the channel snapshots of a layer; the newest says how many channels there are.
 
     Raises:
-        LogError: There are none, or the newest has not the rows announced.
+        LogError: None has the rows announced.
     """
-    ordered = _by_step(events)
-    newest = ordered[-1].numpy if ordered else np.zeros(0)
-    if newest.ndim != 2 or newest.shape[0] != len(rows):
-        raise LogError(
-            f"the channel snapshots have shape {_shown(newest.shape)}, and {len(rows)} rows were "
-            "announced"
-        )
-    return _series(ordered, newest.shape, tuple(rows))
+    events = list(events)
+    fitting = [event for event in events if event.numpy.shape[:-1] == (len(rows),)]
+    if not fitting:
+        raise LogError(f"no channel snapshot has the {len(rows)} rows that were announced")
+    return _series(events, _by_step(fitting)[-1].numpy.shape, tuple(rows))
 
 
-def newest_findings(events: Iterable[Event]) -> list[Record]:
-    """Return the findings written last; each event holds all findings so far.
+def newest_findings(events: Iterable[Event]) -> tuple[list[Record], str]:
+    """Return the newest findings that are readable, and why newer ones are not, if there are any.
 
-    Raises:
-        LogError: They are not readable.
+    Each event holds all findings so far.
     """
-    newest = max(events, key=lambda event: (event.wall_time, event.step), default=None)
-    if newest is None:
-        return []
-    try:
-        text = newest.numpy.reshape(-1)[0]
-        return decode_findings(text if isinstance(text, bytes) else str(text).encode())
-    except (ValueError, IndexError) as error:
-        raise LogError(f"the findings of the run are not readable: {error}") from None
+    problem = ""
+    for event in sorted(events, key=lambda event: (event.wall_time, event.step), reverse=True):
+        try:
+            text = event.numpy.reshape(-1)[0]
+            return decode_findings(text if isinstance(text, bytes) else str(text).encode()), problem
+        except (ValueError, IndexError) as error:
+            why = "it holds no text" if isinstance(error, IndexError) else error
+            problem = problem or f"the findings of step {event.step} are not readable: {why}"
+    return [], problem
 
 
 def thinned(series: Series, most_steps: int) -> Series:
@@ -134,20 +132,26 @@ def _peaks(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _series(events: Iterable[Event], shape: tuple[int, ...], names: tuple[str, ...] = ()) -> Series:
-    if int(np.prod(shape)) > _MOST_VALUES_A_STEP:
+    if math.prod(shape) > MOST_VALUES_A_STEP:
         raise LogError(f"a tensor of shape {_shown(shape)} a step is too large to be shown")
-    ordered = _by_step(events)
+    events = list(events)
     fitting = [
-        event for event in ordered if event.numpy.shape == shape and event.numpy.dtype.kind == "f"
+        event for event in events if event.numpy.shape == shape and event.numpy.dtype.kind == "f"
     ]
     if not fitting:
         raise LogError(f"no event has the shape {_shown(shape)} that was announced")
-    missing = len(ordered) - len(fitting)
+    missing = len(events) - len(fitting)
+    were_left_out = "1 event was" if missing == 1 else f"{missing} events were"
+    ordered = _by_step(fitting)
+    with np.errstate(over="ignore"):  # Too large for float32 is infinite.
+        values = np.stack([event.numpy for event in ordered]).astype(np.float32)
     return Series(
-        steps=np.array([event.step for event in fitting], dtype=np.float64),
-        values=np.stack([event.numpy for event in fitting]).astype(np.float32),
+        steps=np.array([event.step for event in ordered], dtype=np.float64),
+        values=values,
         names=names,
-        left_out=f"{missing} events of another shape were left out" if missing else "",
+        left_out=f"{were_left_out} left out: of another shape or type, or damaged"
+        if missing
+        else "",
     )
 
 

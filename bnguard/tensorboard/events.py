@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from bnguard.errors import user_code
 from bnguard.tensorboard.metadata import PLUGIN_NAME
 
 _DT_STRING = 7
@@ -69,7 +70,8 @@ class EventSink:
         self._add(tag, {"dtype": _DT_STRING, "string_val": [text]}, step, b"")
 
     def _add(self, tag: str, tensor: dict[str, Any], step: int, description: bytes) -> None:
-        file_writer = _file_writer(self._writer)
+        with user_code(type(self._writer).__name__):
+            file_writer = _file_writer(self._writer)
         if file_writer is None:
             return
         summary_class = _summary_class(file_writer)
@@ -82,7 +84,8 @@ class EventSink:
         if tag not in self._described:
             summary.value[0].metadata.MergeFromString(_DATA_CLASS_TENSOR)
             self._described.add(tag)
-        file_writer.add_summary(summary, step)
+        with user_code(type(self._writer).__name__):
+            file_writer.add_summary(summary, step)
 
 
 def summary_writers(loggers: Iterable[object]) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
     plugin_event_multiplexer,
 )
 
+from bnguard.errors import in_one_line
 from bnguard.report.lines import counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.reader import LogReader, SeriesCache
@@ -40,6 +41,7 @@ class LoggedRun:
         findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first, and root
             causes before what they explain, as they were told.
         problem: Why it cannot be shown; empty where it can.
+        remarks: What of it could not be read, a line each.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LoggedRun:
     last_step: int = 0
     findings: tuple[Record, ...] = ()
     problem: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def worst_severity(self) -> str | None:
@@ -63,11 +66,13 @@ class LoggedRun:
             for severity in _SEVERITIES
             if (number := sum(finding["severity"] == severity for finding in self.findings))
         ]
+        nothing = "no findings in what can be read" if self.remarks else "nothing is wrong"
         head = (
             f"{name} · {counted(len(self.layers), 'BN layer')} · step {self.first_step} to "
-            f"{self.last_step} · {' · '.join(counts) or 'nothing is wrong'}"
+            f"{self.last_step} · {' · '.join(counts) or nothing}"
         )
-        return "\n".join([head, *map(_group_text, _groups(self.findings))])
+        remarks = [_shown(f"note: {remark}") for remark in self.remarks]
+        return "\n".join([head, *map(_group_text, _groups(self.findings)), *remarks])
 
 
 def open_log(folder: Path) -> LogReader:
@@ -84,14 +89,43 @@ def open_log(folder: Path) -> LogReader:
         tensor_size_guidance={PLUGIN_NAME: 0},
     )
     multiplexer.AddRunsFromDirectory(str(folder))
-    multiplexer.Reload()
+    damages = {}
+    for name in sorted(multiplexer.Runs()):
+        damage = _load(multiplexer.GetAccumulator(name), folder / name)
+        if damage:
+            damages[name] = damage
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
-    reader = LogReader(provider, context.RequestContext(), "", SeriesCache())
+    reader = LogReader(provider, context.RequestContext(), "", SeriesCache(), damages)
     if not reader.runs():
         raise LogError(
             f"{folder} holds no run that bnguard watched: train with the BatchNormMonitor callback"
         )
     return reader
+
+
+def _load(accumulator: event_accumulator.EventAccumulator, folder: Path) -> str:
+    """Read the event files of a run, as far as they can be; return why no further, if so."""
+    try:
+        accumulator.Reload()
+    except Exception as error:  # Of a record that is whole and holds no event.
+        return f"an event file is damaged ({in_one_line(error)}): what follows there is not shown"
+    for file in sorted(folder.iterdir()):
+        if "tfevents" in file.name and file.is_file() and _is_cut(file):
+            return f"{file.name} ends in the middle of a record, or is damaged there"
+    return ""
+
+
+def _is_cut(file: Path) -> bool:
+    """Return whether an event file ends in the middle of a record.
+
+    A record is its length in 8 bytes, 4 of a checksum, the data, and 4 of another.
+    """
+    size, place = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        while place < size:
+            stream.seek(place)
+            place += 8 + 4 + int.from_bytes(stream.read(8), "little") + 4
+    return place > size
 
 
 def logged_runs(folder: Path) -> tuple[LoggedRun, ...]:
@@ -115,6 +149,7 @@ def _logged(reader: LogReader, name: str) -> LoggedRun:
         first_step=int(run["first_step"]),
         last_step=int(run["last_step"]),
         findings=tuple(sorted(run["findings"], key=_rank)),
+        remarks=tuple(run["problems"]),
     )
 
 

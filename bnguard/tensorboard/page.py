@@ -53,10 +53,17 @@ def page_html(reader: LogReader) -> str:
     Raises:
         LogError: None can; the message says why.
     """
-    listed = reader.runs()
-    runs = [_embedded(reader, entry["name"]) for entry in listed if not entry["problem"]]
+    runs, problems = [], []
+    for entry in reader.runs():
+        try:
+            runs.append(_embedded(reader, entry["name"]))
+        except LogError as error:
+            problems.append(f"{entry['name']}: {error}")
     if not runs:
-        raise LogError(f"no run can be shown: {listed[0]['problem']}")
+        raise LogError(f"no run can be shown: {problems[0]}")
+    # The page shows the remarks of a run; what has no run of its own is said with each.
+    for embedded in runs:
+        embedded["run"]["problems"] += [f"not shown: run {problem}" for problem in problems]
     data = json.dumps({"runs": runs, "rules": rule_pages()})
     scripts = {
         "importmap": json.dumps({"imports": _modules()}),
@@ -84,14 +91,22 @@ def page_html(reader: LogReader) -> str:
 
 def _embedded(reader: LogReader, name: str) -> dict[str, Any]:
     run = reader.run(name)
-    layers = [layer for layer in run["channels"] if layer in run["layers"]]
+    channels, problems = {}, list(run["problems"])
+    for layer in run["channels"]:
+        if layer in run["layers"]:
+            try:
+                series = reader.channels(name, layer)
+                channels[layer] = _snapshots(series)
+                problems += [f"{layer}: {series.left_out}"] if series.left_out else []
+            except LogError as error:
+                problems.append(f"{layer}: {error}")
     return {
-        "run": {**run, "channels": layers, "version": ""},
+        "run": {**run, "channels": list(channels), "problems": problems, "version": ""},
         "stats": {
             metric["key"]: _packed(reader.stats(name, metric["key"]), _MOST_STEPS)
             for metric in run["metrics"]
         },
-        "channels": {layer: _snapshots(reader.channels(name, layer)) for layer in layers},
+        "channels": channels,
     }
 
 

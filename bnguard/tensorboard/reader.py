@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from tensorboard.data import provider as provider_api  # type: ignore[import-untyped]
+from tensorboard.data.proto import data_provider_pb2  # type: ignore[import-untyped]
+from tensorboard.util import tensor_util  # type: ignore[import-untyped]
 
 from bnguard.tensorboard.decoding import (
+    MOST_VALUES_A_STEP,
     Event,
     Series,
     channel_series,
@@ -66,19 +70,27 @@ class LogReader:
         context: Its request context, which may hold who asks.
         experiment: Its experiment id.
         cache: Outlives the request.
+        damages: What of a run cannot be read, by its name, as far as the caller knows.
     """
 
     provider: Any
     context: Any
     experiment: str
     cache: SeriesCache
+    damages: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the runs that bnguard logged, each with its newest step or its problem."""
         listed = self.provider.list_tensors(
             self.context, experiment_id=self.experiment, plugin_name=PLUGIN_NAME
         )
-        return [_listed(name, tags) for name, tags in sorted(listed.items())]
+        hidden = [
+            {"name": name, "version": "", "problem": damage}
+            for name, damage in self.damages.items()
+            if name not in listed
+        ]
+        runs = [_listed(name, tags) for name, tags in listed.items()]
+        return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
 
     def run(self, name: str) -> dict[str, Any]:
         """Return what a run is: layers, metrics, steps, findings, which channels are known.
@@ -88,14 +100,10 @@ class LogReader:
         """
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
-        problems = [series.left_out] if series.left_out else []
-        try:
-            findings = newest_findings(
-                self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else []
-            )
-        except LogError as error:
-            findings = []
-            problems.append(str(error))
+        findings, unreadable = newest_findings(
+            self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else []
+        )
+        problems = [self.damages.get(name, ""), series.left_out, unreadable]
         return {
             "name": name,
             "version": _version(tags),
@@ -114,7 +122,7 @@ class LogReader:
                 for tag in sorted(tags)
                 if tag.startswith(CHANNELS_TAG)
             ],
-            "problems": problems,
+            "problems": [problem for problem in problems if problem],
         }
 
     def stats(self, name: str, metric: str) -> Series:
@@ -152,6 +160,8 @@ class LogReader:
             run_tag_filter=provider_api.RunTagFilter(runs=[name]),
         )
         if name not in listed:
+            if name in self.damages:
+                raise LogError(self.damages[name])
             raise LogError(f"there is no run {name} that bnguard logged")
         tags: Mapping[str, Any] = listed[name]
         return tags
@@ -170,6 +180,34 @@ class LogReader:
 
     def _events(self, name: str, tag: str) -> list[Event]:
         try:
+            return [_Datum.of(*event) for event in self._raw_events(name, tag)]
+        except Exception:  # Another provider, or another version of one.
+            return self._converted_events(name, tag)
+
+    def _raw_events(self, name: str, tag: str) -> Iterable[tuple[int, float, Any]]:
+        """Yield step, time and protocol buffer of each event, which no provider gives in public.
+
+        ``read_tensors`` makes arrays of all of them or, if one is broken, of none; and as large as
+        an event says that it is.
+        """
+        multiplexer = getattr(self.provider, "_multiplexer", None)
+        if multiplexer is not None:
+            for event in multiplexer.Tensors(name, tag):
+                yield event.step, event.wall_time, event.tensor_proto
+            return
+        request = data_provider_pb2.ReadTensorsRequest(experiment_id=self.experiment)
+        request.plugin_filter.plugin_name = PLUGIN_NAME
+        request.run_tag_filter.runs.names.append(name)
+        request.run_tag_filter.tags.names.append(tag)
+        request.downsample.num_points = _ALL_STEPS
+        for run in self.provider._stub.ReadTensors(request).runs:
+            for series in run.tags:
+                yield from zip(
+                    series.data.step, series.data.wall_time, series.data.value, strict=True
+                )
+
+    def _converted_events(self, name: str, tag: str) -> list[Event]:
+        try:
             read = self.provider.read_tensors(
                 self.context,
                 experiment_id=self.experiment,
@@ -177,10 +215,28 @@ class LogReader:
                 downsample=_ALL_STEPS,
                 run_tag_filter=provider_api.RunTagFilter(runs=[name], tags=[tag]),
             )
-        except (TypeError, ValueError, MemoryError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, MemoryError, OverflowError) as error:
             # What a tensor that contradicts itself leads to.
             raise LogError(f"a tensor of {tag} in run {name} is broken: {error}") from None
         return list(read.get(name, {}).get(tag, []))
+
+
+@dataclass(frozen=True, eq=False)
+class _Datum:
+    """An event; of one that cannot be read the array is empty, which fits nothing."""
+
+    step: int
+    wall_time: float
+    numpy: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, step: int, wall_time: float, tensor: Any) -> _Datum:
+        try:
+            if math.prod(dim.size for dim in tensor.tensor_shape.dim) > MOST_VALUES_A_STEP:
+                return cls(step, wall_time, np.zeros(0))
+            return cls(step, wall_time, np.asarray(tensor_util.make_ndarray(tensor)))
+        except Exception:  # Whatever a tensor of a strange type, or a false shape, leads to.
+            return cls(step, wall_time, np.zeros(0))
 
 
 def _listed(name: str, tags: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnguard.errors import user_code
 from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.lean import findings_markdown
@@ -146,7 +147,9 @@ class BatchNormLog:
         self._sink.add_string(FINDINGS_TAG, text, step)
         add_text = getattr(self._writer, "add_text", None)
         if add_text is not None:
-            add_text(FINDINGS_TAG, findings_markdown(records), step)
+            markdown = findings_markdown(records)
+            with user_code(type(self._writer).__name__):
+                add_text(FINDINGS_TAG, markdown, step)
 
     def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
         """Write what is known of each channel of a layer."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 import sys
 import types
+from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from bnguard.lightning.proposals import class_path
+from tests.lightning.conftest import loader
 
 
 def test_fit_twice_with_the_same_callback(tiny, trainer_of, capsys):
@@ -203,7 +208,7 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
     "place",
     [
         "bnguard.lightning.monitor.show",
-        "bnguard.lightning.monitor.drawn",
+        "bnguard.lightning.monitor.as_terminal_text",
         "bnguard.lightning.monitor.watch",
         "bnguard.lightning.logs.RunLog.write",
         "bnguard.lightning.logs.RunLog.conclude",
@@ -266,3 +271,101 @@ def test_rules_can_be_chosen(tiny, trainer_of, capsys):
         trainer_of(callback, max_epochs=1).fit(tiny(momentum=0.001))
         assert "BN303" not in {finding.code for finding in callback.report.findings}
     assert "BN303" not in capsys.readouterr().out
+
+
+def importable(name, package):
+    """A module class that another process can import, of each of the packages."""
+    base = pytest.importorskip(package).LightningModule
+
+    class Net(base):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8, momentum=1e-3)
+            )
+
+        def forward(self, inputs):
+            return self.layers(inputs)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def train_dataloader(self):
+            return loader(48, 1)
+
+        def val_dataloader(self):
+            return loader(24, 2)
+
+    Net.__qualname__ = name
+    return Net
+
+
+OfPytorchLightning = importable("OfPytorchLightning", "pytorch_lightning")
+OfLightning = importable("OfLightning", "lightning.pytorch")
+
+
+def stored(trainer):
+    file = io.BytesIO()
+    torch.save(trainer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def elsewhere(trainer):
+    """Send it to another process and back, as Ray and joblib do."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(copy.copy, trainer).result(timeout=120)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), stored, elsewhere]
+)
+@pytest.mark.parametrize("when", ["validation", "checkpoint", "fit-end"])
+def test_a_trainer_that_has_fitted_can_be_copied_and_stored(
+    lightning, trainer_of, tmp_path, copied, when
+):
+    if copied is elsewhere and when != "validation":
+        pytest.skip("one process will do")
+    net = OfPytorchLightning if lightning.__name__ == "pytorch_lightning" else OfLightning
+    monitor, repair = BatchNormMonitor(strict=True), BatchNormRecalibration(when=when, strict=True)
+    logger = lightning.loggers.TensorBoardLogger(tmp_path)
+    trainer = trainer_of(monitor, repair, logger=logger, enable_checkpointing=True)
+    trainer.fit(net())
+    again = copied(trainer)
+    watching, repairing = (
+        next(each for each in again.callbacks if isinstance(each, kind))
+        for kind in (BatchNormMonitor, BatchNormRecalibration)
+    )
+    assert str(watching.report) == str(monitor.report)
+    np.testing.assert_equal(
+        repairing.result.after["layers.1"].mean, repair.result.after["layers.1"].mean
+    )
+    assert "not measured before" in repairing.result.mode_gap_before
+    with pytest.raises(CalibrationError, match="undo\\(\\) of the original"):
+        repairing.result.undo()
+    again.fit_loop.max_epochs = 3
+    again.fit(net())
+    assert watching.report.history.run.steps == 6
+    assert repairing.result.samples == 48
+    repair.result.undo()
+
+
+def test_a_trainer_can_be_copied_while_it_fits(tiny, trainer_of, lightning):
+    class Copies(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 3:
+                self.copy = copy.deepcopy(trainer)
+
+    copies, callback = Copies(), BatchNormMonitor(strict=True)
+    trainer_of(callback, copies, max_epochs=1).fit(tiny())
+    assert callback.report.history.run.steps == 6
+    (watching,) = (each for each in copies.copy.callbacks if isinstance(each, BatchNormMonitor))
+    assert watching.report is None
+    trainer_of(watching, max_epochs=1).fit(tiny())
+    assert watching.report.history.run.steps == 6

@@ -319,3 +319,51 @@ def test_the_commands_name_what_can_be_imported(tmp_path):
     ):
         trainer = SimpleNamespace(lightning_module=model, datamodule=data)
         assert subject_options(trainer).startswith(f"--model {options}")
+
+
+@pytest.mark.parametrize("place", ["log_metrics", "add_summary"])
+def test_a_logger_that_fails_is_left_alone_and_the_watching_goes_on(
+    lightning, tmp_path, capsys, monkeypatch, place
+):
+    loggers = lightning.loggers
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    class TensorBoardLogger(loggers.TensorBoardLogger):
+        def log_metrics(self, metrics, step=None):
+            if place == "log_metrics" and any(name.startswith("bnguard/") for name in metrics):
+                fails()
+            super().log_metrics(metrics, step)
+
+    broken = TensorBoardLogger(tmp_path / "broken", version=0)
+    if place == "add_summary":
+        writer = broken.experiment._get_file_writer()
+        add = writer.add_summary
+
+        def add_others(summary, step=None, *_):
+            if summary.value[0].tag == "bnguard/stats":
+                fails()
+            add(summary, step)
+
+        monkeypatch.setattr(writer, "add_summary", add_others)
+    sound = loggers.CSVLogger(tmp_path / "sound", version=0)
+    callback = BatchNormMonitor(every_n_steps=20)
+    options = {"logger": [broken, sound], "limit_train_batches": 30}
+    fit(lightning, tmp_path, callback, **options)
+    printed = capsys.readouterr().out
+    assert printed.count("raised OSError: disk full; nothing more is logged there") == 1
+    assert "error of its own" not in printed
+    assert not callback.is_off
+    assert callback.report is not None
+    metrics = (tmp_path / "sound/lightning_logs/version_0/metrics.csv").read_text()
+    assert "bnguard/batch_shift_std/max" in metrics
+
+
+def test_a_report_that_cannot_be_written_is_said_to_be(lightning, tmp_path, capsys):
+    (tmp_path / "lightning_logs/version_0" / REPORT_FILE).mkdir(parents=True)
+    callback = BatchNormMonitor()
+    logger = lightning.loggers.CSVLogger(tmp_path, version=0)
+    fit(lightning, tmp_path, callback, logger=logger, limit_train_batches=2)
+    assert f"{REPORT_FILE} cannot be written: Is a directory" in capsys.readouterr().out
+    assert not callback.is_off

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import bnguard
 from bnguard.errors import ConfigurationError
 from bnguard.layers import find_layers
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
+from tests.lightning.conftest import loader
 
 
 def statistics(module):
@@ -331,3 +336,170 @@ def test_settings_of_the_trainer(options, tiny, trainer_of):
 def test_unknown_options(options):
     with pytest.raises(ConfigurationError, match="is unknown: use"):
         BatchNormRecalibration(**options)
+
+
+@pytest.fixture
+def counting(tiny):
+    """A module that notes number and content of each batch that a score runs it on."""
+
+    class Counting(tiny):
+        seen: ClassVar[list] = []
+
+        def validation_step(self, batch, batch_idx):
+            # What is run by the trainer itself logs through it.
+            if "log" in vars(self):
+                self.seen.append((batch_idx, batch))
+            first = next(leaf for leaf in tree_leaves(batch) if leaf is not None)
+            self.log("val_loss", self(first).square().mean(), batch_size=8)
+
+    return Counting
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 1, 2]),
+        ({"limit_val_batches": 2}, [0, 1]),
+        ({"limit_val_batches": 0.4}, [0]),
+        ({"limit_val_batches": 50}, [0, 1, 2]),
+        ({"fast_dev_run": True}, [0]),
+        ({"fast_dev_run": 2}, [0, 1]),
+        ({"overfit_batches": 2}, [0, 1]),
+        ({"num_sanity_val_steps": 1}, [0, 1, 2]),
+    ],
+    ids=str,
+)
+def test_a_score_keeps_to_the_limits_of_the_trainer(counting, trainer_of, options, expected):
+    callback = BatchNormRecalibration(strict=True)
+    trainer_of(callback, **{"max_epochs": 1, **options}).fit(counting())
+    assert [number for number, _ in counting.seen] == [*expected, *expected]
+    samples = torch.cat([batch[0] for _, batch in counting.seen[: len(expected)]])
+    validated = torch.cat([batch[0] for batch in counting().val_dataloader()])[: len(samples)]
+    assert torch.equal(samples.sort(0).values, validated.sort(0).values)
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit_train_batches": 2}, {"fast_dev_run": 2}, {"overfit_batches": 2}], ids=str
+)
+def test_calibration_keeps_to_the_limits_of_the_trainer(tiny, trainer_of, options):
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    trainer_of(callback, **options).fit(tiny())
+    assert callback.result.samples == 16
+
+
+def test_a_score_has_no_batch_that_the_loader_drops(counting, trainer_of):
+    dropping = loader(20, 2, drop_last=True)
+    trainer_of(BatchNormRecalibration(strict=True), max_epochs=1).fit(
+        counting(), loader(48, 1), dropping
+    )
+    assert [len(batch[0]) for _, batch in counting.seen] == [8, 8, 8, 8]
+
+
+def test_what_a_sampler_leaves_out_is_not_calibrated_on(tiny, trainer_of):
+    some = SubsetRandomSampler(range(16))
+    callback = BatchNormRecalibration(keep="always", strict=True)
+    module = tiny()
+    trainer_of(callback).fit(module, loader(48, 1, sampler=some), loader(24, 2))
+    assert callback.result.samples == 16
+
+
+@pytest.mark.parametrize("mode", ["list", "dict", "min_size", "max_size", "max_size_cycle"])
+def test_several_validation_loaders(counting, trainer_of, lightning, mode):
+    loaders = {"a": loader(24, 2), "b": loader(16, 3)}
+
+    class Several(counting):
+        if mode in ("list", "dict"):
+
+            def validation_step(self, batch, batch_idx, dataloader_idx):
+                super().validation_step(batch, batch_idx)
+
+        def val_dataloader(self):
+            if mode in ("list", "dict"):
+                return loaders if mode == "dict" else list(loaders.values())
+            return lightning.utilities.CombinedLoader(loaders, mode)
+
+    callback = BatchNormRecalibration(strict=True)
+    trainer_of(callback, max_epochs=1, limit_val_batches=3).fit(Several())
+    expected = [0, 1] if mode == "min_size" else [0, 1, 2]
+    assert [number for number, _ in counting.seen] == [*expected, *expected]
+    assert isinstance(counting.seen[0][1], list if mode in ("list", "dict") else dict)
+    assert callback.result is not None
+
+
+def test_an_endless_validation_loader_is_not_read_to_its_end(counting, trainer_of):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.randn(6), torch.tensor(1)
+
+    callback = BatchNormRecalibration(strict=True, samples=32)
+    trainer_of(callback, max_epochs=1, limit_val_batches=50).fit(
+        counting(), loader(48, 1), DataLoader(Endless(), 8)
+    )
+    assert [number for number, _ in counting.seen] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def fails(*_):
+    raise IndexError("no such thing")
+
+
+class Lock:
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot copy a lock")
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("validation_step", "your validation_step raised IndexError: no such thing"),
+        ("score", "your score raised IndexError: no such thing"),
+        ("collate", "your validation loader raised IndexError: no such thing"),
+        ("forward", "the forward failed at batch 0: IndexError: no such thing"),
+        ("copy", "cannot be copied (TypeError: cannot copy a lock): pass score="),
+    ],
+)
+def test_an_error_of_the_users_is_told_from_our_own(
+    lightning, tiny, trainer_of, capsys, place, told
+):
+    class Module(tiny):
+        def validation_step(self, batch, batch_idx):
+            if "log" in vars(self) and place == "validation_step":
+                fails()
+            super().validation_step(batch, batch_idx)
+
+    module = Module()
+    module.lock = Lock() if place == "copy" else None
+    options = {name: fails for name in ("score", "forward") if name == place}
+    callback = BatchNormRecalibration(**options)
+    trainer = trainer_of(callback, max_epochs=1, num_sanity_val_steps=0)
+    validation = loader(24, 2)
+    if place == "collate":
+
+        class Fails(lightning.Callback):
+            def on_validation_batch_start(self, *_):
+                validation.collate_fn = fails
+
+        # The trainer's own iterator has its function already.
+        trainer.callbacks.insert(0, Fails())
+    trainer.fit(module, loader(48, 1), validation)
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert "BatchNormRecalibration is off from here, and the run goes on." in printed
+    assert "error of its own" not in printed
+    assert trainer.global_step == 6
+
+
+def test_the_next_run_begins_anew_whatever_failed_in_the_one_before(tiny, trainer_of, capsys):
+    """As when a cell of a notebook is mended and run again."""
+    is_broken = True
+    callback = BatchNormRecalibration(score=lambda module: fails() if is_broken else 1.0)
+    trainer = trainer_of(callback, max_epochs=1)
+    module = tiny()
+    trainer.fit(module)
+    assert callback.is_off
+    is_broken = False
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    assert not callback.is_off
+    assert callback.result.is_kept
+    assert capsys.readouterr().out.count("is off from here") == 1

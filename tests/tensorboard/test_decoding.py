@@ -46,7 +46,7 @@ def test_what_has_another_shape_or_kind_is_left_out_and_told():
     events = [event(1, [[1.0]]), event(2, [[1.0, 2.0]]), event(3, [[b"x"]])]
     series = stats_series(events, (1, 1))
     assert series.steps.tolist() == [1]
-    assert series.left_out == "2 events of another shape were left out"
+    assert series.left_out == "2 events were left out: of another shape or type, or damaged"
 
 
 def test_nothing_that_fits_is_refused():
@@ -63,7 +63,9 @@ def test_channels_follow_the_newest_snapshot():
     events = [event(1, np.zeros((2, 3))), event(2, np.zeros((2, 5)))]
     series = channel_series(events, ("gamma", "beta"))
     assert series.values.shape == (1, 2, 5)
-    with pytest.raises(LogError, match="3 rows were announced"):
+    damaged = channel_series([*events, event(3, np.zeros(0))], ("gamma", "beta"))
+    assert damaged.values.shape == (1, 2, 5)
+    with pytest.raises(LogError, match="the 3 rows that were announced"):
         channel_series(events, ("a", "b", "c"))
     with pytest.raises(LogError):
         channel_series([], ("a",))
@@ -74,14 +76,21 @@ def test_the_findings_written_last_count_even_at_an_earlier_step():
         event(100, np.array([encode_findings([{"code": "OLD"}])], dtype=object), 1.0),
         event(50, np.array([encode_findings([{"code": "NEW"}])], dtype=object), 2.0),
     ]
-    assert [finding["code"] for finding in newest_findings(events)] == ["NEW"]
-    assert newest_findings([]) == []
+    findings, problem = newest_findings(events)
+    assert ([finding["code"] for finding in findings], problem) == (["NEW"], "")
+    assert newest_findings([]) == ([], "")
 
 
 @pytest.mark.parametrize("text", [b"{}", b"not json", b"[" * 100_000, b"\xff"])
-def test_findings_that_are_no_list_are_refused(text):
-    with pytest.raises(LogError, match="not readable"):
-        newest_findings([event(0, np.array([text], dtype=object))])
+def test_of_findings_that_are_not_readable_the_ones_before_are_shown(text):
+    broken = event(7, np.array([text], dtype=object), 2.0)
+    findings, problem = newest_findings([broken])
+    assert findings == []
+    assert problem.startswith("the findings of step 7 are not readable: ")
+    sound = event(5, np.array([encode_findings([{"code": "OLD"}])], dtype=object), 1.0)
+    findings, problem = newest_findings([sound, broken])
+    assert [finding["code"] for finding in findings] == ["OLD"]
+    assert problem
 
 
 def test_thinning_keeps_the_peak_and_what_is_not_finite():

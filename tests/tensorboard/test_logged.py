@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from bnguard.cli import main
+from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.logged import LoggedRun, logged_runs
-from bnguard.tensorboard.metadata import LogError, standard_metrics
+from bnguard.tensorboard.metadata import FINDINGS_TAG, STATS_TAG, LogError, standard_metrics
 from bnguard.tensorboard.records import finding_record
 from bnguard.tensorboard.summary import BatchNormLog
 
@@ -62,3 +65,72 @@ def test_the_numbers_of_a_group_are_those_of_its_worst_layer():
     assert " 0.1 (limit 0.5) at a" in str(LoggedRun(name="run", findings=tuple(shares)))
     broken = [found("a", value=9.0, limit=1.0), found("b", value=float("nan"), limit=1.0)]
     assert " NaN (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(broken)))
+
+
+def written(folder, *, findings=()):
+    metrics = standard_metrics()
+    with SummaryWriter(folder) as writer:
+        log = BatchNormLog(writer, ["bn"], metrics)
+        for step in range(3):
+            log.add_stats(np.zeros((len(metrics), 1)), step)
+        log.add_findings(findings, 2)
+        yield writer
+
+
+def damage(folder, how):
+    """Damage the log of a run whose last step is 2."""
+    for writer in written(folder, findings=[{"code": "BN1", "severity": "error"}]):
+        if how == "type":
+            EventSink(writer)._add(STATS_TAG, {"dtype": 20}, 9, b"")
+        elif how == "findings":
+            EventSink(writer).add_string(FINDINGS_TAG, b"{", 9)
+    (file,) = folder.iterdir()
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif how == "junk":
+        (folder / "events.out.tfevents.9999999999.host").write_bytes(b"junk" * 50)
+    elif how == "record":
+        with (folder / "events.out.tfevents.9999999999.host").open("wb") as stream:
+            RecordWriter(stream).write(b"\xff no event")
+    elif how == "folder":
+        (folder / "events.out.tfevents.9999999999.host").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("how", "remark"),
+    [
+        ("type", "1 event was left out: of another shape or type, or damaged"),
+        ("findings", "the findings of step 9 are not readable"),
+        ("cut", "ends in the middle of a record"),
+        ("junk", "ends in the middle of a record"),
+        ("record", "an event file is damaged (DecodeError"),
+        ("folder", "an event file is damaged (IsADirectoryError"),
+    ],
+)
+def test_one_bad_file_hides_nothing_else(tmp_path, how, remark, capsys):
+    list(written(tmp_path / "a"))
+    damage(tmp_path / "b", how)
+    list(written(tmp_path / "c"))
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("a", "c"):
+        assert f"{name} · 1 BN layer · step 0 to 2 · nothing is wrong" in printed
+    assert printed.count(f"note: {remark}" if how not in ("cut", "junk") else remark) == 1
+    assert "b · 1 BN layer · step 0 to 2 · " in printed
+    assert "b · 1 BN layer · step 0 to 2 · nothing is wrong" not in printed
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--html", str(page)]) == 0
+    assert remark in page.read_text("utf-8")
+
+
+def test_a_run_that_cannot_be_shown_at_all_hides_no_other(tmp_path, capsys):
+    list(written(tmp_path / "a"))
+    with SummaryWriter(tmp_path / "b") as writer:
+        EventSink(writer).add_array(STATS_TAG, np.zeros((1, 1), dtype=np.float32), 0, b"junk")
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a · 1 BN layer · step 0 to 2 · nothing is wrong" in printed
+    assert "b · cannot be shown: the header of bnguard/stats is not readable" in printed
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--html", str(page)]) == 0
+    assert "not shown: run b: the header of bnguard/stats" in page.read_text("utf-8")

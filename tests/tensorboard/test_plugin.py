@@ -12,7 +12,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.assets import STATIC_FILES
 from bnguard.tensorboard.events import EventSink
-from bnguard.tensorboard.metadata import STATS_TAG, Header, standard_metrics
+from bnguard.tensorboard.metadata import (
+    CHANNELS_TAG,
+    FINDINGS_TAG,
+    STATS_TAG,
+    Header,
+    standard_metrics,
+)
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.digits import METRICS
 from tests.tensorboard.serving import tensorboard
@@ -156,6 +162,26 @@ def difficult_log(tmp_path_factory):
             {"schema": 1, "layers": ["bn"] * 30_000, "metrics": [{"key": "a"}]}
         ).encode(),
     }
+    rows = len(metrics)
+    shape = {"dim": [{"size": rows}, {"size": 1}]}
+    for name, tag, tensor in (
+        # RESOURCE: TensorBoard knows the type, and no array that it could become.
+        ("resource", STATS_TAG, {"dtype": 20, "tensor_shape": shape}),
+        ("bfloat16", STATS_TAG, {"dtype": 14, "tensor_shape": shape, "tensor_content": b"\0\0"}),
+        ("unknown", STATS_TAG, {"dtype": 99, "tensor_shape": shape}),
+        ("large", STATS_TAG, {**_sized(3 * 10**9), "float_val": [1.0]}),
+        ("nothing said", FINDINGS_TAG, {"dtype": 20}),
+        ("channels", CHANNELS_TAG + "bn", {"dtype": 20, "tensor_shape": shape}),
+    ):
+        writer = SummaryWriter(folder / name)
+        log = BatchNormLog(writer, ["bn"], metrics)
+        for step in range(3):
+            log.add_stats(np.full((rows, 1), step), step)
+        log.add_findings([{"code": "BN301", "layer": "bn", "step": 1}], 2)
+        statistics = {"running_mean": np.zeros(2), "running_var": np.ones(2)}
+        log.add_channels("bn", ChannelSnapshot(**statistics), 2)
+        EventSink(writer)._add(tag, tensor, 9, b"")
+        writer.close()
     for name, content in contents.items():
         writer = SummaryWriter(folder / name)
         EventSink(writer).add_array(STATS_TAG, np.zeros((1, 1), dtype=np.float32), 0, content)
@@ -170,15 +196,17 @@ def difficult_log(tmp_path_factory):
 
 
 def _add_tensor(writer, header, data, size=1000):
-    sink = EventSink(writer)
-    shape = {"dim": [{"size": size}]}
-    sink._add(STATS_TAG, {"dtype": 1, "tensor_shape": shape, **data}, 0, header.encode())
+    EventSink(writer)._add(STATS_TAG, {**_sized(size), **data}, 0, header.encode())
+
+
+def _sized(size):
+    return {"dtype": 1, "tensor_shape": {"dim": [{"size": size}]}}
 
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["data-server", "python-loader"])
 def difficult(request, difficult_log):
     with tensorboard(difficult_log, "--load_fast", request.param) as running:
-        running.wait_for_runs(8)
+        running.wait_for_runs(14)
         yield running
 
 
@@ -195,7 +223,7 @@ def test_hostile_names_are_passed_on_as_data(difficult):
     run = difficult.get("run", run="hostile").json()
     assert run["layers"][0] == "<img src=x onerror=alert(1)>"
     assert run["findings"][0]["fix"] == {"summary": "", "command": ""}
-    assert run["problems"] == ["1 events of another shape were left out"]
+    assert run["problems"] == ["1 event was left out: of another shape or type, or damaged"]
     values = difficult.get("stats", run="hostile", metric="gain").series()[2]
     assert np.isnan(values[0, 0])
     assert values[0, 1:3].tolist() == [math.inf, -math.inf]
@@ -224,6 +252,26 @@ def test_tensors_that_contradict_themselves_are_refused_with_a_reason(difficult,
     answer = difficult.get("run", run=run)
     assert answer.status == 404
     assert "broken" in answer.body.decode() or "shape" in answer.body.decode()
+
+
+@pytest.mark.parametrize("run", ["resource", "bfloat16", "unknown", "large"])
+def test_an_event_that_cannot_be_read_hides_no_other(difficult, run):
+    answer = difficult.get("run", run=run)
+    assert answer.status == 200, answer.body
+    assert answer.json()["steps"] == 3
+    assert answer.json()["problems"] == [
+        "1 event was left out: of another shape or type, or damaged"
+    ]
+    assert difficult.get("stats", run=run, metric="gain").series()[1].tolist() == [0, 1, 2]
+
+
+def test_findings_and_channels_survive_what_cannot_be_read(difficult):
+    run = difficult.get("run", run="nothing said").json()
+    assert [finding["code"] for finding in run["findings"]] == ["BN301"]
+    assert run["problems"] == ["the findings of step 9 are not readable: it holds no text"]
+    head, steps, _ = difficult.get("channels", run="channels", layer="bn").series()
+    assert head["shape"][2] == 2
+    assert steps.tolist() == [2]
 
 
 @LOADERS

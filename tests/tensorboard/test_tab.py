@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from bnguard.tensorboard.metadata import LogError, standard_metrics
+from bnguard.tensorboard.events import EventSink
+from bnguard.tensorboard.metadata import STATS_TAG, LogError, standard_metrics
 from bnguard.tensorboard.page import write_page
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.browsing import Tab, chromium
@@ -310,6 +311,22 @@ def test_one_bad_step_among_many_is_seen(browser, tmp_path):
         )
         assert red[0] == []
         assert red[1] == pytest.approx([777 / 1900], abs=0.005)
+        tab.close()
+
+
+def test_what_of_a_log_cannot_be_read_is_remarked(browser, tmp_path):
+    metrics = standard_metrics()
+    with SummaryWriter(tmp_path / "run") as writer:
+        log = BatchNormLog(writer, ["bn"], metrics)
+        for step in range(3):
+            log.add_stats(np.zeros((len(metrics), 1)), step)
+        EventSink(writer)._add(STATS_TAG, {"dtype": 20}, 9, b"")
+    with tensorboard(tmp_path) as server:
+        server.wait_for_runs(1)
+        tab = Tab(browser, server.url)
+        tab.wait("document.querySelector('.headline').textContent.includes('step 0 to 2')")
+        assert "1 event was left out" in tab.frame.locator("body").inner_text()
+        assert tab.faults == []
         tab.close()
 
 
