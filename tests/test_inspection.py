@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
 from bnguard.errors import ConfigurationError
-from bnguard.findings import Severity
+from bnguard.findings import Evidence, Severity
+from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.reports import ReportLog
 from tests.networks import conv_net, digits
 
 
@@ -189,3 +192,49 @@ def test_of_a_scripted_model_that_is_inspected_which_it_saves(model):
     assert [layer.name for layer in found.layers] == [
         layer.name for layer in bnguard.inspect(model.state_dict()).layers
     ]
+
+
+def partly_dead(shares, channels=64):
+    """A state dict whose layers have some channels without variance."""
+    state = {}
+    for place, share in enumerate(shares):
+        layer = nn.BatchNorm2d(channels)
+        layer.running_var[: round(share * channels)] = 0.0
+        layer.num_batches_tracked.fill_(10_000)
+        state |= {f"{place}.{key}": value for key, value in layer.state_dict().items()}
+    return state
+
+
+def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
+    report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
+    assert [finding.layer for finding in report.findings] == ["1", "2", "0"]
+    assert [finding["layer"] for finding in report.to_dict()["findings"]] == ["1", "2", "0"]
+    assert "BN204 dead-channels  3 layers, worst 1" in str(report)
+    assert "dead channels 12.5% (limit 50%)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("further", "nearer"),
+    [
+        (Evidence("dead channels", 12.5, 50.0), Evidence("dead channels", 0.17, 50.0)),
+        (Evidence("shift", 3.0, 1.0), Evidence("shift", 2.0, 1.0)),
+        (Evidence("updates", 7, 0), Evidence("updates", 2, 0)),
+        (
+            Evidence("values per channel", 2, 16, is_minimum=True),
+            Evidence("values per channel", 8, 16, is_minimum=True),
+        ),
+        (Evidence("gain", float("nan"), 1e3), Evidence("gain", 1e9, 1e3)),
+    ],
+)
+def test_the_order_of_evidence_knows_on_which_side_its_limit_is(further, nearer):
+    assert further.excess > nearer.excess
+
+
+def test_the_tab_and_the_text_of_a_run_have_the_same_order(tmp_path):
+    report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
+    with SummaryWriter(tmp_path) as writer:
+        ReportLog([writer]).add(report, 1)
+    (run,) = logged_runs(tmp_path)
+    assert [finding["layer"] for finding in run.findings] == ["1", "2", "0"]
+    assert all(finding["evidence"]["above"] for finding in run.findings)
+    assert "(limit 50) at 1" in str(run)

@@ -63,8 +63,8 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
 def _root(group: FindingGroup) -> Text:
     finding = group.worst
     block = _place(group)
-    if finding.step is not None:
-        block.append(f", since step {finding.step}")
+    if group.step is not None:
+        block.append(f", since step {group.step}")
     block.append(f"\n{finding.message}")
     block.append(f"; {finding.evidence}", style="dim")
     return block.append(f"\n→ {finding.fix.summary}")

@@ -78,7 +78,9 @@ class AmplifyingChannel(ModelRule):
                 layer,
                 Severity.ERROR,
                 "a running variance is negative: its root is NaN, and with it every evaluation",
-                Evidence("smallest variance", float(np.nanmin(layer.running.var)), 0.0),
+                Evidence(
+                    "smallest variance", float(np.nanmin(layer.running.var)), 0.0, is_minimum=True
+                ),
                 _FIX,
                 channels=negative,
             )

@@ -77,7 +77,7 @@ class MomentumOutOfRange(Rule):
                 Severity.ERROR if is_initial else Severity.WARNING,
                 "momentum is 0, so that the running statistics never move"
                 + (": eval mode uses mean 0 and variance 1" if is_initial else ""),
-                Evidence("momentum", momentum, self.min_momentum),
+                Evidence("momentum", momentum, self.min_momentum, is_minimum=True),
                 Fix("momentum=0.1, or eval() on layers whose statistics should stay"),
             )
         elif momentum >= self.max_momentum:

@@ -133,9 +133,13 @@ export function groupedFindings(findings) {
     .map(([, group]) => group.sort(order));
 }
 
-function excess({ evidence: { value, limit } }) {
-  const [near, far] = [Math.abs(value), Math.abs(limit)].sort((a, b) => a - b);
-  return near > 0 ? far / near : far;
+/** Return how far the value is towards the limit (below 1), or beyond it (above 1). */
+function excess({ evidence: { value, limit, above } }) {
+  const [size, bound] = [Math.abs(value), Math.abs(limit)];
+  if (!Number.isFinite(size)) return Number.MAX_VALUE;
+  if (!(bound > 0)) return size;
+  if (above) return size / bound;
+  return size > 0 ? bound / size : Number.MAX_VALUE;
 }
 
 function evidence({ name, value, limit, unit, above }) {
