@@ -49,15 +49,15 @@ class Evidence:
 
     @property
     def excess(self) -> float:
-        """How far the value is towards the limit (below 1), or beyond it (above 1)."""
+        """How far the value is towards the limit (below 1), or beyond it (above 1).
+
+        Beyond a limit of 0 it is infinite: of such findings the first is the one to look at.
+        """
         value, limit = abs(self.value), abs(self.limit)
-        if not math.isfinite(value):
-            return math.inf
-        if limit == 0.0:
-            return value
-        if self.is_minimum:
-            return limit / value if value > 0.0 else math.inf
-        return value / limit
+        near, far = (value, limit) if self.is_minimum and limit else (limit, value)
+        if not math.isfinite(value) or near == 0.0:
+            return math.inf if far else 0.0
+        return far / near
 
     def __str__(self) -> str:
         space = "" if self.unit in ("", "%") else " "

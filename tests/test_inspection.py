@@ -218,7 +218,7 @@ def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
     [
         (Evidence("dead channels", 12.5, 50.0), Evidence("dead channels", 0.17, 50.0)),
         (Evidence("shift", 3.0, 1.0), Evidence("shift", 2.0, 1.0)),
-        (Evidence("updates", 7, 0), Evidence("updates", 2, 0)),
+        (Evidence("updates", 1, 0), Evidence("updates", 0, 0)),
         (
             Evidence("values per channel", 2, 16, is_minimum=True),
             Evidence("values per channel", 8, 16, is_minimum=True),

@@ -136,10 +136,10 @@ export function groupedFindings(findings) {
 /** Return how far the value is towards the limit (below 1), or beyond it (above 1). */
 function excess({ evidence: { value, limit, above } }) {
   const [size, bound] = [Math.abs(value), Math.abs(limit)];
-  if (!Number.isFinite(size)) return Number.MAX_VALUE;
-  if (!(bound > 0)) return size;
-  if (above) return size / bound;
-  return size > 0 ? bound / size : Number.MAX_VALUE;
+  const [near, far] = above || bound === 0 ? [bound, size] : [size, bound];
+  // Infinity minus itself would be no order.
+  if (!Number.isFinite(size) || !(near > 0)) return far === 0 ? 0 : Number.MAX_VALUE;
+  return far / near;
 }
 
 function evidence({ name, value, limit, unit, above }) {
