@@ -97,8 +97,12 @@ def _heading(report: Report) -> Text:
             for severity, number in counts
             if number
         ]
+    elif report.failure is None and report.history.run.steps:
+        parts.append("no problems found")
     elif report.failure is None:
-        parts.append("nothing is wrong")
+        is_stored = all(layer.training is None for layer in report.layers)
+        what = "checkpoint" if is_stored else "model"
+        parts.append(f"no problems found in what a {what} shows; training was not looked at")
     else:
         parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")

@@ -197,13 +197,15 @@ def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]
 def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
     """Return whether gamma and beta of all layers look like draws from one distribution each.
 
-    An initialisation draws them so, or sets them to a constant; training moves each layer its own
-    way. Of a single layer a constant gamma alone can tell.
+    An initialisation draws them so, or sets them to a constant; training moves gamma too, and each
+    layer its own way, which shows in layers that are not too small.
     """
     gammas = [layer.gamma for layer in layers if layer.gamma is not None]
     betas = [layer.beta for layer in layers if layer.beta is not None]
-    varied = [gamma for gamma in gammas if np.ptp(gamma)]
-    return _are_alike(gammas) and _are_alike(betas) and (len(betas) > 1 or not varied)
+    if not any(map(np.ptp, gammas)):
+        return True
+    are_enough = len(betas) > 1 and sum(beta.size for beta in betas) >= _FEWEST_DRAWS
+    return are_enough and _are_alike(gammas) and _are_alike(betas)
 
 
 def _are_alike(draws: Iterable[FloatArray]) -> bool:
@@ -221,7 +223,8 @@ def _are_alike(draws: Iterable[FloatArray]) -> bool:
 
 
 # Of a mean or a deviation of draws, in hundreds of layers.
-_SIGMAS = 5.0
+_SIGMAS = 4.5
+_FEWEST_DRAWS = 256
 
 # Beyond what casting to half precision rounds.
 _ROUNDING = 1e-2
