@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool) -> RenderableType:
     """Return what an inspection found: the file, its findings, and each layer if asked for."""
     parts: list[RenderableType] = [Text(f"{checkpoint.path} ({checkpoint.format})"), report]
-    parts += [Text(line) for line in _reported_lines(checkpoint.reported)]
+    found = {finding.code for finding in report.findings}
+    only_reported = [noted for noted in checkpoint.reported if noted.code not in found]
+    parts += [Text(line) for line in _reported_lines(only_reported)]
     parts += [Text(f"unusable: {problem}", style="yellow") for problem in checkpoint.problems]
     if checkpoint.provenance is not None:
         action = checkpoint.provenance.get("action", "written")
