@@ -52,6 +52,11 @@ class Adapter:
         """Whether the ``training`` attribute alone sets the mode."""
         return self.is_training is _in_train_mode
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the class never updates its statistics, in no mode."""
+        return self.is_training is _never
+
 
 # PyTorch's own classes, SyncBatchNorm, the lazy ones and every subclass.
 _ADAPTERS: dict[type[nn.Module], Adapter] = {_BatchNorm: Adapter()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bnguard.explanations import Explanations
-from bnguard.findings import Finding, Severity, Skipped
+from bnguard.findings import Finding, Severity, Skipped, worst_first
 from bnguard.history import History
 from bnguard.rules import RULES, ExplainedRule, ModelRule, Rule
 
@@ -19,7 +19,7 @@ class Conclusions:
 
     Attributes:
         findings: The worst first, each root cause before what it explains; among equals in the
-            order of codes, then of layers.
+            order of codes, then the furthest towards or beyond the limit first.
         skipped: What could not be told, and why.
     """
 
@@ -92,12 +92,13 @@ def _causes_first(findings: list[Finding], explanations: Explanations) -> list[F
     for root, *_, finding in ([chain[0], *chain] for chain in chains):
         worst[root.code] = max(worst.get(root.code, Severity.INFO), finding.severity)
 
-    def place(chain: list[Finding]) -> tuple[int, str, int, int, str]:
+    def place(chain: list[Finding]) -> tuple[int, str, int, int, str, tuple[float, float]]:
         finding = chain[-1]
         # What is only good to know never stands before a fault.
         is_info = finding.severity is Severity.INFO
         severity = finding.severity if is_info else worst[chain[0].code]
-        return (-severity, chain[0].code, len(chain), -finding.severity, finding.code)
+        root = chain[0].code
+        return (-severity, root, len(chain), -finding.severity, finding.code, worst_first(finding))
 
     return [
         dataclasses.replace(chain[-1], cause=chain[-2].code if len(chain) > 1 else None)

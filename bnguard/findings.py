@@ -34,6 +34,7 @@ class Evidence:
         value: The number measured.
         limit: The number it is held against.
         unit: Unit of both, ``""`` for a plain number.
+        is_minimum: Whether the limit is the least that is right; by default it is the most.
 
     Example:
         >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))
@@ -44,12 +45,19 @@ class Evidence:
     value: float
     limit: float
     unit: str = ""
+    is_minimum: bool = False
 
     @property
     def excess(self) -> float:
-        """How many times the value lies beyond the limit, on whichever side the fault is."""
-        near, far = sorted((abs(self.value), abs(self.limit)))
-        return far / near if near > 0.0 else far
+        """How far the value is towards the limit (below 1), or beyond it (above 1).
+
+        Beyond a limit of 0 it is infinite: of such findings the first is the one to look at.
+        """
+        value, limit = abs(self.value), abs(self.limit)
+        near, far = (value, limit) if self.is_minimum and limit else (limit, value)
+        if not math.isfinite(value) or near == 0.0:
+            return math.inf if far else 0.0
+        return far / near
 
     def __str__(self) -> str:
         space = "" if self.unit in ("", "%") else " "
@@ -128,7 +136,7 @@ class FindingGroup:
     """Findings of one rule and severity on one or more layers, root causes or consequences.
 
     Attributes:
-        findings: The earliest and worst first.
+        findings: The furthest towards or beyond the limit first, the earliest of equals.
     """
 
     findings: tuple[Finding, ...]
@@ -137,6 +145,11 @@ class FindingGroup:
     def worst(self) -> Finding:
         """The finding that speaks for the group."""
         return self.findings[0]
+
+    @property
+    def step(self) -> int | None:
+        """The first step in which one of the findings showed; None where there was no training."""
+        return min((f.step for f in self.findings if f.step is not None), default=None)
 
     @property
     def causes(self) -> tuple[str, ...]:
@@ -163,13 +176,12 @@ def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
     for finding in findings:
         key = (finding.code, finding.severity, finding.cause is None)
         groups.setdefault(key, []).append(finding)
-    return tuple(
-        FindingGroup(tuple(sorted(group, key=_earliest_and_worst))) for group in groups.values()
-    )
+    return tuple(FindingGroup(tuple(sorted(group, key=worst_first))) for group in groups.values())
 
 
-def _earliest_and_worst(finding: Finding) -> tuple[float, float]:
-    return (math.inf if finding.step is None else finding.step, -finding.evidence.excess)
+def worst_first(finding: Finding) -> tuple[float, float]:
+    """Return what findings of one rule are sorted by, wherever they are shown."""
+    return (-finding.evidence.excess, math.inf if finding.step is None else finding.step)
 
 
 @dataclass(frozen=True)

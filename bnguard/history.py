@@ -5,14 +5,20 @@ Arrays have shape ``(C,)``, a value per channel, in float64. Nothing here import
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from bnguard.preflight import Plan
-from bnguard.stats import FloatArray, initial_weight, log_variance_ratio, shift_std
+from bnguard.stats import (
+    FORGOTTEN_WEIGHT,
+    FloatArray,
+    initial_weight,
+    log_variance_ratio,
+    shift_std,
+)
 from bnguard.windows import (
     BadValueOrigin,
     BatchWindow,
@@ -37,6 +43,15 @@ __all__ = [
     "RunningStatistics",
     "Stream",
 ]
+
+# PyTorch's default, and that of TensorFlow, which networks that come from there keep.
+_USUAL_EPS = (1e-5, 1e-3)
+
+# Nothing moves at less.
+_NO_MOMENTUM = 1e-12
+
+# Published models have momenta between this and 0.3.
+_SMALLEST_USUAL_MOMENTUM = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +81,7 @@ class Run:
             none is known.
         weight_change: |weights - those of a reference| / |those of the reference|; None without a
             reference.
+        stored_steps: Training steps that a checkpoint says were taken; None where it does not.
     """
 
     steps: int = 0
@@ -82,6 +98,7 @@ class Run:
     has_new_weights_in_evaluation: bool = False
     is_optimized: bool | None = None
     weight_change: float | None = None
+    stored_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,15 +110,18 @@ class LayerHistory:
         kind: Name of the layer's class.
         channels: C.
         eps: What is added to the variance before the square root.
+        is_eps_known: False for a checkpoint that does not hold it; ``eps`` is PyTorch's default
+            of 1e-5 then, and :attr:`possible_eps` has what else it may be.
         momentum: Weight of the new value in an update; None for a cumulative average.
-        is_momentum_known: False for a checkpoint, which does not hold it; ``momentum`` is
-            PyTorch's default of 0.1 then.
+        is_momentum_known: False for a checkpoint that does not hold it; ``momentum`` is PyTorch's
+            default of 0.1 then.
         training: Whether the layer is in train mode; None for a checkpoint.
         is_affine_frozen: Whether no affine parameter of the layer can learn; None where it has
             none, or is not known.
         is_affine_frozen_at_start: The same when watching began.
         is_left_out: Whether gamma or beta could learn, but no optimizer has them.
-        is_updating: Whether a forward in train mode updates the running statistics.
+        is_updating: Whether a forward in train mode updates the running statistics; those of a
+            frozen class never do.
         position: Place in the order in which the layers were first called; None before that.
         fed_by: Class of the module that the layer directly follows; None where that is not known.
         is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
@@ -113,6 +133,8 @@ class LayerHistory:
         running: The running statistics now; None where untracked.
         running_at_start: The running statistics when watching began.
         running_of_reference: Those of the same layer in a reference; None without one.
+        is_recalibrated: Whether the running statistics were written by a recalibration, of which
+            nothing initial is left, whatever the counter says.
         updates_seen: Updates of the running statistics observed in training.
         source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
             saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
@@ -135,6 +157,7 @@ class LayerHistory:
     kind: str = "BatchNorm"
     channels: int
     eps: float = 1e-5
+    is_eps_known: bool = True
     momentum: float | None = 0.1
     is_momentum_known: bool = True
     training: bool | None = None
@@ -153,6 +176,7 @@ class LayerHistory:
     running: RunningStatistics | None = None
     running_at_start: RunningStatistics | None = None
     running_of_reference: RunningStatistics | None = None
+    is_recalibrated: bool = False
     updates_seen: int = 0
     calls: Calls = field(default_factory=Calls)
     streams: tuple[Stream, ...] = ()
@@ -166,6 +190,23 @@ class LayerHistory:
     evaluated: EvalWindow | None = None
     rank_shift_std: FloatArray | None = None
     run: Run = field(default_factory=Run)
+
+    @property
+    def possible_eps(self) -> tuple[float, ...]:
+        """What eps may be, the smallest first: one value where it is known."""
+        return (self.eps,) if self.is_eps_known else _USUAL_EPS
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the layer says that it never had an update, and was not watched in any use."""
+        running = self.running
+        return (
+            running is not None
+            and running.updates == 0
+            and running.is_initial
+            and not self.run.steps
+            and self.evaluated is None
+        )
 
     @property
     def typical_values_per_channel(self) -> int | None:
@@ -211,12 +252,13 @@ class LayerHistory:
     def _initial_weight_in(self, running: RunningStatistics | None) -> float | None:
         """Return the initial weight in these statistics.
 
-        A counter of 0 beside statistics that are not the initial ones tells nothing: they were
-        loaded from a source that keeps no counter.
+        Statistics that are not the initial ones, next to a counter of 0 or a momentum that is not
+        the weight of an average, were not made by updates: they were loaded or estimated.
         """
-        if running is None or running.updates is None:
+        if running is None or running.updates is None or self.is_recalibrated:
             return None
-        if running.updates == 0 and not running.is_initial:
+        is_averaging = self.momentum is None or _NO_MOMENTUM < self.momentum <= 1.0
+        if not running.is_initial and (running.updates == 0 or not is_averaging):
             return None
         return initial_weight(self.momentum, running.updates)
 
@@ -277,12 +319,28 @@ class History:
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
         if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
             notes.append("the optimizer given holds none of this model's parameters")
-        # A rule that judges the number of updates says so itself, but not where it finds nothing.
-        if any(not layer.is_momentum_known and layer.is_counted for layer in self.layers):
-            notes.append(
-                "no momentum is stored: PyTorch's 0.1 is assumed, with which few updates suffice"
-            )
+        notes += self._notes_on_momentum()
         return tuple(notes)
+
+    def _notes_on_momentum(self) -> Iterator[str]:
+        """Yield what is assumed of momentum, where other values that are usual decide otherwise."""
+        undecided = [
+            (layer.running.updates, layer.name)
+            for layer in self.layers
+            if layer.running is not None
+            and layer.running.updates is not None
+            and not layer.is_momentum_known
+            and layer.initial_weight is not None
+            and layer.initial_weight <= FORGOTTEN_WEIGHT
+            and initial_weight(_SMALLEST_USUAL_MOMENTUM, layer.running.updates) > FORGOTTEN_WEIGHT
+        ]
+        if undecided:
+            fewest, _ = min(undecided)
+            needed = 1.0 - FORGOTTEN_WEIGHT ** (1.0 / fewest)
+            yield (
+                f"momentum is not stored, and 0.1 is assumed: below {needed:.2g} the {fewest} "
+                f"updates of {_layers([name for _, name in undecided])} were too few"
+            )
 
 
 def _is_told_of(layer: LayerHistory) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
 from bnguard.configuration import Configuration, read_configuration
@@ -13,12 +13,12 @@ from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
+from bnguard.stats import DEFAULT_MOMENTUM
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
-_DEFAULT_MOMENTUM = 0.1
 _DEFAULT_EPS = 1e-5
 
 _EVERYTHING = Configuration()
@@ -36,7 +36,8 @@ def inspect(
 ) -> Report:
     """Tell what is wrong with the BN layers of a model or a state dict, without running it.
 
-    A state dict does not hold momentum: PyTorch's default of 0.1 is assumed there, and said.
+    A state dict does not hold momentum and eps: they are those of a reference that is a model;
+    without one PyTorch's defaults are assumed, and the report says so where that decides anything.
 
     Args:
         subject: A model, or what its ``state_dict()`` returns.
@@ -56,8 +57,9 @@ def inspect(
 
     Example:
         >>> from torch import nn
-        >>> inspect(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).findings[0].code
-        'BN303'
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, momentum=0.99))
+        >>> [str(finding.severity) for finding in inspect(model, select=["BN103"]).findings]
+        ['warning']
     """
     import torch
     from torch import nn
@@ -102,12 +104,34 @@ def inspect_checkpoint(
             f"{checkpoint.path}: nothing to inspect: it has no BN layers with running statistics"
         )
     has_several = len(checkpoint.models) > 1
-    layers: Iterable[LayerHistory] = (
-        _layer_of_checkpoint(layer, checkpoint.momenta, f"{model.name}: " if has_several else "")
+    run = Run(stored_steps=checkpoint.global_step)
+    recalibrated = _recalibrated_keys(checkpoint.provenance)
+    layers = [
+        dataclasses.replace(
+            _layer_of_checkpoint(checkpoint, layer, f"{model.name}: " if has_several else ""),
+            is_recalibrated=layer.key("running_mean") in recalibrated,
+            run=run,
+        )
         for model in checkpoint.models
         for layer in model.layers
-    )
-    return _report(layers, RULES, configuration, Run())
+    ]
+    return _report(layers, RULES, configuration, run)
+
+
+# Their result holds nothing of the statistics from before, but for a prior.
+_METHODS = ("exact", "precise", "adapt")
+
+
+def _recalibrated_keys(provenance: Mapping[str, object] | None) -> set[str]:
+    """Return the entries that a recalibration has written, as far as it forgot those before."""
+    keys: set[str] = set()
+    while isinstance(provenance, Mapping):
+        replaced = provenance.get("replaced")
+        is_mixed = provenance.get("method") == "adapt" and provenance.get("prior") != 0.0
+        if not is_mixed and provenance.get("method") in _METHODS and isinstance(replaced, list):
+            keys.update(key for key in replaced if isinstance(key, str))
+        provenance = cast("Mapping[str, object] | None", provenance.get("previous"))
+    return keys
 
 
 def _check_subject(what: str, subject: object) -> None:
@@ -139,9 +163,13 @@ def _beside(
     reference: nn.Module | Mapping[str, Tensor],
 ) -> tuple[list[LayerHistory], Run]:
     """Return the layers and the run with what a reference tells of them."""
+    from torch import nn
+
     from bnguard.names import without_wrappers
     from bnguard.probes.reference import statistics_of, tensors_of, weight_change
 
+    if isinstance(reference, nn.Module) and not isinstance(subject, nn.Module):
+        layers = _with_settings_of(reference, layers)
     other = tensors_of(reference)
     run = Run(weight_change=weight_change(tensors_of(subject), other))
     return [
@@ -150,6 +178,27 @@ def _beside(
         )
         for layer in layers
     ], run
+
+
+def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Iterator[LayerHistory]:
+    """Yield the layers of a state dict with what it does not hold, as a model has it."""
+    from bnguard.names import without_wrappers
+    from bnguard.probes.modules import describe_layers
+
+    described = describe_layers(model)
+    for layer in layers:
+        same = described.get(without_wrappers(layer.name))
+        if same is None:
+            yield layer
+            continue
+        yield dataclasses.replace(
+            layer,
+            eps=same.eps,
+            is_eps_known=True,
+            momentum=same.momentum,
+            is_momentum_known=True,
+            is_updating=same.is_updating,
+        )
 
 
 def _report(
@@ -193,7 +242,9 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
         yield LayerHistory(
             name=prefix.removesuffix("."),
             channels=mean.numel(),
-            momentum=_DEFAULT_MOMENTUM,
+            eps=_DEFAULT_EPS,
+            is_eps_known=False,
+            momentum=DEFAULT_MOMENTUM,
             is_momentum_known=False,
             gamma=gamma,
             beta=beta,
@@ -207,14 +258,17 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
 
 
 def _layer_of_checkpoint(
-    layer: CheckpointLayer, momenta: Mapping[str, float | None], model: str
+    checkpoint: Checkpoint, layer: CheckpointLayer, model: str
 ) -> LayerHistory:
-    noted = momenta.get(layer.name, _DEFAULT_MOMENTUM)
+    momenta, eps = checkpoint.momenta, checkpoint.eps
+    noted_eps = layer.eps if layer.eps is not None else eps.get(layer.name)
+    noted_momentum = momenta.get(layer.name, DEFAULT_MOMENTUM)
     return LayerHistory(
         name=model + layer.name,
         channels=layer.channels,
-        eps=_DEFAULT_EPS if layer.eps is None else layer.eps,
-        momentum=layer.momentum if layer.is_momentum_known else noted,
+        eps=_DEFAULT_EPS if noted_eps is None else noted_eps,
+        is_eps_known=noted_eps is not None,
+        momentum=layer.momentum if layer.is_momentum_known else noted_momentum,
         is_momentum_known=layer.is_momentum_known or layer.name in momenta,
         gamma=layer.weight,
         beta=layer.bias,

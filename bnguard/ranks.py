@@ -10,7 +10,7 @@ import numpy as np
 
 from bnguard.diagnosis import diagnose
 from bnguard.exchange import Exchange
-from bnguard.findings import Finding, Severity
+from bnguard.findings import Finding, Severity, group_findings
 from bnguard.history import History, LayerHistory, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import Rule
@@ -104,7 +104,8 @@ def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
         is_info = finding.severity is Severity.INFO
         return Severity.INFO if is_info else worst[root(finding.code)]
 
-    return tuple(sorted(findings, key=urgency, reverse=True))
+    groups = group_findings(sorted(findings, key=urgency, reverse=True))
+    return tuple(finding for group in groups for finding in group.findings)
 
 
 def _distances(history: History, by_rank: Sequence[_Contribution | None]) -> dict[str, FloatArray]:

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+# PyTorch's, which a state dict leaves to be assumed.
+DEFAULT_MOMENTUM = 0.1
+
 # At this weight the initial statistics count as forgotten; BN303 has it for a default.
 FORGOTTEN_WEIGHT = 0.05
 

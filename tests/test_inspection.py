@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
 from bnguard.errors import ConfigurationError
-from bnguard.findings import Severity
+from bnguard.findings import Evidence, Severity
+from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.reports import ReportLog
 from tests.networks import conv_net, digits
 
 
@@ -189,3 +192,148 @@ def test_of_a_scripted_model_that_is_inspected_which_it_saves(model):
     assert [layer.name for layer in found.layers] == [
         layer.name for layer in bnguard.inspect(model.state_dict()).layers
     ]
+
+
+def partly_dead(shares, channels=64):
+    """A state dict whose layers have some channels without variance."""
+    state = {}
+    for place, share in enumerate(shares):
+        layer = nn.BatchNorm2d(channels)
+        layer.running_var[: round(share * channels)] = 0.0
+        layer.num_batches_tracked.fill_(10_000)
+        state |= {f"{place}.{key}": value for key, value in layer.state_dict().items()}
+    return state
+
+
+def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
+    report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
+    assert [finding.layer for finding in report.findings] == ["1", "2", "0"]
+    assert [finding["layer"] for finding in report.to_dict()["findings"]] == ["1", "2", "0"]
+    assert "BN204 dead-channels  3 layers, worst 1" in str(report)
+    assert "dead channels 12.5% (limit 50%)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("further", "nearer"),
+    [
+        (Evidence("dead channels", 12.5, 50.0), Evidence("dead channels", 0.17, 50.0)),
+        (Evidence("shift", 3.0, 1.0), Evidence("shift", 2.0, 1.0)),
+        (Evidence("updates", 1, 0), Evidence("updates", 0, 0)),
+        (
+            Evidence("values per channel", 2, 16, is_minimum=True),
+            Evidence("values per channel", 8, 16, is_minimum=True),
+        ),
+        (Evidence("gain", float("nan"), 1e3), Evidence("gain", 1e9, 1e3)),
+    ],
+)
+def test_the_order_of_evidence_knows_on_which_side_its_limit_is(further, nearer):
+    assert further.excess > nearer.excess
+
+
+def test_the_tab_and_the_text_of_a_run_have_the_same_order(tmp_path):
+    report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
+    with SummaryWriter(tmp_path) as writer:
+        ReportLog([writer]).add(report, 1)
+    (run,) = logged_runs(tmp_path)
+    assert [finding["layer"] for finding in run.findings] == ["1", "2", "0"]
+    assert all(finding["evidence"]["above"] for finding in run.findings)
+    assert "(limit 50) at 1" in str(run)
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+def test_an_untrained_model_is_no_fault(as_state):
+    model = conv_net()
+    report = bnguard.inspect(model.state_dict() if as_state else model)
+    assert accused(report) == set()
+    (finding, *_) = [finding for finding in report.findings if finding.code == "BN303"]
+    assert "as in a network that was not trained" in finding.message
+    assert "momentum" not in finding.fix.summary
+
+
+def test_an_untrained_model_with_random_gamma_and_beta_is_no_fault():
+    torch.manual_seed(0)
+    widths = (48, 48, 96, 96, 192)
+    drawn = nn.Sequential(*map(nn.BatchNorm2d, widths))
+    for layer in drawn:
+        nn.init.normal_(layer.weight, 0.1, 0.1)
+        nn.init.normal_(layer.bias, 0.0, 0.1)
+    assert accused(bnguard.inspect(drawn)) == accused(bnguard.inspect(drawn.state_dict())) == set()
+    for layer in drawn:
+        layer.num_batches_tracked.fill_(100)
+    report = bnguard.inspect(drawn)
+    assert {f.severity for f in report.findings if f.code == "BN304"} == {Severity.ERROR}
+
+
+def test_lost_statistics_of_a_trained_network_are_told_without_a_counter_that_moved(model):
+    copied = conv_net()
+    with torch.no_grad():
+        for target, source in zip(copied.parameters(), model.parameters(), strict=True):
+            target.copy_(source)
+    for subject in (copied, copied.state_dict()):
+        assert "BN304" in accused(bnguard.inspect(subject))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in torchvision: buffers alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((channels,), float(value)))
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+@pytest.mark.parametrize("state", ["initial", "folded", "trained"])
+def test_layers_that_never_train_have_no_momentum(as_state, state):
+    frozen = type("FrozenBatchNorm2d", (FrozenBatchNorm2d,), {"__module__": "torchvision.ops.misc"})
+    backbone = nn.Sequential(frozen(8), frozen(8))
+    for layer in backbone if state != "initial" else ():
+        layer.bias.normal_()
+    for layer in backbone if state == "trained" else ():
+        layer.running_mean.normal_()
+    report = bnguard.inspect(backbone.state_dict() if as_state else backbone)
+    assert accused(report) == set()
+    assert {"BN103", "BN303"}.isdisjoint(finding.code for finding in report.findings)
+    assert report.notes == ()
+
+
+def amplifying(gamma, eps=1e-5):
+    layer = nn.BatchNorm2d(4, eps=eps)
+    layer.running_var.fill_(1e-7)
+    nn.init.constant_(layer.weight, gamma)
+    layer.num_batches_tracked.fill_(10_000)
+    return layer
+
+
+def gains(subject, **options):
+    report = bnguard.inspect(subject, select=["BN403"], **options)
+    return [(f.severity, round(f.evidence.value)) for f in report.findings], report
+
+
+def test_a_gain_is_judged_by_what_holds_for_each_eps_that_is_usual():
+    found, report = gains(amplifying(5.0).state_dict())
+    assert found == [(Severity.INFO, 1573)]
+    assert "eps is not stored, the gain is 1,573 with eps 1e-05 and 158.1 with eps 0.001" in (
+        report.findings[0].message
+    )
+    assert gains(amplifying(5.0))[0] == [(Severity.WARNING, 1573)]
+    assert gains(amplifying(5.0, eps=1e-3))[0] == []
+    state = amplifying(5.0).state_dict()
+    changed = amplifying(5.0, eps=1e-3)
+    assert gains(state, reference=changed)[0] == []
+    assert gains(amplifying(50.0).state_dict())[0] == [(Severity.WARNING, 1581)]
+
+
+@pytest.mark.parametrize(("updates", "is_told"), [(60, True), (100_000, False)])
+def test_an_assumed_momentum_is_told_where_it_decides(updates, is_told):
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean.fill_(0.5)
+    layer.num_batches_tracked.fill_(updates)
+    report = bnguard.inspect({f"bn.{key}": value for key, value in layer.state_dict().items()})
+    told = "momentum is not stored, and 0.1 is assumed: below 0.049 the 60 updates of bn were"
+    assert (told in " ".join(report.notes)) is is_told
+    assert report.findings == ()
+    assert "no problems found in what a checkpoint shows; training was not looked at" in (
+        " ".join(str(report).split())
+    )

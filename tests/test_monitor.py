@@ -335,7 +335,7 @@ def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):
 
     monkeypatch.setattr(place, fails)
     text = str(run())
-    assert "nothing is wrong" not in text
+    assert "no problems found" not in text
     assert "KeyError: 'ours'" in text
     assert [record.getMessage().count("KeyError: 'ours'") for record in caplog.records] == [1]
     with pytest.raises(KeyError):

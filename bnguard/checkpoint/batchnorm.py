@@ -12,7 +12,13 @@ from typing import TypeGuard
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
 from bnguard.checkpoint.inert import InertObject, NotPlainError, mapping_of, plain
-from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel, ForeignValue
+from bnguard.checkpoint.model import (
+    Checkpoint,
+    CheckpointLayer,
+    CheckpointModel,
+    ForeignValue,
+    NotedFinding,
+)
 from bnguard.checkpoint.sources import printable
 from bnguard.checkpoint.tensors import StoredTensor
 from bnguard.errors import CheckpointError
@@ -33,6 +39,8 @@ _MOST_VALUES = 2**22
 
 _ABSENT = object()
 _KERAS_STATISTICS = ("moving_mean", "moving_variance")
+# Each layer may have a few.
+_MOST_FINDINGS = 10_000
 
 # Data classes in data classes among the hyper-parameters.
 _MOST_NESTED_FIELDS = 4
@@ -75,7 +83,9 @@ def describe(contents: Contents) -> Checkpoint:
         foreign_data_hyper_parameters=foreign_of_data,
         hyper_parameters_argument=_text(root.get("hparams_name")),
         data_hyper_parameters_argument=_text(root.get("datamodule_hparams_name")),
-        momenta=_momenta(root),
+        momenta=_numbers(_noted(root, "momentum")),
+        eps={name: e for name, e in _numbers(_noted(root, "eps")).items() if e is not None},
+        reported=tuple(_findings(_noted(root, "findings"))),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
@@ -298,17 +308,38 @@ def _hyper_parameter(value: object, depth: int = _MOST_NESTED_FIELDS) -> object:
     return ForeignValue(value.class_name, args if isinstance(args, tuple) else None)
 
 
-def _momenta(root: Mapping[object, object]) -> dict[str, float | None]:
-    """Return the momentum of each layer, which ``BatchNormMonitor`` notes in a checkpoint."""
+def _noted(root: Mapping[object, object], key: str) -> object:
+    """Return what ``BatchNormMonitor`` noted in a checkpoint; None where it did not."""
     node: object = root
-    for key in ("callbacks", "BatchNormMonitor", "momentum"):
-        node = (mapping_of(node) or {}).get(key)
-    momenta = mapping_of(node) or {}
+    for part in ("callbacks", "BatchNormMonitor", key):
+        node = (mapping_of(node) or {}).get(part)
+    return node
+
+
+def _numbers(noted: object) -> dict[str, float | None]:
+    """Return a number of each layer, by its name."""
     return {
         str(name): value
-        for name, value in momenta.items()
+        for name, value in (mapping_of(noted) or {}).items()
         if value is None or isinstance(value, float)
     }
+
+
+def _findings(noted: object) -> Iterator[NotedFinding]:
+    """Yield the findings of the training; what is no finding is left out."""
+    for record in noted[:_MOST_FINDINGS] if isinstance(noted, list) else ():
+        given = mapping_of(record) or {}
+        layer = given.get("layer")
+        texts = {key: given.get(key) for key in ("code", "name", "severity", "message", "evidence")}
+        first, last = _count(given.get("first_step")), _count(given.get("last_step"))
+        is_whole = all(isinstance(text, str) for text in texts.values())
+        if is_whole and (layer is None or isinstance(layer, str)) and None not in (first, last):
+            yield NotedFinding(
+                **{key: printable(str(text)) for key, text in texts.items()},
+                layer=None if layer is None else printable(layer),
+                first_step=first or 0,
+                last_step=last or 0,
+            )
 
 
 def _text(value: object) -> str | None:

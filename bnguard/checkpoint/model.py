@@ -89,6 +89,31 @@ class ForeignValue:
     parts: Mapping[str, object] | tuple[object, ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NotedFinding:
+    """A finding of the training that made a checkpoint, as the callback noted it there.
+
+    Attributes:
+        code: Code of the rule.
+        name: Name of the rule.
+        severity: ``"warning"`` or ``"error"``.
+        layer: Dotted name of the layer; None for the model.
+        message: What was wrong.
+        evidence: The number that said so, in words.
+        first_step: Step in which it first showed.
+        last_step: Step in which it last did.
+    """
+
+    code: str
+    name: str
+    severity: str
+    layer: str | None
+    message: str
+    evidence: str
+    first_step: int
+    last_step: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A checkpoint, read without executing anything in it.
@@ -109,6 +134,8 @@ class Checkpoint:
         data_hyper_parameters_argument: The same of the data module.
         momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
             training; empty where it did not.
+        eps: The same of their eps.
+        reported: What ``BatchNormMonitor`` had reported of the training when it was saved.
         global_step: Training steps taken; None where the file does not say.
         epoch: Epochs; None where the file does not say.
         provenance: What bnguard noted when it wrote this file; None where it did not.
@@ -126,6 +153,8 @@ class Checkpoint:
     hyper_parameters_argument: str | None = None
     data_hyper_parameters_argument: str | None = None
     momenta: Mapping[str, float | None] = field(default_factory=dict)
+    eps: Mapping[str, float] = field(default_factory=dict)
+    reported: tuple[NotedFinding, ...] = ()
     global_step: int | None = None
     epoch: int | None = None
     provenance: Mapping[str, object] | None = None

@@ -106,6 +106,7 @@ def _document(
     return {
         "action": "recalibrate",
         "method": result.method,
+        "prior": values.prior,
         "weights": stored.name,
         "data": data.path,
         "split": values.split if data.is_module else None,

@@ -24,10 +24,11 @@ _HELP = """
   schema        version of this form: 1; keys may be added in a version
   bnguard       version of bnguard
   checkpoints   each with path, format, models, global_step, epoch, provenance,
-                problems, and report: findings, layers, skipped, notes
+                problems, reported (findings of the training, noted by
+                BatchNormMonitor), and report: findings, layers, skipped, notes
   errors        what could not be read, each with path and message
   a finding has code, name, severity (info, warning, error), layer, message,
-                evidence (measure, value, limit, unit), reasons (as evidence),
+                evidence (measure, value, limit, unit, is_minimum), reasons,
                 fix (summary, repair), channels, step, cause
 
 exit status:

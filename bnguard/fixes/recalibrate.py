@@ -31,6 +31,7 @@ from bnguard.fixes.overlap import SampleMarks
 from bnguard.fixes.recalibration import LayerChange, Recalibration
 from bnguard.fixes.selection import SkippedLayer, select_layers, unwrapped
 from bnguard.fixes.snapshot import Snapshot
+from bnguard.history import LayerHistory, RunningStatistics
 from bnguard.layers import (
     BatchNormLayer,
     device_of,
@@ -40,7 +41,7 @@ from bnguard.layers import (
     preserved_statistics,
     require_module,
 )
-from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.stats import DEFAULT_MOMENTUM, FORGOTTEN_WEIGHT, initial_weight, updates_to_forget
 
 Keep = Literal["if-better", "always"]
 
@@ -157,7 +158,9 @@ def recalibrate(
         )
     with _taken_back_on_error(snapshot):
         for layer in reached:
-            _write(layer, calibration.estimates[layer.name], calibration.batches)
+            before = snapshot.statistics[layer.name]
+            counter = _counter(layer, before, method, prior, calibration)
+            _write(layer, calibration.estimates[layer.name], counter)
         after = Snapshot(reached).statistics
         gate.measure_after()
         is_kept = keep == "always" or not gate.is_worse
@@ -268,15 +271,48 @@ def _taken_back_on_error(snapshot: Snapshot) -> Iterator[None]:
         raise
 
 
-def _write(layer: BatchNormLayer, estimate: Estimate, batches: int) -> None:
-    """Give a layer its new statistics for good, and a counter that says they are converged."""
+def _write(layer: BatchNormLayer, estimate: Estimate, counter: int) -> None:
+    """Give a layer its new statistics for good, and a counter that says what they are worth."""
     mean, var = current_statistics(layer)
     mean.copy_(fitted(estimate.mean, mean, layer.name))
     var.copy_(fitted(estimate.var, var, layer.name))
     if layer.counter is not None:
-        forgotten = updates_to_forget(layer.momentum, FORGOTTEN_WEIGHT)
-        updates = int(layer.counter) + batches
-        layer.counter.fill_(max(updates, int(forgotten)) if math.isfinite(forgotten) else updates)
+        layer.counter.fill_(counter)
+
+
+def _counter(
+    layer: BatchNormLayer, before: RunningStatistics, method: str, prior: float, done: Calibration
+) -> int:
+    """Return the number of updates after which training would have forgotten as much.
+
+    Whoever reads a checkpoint may have to assume PyTorch's momentum: where the initial statistics
+    are gone, the number says so with that of the layer and with the default.
+    """
+    momentum = layer.momentum
+    updates = (before.updates or 0) + done.batches
+    if method == "ema":
+        left = initial_weight(momentum, updates)
+    else:
+        history = LayerHistory(
+            name=layer.name, channels=layer.channels, momentum=momentum, running=before
+        )
+        left = (history.initial_weight or 0.0) * prior / (prior + done.samples)
+    if method == "ema" and left > FORGOTTEN_WEIGHT:
+        return updates
+    if left > FORGOTTEN_WEIGHT:
+        enough = [before.updates or 0, updates_to_forget(momentum or DEFAULT_MOMENTUM, left)]
+    else:
+        # Counters that are read in float32 are rounded.
+        limit = FORGOTTEN_WEIGHT * (1.0 - 1e-6)
+        enough = [
+            updates,
+            *(updates_to_forget(each, limit) for each in (momentum, DEFAULT_MOMENTUM)),
+        ]
+    return min(_MOST_UPDATES, int(max(filter(math.isfinite, enough))))
+
+
+# More than any training has, and held exactly by a counter of any type but half precision.
+_MOST_UPDATES = 2**53
 
 
 def _notes(

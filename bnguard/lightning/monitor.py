@@ -113,6 +113,9 @@ class BatchNormMonitor(GuardedCallback):
         self._told: set[tuple[str, Severity, str | None]] = set()
         self._log: RunLog | None = None
         self._momenta: dict[str, float | None] = {}
+        self._eps: dict[str, float] = {}
+        # What a checkpoint repeats of the training that made it.
+        self._noted: dict[tuple[object, ...], dict[str, Any]] = {}
         # Of the run that this one goes on from; and of the one that ended last.
         self._before: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
@@ -122,18 +125,22 @@ class BatchNormMonitor(GuardedCallback):
         return {**vars(self), "_monitor": None, "_evaluation": ExitStack(), "_log": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the momentum of each layer, and what lets a resumed run go on as one."""
+        """Return momentum and eps of each layer, the findings, and what lets a run be resumed."""
         return self._state() or {}
 
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an interrupted run knew, when training begins."""
         self._before = state_dict.get("monitor")
+        for record in state_dict.get("findings", ()):
+            self._noted[record["code"], record["severity"], record["layer"]] = dict(record)
 
     @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, with weights restored and moved, and after the sanity check."""
         before, self._before = self._before, None
+        if before is None:
+            self._noted.clear()
         self._batches, self._untold = 0, []
         self._told.clear()
         monitor = self._watch(trainer, pl_module, planned_batches(trainer))
@@ -270,8 +277,35 @@ class BatchNormMonitor(GuardedCallback):
 
     @guarded
     def _state(self) -> dict[str, Any]:
-        state = self._ended if self._monitor is None else self._monitor.state_dict()
-        return {"momentum": self._momenta, "monitor": state}
+        state = self._ended
+        if self._monitor is not None:
+            state = self._monitor.state_dict()
+            self._note(self._monitor.check().findings, state["step"])
+        return {
+            "momentum": self._momenta,
+            "eps": self._eps,
+            "findings": list(self._noted.values()),
+            "monitor": state,
+        }
+
+    def _note(self, findings: Iterable[Finding], step: int) -> None:
+        """Note findings of a step for checkpoints, as plain data, with the steps that they held."""
+        for finding in findings:
+            if finding.severity is Severity.INFO:
+                continue
+            key = (finding.code, str(finding.severity), finding.layer)
+            first = step if finding.step is None else finding.step
+            record = {
+                "code": finding.code,
+                "name": finding.name,
+                "severity": str(finding.severity),
+                "layer": finding.layer,
+                "message": finding.message,
+                "evidence": str(finding.evidence),
+                "first_step": min(first, self._noted.get(key, {}).get("first_step", first)),
+                "last_step": max(first, step),
+            }
+            self._noted[key] = record
 
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, planned_steps: int | None
@@ -283,7 +317,9 @@ class BatchNormMonitor(GuardedCallback):
             if number_of_ranks() == 1:
                 self._exchange(trainer)
 
-        self._momenta = {layer.name: layer.momentum for layer in find_layers(pl_module)}
+        layers = find_layers(pl_module)
+        self._momenta = {layer.name: layer.momentum for layer in layers}
+        self._eps = {layer.name: layer.eps for layer in layers}
         if not self._momenta:
             if trainer.is_global_zero:
                 name = type(pl_module).__name__
@@ -338,6 +374,7 @@ class BatchNormMonitor(GuardedCallback):
         """Log and show the report, and watch no longer."""
         # What a later checkpoint of the run should hold.
         self._ended = monitor.state_dict()
+        self._note(report.findings, self._ended["step"])
         log, self._log = self._log, None
         self.let_go()
         if log is not None:
@@ -352,6 +389,7 @@ class BatchNormMonitor(GuardedCallback):
 
     def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
         new = [finding for finding in findings if finding.key not in self._told]
+        self._note(new, logged_step(trainer) + 1)
         self._told.update(finding.key for finding in new)
         groups = group_findings(new)
         if trainer.global_rank == rank:

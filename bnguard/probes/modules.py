@@ -63,7 +63,9 @@ def _described(
         momentum=layer.momentum,
         training=layer.is_training,
         is_affine_frozen=not any(part.requires_grad for part in affine) if affine else None,
-        is_updating=bool(getattr(layer.module, "track_running_stats", True)),
+        is_updating=(
+            not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
+        ),
         fed_by=None if feeder is None else type(feeder).__name__,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
         idle_children=_idle_children(layer.module),

@@ -24,8 +24,8 @@ class Report:
 
     Example:
         >>> from bnguard.history import History, Run
-        >>> print(Report(History(layers=(), run=Run()), findings=(), skipped=()))
-        bnguard · 0 BN layers · nothing is wrong
+        >>> print(Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=()))
+        bnguard · 0 BN layers · 9 steps · no problems found
     """
 
     history: History

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,16 @@ from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import Checkpoint, CheckpointLayer
+    from bnguard.checkpoint.model import NotedFinding
     from bnguard.report import Report
 
 
 def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool) -> RenderableType:
     """Return what an inspection found: the file, its findings, and each layer if asked for."""
     parts: list[RenderableType] = [Text(f"{checkpoint.path} ({checkpoint.format})"), report]
+    found = {finding.code for finding in report.findings}
+    only_reported = [noted for noted in checkpoint.reported if noted.code not in found]
+    parts += [Text(line) for line in _reported_lines(only_reported)]
     parts += [Text(f"unusable: {problem}", style="yellow") for problem in checkpoint.problems]
     if checkpoint.provenance is not None:
         action = checkpoint.provenance.get("action", "written")
@@ -41,7 +46,9 @@ def inspection_document(
     Schema version 1: ``schema``, ``bnguard``, ``checkpoints`` and ``errors`` (each with ``path``
     and ``message``). A checkpoint has ``path``, ``format``, ``models`` (their names),
     ``global_step``, ``epoch``, ``provenance`` (null where bnguard did not write it), ``problems``
-    (sentences), and ``report``, as :mod:`bnguard.report.document` describes it.
+    (sentences), ``reported`` (what ``BatchNormMonitor`` reported of the training, each with
+    ``code``, ``name``, ``severity``, ``layer``, ``message``, ``evidence``, ``first_step``,
+    ``last_step``), and ``report``, as :mod:`bnguard.report.document` describes it.
     """
     return {
         "schema": SCHEMA,
@@ -55,12 +62,30 @@ def inspection_document(
                 "epoch": checkpoint.epoch,
                 "provenance": checkpoint.provenance,
                 "problems": list(checkpoint.problems),
+                "reported": [dataclasses.asdict(noted) for noted in checkpoint.reported],
                 "report": report.to_dict(),
             }
             for checkpoint, report in inspected
         ],
         "errors": [{"path": path, "message": message} for path, message in errors.items()],
     }
+
+
+def _reported_lines(reported: Iterable[NotedFinding]) -> Iterator[str]:
+    """Yield what the callback reported while the checkpoint was trained, a line each rule."""
+    groups: dict[tuple[str, str], list[NotedFinding]] = {}
+    for noted in reported:
+        groups.setdefault((noted.severity, noted.code), []).append(noted)
+    for (severity, code), group in groups.items():
+        first, last = min(n.first_step for n in group), max(n.last_step for n in group)
+        when = f"at step {first}" if first == last else f"at steps {first} to {last}"
+        noted = group[0]
+        place = "the model" if noted.layer is None else noted.layer or "the model itself"
+        where = place if len(group) == 1 else f"{len(group)} layers, {place} among them"
+        yield (
+            f"while training, bnguard reported: {severity} {code} {noted.name} {when}, {where}: "
+            f"{noted.message}; {noted.evidence}"
+        )
 
 
 def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:

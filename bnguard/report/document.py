@@ -6,8 +6,9 @@ Schema version 1, the keys of a report:
 * ``steps``: training steps observed, 0 for a checkpoint.
 * ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
   ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
-  ``value``, ``limit``, ``unit``), ``reasons`` (a list of the same: what speaks for the cause that
-  the message names), ``fix`` (``summary``, ``repair``), ``channels``, ``step``,
+  ``value``, ``limit``, ``unit``, ``is_minimum``: whether the limit is the least that is right),
+  ``reasons`` (a list of the same: what speaks for the cause that the message names), ``fix``
+  (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
 * ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
   ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics

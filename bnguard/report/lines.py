@@ -58,5 +58,5 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 def _heading(group: FindingGroup) -> str:
     worst = group.worst
-    when = "" if worst.step is None else f", step {worst.step}"
+    when = "" if group.step is None else f", step {group.step}"
     return f"{worst.code} {worst.name} at {group.where}{when}"

@@ -80,8 +80,8 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
 def _root(group: FindingGroup) -> Text:
     finding = group.worst
     block = _place(group)
-    if finding.step is not None:
-        block.append(f", since step {finding.step}")
+    if group.step is not None:
+        block.append(f", since step {group.step}")
     block.append(f"\n{finding.message}")
     block.append(f"; {finding.evidence}", style="dim")
     return block.append(f"\n→ {finding.fix.summary}")
@@ -114,8 +114,12 @@ def _heading(report: Report) -> Text:
             for severity, number in counts
             if number
         ]
+    elif report.failure is None and report.history.run.steps:
+        parts.append("no problems found")
     elif report.failure is None:
-        parts.append("nothing is wrong")
+        is_stored = all(layer.training is None for layer in report.layers)
+        what = "checkpoint" if is_stored else "model"
+        parts.append(f"no problems found in what a {what} shows; training was not looked at")
     else:
         parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")

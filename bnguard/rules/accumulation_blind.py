@@ -68,7 +68,7 @@ class AccumulationBlind(Rule):
             Severity.WARNING,
             f"gradients of {accumulated:g} batches are accumulated, but each is normalised by "
             f"its own {layer.samples} sample{'' if layer.samples == 1 else 's'}",
-            Evidence("samples a batch", layer.samples, self.min_samples),
+            Evidence("samples a batch", layer.samples, self.min_samples, is_minimum=True),
             Fix("enlarge the batch itself, or use GroupNorm, which needs none"),
         )
 

@@ -28,7 +28,9 @@ class AmplifyingChannel(ModelRule):
         The largest |value - running mean|, in running standard deviations, of the newest
         evaluation, ``info`` where the mode gap was measured and shows no harm. Where it is within
         its limit, or there was none, as in a checkpoint: the gain. A running variance that is so
-        negative that its root is not a number is an ``error``.
+        negative that its root is not a number is an ``error``. A state dict does not hold eps:
+        what is so with PyTorch's 1e-5 and with TensorFlow's 1e-3 is judged, what is so with 1e-5
+        alone is ``info``.
 
     Limits:
         max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,
@@ -72,13 +74,18 @@ class AmplifyingChannel(ModelRule):
         if layer.running is None or not layer.running.var.size:
             yield self._skipped(layer, "the layer keeps no running statistics")
             return
-        negative = tuple(map(int, np.flatnonzero(layer.running.var + layer.eps < 0.0)))
+        least, most = layer.possible_eps[0], layer.possible_eps[-1]
+        negative = tuple(map(int, np.flatnonzero(layer.running.var + least < 0.0)))
         if negative:
+            is_certain = bool((layer.running.var + most < 0.0).any())
             yield self._finding(
                 layer,
-                Severity.ERROR,
-                "a running variance is negative: its root is NaN, and with it every evaluation",
-                Evidence("smallest variance", float(np.nanmin(layer.running.var)), 0.0),
+                Severity.ERROR if is_certain else Severity.INFO,
+                "a running variance is negative: its root is NaN, and with it every evaluation"
+                + ("" if is_certain else f", if eps is {least:g}; it is not stored"),
+                Evidence(
+                    "smallest variance", float(np.nanmin(layer.running.var)), 0.0, is_minimum=True
+                ),
                 _FIX,
                 channels=negative,
             )
@@ -102,28 +109,39 @@ class AmplifyingChannel(ModelRule):
                 step=seen.step,
             )
             return
-        gain = _gain(layer)
-        if gain.size and float(np.max(gain)) > self.max_gain:
-            yield self._finding(
-                layer,
-                Severity.WARNING,
-                "a channel is multiplied so much in eval mode that a small difference drowns all",
-                Evidence("largest gain", float(np.max(gain)), self.max_gain),
-                _FIX,
-                channels=tuple(map(int, np.flatnonzero(gain > self.max_gain))),
-            )
+        yield from self._amplified(layer)
+
+    def _amplified(self, layer: LayerHistory) -> Iterator[Finding]:
+        """Hold the gain against its limit; where eps is not known, at each eps that is usual."""
+        gains = {eps: _gain(layer, eps) for eps in layer.possible_eps}
+        largest = {eps: float(np.max(gain, initial=0.0)) for eps, gain in gains.items()}
+        # The larger eps is, the smaller the gain.
+        sure, likely = largest[layer.possible_eps[-1]], largest[layer.possible_eps[0]]
+        if likely <= self.max_gain:
+            return
+        is_certain = sure > self.max_gain
+        each = " and ".join(f"{gain:,.4g} with eps {eps:g}" for eps, gain in largest.items())
+        yield self._finding(
+            layer,
+            Severity.WARNING if is_certain else Severity.INFO,
+            "a channel is multiplied so much in eval mode that a small difference drowns all"
+            + ("" if layer.is_eps_known else f"; eps is not stored, the gain is {each}"),
+            Evidence("largest gain", sure if is_certain else likely, self.max_gain),
+            _FIX,
+            channels=tuple(map(int, np.flatnonzero(gains[layer.possible_eps[0]] > self.max_gain))),
+        )
 
 
 _FIX = Fix("recalibrate; where the channel is dead in training, take it out", "recalibrate")
 
 
-def _gain(layer: LayerHistory) -> np.ndarray:
+def _gain(layer: LayerHistory, eps: float) -> np.ndarray:
     """Return |gamma| / sqrt(running variance + eps), a channel each; 0 where not finite."""
     assert layer.running is not None
     if layer.gamma is not None and layer.gamma.shape != layer.running.var.shape:
         return np.empty(0)
     with np.errstate(all="ignore"):
         gain = np.abs(1.0 if layer.gamma is None else layer.gamma) / np.sqrt(
-            layer.running.var + layer.eps
+            layer.running.var + eps
         )
     return np.where(np.isfinite(gain), gain, 0.0)

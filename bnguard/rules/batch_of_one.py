@@ -71,7 +71,7 @@ class BatchOfOne(Rule):
             Severity.ERROR,
             f"a batch in train mode {verb} one value per channel here: it has no variance, and "
             "PyTorch refuses it",
-            Evidence("values per channel", smallest, self.min_values_per_channel),
+            Evidence("values per channel", smallest, self.min_values_per_channel, is_minimum=True),
             Fix("DataLoader(..., drop_last=True); no BN where a sample has one position"),
             step=layer.batch_of_one_step,
         )

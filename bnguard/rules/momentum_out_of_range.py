@@ -9,9 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.history import LayerHistory
 from bnguard.rules.base import Rule
-
-# PyTorch's.
-_DEFAULT_MOMENTUM = 0.1
+from bnguard.stats import DEFAULT_MOMENTUM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,8 @@ class MomentumOutOfRange(Rule):
 
     Evidence:
         ``momentum`` of a layer that updates its statistics. A layer in eval mode throughout the
-        training does not use it, and is not judged; a checkpoint does not hold it.
+        training does not use it, and is not judged; a checkpoint does not hold it. A momentum of 0
+        next to statistics that were estimated or loaded is ``info`` before any training.
 
     Limits:
         max_momentum: 0.5, at which the last batch alone has half of all the weight; PyTorch's
@@ -72,12 +71,14 @@ class MomentumOutOfRange(Rule):
             return
         if momentum < self.min_momentum:
             is_initial = layer.running.is_initial
+            is_in_use = bool(layer.run.steps or layer.evaluated)
+            severity = Severity.WARNING if is_in_use else Severity.INFO
             yield self._finding(
                 layer,
-                Severity.ERROR if is_initial else Severity.WARNING,
+                Severity.ERROR if is_initial else severity,
                 "momentum is 0, so that the running statistics never move"
                 + (": eval mode uses mean 0 and variance 1" if is_initial else ""),
-                Evidence("momentum", momentum, self.min_momentum),
+                Evidence("momentum", momentum, self.min_momentum, is_minimum=True),
                 Fix("momentum=0.1, or eval() on layers whose statistics should stay"),
             )
         elif momentum >= self.max_momentum:
@@ -93,4 +94,4 @@ class MomentumOutOfRange(Rule):
     def _proposed(self, momentum: float) -> float:
         """Return what Keras means by this momentum, or the default where that is too large too."""
         converted = max(1.0 - momentum, 0.001)
-        return converted if converted < self.max_momentum else _DEFAULT_MOMENTUM
+        return converted if converted < self.max_momentum else DEFAULT_MOMENTUM

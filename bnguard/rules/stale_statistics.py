@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
-from bnguard.rules.base import Rule
+from bnguard.history import History, LayerHistory
+from bnguard.rules.base import ModelRule
 from bnguard.rules.measures import DriftLimits, is_known_harmless, is_sampling
+from bnguard.stats import FloatArray
 
 _FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaleStatistics(Rule):
+class StaleStatistics(ModelRule):
     """The weights have changed since the running statistics were taken.
 
     Why it matters:
@@ -27,7 +28,10 @@ class StaleStatistics(Rule):
         step ever saw, and that is evaluated with the statistics of another.
 
     Evidence:
-        One of four. The statistics are the initial (0, 1) beside a beta that has learnt. Or the
+        One of four. The statistics are the initial (0, 1), and beta is not: an ``error`` where the
+        counter says that there were updates, else a ``warning``; ``info`` where gamma and beta
+        look drawn at random, or no counter tells frozen layers, into whose gamma and beta the
+        statistics are folded, from others. Or the
         layer was called in train mode, and nothing entered its statistics, as where a function
         runs on copies of the buffers. Or weights were written between the newest training step
         and the evaluation, or into a copy of the model that is watched beside it, and what arrives
@@ -80,12 +84,17 @@ class StaleStatistics(Rule):
     max_weight_change: float = 0.01
     channel_quantile: float = 0.9
 
-    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Look for statistics that are lost, that nothing enters, or of other weights."""
+        is_drawn = _look_drawn(history.layers)
+        for layer in history.layers:
+            yield from self._judged(layer, is_drawn=is_drawn)
+
+    def _judged(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
         if layer.running is None:
             yield self._skipped(layer, "the layer keeps no running statistics")
         elif layer.run.steps == 0 and layer.running.is_initial and layer.running.mean.size:
-            yield from self._lost(layer)
+            yield from self._lost(layer, is_drawn=is_drawn)
         elif _is_copied(layer):
             yield from self._of_reference(layer)
         elif (
@@ -97,18 +106,23 @@ class StaleStatistics(Rule):
         elif layer.run.has_new_weights_in_evaluation:
             yield from self._rewritten(layer)
 
-    def _lost(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def _lost(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
         if layer.beta is None:
             yield self._skipped(layer, "without beta nothing says whether the layer was trained")
             return
         moved = float(np.median(np.abs(layer.beta)))
         if not np.isfinite(moved) or moved < self.min_moved_beta:
             return
+        if layer.is_momentum_known and layer.momentum == 0.0:
+            yield self._skipped(
+                layer, "with momentum 0 the initial statistics stay, which is BN103"
+            )
+            return
+        severity, why = _why_initial(layer, is_drawn=is_drawn)
         yield self._finding(
             layer,
-            Severity.ERROR,
-            "beta has learnt, but the running statistics are the initial mean 0 and variance 1: "
-            "they were lost on the way",
+            severity,
+            f"the running statistics are the initial mean 0 and variance 1, but beta is not: {why}",
             Evidence("median |beta|", moved, self.min_moved_beta),
             Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
         )
@@ -160,6 +174,57 @@ class StaleStatistics(Rule):
             step=seen.step,
         )
 
+
+def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]:
+    """Return how bad initial statistics are next to a beta that is not, and how that comes."""
+    updates = None if layer.running is None else layer.running.updates
+    is_module = layer.training is not None
+    if updates:
+        return Severity.ERROR, "they were lost after training"
+    if updates is None and not (is_module and layer.is_updating):
+        return (
+            Severity.INFO,
+            "they are folded into gamma and beta, as in some frozen layers, or were lost",
+        )
+    if is_drawn and layer.is_untrained and not layer.run.stored_steps:
+        return (
+            Severity.INFO,
+            "gamma and beta look as if drawn at random, as in a network that was not trained",
+        )
+    return Severity.WARNING, "they were lost, or no update ever reached them"
+
+
+def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
+    """Return whether gamma and beta of all layers look like draws from one distribution each.
+
+    An initialisation draws them so, or sets them to a constant; training moves gamma too, and each
+    layer its own way, which shows in layers that are not too small.
+    """
+    gammas = [layer.gamma for layer in layers if layer.gamma is not None]
+    betas = [layer.beta for layer in layers if layer.beta is not None]
+    if not any(map(np.ptp, gammas)):
+        return True
+    are_enough = len(betas) > 1 and sum(beta.size for beta in betas) >= _FEWEST_DRAWS
+    return are_enough and _are_alike(gammas) and _are_alike(betas)
+
+
+def _are_alike(draws: Iterable[FloatArray]) -> bool:
+    """Return whether samples may be from one distribution, but for those that are a constant."""
+    varied = [drawn for drawn in draws if np.ptp(drawn)]
+    if not varied:
+        return True
+    together = np.concatenate(varied)
+    center, spread = np.mean(together), np.std(together)
+    return all(
+        abs(np.mean(drawn) - center) <= _SIGMAS * spread / np.sqrt(drawn.size)
+        and abs(np.log(np.std(drawn) / spread)) <= _SIGMAS / np.sqrt(2.0 * drawn.size)
+        for drawn in varied
+    )
+
+
+# Of a mean or a deviation of draws, in hundreds of layers.
+_SIGMAS = 4.5
+_FEWEST_DRAWS = 256
 
 # Beyond what casting to half precision rounds.
 _ROUNDING = 1e-2

@@ -30,7 +30,10 @@ class UnconvergedStatistics(ModelRule):
         The weight that the initial statistics still have, (1 - momentum)^updates, from the
         counter ``num_batches_tracked``. While training goes on and its length is known, the
         weight that will be left at its end. PyTorch's ``momentum`` is the weight of the *new*
-        value. A checkpoint does not hold ``momentum``; its default of 0.1 is assumed there.
+        value. A checkpoint does not hold ``momentum``, unless ``BatchNormMonitor`` noted it there;
+        its default of 0.1 is assumed, and that is said where it decides.
+        A layer without a single update is ``info``: it was not trained yet. It is a ``warning``
+        where a checkpoint counts training steps, but no layer an update.
         ``update_bn`` sets the counter back and makes a plain average: a running variance below
         the weight, which an average that began at 1 cannot have, gives that away.
         Of training that is watched also by how much the initial mean 0 shifts a running mean: the
@@ -76,8 +79,33 @@ class UnconvergedStatistics(ModelRule):
                 None, "a variance is smaller than what would be left of the initial one"
             )
             return
+        is_untrained = not any(layer.is_counted for layer in history.layers)
         for layer in history.layers:
-            yield from self._judged(layer)
+            if layer.is_untrained:
+                yield self._never_updated(layer, is_untrained=is_untrained)
+            else:
+                yield from self._judged(layer)
+
+    def _never_updated(self, layer: LayerHistory, *, is_untrained: bool) -> Finding:
+        """Return what is to be said of initial statistics that no update was counted for."""
+        severity, steps = Severity.INFO, layer.run.stored_steps
+        if is_untrained and steps:
+            severity = Severity.WARNING
+            message = f"{_counted(steps, 'training step')}, but no update of the running statistics"
+            fix = Fix("train with these layers in train mode, or recalibrate", "recalibrate")
+        elif is_untrained:
+            message = "no update yet, as in a network that was not trained"
+            fix = Fix("none before training; recalibrate where weights were trained", "recalibrate")
+        else:
+            message = "no update, but other layers had some"
+            fix = Fix("recalibrate if evaluation calls the layer", "recalibrate")
+        return self._finding(
+            layer,
+            severity,
+            f"{message}: eval mode uses the initial mean 0 and variance 1",
+            Evidence("initial statistics left", 100.0, 100 * self.max_initial_weight, "%"),
+            fix,
+        )
 
     def _judged(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         if layer.running is None:
@@ -85,6 +113,12 @@ class UnconvergedStatistics(ModelRule):
             return
         if layer.run.steps and not layer.updates_seen and layer.position is None:
             yield self._skipped(layer, "the layer was never called")
+            return
+        if not layer.is_updating and not layer.updates_seen:
+            yield self._skipped(layer, "the layer never updates its statistics")
+            return
+        if layer.is_recalibrated:
+            yield self._skipped(layer, "the statistics were recalibrated")
             return
         if _is_written_otherwise(layer):
             yield self._skipped(layer, "the statistics change, but not by updates that are counted")
@@ -109,7 +143,7 @@ class UnconvergedStatistics(ModelRule):
             layer,
             Severity.WARNING,
             f"{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
-            f"{updates} updates, {_needed(needed)}{assumed}",
+            f"{_counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
         )
@@ -132,7 +166,7 @@ class UnconvergedStatistics(ModelRule):
             Severity.WARNING,
             f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
             "variance 1, but batches have a mean so far from it that this shifts the running one: "
-            f"{updates} updates, {_needed(needed)}",
+            f"{_counted(updates, 'update')}, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(
                 "bring the input to mean 0 and deviation 1, or train for longer; recalibrate what "
@@ -141,6 +175,10 @@ class UnconvergedStatistics(ModelRule):
             ),
             channels=tuple(map(int, np.flatnonzero(shift > self.max_initial_shift_std))),
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _needed(updates: float) -> str:

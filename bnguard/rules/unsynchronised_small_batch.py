@@ -67,6 +67,6 @@ class UnsynchronisedSmallBatch(Rule):
                 layer,
                 Severity.WARNING,
                 f"each of {layer.run.plan.ranks} ranks normalises {samples} samples by itself",
-                Evidence("samples a rank", samples, self.min_samples),
+                Evidence("samples a rank", samples, self.min_samples, is_minimum=True),
                 Fix("torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) before wrapping"),
             )

@@ -77,7 +77,7 @@ class VarianceCollapse(Rule):
                 layer,
                 Severity.WARNING,
                 f"batches have {n} values per channel here: normalised, only their order is left",
-                Evidence("values per channel", n, self.min_values_per_channel),
+                Evidence("values per channel", n, self.min_values_per_channel, is_minimum=True),
                 _FIX,
             )
             return
@@ -95,7 +95,12 @@ class VarianceCollapse(Rule):
                 Severity.WARNING,
                 "the values of a batch are nearly alike here: most of the variance lies between "
                 "batches, and normalising removes it",
-                Evidence("within-batch share of the variance", share, self.min_within_batch_share),
+                Evidence(
+                    "within-batch share of the variance",
+                    share,
+                    self.min_within_batch_share,
+                    is_minimum=True,
+                ),
                 _FIX,
             )
 

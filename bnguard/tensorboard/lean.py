@@ -71,8 +71,8 @@ def _cells(group: Sequence[Record]) -> tuple[str, ...]:
     return (
         f"{record['code']} {record['name']}",
         record["severity"],
-        where if len(group) == 1 else f"{len(group)} layers, {where} the first",
-        "" if record["step"] is None else str(record["step"]),
+        where if len(group) == 1 else f"{len(group)} layers, worst {where}",
+        str(min((r["step"] for r in group if r["step"] is not None), default="")),
         f"{record['message']}: {evidence['name']} {_amount(evidence['value'], evidence['unit'])} "
         f"(limit {_amount(evidence['limit'], evidence['unit'])})",
         fix["command"] or fix["summary"],

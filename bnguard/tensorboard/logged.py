@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
 )
 
 from bnguard.errors import in_one_line
+from bnguard.findings import Evidence
 from bnguard.report.lines import counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.reader import LogReader, SeriesCache
@@ -165,7 +166,8 @@ def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
 
 
 def _group_text(group: list[Record]) -> str:
-    worst = max(group, key=_excess)
+    group = sorted(group, key=_excess, reverse=True)
+    worst = group[0]
     evidence = worst["evidence"]
     where = "" if len(group) == 1 else f" at {_place(worst)}"
     layers = [_shown(_place(finding)) for finding in group]
@@ -181,14 +183,14 @@ def _group_text(group: list[Record]) -> str:
 
 
 def _excess(finding: Record) -> float:
-    """Return how many times beyond its limit the evidence is; 0 where that is not known."""
+    """Return how far the evidence is towards its limit, or beyond it; 0 where not known."""
     evidence = finding["evidence"]
     value, limit = evidence["value"], evidence["limit"]
     if value in ("NaN", "Infinity"):
         return math.inf
-    if not (isinstance(value, float) and isinstance(limit, float) and value > 0.0 < limit):
+    if not (isinstance(value, float) and isinstance(limit, float)):
         return 0.0
-    return value / limit if evidence["above"] else limit / value
+    return Evidence("", value, limit, is_minimum=not evidence["above"]).excess
 
 
 def _place(finding: Record) -> str:

@@ -51,7 +51,7 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
             "value": value,
             "limit": limit,
             "unit": _text(evidence.get("unit")),
-            "above": bool(evidence.get("above", not _is_below(value, limit))),
+            "above": _is_maximum(evidence, value, limit),
         },
         "fix": {"summary": _text(fix.get("summary")), "command": _command(fix)},
     }
@@ -114,8 +114,14 @@ def json_number(value: object) -> float | str | None:
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
-def _is_below(value: float | str | None, limit: float | str | None) -> bool:
-    return isinstance(value, float) and isinstance(limit, float) and value < limit
+def _is_maximum(
+    evidence: Mapping[str, Any], value: float | str | None, limit: float | str | None
+) -> bool:
+    """Return whether the fault lies above the limit, where nothing says so on which side it is."""
+    if "is_minimum" in evidence:
+        return not evidence["is_minimum"]
+    is_below = isinstance(value, float) and isinstance(limit, float) and value < limit
+    return bool(evidence.get("above", not is_below))
 
 
 def _step(value: object) -> int | None:

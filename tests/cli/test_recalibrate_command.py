@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed.checkpoint as dcp
 
-from bnguard.checkpoint import compare, read_checkpoint
+from bnguard.checkpoint import compare, read_checkpoint, write_statistics
 from bnguard.cli import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.checkpoint.saving import (
@@ -245,3 +245,46 @@ def test_training_resumes_from_what_was_repaired_in_place(checkpoint):
     trainer.fit(DigitsNet(), DigitsData(), ckpt_path=checkpoint)
     assert started.pop("step") == 225
     assert all(torch.equal(started[key], repaired[key]) for key in repaired)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.001, 0.15, 0.3], ids=str)
+@pytest.mark.parametrize("method", ["exact", "precise", "adapt"])
+def test_what_was_recalibrated_is_not_accused_whatever_its_momentum(folder, momentum, method):
+    (folder / "net.py").write_text(
+        "from torch import nn\n\n"
+        "def build():\n"
+        f"    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum={momentum}))\n"
+    )
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    for _ in range(2):
+        network(torch.randn(4, 3, 9, 9))
+    torch.save(network.state_dict(), folder / "few.pt")
+    assert "BN303" in bnguard(folder, "inspect", "few.pt").stdout
+    arguments = ("--model", "net:build", "--data", "mine:images", "--method", method)
+    done = bnguard(folder, "recalibrate", "few.pt", *arguments)
+    assert done.returncode == 0, done.stderr
+    inspected = bnguard(folder, "inspect", "few-recalibrated.pt", "--fail-on", "warning")
+    assert inspected.returncode == 0
+    assert "BN303" not in inspected.stdout
+    assert "written by bnguard: recalibrate" in inspected.stdout
+
+    # The record of what was done is lost when the weights are saved anew; the counter is not.
+    state = torch.load(folder / "few-recalibrated.pt", weights_only=True)
+    torch.save(state, folder / "again.pt")
+    assert "BN303" not in bnguard(folder, "inspect", "again.pt").stdout
+
+
+def test_what_was_recalibrated_by_an_earlier_version_is_judged_by_its_record(folder):
+    network = used_network()
+    torch.save(network.state_dict(), folder / "few.pt")
+    layers = read_checkpoint(folder / "few.pt").layers
+    statistics = {
+        layer.key(name): torch.tensor(value)
+        for layer in layers
+        for name, value in (("running_mean", layer.running_mean), ("num_batches_tracked", 12))
+    }
+    record = {"action": "recalibrate", "method": "exact"}
+    write_statistics(folder / "few.pt", folder / "old.pt", statistics, record)
+    assert "BN303" not in bnguard(folder, "inspect", "old.pt").stdout
+    write_statistics(folder / "few.pt", folder / "mixed.pt", statistics, {"method": "ema"})
+    assert "BN303" in bnguard(folder, "inspect", "mixed.pt").stdout

@@ -234,3 +234,69 @@ def test_where_the_values_of_a_sample_are_alike_means_scatter_as_far_as_is_told(
         bnguard.recalibrate(model, [torch.randn(16, 1, 1, 1).expand(16, 1, 3, 3)])
         means.append(model[0].running_mean.item())
     assert torch.tensor(means).std().item() == pytest.approx(0.25, rel=0.2)
+
+
+def few_updates(momentum):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8, momentum=momentum))
+    for _ in range(3):
+        model(30.0 * torch.randn(16, 4))
+    return model
+
+
+def is_unconverged(subject):
+    return any(
+        finding.code == "BN303" and finding.severity > bnguard.Severity.INFO
+        for finding in bnguard.inspect(subject).findings
+    )
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 1e-9, 0.001, 0.1, 0.15, 0.3, 0.99], ids=str)
+@pytest.mark.parametrize("method", ["exact", "precise", "adapt"])
+def test_the_counter_makes_every_reader_right(momentum, method):
+    """One that knows the momentum, and one that has to assume the default; also after training."""
+    model = few_updates(momentum)
+    before = copy.deepcopy(model.state_dict())
+    assert is_unconverged(before)
+    result = bnguard.recalibrate(model, (30.0 * torch.randn(64, 4)).split(16), method=method)
+    for _ in range(2):
+        assert not is_unconverged(model)
+        assert not is_unconverged(model.state_dict())
+        model.train()(30.0 * torch.randn(16, 4))
+    result.undo()
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("momentum", [0.001, 0.01, 0.1, 0.15], ids=str)
+def test_the_counter_does_not_hide_what_a_prior_keeps_of_the_initial_statistics(momentum):
+    model = few_updates(momentum)
+    data = (30.0 * torch.randn(64, 4)).split(16)
+    bnguard.recalibrate(model, data, method="adapt", prior=192.0)
+    assert is_unconverged(model)
+    left = 0.75 * (1.0 - momentum) ** 3
+    assert (1.0 - momentum) ** int(model[1].num_batches_tracked) == pytest.approx(left, rel=0.15)
+    stored = bnguard.inspect(model.state_dict())
+    assert is_unconverged(model.state_dict()) or "momentum is not stored" in str(stored)
+    bnguard.recalibrate(model, data, method="adapt", prior=1.0)
+    assert not is_unconverged(model)
+    assert not is_unconverged(model.state_dict())
+
+
+def test_a_model_that_is_repaired_with_momentum_none_goes_on_at_the_pace_of_its_counter():
+    model = few_updates(None)
+    bnguard.recalibrate(model, (30.0 * torch.randn(64, 4)).split(16))
+    mean = model[1].running_mean.clone()
+    batch = 100.0 + torch.randn(16, 4)
+    model.train()(batch)
+    new = model[0](batch).mean(0)
+    assert torch.allclose(model[1].running_mean, mean + (new - mean) / 30, rtol=1e-4)
+
+
+@pytest.mark.parametrize("momentum", [0.01, 0.3], ids=str)
+def test_a_moving_average_is_counted_as_it_was_moved(momentum):
+    model = few_updates(momentum)
+    bnguard.recalibrate(model, [30.0 * torch.randn(16, 4)], method="ema")
+    assert model[1].num_batches_tracked == 4
+    assert is_unconverged(model)
+    bnguard.recalibrate(model, (30.0 * torch.randn(640, 4)).split(16), method="ema")
+    assert is_unconverged(model) is (momentum == 0.01)

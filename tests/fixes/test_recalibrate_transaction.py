@@ -286,7 +286,8 @@ def test_it_says_when_the_same_samples_calibrated_and_scored():
 
 
 @pytest.mark.parametrize(
-    ("momentum", "before", "after"), [(0.1, 0, 29), (0.1, 100, 103), (None, 0, 3), (0.0, 5, 8)]
+    ("momentum", "before", "after"),
+    [(0.1, 0, 29), (0.1, 100, 103), (None, 0, 29), (0.0, 5, 29), (0.01, 0, 299)],
 )
 def test_the_counter_moves_until_the_initial_values_count_as_gone(momentum, before, after):
     model = nn.BatchNorm1d(4, momentum=momentum)

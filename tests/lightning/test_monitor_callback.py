@@ -15,9 +15,13 @@ import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bnguard.checkpoint import read_checkpoint
 from bnguard.demo import DigitsData, DigitsNet
+from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
 from bnguard.lightning.proposals import subject_options
+from bnguard.report.checkpoint import checkpoint_view, inspection_document
+from bnguard.report.terminal import as_text
 from bnguard.tensorboard.logged import logged_runs
 
 
@@ -269,6 +273,36 @@ def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
     momenta = saved["callbacks"]["BatchNormMonitor"]["momentum"]
     assert momenta["features.0.1"] == 0.005
     assert len(momenta) == 7
+
+
+def test_a_checkpoint_repeats_what_was_reported_of_its_training(lightning, tmp_path):
+    class Frozen(lightning.Callback):
+        """Gamma and beta are frozen, in train mode: BN101, which no checkpoint shows."""
+
+        def on_fit_start(self, trainer, pl_module):
+            for part in (pl_module.features[0][1].weight, pl_module.features[0][1].bias):
+                part.requires_grad_(False)
+
+    callback = BatchNormMonitor(every_n_steps=10, strict=True)
+    options = {"limit_train_batches": 30, "callbacks": [Frozen(), callback]}
+    trainer, _ = fit(lightning, tmp_path, callback, **options)
+    path = trainer.checkpoint_callback.best_model_path
+    checkpoint = read_checkpoint(path)
+    (noted,) = [noted for noted in checkpoint.reported if noted.code == "BN101"]
+    assert (noted.severity, noted.layer) == ("warning", "features.0.1")
+    assert noted.first_step <= 10
+    assert noted.last_step == 30
+    assert set(checkpoint.eps.values()) == {1e-5}
+    report = inspect_checkpoint(checkpoint)
+    assert not any(finding.code == "BN101" for finding in report.findings)
+    shown = " ".join(as_text(checkpoint_view(checkpoint, report, is_verbose=False)).split())
+    assert "while training, bnguard reported: warning BN101 frozen-but-updating at steps" in shown
+    (document,) = inspection_document([(checkpoint, report)], {})["checkpoints"]
+    assert "BN101" in {record["code"] for record in document["reported"]}
+
+    resumed = BatchNormMonitor(strict=True)
+    resumed.load_state_dict(callback.state_dict())
+    assert "BN101" in {record["code"] for record in resumed.state_dict()["findings"]}
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])

@@ -133,9 +133,13 @@ export function groupedFindings(findings) {
     .map(([, group]) => group.sort(order));
 }
 
-function excess({ evidence: { value, limit } }) {
-  const [near, far] = [Math.abs(value), Math.abs(limit)].sort((a, b) => a - b);
-  return near > 0 ? far / near : far;
+/** Return how far the value is towards the limit (below 1), or beyond it (above 1). */
+function excess({ evidence: { value, limit, above } }) {
+  const [size, bound] = [Math.abs(value), Math.abs(limit)];
+  const [near, far] = above || bound === 0 ? [bound, size] : [size, bound];
+  // Infinity minus itself would be no order.
+  if (!Number.isFinite(size) || !(near > 0)) return far === 0 ? 0 : Number.MAX_VALUE;
+  return far / near;
 }
 
 function evidence({ name, value, limit, unit, above }) {
