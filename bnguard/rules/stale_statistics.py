@@ -200,8 +200,8 @@ def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
     An initialisation draws them so, or sets them to a constant; training moves gamma too, and each
     layer its own way, which shows in layers that are not too small.
     """
-    gammas = [layer.gamma for layer in layers if layer.gamma is not None]
-    betas = [layer.beta for layer in layers if layer.beta is not None]
+    gammas = [layer.gamma for layer in layers if layer.gamma is not None and layer.gamma.size]
+    betas = [layer.beta for layer in layers if layer.beta is not None and layer.beta.size]
     if not any(map(np.ptp, gammas)):
         return True
     are_enough = len(betas) > 1 and sum(beta.size for beta in betas) >= _FEWEST_DRAWS
