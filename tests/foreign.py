@@ -84,6 +84,8 @@ class Environment:
 
     def install(self, requirements: Sequence[str]) -> None:
         """Install packages without their dependencies, above all without another torch."""
+        if not requirements:
+            return
         self._run("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *requirements)
         # The libraries of torchaudio need the torch that they were built with; its Python does not.
         for library in (self._site / "torchaudio").glob("lib/*torchaudio*"):
