@@ -97,20 +97,28 @@ def timm_score(path: str) -> float:
     return _accuracy(network.eval())
 
 
-def mmengine_file(folder: str) -> Path:
+def mmengine_model() -> nn.Module:
     from mmengine.model import BaseModel
-    from mmengine.runner import Runner
 
     class Classifier(BaseModel):
-        def __init__(self, network):
+        def __init__(self):
             super().__init__()
-            self.network = network
+            self.network = digits_network()
 
-        def forward(self, images, labels, mode="tensor"):
-            return {"loss": nn.functional.cross_entropy(self.network(images), labels)}
+        def forward(self, images, labels=None, mode="tensor"):
+            logits = self.network(images)
+            if mode == "tensor":
+                return logits
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+    return Classifier()
+
+
+def mmengine_file(folder: str) -> Path:
+    from mmengine.runner import Runner
 
     Runner(
-        model=Classifier(digits_network()),
+        model=mmengine_model(),
         work_dir=folder,
         train_dataloader=_loader(),
         train_cfg={"by_epoch": True, "max_epochs": 1},
@@ -124,8 +132,8 @@ def mmengine_file(folder: str) -> Path:
 def mmengine_score(path: str) -> float:
     from mmengine.runner import load_checkpoint
 
-    network = digits_network()
-    load_checkpoint(network, path, strict=True, revise_keys=[(r"^network\.", "")])
+    network = mmengine_model()
+    load_checkpoint(network, path, strict=True)
     return _accuracy(network.eval())
 
 
@@ -357,11 +365,18 @@ SUBJECTS = (
         timm_score,
         expected=_FEW_UPDATES,
     ),
-    _digits_in(
+    Subject(
         "mmengine",
-        *("mmengine", "addict", "termcolor", "platformdirs", "yapf", "opencv-python-headless"),
-        *("matplotlib", "pillow", "pyparsing", "cycler", "kiwisolver", "fonttools", "contourpy"),
-        *("python-dateutil", "six"),
+        (
+            *("mmengine", "addict", "termcolor", "platformdirs", "yapf", "opencv-python-headless"),
+            *("matplotlib", "pillow", "pyparsing", "cycler", "kiwisolver", "fonttools"),
+            *("contourpy", "python-dateutil", "six"),
+        ),
+        mmengine_file,
+        mmengine_model,
+        digits_data,
+        mmengine_score,
+        expected=_FEW_UPDATES,
     ),
     Subject(
         "ultralytics",
