@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -33,7 +34,13 @@ def fvcore() -> None:
     import bnguard
 
     def update_bn_stats(model, data_loader, num_iters=200, progress=None):
-        bnguard.recalibrate(model, list(islice(data_loader, num_iters)))
+        batches = list(islice(data_loader, num_iters))
+        assert len(batches) == num_iters
+        result = bnguard.recalibrate(model, batches)
+        # fvcore stores the variance that divides by n, PyTorch and bnguard by n - 1.
+        for layer in result.layers:
+            values = layer.values
+            model.get_submodule(layer.name).running_var *= (values - 1) / values
 
     fvcore.nn.update_bn_stats = fvcore.nn.precise_bn.update_bn_stats = update_bn_stats
 
@@ -52,6 +59,10 @@ def pytorch() -> None:
 
 def torchcontrib() -> None:
     """``SWA.bn_update`` becomes ``recalibrate``."""
+    # Its tests were written for a torch that had this module.
+    old = ModuleType("torch._six")
+    old.inf, old.nan, old.string_classes = float("inf"), float("nan"), (str,)
+    sys.modules.setdefault("torch._six", old)
     from torchcontrib.optim import SWA
 
     import bnguard
