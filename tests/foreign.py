@@ -29,7 +29,7 @@ _ROOT = Path(__file__).parent.parent
 
 # torchvision refuses to be imported next to a torch of another build (CPU-only, say), unless
 # these operators are known; what the networks here need of it is written in Python.
-_SCHEMAS = """
+TORCHVISION_SCHEMAS = """
 import torch
 _operators = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
@@ -91,8 +91,8 @@ class Environment:
         for library in (self._site / "torchaudio").glob("lib/*torchaudio*"):
             library.unlink()
         vision = self._site / "torchvision" / "__init__.py"
-        if vision.exists() and _SCHEMAS not in vision.read_text("utf-8"):
-            vision.write_text(_SCHEMAS + vision.read_text("utf-8"), "utf-8")
+        if vision.exists() and TORCHVISION_SCHEMAS not in vision.read_text("utf-8"):
+            vision.write_text(TORCHVISION_SCHEMAS + vision.read_text("utf-8"), "utf-8")
 
     def call(self, function: Callable[..., object], *arguments: object) -> object:
         """Call a function of this repository there, and return what it gives as JSON."""

@@ -23,6 +23,8 @@ from xml.etree import ElementTree
 from rich.console import Console
 from rich.table import Table
 
+from tests.foreign import TORCHVISION_SCHEMAS
+
 _ROOT = Path(__file__).parent.parent
 
 
@@ -52,7 +54,7 @@ def pytorch() -> None:
     import bnguard
 
     def update_bn(loader, model, device=None):
-        bnguard.recalibrate(model, loader, device=device)
+        bnguard.recalibrate(model, loader)
 
     torch.optim.swa_utils.update_bn = update_bn
 
@@ -68,12 +70,14 @@ def torchcontrib() -> None:
     import bnguard
 
     SWA.bn_update = staticmethod(
-        lambda loader, model, device=None: bnguard.recalibrate(model, loader, device=device)
+        lambda loader, model, device=None: bnguard.recalibrate(model, loader)
     )
 
 
 def opacus() -> None:
     """``ModuleValidator.fix`` becomes ``swap`` for BN; the rest of it stays."""
+    # Its tests import torchvision; the operators live as long as this module.
+    exec(TORCHVISION_SCHEMAS, globals())
     from opacus.validators import ModuleValidator
 
     import bnguard
