@@ -124,6 +124,8 @@ class LayerHistory:
             frozen class never do.
         position: Place in the order in which the layers were first called; None before that.
         fed_by: Class of the module that the layer directly follows; None where that is not known.
+        bounded_by: Class of the activation with bounded outputs that the layer directly feeds; None
+            where there is none, or that is not known.
         is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
         weight_decay: Weight decay on gamma and beta, the largest; None where not known.
         idle_children: Classes of modules inside the layer that its class never calls.
@@ -167,6 +169,7 @@ class LayerHistory:
     is_updating: bool = True
     position: int | None = None
     fed_by: str | None = None
+    bounded_by: str | None = None
     is_bias_cancelled: bool = False
     weight_decay: float | None = None
     idle_children: tuple[str, ...] = ()
@@ -220,6 +223,22 @@ class LayerHistory:
         """Whether gamma and beta are finite, as far as they are known."""
         affine = (part for part in (self.gamma, self.beta) if part is not None)
         return all(bool(np.isfinite(part).all()) for part in affine)
+
+    @property
+    def output_std(self) -> FloatArray | None:
+        """Spread of the outputs in training, a channel each: |gamma| √(var / (var + eps)).
+
+        From the largest variance of a batch that was seen, else from the running one.
+        """
+        if self.window is not None:
+            var = self.window.var_max
+        elif self.running is not None:
+            var = self.running.var
+        else:
+            return None
+        gamma = 1.0 if self.gamma is None or self.gamma.shape != var.shape else self.gamma
+        with np.errstate(all="ignore"):
+            return np.asarray(np.abs(gamma) * np.sqrt(np.abs(var) / (np.abs(var) + self.eps)))
 
     @property
     def is_counted(self) -> bool:

@@ -17,6 +17,9 @@ from bnguard.stats import FloatArray
 # Classes whose bias shifts a whole channel, so that BN takes it out again.
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
 
+# Classes whose outputs have a least and a largest value; ReLU6 is a Hardtanh.
+_BOUNDED = (nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign)
+
 
 def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     """Return a history a BN layer, by name, that holds what the modules alone tell.
@@ -25,7 +28,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     >>> layers["1"].fed_by, layers["1"].is_bias_cancelled
     ('Conv2d', True)
     """
-    feeders = _feeders(model)
+    feeders, bounds = _feeders(model), _bounds(model)
     layers = find_layers(model)
     tensors = [
         tensor
@@ -40,7 +43,12 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     ]
     arrays = iter(on_host(tensors))
     return {
-        layer.name: _described(layer, feeders.get(id(layer.module)), *itertools.islice(arrays, 5))
+        layer.name: _described(
+            layer,
+            feeders.get(id(layer.module)),
+            bounds.get(id(layer.module)),
+            *itertools.islice(arrays, 5),
+        )
         for layer in layers
     }
 
@@ -48,6 +56,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
 def _described(
     layer: BatchNormLayer,
     feeder: nn.Module | None,
+    bounded_by: str | None,
     gamma: FloatArray | None,
     beta: FloatArray | None,
     mean: FloatArray | None,
@@ -67,6 +76,7 @@ def _described(
             not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
         ),
         fed_by=None if feeder is None else type(feeder).__name__,
+        bounded_by=bounded_by,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
         idle_children=_idle_children(layer.module),
         gamma=gamma,
@@ -131,4 +141,15 @@ def _feeders(model: nn.Module) -> dict[int, nn.Module]:
         for parent in model.modules()
         if isinstance(parent, nn.Sequential)
         for feeder, module in itertools.pairwise(parent)
+    }
+
+
+def _bounds(model: nn.Module) -> dict[int, str]:
+    """Return the class of the bounded activation that a module feeds, by its identity."""
+    return {
+        id(module): type(activation).__name__
+        for parent in model.modules()
+        if isinstance(parent, nn.Sequential)
+        for module, activation in itertools.pairwise(parent)
+        if isinstance(activation, _BOUNDED)
     }

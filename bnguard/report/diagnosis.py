@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bnguard.whatif.diagnosis import Cause, Diagnosis, LayerShare, Row
 
 _MOST_LAYERS_SHOWN = 5
+_VERDICTS = {"none": "no fault found", "harmless": "no harm on these data"}
 _WIDTH = 80
 
 
@@ -48,18 +49,20 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     has_flips = any(row.flipped_share is not None for row in rows)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("statistics", overflow="fold")
-    headings = ["score"] * has_score + ["flips"] * has_flips + ["change, σ", "gap, σ", "drift, σ"]
+    headings = ["score"] * has_score + ["flips"] * has_flips
+    headings += ["change", "gap", "drift", "first"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         numbers = [_score(row.score)] * has_score + [_share(row.flipped_share)] * has_flips
-        numbers += [_distance(value) for value in (row.change, row.gap, row.drift_std)]
+        numbers += [_distance(value) for value in (row.change, row.gap, row.drift, row.input_drift)]
         table.add_row(row.label, *numbers)
     return Group(
         table,
         Text(
-            f"{'flips, ' * has_flips}change: against the statistics of the evaluation data; gap: "
-            "against those of each batch; drift: of what arrives, at the worst layer",
+            f"{'flips, ' * has_flips}change (σ): against the statistics of the evaluation data; "
+            "gap (σ): against those of each batch; drift: of the evaluation data from these "
+            "statistics, in σ or |log variance ratio|, at the worst layer, and at the first",
             style="dim",
         ),
     )
@@ -68,7 +71,8 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
 def _cause_view(cause: Cause) -> RenderableType:
     style = "bold yellow" if cause.is_fault else "bold"
     lines = Text()
-    lines.append(f"{cause.name}: " if cause.is_fault else "no fault found: ", style=style)
+    verdict = cause.name if cause.is_fault else _VERDICTS.get(cause.name, cause.name)
+    lines.append(f"{verdict}: ", style=style)
     lines.append(cause.message)
     evidence = [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in cause.evidence]
     return Group(lines, *evidence)

@@ -139,10 +139,10 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     Schema version 1: ``schema``, ``bnguard``, ``samples``, ``reference_samples``, ``cause``
     (``name``, ``message``, ``evidence``, ``is_fault``, ``advice``, ``next_step``, ``cured_by``: the
     name of a row, or null), ``rows`` (each with ``name``, ``label``, ``score``, ``change``,
-    ``flipped_share``, ``gap``, ``drift_std``, ``drift_log_variance``, ``drift_layer``; null where
-    there is no such number), ``layers`` (the worst first, each with ``name``, ``share``,
-    ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and ``reason``),
-    ``notes``.
+    ``flipped_share``, ``gap``, ``drift_std``, ``drift_log_variance``, ``drift_layer``,
+    ``input_drift``; null where there is no such number), ``layers`` (the worst first, each with
+    ``name``, ``share``, ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
+    ``reason``), ``notes``.
     """
     content = dataclasses.asdict(diagnosis)
     document = {

@@ -10,15 +10,17 @@ import numpy as np
 from torch import nn
 
 from bnguard.errors import CalibrationError
+from bnguard.fixes.calibration.arrivals import Arrive, arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward
 from bnguard.fixes.options import Score, as_number
+from bnguard.history import RunningStatistics
 from bnguard.layers import (
     BatchNormLayer,
     preserved_modes,
     preserved_random_state,
     preserved_statistics,
 )
-from bnguard.stats import log_variance_ratio, shift_std
+from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 from bnguard.whatif.data import Samples
 from bnguard.whatif.outputs import Arrived, Outputs, arrived_at, outputs_of
 from bnguard.whatif.statistics import BatchStatistics, Statistics, given_statistics
@@ -96,6 +98,17 @@ class Bench:
         """Return the outputs where so many samples are normalised by their own statistics."""
         with self._batch_statistics(size).in_use():
             return outputs_of(self.inner, self.forward, batches)
+
+    def arrive_in_batches(self, arrive: Arrive) -> None:
+        """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
+
+        Args:
+            arrive: Is given the index of the layer, and the values.
+        """
+        # Which rows a sample is takes a forward of its own, that nobody is to see.
+        parts = self._batch_statistics(None)
+        with parts.in_use(), arrivals(self.layers, arrive):
+            outputs_of(self.inner, self.forward, self.samples.batches)
 
     def outputs_in_shuffled_batches(self) -> Outputs | None:
         """Return the same with other neighbours in each batch; None where that cannot be."""
@@ -191,6 +204,11 @@ class Drift:
     shift_std: float
     log_variance_ratio: float
 
+    @property
+    def largest(self) -> float:
+        """The larger of the two; NaN where one is not a number."""
+        return float(np.maximum(self.shift_std, self.log_variance_ratio))
+
 
 def drifts(
     layers: Iterable[BatchNormLayer], arrived: Mapping[str, Arrived], statistics: Statistics
@@ -198,18 +216,19 @@ def drifts(
     """Return how far each layer's statistics are from what arrived there, in forward order."""
     eps = {layer.name: layer.eps for layer in layers}
     return [
-        _drift(name, seen, statistics, eps[name])
+        drift(name, seen.moments.mean.numpy(), seen.moments.var_unbiased.numpy(), given, eps[name])
         for name, seen in arrived.items()
-        if name in statistics and seen.moments is not None
+        if (given := statistics.get(name)) is not None and seen.moments is not None
     ]
 
 
-def _drift(name: str, seen: Arrived, statistics: Statistics, eps: float) -> Drift:
-    assert seen.moments is not None
-    moments, given = seen.moments, statistics[name]
+def drift(
+    name: str, mean: FloatArray, var: FloatArray, given: RunningStatistics, eps: float
+) -> Drift:
+    """Return how far a mean and a variance are from the statistics given."""
     with np.errstate(all="ignore"):
-        shift = shift_std(moments.mean.numpy(), given.mean, given.var, eps)
-        ratio = log_variance_ratio(moments.var_unbiased.numpy(), given.var, eps)
+        shift = shift_std(mean, given.mean, given.var, eps)
+        ratio = log_variance_ratio(var, given.var, eps)
         return Drift(
             layer=name,
             shift_std=float(np.quantile(np.abs(shift), CHANNEL_QUANTILE)),

@@ -31,11 +31,13 @@ def blamed_layers(bench: Bench, cure: Cure) -> tuple[LayerShare, ...]:
     if bad:
         return tuple(LayerShare(change.name, None, None, None) for change in bad)
     names = [change.name for change in changes]
-    shares = _shares(bench, cure, names)
+    # Layers that make up for others are not to blame.
+    shares = [max(0.0, share) for share in _shares(bench, cure, names)]
+    whole = sum(shares) or 1.0
     layers = [
         LayerShare(
             name=change.name,
-            share=share,
+            share=share / whole,
             shift_std=change.max_shift_std,
             log_variance_ratio=change.extreme_log_variance_ratio,
         )

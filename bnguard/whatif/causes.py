@@ -12,6 +12,7 @@ from bnguard.whatif.diagnosis import Cause, Row
 from bnguard.whatif.numbers import (
     MAX_INITIAL_WEIGHT,
     MAX_INPUT_DRIFT,
+    MAX_STORED_DRIFT,
     Numbers,
     is_harmful,
 )
@@ -138,6 +139,30 @@ def sorted_training(numbers: Numbers) -> Cause | None:
     )
 
 
+def other_preprocessing(numbers: Numbers) -> Cause | None:
+    """Training and evaluation data alike miss the stored statistics, and only at the input."""
+    if not (numbers.is_cured_by_training and numbers.is_off_at_input_alone):
+        return None
+    if numbers.training is None or numbers.training.is_stored:
+        return None
+    return Cause(
+        name="other-preprocessing",
+        message="the training data and the evaluation data both miss the stored statistics at the "
+        "first BN layer, and later layers fit once that is set right: the first suspicion is that "
+        "both loaders prepare the data otherwise than training did (scale, offset, order of the "
+        "channels, normalisation)",
+        evidence=(
+            numbers.compared("stored", "reference"),
+            *_input_drift(numbers),
+            _drifts(numbers),
+        ),
+        advice="compare what the loaders yield with what training was given; recalibrating would "
+        "hide a wrong preprocessing, and is right only where the weights before that layer have "
+        "changed",
+        next_step=_look_at("loader", "train_loader"),
+    )
+
+
 def small_training_batches(numbers: Numbers) -> Cause | None:
     """Stored statistics that the noise of small training batches explains."""
     training = numbers.training
@@ -166,7 +191,8 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
     if numbers.is_cured_by_training:
         message = (
             "the running statistics are not those of the weights: averaged, loaded or pruned "
-            "weights, or fast ones that the running average lags behind"
+            "weights, fast ones that the running average lags behind, or updates by other data "
+            "than those of training"
         )
     elif numbers.training is None and numbers.is_harmed and numbers.has_known_input:
         message = (
@@ -208,8 +234,13 @@ def unfit_statistics(numbers: Numbers) -> Cause | None:
         return None
     return Cause(
         name="unfit-statistics",
-        message="the running statistics do not fit the evaluation data: either they are stale, or "
-        "the data differ from those of training",
+        message="the running statistics do not fit the evaluation data: "
+        + (
+            "at the first BN layer, and later ones fit once that is set right; the first suspicion "
+            "is a preprocessing that is not that of training"
+            if numbers.is_off_at_input_alone
+            else "either they are stale, or the data differ from those of training"
+        ),
         evidence=(numbers.compared("stored", "evaluation"), *_input_drift(numbers)),
         advice="give the training data as reference=, which tells the two apart",
         next_step=_DIAGNOSE_WITH_REFERENCE,
@@ -229,25 +260,62 @@ def poor_weights(numbers: Numbers) -> Cause | None:
         evidence=(
             f"best score {best:.4g} (expected {expected:.4g})",
             numbers.compared("stored", numbers.fresh, "evaluation"),
-            *(_input_drift(numbers) if numbers.has_other_input else ()),
+            *(_input_drift(numbers) if numbers.is_off_training or numbers.is_off_stored else ()),
         ),
         advice="diagnose it on training data: that tells a fault of training from overfitting",
         next_step=_DIAGNOSE_TRAINING,
     )
 
 
+def harmless(numbers: Numbers) -> Cause | None:
+    """Something is off, and other statistics do no better on these data."""
+    is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
+    # What is left of the initial statistics explains how far these are off.
+    is_off_stored = numbers.is_off_stored and not is_unconverged
+    found = []
+    if is_unconverged:
+        found.append(
+            "the running statistics still hold a part of the initial mean 0 and variance 1"
+        )
+    if numbers.is_off_training and is_off_stored:
+        found.append(
+            "the first BN layer gets other values from the evaluation data than from the training "
+            "data, and than its statistics say"
+        )
+    elif numbers.is_off_training:
+        found.append(
+            "the first BN layer gets other values from the training data than from the evaluation "
+            "data, which its statistics fit"
+        )
+    elif is_off_stored:
+        found.append("the first BN layer gets other values from these data than its statistics say")
+    if not found:
+        return None
+    is_off = numbers.is_off_training or is_off_stored
+    loaders = ("loader",) if numbers.training is None else ("loader", "train_loader")
+    return Cause(
+        name="harmless",
+        message=f"{'; '.join(found)}. {_no_better(numbers).capitalize()}",
+        evidence=(
+            *((_initial_weight(numbers),) if is_unconverged else ()),
+            *(_input_drift(numbers) if numbers.is_off_training or numbers.is_off_stored else ()),
+            numbers.compared("stored", numbers.fresh, "evaluation"),
+        ),
+        is_fault=False,
+        advice="compare what the loaders yield with what training was given, before these data are "
+        "used to recalibrate"
+        if is_off
+        else "recalibrate all the same: other data may need it",
+        next_step=_look_at(*loaders) if is_off else _RECALIBRATE,
+    )
+
+
 def no_fault(numbers: Numbers) -> Cause:
     """No other statistics do better."""
-    is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
     return Cause(
         name="none",
-        message="no other statistics do better than those that are stored"
-        + (", by more than chance on so few samples" if numbers.is_harmed else ""),
-        evidence=(
-            numbers.compared("stored", numbers.fresh, "evaluation"),
-            *((_initial_weight(numbers),) if is_unconverged else ()),
-            *(_input_drift(numbers) if numbers.has_other_input else ()),
-        ),
+        message=_no_better(numbers),
+        evidence=(numbers.compared("stored", numbers.fresh, "evaluation"),),
         is_fault=False,
         advice="where it does badly, look at weights, data and labels; BN can be watched when it "
         "is trained next",
@@ -260,11 +328,13 @@ CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
     unconverged_statistics,
     batches_alone,
     sorted_training,
+    other_preprocessing,
     small_training_batches,
     stale_statistics,
     data_shift,
     unfit_statistics,
     poor_weights,
+    harmless,
     no_fault,
 )
 
@@ -287,10 +357,55 @@ def _is_chance(numbers: Numbers) -> bool:
     return numbers.has_known_input and gained <= numbers.chance("reference")
 
 
+def _no_better(numbers: Numbers) -> str:
+    """Return that no other statistics do better, and by how much they would have to."""
+    if numbers.rows["stored"].score is None or numbers.rows[numbers.best].score is None:
+        return "no other statistics change the outputs by more than they do in healthy networks"
+    if numbers.gain("stored", numbers.best) <= 0.0:
+        return "no other statistics do better than the stored ones"
+    return (
+        "no other statistics do better than the stored ones by more than chance "
+        f"(±{numbers.tolerance:.2g} on {numbers.samples} samples)"
+    )
+
+
 def _input_drift(numbers: Numbers) -> tuple[str, ...]:
-    if numbers.input_drift is None:
+    """Return how far evaluation data are off at the first BN layer, as the table has it."""
+    limits = {"stored": MAX_STORED_DRIFT, "reference": MAX_INPUT_DRIFT}
+    rows = [numbers.rows[name] for name in limits if name in numbers.rows]
+    drifts = [
+        f"{_figure(row.input_drift)} {row.label} (limit {limits[row.name]})"
+        for row in rows
+        if row.input_drift is not None
+    ]
+    if not drifts:
         return ()
-    return (f"drift at the first BN layer {numbers.input_drift:.2g} (limit {MAX_INPUT_DRIFT})",)
+    return (f"drift at the first BN layer, evaluation data: {', '.join(drifts)}",)
+
+
+def _drifts(numbers: Numbers) -> str:
+    first, *later = numbers.drifts
+    most = f", of later ones at most {_figure(max(later))}" if later else ""
+    return (
+        "drift of training data from the stored statistics, where those of the layers before are "
+        f"right: of the first BN layer {_figure(first)}{most}"
+    )
+
+
+def _figure(drift: float) -> str:
+    """Return a drift as the table shows it."""
+    return f"{drift:.2f}" if drift < 100 else f"{drift:.2g}"
+
+
+def _look_at(*loaders: str) -> str:
+    """Return code that prints what loaders yield, channel by channel."""
+    return (
+        f"for data in ({', '.join(loaders)},):\n"
+        "    batch = next(iter(data))\n"
+        "    inputs = batch[0] if isinstance(batch, (list, tuple)) else batch\n"
+        "    channels = inputs.float().transpose(0, 1).flatten(1)\n"
+        "    print(channels.amin(1), channels.amax(1), channels.mean(1), channels.std(1))"
+    )
 
 
 def _is_moved_by_shuffling(numbers: Numbers) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.arrivals import arrivals, arrived_moments, is_finite, on_host
+from bnguard.fixes.calibration.arrivals import arrived_moments, is_finite, on_host
 from bnguard.fixes.calibration.batches import Forward
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import LayerChange
@@ -97,8 +97,7 @@ def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:
         if moments.count > 1 and is_finite(moments):
             parts.setdefault(bench.layers[index].name, []).append(moments)
 
-    with arrivals(bench.layers, arrive):
-        bench.outputs_in_batches(bench.samples.batches)
+    bench.arrive_in_batches(arrive)
     return Cure(
         {
             layer.name: LayerChange(

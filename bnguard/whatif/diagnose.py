@@ -28,13 +28,13 @@ from bnguard.layers import (
     without_layers,
 )
 from bnguard.stats import initial_weight
-from bnguard.whatif.bench import Bench
+from bnguard.whatif.bench import Bench, drift
 from bnguard.whatif.blame import blamed_layers
 from bnguard.whatif.causes import named_cause
 from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
 from bnguard.whatif.data import Samples, read_samples
 from bnguard.whatif.diagnosis import Diagnosis
-from bnguard.whatif.numbers import Numbers, Training
+from bnguard.whatif.numbers import MAX_STORED_DRIFT, Numbers, Training
 from bnguard.whatif.statistics import Statistics, lent_statistics
 from bnguard.whatif.table import Table, measured_table
 from bnguard.whatif.training import told_by_training
@@ -129,7 +129,8 @@ def diagnose(
         cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measured_table(bench, stored, statistics, batch_sizes)
-        cause = named_cause(_numbers(bench, table, stored, told, expected_score))
+        fresh = cures.get("reference", by_evaluation)
+        cause = named_cause(_numbers(bench, table, stored, fresh, told, expected_score))
         blamed = () if cause.cured_by is None else blamed_layers(bench, cures[cause.cured_by])
     return Diagnosis(
         rows=tuple(table.rows.values()),
@@ -182,11 +183,27 @@ def _numbers(
     bench: Bench,
     table: Table,
     stored: Statistics,
+    fresh: Cure,
     training: Training | None,
     expected_score: float | None,
 ) -> Numbers:
-    """Return what the cause is told from."""
+    """Return what the cause is told from.
+
+    Args:
+        bench: The model on the evaluation data.
+        table: What was measured on it.
+        stored: The statistics that it has.
+        fresh: Those of the training data, or of the evaluation data without any.
+        training: What the training data tell.
+        expected_score: What the user expects of the score.
+    """
     reached = table.measured["stored"].arrived
+    changes = [fresh.changes[name] for name in reached if name in fresh.changes]
+    drifts = [
+        drift(change.name, change.after.mean, change.after.var, change.before, change.eps).largest
+        for change in changes
+    ]
+    fits = all(drift <= MAX_STORED_DRIFT for drift in drifts)
     return Numbers(
         rows=table.rows,
         samples=len(bench.samples),
@@ -195,8 +212,13 @@ def _numbers(
             name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
         ),
         untouched=tuple(name for name in reached if stored[name].is_initial),
-        initial_weight=max(_initial_weight(layer, stored) for layer in bench.layers),
-        input_drift=_input_drift(table, training),
+        # Statistics that fit the data are not initial, whatever their counter says.
+        initial_weight=max(
+            (_initial_weight(layer, stored) for layer in bench.layers if layer.name in reached),
+            default=0.0,
+        )
+        * (not fits),
+        drifts=drifts,
         expected_score=expected_score,
     )
 
@@ -209,12 +231,6 @@ def _initial_weight(layer: BatchNormLayer, stored: Statistics) -> float:
     return (
         initial_weight(layer.momentum, given.updates) if given.updates and layer.momentum else 0.0
     )
-
-
-def _input_drift(table: Table, training: Training | None) -> float | None:
-    """Return how far evaluation data are off at the first BN layer, as far as is known."""
-    drifts = table.drifts["stored" if training is None else "reference"]
-    return max(drifts[0].shift_std, drifts[0].log_variance_ratio) if drifts else None
 
 
 def _notes(

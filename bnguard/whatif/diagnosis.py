@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ class Row:
             no class scores.
         gap: How far the outputs are from those with the statistics of each batch, as ``change``;
             None where batches have none.
-        drift_std: How far what arrives is from the statistics, in their standard deviations: the
-            shift of the mean that nine channels of ten stay below, at the worst layer; None where
-            there are no running statistics.
+        drift_std: How far the evaluation data are from the statistics, in their standard
+            deviations: the shift of the mean that nine channels of ten stay below, at the worst
+            layer; None where there are no running statistics.
         drift_log_variance: The same of the logarithm of the variance ratio, without its sign.
         drift_layer: That layer.
+        input_drift: The larger of the two at the first BN layer, whose input no other layer has
+            changed.
     """
 
     name: str
@@ -42,6 +45,13 @@ class Row:
     drift_std: float | None = None
     drift_log_variance: float | None = None
     drift_layer: str | None = None
+    input_drift: float | None = None
+
+    @property
+    def drift(self) -> float | None:
+        """The larger of the two drifts at the worst layer; NaN where one is not a number."""
+        known = [d for d in (self.drift_std, self.drift_log_variance) if d is not None]
+        return next((d for d in known if math.isnan(d)), max(known, default=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,8 @@ class Cause:
     """What the rows name as the cause.
 
     Attributes:
-        name: A name that stays the same; ``"none"`` where nothing is wrong.
+        name: A name that stays the same; ``"none"`` where nothing is wrong, ``"harmless"`` where
+            something is off that does no harm on these data.
         message: What is wrong, and why the rows say so.
         evidence: The numbers that speak for it, a line each.
         is_fault: Whether there is anything to mend.
@@ -73,8 +84,8 @@ class LayerShare:
 
     Attributes:
         name: Dotted name of the layer.
-        share: Share of the harm that its stored statistics do; below 0 where they make up for
-            others. None where it was not measured.
+        share: Share of the harm that its stored statistics do; 0 where they do none, or make up
+            for others. None where it was not measured.
         shift_std: Largest shift from the stored mean to that of the cure, in stored standard
             deviations; None where the stored statistics are not finite.
         log_variance_ratio: The log-variance ratio of the two that is furthest from 0.

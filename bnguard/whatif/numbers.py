@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bnguard.whatif.data import BatchOrder
@@ -21,8 +21,15 @@ _HARMFUL_FLIPPED_SHARE = 0.08
 _UNRELATED = 1.0
 # As BN303 has it.
 MAX_INITIAL_WEIGHT = 0.05
-# At the first BN layer; healthy ones stay below 0.1.
+# Of evaluation data from training data at the first BN layer; healthy ones stay below 0.1.
 MAX_INPUT_DRIFT = 0.25
+# The same of data from the stored statistics. A running average leaves up to 0.25 of it; other
+# scales, offsets, channel orders and normalisations make 1.1 to 600.
+MAX_STORED_DRIFT = 0.5
+# The input is to blame where the first BN layer is so many times as far off as any later one, once
+# those before have the right statistics. Other preprocessing reaches 1.7 to 30; averaged and pruned
+# weights, which move every layer, at most 1.4.
+_FIRST_ALONE = 1.5
 # The stored variances are those of training batches where they are so much nearer to them.
 _NEARER = 0.6
 # Noise explains a distance up to so many times the expected one: small batches have heavy tails.
@@ -84,9 +91,8 @@ class Numbers:
         poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
         untouched: Layers that are reached, with the initial statistics (0, 1) to the last bit.
         initial_weight: The largest weight that the initial statistics still have.
-        input_drift: Drift at the first BN layer, which no other has changed: of the statistics
-            from training data where there are any, else of the stored ones; None where nothing
-            finite arrives.
+        drifts: How far the data, of training where there are any, are from the stored statistics
+            of each layer when those before it have the statistics of the data, in forward order.
         expected_score: What the user expects of the score; None where that was not said.
     """
 
@@ -96,7 +102,7 @@ class Numbers:
     poisoned: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
     initial_weight: float = 0.0
-    input_drift: float | None = None
+    drifts: Sequence[float] = ()
     expected_score: float | None = None
 
     @property
@@ -123,13 +129,31 @@ class Numbers:
 
     @property
     def has_known_input(self) -> bool:
-        """Whether evaluation data arrive at the first BN layer as its statistics have it."""
-        return self.input_drift is not None and not self.has_other_input
+        """Whether the first BN layer gets from evaluation data what it gets from training data.
+
+        Without training data its stored statistics stand in for them.
+        """
+        drift = self.rows["stored" if self.training is None else "reference"].input_drift
+        return drift is not None and drift <= MAX_INPUT_DRIFT
 
     @property
-    def has_other_input(self) -> bool:
-        """Whether evaluation data arrive at the first BN layer otherwise than training data do."""
-        return self.input_drift is not None and self.input_drift > MAX_INPUT_DRIFT
+    def is_off_training(self) -> bool:
+        """Whether evaluation data differ from training data at the first BN layer."""
+        row = self.rows.get("reference")
+        return row is not None and (row.input_drift or 0.0) > MAX_INPUT_DRIFT
+
+    @property
+    def is_off_stored(self) -> bool:
+        """Whether evaluation data differ from the stored statistics of the first BN layer."""
+        return (self.rows["stored"].input_drift or 0.0) > MAX_STORED_DRIFT
+
+    @property
+    def is_off_at_input_alone(self) -> bool:
+        """Whether the first BN layer is off, and those after it fit once that is set right."""
+        if not self.drifts:
+            return False
+        first, *later = self.drifts
+        return first > max(MAX_STORED_DRIFT, _FIRST_ALONE * max(later, default=0.0))
 
     def best_of(self, names: list[str]) -> str:
         """Return the name of the row that does best; without a score, of the evaluation data's."""
@@ -170,6 +194,15 @@ class Numbers:
         """
         return 3.0 * math.sqrt((self.rows[name].flipped_share or 0.0) / max(self.samples, 1))
 
+    @property
+    def tolerance(self) -> float:
+        """How much better the best row has to score than the stored statistics to count."""
+        stored, best = self.rows["stored"].score, self.rows[self.best].score
+        assert stored is not None
+        assert best is not None
+        healthy = self._healthy_loss(stored, best)
+        return max(healthy, self.chance("stored")) if self._are_shares else healthy
+
     def compared(self, *names: str) -> str:
         """Return the measure that decides, for some rows, in words."""
         rows = [self.rows[name] for name in dict.fromkeys(names)]
@@ -182,9 +215,12 @@ class Numbers:
 
     def _healthy_loss(self, score: float, other: float) -> float:
         """Return how far apart two scores may be; those between 0 and 1 are shares of something."""
+        return _MIN_SCORE_LOSS * max(abs(score), abs(other), 0.5 if self._are_shares else 0.0)
+
+    @property
+    def _are_shares(self) -> bool:
         scores = [row.score for row in self.rows.values() if row.score is not None]
-        are_shares = all(0.0 <= each <= 1.0 for each in scores)
-        return _MIN_SCORE_LOSS * max(abs(score), abs(other), 0.5 if are_shares else 0.0)
+        return all(0.0 <= each <= 1.0 for each in scores)
 
 
 _RUNNING = ("reference", "evaluation", "stored")

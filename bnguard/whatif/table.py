@@ -26,14 +26,11 @@ class Table:
     Attributes:
         rows: The rows by name, the stored statistics first.
         measured: What each row, but that of shuffled batches, was measured from.
-        drifts: How far each layer's statistics are from what arrives, in forward order, by the
-            name of the row; rows with statistics of each batch have none.
         notes: Rows that could not be measured, and why.
     """
 
     rows: Mapping[str, Row]
     measured: Mapping[str, Measured]
-    drifts: Mapping[str, Sequence[Drift]]
     notes: tuple[str, ...]
 
 
@@ -80,21 +77,11 @@ def measured_table(
             each,
             outputs,
             score=measured[name].score if name in measured else None,
-            drift=worst_drift(drifting.get(name, ())),
+            drifting=drifting.get(name, ()),
         )
         for name, each in outputs.items()
     }
-    return Table(rows, measured, drifting, tuple(notes))
-
-
-def worst_drift(found: Sequence[Drift]) -> Drift | None:
-    """Return the largest drift; None where there is none."""
-    return max(found, key=_distance, default=None)
-
-
-def _distance(drift: Drift) -> float:
-    distance = max(drift.shift_std, drift.log_variance_ratio)
-    return math.inf if math.isnan(distance) else distance
+    return Table(rows, measured, tuple(notes))
 
 
 def _row(
@@ -104,9 +91,10 @@ def _row(
     others: Mapping[str, Outputs],
     *,
     score: float | None,
-    drift: Drift | None,
+    drifting: Sequence[Drift],
 ) -> Row:
     expected, batches = others["evaluation"], others.get("batches")
+    drift = max(drifting, key=_largest_or_bad, default=None)
     return Row(
         name=name,
         label=label,
@@ -117,4 +105,9 @@ def _row(
         drift_std=None if drift is None else drift.shift_std,
         drift_log_variance=None if drift is None else drift.log_variance_ratio,
         drift_layer=None if drift is None else drift.layer,
+        input_drift=drifting[0].largest if drifting else None,
     )
+
+
+def _largest_or_bad(drift: Drift) -> float:
+    return math.inf if math.isnan(drift.largest) else drift.largest

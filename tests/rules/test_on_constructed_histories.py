@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+import bnguard
 from bnguard.configuration import with_limits
 from bnguard.diagnosis import diagnose
 from bnguard.findings import Severity
@@ -153,6 +155,60 @@ def test_bn403_finds_a_negative_variance_and_a_large_gain():
     gain = layer(running=running(var=0.0), gamma=np.array([1.0, 1.0, 50.0, 1.0]))
     (finding,) = found("BN403", gain)
     assert finding.channels == (2,)
+
+
+def test_bn403_knows_small_scales_that_gamma_makes_up_for_and_bounded_activations():
+    dead = layer(running=running(var=1e-12), gamma=np.full(4, 5.0))
+    assert [f.severity for f in found("BN403", dead)] == [Severity.WARNING]
+    assert found("BN403", dataclasses.replace(dead, bounded_by="ReLU6")) == []
+    # As in a published MobileNetV2: a gain of 1,902, and outputs that vary by 0.43.
+    alive = layer(running=running(var=5e-8), gamma=np.full(4, 6.03))
+    assert found("BN403", alive) == []
+
+
+@pytest.mark.parametrize(
+    ("bounded_by", "severity"), [(None, Severity.WARNING), ("ReLU6", Severity.INFO)]
+)
+def test_bn403_does_not_say_that_a_bounded_value_drowns_others(bounded_by, severity):
+    seen = evaluated(largest_normalised_std=500.0)
+    (finding,) = found("BN403", layer(evaluated=seen, bounded_by=bounded_by))
+    assert finding.severity is severity
+    assert ("drowns" in finding.message) is (bounded_by is None)
+
+
+def test_bn403_and_bn204_find_a_bounded_activation_in_a_model():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU6())
+    with torch.no_grad():
+        model[1].running_var.fill_(1e-12)
+        model[1].weight.fill_(5.0)
+    findings = {f.code: f for f in bnguard.inspect(model).findings}
+    assert "BN403" not in findings
+    assert "Conv2d" in findings["BN204"].fix.summary
+    model[2] = torch.nn.ReLU()
+    assert "BN403" in {f.code for f in bnguard.inspect(model).findings}
+
+
+@pytest.mark.parametrize(("dead", "severity"), [(14, Severity.INFO), (32, Severity.WARNING)])
+def test_bn204_warns_beyond_what_healthy_depthwise_networks_have(dead, severity):
+    var = np.where(np.arange(32) < dead, 0.0, 0.01)
+    statistics = RunningStatistics(mean=np.zeros(32), var=var, updates=1000)
+    (finding,) = found("BN204", layer(channels=32, running=statistics))
+    assert finding.severity is severity
+
+
+def test_bn204_leaves_channels_alone_whose_gamma_makes_up_for_their_scale():
+    small = layer(running=running(var=1.5e-7), gamma=np.full(4, 3.29))
+    assert found("BN204", small) == []
+    assert found("BN204", dataclasses.replace(small, gamma=np.ones(4))) != []
+
+
+@pytest.mark.parametrize(
+    ("fed_by", "advice"),
+    [(None, "where an activation"), ("Conv2d", "Conv2d before"), ("ReLU", "BN before the act")],
+)
+def test_bn204_advises_by_what_feeds_the_layer(fed_by, advice):
+    (finding,) = found("BN204", layer(running=running(var=0.0), fed_by=fed_by))
+    assert advice in finding.fix.summary
 
 
 def test_bn404_looks_at_float16_alone():

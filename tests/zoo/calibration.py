@@ -172,9 +172,9 @@ def dead_share(history: History) -> float | None:
     dead = DeadChannels()
     return _largest(
         [
-            float(np.mean(np.abs(layer.window.var_max) <= dead.max_var_in_eps * layer.eps))
+            float(found.mean())
             for layer in history.layers
-            if layer.window is not None
+            if layer.window is not None and (found := dead.dead(layer)) is not None
         ]
     )
 
