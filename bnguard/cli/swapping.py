@@ -20,9 +20,9 @@ from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
 from bnguard.cli.showing import show
 from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.swap import swap
-from bnguard.fixes.swapped import Swap
 from bnguard.report.document import swap_document
+from bnguard.swapping.api import swap
+from bnguard.swapping.result import Swap
 
 
 def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:

@@ -35,8 +35,8 @@ from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.fixes.recalibration import Recalibration
-    from bnguard.fixes.swapped import Swap
     from bnguard.report import Report
+    from bnguard.swapping.result import Swap
     from bnguard.whatif.diagnosis import Diagnosis
 
 SCHEMA = 1

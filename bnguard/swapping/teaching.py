@@ -12,11 +12,11 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Forward
-from bnguard.fixes.course import Distillation, StateFile
-from bnguard.fixes.distil import Progress, Silent, distil
-from bnguard.fixes.engine import Engine, OwnDevice
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.layers import find_layers, preserved_modes
+from bnguard.swapping.course import Distillation, StateFile
+from bnguard.swapping.distillation import Progress, Silent, distil
+from bnguard.swapping.engine import Engine, OwnDevice
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
 # Healthy networks of the benchmark stay below 0.2.
@@ -106,7 +106,7 @@ class Teaching:
     def _bar(self) -> Progress:
         if not (self.progress and self.engine.is_global_zero):
             return Silent()
-        from bnguard.report.swap import DistillationBar
+        from bnguard.swapping.view import DistillationBar
 
         return DistillationBar(self.steps)
 

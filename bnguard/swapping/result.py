@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bnguard.fixes.course import Distillation
 from bnguard.fixes.selection import SkippedLayer
+from bnguard.swapping.course import Distillation
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +73,7 @@ class Swap:
         return {layer.name: layer.groups for layer in self.replaced if layer.groups is not None}
 
     def __rich__(self) -> RenderableType:
-        from bnguard.report.swap import swap_view
+        from bnguard.swapping.view import swap_view
 
         return swap_view(self)
 

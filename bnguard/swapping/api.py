@@ -15,25 +15,9 @@ from torch.nn.parameter import is_lazy
 from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
 from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.engine import Engine, engine_of
-from bnguard.fixes.following import check_follows, follow
-from bnguard.fixes.grouping import evaluated, measure_positions
 from bnguard.fixes.options import is_whole
 from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
-from bnguard.fixes.planning import Plan, planned
-from bnguard.fixes.repeatable import repeatable
-from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
 from bnguard.fixes.selection import patterns_of
-from bnguard.fixes.swapped import ReplacedLayer, Swap
-from bnguard.fixes.targets import (
-    DEFAULT_GROUPS,
-    Factory,
-    Groups,
-    GroupTarget,
-    Target,
-    target_named,
-)
-from bnguard.fixes.teaching import Teaching
 from bnguard.layers import (
     BatchNormLayer,
     as_written,
@@ -42,6 +26,22 @@ from bnguard.layers import (
     preserved_random_state,
     require_module,
 )
+from bnguard.swapping.engine import Engine, engine_of
+from bnguard.swapping.following import check_follows, follow
+from bnguard.swapping.grouping import evaluated, measure_positions
+from bnguard.swapping.planning import Plan, planned
+from bnguard.swapping.repeatable import repeatable
+from bnguard.swapping.result import ReplacedLayer, Swap
+from bnguard.swapping.surgery import check_reachable, put_in_place, with_tail
+from bnguard.swapping.targets import (
+    DEFAULT_GROUPS,
+    Factory,
+    Groups,
+    GroupTarget,
+    Target,
+    target_named,
+)
+from bnguard.swapping.teaching import Teaching
 
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()

@@ -13,10 +13,10 @@ from torch import nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.course import Course, Distillation, StateFile, load_weights, weights_of
-from bnguard.fixes.engine import Engine
-from bnguard.fixes.lesson import Lesson
 from bnguard.layers import preserved_modes, preserved_random_state
+from bnguard.swapping.course import Course, Distillation, StateFile, load_weights, weights_of
+from bnguard.swapping.engine import Engine
+from bnguard.swapping.lesson import Lesson
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
 _LEARNING_RATE = 2e-3

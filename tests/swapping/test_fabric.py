@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from bnguard.errors import CheckpointError, ConfigurationError
-from bnguard.fixes.swap import swap
+from bnguard.swapping.api import swap
 from tests.networks import digits, mlp
 from tests.ports import free_port
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
-from bnguard.fixes.grouping import choose_groups
-from bnguard.fixes.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 from bnguard.fixes.options import is_whole
 from bnguard.layers import BatchNormLayer, find_layers
 from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.swapping.grouping import choose_groups
+from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 
 Factory = Callable[[nn.Module], nn.Module]
 Groups = int | Mapping[str, int]

@@ -10,8 +10,8 @@ from torch import nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.selection import SkippedLayer, patterns_of
-from bnguard.fixes.targets import Target
 from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
+from bnguard.swapping.targets import Target
 
 
 @dataclass(frozen=True)
