@@ -27,18 +27,24 @@ from bnguard.layers import (
     require_module,
 )
 from bnguard.swapping.engine import Engine, engine_of
-from bnguard.swapping.following import check_follows, follow
-from bnguard.swapping.grouping import evaluated, measure_positions
-from bnguard.swapping.planning import Plan, planned
-from bnguard.swapping.repeatable import repeatable
 from bnguard.swapping.result import ReplacedLayer, Swap
-from bnguard.swapping.surgery import check_reachable, put_in_place, with_tail
+from bnguard.swapping.surgery import (
+    Plan,
+    check_follows,
+    check_reachable,
+    follow,
+    planned,
+    put_in_place,
+    with_tail,
+)
 from bnguard.swapping.targets import (
     DEFAULT_GROUPS,
     Factory,
     Groups,
     GroupTarget,
     Target,
+    evaluated,
+    measure_positions,
     target_named,
 )
 from bnguard.swapping.teaching import Teaching
@@ -327,3 +333,27 @@ def _distance(output: object, expected: object, samples: int) -> float:
     return relative_distance(
         [found[place] for place in places], [wanted[place] for place in places]
     )
+
+
+class _Remembered:
+    """What an iterator yields, kept as far as it was read."""
+
+    def __init__(self, source: Iterator[object]) -> None:
+        self._source = source
+        self._kept: list[object] = []
+
+    def __iter__(self) -> Iterator[object]:
+        yield from self._kept
+        for item in self._source:
+            self._kept.append(item)
+            yield item
+
+
+def repeatable(data: Iterable[object]) -> Iterable[object]:
+    """Return the data, or what can be read again where they can be read once.
+
+    >>> numbers = repeatable(iter([1, 2]))
+    >>> next(iter(numbers)), list(numbers), list(numbers)
+    (1, [1, 2], [1, 2])
+    """
+    return _Remembered(data) if isinstance(data, Iterator) else data
