@@ -92,7 +92,6 @@ def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) ->
         steps=max(values.steps, 1),
         forward=forward_of(model),
         fabric=fabric if values.steps else None,
-        state_file=values.state if values.steps else None,
         progress=not values.json,
     )
 

@@ -104,7 +104,7 @@ def swap_document(
     (the path), ``code`` (Python that builds the swapped model), ``replaced`` (each with ``name``,
     ``before``, ``after``, ``groups``, ``values_per_group``), ``skipped`` (each with ``name`` and
     ``reason``), ``output_change`` in standard deviations, ``distillation`` (null, or ``steps``,
-    ``best_step``, ``samples``, ``distance_before``, ``distance``, ``resumed_at``), ``notes``.
+    ``best_step``, ``samples``, ``distance_before``, ``distance``), ``notes``.
     """
     learnt = swap.distillation
     result = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +65,6 @@ def swap(
     steps: int = 200,
     forward: Forward | None = None,
     fabric: Engine | None = None,
-    state_file: str | os.PathLike[str] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     in_place: bool = False,
     progress: bool = True,
@@ -101,8 +99,6 @@ def swap(
         fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks
             the model learns; it has been launched, and every rank calls this with its own share of
             the data. The model then goes back to its device.
-        state_file: Where the state of the learning is kept until it has ended; the same call after
-            an interruption goes on from there.
         optimizer: Optimizer of the model; its parameter groups follow to the swapped one, with the
             state of the parameters that are kept.
         in_place: Whether the model itself is changed.
@@ -115,7 +111,6 @@ def swap(
         ConfigurationError: An option does not fit, or a layer cannot be replaced; model and
             optimizer are as they were.
         CalibrationError: The forward failed; model and optimizer are as they were.
-        CheckpointError: The state file cannot be used; model and optimizer are as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
@@ -140,11 +135,10 @@ def swap(
             steps=steps,
             forward=forward,
             engine=engine_of(fabric, model),
-            state_file=state_file,
             progress=progress,
         )
-    elif fabric is not None or state_file is not None:
-        raise ConfigurationError("fabric= and state_file= are for learning: give teacher_data=")
+    elif fabric is not None:
+        raise ConfigurationError("fabric= is for distilling: pass teacher_data= too")
     batch = _sample(model, sample, teaching, forward)
 
     with preserved_random_state(model), as_written():

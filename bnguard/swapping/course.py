@@ -1,20 +1,11 @@
-"""How far a distillation is, and the file from which one that was interrupted goes on."""
+"""How far a distillation is."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from bnguard.checkpoint import publishing
-from bnguard.errors import CheckpointError
 
 Weights = dict[str, Tensor]
 
@@ -24,13 +15,12 @@ class Distillation:
     """How a distillation went.
 
     Attributes:
-        steps: Optimizer steps that were taken, those before an interruption included.
+        steps: Optimizer steps that were taken.
         best_step: The step whose weights were kept; 0 where none was better than the start.
         samples: Samples that the student saw, repetitions counted.
         distance_before: Root mean square difference of the outputs before, in standard deviations
             of the teacher's outputs.
         distance: The same for the weights that were kept.
-        resumed_at: The step from which an interrupted one went on; 0 where it began anew.
     """
 
     steps: int
@@ -38,7 +28,6 @@ class Distillation:
     samples: int
     distance_before: float
     distance: float
-    resumed_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,71 +64,6 @@ class Course:
         return Course(best, weights_of(student))
 
 
-class StateFile:
-    """Keeps a course in a file.
-
-    Args:
-        path: The file.
-        student: The student before its first step: a state of any other is refused.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], student: nn.Module) -> None:
-        self._path = Path(path)
-        self._subject = _digest(student)
-
-    def save(self, course: Course, student: nn.Module, optimizer: Optimizer) -> None:
-        """Write what it takes to go on; the file has its old or its new content at any moment.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
-        content = {
-            "student": self._subject,
-            "so_far": dataclasses.asdict(course.so_far),
-            "best_weights": course.best_weights,
-            "weights": weights_of(student),
-            "optimizer": optimizer.state_dict(),
-        }
-        path = self._path
-        with publishing.write_errors(path), publishing.temporary_beside(path, like=path) as copy:
-            publishing.save(content, copy)
-            publishing.replace(copy, path)
-
-    def resume(self, student: nn.Module, optimizer: Optimizer) -> Course | None:
-        """Put student and optimizer where they were, and return the course; None without a file.
-
-        Raises:
-            CheckpointError: The file is unreadable, or of another student.
-        """
-        if not self._path.exists():
-            return None
-        content = self._content()
-        load_weights(student, content["weights"])
-        optimizer.load_state_dict(content["optimizer"])
-        so_far = Distillation(**content["so_far"])
-        return Course(replace(so_far, resumed_at=so_far.steps), content["best_weights"])
-
-    def remove(self) -> None:
-        """Remove the file, since there is nothing left to go on with."""
-        self._path.unlink(missing_ok=True)
-
-    def _content(self) -> dict[str, Any]:
-        try:
-            content = torch.load(self._path, weights_only=True, map_location="cpu")
-            subject = content["student"]
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._path}: is no state of a distillation ({type(error).__name__}); "
-                "remove it, or name another state_file"
-            ) from error
-        if subject != self._subject:
-            raise CheckpointError(
-                f"{self._path}: is the state of another distillation, with other weights or "
-                "another norm; remove it, or name another state_file"
-            )
-        return dict(content)
-
-
 def weights_of(model: nn.Module) -> Weights:
     """Return a copy of all parameters."""
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -150,13 +74,3 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     """Put the parameters back to what they were."""
     for name, tensor in model.named_parameters():
         tensor.copy_(weights[name])
-
-
-def _digest(model: nn.Module) -> str:
-    """Return what tells a model from others: its modules and the values of its parameters."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.named_parameters():
-        digest.update(name.encode())
-        values = tensor.detach().cpu().contiguous().flatten()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

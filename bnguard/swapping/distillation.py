@@ -14,7 +14,7 @@ from torch import nn
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
 from bnguard.layers import preserved_modes, preserved_random_state
-from bnguard.swapping.course import Course, Distillation, StateFile, load_weights, weights_of
+from bnguard.swapping.course import Course, Distillation, load_weights, weights_of
 from bnguard.swapping.engine import Engine
 from bnguard.swapping.lesson import Lesson
 
@@ -67,7 +67,6 @@ def distil(
     steps: int,
     forward: Forward | None,
     engine: Engine,
-    state_file: StateFile | None,
     progress: Progress,
 ) -> Distillation:
     """Train a student to give what its teacher gives, and keep its best weights.
@@ -85,7 +84,6 @@ def distil(
         steps: Optimizer steps at most; ends earlier where nothing improves any more.
         forward: ``forward(model, batch)`` calls a model, where ``data`` yields anything else.
         engine: Says in which precision, and on which ranks, it runs.
-        state_file: Where its state is kept, and found again after an interruption.
         progress: Is told how far it is.
 
     Returns:
@@ -94,7 +92,6 @@ def distil(
     Raises:
         ConfigurationError: There are no data, or no outputs to compare.
         CalibrationError: The forward failed.
-        CheckpointError: The state cannot be read or written, or is that of another student.
     """
     _check(student)
     batches = _endless(data, student, forward, engine.device)
@@ -112,11 +109,8 @@ def distil(
             with engine.autocast():
                 exam = _first(batches, _SAMPLES_TO_MEASURE)
                 lesson = Lesson(student, teacher, pairs, forward, exam)
-            training = _Training(student, lesson, batches, engine, state_file)
-            distillation = training.run(steps, progress)
-        if state_file is not None and engine.is_global_zero:
-            state_file.remove()
-        return distillation
+            training = _Training(student, lesson, batches, engine)
+            return training.run(steps, progress)
     except BaseException:
         load_weights(student, start)
         raise
@@ -143,43 +137,27 @@ class _Training:
         lesson: Lesson,
         batches: Iterator[Batch],
         engine: Engine,
-        state_file: StateFile | None,
     ) -> None:
         self._student = student
         self._lesson = lesson
         self._batches = batches
         self._engine = engine
-        self._state_file = state_file
         self._optimizer: Any = engine.setup_optimizers(
             torch.optim.Adam(_learning(student), lr=_LEARNING_RATE)
         )
 
     def run(self, steps: int, progress: Progress) -> Distillation:
         """Take the steps, measure now and then, and leave the student with its best weights."""
-        course = self._begun()
+        course = Course.begun(self._distance(), self._student)
         interval = max(steps // _MEASUREMENTS, 1)
         while course.so_far.steps < steps and not _is_over(course.so_far, interval):
             step = course.so_far.steps + 1
             course = course.stepped(self._step(_LEARNING_RATE * _schedule(step, steps)))
             if step % interval == 0 or step == steps:
                 course = course.measured(self._distance(), self._student)
-                self._keep(course)
                 progress.advance(step, course.so_far.distance)
         load_weights(self._student, course.best_weights)
         return course.so_far
-
-    def _begun(self) -> Course:
-        if self._state_file is not None:
-            resumed = self._state_file.resume(self._student, self._optimizer)
-            if resumed is not None:
-                return resumed
-        course = Course.begun(self._distance(), self._student)
-        self._keep(course)
-        return course
-
-    def _keep(self, course: Course) -> None:
-        if self._state_file is not None and self._engine.is_global_zero:
-            self._state_file.save(course, self._student, self._optimizer)
 
     def _distance(self) -> float:
         with self._engine.autocast():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Forward
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.layers import find_layers, preserved_modes
-from bnguard.swapping.course import Distillation, StateFile
+from bnguard.swapping.course import Distillation
 from bnguard.swapping.distillation import Progress, Silent, distil
 from bnguard.swapping.engine import Engine, OwnDevice
 
@@ -34,7 +33,6 @@ class Teaching:
         steps: Optimizer steps at most.
         forward: ``forward(model, batch)`` calls a model; None where the batch says how.
         engine: Where it computes.
-        state_file: Where its state is kept; None to keep none.
         progress: Whether to show a progress bar.
     """
 
@@ -42,7 +40,6 @@ class Teaching:
     steps: int
     forward: Forward | None
     engine: Engine
-    state_file: str | os.PathLike[str] | None
     progress: bool
 
     def teach(
@@ -71,11 +68,8 @@ class Teaching:
                 steps=self.steps,
                 forward=self.forward,
                 engine=self.engine,
-                state_file=None if self.state_file is None else StateFile(self.state_file, student),
                 progress=self._bar(),
             )
-        if distillation.resumed_at:
-            notes += (f"went on from step {distillation.resumed_at}, found in {self.state_file}",)
         return distillation, notes
 
     def _mended(self, teacher: nn.Module) -> tuple[str, ...]:

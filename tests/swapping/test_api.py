@@ -448,7 +448,7 @@ class ReadsItsLayer(nn.Module):
             "fails on a batch that",
         ),
         (conv_net, {"groups": {"*": 5}}, "its 8 channels do not make 5 groups"),
-        (conv_net, {"state_file": "x"}, "give teacher_data="),
+        (conv_net, {"fabric": object()}, "pass teacher_data= too"),
         (conv_net, {"steps": 2.5}, "steps=2.5 is no whole number"),
         (conv_net, {"to": None}, "to=None is no norm"),
         (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),
