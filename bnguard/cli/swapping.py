@@ -20,7 +20,6 @@ from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
 from bnguard.cli.showing import show
 from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
-from bnguard.report.document import swap_document
 from bnguard.swapping.api import swap
 from bnguard.swapping.result import Swap
 
@@ -48,12 +47,15 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
 
     if values.json:
         document = {
+            **result.to_dict(),
             "action": "swap",
+            "written": str(output),
+            "code": code,
             "metric": None if scorer is None else scorer.metric,
             "score_before": before,
             "score_after": after,
         }
-        print(json.dumps(swap_document(result, document, output, code), indent=2))
+        print(json.dumps(document, indent=2))
         return 0
     show(result)
     if scorer is None:

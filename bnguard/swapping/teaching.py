@@ -13,8 +13,7 @@ from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Forward
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.layers import find_layers, preserved_modes
-from bnguard.swapping.course import Distillation
-from bnguard.swapping.distillation import Progress, Silent, distil
+from bnguard.swapping.distillation import Distillation, Progress, Silent, distil
 from bnguard.swapping.engine import Engine, OwnDevice
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
