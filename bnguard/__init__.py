@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
     from bnguard.fixes.recalibrate import recalibrate
     from bnguard.fixes.recalibration import Recalibration
-    from bnguard.fixes.swap import swap
-    from bnguard.fixes.swapped import Swap
     from bnguard.inspection import inspect
     from bnguard.monitor import Monitor, watch
     from bnguard.report import Report
     from bnguard.rules import RULES, Rule
+    from bnguard.swapping.api import swap
+    from bnguard.swapping.result import Swap
     from bnguard.whatif.diagnose import diagnose
     from bnguard.whatif.diagnosis import Diagnosis
 
@@ -47,12 +47,12 @@ _HOMES = {
     "Rule": "bnguard.rules",
     "Severity": "bnguard.findings",
     "Skipped": "bnguard.findings",
-    "Swap": "bnguard.fixes.swapped",
+    "Swap": "bnguard.swapping.result",
     "diagnose": "bnguard.whatif.diagnose",
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.fixes.recalibrate",
     "register_layer": "bnguard.adapters",
-    "swap": "bnguard.fixes.swap",
+    "swap": "bnguard.swapping.api",
     "watch": "bnguard.monitor",
 }
 

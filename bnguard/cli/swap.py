@@ -56,9 +56,6 @@ def make_parser() -> ArgumentParser:
         default="32-true",
         help="as the Trainer names it",
     )
-    parser.add_argument(
-        "--state", type=str, help="file from which the same command goes on if it was interrupted"
-    )
     parser.add_argument("--metric", type=str, help="validation metric to show")
     parser.add_argument("--output", type=str, help="where to write; NAME-swapped by default")
     parser.add_argument("--force", action="store_true", help="write over an existing file")

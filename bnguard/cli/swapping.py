@@ -20,9 +20,8 @@ from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
 from bnguard.cli.showing import show
 from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.swap import swap
-from bnguard.fixes.swapped import Swap
-from bnguard.report.document import swap_document
+from bnguard.swapping.api import swap
+from bnguard.swapping.result import Swap
 
 
 def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
@@ -48,12 +47,15 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
 
     if values.json:
         document = {
+            **result.to_dict(),
             "action": "swap",
+            "written": str(output),
+            "code": code,
             "metric": None if scorer is None else scorer.metric,
             "score_before": before,
             "score_after": after,
         }
-        print(json.dumps(swap_document(result, document, output, code), indent=2))
+        print(json.dumps(document, indent=2))
         return 0
     show(result)
     if scorer is None:
@@ -92,7 +94,6 @@ def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) ->
         steps=max(values.steps, 1),
         forward=forward_of(model),
         fabric=fabric if values.steps else None,
-        state_file=values.state if values.steps else None,
         progress=not values.json,
     )
 

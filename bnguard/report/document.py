@@ -36,7 +36,6 @@ from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.fixes.recalibration import Recalibration
-    from bnguard.fixes.swapped import Swap
     from bnguard.report import Report
     from bnguard.whatif.diagnosis import Diagnosis
 
@@ -57,7 +56,7 @@ def report_document(report: Report) -> dict[str, Any]:
         ],
         "notes": list(report.notes),
     }
-    return cast("dict[str, Any]", _strict(document))
+    return cast("dict[str, Any]", strict_json(document))
 
 
 def recalibration_document(
@@ -93,44 +92,7 @@ def recalibration_document(
         ],
         "notes": [*recalibration.notes, *notes],
     }
-    return cast("dict[str, Any]", _strict(result))
-
-
-def swap_document(
-    swap: Swap, document: Mapping[str, object], written: Path, code: str
-) -> dict[str, Any]:
-    """Return what a swap of a checkpoint did, as plain data.
-
-    Schema version 1, beside the keys of ``document``: ``schema``, ``bnguard``, ``to``, ``written``
-    (the path), ``code`` (Python that builds the swapped model), ``replaced`` (each with ``name``,
-    ``before``, ``after``, ``groups``, ``values_per_group``), ``skipped`` (each with ``name`` and
-    ``reason``), ``output_change`` in standard deviations, ``distillation`` (null, or ``steps``,
-    ``best_step``, ``samples``, ``distance_before``, ``distance``, ``resumed_at``), ``notes``.
-    """
-    learnt = swap.distillation
-    result = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
-        **document,
-        "to": swap.to,
-        "written": str(written),
-        "code": code,
-        "replaced": [
-            {
-                "name": layer.name,
-                "before": layer.before,
-                "after": layer.after,
-                "groups": layer.groups,
-                "values_per_group": layer.values_per_group,
-            }
-            for layer in swap.replaced
-        ],
-        "skipped": [{"name": layer.name, "reason": layer.reason} for layer in swap.skipped],
-        "output_change": swap.output_change,
-        "distillation": None if learnt is None else dataclasses.asdict(learnt),
-        "notes": list(swap.notes),
-    }
-    return cast("dict[str, Any]", _strict(result))
+    return cast("dict[str, Any]", strict_json(result))
 
 
 def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -152,7 +114,7 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
         **{key: list(content[key]) for key in ("rows", "layers", "skipped", "notes")},
     }
     document["cause"]["evidence"] = list(document["cause"]["evidence"])
-    return cast("dict[str, Any]", _strict(document))
+    return cast("dict[str, Any]", strict_json(document))
 
 
 def write_document(report: Report, path: Path) -> None:
@@ -174,11 +136,12 @@ def _layer(layer: LayerHistory) -> dict[str, Any]:
     }
 
 
-def _strict(value: object) -> object:
+def strict_json(value: object) -> object:
+    """Return a value with numbers that are not finite as strings, since JSON has none."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(item) for item in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

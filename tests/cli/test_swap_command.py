@@ -150,7 +150,7 @@ def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path
         trainer().fit(model, data, ckpt_path=output)
 
 
-def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, capsys):
+def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys):
     seen = {}
 
     def swap(model, to, **options):
@@ -158,10 +158,9 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         return library.swap(model, to)
 
     monkeypatch.setattr("bnguard.cli.swapping.swap", swap)
-    options = ("--precision", "bf16-mixed", "--state", "swap.state", "--steps", "5")
+    options = ("--precision", "bf16-mixed", "--steps", "5")
     assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
     assert seen["fabric"]._precision.precision == "bf16-mixed"
-    assert seen["state_file"] == "swap.state"
     assert isinstance(seen["teacher_data"], torch.utils.data.DataLoader)
 
 
@@ -178,7 +177,6 @@ def test_precision_and_state_reach_the_distillation(checkpoint, monkeypatch, cap
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
         ([*DEMO, "--device", "gpu"], "--device gpu cannot be used here"),
         ([*DEMO, "--exclude", '["nothing"]'], "exclude='nothing' matches no BN layer"),
-        ([*DEMO, "--state", "last.ckpt", "--steps", "1"], "is no state of a distillation"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.fixes.calibration.batches import Forward
-from bnguard.fixes.course import Distillation, StateFile
-from bnguard.fixes.distil import Progress, Silent, distil
-from bnguard.fixes.engine import Engine, OwnDevice
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.layers import find_layers, preserved_modes
+from bnguard.swapping.distillation import Distillation, Progress, Silent, distil
+from bnguard.swapping.engine import Engine, OwnDevice
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
 # Healthy networks of the benchmark stay below 0.2.
@@ -34,7 +32,6 @@ class Teaching:
         steps: Optimizer steps at most.
         forward: ``forward(model, batch)`` calls a model; None where the batch says how.
         engine: Where it computes.
-        state_file: Where its state is kept; None to keep none.
         progress: Whether to show a progress bar.
     """
 
@@ -42,7 +39,6 @@ class Teaching:
     steps: int
     forward: Forward | None
     engine: Engine
-    state_file: str | os.PathLike[str] | None
     progress: bool
 
     def teach(
@@ -71,11 +67,8 @@ class Teaching:
                 steps=self.steps,
                 forward=self.forward,
                 engine=self.engine,
-                state_file=None if self.state_file is None else StateFile(self.state_file, student),
                 progress=self._bar(),
             )
-        if distillation.resumed_at:
-            notes += (f"went on from step {distillation.resumed_at}, found in {self.state_file}",)
         return distillation, notes
 
     def _mended(self, teacher: nn.Module) -> tuple[str, ...]:
@@ -106,7 +99,7 @@ class Teaching:
     def _bar(self) -> Progress:
         if not (self.progress and self.engine.is_global_zero):
             return Silent()
-        from bnguard.report.swap import DistillationBar
+        from bnguard.swapping.view import DistillationBar
 
         return DistillationBar(self.steps)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from bnguard.fixes.course import Distillation
 from bnguard.fixes.selection import SkippedLayer
+from bnguard.swapping.distillation import Distillation
+from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,7 +46,7 @@ class ReplacedLayer:
         return self.channels // self.groups * self.positions
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Swap:
     """What :func:`bnguard.swap` did.
 
@@ -72,8 +74,39 @@ class Swap:
         """Groups by the name of the layer, as ``groups=`` takes them to make the swap again."""
         return {layer.name: layer.groups for layer in self.replaced if layer.groups is not None}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was replaced and how far the outputs moved, as plain data for JSON."""
+        from bnguard.report.document import SCHEMA, strict_json
+
+        learnt = self.distillation
+        document = {
+            "schema": SCHEMA,
+            "bnguard": __version__,
+            "to": self.to,
+            "replaced": [
+                {
+                    "name": layer.name,
+                    "before": layer.before,
+                    "after": layer.after,
+                    "groups": layer.groups,
+                    "values_per_group": layer.values_per_group,
+                }
+                for layer in self.replaced
+            ],
+            "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
+            "output_change": self.output_change,
+            "distillation": None if learnt is None else dataclasses.asdict(learnt),
+            "notes": list(self.notes),
+        }
+        return cast("dict[str, Any]", strict_json(document))
+
+    def __repr__(self) -> str:
+        """Return the swap in one line."""
+        layers, left = len(self.replaced), len(self.skipped)
+        return f"Swap(to={self.to!r}, replaced={layers}, skipped={left})"
+
     def __rich__(self) -> RenderableType:
-        from bnguard.report.swap import swap_view
+        from bnguard.swapping.view import swap_view
 
         return swap_view(self)
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from bnguard.errors import BNGuardError, ConfigurationError
-from bnguard.fixes import distil
 from bnguard.fixes.outputs import float_tensors, relative_distance
-from bnguard.fixes.swap import swap
-from bnguard.report.swap import DistillationBar
+from bnguard.swapping import distillation
+from bnguard.swapping.api import swap
+from bnguard.swapping.view import DistillationBar
 from tests.networks import conv_net, digits, mlp
 
 
@@ -108,7 +108,7 @@ def test_frozen_parameters_learn_and_stay_frozen(trained):
 
 def test_the_best_weights_are_kept_where_learning_does_harm(trained, monkeypatch):
     model, batches, _ = trained
-    monkeypatch.setattr(distil, "_LEARNING_RATE", 10.0)
+    monkeypatch.setattr(distillation, "_LEARNING_RATE", 10.0)
     result = swap(model, "group", teacher_data=batches, steps=40, progress=False)
     learnt = result.distillation
     assert learnt.distance <= learnt.distance_before

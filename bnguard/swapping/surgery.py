@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.adapters import adapter_of
 from bnguard.errors import ConfigurationError
-from bnguard.layers import BatchNormLayer
+from bnguard.fixes.selection import SkippedLayer, patterns_of
+from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
 from bnguard.moments import wide
+from bnguard.swapping.targets import Target
 
 Replacements = Mapping[nn.Module, nn.Module]
 
@@ -179,3 +183,137 @@ def _is_close(found: object, expected: object) -> bool:
         return False
     tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 3e-2
     return torch.allclose(wide(found), wide(expected), rtol=tolerance, atol=tolerance)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a swap is to do.
+
+    Attributes:
+        layers: The BN layers to replace.
+        skipped: Those to leave.
+    """
+
+    layers: tuple[BatchNormLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+
+def planned(
+    model: nn.Module, target: Target, names: Iterable[str] | None, exclude: Iterable[str]
+) -> Plan:
+    """Return the layers of a model to replace.
+
+    Args:
+        model: The model.
+        target: What is to take their place.
+        names: Names or patterns of the layers wanted; None for all.
+        exclude: Names or patterns of layers to leave.
+
+    Raises:
+        ConfigurationError: There are none, a pattern fits none, one is not initialised, or has
+            parameters that are computed from others.
+    """
+    if is_wrapper(model):
+        raise ConfigurationError(
+            f"the model is wrapped in {type(model).__name__}: swap the model inside, then wrap it"
+        )
+    found = find_layers(model)
+    if not found:
+        raise ConfigurationError(f"{without_layers(model)}: nothing to swap")
+    wanted = ("*",) if names is None else patterns_of("layers", names, found)
+    unwanted = patterns_of("exclude", exclude, found)
+    layers, skipped = [], []
+    for layer in found:
+        reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
+        if reason is None:
+            _require_own_parameters(layer)
+            layers.append(_initialised(layer))
+        else:
+            skipped.append(SkippedLayer(layer.name, reason))
+    if not layers:
+        raise ConfigurationError(
+            f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
+        )
+    return Plan(tuple(layers), tuple(skipped))
+
+
+def _reason_to_skip(
+    layer: BatchNormLayer, wanted: Sequence[str], unwanted: Sequence[str]
+) -> str | None:
+    if any(fnmatchcase(layer.name, pattern) for pattern in unwanted):
+        return "is excluded"
+    if not any(fnmatchcase(layer.name, pattern) for pattern in wanted):
+        return "is not among the layers asked for"
+    return None
+
+
+def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
+    if layer.channels == 0:
+        raise ConfigurationError(
+            f"{layer.name} is lazy and has seen no batch: put one through the model first"
+        )
+    return layer
+
+
+def _require_own_parameters(layer: BatchNormLayer) -> None:
+    for name in ("weight", "bias"):
+        # So pruning and the old weight norm leave a module: the value is no parameter any more.
+        if name in vars(layer.module) and any(
+            f"{name}_{kind}" in layer.module._parameters for kind in ("orig", "g")
+        ):
+            raise ConfigurationError(
+                f"{layer.name}: its {name} is computed anew at each call, by pruning or a weight "
+                "norm: make that permanent first, with torch.nn.utils.prune.remove, say"
+            )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    """Return all parameters that an optimizer updates."""
+    return {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def check_follows(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Make sure that an optimizer is one of this model.
+
+    Raises:
+        ConfigurationError: It is none, or updates none of the model's parameters.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigurationError(f"optimizer={optimizer!r} is no optimizer of torch.optim")
+    if not parameters_of(optimizer) & set(model.parameters()):
+        raise ConfigurationError(
+            "optimizer= updates none of the model's parameters: give the one that trains it"
+        )
+
+
+def follow(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    successors: Mapping[nn.Parameter, nn.Parameter],
+    added: Iterable[tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]],
+) -> None:
+    """Let an optimizer update the parameters of another model in place of those that it had.
+
+    Args:
+        optimizer: The optimizer; its groups keep their order and options.
+        model: The model to update.
+        successors: What each old parameter has become; one without an entry stays itself.
+        added: Parameters of a replaced layer with those of its replacement. New ones among these
+            join the group that had the old ones, if one had.
+    """
+    added = list(added)
+    alive = set(model.parameters())
+    for group in optimizer.param_groups:
+        before = group["params"]
+        after = [successors.get(p, p) for p in before]
+        after = [p for p in after if p in alive]
+        known = parameters_of(optimizer) | set(successors.values())
+        for old, new in added:
+            if any(p in set(before) for p in old):
+                after += [p for p in new if p not in known]
+        group["params"] = after
+        for old_parameter in before:
+            state = optimizer.state.pop(old_parameter, None)
+            successor = successors.get(old_parameter, old_parameter)
+            if state is not None and successor in alive:
+                optimizer.state[successor] = state

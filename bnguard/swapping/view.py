@@ -13,7 +13,7 @@ from rich.text import Text
 from bnguard.report.lines import counted
 
 if TYPE_CHECKING:
-    from bnguard.fixes.swapped import ReplacedLayer, Swap
+    from bnguard.swapping.result import ReplacedLayer, Swap
 
 # A network whose outputs stay further off, in standard deviations, has lost points of accuracy.
 _FAR_OFF_STD = 0.25

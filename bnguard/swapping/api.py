@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,25 +14,9 @@ from torch.nn.parameter import is_lazy
 from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
 from bnguard.fixes.calibration.arrivals import arrivals
 from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.engine import Engine, engine_of
-from bnguard.fixes.following import check_follows, follow
-from bnguard.fixes.grouping import evaluated, measure_positions
 from bnguard.fixes.options import is_whole
 from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
-from bnguard.fixes.planning import Plan, planned
-from bnguard.fixes.repeatable import repeatable
-from bnguard.fixes.replacing import check_reachable, put_in_place, with_tail
 from bnguard.fixes.selection import patterns_of
-from bnguard.fixes.swapped import ReplacedLayer, Swap
-from bnguard.fixes.targets import (
-    DEFAULT_GROUPS,
-    Factory,
-    Groups,
-    GroupTarget,
-    Target,
-    target_named,
-)
-from bnguard.fixes.teaching import Teaching
 from bnguard.layers import (
     BatchNormLayer,
     as_written,
@@ -42,6 +25,28 @@ from bnguard.layers import (
     preserved_random_state,
     require_module,
 )
+from bnguard.swapping.engine import Engine, engine_of
+from bnguard.swapping.result import ReplacedLayer, Swap
+from bnguard.swapping.surgery import (
+    Plan,
+    check_follows,
+    check_reachable,
+    follow,
+    planned,
+    put_in_place,
+    with_tail,
+)
+from bnguard.swapping.targets import (
+    DEFAULT_GROUPS,
+    Factory,
+    Groups,
+    GroupTarget,
+    Target,
+    evaluated,
+    measure_positions,
+    target_named,
+)
+from bnguard.swapping.teaching import Teaching
 
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
@@ -60,7 +65,6 @@ def swap(
     steps: int = 200,
     forward: Forward | None = None,
     fabric: Engine | None = None,
-    state_file: str | os.PathLike[str] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     in_place: bool = False,
     progress: bool = True,
@@ -95,8 +99,6 @@ def swap(
         fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks
             the model learns; it has been launched, and every rank calls this with its own share of
             the data. The model then goes back to its device.
-        state_file: Where the state of the learning is kept until it has ended; the same call after
-            an interruption goes on from there.
         optimizer: Optimizer of the model; its parameter groups follow to the swapped one, with the
             state of the parameters that are kept.
         in_place: Whether the model itself is changed.
@@ -109,7 +111,6 @@ def swap(
         ConfigurationError: An option does not fit, or a layer cannot be replaced; model and
             optimizer are as they were.
         CalibrationError: The forward failed; model and optimizer are as they were.
-        CheckpointError: The state file cannot be used; model and optimizer are as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
@@ -134,11 +135,10 @@ def swap(
             steps=steps,
             forward=forward,
             engine=engine_of(fabric, model),
-            state_file=state_file,
             progress=progress,
         )
-    elif fabric is not None or state_file is not None:
-        raise ConfigurationError("fabric= and state_file= are for learning: give teacher_data=")
+    elif fabric is not None:
+        raise ConfigurationError("fabric= is for distilling: pass teacher_data= too")
     batch = _sample(model, sample, teaching, forward)
 
     with preserved_random_state(model), as_written():
@@ -327,3 +327,27 @@ def _distance(output: object, expected: object, samples: int) -> float:
     return relative_distance(
         [found[place] for place in places], [wanted[place] for place in places]
     )
+
+
+class _Remembered:
+    """What an iterator yields, kept as far as it was read."""
+
+    def __init__(self, source: Iterator[object]) -> None:
+        self._source = source
+        self._kept: list[object] = []
+
+    def __iter__(self) -> Iterator[object]:
+        yield from self._kept
+        for item in self._source:
+            self._kept.append(item)
+            yield item
+
+
+def repeatable(data: Iterable[object]) -> Iterable[object]:
+    """Return the data, or what can be read again where they can be read once.
+
+    >>> numbers = repeatable(iter([1, 2]))
+    >>> next(iter(numbers)), list(numbers), list(numbers)
+    (1, [1, 2], [1, 2])
+    """
+    return _Remembered(data) if isinstance(data, Iterator) else data

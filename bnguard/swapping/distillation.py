@@ -4,19 +4,220 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.course import Course, Distillation, StateFile, load_weights, weights_of
-from bnguard.fixes.engine import Engine
-from bnguard.fixes.lesson import Lesson
+from bnguard.fixes.calibration.batches import Batch, Forward, call, read_batches
+from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance, spread
 from bnguard.layers import preserved_modes, preserved_random_state
+from bnguard.moments import Moments, channel_moments, merge_moments
+from bnguard.swapping.engine import Engine
+
+# Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
+_FEATURE_WEIGHT = 0.1
+
+
+class Lesson:
+    """What a student is to learn from its teacher; both are in eval mode.
+
+    Args:
+        student: The network that learns.
+        teacher: The network to imitate.
+        pairs: Layers of the student and the teacher whose outputs are to agree.
+        forward: ``forward(model, batch)`` calls a model; None where the batch says how.
+        exam: Batches on which the distance is measured.
+
+    Raises:
+        ConfigurationError: The model returns nothing to compare, or nothing finite.
+        CalibrationError: The forward failed.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[tuple[nn.Module, nn.Module]],
+        forward: Forward | None,
+        exam: Sequence[Batch],
+    ) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._learning = [learning for learning, _ in pairs]
+        self._taught = [taught for _, taught in pairs]
+        self._forward = forward
+        self._exam = exam
+        moments: list[list[Moments]] = [[] for _ in pairs]
+
+        def measure(index: int, output: Tensor) -> None:
+            moments[index].append(channel_moments(output))
+
+        with _telling(self._taught, measure), torch.no_grad():
+            answers = [self._returned(teacher, batch) for batch in exam]
+        rows = places_of_rows(answers, [batch.size for batch in exam])
+        self._places = rows or range(len(answers[0]))
+        self._answers = _joined([self._compared(answer) for answer in answers])
+        if not self._answers:
+            raise ConfigurationError(
+                "the model returns no floating-point tensor, so there is nothing to distil: pass "
+                "forward=lambda model, batch: … that returns its outputs"
+            )
+        if not all(bool(torch.isfinite(answer).all()) for answer in self._answers):
+            raise ConfigurationError(
+                "the model's own outputs on teacher_data are NaN or infinite, so that there is "
+                "nothing to learn from them"
+            )
+        # Of the whole exam: one small batch has hardly any spread to scale by.
+        self._output_scales = [spread(answer) for answer in self._answers]
+        self._feature_scales = [_mean_variance(parts) for parts in moments]
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Return how far the outputs are apart, in standard deviations of the teacher's."""
+        outputs = [self._compared(self._returned(self._student, batch)) for batch in self._exam]
+        return relative_distance(_joined(outputs), self._answers)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return what a batch gives to minimise, a scalar."""
+        features: list[list[Tensor]] = [[] for _ in self._taught]
+        errors: list[Tensor] = []
+
+        def keep(index: int, output: Tensor) -> None:
+            # A clone, since an activation that comes next may write to it.
+            features[index].append(output.detach().clone())
+
+        def compare(index: int, output: Tensor) -> None:
+            if features[index]:
+                wanted = features[index].pop(0)
+                errors.append(_squared_error(output, wanted) / self._feature_scales[index])
+
+        with _telling(self._taught, keep), torch.no_grad():
+            expected = self._compared(self._returned(self._teacher, batch))
+        with _telling(self._learning, compare):
+            outputs = self._compared(self._returned(self._student, batch))
+        loss = torch.stack(
+            [
+                _squared_error(output, wanted) / scale
+                for output, wanted, scale in zip(
+                    outputs, expected, self._output_scales, strict=True
+                )
+            ]
+        ).mean()
+        return loss + _FEATURE_WEIGHT * torch.stack(errors).mean() if errors else loss
+
+    def _returned(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        return list(float_tensors(call(model, self._forward, batch)))
+
+    def _compared(self, returned: Sequence[Tensor]) -> list[Tensor]:
+        return [returned[place] for place in self._places]
+
+
+@contextmanager
+def _telling(modules: Sequence[nn.Module], tell: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Tell the number of a module and its output, whenever one of the modules is called."""
+
+    def hook(index: int, module: nn.Module, args: object, output: Tensor) -> None:
+        tell(index, output)
+
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            handle = module.register_forward_hook(partial(hook, index))
+            stack.callback(handle.remove)
+        yield
+
+
+def _squared_error(output: Tensor, wanted: Tensor) -> Tensor:
+    return (output.float() - wanted.float()).square().mean()
+
+
+def _joined(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return each output over all batches, flat: batches may differ in size and shape."""
+    columns = zip(*outputs, strict=True)
+    return [torch.cat([part.flatten().float() for part in column]) for column in columns]
+
+
+def _mean_variance(parts: Sequence[Moments]) -> float:
+    """Return the variance within a channel, the mean over the channels; 1 where there is none."""
+    if not parts:
+        return 1.0
+    variance = float(merge_moments(parts).var_biased.mean())
+    return variance if variance > 0.0 else 1.0
+
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How a distillation went.
+
+    Attributes:
+        steps: Optimizer steps that were taken.
+        best_step: The step whose weights were kept; 0 where none was better than the start.
+        samples: Samples that the student saw, repetitions counted.
+        distance_before: Root mean square difference of the outputs before, in standard deviations
+            of the teacher's outputs.
+        distance: The same for the weights that were kept.
+    """
+
+    steps: int
+    best_step: int
+    samples: int
+    distance_before: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Course:
+    """A distillation under way.
+
+    Attributes:
+        so_far: What it has come to.
+        best_weights: The weights of its best step.
+    """
+
+    so_far: Distillation
+    best_weights: Weights
+
+    @classmethod
+    def begun(cls, distance: float, student: nn.Module) -> Course:
+        """Return a course of no steps."""
+        start = Distillation(
+            steps=0, best_step=0, samples=0, distance_before=distance, distance=distance
+        )
+        return cls(start, weights_of(student))
+
+    def stepped(self, samples: int) -> Course:
+        """Return the course after another step, on so many samples."""
+        so_far = self.so_far
+        so_far = replace(so_far, steps=so_far.steps + 1, samples=so_far.samples + samples)
+        return replace(self, so_far=so_far)
+
+    def measured(self, distance: float, student: nn.Module) -> Course:
+        """Return the course with the weights that the student has now, if they are the best."""
+        if not distance < self.so_far.distance:
+            return self
+        best = replace(self.so_far, distance=distance, best_step=self.so_far.steps)
+        return Course(best, weights_of(student))
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Return a copy of all parameters."""
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Put the parameters back to what they were."""
+    for name, tensor in model.named_parameters():
+        tensor.copy_(weights[name])
+
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
 _LEARNING_RATE = 2e-3
@@ -67,7 +268,6 @@ def distil(
     steps: int,
     forward: Forward | None,
     engine: Engine,
-    state_file: StateFile | None,
     progress: Progress,
 ) -> Distillation:
     """Train a student to give what its teacher gives, and keep its best weights.
@@ -85,7 +285,6 @@ def distil(
         steps: Optimizer steps at most; ends earlier where nothing improves any more.
         forward: ``forward(model, batch)`` calls a model, where ``data`` yields anything else.
         engine: Says in which precision, and on which ranks, it runs.
-        state_file: Where its state is kept, and found again after an interruption.
         progress: Is told how far it is.
 
     Returns:
@@ -94,7 +293,6 @@ def distil(
     Raises:
         ConfigurationError: There are no data, or no outputs to compare.
         CalibrationError: The forward failed.
-        CheckpointError: The state cannot be read or written, or is that of another student.
     """
     _check(student)
     batches = _endless(data, student, forward, engine.device)
@@ -112,11 +310,8 @@ def distil(
             with engine.autocast():
                 exam = _first(batches, _SAMPLES_TO_MEASURE)
                 lesson = Lesson(student, teacher, pairs, forward, exam)
-            training = _Training(student, lesson, batches, engine, state_file)
-            distillation = training.run(steps, progress)
-        if state_file is not None and engine.is_global_zero:
-            state_file.remove()
-        return distillation
+            training = _Training(student, lesson, batches, engine)
+            return training.run(steps, progress)
     except BaseException:
         load_weights(student, start)
         raise
@@ -143,43 +338,27 @@ class _Training:
         lesson: Lesson,
         batches: Iterator[Batch],
         engine: Engine,
-        state_file: StateFile | None,
     ) -> None:
         self._student = student
         self._lesson = lesson
         self._batches = batches
         self._engine = engine
-        self._state_file = state_file
         self._optimizer: Any = engine.setup_optimizers(
             torch.optim.Adam(_learning(student), lr=_LEARNING_RATE)
         )
 
     def run(self, steps: int, progress: Progress) -> Distillation:
         """Take the steps, measure now and then, and leave the student with its best weights."""
-        course = self._begun()
+        course = Course.begun(self._distance(), self._student)
         interval = max(steps // _MEASUREMENTS, 1)
         while course.so_far.steps < steps and not _is_over(course.so_far, interval):
             step = course.so_far.steps + 1
             course = course.stepped(self._step(_LEARNING_RATE * _schedule(step, steps)))
             if step % interval == 0 or step == steps:
                 course = course.measured(self._distance(), self._student)
-                self._keep(course)
                 progress.advance(step, course.so_far.distance)
         load_weights(self._student, course.best_weights)
         return course.so_far
-
-    def _begun(self) -> Course:
-        if self._state_file is not None:
-            resumed = self._state_file.resume(self._student, self._optimizer)
-            if resumed is not None:
-                return resumed
-        course = Course.begun(self._distance(), self._student)
-        self._keep(course)
-        return course
-
-    def _keep(self, course: Course) -> None:
-        if self._state_file is not None and self._engine.is_global_zero:
-            self._state_file.save(course, self._student, self._optimizer)
 
     def _distance(self) -> float:
         with self._engine.autocast():

@@ -13,9 +13,9 @@ from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrize, prune
 
 from bnguard.errors import BNGuardError, ConfigurationError
-from bnguard.fixes.norms import BatchRenorm, FrozenNorm
-from bnguard.fixes.swap import swap
 from bnguard.layers import find_layers
+from bnguard.swapping.api import swap
+from bnguard.swapping.norms import BatchRenorm, FrozenNorm
 from tests.networks import conv_net, mlp
 
 
@@ -448,7 +448,7 @@ class ReadsItsLayer(nn.Module):
             "fails on a batch that",
         ),
         (conv_net, {"groups": {"*": 5}}, "its 8 channels do not make 5 groups"),
-        (conv_net, {"state_file": "x"}, "give teacher_data="),
+        (conv_net, {"fabric": object()}, "pass teacher_data= too"),
         (conv_net, {"steps": 2.5}, "steps=2.5 is no whole number"),
         (conv_net, {"to": None}, "to=None is no norm"),
         (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),

@@ -12,8 +12,8 @@ from torch import nn
 
 import bnguard
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.norms import BatchRenorm, RenormSchedule
-from bnguard.fixes.swap import swap
+from bnguard.swapping.api import swap
+from bnguard.swapping.norms import BatchRenorm, RenormSchedule
 
 
 def renorm(channels, momentum=0.1):
@@ -178,7 +178,7 @@ TIMM = """
         raise SystemExit(77)
     from collections import Counter
     from torch import nn
-    from bnguard.fixes.swap import swap
+    from bnguard.swapping.api import swap
     from bnguard.layers import find_layers
 
     def activations(model, x):

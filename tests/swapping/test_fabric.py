@@ -1,0 +1,132 @@
+"""Distilling under Lightning's Fabric: its precision, its loss scaler, its ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from bnguard.errors import ConfigurationError
+from bnguard.swapping.api import swap
+from tests.networks import digits, mlp
+from tests.ports import free_port
+
+
+@pytest.fixture
+def batches():
+    return digits()[0][:320].flatten(1).split(32)
+
+
+@pytest.fixture
+def model(batches):
+    torch.manual_seed(0)
+    model = mlp(32)
+    with torch.no_grad():
+        for _ in range(6):
+            for batch in batches:
+                model(batch)
+    return model.eval()
+
+
+def test_fabric_says_the_precision(model, batches):
+    seen = set()
+
+    class Watched(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            out = self.inner(x)
+            seen.add(out.dtype)
+            return out
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    result = swap(
+        Watched(model), "group", teacher_data=batches, steps=40, fabric=fabric, progress=False
+    )
+    assert torch.bfloat16 in seen
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    assert result.distillation.distance < 0.7 * result.distillation.distance_before
+
+
+def test_a_loss_scaler_of_fabric_is_served(model, batches):
+    """Half precision scales the loss, and skips the step where that was too much."""
+    from lightning.fabric.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+    result = swap(model, "group", teacher_data=batches, steps=60, fabric=fabric, progress=False)
+    assert scaler.get_scale() < 2.0**30
+    assert result.distillation.distance < result.distillation.distance_before
+
+
+@pytest.mark.parametrize("fabric", [object(), "cuda"])
+def test_what_is_no_fabric_is_refused(model, batches, fabric):
+    with pytest.raises(ConfigurationError, match="fabric= takes a Fabric of Lightning"):
+        swap(model, "group", teacher_data=batches, fabric=fabric)
+
+
+RANKS = """
+    import sys
+    import torch
+    from lightning.fabric import Fabric
+    from tests.networks import digits, mlp
+    from bnguard import swap
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    torch.manual_seed(0)
+    images = digits()[0][:320].flatten(1)
+    # Other digits on each rank, and batches of other sizes.
+    rank = fabric.global_rank
+    data = images[rank::2].split(8 if rank else 32)
+    result = swap(
+        mlp(32), teacher_data=data, steps=30, fabric=fabric, progress=False,
+    )
+    learnt = result.distillation
+    weights = torch.cat([p.detach().flatten() for p in result.model.parameters()])
+    torch.save(
+        (learnt.distance_before, learnt.distance, learnt.best_step, weights),
+        f"{sys.argv[1]}/{rank}.pt",
+    )
+"""
+
+
+@pytest.mark.slow
+def test_the_ranks_of_fabric_learn_the_same(tmp_path):
+    port = free_port()
+    code = textwrap.dedent(RANKS)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={
+                **os.environ,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "GROUP_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "TORCHELASTIC_RUN_ID": "test",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first[:3] == second[:3]
+    assert torch.equal(first[3], second[3])
+    assert first[1] < 0.8 * first[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
