@@ -107,7 +107,7 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
     # The outermost axis, along which the pieces stay in order in memory.
     axis = next(axis for axis in (0, *range(2, values.dim())) if values.shape[axis] > 1)
     share = max(1, values.shape[axis] * _PIECE // values.numel())
-    for piece in values.split(share, axis):
+    for piece in values.split(share, axis):  # type: ignore[no-untyped-call]
         yield from _pieces(piece)
 
 
@@ -155,7 +155,7 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     count, positions = values_per_channel(rows.shape), rows.shape[2]
     length = positions // -(-positions // _ROW_BLOCK)
     whole = positions - positions % length
-    sums, squares = _sums_of_blocks(rows[:, :, :whole].unflatten(2, (-1, length)))
+    sums, squares = _sums_of_blocks(rows[:, :, :whole].unflatten(2, (-1, length)))  # type: ignore[no-untyped-call]
     if whole < positions:
         rest_sums, rest_squares = _sums_of_blocks(rows[:, :, whole:].unsqueeze(2))
         sums, squares = sums + rest_sums, squares + rest_squares
@@ -180,7 +180,7 @@ def _of_interleaved(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return wide(mean), wide(var)
     group = -(-_FAST_CHANNELS // channels)
     rest = count % group
-    blocks = list(pixels[: count - rest].reshape(-1, group * channels).split(_BLOCK))
+    blocks = list(pixels[: count - rest].reshape(-1, group * channels).split(_BLOCK))  # type: ignore[no-untyped-call]
     if rest:
         blocks.append(pixels[count - rest :])
     found = [torch.ops.aten.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
