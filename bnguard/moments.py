@@ -8,14 +8,21 @@ with its biased variance (divided by n), and ``running_var`` stores the unbiased
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Beyond this, sums in float32 cost the variance more than 1e-4 of itself.
-_MAX_MEAN_IN_STD = 30.0
+# Beyond this, sums in float32 can cost the variance 1e-5 of itself.
+_MAX_MEAN_IN_STD = 4.0
+# Values that are summed in float32 before float64 takes over, and values read at a time.
+_BLOCK = 2**13
+# Fewer along rows: squares of rounded values, as in half precision, all err to one side.
+_ROW_BLOCK = 2**10
+_PIECE = 2**22
+# Channels that PyTorch's kernel needs to run at the speed of memory where they lie together.
+_FAST_CHANNELS = 64
 # Kinds of devices that do not compute in float64: Apple's.
 _WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -73,21 +80,40 @@ def wide(values: Tensor) -> Tensor:
 def channel_moments(values: Tensor) -> Moments:
     """Return the moments of each channel of ``values``, shape ``(N, C, *)``.
 
-    Half-precision values are widened to float32 first, since sums come out in the precision that
-    they are asked for in.
+    On a CPU the mean is within 1e-5 standard deviations of the exact one, and the variance within
+    1e-5 of itself, up to 1e9 values a channel in any memory layout, and in half precision too:
+    short blocks are summed in float32 and merged in float64. Memory for a few million values is
+    used at most.
 
     Example:
         >>> moments = channel_moments(torch.tensor([[1.0], [5.0]]))
         >>> moments.count, moments.mean.item(), moments.var_unbiased.item()
         (2, 3.0, 8.0)
     """
-    count = values_per_channel(values.shape)
-    channels = values.shape[1]
-    if count == 0:
-        zeros = torch.zeros(channels, dtype=wide_dtype(values.device), device=values.device)
-        return Moments(0, zeros, zeros.clone())
     values = values.detach()
+    if values.numel() == 0:
+        zeros = torch.zeros(values.shape[1], dtype=wide_dtype(values.device), device=values.device)
+        return Moments(0, zeros, zeros.clone())
+    if values.device.type != "cpu" or values.numel() <= _PIECE:
+        return _moments_of_piece(values)
+    return merge_moments(map(_moments_of_piece, _pieces(values)))
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Cut values into pieces that are small enough to be copied."""
+    if values.numel() <= _PIECE or values.numel() == values.shape[1]:
+        yield values
+        return
+    # The outermost axis, along which the pieces stay in order in memory.
+    axis = next(axis for axis in (0, *range(2, values.dim())) if values.shape[axis] > 1)
+    share = max(1, values.shape[axis] * _PIECE // values.numel())
+    for piece in values.split(share, axis):  # type: ignore[no-untyped-call]
+        yield from _pieces(piece)
+
+
+def _moments_of_piece(values: Tensor) -> Moments:
     if values.dtype in (torch.float16, torch.bfloat16):
+        # Sums come out in the precision that they are asked for in.
         values = values.float()
     mean, var = mean_and_biased_var(values)
     is_far = mean.abs() > _MAX_MEAN_IN_STD * var.sqrt()
@@ -97,14 +123,21 @@ def channel_moments(values: Tensor) -> Moments:
         near = values[:, is_far] - centre.view(-1, *[1] * (values.dim() - 2))
         offset, var[is_far] = mean_and_biased_var(near)
         mean[is_far] = wide(centre) + offset
+    count = values_per_channel(values.shape)
     return Moments(count, mean, var * count)
 
 
 def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance, in the widest dtype, by the fastest way for the layout."""
-    if values.device.type == "cpu" and values.dim() > 2 and values.is_contiguous():
-        return _mean_and_var_of_rows(values.flatten(2))
-    if values.device.type in ("cpu", "cuda"):
+    """Return mean and biased variance, in the widest dtype, by the fastest way for the layout.
+
+    As exact as :func:`channel_moments` while the mean is no more than a few standard deviations
+    and the values are no more than some millions; never waits for the device.
+    """
+    if values.device.type == "cpu":
+        if values.dim() == 2 or values.stride(1) == 1:
+            return _of_interleaved(values.movedim(1, -1).reshape(-1, values.shape[1]))
+        return _of_rows(values.flatten(2))
+    if values.device.type == "cuda":
         mean, var = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
     else:
         dims = [0, *range(2, values.dim())]
@@ -112,17 +145,52 @@ def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
     return wide(mean), wide(var)
 
 
-def _mean_and_var_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same for contiguous values of shape ``(N, C, positions)``.
+def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of values of shape ``(N, C, positions)``.
 
     Sums along rows run at the speed of memory, several times that of the kernel of PyTorch's own
     batch normalisation. The mean's square is taken off in float64, which is safe while the mean
-    is no more than some standard deviations: what is further off is looked at again.
+    is no more than a few standard deviations: what is further off is looked at again.
     """
-    count = values_per_channel(rows.shape)
-    mean = wide(rows.sum(2)).sum(0) / count
-    mean_square = wide(torch.linalg.vector_norm(rows, dim=2)).square().sum(0) / count
-    return mean, (mean_square - mean.square()).clamp_min(0.0)
+    count, positions = values_per_channel(rows.shape), rows.shape[2]
+    length = positions // -(-positions // _ROW_BLOCK)
+    whole = positions - positions % length
+    sums, squares = _sums_of_blocks(rows[:, :, :whole].unflatten(2, (-1, length)))  # type: ignore[no-untyped-call]
+    if whole < positions:
+        rest_sums, rest_squares = _sums_of_blocks(rows[:, :, whole:].unsqueeze(2))
+        sums, squares = sums + rest_sums, squares + rest_squares
+    mean = sums / count
+    return mean, (squares / count - mean.square()).clamp_min(0.0)
+
+
+def _sums_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of values and squares, ``(C,)``, of ``(N, C, blocks, positions)``."""
+    norms = torch.linalg.vector_norm(blocks, dim=3)
+    return wide(blocks.sum(3)).sum((0, 2)), wide(norms).square().sum((0, 2))
+
+
+def _of_interleaved(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of values of shape ``(M, C)``, the channels together.
+
+    Several pixels count as one with more channels where there are few of them.
+    """
+    count, channels = pixels.shape
+    if count <= _BLOCK:
+        mean, var = torch.ops.aten.batch_norm_update_stats(pixels, None, None, 0.0)
+        return wide(mean), wide(var)
+    group = -(-_FAST_CHANNELS // channels)
+    rest = count % group
+    blocks = list(pixels[: count - rest].reshape(-1, group * channels).split(_BLOCK))  # type: ignore[no-untyped-call]
+    if rest:
+        blocks.append(pixels[count - rest :])
+    found = [torch.ops.aten.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
+    means, variances = (
+        wide(torch.cat(each).view(-1, channels)) for each in zip(*found, strict=True)
+    )
+    counts = [len(block) for block in blocks for _ in range(block.shape[1] // channels)]
+    weights = torch.tensor(counts, dtype=means.dtype) / count
+    mean = weights @ means
+    return mean, weights @ (variances + (means - mean).square())
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:

@@ -32,8 +32,71 @@ def test_a_large_mean_hides_no_small_deviation(layout):
     values = (torch.randn(16, 4, 8, 8).double() * 0.01 + 1e4).float()
     moments = channel_moments(values.contiguous(memory_format=layout))
     mean, var = naive(values)
-    assert_close(moments.mean, mean, rtol=1e-7, atol=0)
-    assert_close(moments.var_unbiased, var, rtol=1e-3, atol=0)
+    assert_close(moments.mean, mean, rtol=1e-9, atol=0)
+    assert_close(moments.var_unbiased, var, rtol=1e-5, atol=0)
+
+
+def spread_out(layout, dtype, mean):
+    """Return 1e8 values of two channels in little memory, and the same moments in a few values."""
+    few = (torch.randn(1, 2, 500, 1000) + mean).to(dtype)
+    few = few.contiguous(memory_format=getattr(torch, layout))
+    return few.expand(200, -1, -1, -1), few
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.5, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_the_error_does_not_grow_with_the_number_of_values(layout, dtype, mean):
+    values, few = spread_out(layout, dtype, mean)
+    moments = channel_moments(values)
+    exact_mean, exact_var = naive(few)
+    exact_var *= (few[0, 0].numel() - 1) / few[0, 0].numel()
+    assert moments.count == 10**8
+    assert ((moments.mean - exact_mean).abs() / exact_var.sqrt()).max() < 1e-5
+    assert_close(moments.var_biased, exact_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 2, 300, 300, 300),  # one sample that has to be cut within itself
+        (2, 1, 1500, 2001),  # one channel
+        (300_001, 3),
+        (3, 5, 100_003),
+        (8192, 70, 1, 3),
+    ],
+)
+@pytest.mark.parametrize("order", ["rows", "interleaved", "mixed"])
+def test_every_shape_and_layout_is_exact(shape, order):
+    values = torch.randn(shape) * torch.linspace(0.1, 10.0, shape[1]).view(
+        -1, *[1] * len(shape[2:])
+    )
+    values += 2.0
+    if order == "interleaved":
+        values = values.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif order == "mixed":
+        values = values.transpose(0, -1).contiguous().transpose(0, -1)
+    mean, var = naive(values)
+    moments = channel_moments(values)
+    assert ((moments.mean - mean).abs() / var.sqrt()).max() < 1e-5
+    assert_close(moments.var_unbiased, var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_constant_has_no_variance(layout):
+    values = torch.full((4, 3, 100, 100), 1000.1).contiguous(memory_format=layout)
+    moments = channel_moments(values)
+    assert moments.squares.eq(0).all()
+    assert_close(moments.mean, values[0, :, 0, 0].double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_mean_of_1e5_deviations_is_exact_for_what_float32_holds(layout):
+    values = (torch.randn(4, 3, 256, 256).double() * 0.01 + 1000.0).float()
+    moments = channel_moments(values.contiguous(memory_format=layout))
+    mean, var = naive(values)
+    assert ((moments.mean - mean).abs() / var.sqrt()).max() < 1e-5
+    assert_close(moments.var_unbiased, var, rtol=1e-5, atol=0)
 
 
 @given(

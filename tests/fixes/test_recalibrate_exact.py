@@ -65,6 +65,38 @@ def test_the_result_is_that_of_one_giant_batch_at_any_batch_size(batch_size):
     check(conv_net(), images().split(batch_size))
 
 
+def large_images_net():
+    """A network whose rounding is out of the way: what is left is that of the statistics."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+    )
+    return nn.Sequential(nn.BatchNorm2d(3), *net)
+
+
+@pytest.mark.parametrize("method", ["exact", "adapt"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_images_give_the_same_at_any_batch_size(method, layout):
+    x = (torch.randn(16, 3, 512, 512) + 1.0).contiguous(memory_format=layout)
+    model = large_images_net()
+    truth = true_statistics(copy.deepcopy(model).double(), double([x]))
+    for batch_size in (1, 4, 16):
+        result = bnguard.recalibrate(model, x.split(batch_size), method=method, progress=False)
+        assert max(errors(result, truth)) < 1e-5
+
+
+def test_batches_of_large_images_are_pooled_as_exactly():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    x = torch.randn(8, 3, 512, 512).contiguous(memory_format=torch.channels_last) + 1.0
+    truth = true_statistics(copy.deepcopy(model).double(), double([x]))
+    for batch_size in (1, 8):
+        result = bnguard.recalibrate(model, x.split(batch_size), method="precise", progress=False)
+        assert max(errors(result, truth)) < 1e-5
+
+
 def test_models_that_take_images_in_one_layout_alone():
     class Viewed(nn.Module):
         def __init__(self):

@@ -56,6 +56,15 @@ def test_moments_and_extremes_are_those_of_all_values_together(
     assert result.largest_normalised_std == pytest.approx(extreme.item(), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_images_are_read_exactly(layout):
+    x = (torch.randn(8, 3, 512, 512) + 1.0).contiguous(memory_format=layout)
+    result = window(nn.BatchNorm2d(3).eval(), x.split(4))
+    rows = x.double().movedim(1, 0).flatten(1)
+    np.testing.assert_allclose(result.mean, rows.mean(1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.var_unbiased, rows.var(1), rtol=1e-5)
+
+
 def test_of_the_calls_after_the_first_ever_fewer_are_read():
     batches = [torch.randn(4, 2) for _ in range(13)]
     result = window(nn.BatchNorm1d(2).eval(), batches, max_calls=3)
