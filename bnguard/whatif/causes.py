@@ -89,6 +89,9 @@ def batches_alone(numbers: Numbers) -> Cause | None:
     if not scored:
         return None
     name = numbers.best_of(scored)
+    # Parts of batches do as well as these by chance, and do not tell what they have in common.
+    if "batches" in scored and numbers.loss("batches", name) == 0.0:
+        name = "batches"
     lost = numbers.loss(numbers.best, name)
     if lost <= max(numbers.chance(name), numbers.gain("stored", numbers.best)):
         return None

@@ -144,6 +144,18 @@ def test_batches_that_do_well_only_as_they_come_are_correlated():
     assert cause.name == "correlated-batches"
 
 
+def test_parts_of_correlated_batches_that_do_a_little_better_do_not_hide_them():
+    given = numbers(0.3, 0.5, 0.5, 0.95)
+    rows = dict(given.rows)
+    rows["batches"] = row("batches", 0.95, change=0.9, flipped=0.5)
+    rows["batches of 32"] = row("batches of 32", 0.96, change=0.9, flipped=0.5)
+    rows["shuffled batches"] = Row(
+        name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
+    )
+    cause = named_cause(Numbers(rows=rows, samples=1000, training=training()))
+    assert cause.name == "correlated-batches"
+
+
 @pytest.mark.parametrize(
     ("change", "flipped", "name"),
     [
