@@ -5,6 +5,7 @@ InstanceNorm with tracked statistics looks the same, and has the same faults.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ from bnguard.stats import FloatArray
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 STATISTICS = (MEAN, VAR, COUNTER)
 _AFFINE = ("weight", "bias")
+
+# How Lightning writes what a callback monitors into the key of its state.
+_MONITORED = re.compile(r"'monitor': '([^']+)', 'mode': '(min|max)'")
 
 # A module saved as it was given as an argument is no model that was trained.
 _NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -71,6 +75,7 @@ def describe(contents: Contents) -> Checkpoint:
         hyper_parameters_argument=_text(root.get("hparams_name")),
         data_hyper_parameters_argument=_text(root.get("datamodule_hparams_name")),
         momenta=_momenta(root),
+        monitored=_monitored(root),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
@@ -259,6 +264,13 @@ def _momenta(root: Mapping[object, object]) -> dict[str, float | None]:
         for name, value in momenta.items()
         if value is None or isinstance(value, float)
     }
+
+
+def _monitored(root: Mapping[object, object]) -> dict[str, str]:
+    """Return what callbacks monitored, which stands in the keys of their states."""
+    states = mapping_of(root.get("callbacks")) or {}
+    found = (_MONITORED.search(key) for key in states if isinstance(key, str))
+    return {key[1]: key[2] for key in found if key}
 
 
 def _text(value: object) -> str | None:

@@ -103,6 +103,8 @@ class Checkpoint:
         data_hyper_parameters_argument: The same of the data module.
         momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
             training; empty where it did not.
+        monitored: What its checkpoint callbacks and early stopping monitored, by name: ``"min"``
+            or ``"max"``, whichever is better.
         global_step: Training steps taken; None where the file does not say.
         epoch: Epochs; None where the file does not say.
         provenance: What bnguard noted when it wrote this file; None where it did not.
@@ -120,6 +122,7 @@ class Checkpoint:
     hyper_parameters_argument: str | None = None
     data_hyper_parameters_argument: str | None = None
     momenta: Mapping[str, float | None] = field(default_factory=dict)
+    monitored: Mapping[str, str] = field(default_factory=dict)
     global_step: int | None = None
     epoch: int | None = None
     provenance: Mapping[str, object] | None = None

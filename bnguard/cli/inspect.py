@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.parsing import command_parser, print_error
-from bnguard.cli.showing import show
+from bnguard.cli.showing import show, show_document
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError
 from bnguard.findings import Severity
@@ -52,7 +51,7 @@ def run(arguments: list[str]) -> int:
         except BNGuardError as error:
             errors[str(path)] = str(error)
     if values.json:
-        print(json.dumps(inspection_document(inspected, errors), indent=2))
+        show_document(inspection_document(inspected, errors))
     else:
         for checkpoint, report in inspected:
             show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))

@@ -96,7 +96,9 @@ def drawn(renderable: RenderableType) -> str:
     console = Console(file=io.StringIO(), width=terminal.width, force_terminal=terminal.is_terminal)
     with console.capture() as capture:
         console.print(renderable)
-    return capture.get().rstrip("\n")
+    lines = capture.get().rstrip("\n").splitlines()
+    # What fills a terminal's lines is nothing but padding in a file.
+    return "\n".join(lines if terminal.is_terminal else map(str.rstrip, lines))
 
 
 def datamodule_of(trainer: Trainer) -> Any:
