@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from bnguard.errors import ConfigurationError
+from bnguard.lightning.framework import LightningDataModule, LightningModule
 
 Batch = tuple[Tensor, Tensor]
 

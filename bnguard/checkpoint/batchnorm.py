@@ -5,6 +5,7 @@ InstanceNorm with tracked statistics looks the same, and has the same faults.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -28,6 +29,9 @@ from bnguard.stats import FloatArray
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 STATISTICS = (MEAN, VAR, COUNTER)
 _AFFINE = ("weight", "bias")
+
+# How Lightning writes what a callback monitors into the key of its state.
+_MONITORED = re.compile(r"'monitor': '([^']+)', 'mode': '(min|max)'")
 
 # A module saved as it was given as an argument is no model that was trained.
 _NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -86,6 +90,7 @@ def describe(contents: Contents) -> Checkpoint:
         momenta=_numbers(_noted(root, "momentum")),
         eps={name: e for name, e in _numbers(_noted(root, "eps")).items() if e is not None},
         reported=tuple(_findings(_noted(root, "findings"))),
+        monitored=_monitored(root),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=contents.provenance,
@@ -340,6 +345,13 @@ def _findings(noted: object) -> Iterator[NotedFinding]:
                 first_step=first or 0,
                 last_step=last or 0,
             )
+
+
+def _monitored(root: Mapping[object, object]) -> dict[str, str]:
+    """Return what callbacks monitored, which stands in the keys of their states."""
+    states = mapping_of(root.get("callbacks")) or {}
+    found = (_MONITORED.search(key) for key in states if isinstance(key, str))
+    return {key[1]: key[2] for key in found if key}
 
 
 def _text(value: object) -> str | None:

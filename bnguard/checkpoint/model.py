@@ -136,6 +136,8 @@ class Checkpoint:
             training; empty where it did not.
         eps: The same of their eps.
         reported: What ``BatchNormMonitor`` had reported of the training when it was saved.
+        monitored: What its checkpoint callbacks and early stopping monitored, by name: ``"min"``
+            or ``"max"``, whichever is better.
         global_step: Training steps taken; None where the file does not say.
         epoch: Epochs; None where the file does not say.
         provenance: What bnguard noted when it wrote this file; None where it did not.
@@ -155,6 +157,7 @@ class Checkpoint:
     momenta: Mapping[str, float | None] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
     reported: tuple[NotedFinding, ...] = ()
+    monitored: Mapping[str, str] = field(default_factory=dict)
     global_step: int | None = None
     epoch: int | None = None
     provenance: Mapping[str, object] | None = None

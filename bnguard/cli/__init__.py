@@ -1,19 +1,24 @@
 """The command line: arguments become calls, and what they return becomes an exit status.
 
-0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as other programs, 130
-where Ctrl-C was pressed, and 141 where nobody reads on.
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as of other
+programs, 130 where Ctrl-C was pressed, and 141 where the reader of the output, ``head`` say, stops
+before its end.
+Standard output carries what the command says, and nothing that the user's code prints.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bnguard.cli.parsing import in_a_line, print_error
+from bnguard.cli.showing import STANDARD_ERROR, STANDARD_OUTPUT, output_apart
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__
 
@@ -34,18 +39,29 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is not None:
+        return _status(list(arguments))
+    status = _status(sys.argv[1:])
+    # What the user's code prints when the process ends is not the command's output either. This is
+    # registered last, so it is called first.
+    atexit.register(os.dup2, STANDARD_ERROR, STANDARD_OUTPUT)
+    return status
+
+
+def _status(arguments: list[str]) -> int:
     # A character that the terminal lacks must not end the command.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        status = _run(list(arguments))
+        status = _run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
         # Whoever read the output has enough of it, as `head` has; what is left goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_of_process = sys.stdout is sys.__stdout__
+        if is_of_process:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of a process that SIGPIPE ended
     except ArgumentError as error:
         print_error(in_a_line(error))
@@ -73,7 +89,11 @@ def _run(arguments: list[str]) -> int:
         near = nearest_name(command, COMMANDS)
         hint = f"did you mean 'bnguard {near}'?" if near else "'bnguard --help' lists them"
         raise ConfigurationError(f"there is no command {command!r}: {hint}")
-    status: int = importlib.import_module(f"bnguard.cli.{command}").run(arguments[1:])
+    run = importlib.import_module(f"bnguard.cli.{command}").run
+    # Help is printed by the parsers, before anything of the user's runs.
+    is_help = not {"-h", "--help"}.isdisjoint(arguments)
+    with nullcontext() if is_help else output_apart():
+        status: int = run(arguments[1:])
     return status
 
 

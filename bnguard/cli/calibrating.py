@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -21,15 +20,16 @@ from bnguard.checkpoint import (
 )
 from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
-from bnguard.cli.loading import requested
+from bnguard.cli.loading import Request, requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
-from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
+from bnguard.cli.scoring import NOT_SCORED, forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import Samples, shared_out
-from bnguard.cli.showing import show
+from bnguard.cli.showing import say, show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.fixes.recalibrate import recalibrate
 from bnguard.fixes.recalibration import Recalibration
 from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.lightning.scoring import ValidationScore
 from bnguard.report.document import recalibration_document
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -46,7 +46,7 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     # A loader that shuffles gives the same samples each time.
     torch.manual_seed(0)
     samples = _samples(data, values)
-    scorer = _scorer(model, samples, device, values)
+    scorer = _scorer(model, samples, device, request)
     result = _recalibrated(model.eval(), samples, scorer, device, values)
     status = 0 if result.is_kept else 1
     if not is_first_rank():
@@ -63,18 +63,18 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         statistics = _statistics(model, stored)
         written, said = _written(checkpoint, output, statistics, document, values)
     if values.json:
-        print(json.dumps(recalibration_document(result, document, notes, written), indent=2))
+        show_document(recalibration_document(result, document, notes, written))
     else:
         show(result)
         for line in (*notes, said):
-            print(line)
+            say(line)
     return status
 
 
 def _recalibrated(
     model: nn.Module,
     samples: Samples,
-    scorer: Scorer | None,
+    scorer: ValidationScore | None,
     device: torch.device,
     values: Namespace,
 ) -> Recalibration:
@@ -99,7 +99,7 @@ def _document(
     result: Recalibration,
     stored: CheckpointModel,
     data: Data,
-    scorer: Scorer | None,
+    scorer: ValidationScore | None,
     values: Namespace,
 ) -> dict[str, object]:
     """Return what was done, as the checkpoint that is written keeps it and ``--json`` prints it."""
@@ -112,7 +112,7 @@ def _document(
         "split": values.split if data.is_module else None,
         "samples": result.samples,
         "batches": result.batches,
-        "metric": None if scorer is None else scorer.metric,
+        "metric": None if scorer is None else scorer.name,
         "score_before": result.score_before,
         "score_after": result.score_after,
     }
@@ -162,18 +162,21 @@ def _samples(data: Data, values: Namespace) -> Samples:
 
 
 def _scorer(
-    model: nn.Module, samples: Samples, device: torch.device, values: Namespace
-) -> Scorer | None:
+    model: nn.Module, samples: Samples, device: torch.device, request: Request
+) -> ValidationScore | None:
+    values = request.values
     if samples.scoring is None or not has_validation(model):
         if values.metric is not None:
             raise ConfigurationError(
                 "--metric needs a LightningModule with a validation_step, and validation data"
             )
         return None
-    return Scorer(samples.scoring, device, values.precision, values.metric)
+    return trainer_score(
+        samples.scoring, device, values.precision, values.metric, request.checkpoint
+    )
 
 
-def _notes(samples: Samples, scorer: Scorer | None) -> list[str]:
+def _notes(samples: Samples, scorer: ValidationScore | None) -> list[str]:
     if scorer is None:
         return [NOT_SCORED]
     on = "the samples that calibrated" if samples.is_shared else "samples that did not calibrate"

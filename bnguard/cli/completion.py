@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import say
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> int:
         for action in parser._actions:
             if action.dest in _PATHS:
                 action.complete = shtab.FILE
-    print(overview(parsers).get_completion_script(f"shtab-{values.shell}"))
+    say(overview(parsers).get_completion_script(f"shtab-{values.shell}"))
     return 0
 
 

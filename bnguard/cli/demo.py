@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import output
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """
@@ -24,9 +26,10 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError(f"--output {folder} is a file: name a folder")
     # torch and Lightning are imported from here on.
     from bnguard.cli.demonstrating import tell_story
-    from bnguard.cli.scoring import quiet_lightning
+    from bnguard.lightning.scoring import quiet_lightning
 
-    with quiet_lightning():
+    # All of it is bnguard's own: what its Trainers print belongs to the story.
+    with redirect_stdout(output()), quiet_lightning():
         tell_story(folder, values.seed)
     return 0
 

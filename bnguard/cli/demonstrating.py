@@ -7,29 +7,35 @@ from pathlib import Path
 
 import rich
 import torch
-from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from bnguard.cli import recalibrate
+from bnguard.cli.showing import UNLIMITED_WIDTH
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.lightning import BatchNormMonitor
+from bnguard.lightning.framework import Trainer, package_of
 
 
 def tell_story(folder: Path, seed: int) -> None:
     """Train, name, repair and prove, and print each as it is done."""
     # The network is so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
-    seed_everything(seed, verbose=False)
+    console = rich.get_console()
+    if not console.is_terminal:
+        console.width = UNLIMITED_WIDTH
+    lightning = package_of(None)
+    lightning.seed_everything(seed, verbose=False)
     net, data = DigitsNet(), DigitsData()
 
     _title("1. Train: handwritten digits, batches of 16, BN momentum 0.005, 3 epochs")
-    logger = TensorBoardLogger(folder, name="logs")
+    logger = lightning.loggers.TensorBoardLogger(folder, name="logs")
     checkpoint = folder / f"digits-{logger.version}.ckpt"
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=3,
-        callbacks=[BatchNormMonitor(), ModelCheckpoint(folder, checkpoint.stem)],
+        callbacks=[
+            BatchNormMonitor(),
+            lightning.callbacks.ModelCheckpoint(folder, checkpoint.stem),
+        ],
         logger=logger,
         log_every_n_steps=25,
         enable_progress_bar=False,

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
         make_parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.diagnosing import diagnose_checkpoint
-    from bnguard.cli.scoring import quiet_lightning
+    from bnguard.lightning.scoring import quiet_lightning
 
     with quiet_lightning():
         return diagnose_checkpoint(make_parser(), arguments)

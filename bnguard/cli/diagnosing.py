@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Container, Iterable
@@ -16,11 +15,12 @@ from bnguard.checkpoint import CheckpointModel
 from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
 from bnguard.cli.loading import Request, requested
-from bnguard.cli.scoring import Scorer, forward_of, has_validation
+from bnguard.cli.scoring import forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import shared_out
-from bnguard.cli.showing import show
+from bnguard.cli.showing import show, show_document
 from bnguard.cli.subjects import OPTIONS
 from bnguard.errors import ConfigurationError
+from bnguard.lightning.scoring import ValidationScore
 from bnguard.whatif.diagnose import diagnose
 from bnguard.whatif.diagnosis import Cause
 
@@ -36,7 +36,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     torch.manual_seed(0)
     model = model.eval().to(device)
     loader = shared_out(data.loader(values.split), values.samples, None).calibration
-    scorer = _scorer(model, data, loader, device, values)
+    scorer = _scorer(model, data, loader, device, request)
     reference, notes = _reference(request, data)
     diagnosis = diagnose(
         model,
@@ -62,7 +62,7 @@ def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     )
     if values.json:
         document = diagnosis.to_dict() | _document(request, stored, data, scorer)
-        print(json.dumps(document, indent=2))
+        show_document(document)
     else:
         show(diagnosis)
     return 1 if diagnosis.cause.is_fault else 0
@@ -73,11 +73,12 @@ def _scorer(
     data: Data,
     loader: Iterable[object],
     device: torch.device,
-    values: Namespace,
-) -> Scorer | None:
+    request: Request,
+) -> ValidationScore | None:
     """Return what scores the model on the evaluation samples; None where nothing can."""
+    values = request.values
     if data.is_module and has_validation(model):
-        return Scorer(loader, device, "32-true", values.metric)
+        return trainer_score(loader, device, "32-true", values.metric, request.checkpoint)
     if values.metric is not None or values.expected is not None:
         raise ConfigurationError(
             "--metric and --expected need a LightningModule with a validation_step"
@@ -98,23 +99,23 @@ def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, l
         return None, [f"no training data: {error}"]
 
 
-def _expected(model: nn.Module, scorer: Scorer | None, values: Namespace) -> float | None:
+def _expected(model: nn.Module, scorer: ValidationScore | None, values: Namespace) -> float | None:
     """Return the score that is expected, with its sign turned where lower is better."""
     expected: float | None = values.expected
     if expected is None or scorer is None:
         return None
     scorer(model)  # The metric is chosen when it is first measured.
-    return -expected if scorer.is_turned else expected
+    return -expected if scorer.sign < 0 else expected
 
 
-def _score_notes(scorer: Scorer | None) -> tuple[str, ...]:
+def _score_notes(scorer: ValidationScore | None) -> tuple[str, ...]:
     if scorer is None:
         return ("not scored: that takes a validation_step, and a data module",)
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
 def _document(
-    request: Request, stored: CheckpointModel, data: Data, scorer: Scorer | None
+    request: Request, stored: CheckpointModel, data: Data, scorer: ValidationScore | None
 ) -> dict[str, object]:
     """Return what was diagnosed, which ``--json`` prints beside the diagnosis."""
     return {
@@ -123,7 +124,7 @@ def _document(
         "weights": stored.name,
         "data": data.path,
         "split": request.values.split,
-        "metric": None if scorer is None else scorer.metric,
+        "metric": None if scorer is None else scorer.name,
     }
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.parsing import command_parser
-from bnguard.cli.showing import show
+from bnguard.cli.showing import show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.report.difference import difference_document, difference_view
 
@@ -35,7 +33,7 @@ def run(arguments: list[str]) -> int:
     after = _read(values.after or values.before, names[-1])
     difference = compare(before, after)
     if values.json:
-        print(json.dumps(difference_document(difference), indent=2))
+        show_document(difference_document(difference))
     else:
         show(difference_view(difference, is_verbose=values.verbose))
     return int(bool(difference.entries))

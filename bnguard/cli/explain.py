@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import show
 from bnguard.report.pages import page_view
 from bnguard.rules import rule_named
 
@@ -19,7 +19,7 @@ examples:
 def run(arguments: list[str]) -> int:
     """Show the page of a rule."""
     values = make_parser().parse_args(arguments)
-    rich.print(page_view(rule_named(values.rule)))
+    show(page_view(rule_named(values.rule)))
     return 0
 
 

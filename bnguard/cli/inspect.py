@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.parsing import command_parser, print_error
-from bnguard.cli.showing import show
+from bnguard.cli.showing import show, show_document
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
@@ -63,7 +62,7 @@ def run(arguments: list[str]) -> int:
         errors |= passed_over
         passed_over = {}
     if values.json:
-        print(json.dumps(inspection_document(inspected, errors), indent=2))
+        show_document(inspection_document(inspected, errors))
     else:
         for checkpoint, report in inspected:
             show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
     from bnguard.cli.ranks import launched_ranks
-    from bnguard.cli.scoring import quiet_lightning
+    from bnguard.lightning.scoring import quiet_lightning
 
     with launched_ranks(), quiet_lightning():
         return recalibrate_checkpoint(make_parser(), arguments)
@@ -75,7 +75,12 @@ def make_parser() -> ArgumentParser:
         type=OpenUnitInterval,
         help="share of the split that scores and does not calibrate",
     )
-    parser.add_argument("--metric", type=str, help="validation metric that decides")
+    parser.add_argument(
+        "--metric",
+        type=str,
+        help="validation metric that decides; by default what the training's checkpoint callback "
+        "monitored, else one named like an accuracy, else the loss",
+    )
     parser.add_argument(
         "--keep",
         type=Literal["if-better", "always"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import say
 
 _EXAMPLES = """
 examples:
@@ -25,10 +26,10 @@ def run(arguments: list[str]) -> int:
     folder = Path(values.logdir)
     if values.html is not None:
         write_page(folder, Path(values.html))
-        print(f"written: {values.html}")
+        say(f"written: {values.html}")
         return 0
     for logged in logged_runs(folder):
-        print(logged)
+        say(str(logged))
     return 0
 
 

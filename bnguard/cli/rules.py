@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import rich
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.parsing import command_parser
+from bnguard.cli.showing import show
 from bnguard.report.pages import rules_view
 from bnguard.rules import RULES
 
@@ -19,7 +19,7 @@ examples:
 def run(arguments: list[str]) -> int:
     """List the rules."""
     make_parser().parse_args(arguments)
-    rich.print(rules_view(RULES))
+    show(rules_view(RULES))
     return 0
 
 

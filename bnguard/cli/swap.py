@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         make_parser().parse_args(["--help"])
     # torch is imported from here on.
-    from bnguard.cli.scoring import quiet_lightning
     from bnguard.cli.swapping import swap_checkpoint
+    from bnguard.lightning.scoring import quiet_lightning
 
     with quiet_lightning():
         return swap_checkpoint(make_parser(), arguments)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning_fabric import Fabric
 from torch import nn
 
 from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
 from bnguard.cli.data import Data
 from bnguard.cli.devices import lightning_device, usable_device
-from bnguard.cli.loading import requested
-from bnguard.cli.scoring import NOT_SCORED, Scorer, forward_of, has_validation
-from bnguard.cli.showing import show
+from bnguard.cli.loading import Request, requested
+from bnguard.cli.scoring import NOT_SCORED, forward_of, has_validation, trainer_score
+from bnguard.cli.showing import say, show, show_document
 from bnguard.cli.subjects import Subject
 from bnguard.errors import ConfigurationError
+from bnguard.lightning.framework import fabric_of
+from bnguard.lightning.scoring import ValidationScore
 from bnguard.swapping.api import swap
+from bnguard.swapping.engine import Engine
 from bnguard.swapping.result import Swap
 
 
@@ -34,8 +35,8 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     data = request.data(model)
     # A loader that shuffles gives the same samples each time.
     torch.manual_seed(0)
-    fabric = _fabric(device, values)
-    scorer = _scorer(model, data, device, values)
+    fabric = _fabric(model, device, values)
+    scorer = _scorer(model, data, device, request)
     # Before the work: a metric that does not exist must not cost its result.
     before = _score(scorer, model)
     result = _swapped(model, data, fabric, values)
@@ -51,19 +52,19 @@ def swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
             "action": "swap",
             "written": str(output),
             "code": code,
-            "metric": None if scorer is None else scorer.metric,
+            "metric": None if scorer is None else scorer.name,
             "score_before": before,
             "score_after": after,
         }
-        print(json.dumps(document, indent=2))
+        show_document(document)
         return 0
     show(result)
     if scorer is None:
-        print(NOT_SCORED)
+        say(NOT_SCORED)
     else:
-        print(f"{scorer.metric} {before:.4g} with BN, {after:.4g} swapped")
-    print(f"written: {output}; weights alone, so begin a new training rather than resume the old")
-    print(f"the model that it fits:\n\n{code}")
+        say(f"{scorer.name} {before:.4g} with BN, {after:.4g} swapped")
+    say(f"written: {output}; weights alone, so begin a new training rather than resume the old")
+    say(f"the model that it fits:\n\n{code}")
     return 0
 
 
@@ -79,7 +80,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, fabric: Engine, values: Namespace) -> Swap:
     loader = data.loader(values.split)
     first = next(iter(loader), None)
     if first is None:
@@ -98,27 +99,34 @@ def _swapped(model: nn.Module, data: Data, fabric: Fabric, values: Namespace) ->
     )
 
 
-def _fabric(device: torch.device, values: Namespace) -> Fabric:
+def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Engine:
     accelerator, devices = lightning_device(device)
     try:
-        return Fabric(accelerator=accelerator, devices=devices, precision=values.precision)
+        made: Engine = fabric_of(model).Fabric(
+            accelerator=accelerator, devices=devices, precision=values.precision
+        )
+        return made
     except Exception as error:
         raise ConfigurationError(
             f"--device {device} --precision {values.precision} cannot be used: {error}"
         ) from error
 
 
-def _scorer(model: nn.Module, data: Data, device: torch.device, values: Namespace) -> Scorer | None:
+def _scorer(
+    model: nn.Module, data: Data, device: torch.device, request: Request
+) -> ValidationScore | None:
+    values = request.values
     if has_validation(model) and data.has("val"):
-        return Scorer(data.loader("val"), device, values.precision, values.metric)
+        loader = data.loader("val")
+        return trainer_score(loader, device, values.precision, values.metric, request.checkpoint)
     if values.metric is not None:
         raise ConfigurationError("--metric needs a validation_step, and validation data")
     return None
 
 
-def _score(scorer: Scorer | None, model: nn.Module) -> float | None:
+def _score(scorer: ValidationScore | None, model: nn.Module) -> float | None:
     # A copy, since a Trainer leaves itself in the module, which then cannot be copied.
-    return None if scorer is None else scorer.metrics(copy.deepcopy(model))[scorer.metric or ""]
+    return None if scorer is None else scorer.value(copy.deepcopy(model))
 
 
 def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:

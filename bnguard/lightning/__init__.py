@@ -1,11 +1,28 @@
 """Callbacks for a Lightning ``Trainer``: thin adapters over monitor and fixes.
 
-They serve ``pytorch_lightning`` and ``lightning.pytorch`` alike.
+They serve ``pytorch_lightning`` and ``lightning.pytorch`` alike, and import neither until a
+callback is asked for.
 """
 
 from __future__ import annotations
 
-from bnguard.lightning.monitor import REPORT_FILE, BatchNormMonitor
-from bnguard.lightning.recalibration import BatchNormRecalibration
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnguard.lightning.monitor import REPORT_FILE, BatchNormMonitor
+    from bnguard.lightning.recalibration import BatchNormRecalibration
 
 __all__ = ["REPORT_FILE", "BatchNormMonitor", "BatchNormRecalibration"]
+
+_HOMES = {
+    "REPORT_FILE": "bnguard.lightning.monitor",
+    "BatchNormMonitor": "bnguard.lightning.monitor",
+    "BatchNormRecalibration": "bnguard.lightning.recalibration",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

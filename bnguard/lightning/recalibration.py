@@ -67,7 +67,8 @@ class BatchNormRecalibration(GuardedCallback):
             ``"always"`` does not compare, which saves two passes over as many validation samples.
         score: ``score(module)`` says how good the module is, the higher the better. By default
             a copy of the module runs its ``validation_step`` on validation samples, and what
-            it logs is caught: what a checkpoint callback monitors counts, else the loss.
+            it logs is caught: what a checkpoint callback monitors counts, else what is named
+            like an accuracy, else the loss.
         forward: ``forward(module, batch)`` calls the module; by default its ``forward`` is given
             the batch, or what comes before the targets.
         strict: Raise errors; by default they are printed, and the callback turns off.

@@ -1,35 +1,59 @@
-"""How good a module is, by its own validation step on a few batches."""
+"""How good a module is, by what its own validation logs: one score, with one choice of metric."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import logging
+import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from bnguard.errors import ConfigurationError, in_one_line, user_code
-from bnguard.lightning.framework import LightningModule, Trainer
+from bnguard.errors import ConfigurationError, in_one_line, nearest_name, user_code
+from bnguard.lightning.framework import package_of
+
+if TYPE_CHECKING:
+    from bnguard.lightning.framework import LightningModule, Trainer
+
+# What the name of a metric says that is better when it is lower; rates of word and character
+# errors only as words, since "answer" and "cancer" hold them too.
+_LOWER_IS_BETTER = re.compile(
+    r"loss|error|mae|mse|perplexity|(?<![a-z])[wc]er(?![a-z])", re.IGNORECASE
+)
+_LIKE_ACCURACY = ("acc", "f1", "dice", "iou", "auc", "map")
+_RETURNED = "the loss returned"
+
+# By the name of a metric, whether more of it is better: "max", or "min".
+Monitored = Mapping[str, str]
 
 
 class ValidationScore:
-    """Scores a module by what its ``validation_step`` logs or returns; the higher, the better.
+    """Scores a module by its own ``validation_step``; the higher, the better.
 
-    A copy of the module runs the step, in eval mode, and what it logs is caught: metrics, lists
-    and loggers of the run are not touched by it. Counted is what a checkpoint callback or early
-    stopping monitors, where the step logs that; else the loss that it returns; else the first
-    thing logged with "loss" in its name. Losses count negative.
+    Counted is the metric that is named; else what a checkpoint callback or early stopping
+    monitors; else what is named like an accuracy (acc, f1, dice, iou, auc, map); else the loss
+    that is logged, or returned; else what is logged first. What is better when lower counts
+    negative.
+
+    While a ``Trainer`` runs, its loop cannot run a second time: a copy of the module runs the hooks
+    and steps of a validation here, in eval mode, and what it logs is caught and averaged as the
+    ``Trainer`` does it. Metrics, lists and loggers of the run are not touched.
 
     Args:
         trainer: The trainer.
         batches: The batches to score on, as the step takes them; no more of them than the trainer
             validates on, since a step may look something up by the number of its batch.
+        metric: Name of the metric that counts; None chooses it at the first call.
 
     Raises:
-        ConfigurationError: There is no batch.
         UserCodeError: The loader raised an exception, or later the step.
 
     Attributes:
@@ -37,63 +61,87 @@ class ValidationScore:
         sign: 1 where more of it is better, else -1.
     """
 
-    def __init__(self, trainer: Trainer, batches: Iterable[object]) -> None:
-        self.name = ""
+    # What can be done where nothing is logged or returned that could be counted.
+    _way_out: ClassVar[str] = "pass score=, or keep='always'"
+
+    def __init__(
+        self, trainer: Trainer | None, batches: Iterable[object], metric: str | None = None
+    ) -> None:
+        self.name = metric or ""
         self.sign = -1.0
-        self._trainer = trainer
+        self._trainer: Any = trainer
         with user_code("validation loader"):
             self._batches = tuple(batches)
+
+    def __call__(self, module: nn.Module) -> float:
+        """Return the score of a module.
+
+        Raises:
+            ConfigurationError: The validation logs nothing to count, or no metric of that name.
+        """
+        value = self.value(module)  # which tells the sign
+        return self.sign * value
+
+    def value(self, module: nn.Module) -> float:
+        """Return the metric that counts, and choose it at the first call.
+
+        Raises:
+            ConfigurationError: The validation logs nothing to count, or no metric of that name.
+        """
+        metrics = self._validated(module)
+        monitored = self._monitored()
+        self.name = self.name or _chosen(metrics, monitored)
+        if not self.name:
+            raise ConfigurationError(
+                "validation_step neither logs a metric nor returns a loss, so nothing says whether "
+                f"new statistics are better: {self._way_out}"
+            )
+        if self.name not in metrics:
+            known = [name for name in metrics if name != _RETURNED]
+            near = nearest_name(self.name, known)
+            hint = f"did you mean {near!r}?" if near else f"it logs {', '.join(known) or 'none'}"
+            raise ConfigurationError(f"validation logs no metric {self.name!r}: {hint}")
+        by_name = -1.0 if _is_lower_better(self.name) else 1.0
+        self.sign = {"min": -1.0, "max": 1.0}.get(monitored.get(self.name, ""), by_name)
+        return metrics[self.name]
+
+    @property
+    def meaning(self) -> str:
+        """What the score is, in words."""
+        is_turned = self.sign < 0
+        return f"minus {self.name}, which is better when lower" if is_turned else self.name
+
+    def _monitored(self) -> Monitored:
+        """Return what the callbacks of the trainer monitor; those that save checkpoints first."""
+        callbacks = sorted(self._trainer.callbacks, key=lambda one: not hasattr(one, "save_top_k"))
+        monitors = [one for one in callbacks if isinstance(getattr(one, "monitor", None), str)]
+        return {one.monitor: getattr(one, "mode", "min") for one in reversed(monitors)}
+
+    def _validated(self, module: nn.Module) -> Mapping[str, float]:
+        """Return what the module logs in a validation, and the loss that its step returns."""
         if not self._batches:
             raise ConfigurationError(
                 "the trainer validates on no batch, so nothing says whether new statistics are "
-                "better: pass score=, or keep='always'"
+                f"better: {self._way_out}"
             )
-
-    def __call__(self, module: nn.Module) -> float:
-        """Return the score of a module."""
-        twin = twin_of(module, self._trainer).eval()
-        logged: dict[str, list[object]] = defaultdict(list)
-        returned: list[object] = []
-        metrics: list[Any] = [part for part in twin.modules() if _is_metric(part)]
-        for metric in metrics:
-            metric.reset()
-
-        def log(name: str, value: object, *_: object, **__: object) -> None:
-            logged[name].append(value)
-
-        twin.log = log  # type: ignore[method-assign]
-        step: Callable[..., Any] = twin.validation_step
-        parameters = inspect.signature(step).parameters
-        for index, batch in enumerate(self._batches):
-            # As Lightning calls it: a step may do without the number.
-            numbers = (index,) if len(parameters) > 1 or "batch_idx" in parameters else ()
-            extra = (0,) if "dataloader_idx" in parameters else ()
-            with user_code("validation_step"), self._trainer.precision_plugin.val_step_context():
-                output = step(batch, *numbers, *extra)
-            returned.append(output.get("loss") if isinstance(output, dict) else output)
-        counted = self._counted(logged, returned)
-        return self.sign * _number(counted)
-
-    def _counted(
-        self, logged: dict[str, list[object]], returned: Sequence[object]
-    ) -> Sequence[object]:
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            monitored = getattr(callback, "monitor", None)
-            if monitored in logged:
-                self.name = monitored
-                self.sign = 1.0 if getattr(callback, "mode", "min") == "max" else -1.0
-                return logged[monitored]
-        if returned and all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in returned):
-            self.name = "the loss returned"
-            return returned
-        for name, values in logged.items():
-            if "loss" in name:
-                self.name = name
-                return values
-        raise ConfigurationError(
-            "validation_step neither returns a loss nor logs one, so nothing says whether new "
-            "statistics are better: pass score=, or keep='always'"
-        )
+        twin: Any = twin_of(module, self._trainer).eval()
+        for part in twin.modules():
+            if _is_metric(part):
+                part.reset()
+        logged = _Logged()
+        twin.log = logged.log
+        with _loggers_replaced(self._trainer, twin), user_code("validation_step"):
+            twin.on_validation_start()
+            twin.on_validation_epoch_start()
+            for index, batch in enumerate(self._batches):
+                logged.batch_size = _size_of(batch)
+                twin.on_validation_batch_start(batch, index)
+                with self._trainer.precision_plugin.val_step_context():
+                    output = twin.validation_step(*_step_arguments(twin, batch, index))
+                twin.on_validation_batch_end(output, batch, index)
+                logged.returned(output)
+            twin.on_validation_epoch_end()
+        return logged.metrics()
 
 
 def twin_of(module: nn.Module, trainer: Trainer) -> LightningModule:
@@ -113,12 +161,202 @@ def twin_of(module: nn.Module, trainer: Trainer) -> LightningModule:
     return twin
 
 
-def _number(values: Sequence[object]) -> float:
-    """Return the mean over the batches; a metric object has its own."""
-    last: Any = values[-1]
+class TrainerScore(ValidationScore):
+    """The same score where no ``Trainer`` runs: one of the module's own package is made for it.
+
+    Args:
+        batches: The loader to validate on.
+        device: Where.
+        accelerator: Which the ``Trainer`` uses, with ``devices``.
+        devices: Which of them.
+        precision: In which precision, as the ``Trainer`` names it.
+        metric: Name of the metric that counts; None chooses it at the first call.
+        monitored: What the callbacks of the training monitored.
+    """
+
+    _way_out = "--keep always does not compare"
+
+    def __init__(
+        self,
+        batches: Iterable[object],
+        *,
+        device: torch.device,
+        accelerator: str,
+        devices: list[int] | int,
+        precision: str,
+        metric: str | None,
+        monitored: Monitored,
+    ) -> None:
+        super().__init__(None, (), metric)
+        self._loader = batches
+        self._device = device
+        self._accelerator = accelerator
+        self._devices = devices
+        self._precision = precision
+        self._of_training = monitored
+
+    def _monitored(self) -> Monitored:
+        # The module's own configure_callbacks has had its say by now.
+        return {**super()._monitored(), **self._of_training}
+
+    def _validated(self, module: nn.Module) -> Mapping[str, float]:
+        package = package_of(module)
+        returned = _Logged()
+
+        class Listener(package.Callback):  # type: ignore[misc, name-defined]
+            def on_validation_batch_end(
+                self, trainer: Any, module: Any, outputs: object, batch: object, *_: object
+            ) -> None:
+                returned.batch_size = _size_of(batch)
+                returned.returned(outputs)
+
+        with quiet_lightning():
+            self._trainer = package.Trainer(
+                accelerator=self._accelerator,
+                devices=self._devices,
+                precision=self._precision,
+                callbacks=[Listener()],
+                # Steps that draw pictures find a logger to give them to.
+                logger=_dummy_logger(package.__name__),
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            try:
+                (metrics,) = self._trainer.validate(module, self._loader, verbose=False)
+            except Exception as error:
+                raise ConfigurationError(
+                    f"the model's validation fails on these data with {in_one_line(error)}"
+                ) from error
+            finally:
+                # The Trainer leaves it on the CPU, and tied to a validation that is over.
+                module.to(self._device).trainer = None  # type: ignore[assignment]
+        # Under their plain names too, where a metric is logged for steps and epochs.
+        plain = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        return {**plain, **metrics, **returned.metrics()}
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's remarks on workers and accelerators out of the output.
+
+    To be entered after Lightning was imported, which sets the level of its logger.
+    """
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Logged:
+    """What is logged in a validation, each value with the size of the batch that it is of."""
+
+    def __init__(self) -> None:
+        self.batch_size = 1
+        self._values: dict[str, list[tuple[object, int]]] = defaultdict(list)
+        self._reductions: dict[str, object] = {}
+        self._losses: list[tuple[object, int]] = []
+        self._is_loss = True
+
+    def log(
+        self,
+        name: str,
+        value: object,
+        *_: object,
+        batch_size: int | None = None,
+        reduce_fx: object = "mean",
+        **__: object,
+    ) -> None:
+        """Take the place of the module's ``log``."""
+        alone = value.detach() if isinstance(value, Tensor) else value
+        self._values[name].append((alone, batch_size or self.batch_size))
+        self._reductions[name] = reduce_fx
+
+    def returned(self, output: object) -> None:
+        """Take what the step returned, which may be a loss, or have one."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        is_loss = isinstance(loss, Tensor) and loss.numel() == 1
+        self._is_loss &= is_loss
+        if is_loss:
+            self._losses.append((loss.detach(), self.batch_size))  # type: ignore[union-attr]
+
+    def metrics(self) -> dict[str, float]:
+        """Return each metric over all batches."""
+        metrics = {
+            name: _reduced(values, self._reductions[name]) for name, values in self._values.items()
+        }
+        if self._losses and self._is_loss:
+            metrics[_RETURNED] = _reduced(self._losses, "mean")
+        return metrics
+
+
+def _reduced(values: Sequence[tuple[object, int]], reduction: object) -> float:
+    """Return the mean over the samples, or what else was asked for; a metric has its own."""
+    last: Any = values[-1][0]
     if _is_metric(last):
         return float(last.compute())
-    return fmean(float(value) for value in values)  # type: ignore[arg-type]
+    numbers = torch.tensor([float(value) for value, _ in values], dtype=torch.float64)  # type: ignore[arg-type]
+    if callable(reduction):
+        return float(reduction(numbers))
+    if reduction in ("min", "max", "sum"):
+        return float(getattr(numbers, str(reduction))())
+    sizes = torch.tensor([size for _, size in values], dtype=torch.float64)
+    return float((numbers * sizes).sum() / sizes.sum())
+
+
+def _chosen(metrics: Mapping[str, float], monitored: Monitored) -> str:
+    """Return the metric that counts where none is named; nothing where there is none."""
+    logged = [name for name in metrics if name != _RETURNED]
+    of_run = [name for name in reversed(list(monitored)) if name in metrics]
+    accuracies = [name for word in _LIKE_ACCURACY for name in logged if word in name.lower()]
+    losses = [name for name in logged if "loss" in name.lower()]
+    returned = [_RETURNED] if _RETURNED in metrics else []
+    return next(iter([*of_run, *accuracies, *losses, *returned, *logged]), "")
+
+
+def _is_lower_better(metric: str) -> bool:
+    """Return whether a metric is better when it is lower, from the words in its name.
+
+    >>> [_is_lower_better(name) for name in ("val_loss", "test/WER", "cancer_recall")]
+    [True, True, False]
+    """
+    return _LOWER_IS_BETTER.search(metric) is not None
+
+
+def _step_arguments(module: Any, batch: object, index: int) -> tuple[object, ...]:
+    """Return what a validation step takes: the batch, and the numbers that it has names for."""
+    parameters = inspect.signature(module.validation_step).parameters
+    several = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    loader = (0,) if "dataloader_idx" in parameters else ()
+    return (batch, *((index,) if several else ()), *loader)
+
+
+@contextmanager
+def _loggers_replaced(trainer: Any, module: object) -> Iterator[None]:
+    """Give the run a logger that keeps nothing, for what a step draws or writes by itself."""
+    loggers = trainer.loggers
+    trainer.loggers = [_dummy_logger(package_of(module).__name__) for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def _dummy_logger(package: str) -> object:
+    return importlib.import_module(f"{package}.loggers.logger").DummyLogger()
+
+
+def _size_of(batch: object) -> int:
+    """Return the number of samples in a batch, as Lightning counts them."""
+    sizes = (len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    return next(sizes, 1)
 
 
 def _is_metric(candidate: object) -> bool:

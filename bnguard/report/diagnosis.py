@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS_SHOWN = 5
 _VERDICTS = {"none": "no fault found", "harmless": "no harm on these data"}
-_WIDTH = 80
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
@@ -96,12 +96,20 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
 
 
 def _next_step(cause: Cause) -> list[RenderableType]:
-    return [Text(f"→ {cause.advice}:"), Text(_in_lines(cause.next_step), style="bold")]
+    return [Text(f"→ {cause.advice}:"), _Command(cause.next_step)]
 
 
-def _in_lines(code: str) -> str:
-    """Return a long command with an option a line, which a shell takes as it is."""
-    if len(code) <= _WIDTH or not code.startswith("bnguard "):
+@dataclass(frozen=True)
+class _Command:
+    code: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(_in_lines(self.code, options.max_width), style="bold")
+
+
+def _in_lines(code: str, width: int) -> str:
+    """Return a command that is wider with an option a line, which a shell takes as it is."""
+    if len(code) <= width or not code.startswith("bnguard "):
         return code
     words = [shlex.quote(word) for word in shlex.split(code)]
     return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)

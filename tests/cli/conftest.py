@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.running import bnguard
+from tests.cli.running import DEMOS, bnguard
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +22,9 @@ def demo(tmp_path_factory):
 @pytest.fixture
 def checkpoint(demo, tmp_path):
     return Path(shutil.copy(demo[0] / "out" / "digits-0.ckpt", tmp_path / "last.ckpt"))
+
+
+@pytest.fixture(params=list(DEMOS))
+def of_demo(request):
+    """The options that name the demo's model and data, of each of Lightning's two packages."""
+    return DEMOS[request.param]

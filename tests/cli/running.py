@@ -15,9 +15,15 @@ from tempfile import TemporaryDirectory
 
 BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
+_OTHER = "tests.cli.other_lightning"
+# A class several levels below Lightning's, of each of the two packages.
+DEMOS = {
+    "pytorch_lightning": DEMO,
+    "lightning.pytorch": ("--model", f"{_OTHER}.DeepDigitsNet", "--data", f"{_OTHER}.DigitsData"),
+}
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "torch"])
+_FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "lightning.pytorch", "torch"])
 
 
 def bnguard(folder, *arguments, prepare=None, meanwhile=None):

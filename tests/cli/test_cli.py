@@ -54,9 +54,9 @@ def test_the_repaired_accuracy_is_that_of_large_batch_statistics(demo):
     assert abs(100 * np.mean(right) - after) <= 0.5
 
 
-def test_recalibrate_changes_statistics_and_nothing_else(checkpoint):
+def test_recalibrate_changes_statistics_and_nothing_else(checkpoint, of_demo):
     original = checkpoint.read_bytes()
-    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--split", "train")
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *of_demo, "--split", "train")
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_bytes() == original
     repaired = checkpoint.with_name("last-recalibrated.ckpt")
@@ -173,34 +173,34 @@ def test_a_wrong_option_of_recalibrate_is_one_clear_line(checkpoint, options, me
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
-def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint):
+def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint, of_demo):
     folder = checkpoint.parent
     (folder / "mine.py").write_text(
         "def empty():\n    return []\n\ndef broken():\n    raise OSError('disk on fire')\n"
     )
     for data, message in (("mine:empty", "empty"), ("mine:broken", "disk on fire")):
-        done = bnguard(folder, "recalibrate", checkpoint, *DEMO[:2], "--data", data)
+        done = bnguard(folder, "recalibrate", checkpoint, *of_demo[:2], "--data", data)
         assert message in is_one_line_error(done)
     assert not (folder / "last-recalibrated.ckpt").exists()
 
 
-def test_a_loader_of_length_one_is_enough(checkpoint):
+def test_a_loader_of_length_one_is_enough(checkpoint, of_demo):
     (checkpoint.parent / "mine.py").write_text(
         "import torch\n\ndef one_batch():\n    return [torch.rand(4, 1, 8, 8)]\n"
     )
     done = bnguard(
-        checkpoint.parent, "recalibrate", checkpoint, *DEMO[:2], "--data", "mine:one_batch"
+        checkpoint.parent, "recalibrate", checkpoint, *of_demo[:2], "--data", "mine:one_batch"
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_an_existing_output_is_kept_unless_forced(checkpoint):
+def test_an_existing_output_is_kept_unless_forced(checkpoint, of_demo):
     output = checkpoint.with_name("last-recalibrated.ckpt")
     output.write_text("precious")
-    line = is_one_line_error(bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO))
+    line = is_one_line_error(bnguard(checkpoint.parent, "recalibrate", checkpoint, *of_demo))
     assert "exists" in line
     assert output.read_text() == "precious"
-    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO, "--force")
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *of_demo, "--force")
     assert done.returncode == 0, done.stderr
 
 

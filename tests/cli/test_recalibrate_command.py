@@ -182,7 +182,7 @@ def test_odd_checkpoints_are_one_clear_line(weights, name, change, message, tmp_
 
 
 @pytest.mark.slow
-def test_methods_and_their_options_do_what_the_library_does(checkpoint):
+def test_methods_and_their_options_do_what_the_library_does(checkpoint, of_demo):
     folder = checkpoint.parent
     statistics = {}
     for name, options in {
@@ -193,7 +193,7 @@ def test_methods_and_their_options_do_what_the_library_does(checkpoint):
     }.items():
         output = f"{name}.ckpt"
         done = bnguard(
-            folder, "recalibrate", checkpoint, *DEMO, "--keep", "always", "--output", output,
+            folder, "recalibrate", checkpoint, *of_demo, "--keep", "always", "--output", output,
             *options, "--json", "--device", "cpu", "--samples", 300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -209,7 +209,7 @@ def test_methods_and_their_options_do_what_the_library_does(checkpoint):
         (("--device", "tpu9"), "--device tpu9 cannot be used"),
     ):
         line = is_one_line_error(
-            bnguard(folder, "recalibrate", checkpoint, *DEMO, *options, "--output", "x.ckpt")
+            bnguard(folder, "recalibrate", checkpoint, *of_demo, *options, "--output", "x.ckpt")
         )
         assert message in line
 

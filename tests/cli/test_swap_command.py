@@ -41,9 +41,9 @@ def assert_weights(model, state_dict):
     assert all(torch.equal(own[name], value) for name, value in state_dict.items())
 
 
-def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint, capsys):
+def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint, capsys, of_demo):
     original = checkpoint.read_bytes()
-    done = bnguard(checkpoint.parent, "swap", checkpoint, "--to", "group", *DEMO, "--steps", 2)
+    done = bnguard(checkpoint.parent, "swap", checkpoint, "--to", "group", *of_demo, "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_bytes() == original
     assert "swapped (group) · 7 BN layers · 2 steps" in done.stdout
@@ -60,10 +60,10 @@ def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint,
     assert_weights(model, saved["state_dict"])
     assert not any("running_mean" in name for name in saved["state_dict"])
 
-    again = main(["swap", str(checkpoint), *QUICK])
+    again = main(["swap", str(checkpoint), *of_demo, "--steps", "0"])
     assert again == 2
     assert "exists already; move it away, or force it" in capsys.readouterr().err
-    assert main(["swap", str(checkpoint), *QUICK, "--force"]) == 0
+    assert main(["swap", str(checkpoint), *of_demo, "--steps", "0", "--force"]) == 0
     assert not list(checkpoint.parent.glob(".bnguard-*"))
 
 
@@ -81,9 +81,9 @@ def test_every_target_can_be_built_again(checkpoint, to, capsys):
     assert_weights(built(document["code"]), saved["state_dict"])
 
 
-def test_json_is_one_document(checkpoint, capsys):
+def test_json_is_one_document(checkpoint, capsys, of_demo):
     options = ("--steps", "2", "--exclude", '["features.0.1"]', "--json")
-    assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
+    assert main(["swap", str(checkpoint), *of_demo, *options]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["schema"], document["action"], document["to"]) == (1, "swap", "group")
     assert len(document["replaced"]) == 6

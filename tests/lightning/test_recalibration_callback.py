@@ -7,13 +7,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import bnguard
+from bnguard.checkpoint import read_checkpoint
 from bnguard.errors import ConfigurationError
 from bnguard.layers import find_layers
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
+from bnguard.lightning.scoring import TrainerScore, ValidationScore
 from tests.lightning.conftest import loader
 
 
@@ -233,6 +236,46 @@ def test_the_gate_counts_what_the_checkpoint_callback_monitors(
     assert callback.result.score_after > callback.result.score_before
 
 
+@pytest.mark.parametrize(("monitor", "counted"), [(None, "val_accuracy"), ("val_loss",) * 2])
+def test_a_score_is_the_same_in_a_run_and_out_of_it(
+    tiny, trainer_of, lightning, tmp_path, monitor, counted
+):
+    """Batches of unequal size, a metric of the whole epoch, a step that draws."""
+
+    class Scored(tiny):
+        def on_validation_epoch_start(self):
+            self.right = []
+
+        def validation_step(self, batch):
+            scores = self(batch[0])
+            self.logger.experiment.add_scalar("drawn", scores.mean())
+            self.log("val_loss", F.cross_entropy(scores, batch[1]), on_step=True, on_epoch=True)
+            self.right.append(scores.argmax(1) == batch[1])
+
+        def on_validation_epoch_end(self):
+            self.log("val_accuracy", torch.cat(self.right).float().mean())
+
+        def val_dataloader(self):
+            return loader(19, 2)
+
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, monitor=monitor)
+    logger = lightning.loggers.TensorBoardLogger(tmp_path)
+    trainer = trainer_of(checkpoint, enable_checkpointing=True, max_epochs=1, logger=logger)
+    module = Scored()
+    trainer.fit(module)
+    state = read_checkpoint(checkpoint.best_model_path).monitored
+    assert state == ({} if monitor is None else {"val_loss": "min"})
+    in_run = ValidationScore(trainer, loader(19, 2))
+    alone = TrainerScore(
+        loader(19, 2), device=torch.device("cpu"), accelerator="cpu", devices=1,
+        precision="32-true", metric=None, monitored=state,
+    )  # fmt: skip
+    assert in_run(module) == pytest.approx(alone(module), rel=1e-6)
+    assert (in_run.name, in_run.sign) == (alone.name, alone.sign)
+    assert in_run.name == counted
+    assert trainer.loggers == [logger]
+
+
 def test_scoring_leaves_metrics_and_loggers_alone(tiny, trainer_of):
     class Collecting(tiny):
         def on_validation_epoch_start(self):
@@ -257,7 +300,7 @@ def test_without_a_loss_nothing_can_be_compared(tiny, trainer_of, capsys):
 
     trainer = trainer_of(BatchNormRecalibration(), max_epochs=1)
     trainer.fit(Silent())
-    assert "neither returns a loss nor logs one" in capsys.readouterr().out
+    assert "neither logs a metric nor returns a loss" in capsys.readouterr().out
     assert trainer.global_step == 6
     with pytest.raises(ConfigurationError, match="keep='always'"):
         trainer_of(BatchNormRecalibration(strict=True), max_epochs=1).fit(Silent())
