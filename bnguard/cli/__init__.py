@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bnguard.cli.parsing import in_a_line, print_error
+from bnguard.cli.parsing import in_a_line, in_options, print_error
 from bnguard.cli.showing import STANDARD_ERROR, STANDARD_OUTPUT, output_apart
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__
@@ -67,7 +67,7 @@ def _status(arguments: list[str]) -> int:
         print_error(in_a_line(error))
         return 2
     except BNGuardError as error:
-        print_error(str(error))
+        print_error(in_options(str(error)))
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interruption(error):

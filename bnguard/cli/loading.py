@@ -19,7 +19,7 @@ from bnguard.cli.subjects import (
     configuration_beside,
     named_subjects,
 )
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError, nearest_name
 from bnguard.names import without_wrappers
 
 if TYPE_CHECKING:
@@ -138,12 +138,35 @@ def requested(
     _add_subjects(parser, subjects, checkpoint)
     left_out = [name for subject in subjects.values() for name in subject.left_out(parser)]
     given = tuple(rest)
+    for option in subjects:
+        _check_names(parser, option, given)
     return Request(
         checkpoint,
         subjects,
         parser.parse_args(rest),
         tuple(name for name in left_out if not any(word.startswith(f"--{name}") for word in given)),
     )
+
+
+def _check_names(parser: ArgumentParser, option: str, given: Iterable[str]) -> None:
+    """Make sure that a class or function takes the arguments that are given for it.
+
+    Raises:
+        ConfigurationError: It does not take one.
+    """
+    known = [a.dest for a in parser._actions if a.dest.startswith(f"{option}.")]
+    for word in given:
+        name = word.removeprefix("--").partition("=")[0]
+        if not (word.startswith("--") and name.startswith(f"{option}.")) or name in known:
+            continue
+        if any(name.startswith((f"{one}.", f"{one}+")) for one in known):
+            continue  # a part of an argument
+        if any(one.startswith(f"{name}.") for one in known):
+            continue  # a group of them
+        near = nearest_name(name, known)
+        meant = f"did you mean --{near}? " if near else ""
+        listed = ", ".join(f"--{one}" for one in known) or "no arguments"
+        raise ConfigurationError(f"--{name} does not exist: {meant}it takes {listed}")
 
 
 def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:

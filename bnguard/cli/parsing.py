@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
@@ -60,6 +61,53 @@ def print_error(message: str) -> None:
 def printable(text: str) -> str:
     """Return a text with a sign in place of each character that would control a terminal."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+# Ways out that messages of the library name in Python, and what does the same here.
+_WRAPPED = "name a function with --model that wraps the model in one that"
+_IN_OPTIONS = [
+    (r"; if it takes anything else, pass forward=…", f"; if it takes more, {_WRAPPED} takes it"),
+    (r"pass forward=lambda model, batch: … that returns (.*)", rf"{_WRAPPED} returns \1"),
+    (r"pass forward=lambda model, batch: …", f"{_WRAPPED} takes the batch"),
+    (r"pass score=, or keep='always'", "--keep always does not compare"),
+    (r"leave it out by layers=, or use method='precise'", "use --method precise"),
+    (r", or leave such batches out with on_nonfinite='skip'", ""),
+    (r": use in_place=True, without teacher_data", ": use --steps 0"),
+    (r": use in_place=True", ": it has to be taken out of there"),
+    (r", or pass a factory as to= that makes both", ""),
+    (r"pass a factory as to=, or leave it out", "leave it out"),
+    (r"give bnguard\.swap a sample= so that it chooses them", "leave them to bnguard swap"),
+    (r"teacher_data=? is empty", "the data are empty"),
+    (r"on teacher_data\b", "on the data"),
+    (r"leave teacher_data= out", "use --steps 0"),
+    (r"expected_score= needs score=", "--expected needs a score"),
+    (r"without reference= there", "without --reference there"),
+    (r"\bscore= has to", "the score has to"),
+]
+_ARGUMENT = re.compile(
+    r"\b(samples|batch_sizes|prior|tolerance|memory|method|keep|groups|exclude|steps|to)="
+    r"('[^']*'|\[[^\]]*\]|[\w.]+)?"
+)
+
+
+def in_options(message: str) -> str:
+    """Return what an error of the library says, in the options of the command line.
+
+    >>> in_options("prior=3.0 needs method='adapt', and a number of samples")
+    '--prior 3.0 needs --method adapt, and a number of samples'
+    >>> in_options("use fewer samples=, or a smaller memory=")
+    'use fewer --samples, or a smaller --memory'
+    """
+    for pattern, option in _IN_OPTIONS:
+        message = re.sub(pattern, option, message)
+    return _ARGUMENT.sub(_as_option, message)
+
+
+def _as_option(found: re.Match[str]) -> str:
+    value = found[2] or ""
+    # A list keeps its quotes, which a shell takes off.
+    value = shlex.quote(value.replace("'", '"')) if value[:1] == "[" else value.strip("'")
+    return f"{_option(found[1])} {value}".rstrip()
 
 
 def in_a_line(error: ArgumentError) -> str:

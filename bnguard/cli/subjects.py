@@ -26,7 +26,7 @@ from bnguard.cli.hyperparameters import (
     harmless_defaults,
 )
 from bnguard.cli.parsing import failing_as
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, nearest_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -286,15 +286,60 @@ def _read_configuration(path: Path, *, is_named: bool = True) -> Configuration:
     return Configuration(path, content, is_named)
 
 
+def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
+    """Return the folder from which a file is imported, and the name of its module there.
+
+    Raises:
+        ConfigurationError: There is no such file, or a module of its name was imported before.
+    """
+    file = file.absolute()
+    if not file.is_file():
+        raise ConfigurationError(f"{what}: there is no file {file}")
+    folder, name = file.parent, file.stem
+    while (folder / "__init__.py").is_file():
+        folder, name = folder.parent, f"{folder.name}.{name}"
+    loaded = getattr(sys.modules.get(name), "__file__", str(file))
+    if name in sys.modules and Path(loaded or "").resolve() != file.resolve():
+        raise ConfigurationError(f"{what}: a module named {name!r} exists; rename the file")
+    return folder, name
+
+
 def _imported(path: str, option: str) -> Callable[..., object]:
-    """Return what ``package.module.Class``, or ``package.module:function``, names."""
-    module_name, _, name = path.replace(":", ".").rpartition(".")
+    """Return what ``package.module.Name``, ``package.module:name`` or ``file.py:Name`` means."""
+    file, _, name = path.rpartition(":")
+    folder = Path()
+    if file.endswith(".py"):
+        folder, module_name = _module_of_file(Path(file), f"--{option} {path}")
+    else:
+        module_name, _, name = path.replace(":", ".").rpartition(".")
     if not module_name:
-        raise ConfigurationError(f"--{option} {path}: give it as package.module.Name")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    with failing_as(f"--{option} {path}: the import"):
-        found: object = getattr(importlib.import_module(module_name), name)
+        raise ConfigurationError(
+            f"--{option} {path}: give it as package.module.Name, or file.py:Name"
+        )
+    searched = "" if folder == Path() else str(folder)
+    if searched not in sys.path:
+        sys.path.insert(0, searched)
+    try:
+        with failing_as(f"--{option} {path}: the import"):
+            module = importlib.import_module(module_name)
+    except ConfigurationError as error:
+        missing = getattr(error.__cause__, "name", None)
+        if not isinstance(error.__cause__, ModuleNotFoundError) or not missing:
+            raise
+        if not f"{module_name}.".startswith(f"{missing}."):
+            raise
+        raise ConfigurationError(
+            f"--{option} {path}: No module named {missing!r} in {folder.absolute()} or installed: "
+            "go to the project's folder, or add that to PYTHONPATH"
+        ) from error
+    found: object = getattr(module, name, None)
+    if found is None:
+        own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        near = nearest_name(name, own)
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(own) or 'none'}"
+        raise ConfigurationError(
+            f"--{option} {path}: {module_name} has no class or function {name!r}: {hint}"
+        )
     if not callable(found):
         raise ConfigurationError(f"--{option} {path} is neither a class nor a function")
     return found

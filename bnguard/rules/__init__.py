@@ -80,9 +80,24 @@ def rule_named(name: str) -> Rule:
     by_name = {key: rule for rule in RULES for key in (rule.code.lower(), rule.name)}
     if name.lower() in by_name:
         return by_name[name.lower()]
-    near = nearest_name(name.lower(), by_name)
+    family = [rule.code for rule in RULES if _is_code(name) and rule.code[:3] == name.upper()[:3]]
+    misread = [code for code in family if _differs_by_a_sign(code, name.upper())]
+    if family and len(misread) != 1:
+        raise ConfigurationError(
+            f"no rule is called {name!r}: there are {', '.join(family)}; 'bnguard rules' lists them"
+        )
+    near = misread[0].lower() if misread else nearest_name(name.lower(), by_name)
     hint = f"did you mean {by_name[near].code} {by_name[near].name}? " if near else ""
     raise ConfigurationError(f"no rule is called {name!r}: {hint}'bnguard rules' lists them")
+
+
+def _is_code(name: str) -> bool:
+    return name[:2].upper() == "BN" and name[2:3].isdigit()
+
+
+def _differs_by_a_sign(code: str, name: str) -> bool:
+    pairs = zip(code, name, strict=False)
+    return len(code) == len(name) and sum(a != b for a, b in pairs) == 1
 
 
 __all__ = [

@@ -155,7 +155,10 @@ def test_an_unusable_checkpoint_is_one_clear_line(make, command, tmp_path):
         (("--data", "bnguard.demo.DigitsData"), "--model is missing"),
         (("--model", "nowhere.Net", "--data", "nowhere.Data"), "No module named 'nowhere'"),
         (("--model", "DigitsNet", "--data", "x.Y"), "give it as package.module.Name"),
-        ((*DEMO, "--model.widht", "4"), "widht"),
+        ((*DEMO, "--model.widht", "4"), "did you mean --model.width? it takes --model.width, --mo"),
+        (("--model", "nowhere.Net", "--data", "nowhere.Data"), "or add that to PYTHONPATH"),
+        (("--model", "bnguard.demo.DigitNet", *DEMO[2:]), "did you mean 'DigitsNet'?"),
+        (("--model", "nowhere.py:Net", *DEMO[2:]), "there is no file"),
         ((*DEMO, "--model.width", "wide"), "width"),
         ((*DEMO, "--model.width", "4"), "does not fit DigitsNet"),
         ((*DEMO, "--samples", "0"), "samples"),
@@ -194,6 +197,26 @@ def test_a_loader_of_length_one_is_enough(checkpoint, of_demo):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("file", ["hp.py", "path/to/my-hp.py"])
+def test_a_file_names_model_and_data(checkpoint, file):
+    path = checkpoint.parent / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("from bnguard.demo import DigitsData as Data, DigitsNet as Net\n")
+    done = bnguard(
+        checkpoint.parent, "recalibrate", checkpoint,
+        f"--model={file}:Net", f"--data={file}:Data", "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_name_options_and_not_python(checkpoint):
+    (checkpoint.parent / "mine.py").write_text("def words():\n    return ['a', 'b']\n")
+    done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO[:2], "--data=mine:words")
+    line = is_one_line_error(done)
+    assert "name a function with --model that wraps the model" in line
+    assert "forward=" not in line
+
+
 def test_an_existing_output_is_kept_unless_forced(checkpoint, of_demo):
     output = checkpoint.with_name("last-recalibrated.ckpt")
     output.write_text("precious")
@@ -218,6 +241,9 @@ def test_rules_and_pages_are_shown(tmp_path):
     assert "BN402  poisoned-statistics" in bnguard(tmp_path, "rules").stdout
     page = bnguard(tmp_path, "explain", "bn301").stdout
     assert page.startswith("BN301 statistic-drift\n")
+    line = is_one_line_error(bnguard(tmp_path, "explain", "BN3x"))
+    assert "there are BN301, BN302" in line
+    assert "BN403" not in line
     assert "did you mean BN301" in is_one_line_error(bnguard(tmp_path, "explain", "BN3O1"))
     assert "did you mean 'bnguard inspect'" in is_one_line_error(bnguard(tmp_path, "inspct", "x"))
 
