@@ -12,24 +12,19 @@ from typing import TYPE_CHECKING
 from bnguard.version import __version__
 
 if TYPE_CHECKING:
-    from bnguard.adapters import register_layer
-    from bnguard.errors import (
-        BNGuardError,
-        CalibrationError,
-        CheckpointError,
-        ConfigurationError,
-    )
+    from bnguard.errors import BNGuardError, CalibrationError, CheckpointError, ConfigurationError
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-    from bnguard.fixes.recalibrate import recalibrate
-    from bnguard.fixes.recalibration import Recalibration
     from bnguard.inspection import inspect
+    from bnguard.layers.adapters import register_layer
     from bnguard.monitor import Monitor, watch
+    from bnguard.recalibration.api import recalibrate
+    from bnguard.recalibration.result import Recalibration
     from bnguard.report import Report
     from bnguard.rules import RULES, Rule
     from bnguard.swapping.api import swap
     from bnguard.swapping.result import Swap
-    from bnguard.whatif.diagnose import diagnose
-    from bnguard.whatif.diagnosis import Diagnosis
+    from bnguard.whatif.api import diagnose
+    from bnguard.whatif.result import Diagnosis
 
 _HOMES = {
     "RULES": "bnguard.rules",
@@ -37,21 +32,21 @@ _HOMES = {
     "CalibrationError": "bnguard.errors",
     "CheckpointError": "bnguard.errors",
     "ConfigurationError": "bnguard.errors",
-    "Diagnosis": "bnguard.whatif.diagnosis",
+    "Diagnosis": "bnguard.whatif.result",
     "Evidence": "bnguard.findings",
     "Finding": "bnguard.findings",
     "Fix": "bnguard.findings",
     "Monitor": "bnguard.monitor",
-    "Recalibration": "bnguard.fixes.recalibration",
+    "Recalibration": "bnguard.recalibration.result",
     "Report": "bnguard.report",
     "Rule": "bnguard.rules",
     "Severity": "bnguard.findings",
     "Skipped": "bnguard.findings",
     "Swap": "bnguard.swapping.result",
-    "diagnose": "bnguard.whatif.diagnose",
+    "diagnose": "bnguard.whatif.api",
     "inspect": "bnguard.inspection",
-    "recalibrate": "bnguard.fixes.recalibrate",
-    "register_layer": "bnguard.adapters",
+    "recalibrate": "bnguard.recalibration.api",
+    "register_layer": "bnguard.layers.adapters",
     "swap": "bnguard.swapping.api",
     "watch": "bnguard.monitor",
 }

@@ -115,7 +115,7 @@ class Finding:
         return (self.code, self.severity, self.layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the finding as plain data that JSON can hold; see ``bnguard.report.document``."""
+        """Return the finding as plain data; see :mod:`bnguard.report.json_document`."""
         return {
             "code": self.code,
             "name": self.name,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 from bnguard.checkpoint import Checkpoint, CheckpointLayer
 from bnguard.configuration import Configuration, read_configuration
-from bnguard.diagnosis import diagnose
 from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
-from bnguard.history import History, LayerHistory, Run, RunningStatistics
+from bnguard.layers.distances import DEFAULT_MOMENTUM
+from bnguard.observe.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
-from bnguard.stats import DEFAULT_MOMENTUM
+from bnguard.rules.engine import diagnose
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -165,8 +165,8 @@ def _beside(
     """Return the layers and the run with what a reference tells of them."""
     from torch import nn
 
-    from bnguard.names import without_wrappers
-    from bnguard.probes.reference import statistics_of, tensors_of, weight_change
+    from bnguard.layers.names import without_wrappers
+    from bnguard.observe.reference import statistics_of, tensors_of, weight_change
 
     if isinstance(reference, nn.Module) and not isinstance(subject, nn.Module):
         layers = _with_settings_of(reference, layers)
@@ -182,8 +182,8 @@ def _beside(
 
 def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Iterator[LayerHistory]:
     """Yield the layers of a state dict with what it does not hold, as a model has it."""
-    from bnguard.names import without_wrappers
-    from bnguard.probes.modules import describe_layers
+    from bnguard.layers.names import without_wrappers
+    from bnguard.observe.model_state import describe_layers
 
     described = describe_layers(model)
     for layer in layers:
@@ -213,7 +213,7 @@ def _report(
 def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
     from torch.optim.swa_utils import AveragedModel
 
-    from bnguard.probes.modules import describe_layers
+    from bnguard.observe.model_state import describe_layers
 
     # An average of counters, rounded down each time, counts nothing.
     is_counting = not (isinstance(model, AveragedModel) and model.use_buffers)
@@ -226,7 +226,7 @@ def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
 
 
 def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHistory]:
-    from bnguard.probes.modules import on_host, running_statistics
+    from bnguard.observe.model_state import on_host, running_statistics
 
     for key, mean in state_dict.items():
         prefix = key.removesuffix("running_mean")

@@ -16,20 +16,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bnguard.announcements import Announcements
 from bnguard.configuration import Configuration, read_configuration
-from bnguard.diagnosis import diagnose
+from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError
-from bnguard.exchange import Exchange, number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity
-from bnguard.history import BatchWindow, History, Run
-from bnguard.layers import require_module, without_layers
-from bnguard.observer import Observer
-from bnguard.preflight import Plan, plan_training
-from bnguard.ranks import merge_findings, merge_reports
+from bnguard.layers.bn_layer import require_module, without_layers
+from bnguard.observe.history import BatchWindow, History, Run
+from bnguard.observe.observer import Observer
+from bnguard.observe.preflight import Plan, plan_training
 from bnguard.report import Report
+from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.report.lines import above_bars, one_line
 from bnguard.rules import RULES, Rule
+from bnguard.rules.announcements import Announcements
+from bnguard.rules.engine import diagnose
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

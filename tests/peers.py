@@ -86,7 +86,7 @@ def opacus() -> None:
 
     def swapped(module, **arguments):
         copy = ModuleValidator.clone_module(module)
-        if bnguard.layers.find_layers(copy):
+        if bnguard.layers.bn_layer.find_layers(copy):
             copy = bnguard.swap(copy, to="group").model
         return fix(copy, **arguments)
 

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 import bnguard
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Evidence, Severity
-from bnguard.tensorboard.logged import logged_runs
-from bnguard.tensorboard.reports import ReportLog
+from bnguard.tensorboard.log_report import logged_runs
+from bnguard.tensorboard.writer import ReportLog
 from tests.networks import conv_net, digits
 
 

@@ -37,7 +37,7 @@ def test_a_healthy_run_is_accused_of_nothing(seed, build, flat):
     report = monitor.report()
     assert accuracy > 0.85
     assert report.worst_severity in (None, Severity.INFO)
-    assert len(report.layers) == len(bnguard.layers.find_layers(model))
+    assert len(report.layers) == len(bnguard.layers.bn_layer.find_layers(model))
 
 
 def test_the_state_of_a_version_that_kept_more_is_resumed():
@@ -309,11 +309,11 @@ def test_steps_and_evaluations_after_close_do_no_harm():
 @pytest.mark.parametrize(
     "place",
     [
-        "bnguard.probes.batches.BatchProbe.read",
-        "bnguard.probes.shapes.values_per_channel",
-        "bnguard.probes.evaluation.channel_moments",
-        "bnguard.observer.Observer.history",
-        "bnguard.probes.gap.GapProbe.__init__",
+        "bnguard.observe.batch_statistics.BatchProbe.read",
+        "bnguard.observe.layer_calls.values_per_channel",
+        "bnguard.observe.eval_statistics.channel_moments",
+        "bnguard.observe.observer.Observer.history",
+        "bnguard.observe.mode_gap.GapProbe.__init__",
     ],
 )
 def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):

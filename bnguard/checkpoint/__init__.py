@@ -12,11 +12,11 @@ from bnguard.checkpoint.comparing import (
     compare,
 )
 from bnguard.checkpoint.finding import find_checkpoints, name_beside
-from bnguard.checkpoint.making import loading_code, write_model
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.model_files import loading_code, write_model
 from bnguard.checkpoint.outputs import check_backup, check_output, original_of
 from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
-from bnguard.checkpoint.writing import replace_statistics, write_statistics
+from bnguard.checkpoint.rewriting import replace_statistics, write_statistics
 
 __all__ = [
     "Checkpoint",

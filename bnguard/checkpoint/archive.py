@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+from bnguard.checkpoint.files import Source, printable
 from bnguard.checkpoint.patch import Patch, patched
-from bnguard.checkpoint.sources import Source, printable
 from bnguard.errors import CheckpointError
 
 LOCAL_MAGIC = b"PK\x03\x04"

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bnguard.checkpoint.batchnorm import STATISTICS
+from bnguard.checkpoint.bn_entries import STATISTICS
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.inert import Blob, TypedStorage
 from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import open_contents
-from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.checkpoint.stored_tensors import StoredTensor
 from bnguard.errors import CheckpointError
-from bnguard.names import without_wrappers
-from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.layers.names import without_wrappers
 
 # Which version of its class each module was saved by, and the class of the dictionary.
 _VERSIONS = "_metadata"

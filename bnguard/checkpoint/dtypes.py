@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnguard.errors import CheckpointError
-from bnguard.stats import FloatArray
+from bnguard.layers.distances import FloatArray
 
 if TYPE_CHECKING:
     import torch

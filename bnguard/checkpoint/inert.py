@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from bnguard.checkpoint.dtypes import CARRIERS, STORAGE_DTYPES
-from bnguard.checkpoint.sources import Source
-from bnguard.checkpoint.tensors import Storage, StoredTensor
+from bnguard.checkpoint.files import Source
+from bnguard.checkpoint.stored_tensors import Storage, StoredTensor
 
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)

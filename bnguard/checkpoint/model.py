@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bnguard.errors import CheckpointError, nearest_name
-from bnguard.stats import FloatArray
+from bnguard.layers.distances import FloatArray
 
 # Where Lightning keeps the state dict of the module.
 LIGHTNING_PREFIX = "state_dict."

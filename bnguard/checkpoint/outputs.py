@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bnguard.checkpoint.atomic_writing import exists, no_folder, write_errors
 from bnguard.checkpoint.formats import FORMATS, checkpoint_at, format_of
-from bnguard.checkpoint.formats.pretrained import Pretrained, weights_in
-from bnguard.checkpoint.publishing import exists, no_folder, write_errors
+from bnguard.checkpoint.formats.hugging_face import Pretrained, weights_in
 from bnguard.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bnguard.checkpoint.sources import Source
+from bnguard.checkpoint.files import Source
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnguard.checkpoint.batchnorm import describe, groups_by_model
+from bnguard.checkpoint.bn_entries import describe, groups_by_model
 from bnguard.checkpoint.contents import Contents, entries
 from bnguard.checkpoint.dtypes import torch_dtype
 from bnguard.checkpoint.formats import checkpoint_at, format_of
 from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
-from bnguard.checkpoint.tensors import StoredTensor
+from bnguard.checkpoint.stored_tensors import StoredTensor
 from bnguard.errors import CheckpointError
-from bnguard.names import without_wrappers
+from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.checkpoint.batchnorm import STATISTICS, attribute_of
+from bnguard.checkpoint.bn_entries import STATISTICS, attribute_of
 from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.dtypes import FLOATING, carrier, torch_dtype
 from bnguard.checkpoint.patch import Patch
-from bnguard.checkpoint.tensors import Piece, StoredTensor
+from bnguard.checkpoint.stored_tensors import Piece, StoredTensor
 from bnguard.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bnguard.cli.parsing import in_a_line, in_options, print_error
+from bnguard.cli.output import in_a_line, in_options, print_error
 from bnguard.cli.showing import STANDARD_ERROR, STANDARD_OUTPUT, output_apart
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__

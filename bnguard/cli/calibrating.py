@@ -20,17 +20,17 @@ from bnguard.checkpoint import (
 )
 from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
-from bnguard.cli.loading import Request, requested
 from bnguard.cli.ranks import is_first_rank, share_of_rank
+from bnguard.cli.request import Request, requested
 from bnguard.cli.scoring import NOT_SCORED, forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import Samples, shared_out
 from bnguard.cli.showing import say, show, show_document
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.recalibrate import recalibrate
-from bnguard.fixes.recalibration import Recalibration
-from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.lightning.scoring import ValidationScore
-from bnguard.report.document import recalibration_document
+from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.result import Recalibration
+from bnguard.report.json_document import recalibration_document
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 

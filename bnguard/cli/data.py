@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from bnguard.cli.parsing import failing_as
-from bnguard.cli.subjects import Subject
+from bnguard.cli.model_and_data import Subject
+from bnguard.cli.output import failing_as
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -14,15 +14,15 @@ from torch import nn
 from bnguard.checkpoint import CheckpointModel
 from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
-from bnguard.cli.loading import Request, requested
+from bnguard.cli.model_and_data import OPTIONS
+from bnguard.cli.request import Request, requested
 from bnguard.cli.scoring import forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import shared_out
 from bnguard.cli.showing import show, show_document
-from bnguard.cli.subjects import OPTIONS
 from bnguard.errors import ConfigurationError
 from bnguard.lightning.scoring import ValidationScore
-from bnguard.whatif.diagnose import diagnose
-from bnguard.whatif.diagnosis import Cause
+from bnguard.whatif.api import diagnose
+from bnguard.whatif.result import Cause
 
 
 def diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.parsing import command_parser
+from bnguard.cli.output import command_parser
 from bnguard.cli.showing import show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.report.difference import difference_document, difference_view

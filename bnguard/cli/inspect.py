@@ -9,7 +9,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.parsing import command_parser, print_error
+from bnguard.cli.output import command_parser, print_error
 from bnguard.cli.showing import show, show_document
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError

@@ -7,8 +7,8 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
 
-from bnguard.cli.loading import SUBJECTS_HELP, SUBJECTS_USAGE, WEIGHTS_HELP, asks_for_help
-from bnguard.cli.parsing import command_parser
+from bnguard.cli.output import command_parser
+from bnguard.cli.request import SUBJECTS_HELP, SUBJECTS_USAGE, WEIGHTS_HELP, asks_for_help
 
 _EXAMPLES = """
 examples:

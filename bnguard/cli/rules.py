@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.parsing import command_parser
+from bnguard.cli.output import command_parser
 from bnguard.cli.showing import show
 from bnguard.report.pages import rules_view
 from bnguard.rules import RULES

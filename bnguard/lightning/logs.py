@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from bnguard.errors import UserCodeError, user_code
+from bnguard.lightning.commands import subject_options
 from bnguard.lightning.framework import Trainer
-from bnguard.lightning.proposals import subject_options
 from bnguard.lightning.trainer import logged_step
 from bnguard.monitor import Monitor
 from bnguard.report import Report
 from bnguard.report.lines import show
 from bnguard.rules import Rule
 from bnguard.tensorboard.events import summary_writers
-from bnguard.tensorboard.reports import ReportLog
+from bnguard.tensorboard.writer import ReportLog
 
 
 class RunLog:

@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from bnguard.configuration import read_configuration
+from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError
-from bnguard.exchange import number_of_ranks
 from bnguard.findings import Finding, FindingGroup, Severity, group_findings
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
+from bnguard.lightning.commands import commands
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.logs import RunLog
-from bnguard.lightning.proposals import commands
 from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import (
     is_fitting,
@@ -27,7 +27,7 @@ from bnguard.lightning.trainer import (
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.document import write_document
+from bnguard.report.json_document import write_document
 from bnguard.report.lines import counted, notice, show
 from bnguard.report.terminal import as_terminal_text
 from bnguard.rules import RULES, Rule

@@ -1,4 +1,4 @@
-"""The callback that repairs: a thin adapter over :mod:`bnguard.fixes.recalibrate`."""
+"""The callback that repairs: a thin adapter over :mod:`bnguard.recalibration.api`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError, user_code
-from bnguard.fixes.recalibrate import recalibrate
-from bnguard.fixes.recalibration import Recalibration
-from bnguard.history import RunningStatistics
-from bnguard.layers import BatchNormLayer, find_layers
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.lightning.framework import LightningModule, Trainer, isolate_rng
 from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.monitor import BatchNormMonitor
@@ -23,6 +20,9 @@ from bnguard.lightning.samples import drawn_samples, plain_forward, split_sample
 from bnguard.lightning.scoring import ValidationScore, twin_of
 from bnguard.lightning.silence import unlogged
 from bnguard.lightning.trainer import Split, is_fitting
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.result import Recalibration
 from bnguard.report.lines import counted, show
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
+from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError
-from bnguard.exchange import number_of_ranks
 from bnguard.lightning.framework import CombinedLoader, LightningModule, Trainer
 from bnguard.lightning.trainer import Split, datamodule_of, most_batches, validation_mode
 

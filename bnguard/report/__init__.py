@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnguard.findings import Finding, FindingGroup, Severity, Skipped, group_findings
-from bnguard.history import History, LayerHistory
+from bnguard.observe.history import History, LayerHistory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,7 +23,7 @@ class Report:
         failure: The error of bnguard's own that ended the watching early; None where none did.
 
     Example:
-        >>> from bnguard.history import History, Run
+        >>> from bnguard.observe.history import History, Run
         >>> print(Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=()))
         bnguard · 0 BN layers · 9 steps · no problems found
     """
@@ -54,8 +54,8 @@ class Report:
         return max((finding.severity for finding in self.findings), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON; see :mod:`bnguard.report.document`."""
-        from bnguard.report.document import report_document
+        """Return the report as plain data for JSON; see :mod:`bnguard.report.json_document`."""
+        from bnguard.report.json_document import report_document
 
         return report_document(self)
 

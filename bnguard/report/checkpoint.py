@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.report.document import SCHEMA
+from bnguard.report.json_document import SCHEMA
 from bnguard.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def inspection_document(
     ``global_step``, ``epoch``, ``provenance`` (null where bnguard did not write it), ``problems``
     (sentences), ``reported`` (what ``BatchNormMonitor`` reported of the training, each with
     ``code``, ``name``, ``severity``, ``layer``, ``message``, ``evidence``, ``first_step``,
-    ``last_step``), and ``report``, as :mod:`bnguard.report.document` describes it.
+    ``last_step``), and ``report``, as :mod:`bnguard.report.json_document` describes it.
     """
     return {
         "schema": SCHEMA,

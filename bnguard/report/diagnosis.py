@@ -14,7 +14,7 @@ from rich.text import Text
 from bnguard.report.lines import counted
 
 if TYPE_CHECKING:
-    from bnguard.whatif.diagnosis import Cause, Diagnosis, LayerShare, Row
+    from bnguard.whatif.result import Cause, Diagnosis, LayerShare, Row
 
 _MOST_LAYERS_SHOWN = 5
 _VERDICTS = {"none": "no fault found", "harmless": "no harm on these data"}

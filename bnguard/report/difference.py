@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.stats import largest
+from bnguard.layers.distances import largest
 from bnguard.version import __version__
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from rich.text import Text
 from bnguard.report.lines import counted
 
 if TYPE_CHECKING:
-    from bnguard.fixes.recalibration import LayerChange, Recalibration
-    from bnguard.fixes.selection import SkippedLayer
-    from bnguard.history import ModeGap
+    from bnguard.observe.history import ModeGap
+    from bnguard.recalibration.result import LayerChange, Recalibration
+    from bnguard.recalibration.selection import SkippedLayer
 
 _MOST_LAYERS_SHOWN = 10
 

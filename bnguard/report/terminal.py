@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bnguard.findings import FindingGroup, Severity
-from bnguard.history import LayerHistory
+from bnguard.observe.history import LayerHistory
 from bnguard.report.lines import counted
-from bnguard.rules.measures import distance_of
+from bnguard.rules.limits import distance_of
 
 if TYPE_CHECKING:
     from bnguard.report import Report

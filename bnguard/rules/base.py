@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History, LayerHistory
-from bnguard.rules.measures import fits
+from bnguard.observe.history import History, LayerHistory
+from bnguard.rules.limits import fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History
+from bnguard.observe.history import History
 from bnguard.rules.base import ModelRule
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
+from bnguard.layers.distances import FloatArray
+from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.stats import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnguard.history import EvalWindow, LayerHistory
-from bnguard.rules.measures import Distance, DriftLimits
-from bnguard.stats import log_variance_ratio, shift_std, without_initial
+from bnguard.layers.distances import log_variance_ratio, shift_std, without_initial
+from bnguard.observe.history import EvalWindow, LayerHistory
+from bnguard.rules.limits import Distance, DriftLimits
 
 # Share of a drift that the newest batches have to show too where moving weights make it: those of
 # networks that learn as usual show at most 0.26 of what other data make at the first layer, and 0.8

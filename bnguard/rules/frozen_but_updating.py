@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
+from bnguard.layers.distances import shift_std
+from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.stats import shift_std
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import EvalWindow, LayerHistory
+from bnguard.observe.history import EvalWindow, LayerHistory
 from bnguard.rules.base import Rule
 
 # The largest finite number; bfloat16 reaches as far as float32.

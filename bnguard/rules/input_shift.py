@@ -10,14 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Finding, Fix, Severity, Skipped
-from bnguard.history import EvalWindow, History, LayerHistory
+from bnguard.observe.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measures import (
-    DriftLimits,
-    is_known_harmless,
-    is_sampling,
-    left_when_evaluated,
-)
+from bnguard.rules.limits import DriftLimits, is_known_harmless, is_sampling, left_when_evaluated
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History, ModeGap
+from bnguard.observe.history import History, ModeGap
 from bnguard.rules.base import ExplainedRule, RootAt
-from bnguard.rules.causes import Cause, cause_of_gap, doubt_of_gap
-from bnguard.rules.measures import (
+from bnguard.rules.drift_causes import Cause, cause_of_gap, doubt_of_gap
+from bnguard.rules.limits import (
     MAX_EXCESS_CHANGE,
     MAX_EXCESS_CHANGE_WITH_FLIPS,
     MAX_FLIPPED_SHARE,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
+from bnguard.layers.distances import DEFAULT_MOMENTUM
+from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.stats import DEFAULT_MOMENTUM
 
 
 @dataclass(frozen=True, kw_only=True)

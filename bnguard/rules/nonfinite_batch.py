@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import BadValueOrigin, History, LayerHistory
+from bnguard.observe.history import BadValueOrigin, History, LayerHistory
 from bnguard.rules.base import ModelRule
 
 

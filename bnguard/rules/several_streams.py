@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory, Stream
+from bnguard.layers.distances import FloatArray
+from bnguard.observe.history import LayerHistory, Stream
 from bnguard.rules.base import Rule
-from bnguard.stats import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History, LayerHistory
+from bnguard.layers.distances import FloatArray
+from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measures import DriftLimits, is_known_harmless, is_sampling
-from bnguard.stats import FloatArray
+from bnguard.rules.limits import DriftLimits, is_known_harmless, is_sampling
 
 _FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Finding, Fix, Severity, Skipped
-from bnguard.history import History, LayerHistory
+from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
-from bnguard.rules.causes import Cause, cause_in_chain, doubt_of_drift
+from bnguard.rules.drift_causes import Cause, cause_in_chain, doubt_of_drift
 from bnguard.rules.drifts import Drift
-from bnguard.rules.measures import (
+from bnguard.rules.limits import (
     DRIFT_LIMITS,
     Distance,
     DriftLimits,

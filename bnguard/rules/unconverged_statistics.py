@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import History, LayerHistory
+from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
+from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measures import MAX_INITIAL_SHIFT_STD
-from bnguard.stats import initial_shift_std, initial_weight, updates_to_forget
+from bnguard.rules.limits import MAX_INITIAL_SHIFT_STD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.history import LayerHistory
+from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
 

@@ -12,12 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
-from bnguard.fixes.calibration.arrivals import arrivals
-from bnguard.fixes.calibration.batches import Batch, Forward, read_batches
-from bnguard.fixes.options import is_whole
-from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance
-from bnguard.fixes.selection import patterns_of
-from bnguard.layers import (
+from bnguard.layers.bn_layer import (
     BatchNormLayer,
     as_written,
     device_of,
@@ -25,6 +20,11 @@ from bnguard.layers import (
     preserved_random_state,
     require_module,
 )
+from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
+from bnguard.recalibration.batches import Batch, Forward, read_batches
+from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.options import is_whole
+from bnguard.recalibration.selection import patterns_of
 from bnguard.swapping.engine import Engine, engine_of
 from bnguard.swapping.result import ReplacedLayer, Swap
 from bnguard.swapping.surgery import (

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.calibration.batches import Batch, Forward, call, read_batches
-from bnguard.fixes.outputs import float_tensors, places_of_rows, relative_distance, spread
-from bnguard.layers import preserved_modes, preserved_random_state
-from bnguard.moments import Moments, channel_moments, merge_moments
+from bnguard.layers.bn_layer import preserved_modes, preserved_random_state
+from bnguard.layers.moments import Moments, channel_moments, merge_moments
+from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance, spread
+from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 from bnguard.swapping.engine import Engine
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers import device_of
+from bnguard.layers.bn_layer import device_of
 
 
 @runtime_checkable

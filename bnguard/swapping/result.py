@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from bnguard.fixes.selection import SkippedLayer
+from bnguard.recalibration.selection import SkippedLayer
 from bnguard.swapping.distillation import Distillation
 from bnguard.version import __version__
 
@@ -76,7 +76,7 @@ class Swap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was replaced and how far the outputs moved, as plain data for JSON."""
-        from bnguard.report.document import SCHEMA, strict_json
+        from bnguard.report.json_document import SCHEMA, strict_json
 
         learnt = self.distillation
         document = {

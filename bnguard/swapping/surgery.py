@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from bnguard.adapters import adapter_of
 from bnguard.errors import ConfigurationError
-from bnguard.fixes.selection import SkippedLayer, patterns_of
-from bnguard.layers import BatchNormLayer, find_layers, is_wrapper, without_layers
-from bnguard.moments import wide
+from bnguard.layers.adapters import adapter_of
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper, without_layers
+from bnguard.layers.moments import wide
+from bnguard.recalibration.selection import SkippedLayer, patterns_of
 from bnguard.swapping.targets import Target
 
 Replacements = Mapping[nn.Module, nn.Module]

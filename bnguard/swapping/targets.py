@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
-from bnguard.fixes.calibration.arrivals import arrivals
-from bnguard.fixes.calibration.batches import Batch, Forward, call
-from bnguard.fixes.options import is_whole
-from bnguard.layers import (
+from bnguard.layers.bn_layer import (
     BatchNormLayer,
     find_layers,
     preserved_modes,
     preserved_random_state,
 )
-from bnguard.stats import FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.layers.distances import FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.recalibration.batches import Batch, Forward, call
+from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.options import is_whole
 from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 
 

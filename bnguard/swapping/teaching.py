@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.batches import Forward
-from bnguard.fixes.recalibrate import recalibrate
-from bnguard.layers import find_layers, preserved_modes
+from bnguard.layers.bn_layer import find_layers, preserved_modes
+from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.batches import Forward
 from bnguard.swapping.distillation import Distillation, Progress, Silent, distil
 from bnguard.swapping.engine import Engine, OwnDevice
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.history import LayerHistory
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.observe.history import LayerHistory
 from bnguard.rules import DeadChannels
-from bnguard.stats import FloatArray, log_variance_ratio, shift_std
 from bnguard.tensorboard.metadata import Metric
 
 # Share of the channels that a layer's number speaks for, as in the rules on drift.

@@ -13,7 +13,7 @@ from typing import Any
 
 from bnguard.tensorboard.assets import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.decoding import Series, thinned
-from bnguard.tensorboard.logged import open_log
+from bnguard.tensorboard.log_report import open_log
 from bnguard.tensorboard.metadata import LogError
 from bnguard.tensorboard.reader import LogReader
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnguard.errors import user_code
-from bnguard.stats import FloatArray, log_variance_ratio, shift_std
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.lean import findings_markdown
 from bnguard.tensorboard.metadata import (

@@ -10,19 +10,19 @@ import numpy as np
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.arrivals import Arrive, arrivals
-from bnguard.fixes.calibration.batches import Batch, Forward
-from bnguard.fixes.options import Score, as_number
-from bnguard.history import RunningStatistics
-from bnguard.layers import (
+from bnguard.layers.bn_layer import (
     BatchNormLayer,
     preserved_modes,
     preserved_random_state,
     preserved_statistics,
 )
-from bnguard.stats import FloatArray, log_variance_ratio, shift_std
-from bnguard.whatif.data import Samples
-from bnguard.whatif.outputs import Arrived, Outputs, arrived_at, outputs_of
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.batches import Batch, Forward
+from bnguard.recalibration.layer_inputs import Arrive, arrivals
+from bnguard.recalibration.options import Score, as_number
+from bnguard.whatif.model_outputs import Arrived, Outputs, arrived_at, outputs_of
+from bnguard.whatif.samples import Samples
 from bnguard.whatif.statistics import BatchStatistics, Statistics, given_statistics
 
 # As many channels of a layer have to be within a limit, as for BN301.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bnguard.whatif.bench import Bench
 from bnguard.whatif.cures import Cure
-from bnguard.whatif.diagnosis import LayerShare
+from bnguard.whatif.result import LayerShare
 
 # So many samples tell which layers do the harm.
 _SAMPLES = 256

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bnguard.whatif.diagnosis import Cause, Row
-from bnguard.whatif.numbers import (
+from bnguard.whatif.evidence import (
     MAX_INITIAL_WEIGHT,
     MAX_INPUT_DRIFT,
     MAX_STORED_DRIFT,
     Numbers,
     is_harmful,
 )
+from bnguard.whatif.result import Cause, Row
 
 _RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
 _ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'

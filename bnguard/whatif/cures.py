@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import CalibrationError
-from bnguard.fixes.calibration.arrivals import arrived_moments, is_finite, on_host
-from bnguard.fixes.calibration.batches import Forward
-from bnguard.fixes.recalibrate import recalibrate
-from bnguard.fixes.recalibration import LayerChange
-from bnguard.history import RunningStatistics
-from bnguard.layers import BatchNormLayer
-from bnguard.moments import Moments
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import Moments
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.batches import Forward
+from bnguard.recalibration.layer_inputs import arrived_moments, is_finite, on_host
+from bnguard.recalibration.result import LayerChange
 from bnguard.whatif.bench import Bench
-from bnguard.whatif.data import Samples
+from bnguard.whatif.samples import Samples
 from bnguard.whatif.statistics import Statistics, lent_statistics
 
 

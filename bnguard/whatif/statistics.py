@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnguard.fixes.calibration.working import write_statistics
-from bnguard.history import RunningStatistics
-from bnguard.layers import BatchNormLayer
-from bnguard.moments import values_per_channel
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import values_per_channel
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.statistics import write_statistics
 
 Statistics = Mapping[str, RunningStatistics]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bnguard.whatif.bench import Bench, Drift, Measured, drifts
-from bnguard.whatif.diagnosis import Row
-from bnguard.whatif.outputs import Outputs
+from bnguard.whatif.model_outputs import Outputs
+from bnguard.whatif.result import Row
 from bnguard.whatif.statistics import Statistics
 
 _LABELS = {

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from bnguard.fixes.recalibration import LayerChange
-from bnguard.layers import BatchNormLayer
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.recalibration.result import LayerChange
 from bnguard.whatif.bench import CHANNEL_QUANTILE, Bench
 from bnguard.whatif.cures import Cure
-from bnguard.whatif.numbers import Training
+from bnguard.whatif.evidence import Training
 
 # The quantile of the absolute value of a normal variable that CHANNEL_QUANTILE is: 90 %.
 _NORMAL_QUANTILE = 1.645

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.layers import find_layers
-from bnguard.probes.batches import BatchProbe
+from bnguard.layers.bn_layer import find_layers
+from bnguard.observe.batch_statistics import BatchProbe
 from tests.benchmarks.networks import perceptron, resnet18, resnet50, volumetric
 
 Step = Callable[[], object]

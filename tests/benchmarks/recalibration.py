@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import bnguard
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from tests.benchmarks.networks import mobilenet_v2, resnet18, resnet50
 from tests.benchmarks.truth import Truth, distance
 

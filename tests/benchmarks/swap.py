@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from tests.benchmarks.digit_tasks import SUBJECTS, TEST, VALIDATION, Task
 
 LEARNING_RATES = (1e-4, 1e-3)

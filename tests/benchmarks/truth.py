@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnguard.fixes.recalibration import Recalibration
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
+from bnguard.recalibration.result import Recalibration
 
 Truth = Mapping[str, tuple[np.ndarray, np.ndarray]]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnguard.checkpoint import sources
+from bnguard.checkpoint import files as sources
+from bnguard.checkpoint.files import Source
 from bnguard.checkpoint.patch import Patch, patched
-from bnguard.checkpoint.sources import Source
 
 PATH = Path("file")
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnguard.checkpoint import read_checkpoint
+from bnguard.checkpoint.files import Source
 from bnguard.checkpoint.inert import Blob, InertObject, Reference, plain
-from bnguard.checkpoint.pickles import read_pickle
-from bnguard.checkpoint.sources import Source
+from bnguard.checkpoint.unpickling import read_pickle
 from bnguard.errors import CheckpointError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)

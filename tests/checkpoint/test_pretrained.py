@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bnguard.checkpoint import find_checkpoints, read_checkpoint, write_statistics
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from tests.checkpoint.saving import new_statistics
 
 

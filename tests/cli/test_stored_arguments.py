@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningModule
 
 from bnguard.checkpoint import read_checkpoint
-from bnguard.cli.loading import _stored
-from bnguard.cli.subjects import Subject
+from bnguard.cli.model_and_data import Subject
+from bnguard.cli.request import _stored
 
 
 class Act(Enum):

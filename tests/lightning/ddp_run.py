@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
-from bnguard import exchange
+from bnguard import distributed as exchange
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from tests.ports import free_port
 

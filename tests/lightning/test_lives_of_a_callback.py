@@ -19,7 +19,7 @@ from torch import nn
 
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
-from bnguard.lightning.proposals import class_path
+from bnguard.lightning.commands import class_path
 from tests.lightning.conftest import loader
 
 
@@ -217,9 +217,9 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
         "bnguard.monitor.Monitor.report_of_all_ranks",
         "bnguard.monitor.Monitor._findings_of_all_ranks",
         "bnguard.monitor.Monitor.close",
-        "bnguard.observer.Observer.evaluation",
-        "bnguard.probes.gap.GapProbe.measure",
-        "bnguard.probes.evaluation.channel_moments",
+        "bnguard.observe.observer.Observer.evaluation",
+        "bnguard.observe.mode_gap.GapProbe.measure",
+        "bnguard.observe.eval_statistics.channel_moments",
     ],
 )
 def test_an_error_of_our_own_anywhere_ends_no_run(place, tiny, trainer_of, monkeypatch, capsys):

@@ -19,10 +19,10 @@ from bnguard.checkpoint import read_checkpoint
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
-from bnguard.lightning.proposals import subject_options
+from bnguard.lightning.commands import subject_options
 from bnguard.report.checkpoint import checkpoint_view, inspection_document
 from bnguard.report.terminal import as_text
-from bnguard.tensorboard.logged import logged_runs
+from bnguard.tensorboard.log_report import logged_runs
 
 
 def model_for(lightning):
@@ -202,7 +202,8 @@ def test_an_error_of_our_own_does_not_end_the_run(tmp_path, capsys, monkeypatch)
 def test_an_error_in_a_hook_of_ours_does_not_end_the_run(tmp_path, capsys, monkeypatch):
     lightning = importlib.import_module("pytorch_lightning")
     monkeypatch.setattr(
-        "bnguard.probes.shapes.values_per_channel", lambda *_: (_ for _ in ()).throw(KeyError("n"))
+        "bnguard.observe.layer_calls.values_per_channel",
+        lambda *_: (_ for _ in ()).throw(KeyError("n")),
     )
     trainer, model = fit(lightning, tmp_path, BatchNormMonitor())
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 import bnguard
 from bnguard.checkpoint import read_checkpoint
 from bnguard.errors import ConfigurationError
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from bnguard.lightning.scoring import TrainerScore, ValidationScore
 from tests.lightning.conftest import loader

@@ -11,7 +11,7 @@ import pytest
 
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, Skipped
-from bnguard.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
+from bnguard.observe.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
 from bnguard.report.rule_table import rule_table
 from bnguard.rules import RULES, rule_named
 

@@ -10,11 +10,18 @@ import pytest
 import torch
 
 import bnguard
-from bnguard.diagnosis import diagnose
 from bnguard.findings import Severity
-from bnguard.history import BatchWindow, History, LayerHistory, ModeGap, Run, RunningStatistics
+from bnguard.observe.history import (
+    BatchWindow,
+    History,
+    LayerHistory,
+    ModeGap,
+    Run,
+    RunningStatistics,
+)
+from bnguard.observe.windows import EvalWindow
 from bnguard.rules import rule_named
-from bnguard.windows import EvalWindow
+from bnguard.rules.engine import diagnose
 from tests.networks import digits
 from tests.zoo.architectures import build
 from tests.zoo.faults import (

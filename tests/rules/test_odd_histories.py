@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnguard import history as histories
-from bnguard.diagnosis import diagnose
-from bnguard.history import History, LayerHistory, Run
+from bnguard.observe import history as histories
+from bnguard.observe.history import History, LayerHistory, Run
 from bnguard.report import Report
+from bnguard.rules.engine import diagnose
 
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e-300, 1e300, np.nan, np.inf, -np.inf]
 COUNTS = [0, 1, 2, 7, 100, 10**9]

@@ -10,9 +10,8 @@ import torch
 
 import bnguard
 from bnguard.configuration import with_limits
-from bnguard.diagnosis import diagnose
 from bnguard.findings import Severity
-from bnguard.history import (
+from bnguard.observe.history import (
     BadValueOrigin,
     BatchWindow,
     Calls,
@@ -23,8 +22,9 @@ from bnguard.history import (
     Run,
     RunningStatistics,
 )
-from bnguard.preflight import Plan
+from bnguard.observe.preflight import Plan
 from bnguard.rules import RULES, rule_named
+from bnguard.rules.engine import diagnose
 
 
 def found(code, layer):

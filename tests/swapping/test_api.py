@@ -13,7 +13,7 @@ from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrize, prune
 
 from bnguard.errors import BNGuardError, ConfigurationError
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from bnguard.swapping.api import swap
 from bnguard.swapping.norms import BatchRenorm, FrozenNorm
 from tests.networks import conv_net, mlp

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bnguard.errors import BNGuardError, ConfigurationError
-from bnguard.fixes.outputs import float_tensors, relative_distance
+from bnguard.observe.outputs import float_tensors, relative_distance
 from bnguard.swapping import distillation
 from bnguard.swapping.api import swap
 from bnguard.swapping.view import DistillationBar

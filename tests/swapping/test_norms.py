@@ -179,7 +179,7 @@ TIMM = """
     from collections import Counter
     from torch import nn
     from bnguard.swapping.api import swap
-    from bnguard.layers import find_layers
+    from bnguard.layers.bn_layer import find_layers
 
     def activations(model, x):
         # A module that is kept and never called is lost as well: count the calls.

@@ -7,7 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.cli import main
 from bnguard.tensorboard.events import EventSink
-from bnguard.tensorboard.logged import LoggedRun, logged_runs
+from bnguard.tensorboard.log_report import LoggedRun, logged_runs
 from bnguard.tensorboard.metadata import FINDINGS_TAG, STATS_TAG, LogError, standard_metrics
 from bnguard.tensorboard.records import finding_record
 from bnguard.tensorboard.summary import BatchNormLog

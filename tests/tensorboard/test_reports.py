@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
-from bnguard.tensorboard.logged import logged_runs, open_log
+from bnguard.tensorboard.log_report import logged_runs, open_log
 from bnguard.tensorboard.measures import MEASURES, measured
 from bnguard.tensorboard.metadata import CHANNEL_ROWS, standard_metrics
-from bnguard.tensorboard.reports import ReportLog
+from bnguard.tensorboard.writer import ReportLog
 from tests.networks import conv_net, train
 
 

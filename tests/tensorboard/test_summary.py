@@ -8,7 +8,7 @@ import tensorboardX
 from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.events import summary_writers
-from bnguard.tensorboard.logged import open_log
+from bnguard.tensorboard.log_report import open_log
 from bnguard.tensorboard.metadata import CHANNEL_ROWS, Metric, standard_metrics
 from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
 

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from bnguard.whatif.causes import named_cause
-from bnguard.whatif.data import BatchOrder
-from bnguard.whatif.diagnosis import Row
-from bnguard.whatif.numbers import Numbers, Training
+from bnguard.whatif.evidence import Numbers, Training
+from bnguard.whatif.result import Row
+from bnguard.whatif.samples import BatchOrder
 
 SHUFFLED = BatchOrder(variance_ratio=1.0, batches=32)
 SORTED = BatchOrder(variance_ratio=50.0, batches=32)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.layers import find_layers
+from bnguard.layers.bn_layer import find_layers
 from tests.whatif import trained
 
 REFERENCE = trained.training_images()

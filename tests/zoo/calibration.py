@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bnguard.history import EvalWindow, History
+from bnguard.observe.history import EvalWindow, History
 from bnguard.rules import (
     AccumulationBlind,
     AmplifyingChannel,
@@ -34,7 +34,7 @@ from bnguard.rules import (
     UnsynchronisedSmallBatch,
     VarianceCollapse,
 )
-from bnguard.rules.measures import drift, excess_change
+from bnguard.rules.limits import drift, excess_change
 from bnguard.rules.several_streams import distances
 from tests.zoo.runs import FaultyRun, HealthyRun, run_zoo
 

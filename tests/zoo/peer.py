@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from bnguard.history import History, Run
+from bnguard.observe.history import History, Run
 from bnguard.report import Report
 
 INSTALL = "pip install torch-audit"

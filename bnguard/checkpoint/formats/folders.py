@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, parse_provenance
+from bnguard.checkpoint.files import first_bytes, unreadable
 from bnguard.checkpoint.patch import Patch
-from bnguard.checkpoint.pickles import damaged
-from bnguard.checkpoint.sources import first_bytes, unreadable
+from bnguard.checkpoint.unpickling import damaged
 
 # How names of checkpoints end; a file that is named is read whatever its name.
 ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")

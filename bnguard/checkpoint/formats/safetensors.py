@@ -15,11 +15,11 @@ from pathlib import Path
 
 from bnguard.checkpoint.contents import Contents, parse_provenance
 from bnguard.checkpoint.dtypes import CARRIERS, carrier
+from bnguard.checkpoint.files import Source, first_bytes, open_source
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.patch import Patch, patched, write_all
-from bnguard.checkpoint.pickles import damaged
-from bnguard.checkpoint.sources import Source, first_bytes, open_source
-from bnguard.checkpoint.tensors import PlainStorage, StoredTensor
+from bnguard.checkpoint.stored_tensors import PlainStorage, StoredTensor
+from bnguard.checkpoint.unpickling import damaged
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bnguard.checkpoint.contents import Contents
+from bnguard.checkpoint.files import first_bytes
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.formats.folders import copy_folder, listed, member, read_note
 from bnguard.checkpoint.formats.safetensors import Safetensors
@@ -15,8 +16,7 @@ from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
 from bnguard.checkpoint.inert import mapping_of
 from bnguard.checkpoint.patch import Patch
-from bnguard.checkpoint.pickles import damaged
-from bnguard.checkpoint.sources import first_bytes
+from bnguard.checkpoint.unpickling import damaged
 from bnguard.errors import CheckpointError
 
 # transformers prefers safetensors where a folder has both.

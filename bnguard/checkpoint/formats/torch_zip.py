@@ -21,12 +21,12 @@ from bnguard.checkpoint.archive import (
     read_archive,
 )
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, Contents, parse_provenance
+from bnguard.checkpoint.files import Source, first_bytes, open_source
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.inert import TypedStorage, storage_dtype
 from bnguard.checkpoint.patch import Patch, patched, write_all
-from bnguard.checkpoint.pickles import read_pickle
-from bnguard.checkpoint.sources import Source, first_bytes, open_source
-from bnguard.checkpoint.tensors import Storage, StoredTensor
+from bnguard.checkpoint.stored_tensors import Storage, StoredTensor
+from bnguard.checkpoint.unpickling import read_pickle
 from bnguard.errors import CheckpointError
 
 _PICKLE = "data.pkl"

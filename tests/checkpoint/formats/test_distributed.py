@@ -16,12 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from bnguard.checkpoint import (
-    find_checkpoints,
-    load_state_dict,
-    read_checkpoint,
-    write_statistics,
-)
+from bnguard.checkpoint import find_checkpoints, load_state_dict, read_checkpoint, write_statistics
 from bnguard.errors import CheckpointError
 from tests.checkpoint.saving import Network, new_statistics, save_distributed
 

@@ -1,0 +1,362 @@
+"""Finding BN state by key: ``PREFIX.running_mean`` and ``PREFIX.running_var``, and what is beside.
+
+InstanceNorm with tracked statistics looks the same, and has the same faults.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from bnguard.checkpoint.contents import Contents, Entry, entries
+from bnguard.checkpoint.dtypes import FLOATING, INTEGER, to_float64
+from bnguard.checkpoint.files import printable
+from bnguard.checkpoint.inert import InertObject, NotPlainError, mapping_of, plain
+from bnguard.checkpoint.model import (
+    Checkpoint,
+    CheckpointLayer,
+    CheckpointModel,
+    ForeignValue,
+    NotedFinding,
+)
+from bnguard.checkpoint.stored_tensors import StoredTensor
+from bnguard.errors import CheckpointError
+from bnguard.layers.distances import FloatArray
+from bnguard.layers.names import without_wrappers
+
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+STATISTICS = (MEAN, VAR, COUNTER)
+_AFFINE = ("weight", "bias")
+
+# How Lightning writes what a callback monitors into the key of its state.
+_MONITORED = re.compile(r"'monitor': '([^']+)', 'mode': '(min|max)'")
+
+# A module saved as it was given as an argument is no model that was trained.
+_NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+# Beyond these a file is hostile, not large: a thousand names may share one storage.
+_MOST_CANDIDATES = 200_000
+_LONGEST_KEY = 4096
+_MOST_VALUES = 2**22
+
+_ABSENT = object()
+_KERAS_STATISTICS = ("moving_mean", "moving_variance")
+# Each layer may have a few.
+_MOST_FINDINGS = 10_000
+
+# Data classes in data classes among the hyper-parameters.
+_MOST_NESTED_FIELDS = 4
+
+
+def attribute_of(key: str) -> str:
+    """Return the last part of a dotted name.
+
+    >>> attribute_of("layer1.0.bn1.running_mean")
+    'running_mean'
+    """
+    return key.rpartition(".")[2]
+
+
+def describe(contents: Contents) -> Checkpoint:
+    """Read the BN layers of an opened checkpoint, and what it says about its training.
+
+    Raises:
+        CheckpointError: It is damaged, or holds more than can be BN state.
+    """
+    reader = _Reader(contents)
+    models = []
+    by_model = groups_by_model(contents)
+    foreign_state = None if by_model else _foreign_state(contents)
+    for prefix, groups in by_model.items():
+        layers = tuple(filter(None, (reader.layer(prefix, group) for group in groups)))
+        if layers:
+            models.append(CheckpointModel(prefix, layers))
+    root = mapping_of(contents.root) or {}
+    own, foreign = _hyper_parameters(root, "hyper_parameters")
+    of_data, foreign_of_data = _hyper_parameters(root, "datamodule_hyper_parameters")
+    return Checkpoint(
+        path=contents.path,
+        format=contents.format,
+        models=tuple(models),
+        is_lightning=contents.is_lightning,
+        hyper_parameters=own,
+        data_hyper_parameters=of_data,
+        foreign_hyper_parameters=foreign,
+        foreign_data_hyper_parameters=foreign_of_data,
+        hyper_parameters_argument=_text(root.get("hparams_name")),
+        data_hyper_parameters_argument=_text(root.get("datamodule_hparams_name")),
+        momenta=_numbers(_noted(root, "momentum")),
+        eps={name: e for name, e in _numbers(_noted(root, "eps")).items() if e is not None},
+        reported=tuple(_findings(_noted(root, "findings"))),
+        monitored=_monitored(root),
+        global_step=_count(root.get("global_step")),
+        epoch=_count(root.get("epoch")),
+        provenance=contents.provenance,
+        problems=(*reader.problems(), *([foreign_state] if foreign_state else [])),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorGroup:
+    """The tensors that look like one BN layer.
+
+    Attributes:
+        prefix: What stands before the attribute in the names of their entries.
+        owner: The pickled module that holds them; None in a state dict.
+        tensors: The tensors by attribute.
+    """
+
+    prefix: str
+    owner: InertObject | None = None
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
+    """Return the groups of tensors with running statistics, by the prefix of their model.
+
+    Raises:
+        CheckpointError: The checkpoint holds more than can be BN state.
+    """
+    found: dict[tuple[str, str], TensorGroup] = {}
+    for entry in _candidates(contents):
+        prefix = entry.key.removesuffix(attribute_of(entry.key))
+        group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix, entry.owner))
+        group.tensors[attribute_of(entry.key)] = entry.value  # type: ignore[assignment]
+    by_model: dict[str, list[TensorGroup]] = {}
+    for (model, _), group in found.items():
+        if MEAN in group.tensors or VAR in group.tensors:
+            by_model.setdefault(model, []).append(group)
+    return by_model
+
+
+def _foreign_state(contents: Contents) -> str | None:
+    """Return what BN state of other libraries is, where torch's names or tensors are missing."""
+    for entry in entries(contents):
+        # An array is an object of NumPy, and its parts are what entries are made of.
+        for depth, part in enumerate(entry.path):
+            attribute = attribute_of(part)
+            if attribute in _KERAS_STATISTICS and isinstance(entry.value, StoredTensor):
+                return (
+                    "its BN layers are named as Keras does (moving_mean, moving_variance): rename "
+                    "them to running_mean, running_var, weight and bias"
+                )
+            is_array = depth < len(entry.path) - 1 and "numpy" in str(entry.value)
+            if attribute in (MEAN, VAR, *_KERAS_STATISTICS) and is_array:
+                return (
+                    "its BN statistics are NumPy arrays, not tensors: save them as "
+                    "{k: torch.as_tensor(v) for k, v in state.items()}"
+                )
+    return None
+
+
+def _candidates(contents: Contents) -> Iterator[Entry]:
+    count = 0
+    for entry in entries(contents):
+        if not isinstance(entry.value, StoredTensor) or not entry.path:
+            continue
+        attribute = attribute_of(entry.path[-1])
+        if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] in _NO_MODELS:
+            continue
+        count += 1
+        if count > _MOST_CANDIDATES or sum(map(len, entry.path)) > _LONGEST_KEY:
+            raise CheckpointError(
+                f"{contents.path}: has more layers, or longer names, than any model; "
+                "save the state dict alone"
+            )
+        yield entry
+
+
+class _Reader:
+    """Reads groups of tensors as layers, and notes why one cannot be."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+        self.layers_by_problem: dict[str, list[str]] = {}
+        self.values = 0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what was noted, a line for all layers that have the same problem."""
+        for problem, names in self.layers_by_problem.items():
+            yield f"{names[0] if len(names) == 1 else f'{len(names)} layers'}: {problem}"
+
+    def layer(self, model: str, group: TensorGroup) -> CheckpointLayer | None:
+        problem = _problem(group.tensors)
+        if problem is not None:
+            self._note(group, problem)
+            return None
+        mean, var = group.tensors[MEAN], group.tensors[VAR]
+        options = group.owner.state if group.owner is not None else None
+        options = options if isinstance(options, dict) else {}
+        momentum, eps = options.get("momentum", _ABSENT), options.get("eps")
+        return CheckpointLayer(
+            name=without_wrappers(group.prefix.removeprefix(model).removesuffix(".")),
+            prefix=group.prefix,
+            running_mean=self._values(mean),
+            running_var=self._values(var),
+            counter=self._counter(group),
+            weight=self._affine(group, "weight"),
+            bias=self._affine(group, "bias"),
+            dtype=mean.dtype,
+            momentum=float(momentum) if _is_number(momentum) else None,
+            is_momentum_known=momentum is None or _is_number(momentum),
+            eps=float(eps) if _is_number(eps) else None,
+        )
+
+    def _values(self, tensor: StoredTensor) -> FloatArray:
+        self.values += tensor.numel
+        if self.values > _MOST_VALUES:
+            raise CheckpointError(
+                f"{self.contents.path}: its running statistics have more than {_MOST_VALUES:,} "
+                "values together; these are no statistics of BN layers"
+            )
+        return to_float64(tensor.read(), tensor.dtype)
+
+    def _counter(self, group: TensorGroup) -> int | None:
+        tensor = group.tensors.get(COUNTER)
+        if tensor is None:
+            return None
+        if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER | FLOATING:
+            self._note(group, f"{COUNTER} is no count (shape {tensor.shape}, {tensor.dtype})")
+            return None
+        if tensor.dtype in INTEGER:
+            count = int(tensor.read().item())
+        else:
+            # Whoever converts a whole state dict converts the counters too.
+            stored = float(to_float64(tensor.read(), tensor.dtype).item())
+            if not stored.is_integer():
+                self._note(group, f"{COUNTER} is {stored:g} ({tensor.dtype}), which is no count")
+                return None
+            count = int(stored)
+        if count < 0:
+            self._note(group, f"{COUNTER} is {count}, which is no count")
+            return None
+        return count
+
+    def _affine(self, group: TensorGroup, attribute: str) -> FloatArray | None:
+        tensor = group.tensors.get(attribute)
+        if tensor is None:
+            return None
+        if tensor.is_meta or tensor.dtype not in FLOATING:
+            self._note(group, f"{attribute} cannot be read ({_kind(tensor)})")
+            return None
+        if tensor.shape != group.tensors[MEAN].shape:
+            self._note(
+                group,
+                f"{attribute} has shape {tensor.shape}, {MEAN} {group.tensors[MEAN].shape}",
+            )
+            return None
+        return self._values(tensor)
+
+    def _note(self, group: TensorGroup, problem: str) -> None:
+        name = group.prefix.removesuffix(".") or "the model itself"
+        self.layers_by_problem.setdefault(problem, []).append(printable(name))
+
+
+def _problem(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Return why tensors cannot be the running statistics of a layer; None where they can."""
+    for present, absent in ((MEAN, VAR), (VAR, MEAN)):
+        if absent not in tensors:
+            return f"{present} without {absent}"
+    mean, var = tensors[MEAN], tensors[VAR]
+    for attribute, tensor in ((MEAN, mean), (VAR, var)):
+        if tensor.is_meta or tensor.dtype not in FLOATING:
+            return f"{attribute} cannot be read ({_kind(tensor)})"
+        if len(tensor.shape) != 1:
+            return f"{attribute} has shape {tensor.shape}, not one value per channel"
+    if mean.shape != var.shape:
+        return f"{MEAN} has shape {mean.shape}, {VAR} {var.shape}"
+    return None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kind(tensor: StoredTensor) -> str:
+    return "on the meta device, without values" if tensor.is_meta else tensor.dtype
+
+
+def _hyper_parameters(
+    root: Mapping[object, object], key: str
+) -> tuple[Mapping[str, object], Mapping[str, ForeignValue]]:
+    """Return Lightning's hyper-parameters: those that are plain, and the others."""
+    own, foreign = {}, {}
+    for name, value in (mapping_of(root.get(key)) or {}).items():
+        stored = _hyper_parameter(value)
+        if isinstance(stored, ForeignValue):
+            foreign[str(name)] = stored
+        else:
+            own[str(name)] = stored
+    return own, foreign
+
+
+def _hyper_parameter(value: object, depth: int = _MOST_NESTED_FIELDS) -> object:
+    """Return plain data as such, and an object with what it was made of."""
+    try:
+        return plain(value)
+    except NotPlainError as error:
+        class_name = str(error)
+    if not isinstance(value, InertObject) or depth == 0:
+        return ForeignValue(class_name)
+    # Names with an underscore are those of modules and other machinery, which nobody passes.
+    if isinstance(value.state, dict) and all(
+        isinstance(name, str) and not name.startswith("_") for name in value.state
+    ):
+        fields = {str(n): _hyper_parameter(v, depth - 1) for n, v in value.state.items()}
+        return ForeignValue(value.class_name, fields)
+    try:
+        args = plain(value.args)
+    except NotPlainError:
+        args = None
+    return ForeignValue(value.class_name, args if isinstance(args, tuple) else None)
+
+
+def _noted(root: Mapping[object, object], key: str) -> object:
+    """Return what ``BatchNormMonitor`` noted in a checkpoint; None where it did not."""
+    node: object = root
+    for part in ("callbacks", "BatchNormMonitor", key):
+        node = (mapping_of(node) or {}).get(part)
+    return node
+
+
+def _numbers(noted: object) -> dict[str, float | None]:
+    """Return a number of each layer, by its name."""
+    return {
+        str(name): value
+        for name, value in (mapping_of(noted) or {}).items()
+        if value is None or isinstance(value, float)
+    }
+
+
+def _findings(noted: object) -> Iterator[NotedFinding]:
+    """Yield the findings of the training; what is no finding is left out."""
+    for record in noted[:_MOST_FINDINGS] if isinstance(noted, list) else ():
+        given = mapping_of(record) or {}
+        layer = given.get("layer")
+        texts = {key: given.get(key) for key in ("code", "name", "severity", "message", "evidence")}
+        first, last = _count(given.get("first_step")), _count(given.get("last_step"))
+        is_whole = all(isinstance(text, str) for text in texts.values())
+        if is_whole and (layer is None or isinstance(layer, str)) and None not in (first, last):
+            yield NotedFinding(
+                **{key: printable(str(text)) for key, text in texts.items()},
+                layer=None if layer is None else printable(layer),
+                first_step=first or 0,
+                last_step=last or 0,
+            )
+
+
+def _monitored(root: Mapping[object, object]) -> dict[str, str]:
+    """Return what callbacks monitored, which stands in the keys of their states."""
+    states = mapping_of(root.get("callbacks")) or {}
+    found = (_MONITORED.search(key) for key in states if isinstance(key, str))
+    return {key[1]: key[2] for key in found if key}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int else None

@@ -1,0 +1,292 @@
+"""Which modules are BN layers, how they are read, and what a look at a model leaves as it was.
+
+Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnguard.errors import ConfigurationError
+from bnguard.layers.adapters import Adapter, adapter_of
+from bnguard.layers.names import WRAPPED, without_wrappers
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormLayer:
+    """A BN layer of a model: its name, its module, and how to read it.
+
+    Attributes:
+        name: Dotted name in the model, ``""`` where the model is itself the layer; the first of
+            them where the module stands in several places.
+        module: The module.
+        adapter: Where its statistics are.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """Mean used in eval mode, shape ``(C,)``; None where untracked or not yet initialised."""
+        return self._tensor(self.adapter.mean)
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """Unbiased variance used in eval mode, shape ``(C,)``; None as for ``running_mean``."""
+        return self._tensor(self.adapter.var)
+
+    @property
+    def counter(self) -> Tensor | None:
+        """``num_batches_tracked``, a scalar that counts updates; None where there is none."""
+        return None if self.adapter.counter is None else self._tensor(self.adapter.counter)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Gamma, shape ``(C,)``; None without affine parameters, and where they are sharded."""
+        return self._whole("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Beta, shape ``(C,)``; None as for ``weight``."""
+        return self._whole("bias")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has a part of gamma and beta alone, as under FSDP or ZeRO-3."""
+        return self._tensor("weight") is not None and self.weight is None
+
+    @property
+    def affine(self) -> list[Tensor]:
+        """Gamma and beta, those that there are."""
+        return [part for part in (self.weight, self.bias) if part is not None]
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new value in an update; None for a cumulative average."""
+        value = self._number(self.adapter.momentum)
+        if value is None or not self.adapter.is_momentum_of_old:
+            return value
+        return 1.0 - value
+
+    def momentum_place(self) -> Iterator[tuple[nn.Module, str]]:
+        """Yield where momentum is kept, module and attribute; nothing where it is a constant."""
+        if isinstance(self.adapter.momentum, str):
+            yield self.module, self.adapter.momentum
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance before the square root."""
+        return self._number(self.adapter.eps) or 0.0
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels; 0 where a lazy layer has seen no batch yet."""
+        mean = self.running_mean
+        return int(getattr(self.module, "num_features", 0)) if mean is None else mean.numel()
+
+    @property
+    def is_tracking(self) -> bool:
+        """Whether there are running statistics, so that eval mode can use them."""
+        return self.running_mean is not None and self.running_var is not None
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a forward now would normalise with the statistics of its batch."""
+        return self.is_training or not self.is_tracking
+
+    def normalises(self, values: Tensor) -> bool:
+        """Whether these values, ``(N, C, *)``, have the channels of the layer."""
+        return values.dim() >= 2 and values.shape[1] == self.channels
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the layer is in train mode."""
+        return self.adapter.is_training(self.module)
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether ``module.training`` sets the mode; a registered class may decide otherwise."""
+        return self.adapter.follows_training
+
+    def statistics(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield where mean, variance and counter are kept: a dictionary and the key in it.
+
+        To ask the dictionary is far cheaper than to ask the module.
+        """
+        for name in (self.adapter.mean, self.adapter.var, self.adapter.counter):
+            if name is not None:
+                module = self.module
+                yield (module._buffers if name in module._buffers else vars(module)), name
+
+    def _whole(self, name: str) -> Tensor | None:
+        """Return a parameter where this process has all of it.
+
+        To bring a ``DTensor`` together would take a collective.
+        """
+        value = self._tensor(name)
+        if value is None or value.numel() != self.channels or hasattr(value, "device_mesh"):
+            return None
+        return value
+
+    def _number(self, attribute: str | float) -> float | None:
+        value = getattr(self.module, attribute) if isinstance(attribute, str) else attribute
+        return None if value is None else float(value)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        value = getattr(self.module, name, None)
+        if not isinstance(value, Tensor) or is_lazy(value):
+            return None
+        return value if value.dim() <= 1 else value.view(-1)
+
+
+def find_layers(model: nn.Module) -> tuple[BatchNormLayer, ...]:
+    """Return the BN layers of a model in the order of registration, each module once.
+
+    Wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``) leave no trace in
+    the names.
+
+    >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
+    ['1']
+    """
+    layers = []
+    for name, module in model.named_modules():
+        adapter = adapter_of(type(module))
+        if adapter is not None:
+            layers.append(BatchNormLayer(without_wrappers(name), module, adapter))
+    return tuple(layers)
+
+
+def require_module(model: object, caller: str) -> None:
+    """Make sure that what a function was given is a model.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(model, nn.Module):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        what = f"the class {given}: make a model of it" if isinstance(model, type) else given
+        raise ConfigurationError(f"{caller} takes a torch.nn.Module, not {what}")
+
+
+def without_layers(model: nn.Module) -> str:
+    """Return why no BN layers are found in a model.
+
+    >>> without_layers(nn.Linear(2, 2))
+    'Linear has no BN layers'
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return (
+            f"{type(model).__name__} was compiled by TorchScript, whose layers cannot be read, "
+            "so give the module that it was made from"
+        )
+    return f"{type(model).__name__} has no BN layers"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor that holds values; the CPU without one."""
+    tensors = chain(model.parameters(), model.buffers())
+    devices = (tensor.device for tensor in tensors)
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Return whether a module only passes its calls on to the model inside it.
+
+    >>> is_wrapper(nn.DataParallel(nn.Linear(2, 2))), is_wrapper(nn.Linear(2, 2))
+    (True, False)
+    """
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return True
+    held = (getattr(module, name, None) for name in WRAPPED)
+    return any(isinstance(inner, nn.Module) for inner in held)
+
+
+def as_written() -> AbstractContextManager[object]:
+    """Run what ``torch.compile`` made of a model as it was written.
+
+    Compiled code sees neither a hook nor a forward that was put in place after it was made, and
+    other modes would make it start anew.
+    """
+    # Nothing is compiled before this is imported, which takes seconds.
+    is_compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
+
+
+@contextmanager
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module's train or eval mode back at the end, also after an exception.
+
+    Modes are set one module at a time: ``model.train(mode)`` would overwrite the modules that the
+    user holds in another mode than their parent.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def preserved_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
+    """Put the running statistics of the layers back at the end, also after an exception."""
+    kept = [
+        (holder, name, tensor, tensor.clone())
+        for layer in layers
+        for holder, name in layer.statistics()
+        if isinstance(tensor := holder.get(name), Tensor) and not is_lazy(tensor)
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, tensor, values in kept:
+            # .data: a version counter that moved would break a backward that needs the buffer.
+            tensor.data.copy_(values)
+            holder[name] = tensor
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what forwards write to buffers: queues, observers, averages of the user's own."""
+    kept = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not (is_lazy(buffer) or _is_expanded(buffer))
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, buffer, values in kept:
+            # One that a forward in inference mode has made can be written to in that mode alone.
+            with torch.inference_mode(buffer.is_inference()):
+                # .data: a version counter that moved would break a backward that needs the buffer.
+                buffer.data.copy_(values)
+            holder[name] = buffer
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Return whether elements share a place in memory, so that no forward can write to them."""
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
+
+
+@contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """Put the random state of the CPU and of the model's accelerators back at the end."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,201 @@
+"""Batch statistics of all layers, each read where it costs least: off its buffers, or at its calls.
+
+What is read is kept in windows of steps, which the layers are judged by. Nothing is copied to the
+host, and nothing waits for the device, until :meth:`BatchProbe.readings` is called. How a batch is
+read off the buffers: :mod:`bnguard.observe.running_buffers`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.observe.history import BatchWindow, EvalWindow
+from bnguard.observe.hooks import Hooks
+from bnguard.observe.inputs import InputProbe
+from bnguard.observe.running_buffers import BufferReading, BufferRow
+
+_Window = TypeVar("_Window", BatchWindow, EvalWindow)
+
+# Below this weight a batch leaves so little in float32 buffers that its mean would be off by more
+# than 1e-4 of a running mean of its own size.
+_MIN_WEIGHT = {torch.float32: 1e-3, torch.float64: 1e-10}
+
+
+class BatchProbe:
+    """Reads the batch statistics of all layers once a step, and keeps the newest full window.
+
+    Args:
+        layers: The layers to read; those without running statistics are left out.
+        restore_poisoned: Put the last finite statistics back in the step in which a mean or
+            variance becomes NaN or infinite, a channel each.
+    """
+
+    def __init__(self, layers: Iterable[BatchNormLayer], *, restore_poisoned: bool = False) -> None:
+        self._layers = tuple(layers)
+        self._restore_poisoned = restore_poisoned
+        self._calls = InputProbe(())
+        self._reasons: dict[str, str] = {}
+        self._repeats: Mapping[str, int] = {}
+        self._full_windows: dict[str, BatchWindow] = {}
+        self._carried: dict[str, BufferReading] = {}
+        self._latest: dict[str, BufferReading] | None = None
+        self._rows = self._by_place()
+
+    @property
+    def hooks(self) -> Hooks:
+        """Those on the layers that are read from their calls."""
+        return self._calls.hooks
+
+    def read(self, step: int) -> None:
+        """Read what the training step just taken, number ``step``, left in the buffers.
+
+        A step in which buffers were replaced (moved, converted, loaded) tells nothing of them.
+        """
+        self._latest = None
+        sources = dict.fromkeys(self._reasons, self._calls)
+        fresh = [row for row in self._rows if not row.is_stale()]
+        for row in fresh:
+            row.read(step, sources)
+        if len(fresh) < len(self._rows):
+            self._read_anew()
+
+    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Read these layers from now on; what was read of them so far is kept."""
+        self._layers = tuple(layers)
+        self._read_anew()
+        self._full_windows = fitting(self._full_windows, self._layers)
+        self._read_from_calls({})
+
+    def choose_sources(self, repeats: Mapping[str, int]) -> None:
+        """Read layers from their calls where their buffers do not tell their batches.
+
+        Args:
+            repeats: How often each layer, by name, meets a batch: more than once where activations
+                are recomputed. This holds for the newest steps as well.
+        """
+        if repeats != self._repeats:
+            self._latest = None
+            self._repeats = repeats
+            for row in self._rows:
+                row.use_repeats(repeats)
+        readings = self.readings()
+        reasons = {}
+        for layer in self._layers:
+            reading = readings.get(layer.name)
+            reason = None if reading is None else _imprecision(layer, reading.running.updates or 0)
+            if reason is not None:
+                reasons[layer.name] = reason
+        if reasons.keys() != self._reasons.keys():
+            self._read_from_calls(reasons)
+
+    def source(self, layer: str) -> str:
+        """Return where the batch statistics of a layer are read, and why not off its buffers."""
+        reason = self._reasons.get(layer)
+        return "buffers" if reason is None else f"{self._calls.place(layer)}: {reason}"
+
+    def forget_changes(self) -> None:
+        """Take the buffers as they are now as the old ones, whatever changed them."""
+        self._latest = None
+        if any(row.is_stale() for row in self._rows):
+            self._read_anew()
+        for row in self._rows:
+            row.take_as_old()
+
+    def readings(self) -> dict[str, BufferReading]:
+        """Return what was read, by layer name; the one place that waits for the device."""
+        if self._latest is None:
+            self._latest = {
+                name: reading.after(self._carried.get(name))
+                for row in self._rows
+                for name, reading in row.readings().items()
+            }
+        return self._latest
+
+    def start_window(self) -> None:
+        """Begin a new window, and keep the one that ends as the newest full."""
+        for name, reading in self.readings().items():
+            if reading.window is not None:
+                self._full_windows[name] = reading.window
+        self._latest = None
+        for row in self._rows:
+            row.start_window()
+
+    def resume(self, windows: Mapping[str, BatchWindow]) -> None:
+        """Go on from the windows of an interrupted run, until newer ones are full.
+
+        Those of layers that are others now are left out.
+        """
+        self._full_windows.update(fitting(windows, self._layers))
+
+    def window(self, layer: str) -> BatchWindow | None:
+        """Return a layer's newest window that holds at least half of the batches of a full one."""
+        reading, full = self.readings().get(layer), self._full_windows.get(layer)
+        newest = None if reading is None else reading.window
+        if newest is None or full is None:
+            return newest or full
+        return newest if 2 * newest.batches.max() >= full.batches.max() else full
+
+    def windows(self) -> dict[str, BatchWindow]:
+        """Return the window of each layer that has one."""
+        windows = {layer.name: self.window(layer.name) for layer in self._layers}
+        return {name: window for name, window in windows.items() if window is not None}
+
+    def _read_from_calls(self, reasons: dict[str, str]) -> None:
+        """Read the layers with these names from their calls, for these reasons."""
+        self._latest = None
+        self._reasons = reasons
+        self._calls.hooks.close()
+        self._calls = InputProbe(layer for layer in self._layers if layer.name in reasons)
+
+    def _read_anew(self) -> None:
+        """Go on with the buffers that the layers have now; what was read so far is kept."""
+        self._carried = self.readings()
+        self._latest = None
+        self._rows = self._by_place()
+
+    def _by_place(self) -> list[BufferRow]:
+        by_place: dict[tuple[object, ...], list[BatchNormLayer]] = defaultdict(list)
+        for layer in self._layers:
+            mean = layer.running_mean
+            if mean is not None and layer.running_var is not None and not mean.is_meta:
+                by_place[mean.device, mean.dtype, layer.counter is None].append(layer)
+        return [
+            BufferRow(
+                layers,
+                repeats=self._repeats,
+                restore_poisoned=self._restore_poisoned,
+            )
+            for layers in by_place.values()
+        ]
+
+
+def fitting(windows: Mapping[str, _Window], layers: Iterable[BatchNormLayer]) -> dict[str, _Window]:
+    """Return the windows, by layer name, that have the channels that these layers have now."""
+    channels = {layer.name: layer.channels for layer in layers}
+    return {
+        name: window for name, window in windows.items() if len(window.mean) == channels.get(name)
+    }
+
+
+def _imprecision(layer: BatchNormLayer, updates: int) -> str | None:
+    """Return why the buffers of a layer, updated so often, do not tell its batches.
+
+    None where they do.
+    """
+    mean, momentum = layer.running_mean, layer.momentum
+    if mean is None:
+        return None
+    if mean.dtype not in _MIN_WEIGHT:
+        return f"{str(mean.dtype).removeprefix('torch.')} buffers are too coarse"
+    if momentum == 0.0:
+        return "momentum 0 keeps nothing of a batch"
+    if momentum is not None and momentum < _MIN_WEIGHT[mean.dtype]:
+        return f"momentum {momentum:g} leaves too few digits of a batch"
+    if momentum is None and mean.dtype is torch.float32 and updates > 1000:
+        return "an average over more than 1,000 batches leaves too few digits of the next"
+    return None

@@ -1,0 +1,274 @@
+"""What arrives at each layer in eval mode: in the first batches of an evaluation, and now and then.
+
+After the first few calls, those are read whose number is the next power of two times as many: an
+evaluation may be sorted, and its first batches unlike the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
+from bnguard.observe.history import EvalWindow, RunningStatistics
+from bnguard.observe.hooks import Hooks, Note
+from bnguard.observe.model_state import running_statistics
+
+# Of a standard normal distribution.
+_ONE_IN_A_HUNDRED = 2.326
+
+
+class EvalProbe:
+    """Takes the moments of what arrives at each layer in eval mode, for its first calls.
+
+    Args:
+        model: The model, whose dropouts are noted where they stand before a layer.
+        layers: The layers to watch.
+        max_calls: First calls of a layer that are read; of the rest ever fewer are.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
+        self.hooks = Hooks()
+        self._layers = tuple(layers)
+        self._records: dict[str, _Record] = {}
+        self._dropouts: list[str] = []
+        for layer in self._layers:
+            record = self._records[layer.name] = _Record()
+            self.hooks.before(layer.module, self._ordered(record))
+            self.hooks.before(layer.module, _noted(layer, record, max_calls))
+        for module in model.modules():
+            if _drops(module):
+                self.hooks.before(module, self._dropped(module))
+
+    def _ordered(self, record: _Record) -> Note:
+        """Note which dropouts were called, for the first time, before a layer was."""
+
+        def note(args: tuple[object, ...]) -> None:
+            if not record.is_called:
+                record.is_called = True
+                record.dropout = next(iter(self._dropouts), "")
+                self._dropouts.clear()
+
+        return note
+
+    def _dropped(self, module: nn.Module) -> Note:
+        calls = itertools.count()
+
+        def note(args: tuple[object, ...]) -> None:
+            if next(calls) == 0:
+                self._dropouts.append(type(module).__name__)
+
+        return note
+
+    def windows(self, step: int) -> dict[str, EvalWindow]:
+        """Return what was read, beside the running statistics that the layers have now.
+
+        Averaged weights, say, are evaluated with statistics of their own. Layers that were not
+        called, or that have none, are left out.
+
+        Args:
+            step: The training step after which the evaluation ran.
+        """
+        windows = {}
+        for layer in self._layers:
+            running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
+            window = None if running is None else self._records[layer.name].window(running, step)
+            if window is not None:
+                windows[layer.name] = window
+        return windows
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call: moments, largest normalised value, padding share a sample, and how samples vary."""
+
+    moments: Moments
+    extreme: Tensor
+    padding_shares: Tensor
+    samples: int
+    var_of_samples: Tensor
+
+
+@dataclass
+class _Record:
+    """What the calls of one layer told."""
+
+    parts: list[_Call] = field(default_factory=list)
+    is_called: bool = False
+    dropout: str = ""
+    calls: int = 0
+    dtype: str = ""
+
+    def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
+        """Return what the calls told all together; None where they brought too little."""
+        if not self.parts:
+            return None
+        finite = [call for call in self.parts if _is_finite(call.moments)]
+        # With nothing finite, what is left of the moments is their being NaN.
+        moments = merge_moments([call.moments for call in finite or self.parts[:1]])
+        if moments.count < 2:
+            return None
+        extremes = torch.stack([call.extreme for call in self.parts])
+        known = extremes[extremes.isfinite()]
+        padding = torch.cat([call.padding_shares for call in self.parts])
+        var_between, between_share, is_between_shown = _between(finite)
+        return EvalWindow(
+            count=moments.count,
+            batches=len(self.parts),
+            nonfinite_batches=len(self.parts) - len(finite),
+            mean=moments.mean.cpu().numpy(),
+            var_unbiased=moments.var_unbiased.cpu().numpy(),
+            largest_normalised_std=float(known.max()) if known.numel() else math.nan,
+            padding_share=float(padding.mean()),
+            padding_spread=float(padding.std(correction=0)),
+            dtype=self.dtype,
+            var_between=None if var_between is None else var_between.cpu().numpy(),
+            between_share=between_share,
+            is_between_shown=is_between_shown,
+            dropout_before=self.dropout,
+            running=running,
+            step=step,
+        )
+
+
+def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
+    """Return how much more calls vary than independent samples would, as a share, and if shown.
+
+    Independent samples, m a call, give means of variance 1/m of that between samples: the analysis
+    of variance with one random factor, the share being the intraclass correlation (Fisher,
+    "Statistical Methods for Research Workers", 1925, chapter 7). It is shown where chance seldom
+    gives as much: that takes many pairs, and few batches of 32.
+    """
+    several = [call for call in calls if call.samples > 1]
+    if len(several) < 2:
+        return None, 0.0, False
+    total = sum(call.samples for call in several)
+    samples = total / len(several)
+    within = torch.stack([call.var_of_samples for call in several]).mean(0)
+    var = torch.stack([call.moments.mean for call in several]).var(0)
+    between = (var - within / samples).clamp_min(0.0)
+    varies = between + within > 0.0
+    if not varies.any():
+        return between, 0.0, False
+    is_shown = samples * var > _largest_of_independent(len(several), total) * within
+    share = (between / (between + within))[varies].median()
+    return between, float(share), bool(is_shown[varies].double().mean() > 0.5)
+
+
+def _largest_of_independent(calls: int, samples: int) -> float:
+    """Return what the variance ratio F of independent samples passes once in a hundred times.
+
+    Half its logarithm is nearly normal (Fisher, the same book, chapter 7: the z distribution).
+    """
+    between, within = calls - 1, samples - calls
+    mean, var = 1 / within - 1 / between, 2 / within + 2 / between
+    return math.exp(mean + _ONE_IN_A_HUNDRED * math.sqrt(var))
+
+
+def _is_finite(moments: Moments) -> bool:
+    return bool(moments.mean.isfinite().all() & moments.squares.isfinite().all())
+
+
+def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
+    parts = record.parts
+
+    @torch.no_grad()
+    def note(args: tuple[object, ...]) -> None:
+        if layer.uses_batch_statistics:
+            return
+        values = args[0] if args else None
+        if not (isinstance(values, Tensor) and values.numel() and layer.normalises(values)):
+            return
+        record.calls += 1
+        if not _is_read(record.calls, max_calls):
+            return
+        record.dtype = str(values.dtype).removeprefix("torch.")
+        parts.append(
+            _Call(
+                moments=channel_moments(values),
+                extreme=_extreme(values, layer),
+                padding_shares=_padding_shares(values),
+                samples=len(values),
+                var_of_samples=_var_of_samples(values),
+            )
+        )
+
+    return note
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module drops values, or paths, in training, as other people's do as well.
+
+    >>> [_drops(module) for module in (nn.Dropout(0.5), nn.Dropout2d(0.0), nn.ReLU())]
+    [True, False, False]
+    """
+    is_named = any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))
+    is_leaf = next(module.children(), None) is None
+    return is_named and is_leaf and getattr(module, "p", 1.0) != 0.0
+
+
+def _is_read(call: int, first: int) -> bool:
+    """Return whether a call is read: the first ones, then each that doubles their number.
+
+    >>> [call for call in range(1, 70) if _is_read(call, 4)]
+    [1, 2, 3, 4, 8, 16, 32, 64]
+    """
+    times, rest = divmod(call, first) if first else (0, 1)
+    return call <= first or (rest == 0 and times.bit_count() == 1)
+
+
+def _var_of_samples(values: Tensor) -> Tensor:
+    """Return the variance between the means of the samples, ``(C,)``; NaN for one sample."""
+    means = _mean_of_positions(values)
+    return means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)
+
+
+def _mean_of_positions(values: Tensor) -> Tensor:
+    """Return the mean of each sample and channel, shape ``(N, C)``."""
+    if values.dim() == 2:
+        return wide(values)
+    # Half-precision sums overflow.
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return wide(values.flatten(2).mean(2, dtype=dtype))
+
+
+def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:
+    """Return the largest normalised value of a call, a scalar."""
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    dims = [0, *range(2, values.dim())]
+    low, high = wide(values.amin(dims)), wide(values.amax(dims))
+    distance = torch.maximum(high - mean, mean - low)
+    return (distance / torch.sqrt(wide(var) + layer.eps)).amax()
+
+
+def _padding_shares(values: Tensor) -> Tensor:
+    """Return the share of each sample's positions that are trailing padding, shape ``(N,)``.
+
+    Along each axis the constant margin at the end counts by what it has more than that at the
+    beginning: a dark background has both, and repeated values inside have neither. A margin of
+    one is the last position itself.
+    """
+    if values.dim() < 3:
+        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
+    corner = values.flatten(2)[:, :, -1:]
+    # Where the last two positions differ in every sample nothing is padded: no need to look on.
+    is_padded = (values.flatten(2)[:, :, -2:-1] == corner).all(1)
+    if not is_padded.any():
+        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
+    equal = (values.flatten(2) == corner).all(1).reshape(len(values), *values.shape[2:])
+    kept = torch.ones(len(values), dtype=wide_dtype(values.device), device=values.device)
+    for axis in range(1, equal.dim()):
+        others = [other for other in range(1, equal.dim()) if other != axis]
+        constant = (equal.all(others) if others else equal).long()
+        head, tail = constant.cumprod(1).sum(1), constant.flip(1).cumprod(1).sum(1)
+        padded = torch.where(tail > 1, tail - head, 0).clamp(min=0)
+        kept *= 1.0 - padded / equal.shape[axis]
+    return 1.0 - kept

@@ -1,0 +1,159 @@
+"""Whether the samples of a batch are more alike than those of different ones, at the input.
+
+Of the input itself, and not of what arrives at a BN layer: there the weights, which change from
+one batch to the next, would make the batches differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnguard.layers.distances import FloatArray
+from bnguard.layers.moments import mean_and_biased_var
+from bnguard.observe.history import InputWindow
+
+# Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
+# so few that the look costs next to nothing. Of the steps after the first, one in four is read.
+_MAX_FEATURES = 64
+_MAX_BATCHES = 64
+_FIRST_STEPS = 8
+_ONE_IN = 4
+
+# Calls of a step that are told apart; further ones share the last.
+_MAX_PLACES = 4
+# Share of the batches from which the rest, of odd steps, are no further places.
+_USUAL_SHARE = 0.75
+
+# From so many batches on a slow change of the data is told from batches that differ: what a
+# network that learns is fed by another one that does, as a discriminator is.
+_MIN_BATCHES_OF_TREND = 16
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is kept of a batch.
+
+    Attributes:
+        origin: Its place among the calls of its step, the number of the step, and its samples.
+        mean: Mean of its samples.
+        variance: Their biased variance.
+    """
+
+    origin: tuple[int, int, int]
+    mean: Tensor
+    variance: Tensor
+
+
+class SampleProbe:
+    """Compares the variance between batches with that between the samples of a batch.
+
+    Reads a few numbers of each sample in the first input, without waiting for the device. Where the
+    model is called several times a step, each batch is compared with those at the same place in
+    other steps of as many calls, and the place counts whose batches differ least: real and
+    generated images, of which a discriminator is given one after the other, differ on purpose, and
+    the latter from step to step, since the generator learns. Batches whose gradients are
+    accumulated come from one loader: they are at the same place.
+
+    Args:
+        accumulated_batches: Batches whose gradients are added before a step of the optimizer.
+    """
+
+    def __init__(self, accumulated_batches: int = 1) -> None:
+        self._accumulated = max(1, accumulated_batches)
+        self._newest: InputWindow | None = None
+        self._newest_count = 0
+        self._batches: list[_Batch] = []
+        self._steps = 0
+        self._is_read = True
+        self._place = 0
+
+    def start_window(self) -> None:
+        """Begin a new window, and keep the one that ends."""
+        self._newest, self._newest_count = self.window(), max(len(self._batches), 2)
+        self._batches, self._steps, self._is_read = [], 0, True
+
+    def start_step(self) -> None:
+        """Let the calls that come now be those of the next step."""
+        self._steps += 1
+        self._place = 0
+        self._is_read = self._steps < _FIRST_STEPS or self._steps % _ONE_IN == 0
+
+    def window(self) -> InputWindow | None:
+        """Return the newest window with at least half of the batches of the last full one."""
+        count, newest = len(self._batches), self._newest
+        if count < 2 or (newest is not None and 2 * count < self._newest_count):
+            return newest
+        means, variances = (
+            torch.stack(part).cpu().double().numpy()
+            for part in zip(*((batch.mean, batch.variance) for batch in self._batches), strict=True)
+        )
+        is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
+        varies = is_finite & (variances > 0.0).any(0)
+        means, variances = means[:, varies], variances[:, varies]
+        places, steps, sizes = np.array([batch.origin for batch in self._batches]).T
+        calls = np.array([np.count_nonzero(steps == step) for step in steps])
+        calls = np.where(calls % self._accumulated == 0, calls // self._accumulated, calls)
+        places = np.minimum(places % calls, _MAX_PLACES - 1)
+        groups = [
+            (places == place) & (calls == many)
+            for place, many in sorted(set(zip(places, calls, strict=True)))
+        ]
+        # One of several places may be fed by a network that learns, fast at first.
+        has_one_place = max(map(np.count_nonzero, groups)) > _USUAL_SHARE * count
+        enough = 2 if has_one_place else _MIN_BATCHES_OF_TREND
+        of_places = [
+            _of_place(means[here], variances[here], steps[here], sizes[here])
+            for here in groups
+            if np.count_nonzero(here) >= enough
+        ]
+        return min(of_places, key=_usual_ratio, default=newest)
+
+    def note(self, inputs: Sequence[Tensor]) -> None:
+        """Take in what a batch brings to the model."""
+        place, self._place = self._place, self._place + 1
+        if not self._is_read or len(self._batches) >= _MAX_BATCHES:
+            return
+        features = _features(inputs)
+        if features is None:
+            return
+        with torch.no_grad():
+            mean, variance = mean_and_biased_var(features)
+        if self._batches and self._batches[0].mean.shape != mean.shape:
+            self._batches = []
+        self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
+
+
+def _usual_ratio(window: InputWindow) -> float:
+    ratio = window.variance_ratio[np.isfinite(window.variance_ratio)]
+    return float(np.median(ratio)) if ratio.size else math.inf
+
+
+def _of_place(
+    means: FloatArray, variances: FloatArray, steps: FloatArray, sizes: FloatArray
+) -> InputWindow:
+    """Return how much the batches of one place differ; many of them beside a parabola in time."""
+    powers = 3 if len(means) >= _MIN_BATCHES_OF_TREND else 1
+    times = np.vander(np.interp(steps, (steps[0], steps[-1]), (-1.0, 1.0)), powers)
+    rest = means - times @ np.linalg.lstsq(times, means, rcond=None)[0]
+    freedom = len(means) - powers
+    between = sizes.mean() * np.square(rest).sum(0) / freedom
+    within = variances.mean(0) * sizes.sum() / (sizes.sum() - len(sizes))
+    with np.errstate(all="ignore"):
+        return InputWindow(batches=1 + freedom, variance_ratio=np.asarray(between / within))
+
+
+def _features(inputs: Sequence[Tensor]) -> Tensor | None:
+    """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
+    for values in inputs:
+        if values.dim() > 1:
+            if len(values) < 2 or not values.numel():
+                return None
+            flat = values.detach().flatten(1)
+            return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
+    return None

@@ -1,0 +1,95 @@
+"""Where a NaN or Inf first appears in a forward, looked for only after one was noticed.
+
+Normal steps pay nothing: the running buffers show that a batch was bad, and hooks on every module
+then wait for the next time, for a bounded number of forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from bnguard.layers.names import without_wrappers
+from bnguard.observe.history import BadValueOrigin
+from bnguard.observe.hooks import Hooks
+
+# Forwards that are looked at before the hooks come off without having seen anything.
+_MAX_FORWARDS = 200
+
+
+class OriginProbe:
+    """Waits for the first module whose output is not finite, in the order in which they end.
+
+    Args:
+        model: The model.
+        first_step: Number of the step in which the hooks go on.
+    """
+
+    def __init__(self, model: nn.Module, first_step: int) -> None:
+        self.hooks = Hooks()
+        self.origin: BadValueOrigin | None = None
+        self.step = first_step
+        self._forwards = 0
+        for name, module in model.named_modules():
+            look = self._looker(without_wrappers(name), module, is_model=module is model)
+            self.hooks.after(module, look)
+
+    def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
+        @torch.no_grad()
+        def look(args: tuple[object, ...], output: object) -> None:
+            places = _bad_places(output)
+            if places is not None:
+                channels, samples = places
+                self.origin = BadValueOrigin(
+                    module=name,
+                    kind=type(module).__name__,
+                    channels=channels,
+                    is_input_bad=_bad_places(args) is not None,
+                    bad_parameters=_bad_state(module),
+                    samples=samples,
+                    step=self.step,
+                    largest_input=_largest(tree_flatten(args)[0]),
+                    largest_parameter=_largest(module.parameters(recurse=False)),
+                )
+                self.hooks.close()
+                return
+            self._forwards += is_model
+            if self._forwards >= _MAX_FORWARDS:
+                self.hooks.close()
+
+        return look
+
+
+def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return channels and samples of the first tensor that is not finite; None where all are."""
+    for leaf in tree_flatten(tree)[0]:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        bad = ~leaf.detach().isfinite()
+        if not bool(bad.any()):
+            continue
+        if leaf.dim() < 2:
+            return (), ()
+        return _numbers(bad.transpose(0, 1).flatten(1).any(1)), _numbers(bad.flatten(1).any(1))
+    return None
+
+
+def _largest(leaves: Iterable[object]) -> float | None:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max((leaf.abs().max().item() for leaf in tensors if leaf.numel()), default=None)
+
+
+def _numbers(flags: Tensor) -> tuple[int, ...]:
+    return tuple(flags.nonzero().flatten().tolist())
+
+
+def _bad_state(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module's own tensors that make its output not finite."""
+    own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
+    if not module.training:
+        # In train mode the buffers are what the batch made of them.
+        own += module.named_buffers(recurse=False)
+    return tuple(name for name, tensor in own if not bool(tensor.isfinite().all()))

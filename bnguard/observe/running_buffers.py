@@ -1,0 +1,339 @@
+"""The running buffers of many layers as one row of channels, and the batches read off it.
+
+In training PyTorch mixes the statistics of each batch into the running ones,
+``new = (1 - a) * old + a * batch``, so the batch is ``old + (new - old) / a``. The weight ``a`` is
+``momentum``, or ``1 / num_batches_tracked`` where momentum is None; where the counter rose by k in
+a step it is 1 - (1 - momentum)^k or k / num_batches_tracked, and ``batch`` is the average that
+PyTorch itself made of the k batches. The variance is the unbiased one, as stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.distances import FloatArray
+from bnguard.layers.moments import wide, wide_dtype
+from bnguard.observe.history import BatchWindow, RunningStatistics
+from bnguard.observe.window import Window
+
+# Steps whose buffers wait for the arithmetic to be done for all of them at once, since what small
+# operations cost is their number. Each step that waits holds two vectors of all channels, beside
+# the eight that are always held, so that more than a few may wait only where all that is small.
+_FEW_PENDING = 3
+_MANY_PENDING = 32
+_OTHER_VECTORS = 8
+_SMALL_BYTES = 256 * 2**10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BufferReading:
+    """What the buffers of one layer told.
+
+    Attributes:
+        running: The running statistics as they were at the last reading.
+        updates: How often the statistics were updated since watching began.
+        window: Batch statistics since the window was started; None where no batch was seen.
+        poisoned_step: First step after which a running statistic was not finite.
+        restored_updates: In how many steps statistics were put back.
+    """
+
+    running: RunningStatistics
+    updates: int
+    window: BatchWindow | None
+    poisoned_step: int | None
+    restored_updates: int
+
+    def after(self, earlier: BufferReading | None) -> BufferReading:
+        """Return this reading as the continuation of one from before the buffers were replaced."""
+        if earlier is None or earlier.running.mean.shape != self.running.mean.shape:
+            return self
+        steps = (earlier.poisoned_step, self.poisoned_step)
+        return dataclasses.replace(
+            self,
+            updates=earlier.updates + self.updates,
+            window=self.window or earlier.window,
+            poisoned_step=next((step for step in steps if step is not None), None),
+            restored_updates=earlier.restored_updates + self.restored_updates,
+        )
+
+
+class BatchSource(Protocol):
+    """Where the batch statistics of a layer come from when its buffers do not tell them."""
+
+    def take(self, layer: str) -> tuple[Tensor, int] | None:
+        """Return what came since the last call; None where nothing did.
+
+        That is the average of the means and of the unbiased variances, shape ``(2, C)``, and of
+        how many batches it is one.
+        """
+
+
+class _Snapshot(NamedTuple):
+    """The buffers after a step: means and then variances, ``(2 * C,)``, and counters, ``(L,)``."""
+
+    step: int
+    values: Tensor
+    counters: Tensor
+
+
+class BufferRow:
+    """L layers whose buffers share a device and a dtype, as one row of C channels in all.
+
+    Holds at most 14 vectors of C values between two steps (6 of buffers, 7 of the window, and the
+    layer of each channel), or 256 KiB where that is more.
+
+    Args:
+        layers: The layers; either all have counters or none.
+        repeats: How often a layer, by name, meets each batch, where it is more than once.
+        restore_poisoned: Put the last finite statistics back in the step that poisons them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[BatchNormLayer],
+        *,
+        repeats: Mapping[str, int],
+        restore_poisoned: bool,
+    ) -> None:
+        self._layers = layers
+        self._restore_poisoned = restore_poisoned
+        places = [list(layer.statistics()) for layer in layers]
+        self._places = [mean for mean, *_ in places] + [var for _, var, *_ in places]
+        self._has_counters = layers[0].counter is not None
+        self._counter_places = [place[2] for place in places] if self._has_counters else []
+        self._buffers = self._current()
+        self._are_flat = all(buffer.dim() == 1 for buffer in self._buffers)
+        self._index = {layer.name: index for index, layer in enumerate(layers)}
+
+        first = self._buffers[0]
+        self._device = first.device
+        # Statistics of half-precision buffers are kept in float32.
+        self._dtype = torch.promote_types(first.dtype, torch.float32)
+        sizes = [buffer.numel() for buffer in self._buffers[: len(layers)]]
+        edges = [0, *itertools.accumulate(sizes)]
+        self._slices = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        self._edges = torch.tensor(edges, device=self._device)
+        numbers = torch.arange(len(layers), dtype=torch.int32)
+        self._layer_of_channel = numbers.repeat_interleave(torch.tensor(sizes)).to(self._device)
+
+        self._momentum_places = [place for layer in layers for place in layer.momentum_place()]
+        self._repeats = dict(repeats)
+        self._use_momenta(self._current_momenta())
+        self._pending: list[_Snapshot] = []
+        self._old = self._snapshot(0)
+        vectors = _SMALL_BYTES // max(self._old.values.nbytes // 2, 1)
+        small = (vectors - _OTHER_VECTORS) // 2
+        self._max_pending = min(max(small, _FEW_PENDING), _MANY_PENDING)
+        self._updates = torch.zeros(
+            len(layers), dtype=wide_dtype(self._device), device=self._device
+        )
+        self._restored = torch.zeros_like(self._updates)
+        self._poisoned_step = torch.full_like(self._updates, math.nan)
+        self.start_window()
+
+    def is_stale(self) -> bool:
+        """Whether the layers have other buffers now.
+
+        A class without a counter may put a new tensor in place at each update; only one of another
+        kind counts there.
+        """
+        current = self._current()
+        if self._has_counters:
+            return not all(map(operator.is_, current, self._buffers))
+        return list(map(_kind, current)) != list(map(_kind, self._buffers))
+
+    def start_window(self) -> None:
+        """Begin a new window of batch statistics."""
+        self._condense({})
+        self._window = Window(self._old.values.view(2, -1)[0])
+        self._weight_squares = torch.zeros_like(self._updates)
+        self._blends = torch.zeros_like(self._updates)
+
+    def take_as_old(self) -> None:
+        """Take the buffers as they are now as the old ones, whatever changed them."""
+        self._condense({})
+        self._old = self._snapshot(self._old.step)
+
+    def use_repeats(self, repeats: Mapping[str, int]) -> None:
+        """Note how often layers meet each batch, in the steps that wait as well."""
+        self._repeats = dict(repeats)
+        self._use_momenta(self._momenta)
+
+    def read(self, step: int, sources: Mapping[str, BatchSource]) -> None:
+        """Note the buffers after a step."""
+        momenta = self._current_momenta()
+        if momenta != self._momenta:
+            self._condense({})
+            self._use_momenta(momenta)
+        self._pending.append(self._snapshot(step))
+        if len(self._pending) >= self._max_pending or self._restore_poisoned or sources:
+            self._condense(sources)
+
+    def readings(self) -> dict[str, BufferReading]:
+        """Return what was read, by layer name, in one transfer from the device."""
+        self._condense({})
+        channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
+        layers = torch.stack(
+            [
+                wide(self._old.counters),
+                self._updates,
+                self._poisoned_step,
+                self._restored,
+                self._weight_squares / self._blends,
+            ]
+        )
+        flat = torch.cat([channels.view(-1), layers.view(-1)]).cpu().double().numpy()
+        by_channel = flat[: channels.numel()].reshape(channels.shape)
+        by_layer = flat[channels.numel() :].reshape(layers.shape)
+        return {
+            name: self._reading(by_channel[:, self._slices[index]], by_layer[:, index])
+            for name, index in self._index.items()
+        }
+
+    def _reading(self, by_channel: FloatArray, by_layer: FloatArray) -> BufferReading:
+        mean, var = by_channel[:2]
+        counter, updates, poisoned_step, restored, weight_square = map(float, by_layer)
+        return BufferReading(
+            running=RunningStatistics(
+                mean=mean, var=var, updates=int(counter) if self._has_counters else None
+            ),
+            updates=int(updates),
+            window=self._window.reading(
+                by_channel[2:], 1.0 if math.isnan(weight_square) else weight_square
+            ),
+            poisoned_step=None if math.isnan(poisoned_step) else int(poisoned_step),
+            restored_updates=int(restored),
+        )
+
+    def _current(self) -> list[Tensor]:
+        return [holder.get(name) for holder, name in self._places]  # type: ignore[misc]
+
+    def _snapshot(self, step: int) -> _Snapshot:
+        if not self._has_counters:
+            self._buffers = self._current()
+        flat = self._buffers
+        if not self._are_flat:
+            flat = [buffer.detach().reshape(-1) for buffer in flat]
+        values = torch.cat(flat)
+        if values.dtype is not self._dtype:
+            values = values.to(self._dtype)
+        if not self._has_counters:
+            return _Snapshot(step, values, torch.zeros(len(self._layers), device=self._device))
+        counters = [holder[name] for holder, name in self._counter_places]
+        return _Snapshot(step, values, torch.stack(counters))
+
+    def _current_momenta(self) -> list[object]:
+        return [getattr(module, name) for module, name in self._momentum_places]
+
+    def _use_momenta(self, momenta: list[object]) -> None:
+        self._momenta = momenta
+        values = [layer.momentum for layer in self._layers]
+        self._is_plain = torch.tensor([value is None for value in values], device=self._device)
+        self._kept_of_old = torch.tensor(
+            [1.0 - (value or 0.0) for value in values],
+            dtype=wide_dtype(self._device),
+            device=self._device,
+        )
+        repeats = [self._repeats.get(layer.name, 1) for layer in self._layers]
+        self._repeated = torch.tensor(repeats, dtype=wide_dtype(self._device), device=self._device)
+        kept = self._kept_of_old**self._repeated
+        self._blend_factor = (1.0 - kept) / (1.0 + kept)
+
+    @torch.no_grad()
+    def _condense(self, sources: Mapping[str, BatchSource]) -> None:
+        """Turn the snapshots that wait into batches, and these into the window."""
+        if not self._pending:
+            return
+        snapshots = [self._old, *self._pending]
+        values = torch.stack([snapshot.values for snapshot in snapshots])
+        values = values.view(len(snapshots), 2, -1)
+        counters = torch.stack([snapshot.counters for snapshot in snapshots])
+        old, new = values[:-1], values[1:]
+        self._note_poison(new)
+        rises = self._rises(counters, old, new)
+        weights, weight_squares = self._weights(rises, counters[1:])
+        weights = weights.to(self._dtype).index_select(1, self._layer_of_channel)
+        batches = (new - old).div_(weights.unsqueeze(1)).add_(old)
+        self._put_in(batches[-1], weight_squares[-1], sources)
+        self._window.add(batches)
+        self._updates += rises.sum(0)
+        self._weight_squares += torch.where(rises > 0, weight_squares, 0.0).sum(0)
+        self._blends += (rises > 0).sum(0)
+        self._old = self._pending[-1]
+        if self._restore_poisoned:
+            self._restore(snapshots[0].values.view(2, -1), self._old.values.view(2, -1))
+        self._pending = []
+
+    def _rises(self, counters: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """Return how often each layer was updated; without a counter, whether it changed."""
+        if self._has_counters:
+            return (counters[1:] - counters[:-1]).clamp_min(0)
+        return self._in_layers((old != new).any(1)).long()
+
+    def _weights(self, rises: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight of a step's k batches in the running statistics, shape ``(K, L)``.
+
+        And the sum of the squares of their weights among themselves, which is 1 for one batch:
+        those of an exponential average are momentum * (1 - momentum)^i, those of a plain one equal.
+        """
+        kept = self._kept_of_old**rises
+        weights = torch.where(self._is_plain, rises / counters.clamp_min(1), 1.0 - kept)
+        exponential = self._blend_factor * (1.0 + kept) / (1.0 - kept)
+        return weights, torch.where(self._is_plain, self._repeated / rises, exponential)
+
+    def _put_in(
+        self, batch: Tensor, weight_squares: Tensor, sources: Mapping[str, BatchSource]
+    ) -> None:
+        """Put in the statistics of the layers that are read elsewhere; NaN where none came."""
+        for name, source in sources.items():
+            index = self._index.get(name)
+            if index is None:
+                continue
+            values, count = source.take(name) or (torch.tensor(math.nan), 1)
+            batch[:, self._slices[index]] = values.to(batch)
+            weight_squares[index] = 1.0 / count
+
+    def _note_poison(self, new: Tensor) -> None:
+        """Remember the first step after which statistics of a layer are not finite."""
+        if self._knows_at_once(new.sum().isfinite()):
+            return
+        bad = self._in_layers(~new.isfinite().all(1))
+        for snapshot, is_bad in zip(self._pending, bad, strict=True):
+            is_first = is_bad & self._poisoned_step.isnan()
+            self._poisoned_step.masked_fill_(is_first, snapshot.step)
+
+    def _restore(self, old: Tensor, new: Tensor) -> None:
+        """Put old statistics back where the new ones are not finite, a channel each."""
+        bad = ~new.isfinite().all(0) & old.isfinite().all(0)
+        if self._knows_at_once(~bad.any()):
+            return
+        self._restored += self._in_layers(bad)
+        new.copy_(torch.where(bad, old, new))
+        sizes = [buffer.numel() for buffer in self._buffers]
+        for buffer, values in zip(self._buffers, torch.split(new.view(-1), sizes), strict=True):
+            # .data: a version counter that moved would break a backward that needs the buffers.
+            buffer.data.copy_(values.view_as(buffer))
+
+    def _knows_at_once(self, fact: Tensor) -> bool:
+        """Whether something is known to hold; elsewhere than on a CPU the question would wait."""
+        return self._device.type == "cpu" and bool(fact)
+
+    def _in_layers(self, flags: Tensor) -> Tensor:
+        """Return in which layers a flag is set in any channel: ``(..., C)`` to ``(..., L)``."""
+        sums = F.pad(flags.cumsum(-1), (1, 0)).index_select(-1, self._edges)
+        return sums.diff(dim=-1) > 0
+
+
+def _kind(buffer: Tensor | None) -> tuple[object, ...] | None:
+    return None if buffer is None else (buffer.shape, buffer.dtype, buffer.device)

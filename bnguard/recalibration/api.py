@@ -1,0 +1,426 @@
+"""Recalibration of running statistics, as a transaction on the user's model."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from statistics import fmean
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.layers.bn_layer import (
+    BatchNormLayer,
+    device_of,
+    find_layers,
+    preserved_modes,
+    preserved_random_state,
+    preserved_statistics,
+    require_module,
+)
+from bnguard.layers.distances import (
+    DEFAULT_MOMENTUM,
+    FORGOTTEN_WEIGHT,
+    initial_weight,
+    updates_to_forget,
+)
+from bnguard.observe.history import LayerHistory, RunningStatistics
+from bnguard.process_group import Ranks, current_ranks
+from bnguard.recalibration.adapt import mixed_with_source
+from bnguard.recalibration.batches import Forward, read_batches
+from bnguard.recalibration.borrowing import borrowed
+from bnguard.recalibration.calibration import Calibration, Estimate, Job, OnNonfinite, unbiased
+from bnguard.recalibration.exact import calibrate_exactly
+from bnguard.recalibration.memory import memory_limit
+from bnguard.recalibration.modegap import GapMeter, GapSamples
+from bnguard.recalibration.options import Score, as_number, require_samples, require_score
+from bnguard.recalibration.overlap import SampleMarks
+from bnguard.recalibration.pooled import calibrate_by_moving_average, calibrate_precisely
+from bnguard.recalibration.progress import Progress, Silent
+from bnguard.recalibration.result import LayerChange, Recalibration
+from bnguard.recalibration.selection import SkippedLayer, select_layers, unwrapped
+from bnguard.recalibration.snapshot import Snapshot
+from bnguard.recalibration.statistics import current_statistics, fitted
+
+Keep = Literal["if-better", "always"]
+
+METHODS: dict[str, Callable[[Job], Calibration]] = {
+    "exact": calibrate_exactly,
+    "adapt": calibrate_exactly,
+    "precise": calibrate_precisely,
+    "ema": calibrate_by_moving_average,
+}
+# Of the sums in a deep network, one after the other; but noise must not hide everything.
+_ROUNDINGS = 1000.0
+_MAX_NOISE = 0.3
+# Means that may be off by more than this, in standard deviations, are told of.
+_MAX_MEAN_ERROR_STD = 0.1
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[object],
+    *,
+    method: str = "exact",
+    samples: int = 1024,
+    forward: Forward | None = None,
+    layers: Iterable[str] | None = None,
+    score: Score | None = None,
+    keep: Keep = "if-better",
+    on_nonfinite: OnNonfinite = "skip",
+    prior: float = 0.0,
+    memory: str | float = 0.5,
+    tolerance: float | None = None,
+    progress: bool = True,
+) -> Recalibration:
+    """Compute the running statistics anew from data, and keep them if they prove better.
+
+    Afterwards each layer's mean and unbiased variance are those of what arrives at it when the
+    data run in eval mode. A training-mode forward of all data as one batch divides by the biased
+    variance, so its outputs differ by about 1/(2n) of themselves a layer, for n values per
+    channel.
+
+    Everything else in the model stays as it is, and after an exception the statistics do too.
+    With ``torch.distributed`` initialised every rank calls this with its own share of the data,
+    and all end with the statistics of all of it.
+
+    Args:
+        model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
+            and stay as they are.
+        loader: Yields tensors; tuples or lists, of which the first item goes in; or mappings, of
+            which the entries go in that the forward has parameters for.
+        method: ``"exact"``: as one giant batch would give it, at any batch size. ``"precise"``:
+            each batch normalised by its own statistics, for sets too large to hold and for layers
+            that are called on their own output; noisy below the first layer at small batches.
+            ``"adapt"``: ``exact`` on new data, mixed with the statistics from before by ``prior``.
+            ``"ema"``: moved as in training, for comparison only.
+        samples: Samples to use at most, on all ranks together.
+        forward: ``forward(model, batch)`` calls the model, where the loader yields anything else.
+        layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
+        score: ``score(model)`` says how good the model is, the higher the better; measured in
+            eval mode before and after.
+        keep: ``"if-better"`` takes the new statistics back where the score is worse with them.
+        on_nonfinite: ``"skip"`` leaves batches out that bring NaN or Inf to a layer, and warns;
+            ``"error"`` raises.
+        prior: For ``"adapt"``: how many samples the statistics from before count as.
+        memory: What may be held at once: ``"2GiB"``, or a share of what is free. A larger set
+            runs as several virtual batches, whose statistics are merged.
+        tolerance: Stop as soon as the standard error of every mean is below this share of its
+            standard deviation, and that of every log-variance below this, as far as batches drawn
+            at random can tell.
+        progress: Show a progress bar, where there is a terminal.
+
+    Returns:
+        What moved, what was skipped, and the way back. It prints itself.
+
+    Raises:
+        CalibrationError: The statistics cannot be computed; the model is as it was.
+        ConfigurationError: An option does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> result = recalibrate(model, [torch.randn(16, 4) for _ in range(4)])
+        >>> result.samples, result.is_kept
+        (64, True)
+    """
+    require_module(model, "recalibrate")
+    _check_options(method, samples, score, keep, on_nonfinite, prior, tolerance)
+    inner, ranks = unwrapped(model), current_ranks()
+    device = device_of(inner)
+    selection = select_layers(inner, layers)
+    _require_writable(selection.layers)
+    snapshot = Snapshot(selection.layers)
+    gap_samples = GapSamples()
+    gate = _Gate(model, score, ranks)
+    share = _share_of(samples, ranks)
+    batches = read_batches(loader, inner, forward, samples=share, device=device)
+    estimate = mixed_with_source(selection.layers, prior) if prior else unbiased
+    with borrowed(inner, selection.layers), _shown(progress, ranks) as shown:
+        calibration = METHODS[method](
+            Job(
+                model=inner,
+                device=device,
+                noise=_noise_of(inner, device),
+                layers=selection.layers,
+                batches=gap_samples.kept(gate.calibrated_on.marked(batches)),
+                samples=share,
+                forward=forward,
+                estimate=estimate,
+                on_nonfinite=on_nonfinite,
+                memory=memory_limit(memory, device),
+                tolerance=tolerance,
+                ranks=ranks,
+                progress=shown,
+            )
+        )
+    reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
+    if not reached:
+        raise CalibrationError(
+            "no batch reaches a BN layer: check that the forward runs them, and as layer(x), since "
+            "layer.forward(x) and functional.batch_norm go unseen"
+        )
+    with _taken_back_on_error(snapshot):
+        for layer in reached:
+            before = snapshot.statistics[layer.name]
+            counter = _counter(layer, before, method, prior, calibration)
+            _write(layer, calibration.estimates[layer.name], counter)
+        after = Snapshot(reached).statistics
+        gate.measure_after()
+        is_kept = keep == "always" or not gate.is_worse
+        if not is_kept:
+            snapshot.restore()
+    if calibration.left_out:
+        warnings.warn(f"bnguard: {_left_out(calibration)}", stacklevel=2)
+    return Recalibration(
+        method=method,
+        layers=tuple(
+            LayerChange(
+                name=layer.name,
+                before=snapshot.statistics[layer.name],
+                after=after[layer.name],
+                eps=layer.eps,
+                values=calibration.estimates[layer.name].values,
+            )
+            for layer in reached
+        ),
+        skipped=selection.skipped
+        + tuple(
+            SkippedLayer(layer.name, "was reached by no batch")
+            for layer in selection.layers
+            if layer.name not in calibration.estimates
+        ),
+        samples=calibration.samples,
+        batches=calibration.batches,
+        virtual_batches=calibration.virtual_batches,
+        left_out=calibration.left_out,
+        is_kept=is_kept,
+        score_before=gate.before,
+        score_after=gate.after,
+        notes=tuple(_notes(calibration, method, prior, tolerance, gate)),
+        gap_with=GapMeter(inner, reached, forward, gap_samples.batch).measured_with,
+        restore=snapshot.restore,
+    )
+
+
+class _Gate:
+    """Measures how good the model is before and after, where there is a score.
+
+    Attributes:
+        calibrated_on: The samples that the new statistics come from.
+        before: The score with the statistics from before; None without a score.
+        after: The score with the new ones.
+    """
+
+    def __init__(self, model: nn.Module, score: Score | None, ranks: Ranks) -> None:
+        self._model, self._score, self._ranks = model, score, ranks
+        self._scored_on = SampleMarks()
+        self.calibrated_on = SampleMarks()
+        self.before = self._measured()
+        self.after: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the score fell, or is no number any more."""
+        if self.before is None or self.after is None:
+            return False
+        if math.isnan(self.before):
+            return math.isnan(self.after)
+        return not self.after >= self.before
+
+    @property
+    def overlap(self) -> float:
+        """Share of the samples that scored which were also calibrated on, as far as is known."""
+        return self._scored_on.share_in(self.calibrated_on)
+
+    def measure_after(self) -> None:
+        """Measure the score again."""
+        self.after = self._measured()
+
+    def _measured(self) -> float | None:
+        """Return the mean score of all ranks, in eval mode and without gradients."""
+        score = self._score
+        if score is None:
+            return None
+        inner = unwrapped(self._model)
+        with (
+            preserved_modes(self._model),
+            preserved_random_state(self._model),
+            preserved_statistics(find_layers(inner)),
+            torch.no_grad(),
+            self._scored_on.of_inputs(inner),
+        ):
+            self._model.eval()
+            return fmean(self._ranks.together(lambda: as_number(score(self._model))))
+
+
+@contextmanager
+def _shown(progress: bool, ranks: Ranks) -> Iterator[Progress]:
+    """Show how far a calibration is: on a terminal, and on one rank."""
+    if not progress or ranks.rank or not sys.stderr.isatty():
+        yield Silent()
+        return
+    from bnguard.report.progress import CalibrationBar
+
+    with CalibrationBar() as bar:
+        yield bar
+
+
+@contextmanager
+def _taken_back_on_error(snapshot: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _write(layer: BatchNormLayer, estimate: Estimate, counter: int) -> None:
+    """Give a layer its new statistics for good, and a counter that says what they are worth."""
+    mean, var = current_statistics(layer)
+    mean.copy_(fitted(estimate.mean, mean, layer.name))
+    var.copy_(fitted(estimate.var, var, layer.name))
+    if layer.counter is not None:
+        layer.counter.fill_(counter)
+
+
+def _counter(
+    layer: BatchNormLayer, before: RunningStatistics, method: str, prior: float, done: Calibration
+) -> int:
+    """Return the number of updates after which training would have forgotten as much.
+
+    Whoever reads a checkpoint may have to assume PyTorch's momentum: where the initial statistics
+    are gone, the number says so with that of the layer and with the default.
+    """
+    momentum = layer.momentum
+    updates = (before.updates or 0) + done.batches
+    if method == "ema":
+        left = initial_weight(momentum, updates)
+    else:
+        history = LayerHistory(
+            name=layer.name, channels=layer.channels, momentum=momentum, running=before
+        )
+        left = (history.initial_weight or 0.0) * prior / (prior + done.samples)
+    if method == "ema" and left > FORGOTTEN_WEIGHT:
+        return updates
+    if left > FORGOTTEN_WEIGHT:
+        enough = [before.updates or 0, updates_to_forget(momentum or DEFAULT_MOMENTUM, left)]
+    else:
+        # Counters that are read in float32 are rounded.
+        limit = FORGOTTEN_WEIGHT * (1.0 - 1e-6)
+        enough = [
+            updates,
+            *(updates_to_forget(each, limit) for each in (momentum, DEFAULT_MOMENTUM)),
+        ]
+    return min(_MOST_UPDATES, int(max(filter(math.isfinite, enough))))
+
+
+# More than any training has, and held exactly by a counter of any type but half precision.
+_MOST_UPDATES = 2**53
+
+
+def _notes(
+    calibration: Calibration, method: str, prior: float, tolerance: float | None, gate: _Gate
+) -> Iterator[str]:
+    if gate.is_worse:
+        yield "the score is worse with the new statistics"
+    if calibration.left_out:
+        yield _left_out(calibration)
+    error_std = _mean_error_std(calibration.samples, prior)
+    if error_std > _MAX_MEAN_ERROR_STD and method != "ema":
+        samples = (
+            "1 sample is" if calibration.samples == 1 else f"{calibration.samples} samples are"
+        )
+        yield f"{samples} few: the standard error of a mean may be up to {error_std:.2g} σ"
+    if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
+        yield (
+            f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
+            "a larger memory= makes it one"
+        )
+    if tolerance is not None and calibration.is_within_tolerance:
+        yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"
+    elif tolerance is not None:
+        yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
+    if gate.overlap > 0:
+        yield f"{gate.overlap:.0%} of the samples that scored were also calibrated on"
+
+
+def _mean_error_std(samples: int, prior: float) -> float:
+    """Return the most that the standard error of a mean can be, in standard deviations.
+
+    That is where all values of a sample are alike, so that it counts as one; means from before,
+    as far as they are mixed in, do not scatter.
+
+    >>> _mean_error_std(16, prior=0.0), _mean_error_std(16, prior=48.0)
+    (0.25, 0.0625)
+    """
+    return math.sqrt(samples) / (prior + samples)
+
+
+def _left_out(calibration: Calibration) -> str:
+    number = calibration.left_out
+    return (
+        f"{number} batch{'' if number == 1 else 'es'} left out for NaN or Inf "
+        f"({calibration.batches} used)"
+    )
+
+
+def _check_options(
+    method: str,
+    samples: int,
+    score: Score | None,
+    keep: str,
+    on_nonfinite: str,
+    prior: float,
+    tolerance: float | None,
+) -> None:
+    for option, value, known in (
+        ("method", method, tuple(METHODS)),
+        ("keep", keep, get_args(Keep)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
+    ):
+        if value not in known:
+            raise ConfigurationError(
+                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
+            )
+    require_samples(samples, 1)
+    require_score(score)
+    if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
+        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
+    if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
+        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
+    if tolerance is not None and method == "ema":
+        raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)
+
+
+def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
+    for layer in layers:
+        mean, _ = current_statistics(layer)
+        if mean.is_inference() and not torch.is_inference_mode_enabled():
+            raise CalibrationError(
+                f"{layer.name} was made in inference mode, so its statistics can be written to "
+                "there alone: call recalibrate under torch.inference_mode(), or make the model "
+                "outside of it"
+            )
+
+
+def _share_of(samples: int, ranks: Ranks) -> int:
+    return samples // ranks.size + (ranks.rank < samples % ranks.size)
+
+
+def _noise_of(model: nn.Module, device: torch.device) -> float:
+    """Return how far sums come out different in another order, as a share of their terms."""
+    dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+    return min(_ROUNDINGS * eps, _MAX_NOISE)

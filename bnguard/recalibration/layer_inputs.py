@@ -1,0 +1,60 @@
+"""What arrives at BN layers, read in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import Moments, channel_moments, wide
+
+Arrive = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def arrivals(layers: Sequence[BatchNormLayer], arrive: Arrive) -> Iterator[None]:
+    """Call ``arrive`` with the index of a layer and the values that are about to enter it.
+
+    The hooks come after those that are there already, and so see what the layer sees.
+    """
+    handles = [
+        layer.module.register_forward_pre_hook(_hook(index, arrive), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def arrived_moments(values: Tensor) -> Moments:
+    """Return the moments of what arrives at a layer, not finite only where the values are not.
+
+    Finite values whose squares are too large for their dtype are computed again in float64.
+    """
+    moments = channel_moments(values)
+    if not is_finite(moments) and bool(torch.isfinite(values).all()):
+        return channel_moments(wide(values))
+    return moments
+
+
+def is_finite(moments: Moments) -> bool:
+    """Return whether mean and variance are finite in every channel."""
+    return bool((moments.mean + moments.squares).isfinite().all())
+
+
+def on_host(moments: Moments) -> Moments:
+    """Return the moments in the memory of the host, where parts are merged and exchanged."""
+    return Moments(moments.count, moments.mean.cpu().double(), moments.squares.cpu().double())
+
+
+def _hook(index: int, arrive: Arrive) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrive(index, args[0] if args else next(iter(kwargs.values())))
+
+    return hook

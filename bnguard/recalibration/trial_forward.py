@@ -1,0 +1,243 @@
+"""What a first small forward tells about how a model may be run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from bnguard.errors import CalibrationError
+from bnguard.recalibration.batches import Batch, can_be_joined, joined
+from bnguard.recalibration.calibration import Job
+from bnguard.recalibration.observation import Observation, disturbed_layers, everything, observe
+
+# Samples of small batches that are followed to see whether all go the same way.
+_SAMPLES_TO_FOLLOW = 16
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a model behaves in a forward.
+
+    Attributes:
+        calls: Indices of the layers, in the order in which they are called.
+        takes_rows: Whether a sample's way does not depend on what else is in its batch, as far as
+            the first few tell, so that batches may be joined.
+        is_channels_last: Whether images should go through in that layout.
+        is_stateless: Whether it keeps nothing from one forward to the next and draws no random
+            numbers, so that several forwards may run at once.
+        starts_threads: Whether it calls BN layers in threads of its own.
+        bytes_per_sample: What a sample takes where it stands at a layer, at most.
+        seconds_per_sample: How long a forward takes.
+    """
+
+    calls: tuple[int, ...]
+    takes_rows: bool
+    is_channels_last: bool
+    is_stateless: bool
+    starts_threads: bool
+    bytes_per_sample: int
+    seconds_per_sample: float
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every layer is called at most once, in the model's own order of things."""
+        return len(set(self.calls)) == len(self.calls) and not self.starts_threads
+
+
+def first_few(batches: Iterator[Batch]) -> list[Batch]:
+    """Take the first two batches, and more of small ones, to learn habits from."""
+    head = list(islice(batches, 2))
+    while head and sum(batch.size for batch in head) < _SAMPLES_TO_FOLLOW:
+        more = next(batches, None)
+        if more is None:
+            break
+        head.append(more)
+    return head
+
+
+def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
+    """Put two samples through the model, and one of them also alone; or else a batch.
+
+    Args:
+        job: What to calibrate.
+        head: The first few batches.
+    """
+    # What fails on so few samples may not on a batch; if it does, that says why.
+    with suppress(CalibrationError):
+        first, second = _two_samples(head)
+        habits = _habits_from_samples(job, first, second)
+        takes_rows = habits.takes_rows and _go_one_way(job, head, habits.calls)
+        return replace(habits, takes_rows=takes_rows)
+    return _watched(job, head[0]).habits(takes_rows=False)
+
+
+def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
+    if len(head) > 1 and can_be_joined(head[0], head[1]):
+        return head[0].rows(0, 1), head[1].rows(0, 1)
+    if head[0].can_be_cut and head[0].size > 1:
+        return head[0].rows(0, 1), head[0].rows(1, 2)
+    raise CalibrationError("no two samples go through the model together")
+
+
+def _go_one_way(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool:
+    """Return whether small batches, as they come, call the same layers as two samples did.
+
+    Where a batch decides by itself which layers it calls, one that it is joined to would too.
+    """
+    left = _SAMPLES_TO_FOLLOW
+    for batch in head:
+        left -= batch.size
+        if left < 0:
+            break
+        if observe(job, batch).calls != calls:
+            return False
+    return True
+
+
+def _habits_from_samples(job: Job, first: Batch, second: Batch) -> Habits:
+    both = joined([first, second])
+    alone = observe(job, second)
+    if _is_faster_in_channels_last(job):
+        with suppress(CalibrationError):  # Some models take one layout alone.
+            beside = _watched(job, both.in_channels_last(), _second_half)
+            if _is_same(job, alone, beside.seen):
+                return beside.habits(takes_rows=True, is_channels_last=True)
+    beside = _watched(job, both, _second_half)
+    return beside.habits(takes_rows=_is_same(job, alone, beside.seen))
+
+
+def _second_half(values: Tensor) -> Tensor:
+    return values[len(values) // 2 :]
+
+
+def _is_same(job: Job, alone: Observation, beside: Observation) -> bool:
+    return alone.calls == beside.calls and not disturbed_layers(job, alone.moments, beside.moments)
+
+
+def _is_faster_in_channels_last(job: Job) -> bool:
+    """Return whether convolutions take their time in the order of the channels, as on a CPU."""
+    return job.device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d) for module in job.model.modules()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """A forward, and what it took."""
+
+    batch: Batch
+    seen: Observation
+    keeps_state: bool
+    bytes_held: int
+    seconds: float
+
+    def habits(self, *, takes_rows: bool, is_channels_last: bool = False) -> Habits:
+        seen, size = self.seen, self.batch.size
+        return Habits(
+            calls=seen.calls,
+            takes_rows=takes_rows,
+            is_channels_last=is_channels_last,
+            is_stateless=not (self.keeps_state or seen.draws_random),
+            starts_threads=seen.starts_threads,
+            bytes_per_sample=(self.bytes_held + self.batch.nbytes) // size + 1,
+            seconds_per_sample=self.seconds / size,
+        )
+
+
+def _watched(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = everything) -> _Watched:
+    """Put a batch through the model, and watch what it leaves behind and holds on its way."""
+    most_held = 0
+
+    def look(values: Tensor) -> Tensor:
+        nonlocal most_held
+        most_held = max(most_held, live.nbytes)
+        return look_at(values)
+
+    state, begin = _state_of(job.model), time.perf_counter()
+    with _LiveTensors(job.model) as live:
+        seen = observe(job, batch, look)
+    seconds = time.perf_counter() - begin
+    keeps_state = not _is_same_state(state, _state_of(job.model))
+    return _Watched(batch, seen, keeps_state, most_held, seconds)
+
+
+def _state_of(model: nn.Module) -> list[tuple[object, int]]:
+    """Return all that the modules hold, with the version of what is a tensor."""
+    held: list[object] = []
+    for module in model.modules():
+        for value in vars(module).values():
+            held.append(value)
+            if isinstance(value, dict):
+                held.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                held.extend(value)
+    return [(value, _version(value)) for value in held]
+
+
+def _version(value: object) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
+    # Identity and not equality: what is put back equal was still written to.
+    return len(before) == len(after) and all(
+        old is new and old_version == new_version
+        for (old, old_version), (new, new_version) in zip(before, after, strict=True)
+    )
+
+
+class _LiveTensors(TorchFunctionMode):
+    """Knows which tensors made under it are still alive.
+
+    Args:
+        model: What is alive anyway.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        own = _strided([*model.parameters(), *model.buffers()])
+        self._own = {tensor.data_ptr() for tensor in own}
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages that are still alive."""
+        self._storages = {
+            key: (storage, nbytes)
+            for key, (storage, nbytes) in self._storages.items()
+            if not storage.expired()  # type: ignore[no-untyped-call]
+        }
+        return sum(nbytes for _, nbytes in self._storages.values())
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        for tensor in _strided(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._own:
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._storages[reference.cdata] = (reference, storage.nbytes())
+        return out
+
+
+def _strided(out: object) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        if out.layout is torch.strided:
+            yield out
+    elif isinstance(out, (tuple, list)):
+        for value in out:
+            yield from _strided(value)

@@ -1,0 +1,133 @@
+"""What several processes found of one training, brought together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bnguard.distributed import Exchange
+from bnguard.findings import Finding, Severity, group_findings
+from bnguard.layers.distances import FloatArray, shift_std
+from bnguard.observe.history import History, LayerHistory, RunningStatistics
+from bnguard.report import Report
+from bnguard.rules import Rule
+from bnguard.rules.engine import diagnose
+
+
+def merge_reports(
+    own: Report,
+    exchange: Exchange,
+    rules: Sequence[Rule],
+    is_wanted: Callable[[Finding], bool],
+) -> Report:
+    """Return this rank's report with the findings of all ranks, each once and labelled.
+
+    The running statistics are held against those of rank zero. Each rank has to come here.
+    """
+
+    def merge(by_rank: Sequence[_Contribution | None]) -> _Merged:
+        history, distances = own.history, _distances(own.history, by_rank)
+        compared = diagnose(_with_distances(history, distances), rules, is_wanted).findings
+        known = {finding.key for finding in own.findings}
+        between_ranks = [finding for finding in compared if finding.key not in known]
+        found = merge_findings([None if part is None else part.findings for part in by_rank])
+        return _Merged(_worst_first((*found, *between_ranks)), distances)
+
+    running = {layer.name: layer.running for layer in own.layers if layer.running is not None}
+    merged = exchange.merged(_Contribution(own.findings, running), merge)
+    # A round more: rank zero often holds the store, and may end as soon as it has its report.
+    exchange.merged((), len)
+    history = _with_distances(own.history, merged.distances)
+    return dataclasses.replace(own, history=history, findings=merged.findings)
+
+
+def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding, ...]:
+    """Return the findings of all ranks, each once, in the words of the first rank that has it.
+
+    One that not all ranks have says which do; None is a rank that is gone.
+    """
+    holders: dict[object, list[int]] = {}
+    first: dict[object, Finding] = {}
+    for rank, findings in enumerate(by_rank):
+        for finding in findings or ():
+            holders.setdefault(finding.key, []).append(rank)
+            first.setdefault(finding.key, finding)
+    return tuple(_labelled(finding, holders[key], len(by_rank)) for key, finding in first.items())
+
+
+@dataclass(frozen=True)
+class _Contribution:
+    """What one rank brings."""
+
+    findings: tuple[Finding, ...]
+    running: Mapping[str, RunningStatistics]
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What is made of it: findings, and how far the ranks' running means are apart, by layer."""
+
+    findings: tuple[Finding, ...]
+    distances: Mapping[str, FloatArray]
+
+
+def _labelled(finding: Finding, ranks: Sequence[int], size: int) -> Finding:
+    if len(ranks) == size:
+        return finding
+    where = ", ".join(map(str, ranks))
+    label = f"on rank {where}" if len(ranks) == 1 else f"on ranks {where}"
+    return dataclasses.replace(finding, message=f"{label}: {finding.message}")
+
+
+def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Return the findings in the order of one rank's report.
+
+    A root cause is as urgent as the worst of what it explains; what is only good to know is last.
+    """
+    cause_of = {finding.code: finding.cause for finding in reversed(findings)}
+
+    def root(code: str) -> str:
+        chain = [code]
+        while (cause := cause_of.get(chain[-1])) is not None and cause not in chain:
+            chain.append(cause)
+        return chain[-1]
+
+    worst: dict[str, Severity] = {}
+    for finding in findings:
+        code = root(finding.code)
+        worst[code] = max(worst.get(code, Severity.INFO), finding.severity)
+
+    def urgency(finding: Finding) -> Severity:
+        is_info = finding.severity is Severity.INFO
+        return Severity.INFO if is_info else worst[root(finding.code)]
+
+    groups = group_findings(sorted(findings, key=urgency, reverse=True))
+    return tuple(finding for group in groups for finding in group.findings)
+
+
+def _distances(history: History, by_rank: Sequence[_Contribution | None]) -> dict[str, FloatArray]:
+    distances = {}
+    for layer in history.layers:
+        own = layer.running
+        shifts = [
+            np.abs(shift_std(other.mean, own.mean, own.var, layer.eps))
+            for part in by_rank
+            if part is not None
+            and own is not None
+            and (other := part.running.get(layer.name)) is not None
+            and other.mean.shape == own.mean.shape
+        ]
+        # This rank's own is among them.
+        if len(shifts) > 1:
+            distances[layer.name] = np.max(shifts, axis=0)
+    return distances
+
+
+def _with_distances(history: History, distances: Mapping[str, FloatArray]) -> History:
+    def compared(layer: LayerHistory) -> LayerHistory:
+        return dataclasses.replace(layer, rank_shift_std=distances.get(layer.name))
+
+    return dataclasses.replace(history, layers=tuple(map(compared, history.layers)))

@@ -1,0 +1,147 @@
+"""Reports as plain data, for JSON: a documented schema with a version of its own.
+
+Schema version 1, the keys of a report:
+
+* ``schema``: the number 1; ``bnguard``: version of the library.
+* ``steps``: training steps observed, 0 for a checkpoint.
+* ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
+  ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
+  ``value``, ``limit``, ``unit``, ``is_minimum``: whether the limit is the least that is right),
+  ``reasons`` (a list of the same: what speaks for the cause that the message names), ``fix``
+  (``summary``, ``repair``), ``channels``, ``step``,
+  ``cause`` (code of a finding that explains this one, or null).
+* ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
+  ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
+  were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
+  the channels).
+* ``skipped``: a list of what could not be told; each with ``code``, ``layer``, ``reason``.
+* ``notes``: lines on what was read in another way than usual, or could not be seen.
+
+Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
+since JSON has no word for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bnguard.layers.distances import largest
+from bnguard.observe.history import LayerHistory
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from bnguard.recalibration.result import Recalibration
+    from bnguard.report import Report
+    from bnguard.whatif.result import Diagnosis
+
+SCHEMA = 1
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Return a report as plain data, in the schema of this module."""
+    document = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        "steps": report.history.run.steps,
+        "findings": [finding.to_dict() for finding in report.findings],
+        "layers": [_layer(layer) for layer in report.layers],
+        "skipped": [
+            {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
+            for skipped in report.skipped
+        ],
+        "notes": list(report.notes),
+    }
+    return cast("dict[str, Any]", strict_json(document))
+
+
+def recalibration_document(
+    recalibration: Recalibration,
+    document: Mapping[str, object],
+    notes: Iterable[str],
+    written: Path | None,
+) -> dict[str, Any]:
+    """Return what a recalibration of a checkpoint did, as plain data.
+
+    Schema version 1, beside the keys of ``document``: ``schema``, ``bnguard``, ``kept`` (whether
+    the new statistics were kept), ``written`` (the path, or null), ``layers`` (each with ``name``,
+    ``values``, ``max_shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
+    ``reason``), ``notes``.
+    """
+    result = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        **document,
+        "kept": recalibration.is_kept,
+        "written": None if written is None else str(written),
+        "layers": [
+            {
+                "name": layer.name,
+                "values": layer.values,
+                "max_shift_std": layer.max_shift_std,
+                "log_variance_ratio": layer.extreme_log_variance_ratio,
+            }
+            for layer in recalibration.layers
+        ],
+        "skipped": [
+            {"name": layer.name, "reason": layer.reason} for layer in recalibration.skipped
+        ],
+        "notes": [*recalibration.notes, *notes],
+    }
+    return cast("dict[str, Any]", strict_json(result))
+
+
+def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as plain data.
+
+    Schema version 1: ``schema``, ``bnguard``, ``samples``, ``reference_samples``, ``cause``
+    (``name``, ``message``, ``evidence``, ``is_fault``, ``advice``, ``next_step``, ``cured_by``: the
+    name of a row, or null), ``rows`` (each with ``name``, ``label``, ``score``, ``change``,
+    ``flipped_share``, ``gap``, ``drift_std``, ``drift_log_variance``, ``drift_layer``,
+    ``input_drift``; null where there is no such number), ``layers`` (the worst first, each with
+    ``name``, ``share``, ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
+    ``reason``), ``notes``.
+    """
+    content = dataclasses.asdict(diagnosis)
+    document = {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        **{key: content[key] for key in ("samples", "reference_samples", "cause")},
+        **{key: list(content[key]) for key in ("rows", "layers", "skipped", "notes")},
+    }
+    document["cause"]["evidence"] = list(document["cause"]["evidence"])
+    return cast("dict[str, Any]", strict_json(document))
+
+
+def write_document(report: Report, path: Path) -> None:
+    """Write a report as JSON."""
+    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _layer(layer: LayerHistory) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "channels": layer.channels,
+        "updates": None if layer.running is None else layer.running.updates,
+        "initial_weight": layer.initial_weight,
+        "values_per_channel": layer.typical_values_per_channel,
+        "source": layer.source,
+        "eval_shift_std": largest(layer.eval_shift_std),
+        "eval_log_variance_ratio": largest(layer.eval_log_variance_ratio),
+    }
+
+
+def strict_json(value: object) -> object:
+    """Return a value with numbers that are not finite as strings, since JSON has none."""
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,257 @@
+"""What several rules measure: drift of the eval moments, and whether the mode gap does harm."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from bnguard.findings import Evidence
+from bnguard.layers.distances import (
+    FloatArray,
+    initial_shift_std,
+    largest,
+    log_variance_ratio,
+    shift_std,
+)
+from bnguard.observe.history import (
+    EvalWindow,
+    History,
+    LayerHistory,
+    ModeGap,
+    Run,
+    RunningStatistics,
+)
+
+# Beyond what sampling explains, the two modes are different networks where the outputs change this
+# much, or as much as the second limit where predictions flip. See BN302 for the figures.
+MAX_EXCESS_CHANGE = 0.75
+MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
+MAX_FLIPPED_SHARE = 0.12
+SAMPLING_FACTOR = 2.0
+
+# Share of the variance between samples that lies between the batches of an evaluation, beyond which
+# those that were looked at do not stand for the rest. See BN301 for the figures.
+MAX_BETWEEN_SHARE = 0.15
+
+# Shift of a running mean by what is left of the initial mean 0, in σ, from which statistics are not
+# settled, however little of it is left: the limit of a drift (BN301).
+MAX_INITIAL_SHIFT_STD = 1.0
+
+# Evaluations in a row that show harm before it counts while training goes on.
+LASTING_EVALUATIONS = 4
+
+
+def excess_change(gap: ModeGap) -> float:
+    """Return the change of the outputs between the modes that sampling does not explain."""
+    sampling = SAMPLING_FACTOR * (gap.sampling_change or 0.0)
+    if not np.isfinite(sampling):
+        return gap.relative_change
+    # The root of the difference of two squares, which themselves may overflow.
+    rest = max(0.0, gap.relative_change - sampling)
+    return float(np.sqrt(rest) * np.sqrt(max(0.0, gap.relative_change + sampling)))
+
+
+def is_harmful(
+    gap: ModeGap,
+    *,
+    max_change: float = MAX_EXCESS_CHANGE,
+    max_change_with_flips: float = MAX_EXCESS_CHANGE_WITH_FLIPS,
+    max_flipped_share: float = MAX_FLIPPED_SHARE,
+) -> bool:
+    """Return whether the two modes give different answers for the same batch."""
+    excess = excess_change(gap)
+    has_flips = gap.flipped_share is not None and gap.flipped_share > max_flipped_share
+    return excess > max_change or (has_flips and excess > max_change_with_flips)
+
+
+def is_known_harmless(run: Run) -> bool:
+    """Return whether the mode gap was measured, and shows no harm."""
+    return run.mode_gap is not None and not is_harmful(run.mode_gap)
+
+
+def is_lasting(run: Run) -> bool:
+    """Return whether what evaluation shows now is here to stay.
+
+    While weights move fast the running statistics lag behind, which passes as the learning rate
+    falls: until training ends, only what several evaluations in a row have shown counts.
+    """
+    if run.is_settled:
+        return True
+    gaps = (*run.earlier_mode_gaps, *((run.mode_gap,) if run.mode_gap else ()))
+    newest = gaps[-LASTING_EVALUATIONS:]
+    return len(newest) == LASTING_EVALUATIONS and all(map(is_harmful, newest))
+
+
+def what_is_left(
+    layer: LayerHistory,
+    running: RunningStatistics | None,
+    weight: float | None,
+    max_weight: float,
+) -> str | None:
+    """Return what these running statistics still hold of the initial ones; None where too little.
+
+    A small weight of the initial mean 0 is a large shift where the mean is far from it. That is not
+    told of a checkpoint: its statistics may be a plain average, of which nothing is initial.
+    """
+    if running is None or not weight:
+        return None
+    if weight > max_weight:
+        return f"{weight:.0%} of the initial statistics was left"
+    shift = largest(initial_shift_std(running.mean, running.var, layer.eps, weight, weight))
+    if layer.updates_seen and shift is not None and shift > MAX_INITIAL_SHIFT_STD:
+        return f"the initial mean 0 still shifted a channel by {shift:.2g} σ"
+    return None
+
+
+def left_when_evaluated(layer: LayerHistory, max_weight: float) -> str | None:
+    """Return what was left of the initial statistics in the newest evaluation, as above."""
+    if layer.evaluated is None:
+        return None
+    weight = layer.initial_weight_when_evaluated
+    return what_is_left(layer, layer.evaluated.running, weight, max_weight)
+
+
+def evaluated_too_early(history: History, max_weight: float) -> dict[str, str]:
+    """Return at which layers the newest evaluation is not to be judged, and why, by name.
+
+    What is left of the initial statistics at a layer goes on to all that are called after it.
+    Where training ended like that, it is judged.
+    """
+    reasons: dict[str, str] = {}
+    early: str | None = None
+    is_final = False
+    for layer in history.layers_in_order:
+        early = early or left_when_evaluated(layer, max_weight)
+        left = what_is_left(layer, layer.running, layer.initial_weight, max_weight)
+        is_final = is_final or (history.run.is_settled and left is not None)
+        if early and not is_final:
+            reasons[layer.name] = f"when it was evaluated, {early}"
+    return reasons
+
+
+def is_representative(seen: EvalWindow) -> bool:
+    """Return whether the batches of an evaluation are alike, so that some stand for all."""
+    return not seen.between_share > MAX_BETWEEN_SHARE
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far eval moments lie from a mean and a variance, a value per channel, and the limits.
+
+    Attributes:
+        shift: |shift| of the mean, in standard deviations.
+        ratio: |log-variance ratio|.
+        max_shift: Limit of the shift.
+        max_ratio: Limit of the ratio.
+        quantile: Share of the channels that has to be within the limits.
+    """
+
+    shift: FloatArray
+    ratio: FloatArray
+    max_shift: float
+    max_ratio: float
+    quantile: float
+
+    @property
+    def measured(self) -> tuple[Evidence, Evidence] | None:
+        """Shift and ratio at the quantile, each with its limit; None where none is finite."""
+        judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
+        if not judged.any():
+            return None
+        shift, ratio = (
+            float(np.quantile(values[judged], self.quantile)) for values in (self.shift, self.ratio)
+        )
+        return (
+            Evidence("shift of the mean", shift, self.max_shift, "σ"),
+            Evidence("|log variance ratio|", ratio, self.max_ratio),
+        )
+
+    @property
+    def worst(self) -> Evidence | None:
+        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+        return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)
+
+    @property
+    def excess(self) -> float:
+        """The worst in its limits; 0 where nothing is finite."""
+        return 0.0 if self.worst is None else self.worst.value / self.worst.limit
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether one of the two is beyond its limit."""
+        return self.excess > 1.0
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The channels beyond a limit, the furthest first."""
+        excess = np.maximum(self.shift / self.max_shift, self.ratio / self.max_ratio)
+        excess = np.where(np.isfinite(excess), excess, 0.0)
+        order = np.argsort(-excess, kind="stable")
+        return tuple(int(channel) for channel in order if excess[channel] > 1.0)
+
+
+def is_sampling(seen: EvalWindow, distance: Distance, var: FloatArray, eps: float) -> bool:
+    """Return whether a distance may be due to which batches were looked at.
+
+    It may where the evaluation is sorted, and the mean is no further off than twice the spread
+    between its batches: what was not looked at may lie as far on the other side.
+    """
+    if is_representative(seen) or seen.var_between is None:
+        return False
+    with np.errstate(all="ignore"):
+        spread = np.sqrt(seen.var_between / (var + eps))
+    rest = np.maximum(0.0, distance.shift - 2.0 * spread)
+    left = dataclasses.replace(distance, shift=rest, ratio=np.zeros_like(distance.ratio))
+    return not left.is_beyond
+
+
+@dataclass(frozen=True)
+class DriftLimits:
+    """Beyond which distance eval moments have drifted: see :class:`Distance`."""
+
+    max_shift: float
+    max_ratio: float
+    quantile: float
+
+    def distance(self, seen: EvalWindow, mean: FloatArray, var: FloatArray, eps: float) -> Distance:
+        """Return how far what arrived in eval mode lies from a mean and a variance."""
+        shift, ratio = drift(seen, mean, var, eps)
+        return Distance(shift, ratio, self.max_shift, self.max_ratio, self.quantile)
+
+
+# What BN301 holds layers against.
+DRIFT_LIMITS = DriftLimits(max_shift=1.0, max_ratio=1.5, quantile=0.9)
+
+
+# Share of the limits of a drift up to which statistics fit; a gap between the modes may add up from
+# layers that are each within the limits.
+FITTING_SHARE = 0.3
+
+
+def distance_of(layer: LayerHistory) -> Distance | None:
+    """Return how far what arrived in the newest evaluation is from the running statistics then."""
+    if layer.evaluated is None:
+        return None
+    running = layer.evaluated.running
+    return DRIFT_LIMITS.distance(layer.evaluated, running.mean, running.var, layer.eps)
+
+
+def fits(layer: LayerHistory) -> bool:
+    """Return whether what arrived in the newest evaluation is what the statistics say."""
+    if layer.evaluated is None or layer.evaluated.running.bad_channels:
+        return False
+    distance = distance_of(layer)
+    return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
+
+
+def drift(
+    seen: EvalWindow, mean: FloatArray, var: FloatArray, eps: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return |shift| and |log-variance ratio| of eval moments against a mean and a variance."""
+    with np.errstate(all="ignore"):
+        return (
+            np.abs(shift_std(seen.mean, mean, var, eps)),
+            np.abs(log_variance_ratio(seen.var_unbiased, var, eps)),
+        )

@@ -1,0 +1,273 @@
+"""The what-if table: one model under other statistics, and what that says of its BN layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.layers.bn_layer import (
+    BatchNormLayer,
+    as_written,
+    device_of,
+    find_layers,
+    preserved_modes,
+    preserved_random_state,
+    require_module,
+    without_layers,
+)
+from bnguard.layers.distances import initial_weight
+from bnguard.process_group import current_ranks
+from bnguard.recalibration.batches import Forward
+from bnguard.recalibration.options import Score, require_batch_sizes, require_samples, require_score
+from bnguard.recalibration.selection import select_layers, unwrapped
+from bnguard.recalibration.snapshot import running_statistics
+from bnguard.whatif.bench import Bench, drift
+from bnguard.whatif.blame import blamed_layers
+from bnguard.whatif.causes import named_cause
+from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
+from bnguard.whatif.evidence import MAX_STORED_DRIFT, Numbers, Training
+from bnguard.whatif.result import Diagnosis
+from bnguard.whatif.samples import Samples, read_samples
+from bnguard.whatif.statistics import Statistics, lent_statistics
+from bnguard.whatif.table import Table, measured_table
+from bnguard.whatif.training import told_by_training
+
+
+def diagnose(
+    model: nn.Module,
+    loader: Iterable[object],
+    reference: Iterable[object] | None = None,
+    score: Score | None = None,
+    *,
+    samples: int = 1024,
+    forward: Forward | None = None,
+    batch_sizes: Sequence[int] = (2, 8, 32),
+    expected_score: float | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Try the model with other BN statistics, and name the cause that the results point to.
+
+    The model runs in eval mode with the statistics that it has; with statistics recalibrated on
+    the training data and on the evaluation data; and with each batch normalised by its own, at
+    several batch sizes. Where one of these is a cure, bisection finds the layers that need it. The
+    model is left untouched, also after an exception.
+
+    Args:
+        model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
+            and keep their statistics throughout.
+        loader: The evaluation data: tensors; tuples or lists, of which the first item goes in; or
+            mappings, of which the entries go in that the forward has parameters for. It is read
+            once, and what is read is kept.
+        reference: The training data, in the batches that training uses; tells statistics that
+            are stale from data that differ.
+        score: ``score(model)`` says how good the model is on the evaluation data, the higher the
+            better. Without it outputs are compared with those that the statistics of the
+            evaluation data give.
+        samples: Samples to use at most, of each loader.
+        forward: ``forward(model, batch)`` calls the model, where the loaders yield anything else.
+        batch_sizes: Sizes at which batches are normalised by their own statistics, besides that
+            of the loader's batches.
+        expected_score: What the score should be, that of training perhaps: below it the model is
+            to blame where no statistics help.
+        progress: Show a progress bar while recalibrating, where there is a terminal.
+
+    Returns:
+        The table, the cause, the layers to blame, and what to do next. It prints itself.
+
+    Raises:
+        CalibrationError: There are no BN layers, no data, or the model fails on them.
+        ConfigurationError: An option does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        >>> diagnosis = diagnose(model, (3 + torch.randn(256, 4)).split(32))
+        >>> diagnosis.cause.name, [row.name for row in diagnosis.rows][:3]
+        ('unconverged-statistics', ['stored', 'evaluation', 'batches'])
+    """
+    require_module(model, "diagnose")
+    _check_options(samples, batch_sizes, score, expected_score)
+    inner = unwrapped(model)
+    if not find_layers(inner):
+        raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
+    selection = select_layers(inner, None)
+    layers = selection.layers
+    with _untouched(model, layers):
+        _check_weights(inner)
+        read = partial(
+            read_samples, model=inner, forward=forward, samples=samples, device=device_of(inner)
+        )
+        evaluation = read(loader, name="loader")
+        training = None if reference is None else read(reference, name="reference")
+        # In the modes that the user holds the layers in: frozen ones keep their statistics.
+        cure = partial(recalibrated, inner, layers, forward=forward, progress=progress)
+        by_training = None if training is None else cure(training)
+        by_evaluation = cure(evaluation)
+        model.eval()
+        bench = Bench(
+            model=model,
+            inner=inner,
+            layers=layers,
+            untracked=[layer for layer in find_layers(inner) if not layer.is_tracking],
+            forward=forward,
+            score=score,
+            samples=evaluation,
+        )
+        bench = _without_left_out(bench, by_evaluation)
+        stored = {layer.name: running_statistics(layer) for layer in layers}
+        cures: dict[str, Cure] = {}
+        told: Training | None = None
+        if training is not None and by_training is not None:
+            on_training = replace(bench, score=None, samples=training)
+            cures, told = _from_training(on_training, by_training, stored)
+        cures["evaluation"] = by_evaluation
+        statistics = {name: each.statistics for name, each in cures.items()}
+        table = measured_table(bench, stored, statistics, batch_sizes)
+        fresh = cures.get("reference", by_evaluation)
+        cause = named_cause(_numbers(bench, table, stored, fresh, told, expected_score))
+        blamed = () if cause.cured_by is None else blamed_layers(bench, cures[cause.cured_by])
+    return Diagnosis(
+        rows=tuple(table.rows.values()),
+        cause=cause,
+        layers=blamed,
+        skipped=selection.skipped,
+        samples=len(bench.samples),
+        reference_samples=0 if training is None else len(training),
+        notes=(*_notes(cures, evaluation, training), *table.notes),
+    )
+
+
+@contextmanager
+def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Leave modes, statistics, counters, random state and gradients as they are."""
+    with (
+        preserved_modes(model),
+        preserved_random_state(model),
+        lent_statistics(layers),
+        as_written(),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _without_left_out(bench: Bench, cure: Cure) -> Bench:
+    """Return a bench without the batches that a cure, computed from its samples, left out."""
+    return bench.without_nonfinite_batches(cure.statistics) if cure.left_out else bench
+
+
+def _from_training(
+    bench: Bench, cure: Cure, stored: Statistics
+) -> tuple[dict[str, Cure], Training]:
+    """Return the cures from the training data, by the name of their row, and what else they tell.
+
+    Args:
+        bench: The model on the training data.
+        cure: The statistics of all of them.
+        stored: The statistics that the model has.
+    """
+    bench = _without_left_out(bench, cure)
+    averaged = averaged_over_batches(bench, stored)
+    cures = {"reference": cure}
+    if averaged.changes:
+        cures["averaged"] = averaged
+    return cures, told_by_training(bench, cure, averaged)
+
+
+def _numbers(
+    bench: Bench,
+    table: Table,
+    stored: Statistics,
+    fresh: Cure,
+    training: Training | None,
+    expected_score: float | None,
+) -> Numbers:
+    """Return what the cause is told from.
+
+    Args:
+        bench: The model on the evaluation data.
+        table: What was measured on it.
+        stored: The statistics that it has.
+        fresh: Those of the training data, or of the evaluation data without any.
+        training: What the training data tell.
+        expected_score: What the user expects of the score.
+    """
+    reached = table.measured["stored"].arrived
+    changes = [fresh.changes[name] for name in reached if name in fresh.changes]
+    drifts = [
+        drift(change.name, change.after.mean, change.after.var, change.before, change.eps).largest
+        for change in changes
+    ]
+    fits = all(drift <= MAX_STORED_DRIFT for drift in drifts)
+    return Numbers(
+        rows=table.rows,
+        samples=len(bench.samples),
+        training=training,
+        poisoned=tuple(
+            name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
+        ),
+        untouched=tuple(name for name in reached if stored[name].is_initial),
+        # Statistics that fit the data are not initial, whatever their counter says.
+        initial_weight=max(
+            (_initial_weight(layer, stored) for layer in bench.layers if layer.name in reached),
+            default=0.0,
+        )
+        * (not fits),
+        drifts=drifts,
+        expected_score=expected_score,
+    )
+
+
+def _initial_weight(layer: BatchNormLayer, stored: Statistics) -> float:
+    """Return the weight that (0, 1) still has; 0 where the statistics came another way."""
+    given = stored[layer.name]
+    if given.is_initial:
+        return 1.0
+    return (
+        initial_weight(layer.momentum, given.updates) if given.updates and layer.momentum else 0.0
+    )
+
+
+def _notes(
+    cures: Mapping[str, Cure], evaluation: Samples, training: Samples | None
+) -> Iterator[str]:
+    names = {"reference": "training data", "evaluation": "evaluation data"}
+    for row, name in names.items():
+        if row in cures:
+            yield from (f"{name}: {note}" for note in cures[row].notes)
+    order = evaluation.order
+    if order is not None and order.is_sorted:
+        yield (
+            f"evaluation batches differ {order.variance_ratio:.3g} times as much as independent "
+            "samples: they are sorted, and the first ones may not stand for all"
+        )
+    if training is None:
+        yield (
+            "without reference= there is no row for the training data, which tells statistics "
+            "that are stale from data that differ"
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
+            raise CalibrationError(
+                f"{name} holds NaN or Inf, and no BN statistics can help: load earlier weights"
+            )
+
+
+def _check_options(
+    samples: int, batch_sizes: Sequence[int], score: Score | None, expected_score: float | None
+) -> None:
+    require_samples(samples, 2)
+    require_score(score)
+    require_batch_sizes(batch_sizes)
+    if expected_score is not None and score is None:
+        raise ConfigurationError("expected_score= needs score=, to be held against")
+    if current_ranks().size > 1:
+        raise ConfigurationError("diagnose runs on one process: call it before the others start")

@@ -1,0 +1,179 @@
+"""What a model returns for the samples, condensed so that many rows of it can be held."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bnguard.errors import CalibrationError
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import Moments, merge_moments
+from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
+from bnguard.recalibration.batches import Batch, Forward, call
+from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, is_finite, on_host
+
+# Of an image as output so many numbers are kept; class scores are kept whole.
+_MAX_NUMBERS_A_SAMPLE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model returned for all samples.
+
+    Attributes:
+        tensors: The numbers kept of all batches, one after the other, of each tensor that has a
+            row a sample, by its place in what the model returns; of all tensors where none has.
+        predictions: Class with the highest score, a sample each; None where nothing looks like
+            class scores.
+        samples: How many samples there are, where each is a row of the tensors; else None.
+    """
+
+    tensors: Mapping[int, Tensor]
+    predictions: Tensor | None
+    samples: int | None
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether none is NaN or Inf."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors.values())
+
+    def change_from(self, expected: Outputs) -> float:
+        """Return the root mean square change, in standard deviations of what is expected.
+
+        Raises:
+            CalibrationError: The outputs are of another shape.
+        """
+        # What has a row a sample by chance, in batches of one size, may not have it in others.
+        places = sorted(self.tensors.keys() & expected.tensors.keys())
+        mine = [self.tensors[place] for place in places]
+        wanted = [expected.tensors[place] for place in places]
+        if not places or [t.shape for t in mine] != [t.shape for t in wanted]:
+            raise CalibrationError(
+                "the model's outputs change their shape with the statistics, so they cannot be "
+                "compared: pass forward=lambda model, batch: … that returns scores or features"
+            )
+        return relative_distance(mine, wanted)
+
+    def flipped_share(self, expected: Outputs) -> float | None:
+        """Return the share of predictions that differ; None where there are none."""
+        if self.predictions is None or expected.predictions is None:
+            return None
+        return (self.predictions != expected.predictions).float().mean().item()
+
+    def in_order(self, order: Sequence[int]) -> Outputs | None:
+        """Return the outputs of shuffled samples in the order from before; None without rows.
+
+        Args:
+            order: Which sample was put in each place.
+        """
+        if self.samples is None:
+            return None
+        back = torch.argsort(torch.tensor(order))
+        return Outputs(
+            tensors={
+                place: tensor.view(len(order), -1)[back].flatten()
+                for place, tensor in self.tensors.items()
+            },
+            predictions=None if self.predictions is None else self.predictions[back],
+            samples=self.samples,
+        )
+
+
+def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
+    """Put batches through a model, and keep what it returns.
+
+    Raises:
+        CalibrationError: The forward failed, or returns nothing that can be compared.
+    """
+    returned, sizes = [], []
+    for batch in batches:
+        returned.append(_returned(model, forward, batch))
+        sizes.append(batch.size)
+    if not returned[0] or len({len(tensors) for tensors in returned}) > 1:
+        raise CalibrationError(
+            f"{type(model).__name__} returns no floating-point tensors, or not always as many: "
+            "pass forward=lambda model, batch: … that returns scores or features"
+        )
+    columns = tuple(zip(*returned, strict=True))
+    places = places_of_rows(returned, sizes)
+    kept = {place: columns[place] for place in places or range(len(columns))}
+    scores = next((column for column in kept.values() if _are_class_scores(column)), None)
+    return Outputs(
+        tensors={
+            place: torch.cat([_thinned(tensor).flatten() for tensor in column])
+            for place, column in kept.items()
+        },
+        predictions=None if scores is None else torch.cat([t.argmax(1) for t in scores]),
+        samples=sum(sizes) if places else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Arrived:
+    """What arrived at a layer in eval mode.
+
+    Attributes:
+        moments: Moments of all of it that was finite; None where nothing was.
+        rows: Rows of its input that one sample is.
+        values_per_sample: Values per channel that one sample is.
+    """
+
+    moments: Moments | None
+    rows: int
+    values_per_sample: int
+
+
+def arrived_at(
+    layers: Sequence[BatchNormLayer],
+    model: nn.Module,
+    forward: Forward | None,
+    batches: Iterable[Batch],
+) -> tuple[dict[str, Arrived], Outputs]:
+    """Return what arrives at each layer that is reached, in the order of their first calls."""
+    parts: dict[str, list[Moments]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    size = 1
+
+    def arrive(index: int, values: Tensor) -> None:
+        name = layers[index].name
+        moments = on_host(arrived_moments(values))
+        parts.setdefault(name, []).append(moments)
+        sizes.setdefault(name, (max(1, len(values) // size), max(1, moments.count // size)))
+
+    def noting_sizes() -> Iterable[Batch]:
+        nonlocal size
+        for batch in batches:
+            size = batch.size
+            yield batch
+
+    with arrivals(layers, arrive):
+        outputs = outputs_of(model, forward, noting_sizes())
+    return {name: Arrived(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
+
+
+def _merged(parts: Iterable[Moments]) -> Moments | None:
+    finite = [part for part in parts if is_finite(part)]
+    return merge_moments(finite) if finite else None
+
+
+def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[Tensor]:
+    # A copy, because a forward may write to its input.
+    given = Batch(batch.index, copy.deepcopy(batch.args), copy.deepcopy(batch.kwargs), batch.size)
+    return [tensor.detach().float().cpu() for tensor in float_tensors(call(model, forward, given))]
+
+
+def _are_class_scores(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.dim() == 2 and tensor.shape[1] > 1 for tensor in tensors)
+
+
+def _thinned(tensor: Tensor) -> Tensor:
+    """Return evenly spaced positions of an output with many."""
+    if tensor.dim() < 3:
+        return tensor
+    positions = tensor.flatten(2)
+    step = -(-positions.shape[1] * positions.shape[2] // _MAX_NUMBERS_A_SAMPLE)
+    return positions[:, :, :: max(1, step)]

@@ -1,0 +1,180 @@
+"""The samples that every row of the table is measured on, read from a loader once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mode
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnguard.errors import CalibrationError
+from bnguard.layers.moments import Moments, channel_moments, merge_moments
+from bnguard.recalibration.batches import Batch, Forward, can_be_joined, joined, read_batches
+
+# Numbers of a sample that tell whether the batches are sorted, and as few batches as tell nothing.
+_MAX_FEATURES = 64
+_MIN_BATCHES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of a loader, in its batches.
+
+    Attributes:
+        batches: As the model takes them, on its device.
+        payloads: As the loader yields them.
+    """
+
+    batches: tuple[Batch, ...]
+    payloads: tuple[object, ...]
+
+    def __len__(self) -> int:
+        return sum(batch.size for batch in self.batches)
+
+    @property
+    def batch_size(self) -> int:
+        """The size that most batches have."""
+        return mode(batch.size for batch in self.batches)
+
+    def fresh_payloads(self) -> Iterator[object]:
+        """Yield copies of what the loader yields, for a forward may write to its input."""
+        for payload in self.payloads:
+            yield copy.deepcopy(payload)
+
+    @cached_property
+    def whole(self) -> Batch | None:
+        """All samples as one batch; None where they do not fit together."""
+        first, *others = self.batches
+        if not all(can_be_joined(first, other) for other in others):
+            return None
+        return joined(self.batches) if first.can_be_cut else None
+
+    def of_size(self, size: int) -> tuple[Batch, ...]:
+        """Return batches that fall into parts of this size, joined where they have to be."""
+        if not self.must_be_joined(size):
+            return self.batches
+        assert self.whole is not None
+        return tuple(_cut(self.whole, size))
+
+    def must_be_joined(self, size: int) -> bool:
+        """Whether a batch as it comes is too small to be cut into parts of this size."""
+        return size != self.batch_size and 2 * size > self.batch_size
+
+    def shuffled(self) -> tuple[list[int], tuple[Batch, ...]] | None:
+        """Return batches of the same size with other neighbours, and which sample is where.
+
+        None where there is nothing to shuffle, or the samples do not fit together.
+        """
+        whole = self.whole
+        if whole is None or len(self.batches) < 2:
+            return None
+        order = torch.randperm(whole.size, generator=torch.Generator().manual_seed(0)).tolist()
+        mixed = joined([whole.rows(index, index + 1) for index in order])
+        return order, tuple(_cut(mixed, self.batch_size))
+
+    def first(self, samples: int) -> tuple[Batch, ...]:
+        """Return the batches that hold the first samples."""
+        chosen, count = [], 0
+        for batch in self.batches:
+            if count >= samples:
+                break
+            chosen.append(batch)
+            count += batch.size
+        return tuple(chosen)
+
+    @property
+    def order(self) -> BatchOrder | None:
+        """How far the batches differ from one another; None where there are too few to tell."""
+        features = [_features(batch) for batch in self.batches]
+        parts = [channel_moments(each) for each in features if each is not None]
+        if len(parts) < _MIN_BATCHES or len({part.mean.shape for part in parts}) > 1:
+            return None
+        ratio = _variance_ratio(parts)
+        return None if ratio is None else BatchOrder(ratio, len(parts))
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Whether the samples of a batch are more alike than those of different batches.
+
+    Attributes:
+        variance_ratio: The variance between batches over that of independent samples, 1 where
+            the samples are shuffled: the F ratio of an analysis of variance.
+        batches: Batches that were compared.
+    """
+
+    variance_ratio: float
+    batches: int
+
+    @property
+    def limit(self) -> float:
+        """What independent samples stay below, and where harm begins; see BN203."""
+        return max(2.0, 1.0 + 5.0 * math.sqrt(2.0 / (self.batches - 1)))
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether chance does not explain how far the batches differ."""
+        return self.variance_ratio > self.limit
+
+
+def read_samples(
+    loader: Iterable[object],
+    model: nn.Module,
+    forward: Forward | None,
+    *,
+    samples: int,
+    device: torch.device,
+    name: str,
+) -> Samples:
+    """Read the first samples of a loader, and keep them.
+
+    Raises:
+        CalibrationError: There are none, or the loader yields what the model does not take.
+    """
+    payloads: list[object] = []
+
+    def kept() -> Iterator[object]:
+        for payload in loader:
+            payloads.append(payload)
+            yield payload
+
+    batches = tuple(read_batches(kept(), model, forward, samples=samples, device=device))
+    if not batches:
+        raise CalibrationError(
+            f"the {name} is empty: an iterator that can be read only once may have been read"
+        )
+    return Samples(batches, tuple(payloads))
+
+
+def _cut(batch: Batch, size: int) -> Iterator[Batch]:
+    """Yield parts of at least this size; the last takes what is left over."""
+    count = max(1, batch.size // size)
+    for number in range(count):
+        stop = batch.size if number == count - 1 else (number + 1) * size
+        yield batch.rows(number * size, stop)
+
+
+def _features(batch: Batch) -> Tensor | None:
+    """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
+    for tensor in batch.tensors():
+        if tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() and len(tensor) > 1:
+            flat = tensor.flatten(1)
+            return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
+    return None
+
+
+def _variance_ratio(parts: Sequence[Moments]) -> float | None:
+    """Return the median F ratio over the features; None where no feature varies."""
+    whole = merge_moments(parts)
+    within = torch.stack([part.squares for part in parts]).sum(0)
+    between = (whole.squares - within) / (len(parts) - 1)
+    spread = within / (whole.count - len(parts))
+    ratio = (between / spread)[spread > 0.0].cpu().numpy()
+    ratio = ratio[np.isfinite(ratio)]
+    return float(np.median(ratio)) if ratio.size else None

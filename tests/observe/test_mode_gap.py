@@ -1,0 +1,272 @@
+"""The mode gap: what it measures, under which settings, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard.layers.bn_layer import find_layers
+from bnguard.observe import mode_gap as gap_module
+from bnguard.observe.mode_gap import GapProbe
+from tests.networks import conv_net
+
+
+def measured(model, *args, mode=torch.no_grad, **kwargs):
+    probe = GapProbe(model, find_layers(model))
+    with mode():
+        model(*args, **kwargs)
+    result = probe.measure()
+    probe.close()
+    return result
+
+
+def changed(outputs, reference):
+    """Root mean square of the change in standard deviations of the reference."""
+    outputs, reference = outputs.double(), reference.double()
+    variance = (reference - reference.mean(0)).square().mean()
+    return ((outputs - reference).square().mean() / variance).sqrt().item()
+
+
+def spoilt_net():
+    """A network whose running statistics are off."""
+    model = conv_net()
+    for layer in find_layers(model):
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 4.0)
+    return model
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_buffers_that_a_forward_writes_to_are_put_back(mode):
+    class Counts(nn.Sequential):
+        def forward(self, images):
+            self.written += len(images)
+            self.replaced = self.replaced + len(images)
+            return super().forward(images)
+
+    model = Counts(*conv_net())
+    model.register_buffer("written", torch.zeros(()))
+    model.register_buffer("replaced", torch.zeros(()))
+    gap = measured(model.eval(), torch.randn(8, 1, 8, 8), mode=mode)
+    assert gap.samples == 8
+    assert model.written == model.replaced == 8
+
+
+def test_change_and_flips_are_those_of_the_two_modes():
+    model, images = spoilt_net().eval(), torch.randn(32, 1, 8, 8)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        running = twin(images)
+        batch = twin.train()(images)
+        half = copy.deepcopy(model).train()(images[:16])
+    gap = measured(model, images)
+    assert gap.samples == 32
+    assert gap.relative_change == pytest.approx(changed(running, batch), rel=1e-5)
+    assert gap.sampling_change == pytest.approx(changed(half, batch[:16]), rel=1e-5)
+    samples = torch.arange(32)
+    places = (samples, running.argmax(1)), (samples, batch.argmax(1))
+    margins = [(p[places[0]] - p[places[1]]).abs() for p in (running.softmax(1), batch.softmax(1))]
+    flips = (torch.stack(margins).amax(0) > 0.05).double().mean().item()
+    assert gap.flipped_share == pytest.approx(flips)
+    assert flips > 0
+
+
+@pytest.mark.parametrize(("scale", "has_flips"), [(0.01, False), (10.0, True)])
+def test_a_flip_between_classes_that_tie_does_not_count(scale, has_flips):
+    model, images = spoilt_net().eval(), torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter *= scale
+    assert (measured(model, images).flipped_share > 0.2) == has_flips
+
+
+def test_probabilities_are_taken_as_they_are():
+    model, images = nn.Sequential(spoilt_net(), nn.Softmax(1)).eval(), torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model[0][-1].parameters():
+            parameter *= 10.0
+    scores = measured(model[0], images)
+    assert measured(model, images).flipped_share == scores.flipped_share > 0.2
+
+
+def test_a_prediction_that_is_nan_counts_as_another():
+    model, images = conv_net().eval(), torch.randn(32, 1, 8, 8)
+    model[7].running_mean.fill_(torch.nan)
+    assert measured(model, images).flipped_share == 1.0
+
+
+def test_there_is_no_gap_where_the_statistics_are_those_of_the_batch():
+    model, images = conv_net(momentum=1.0), torch.randn(64, 1, 8, 8)
+    for layer in find_layers(model):
+        # Normalising divides by n, the running variance was divided by n - 1.
+        layer.module.eps = 1e-8
+    with torch.no_grad():
+        model.train()(images)
+    gap = measured(model.eval(), images)
+    assert gap.relative_change < 1e-2
+    assert gap.flipped_share == 0
+
+
+class Nested(nn.Module):
+    """Takes and gives nested structures, holds dropout, and wraps what has the BN layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, batch, *, scale):
+        features = self.body(batch["x"][0] * scale)
+        return {"scores": self.head(features), "aux": [features, ("name", None, 3)]}
+
+
+def test_nested_inputs_and_outputs_and_the_smallest_module():
+    model = Nested().eval()
+    model.body[1].running_mean += 3
+    batch = {"x": [torch.randn(20, 4)]}
+    gap = measured(model, batch, scale=2.0)
+    features, by_batch = batch["x"][0] * 2.0, copy.deepcopy(model.body)
+    by_batch[1].train()
+    with torch.no_grad():
+        of_body = changed(model.body(features), by_batch(features))
+    assert gap.relative_change == pytest.approx(of_body)
+    assert gap.samples == 20
+    assert gap.relative_change > 0.5
+    assert gap.flipped_share > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_autocast_of_the_call_is_that_of_the_measurement(dtype):
+    seen = []
+    model = spoilt_net().eval()
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    probe = GapProbe(model, find_layers(model))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        model(torch.randn(8, 1, 8, 8))
+    gap = probe.measure()
+    assert gap.relative_change > 0
+    assert set(seen) == {dtype}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_evaluation_in_inference_mode():
+    gap = measured(spoilt_net().eval(), torch.randn(8, 1, 8, 8), mode=torch.inference_mode)
+    assert gap.relative_change > 0
+
+
+def state(model):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return (
+        [(module.training, getattr(module, "momentum", None)) for module in model.modules()],
+        {name: (id(tensor), tensor.clone()) for name, tensor in tensors.items()},
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        torch.get_rng_state(),
+    )
+
+
+def same(now, before):
+    if isinstance(before, torch.Tensor):
+        return torch.equal(now, before)
+    if isinstance(before, dict):
+        return now.keys() == before.keys() and all(same(now[k], before[k]) for k in before)
+    if isinstance(before, (list, tuple)):
+        return len(now) == len(before) and all(map(same, now, before))
+    return now == before
+
+
+class Thrower(nn.Module):
+    """Raises once batch statistics are used: in the measurement, and not before."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.error = error
+
+    def forward(self, inputs):
+        outputs = self.norm(inputs + torch.rand(4))
+        if self.norm.training:
+            raise self.error
+        return outputs
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no"), KeyboardInterrupt()])
+def test_nothing_about_the_model_is_changed_also_after_an_exception(error):
+    model = nn.Sequential(nn.Linear(4, 4), Thrower(error) if error else Nested().body).eval()
+    model[0].train()  # the user's own mix of modes
+    loss = model[0](torch.randn(3, 4)).sum()
+    loss.backward()
+    inputs = torch.randn(16, 4)
+    before = state(model)
+    probe = GapProbe(model, find_layers(model))
+    with torch.no_grad():
+        model(inputs)
+    torch.set_rng_state(before[-1])
+    expected = pytest.raises(KeyboardInterrupt)
+    with expected if isinstance(error, KeyboardInterrupt) else contextlib.nullcontext():
+        result = probe.measure()
+        if error:
+            assert result == "the batch could not be run again: ValueError: no"
+    probe.close()
+    assert same(state(model), before)
+
+
+def test_a_batch_of_one_cannot_be_measured_and_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    inputs = torch.randn(1, 4)
+    before = state(model)
+    assert "more than 1 value per channel" in measured(model, inputs)
+    assert same(state(model), before)
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(gap_module, "MAX_CAPTURED_BYTES", 1000)
+    model = conv_net().eval()
+    assert measured(model, torch.randn(8, 1, 8, 8)) == "a batch of 0 MiB is too large to keep"
+
+
+def test_no_more_than_two_batches_are_kept_and_all_are_released():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Sequential(nn.Sequential(inner))).eval()
+    probe = GapProbe(model, find_layers(model))
+    for _ in range(3):
+        model(torch.randn(13, 4))
+    # A shape that no other test leaves behind.
+    kept = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (13, 4)]
+    assert len(kept) == 2
+    watched = [weakref.ref(tensor) for tensor in kept]
+    del kept
+    assert probe.measure().samples == 13
+    probe.close()
+    assert all(reference() is None for reference in watched)
+
+
+def test_the_batch_is_kept_as_it_was_before_the_model_wrote_to_it():
+    class WritesToItsInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, inputs):
+            return self.norm(inputs.mul_(100))
+
+    model = WritesToItsInput().eval()
+    model.norm.running_var.fill_(1e4)
+    gap = measured(model, torch.randn(4000, 4))
+    assert gap.relative_change < 0.1
+
+
+def test_a_model_that_is_not_run_in_eval_mode_is_not_measured():
+    model = conv_net().train()
+    assert "seen in eval mode" in measured(model, torch.randn(8, 1, 8, 8))
+
+
+def test_a_sync_batch_norm_of_one_process_is_measured():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(spoilt_net()).eval()
+    assert measured(model, torch.randn(8, 1, 8, 8)).relative_change > 0

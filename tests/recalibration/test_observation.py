@@ -1,0 +1,72 @@
+"""What one batch alone does in a model, and how two such observations compare."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard.layers.moments import channel_moments
+from bnguard.recalibration.batches import Batch
+from bnguard.recalibration.observation import differing_layers, disturbed_layers, observe
+from tests.recalibration.jobs import job_of
+
+
+class Model(nn.Module):
+    """Calls its second layer twice, draws noise, and may use a thread."""
+
+    def __init__(self, *, in_thread=False):
+        super().__init__()
+        self.first, self.second, self.unused = (nn.BatchNorm1d(4) for _ in range(3))
+        self.in_thread = in_thread
+
+    def forward(self, x):
+        x = self.second(self.first(x)) + torch.rand(1)
+        if self.in_thread:
+            thread = threading.Thread(target=self.second, args=(x,))
+            thread.start()
+            thread.join()
+            return x
+        return self.second(x)
+
+
+def observed(model, x, index=3):
+    with torch.no_grad():
+        return observe(job_of(model), Batch(index, (x,), {}, len(x)))
+
+
+def test_calls_and_moments_of_all_calls_together():
+    model, x = Model(), torch.randn(20, 4)
+    seen = observed(model, x)
+    assert seen.calls == (0, 1, 1)
+    assert set(seen.moments) == {0, 1}
+    assert (seen.moments[0].count, seen.moments[1].count) == (20, 40)
+    assert seen.draws_random
+    assert not seen.starts_threads
+    assert observed(Model(in_thread=True), x).starts_threads
+
+
+def test_a_batch_draws_the_same_random_numbers_each_time_and_disturbs_nobodys():
+    model, x = Model(), torch.randn(20, 4)
+    state = torch.get_rng_state()
+    first, again, other = observed(model, x), observed(model, x), observed(model, x, index=4)
+    assert torch.equal(first.moments[1].mean, again.moments[1].mean)
+    assert not torch.equal(first.moments[1].mean, other.moments[1].mean)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not observed(nn.Sequential(nn.BatchNorm1d(4)), x).draws_random
+
+
+@pytest.mark.parametrize(("change", "differs"), [(0.0, False), (0.04, False), (0.06, True)])
+def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
+    x = torch.randn(100, 4)
+    first, second = ({0: channel_moments(x)}, {0: channel_moments(x + change * x.std())})
+    assert differing_layers(first, second, 0.05, 1e-6) == ({0} if differs else set())
+    assert differing_layers(first, {}, 0.05, 1e-6) == {0}
+
+
+@pytest.mark.parametrize(("change", "differs"), [(5e-5, False), (1e-2, True)])
+def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
+    alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
+    job = job_of(nn.BatchNorm1d(4))
+    found = disturbed_layers(job, {0: channel_moments(alone)}, {0: channel_moments(beside)})
+    assert found == ({0} if differs else set())
