@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bnguard.errors import BNGuardError, CalibrationError, CheckpointError, ConfigurationError
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
     from bnguard.inspection import inspect
-    from bnguard.layers.adapters import register_layer
+    from bnguard.layers.bn_layer import register_layer
     from bnguard.monitor import Monitor, watch
     from bnguard.recalibration.api import recalibrate
     from bnguard.recalibration.result import Recalibration
@@ -46,7 +46,7 @@ _HOMES = {
     "diagnose": "bnguard.whatif.api",
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.recalibration.api",
-    "register_layer": "bnguard.layers.adapters",
+    "register_layer": "bnguard.layers.bn_layer",
     "swap": "bnguard.swapping.api",
     "watch": "bnguard.monitor",
 }

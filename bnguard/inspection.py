@@ -166,7 +166,7 @@ def _beside(
     from torch import nn
 
     from bnguard.layers.names import without_wrappers
-    from bnguard.observe.reference import statistics_of, tensors_of, weight_change
+    from bnguard.observe.model_state import statistics_of, tensors_of, weight_change
 
     if isinstance(reference, nn.Module) and not isinstance(subject, nn.Module):
         layers = _with_settings_of(reference, layers)

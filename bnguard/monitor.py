@@ -19,17 +19,15 @@ from torch.optim import Optimizer
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError
-from bnguard.findings import Finding, FindingGroup, Severity
+from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import require_module, without_layers
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.observer import Observer
-from bnguard.observe.preflight import Plan, plan_training
+from bnguard.observe.windows import Plan, plan_training
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
-from bnguard.report.lines import above_bars, one_line
 from bnguard.rules import RULES, Rule
-from bnguard.rules.announcements import Announcements
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import Announcements, diagnose
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

@@ -15,10 +15,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bnguard.errors import BNGuardError
-from bnguard.findings import FindingGroup
+from bnguard.findings import FindingGroup, notice, show
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.lines import notice, show
 from bnguard.report.terminal import as_terminal_text
 
 _Arguments = ParamSpec("_Arguments")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bnguard.report.rule_table import rule_table
+from bnguard.cli.rules import rule_table
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -5,17 +5,21 @@ Reading imports no torch, so that an inspection answers at once; writing and loa
 
 from __future__ import annotations
 
+from bnguard.checkpoint.atomic_writing import check_backup, check_output, original_of
+from bnguard.checkpoint.bn_entries import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.comparing import (
     CheckpointDifference,
     EntryDifference,
     LayerDifference,
     compare,
 )
-from bnguard.checkpoint.finding import find_checkpoints, name_beside
-from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.model_files import loading_code, write_model
-from bnguard.checkpoint.outputs import check_backup, check_output, original_of
-from bnguard.checkpoint.reading import load_state_dict, read_checkpoint
+from bnguard.checkpoint.reading import (
+    find_checkpoints,
+    load_state_dict,
+    name_beside,
+    read_checkpoint,
+)
 from bnguard.checkpoint.rewriting import replace_statistics, write_statistics
 
 __all__ = [

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bnguard.checkpoint.bn_entries import STATISTICS
+from bnguard.checkpoint.bn_entries import STATISTICS, Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.inert import Blob, TypedStorage
-from bnguard.checkpoint.model import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.reading import open_contents
 from bnguard.checkpoint.stored_tensors import StoredTensor
+from bnguard.checkpoint.unpickling import Blob, TypedStorage
 from bnguard.errors import CheckpointError
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.layers.names import without_wrappers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bnguard.checkpoint.inert import ATOMS, InertObject, Reference, mapping_of
+from bnguard.checkpoint.unpickling import ATOMS, InertObject, Reference, mapping_of
 from bnguard.errors import CheckpointError
 
 LONGEST_PROVENANCE_BYTES = 2**20

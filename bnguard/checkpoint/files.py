@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +150,48 @@ def printable(text: str) -> str:
     σ\nend
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+# Bytes in a file that are replaced while it is copied.
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Bytes that replace those at a place in a file; the file keeps its length.
+
+    Attributes:
+        path: The file.
+        position: Where they begin in the file.
+        data: The new bytes.
+    """
+
+    path: Path
+    position: int
+    data: bytes
+
+
+def patched(source: Source, patches: Iterable[Patch]) -> Iterator[bytes]:
+    """Yield the bytes of a source with the patches applied, in pieces that fit the memory."""
+    ordered = sorted(patches, key=lambda patch: patch.position)
+    start = source.start
+    for chunk in source.chunks(0, source.size):
+        stop = start + len(chunk)
+        inside = [p for p in ordered if p.position < stop and p.position + len(p.data) > start]
+        yield _changed(chunk, start, inside) if inside else chunk
+        start = stop
+
+
+def _changed(chunk: bytes, start: int, patches: Iterable[Patch]) -> bytes:
+    changed = bytearray(chunk)
+    for patch in patches:
+        low = max(patch.position, start)
+        high = min(patch.position + len(patch.data), start + len(chunk))
+        part = patch.data[low - patch.position : high - patch.position]
+        changed[low - start : high - start] = part
+    return bytes(changed)
+
+
+def write_all(target: BinaryIO, chunks: Iterable[bytes]) -> None:
+    """Write pieces one behind the other."""
+    for chunk in chunks:
+        target.write(chunk)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnguard.checkpoint import atomic_writing as publishing
-from bnguard.checkpoint.atomic_writing import temporary_beside, write_errors
+from bnguard.checkpoint.atomic_writing import check_output, temporary_beside, write_errors
+from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.formats import format_of
-from bnguard.checkpoint.inert import mapping_of
-from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
-from bnguard.checkpoint.outputs import check_output
 from bnguard.checkpoint.reading import open_contents
+from bnguard.checkpoint.unpickling import mapping_of
 from bnguard.errors import CheckpointError
 from bnguard.version import __version__
 

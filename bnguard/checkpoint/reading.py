@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnguard.checkpoint.bn_entries import describe, groups_by_model
+from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint, describe, groups_by_model
 from bnguard.checkpoint.contents import Contents, entries
-from bnguard.checkpoint.dtypes import torch_dtype
-from bnguard.checkpoint.formats import checkpoint_at, format_of
-from bnguard.checkpoint.model import LIGHTNING_PREFIX, Checkpoint
-from bnguard.checkpoint.stored_tensors import StoredTensor
+from bnguard.checkpoint.formats import FOLDER_FORMATS, checkpoint_at, format_of
+from bnguard.checkpoint.formats.base import ENDINGS, is_checkpoint_name, listed
+from bnguard.checkpoint.stored_tensors import StoredTensor, torch_dtype
 from bnguard.errors import CheckpointError
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 # What torch.optim.swa_utils.AveragedModel keeps beside the model that it wraps.
 _AVERAGED_MODELS_OWN = "n_averaged"
@@ -109,3 +110,61 @@ def _without_common_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
     if len(depths) != 1 or depths == {0}:
         return state_dict
     return {without_wrappers(key): state_dict[key] for key in wrapped}
+
+
+# From what a user names, files, folders and patterns, to the checkpoints to read.
+
+
+def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
+    """Return the checkpoints that files, folders and patterns name, each once.
+
+    A folder stands for all checkpoints in it and below; one that is a checkpoint itself (sharded,
+    distributed, or saved by transformers) stands for that, and those in folders below it. What does
+    not exist, and a folder without checkpoints, is returned as it is: reading it says what is
+    wrong, and the others are still read.
+    """
+    found = (checkpoint for path in paths for checkpoint in _named(str(path)))
+    return tuple(dict.fromkeys(found))
+
+
+def name_beside(checkpoint: Path, word: str) -> Path:
+    """Return the name of a copy beside a checkpoint, a file or a folder.
+
+    >>> name_beside(Path("runs/last.pth.tar"), "recalibrated").name
+    'last-recalibrated.pth.tar'
+    >>> name_beside(Path("epoch=3-loss=0.25"), "swapped").name
+    'epoch=3-loss=0.25-swapped'
+    """
+    path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
+    return path.with_name(f"{path.name.removesuffix(_ending(path))}-{word}{_ending(path)}")
+
+
+def _ending(path: Path) -> str:
+    """Return what stands behind the name: nothing for a folder, and no digits of a number."""
+    if path.is_dir():
+        return ""
+    known = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
+    return known or (path.suffix if path.suffix[1:].isalpha() else "")
+
+
+def _named(name: str) -> Iterator[Path]:
+    # Path.glob takes no absolute pattern.
+    matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
+    is_pattern = matches and not Path(name).exists()
+    for path in map(Path, matches) if is_pattern else [Path(name)]:
+        try:
+            inside = list(_below(path)) if path.is_dir() else [checkpoint_at(path)]
+        except (CheckpointError, OSError):
+            inside = []
+        yield from inside or [path]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    is_one = any(candidate.recognises(folder) for candidate in FOLDER_FORMATS)
+    if is_one:
+        yield folder
+    for path in listed(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from _below(path)
+        elif not is_one and is_checkpoint_name(path.name):
+            yield path

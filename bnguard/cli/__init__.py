@@ -17,8 +17,14 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bnguard.cli.output import in_a_line, in_options, print_error
-from bnguard.cli.showing import STANDARD_ERROR, STANDARD_OUTPUT, output_apart
+from bnguard.cli.output import (
+    STANDARD_ERROR,
+    STANDARD_OUTPUT,
+    in_a_line,
+    in_options,
+    output_apart,
+    print_error,
+)
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 from bnguard.version import __version__
 

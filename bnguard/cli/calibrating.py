@@ -18,13 +18,12 @@ from bnguard.checkpoint import (
     replace_statistics,
     write_statistics,
 )
-from bnguard.cli.data import Data
-from bnguard.cli.devices import usable_device
-from bnguard.cli.ranks import is_first_rank, share_of_rank
+from bnguard.cli.devices import is_first_rank, share_of_rank, usable_device
+from bnguard.cli.model_and_data import Data
+from bnguard.cli.output import say, show, show_document
 from bnguard.cli.request import Request, requested
 from bnguard.cli.scoring import NOT_SCORED, forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import Samples, shared_out
-from bnguard.cli.showing import say, show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.lightning.scoring import ValidationScore

@@ -7,8 +7,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser
-from bnguard.cli.showing import say
+from bnguard.cli.output import command_parser, say
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """

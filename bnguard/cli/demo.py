@@ -7,8 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser
-from bnguard.cli.showing import output
+from bnguard.cli.output import command_parser, output
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """

@@ -9,7 +9,7 @@ import rich
 import torch
 
 from bnguard.cli import recalibrate
-from bnguard.cli.showing import UNLIMITED_WIDTH
+from bnguard.cli.output import UNLIMITED_WIDTH
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.lightning import BatchNormMonitor
 from bnguard.lightning.framework import Trainer, package_of

@@ -12,13 +12,12 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from bnguard.checkpoint import CheckpointModel
-from bnguard.cli.data import Data
 from bnguard.cli.devices import usable_device
-from bnguard.cli.model_and_data import OPTIONS
+from bnguard.cli.model_and_data import OPTIONS, Data
+from bnguard.cli.output import show, show_document
 from bnguard.cli.request import Request, requested
 from bnguard.cli.scoring import forward_of, has_validation, trainer_score
 from bnguard.cli.sharing import shared_out
-from bnguard.cli.showing import show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.whatif.api import diagnose

@@ -2,14 +2,115 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 from jsonargparse import ArgumentParser
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser
-from bnguard.cli.showing import show, show_document
+from bnguard.cli.output import command_parser, show, show_document
 from bnguard.errors import ConfigurationError
-from bnguard.report.difference import difference_document, difference_view
+from bnguard.layers.distances import largest
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference
+
+
+# Two checkpoints compared, as rich draws them and as plain data.
+
+
+SCHEMA = 1
+_MOST_SHOWN = 10
+
+
+def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> RenderableType:
+    """Return the layers, the furthest moved first, and what else differs."""
+    moved = [layer for layer in difference.layers if not layer.is_identical]
+    moved.sort(key=_distance, reverse=True)
+    most = len(moved) if is_verbose else _MOST_SHOWN
+    parts: list[RenderableType] = [_heading(difference, len(moved))]
+    if moved:
+        parts.append(_layers_view(moved[:most]))
+    if len(moved) > most:
+        parts.append(Text(f"and {len(moved) - most} more layers (--verbose shows all)"))
+    if difference.layers and not moved and difference.entries:
+        parts.append(Text("the statistics are the same and other entries are not: do they fit?"))
+    most = len(difference.entries) if is_verbose else _MOST_SHOWN
+    if not difference.layers:
+        parts.append(
+            Text("no BN layer is in both, by name and channels: are they the same network?")
+        )
+    parts += [Text(f"{entry.key}: {entry.detail}") for entry in difference.entries[:most]]
+    if len(difference.entries) > most:
+        parts.append(Text(f"and {len(difference.entries) - most} more entries"))
+    return Group(*parts)
+
+
+def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
+    """Return a comparison as plain data.
+
+    Schema version 1: ``schema``, ``bnguard``, ``before``, ``after`` (paths), ``layers`` (each with
+    ``name``, ``identical``, ``max_shift_std``, ``max_log_variance_ratio``, absolute and null where
+    not finite), ``entries`` (everything else that is not bit-identical: ``key``, ``detail``).
+    """
+    return {
+        "schema": SCHEMA,
+        "bnguard": __version__,
+        "before": str(difference.before),
+        "after": str(difference.after),
+        "layers": [
+            {
+                "name": layer.name,
+                "identical": layer.is_identical,
+                "max_shift_std": largest(layer.shift_std),
+                "max_log_variance_ratio": largest(layer.log_variance_ratio),
+            }
+            for layer in difference.layers
+        ],
+        "entries": [{"key": entry.key, "detail": entry.detail} for entry in difference.entries],
+    }
+
+
+def _heading(difference: CheckpointDifference, moved: int) -> Text:
+    others = len(difference.entries)
+    parts = [
+        f"{moved} of {len(difference.layers)} BN layers have other statistics",
+        f"{others or 'no'} other {'entry differs' if others == 1 else 'entries differ'}",
+    ]
+    return Text(" · ".join(parts), style="bold")
+
+
+def _layers_view(layers: list[LayerDifference]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    for heading in ("updates before", "after", "shift, σ", "|log var ratio|"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        table.add_row(
+            Text(layer.name),
+            _number(layer.before.counter),
+            _number(layer.after.counter),
+            _number(largest(layer.shift_std)),
+            _number(largest(layer.log_variance_ratio)),
+        )
+    return table
+
+
+def _distance(layer: LayerDifference) -> float:
+    numbers = (layer.shift_std, np.abs(layer.log_variance_ratio))
+    if not all(np.isfinite(values).all() for values in numbers):
+        return float("inf")
+    return max(largest(values) or 0.0 for values in numbers)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
 
 _EXAMPLES = """
 examples:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser
-from bnguard.cli.showing import show
+from bnguard.cli.output import command_parser, show
 from bnguard.report.pages import page_view
 from bnguard.rules import rule_named
 

@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
         make_parser().parse_args(["--help"])
     # torch is imported from here on.
     from bnguard.cli.calibrating import recalibrate_checkpoint
-    from bnguard.cli.ranks import launched_ranks
+    from bnguard.cli.devices import launched_ranks
     from bnguard.lightning.scoring import quiet_lightning
 
     with launched_ranks(), quiet_lightning():

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser
-from bnguard.cli.showing import say
+from bnguard.cli.output import command_parser, say
 
 _EXAMPLES = """
 examples:
@@ -20,8 +19,7 @@ def run(arguments: list[str]) -> int:
     """Print the last report of each run in a log directory, or write all of it as one page."""
     values = make_parser().parse_args(arguments)
     # TensorBoard, which takes a second to import, is not needed to say what this does.
-    from bnguard.tensorboard.log_report import logged_runs
-    from bnguard.tensorboard.page import write_page
+    from bnguard.tensorboard.log_report import logged_runs, write_page
 
     folder = Path(values.logdir)
     if values.html is not None:

@@ -11,12 +11,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
 from bnguard.checkpoint.formats import checkpoint_at
-from bnguard.cli.data import Data, built_data, data_of_model, has_loaders
 from bnguard.cli.model_and_data import (
     OPTIONS,
+    Data,
     Subject,
+    built_data,
     built_model,
     configuration_beside,
+    data_of_model,
+    has_loaders,
     named_subjects,
 )
 from bnguard.errors import CheckpointError, ConfigurationError, nearest_name
@@ -251,7 +254,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
     Raises:
         CheckpointError: They do not fit.
     """
-    from bnguard.recalibration.selection import unwrapped
+    from bnguard.recalibration.options import unwrapped
 
     inner = unwrapped(model)
     try:

@@ -11,12 +11,11 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
-from bnguard.cli.data import Data
 from bnguard.cli.devices import lightning_device, usable_device
-from bnguard.cli.model_and_data import Subject
+from bnguard.cli.model_and_data import Data, Subject
+from bnguard.cli.output import say, show, show_document
 from bnguard.cli.request import Request, requested
 from bnguard.cli.scoring import NOT_SCORED, forward_of, has_validation, trainer_score
-from bnguard.cli.showing import say, show, show_document
 from bnguard.errors import ConfigurationError
 from bnguard.lightning.framework import fabric_of
 from bnguard.lightning.scoring import ValidationScore

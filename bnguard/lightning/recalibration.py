@@ -12,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError, user_code
+from bnguard.findings import counted, show
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.lightning.framework import LightningModule, Trainer, isolate_rng
-from bnguard.lightning.guard import GuardedCallback, guarded
 from bnguard.lightning.monitor import BatchNormMonitor
-from bnguard.lightning.samples import drawn_samples, plain_forward, split_samples, transferred
-from bnguard.lightning.scoring import ValidationScore, twin_of
-from bnguard.lightning.silence import unlogged
-from bnguard.lightning.trainer import Split, is_fitting
+from bnguard.lightning.scoring import (
+    ValidationScore,
+    drawn_samples,
+    plain_forward,
+    split_samples,
+    transferred,
+    twin_of,
+)
+from bnguard.lightning.trainer import GuardedCallback, Split, guarded, is_fitting, unlogged
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.api import recalibrate
 from bnguard.recalibration.result import Recalibration
-from bnguard.report.lines import counted, show
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 

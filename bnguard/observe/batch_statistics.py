@@ -9,15 +9,107 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from bnguard.layers.bn_layer import BatchNormLayer
-from bnguard.observe.history import BatchWindow, EvalWindow
-from bnguard.observe.hooks import Hooks
-from bnguard.observe.inputs import InputProbe
+from bnguard.layers.moments import channel_moments, values_per_channel, wide
+from bnguard.observe.history import BatchWindow, EvalWindow, Stream
+from bnguard.observe.hooks import Hooks, Note
+from bnguard.observe.layer_calls import (
+    ShapeProbe,
+    ShapeRecord,
+    is_recomputing,
+    saved_statistics,
+    saves_statistics,
+)
 from bnguard.observe.running_buffers import BufferReading, BufferRow
+
+# Batch statistics of single calls, for the few layers whose buffers do not tell them.
+
+
+@dataclass
+class Average:
+    """The average of batch statistics, mean and unbiased variance, shape ``(2, C)``."""
+
+    batches: int = 0
+    total: Tensor | None = None
+
+    def add(self, statistics: Tensor) -> None:
+        """Add those of one batch."""
+        self.batches += 1
+        self.total = statistics if self.total is None else self.total + statistics
+
+    def value(self) -> Tensor | None:
+        """Return the average; None of nothing."""
+        return None if self.total is None else self.total / self.batches
+
+
+@dataclass
+class _Record:
+    pending: Average
+    is_saved_by_autograd: bool = False
+
+
+class InputProbe:
+    """Takes the statistics of each batch from the call of a layer, and not from its buffers.
+
+    What autograd saved costs next to nothing; a look at the input where it saved nothing does.
+
+    Args:
+        layers: The layers to read; only these pay for it.
+    """
+
+    def __init__(self, layers: Iterable[BatchNormLayer]) -> None:
+        self.hooks = Hooks()
+        self._records: dict[str, _Record] = {}
+        for layer in layers:
+            record = self._records[layer.name] = _Record(Average())
+            self.hooks.after(layer.module, _input_note(layer, record))
+
+    def take(self, layer: str) -> tuple[Tensor, int] | None:
+        """Return the average of the batches since the last call, and their number."""
+        record = self._records[layer]
+        value, batches = record.pending.value(), record.pending.batches
+        record.pending = Average()
+        return None if value is None else (value, batches)
+
+    def place(self, layer: str) -> str:
+        """Return where the statistics of a layer are read: ``"autograd"`` or ``"inputs"``."""
+        record = self._records.get(layer)
+        return "autograd" if record is not None and record.is_saved_by_autograd else "inputs"
+
+
+def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Tensor | None:
+    """Return mean and unbiased variance of a batch, ``(2, C)``; None for no batch."""
+    if not (isinstance(value, Tensor) and layer.normalises(value)):
+        return None
+    n = values_per_channel(value.shape)
+    if n < 2:
+        return None
+    saved = saved_statistics(output, layer.eps)
+    if saved is None:
+        moments = channel_moments(value)
+        return torch.stack([moments.mean, moments.var_unbiased])
+    mean, var = saved
+    return torch.stack([wide(mean), var * (n / (n - 1))])
+
+
+def _input_note(layer: BatchNormLayer, record: _Record) -> Note:
+    @torch.no_grad()
+    def note(args: tuple[object, ...], output: object) -> None:
+        if not (args and layer.uses_batch_statistics):
+            return
+        statistics = batch_statistics(layer, args[0], output)
+        if statistics is not None:
+            record.is_saved_by_autograd = saves_statistics(output)
+            record.pending.add(statistics)
+
+    return note
+
 
 _Window = TypeVar("_Window", BatchWindow, EvalWindow)
 
@@ -199,3 +291,66 @@ def _imprecision(layer: BatchNormLayer, updates: int) -> str | None:
     if momentum is None and mean.dtype is torch.float32 and updates > 1000:
         return "an average over more than 1,000 batches leaves too few digits of the next"
     return None
+
+
+# Several calls of a layer in one step, told apart by their batch statistics.
+
+
+# Calls of a layer in one step that are told apart; further ones share the last.
+_MAX_STREAMS = 4
+# Calls of a stream that are read; what comes later costs nothing.
+_MAX_CALLS = 16
+
+
+class StreamProbe:
+    """Averages the batch statistics of the first, second, … call of a layer in a step.
+
+    Args:
+        shapes: Counts the calls of a step.
+    """
+
+    def __init__(self, shapes: ShapeProbe) -> None:
+        self.hooks = Hooks()
+        self._shapes = shapes
+        self._averages: dict[str, list[Average]] = {}
+
+    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Read these layers as well, until enough was seen of each."""
+        for layer in layers:
+            if layer.name not in self._averages:
+                averages = self._averages[layer.name] = []
+                record = self._shapes.records[layer.name]
+                self.hooks.after(layer.module, _stream_note(layer, record, averages))
+
+    def streams(self, layer: str) -> tuple[Stream, ...]:
+        """Return the average statistics of the first, second, … call of a layer in a step."""
+        averages = self._averages.get(layer, [])
+        return tuple(
+            Stream(mean=mean, var_unbiased=var, batches=average.batches)
+            for average in averages
+            if (value := average.value()) is not None
+            for mean, var in [value.cpu().numpy()]
+        )
+
+
+def _stream_note(layer: BatchNormLayer, record: ShapeRecord, averages: list[Average]) -> Note:
+    usual_momentum = layer.momentum
+
+    @torch.no_grad()
+    def note(args: tuple[object, ...], output: object) -> None:
+        if not (args and layer.uses_batch_statistics) or is_recomputing():
+            return
+        # Those who estimate the statistics anew set another momentum for it.
+        if layer.momentum != usual_momentum:
+            return
+        # The hook of the shape probe came before the call, and has counted it.
+        stream = min(max(record.calls_now, 1), _MAX_STREAMS) - 1
+        while len(averages) <= stream:
+            averages.append(Average())
+        if averages[stream].batches >= _MAX_CALLS:
+            return
+        statistics = batch_statistics(layer, args[0], output)
+        if statistics is not None:
+            averages[stream].add(statistics)
+
+    return note

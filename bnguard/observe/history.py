@@ -18,7 +18,6 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
-from bnguard.observe.preflight import Plan
 from bnguard.observe.windows import (
     BadValueOrigin,
     BatchWindow,
@@ -26,6 +25,7 @@ from bnguard.observe.windows import (
     EvalWindow,
     InputWindow,
     ModeGap,
+    Plan,
     RunningStatistics,
     Stream,
 )

@@ -7,16 +7,18 @@ one batch to the next, would make the batches differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import mean_and_biased_var
 from bnguard.observe.history import InputWindow
+from bnguard.observe.hooks import Hooks
 
 # Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
 # so few that the look costs next to nothing. Of the steps after the first, one in four is read.
@@ -157,3 +159,99 @@ def _features(inputs: Sequence[Tensor]) -> Tensor | None:
             flat = values.detach().flatten(1)
             return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
     return None
+
+
+# Whether what the model is given is finite: a NaN in the data is not a fault of the network.
+
+
+# Sums that wait on the device before they are looked at, where nobody asks earlier.
+_MAX_WAITING = 256
+
+
+class FinitenessProbe:
+    """Finds the first training step whose input held NaN or Inf.
+
+    Adds up each input, in which a NaN or an Inf stays, and looks at the sums when asked: nothing
+    waits for the device until then.
+    """
+
+    def __init__(self) -> None:
+        self.step = 1
+        self._first_bad_step: int | None = None
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def note(self, inputs: Sequence[Tensor]) -> None:
+        """Take in what a batch brings to the model."""
+        if self._first_bad_step is not None:
+            return
+        for values in inputs:
+            # In float32 at least: a sum in float16 overflows by itself.
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            self._waiting.append((self.step, values.detach().sum(dtype=dtype)))
+        if len(self._waiting) >= _MAX_WAITING:
+            self.first_bad_step()
+
+    def first_bad_step(self) -> int | None:
+        """Return the first step whose input was not finite; None where all were, or not seen."""
+        waiting, self._waiting = self._waiting, []
+        if waiting and self._first_bad_step is None:
+            device = waiting[0][1].device
+            sums = torch.stack([total.float().to(device) for _, total in waiting])
+            bad = (~sums.isfinite()).nonzero().flatten().tolist()
+            self._first_bad_step = waiting[bad[0]][0] if bad else None
+        return self._first_bad_step
+
+
+# What the model is given in training, whichever of its modules the training step calls.
+
+
+# Is given the floating-point tensors of a call.
+InputNote = Callable[[Sequence[Tensor]], None]
+
+
+class Entrance:
+    """Hands on the numbers that a batch of training brings to the model.
+
+    A training step may call the model, or one of its parts (``self.network(x)``) and never the
+    model itself; so the modules around the first BN layer are listened to, and of calls inside
+    each other the outermost counts.
+
+    Args:
+        model: The model.
+        notes: What the inputs are handed to.
+    """
+
+    def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
+        self.hooks = Hooks()
+        self._model = model
+        self._notes = notes
+        self._path: tuple[nn.Module, ...] = ()
+
+    def follow(self, first: nn.Module) -> None:
+        """Listen to the modules that contain this one, the BN layer that is called first."""
+        path = tuple(_around(first, self._model)) or (self._model,)
+        if path != self._path:
+            self._path = path
+            self.hooks.close()
+            self.hooks.before_outermost(path, self._enter)
+
+    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._model.training and torch.is_grad_enabled():
+            inputs = list(_numbers(args, kwargs))
+            for note in self._notes:
+                note(inputs)
+
+
+def _around(inner: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
+    """Return the modules that contain a module, the outermost first."""
+    for module in model.modules():
+        if module is not inner and any(part is inner for part in module.modules()):
+            yield module
+
+
+def _numbers(args: tuple[object, ...], kwargs: dict[str, object]) -> Iterator[Tensor]:
+    # The usual call has one tensor; to flatten it would cost more than all the rest.
+    is_usual = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+    for leaf in args if is_usual else tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided:
+            yield leaf

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers
+from bnguard.errors import ConfigurationError
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide
+from bnguard.layers.names import without_wrappers
 from bnguard.observe.history import LayerHistory, RunningStatistics
+from bnguard.observe.hooks import Hooks
 
 # Classes whose bias shifts a whole channel, so that BN takes it out again.
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -153,3 +161,246 @@ def _bounds(model: nn.Module) -> dict[int, str]:
         for module, activation in itertools.pairwise(parent)
         if isinstance(activation, _BOUNDED)
     }
+
+
+# What the optimizers do to the layers: which are frozen, and whose parameters decay.
+
+
+class OptimizerProbe:
+    """Tells which layers no optimizer trains.
+
+    Args:
+        optimizers: What trains the model, as far as that is known.
+        layers: The layers as they are when watching begins.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
+        self._optimizers = tuple(optimizers)
+        self._affine_at_start: dict[str, list[Tensor]] = {}
+        owned = self.owned_parameters()
+        for layer in layers:
+            self.note_start(layer, owned)
+
+    def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
+        """Take gamma and beta as they are now for those that training starts from."""
+        # Only those that no optimizer has may be frozen by standing still.
+        if self.is_left_out(layer, owned):
+            self._affine_at_start[layer.name] = [part.detach().clone() for part in layer.affine]
+
+    def owned_parameters(self) -> set[int]:
+        """Return the identities of the parameters that an optimizer has."""
+        return {
+            id(parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def trains(self, model: nn.Module) -> bool:
+        """Return whether an optimizer has any parameter of the model."""
+        owned = self.owned_parameters()
+        return any(id(parameter) in owned for parameter in model.parameters())
+
+    def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
+        """Return whether no optimizer has gamma and beta, where it has others."""
+        return bool(owned) and not _are_owned(layer.affine, owned)
+
+    def left_out_at_start(self, layer: BatchNormLayer) -> bool:
+        """Return whether no optimizer had gamma and beta when watching began, but had others."""
+        return bool(self._affine_at_start.get(layer.name))
+
+    def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
+        """Return whether gamma and beta cannot learn; None where there are none."""
+        parameters = layer.affine
+        if not parameters:
+            return None
+        if not any(parameter.requires_grad for parameter in parameters):
+            return True
+        if not owned or _are_owned(parameters, owned):
+            return False
+        at_start = self._affine_at_start.get(layer.name, [])
+        return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
+
+    def weight_decay(self, layer: BatchNormLayer) -> float | None:
+        """Return the largest weight decay on gamma or beta; None where no optimizer has them."""
+        own = set(map(id, layer.affine))
+        decays = [
+            float(group.get("weight_decay", 0.0))
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            if _are_owned(group["params"], own)
+        ]
+        return max(decays, default=None)
+
+
+def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
+    return any(id(parameter) in owned for parameter in parameters)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and torch.equal(now.detach().to(before), before)
+
+
+# Whether the weights are those that the newest step left, when an evaluation begins.
+
+
+_VERSION = operator.attrgetter("_version")
+
+
+class WeightProbe:
+    """Tells whether weights were written to between the newest step and an evaluation.
+
+    Loading, averaging, pruning and rounding do that.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._version = 0
+        self._trained: list[Tensor] = []
+        self.follow_model()
+        self._norms_at_start = self._norms()
+
+    def follow_model(self) -> None:
+        """Notice parameters that were added or removed."""
+        # Inference tensors do not count how often they were written to.
+        self._counting = [
+            parameter
+            for parameter in self._model.parameters()
+            if not (is_lazy(parameter) or parameter.is_inference())
+        ]
+
+    def note_step(self) -> None:
+        """Take the weights as those that a step has left; done at each, so that it has to be cheap.
+
+        That is a sum of numbers that rise whenever a parameter is written to in place.
+        """
+        self._version = sum(map(_VERSION, self._counting))
+
+    def start_evaluation(self) -> None:
+        """Keep gamma and beta as they are before what begins an evaluation."""
+        self._trained = self._affine_values()
+
+    def have_changed(self) -> bool:
+        """Return whether the weights are others than those of the newest step."""
+        if sum(map(_VERSION, self._counting)) != self._version:
+            return True
+        # A swap of averaged weights through .data leaves the versions as they are. What is sharded
+        # may be here at one time and not at the other, and tells nothing.
+        affine = self._affine_values()
+        is_comparable = len(affine) == len(self._trained)
+        return is_comparable and not all(map(torch.equal, affine, self._trained))
+
+    def have_changed_since_start(self) -> bool:
+        """Return whether the weights are others than when watching began."""
+        return self._norms() != self._norms_at_start
+
+    def _norms(self) -> list[float]:
+        """Return the norm of each weight, which says whether it was written to, at no memory."""
+        return [
+            parameter.detach().float().norm().item()
+            for parameter in self._counting
+            if not parameter.is_meta
+        ]
+
+    def _affine_values(self) -> list[Tensor]:
+        return [
+            part.detach().clone() for layer in find_layers(self._model) for part in layer.affine
+        ]
+
+
+# How a model differs from another of the same shape: in its weights, and in its statistics.
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def tensors_of(subject: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights and buffers by name, without what wrappers put before the names."""
+    state = subject.state_dict() if isinstance(subject, nn.Module) else subject
+    return {
+        without_wrappers(name): value.detach()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def weight_change(subject: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Return |weights - reference| / |reference|, Euclidean norms over all that both have.
+
+    Raises:
+        ConfigurationError: They have no weight of one name and shape.
+    """
+    change = size = 0.0
+    is_any = False
+    for name, value in subject.items():
+        other = reference.get(name)
+        if other is None or other.shape != value.shape or name.endswith(_STATISTICS):
+            continue
+        if not (value.is_floating_point() and other.is_floating_point()):
+            continue
+        is_any = True
+        other = other.to("cpu", torch.float64)
+        change += (value.to("cpu", torch.float64) - other).square().sum().item()
+        size += other.square().sum().item()
+    if not is_any:
+        raise ConfigurationError(
+            "the reference has no weight in common with what is inspected: give the model that it "
+            "was averaged, pruned or copied from"
+        )
+    return math.sqrt(change / size) if size > 0.0 else math.sqrt(change)
+
+
+def statistics_of(state: Mapping[str, Tensor], layer: str) -> RunningStatistics | None:
+    """Return the running statistics of the layer with this name; None where it has none."""
+    prefix = f"{layer}." if layer else ""
+    mean, var, counter = (state.get(prefix + name) for name in _STATISTICS)
+    return running_statistics(mean, var, counter)
+
+
+# When a state dict is loaded into a layer: its buffers change, and no batch did it.
+
+
+class LoadingProbe:
+    """Tells of each layer that a state dict was loaded into, as a part of a model as well.
+
+    Args:
+        layers: The layers to watch.
+        on_loaded: Called with a layer after it was loaded.
+    """
+
+    def __init__(
+        self, layers: Iterable[BatchNormLayer], on_loaded: Callable[[BatchNormLayer], None]
+    ) -> None:
+        self.hooks = Hooks()
+        self._on_loaded = on_loaded
+        self.follow(layers)
+
+    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Watch these layers from now on."""
+        self.hooks.close()
+        for layer in layers:
+            self.hooks.after_loading(layer.module, self._noted(layer))
+
+    def _noted(self, layer: BatchNormLayer) -> Callable[[object], None]:
+        return lambda incompatible_keys: self._on_loaded(layer)
+
+
+# Where DDP puts rank 0's buffers in place of a rank's own, before each forward.
+
+
+class BroadcastProbe:
+    """Tells, on other ranks than 0, when a forward begins, with the buffers as they are by then.
+
+    Args:
+        model: The model, wrapped or not; DDP writes the buffers before it calls what it wraps.
+        on_forward: Called at each forward, not at those that it makes of itself.
+    """
+
+    def __init__(self, model: nn.Module, on_forward: Callable[[], None]) -> None:
+        self.hooks = Hooks()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            inner = next(module for module in model.modules() if not is_wrapper(module))
+            self.hooks.before_outermost([inner], lambda args, kwargs: on_forward())

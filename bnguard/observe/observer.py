@@ -10,24 +10,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers
-from bnguard.observe.batch_statistics import BatchProbe, fitting
-from bnguard.observe.broadcasts import BroadcastProbe
-from bnguard.observe.entrance import Entrance
+from bnguard.observe.batch_statistics import BatchProbe, StreamProbe, fitting
 from bnguard.observe.eval_statistics import EvalProbe
-from bnguard.observe.finiteness import FinitenessProbe
 from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
-from bnguard.observe.loading import LoadingProbe
 from bnguard.observe.mode_gap import GapProbe
-from bnguard.observe.model_inputs import SampleProbe
-from bnguard.observe.model_state import describe_layers, running_statistics
+from bnguard.observe.model_inputs import Entrance, FinitenessProbe, SampleProbe
+from bnguard.observe.model_state import (
+    BroadcastProbe,
+    LoadingProbe,
+    OptimizerProbe,
+    WeightProbe,
+    describe_layers,
+    running_statistics,
+)
 from bnguard.observe.nan_origin import OriginProbe
-from bnguard.observe.optimizers import OptimizerProbe
-from bnguard.observe.preflight import Plan
 from bnguard.observe.running_buffers import BufferReading
-from bnguard.observe.streams import StreamProbe
-from bnguard.observe.weights import WeightProbe
+from bnguard.observe.windows import Plan
 
 # Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
 _MAX_EARLIER_GAPS = 4

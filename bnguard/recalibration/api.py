@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from bnguard.distributed import Ranks, current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
@@ -31,22 +32,39 @@ from bnguard.layers.distances import (
     updates_to_forget,
 )
 from bnguard.observe.history import LayerHistory, RunningStatistics
-from bnguard.process_group import Ranks, current_ranks
-from bnguard.recalibration.adapt import mixed_with_source
 from bnguard.recalibration.batches import Forward, read_batches
-from bnguard.recalibration.borrowing import borrowed
-from bnguard.recalibration.calibration import Calibration, Estimate, Job, OnNonfinite, unbiased
 from bnguard.recalibration.exact import calibrate_exactly
 from bnguard.recalibration.memory import memory_limit
 from bnguard.recalibration.modegap import GapMeter, GapSamples
-from bnguard.recalibration.options import Score, as_number, require_samples, require_score
+from bnguard.recalibration.options import (
+    Score,
+    SkippedLayer,
+    as_number,
+    require_samples,
+    require_score,
+    select_layers,
+    unwrapped,
+)
 from bnguard.recalibration.overlap import SampleMarks
-from bnguard.recalibration.pooled import calibrate_by_moving_average, calibrate_precisely
-from bnguard.recalibration.progress import Progress, Silent
+from bnguard.recalibration.pooled import (
+    calibrate_by_moving_average,
+    calibrate_precisely,
+    mixed_with_source,
+)
 from bnguard.recalibration.result import LayerChange, Recalibration
-from bnguard.recalibration.selection import SkippedLayer, select_layers, unwrapped
-from bnguard.recalibration.snapshot import Snapshot
-from bnguard.recalibration.statistics import current_statistics, fitted
+from bnguard.recalibration.statistics import (
+    Calibration,
+    Estimate,
+    Job,
+    OnNonfinite,
+    Progress,
+    Silent,
+    Snapshot,
+    borrowed,
+    current_statistics,
+    fitted,
+    unbiased,
+)
 
 Keep = Literal["if-better", "always"]
 
@@ -265,7 +283,7 @@ def _shown(progress: bool, ranks: Ranks) -> Iterator[Progress]:
     if not progress or ranks.rank or not sys.stderr.isatty():
         yield Silent()
         return
-    from bnguard.report.progress import CalibrationBar
+    from bnguard.report.terminal import CalibrationBar
 
     with CalibrationBar() as bar:
         yield bar

@@ -17,12 +17,11 @@ from math import ceil
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.calibration import Calibration, Job
-from bnguard.recalibration.chunks import Chunk, ChunkedBatches
+from bnguard.recalibration.layer_inputs import IrregularError, NonFiniteError, PartingError
 from bnguard.recalibration.lockstep import lockstep
+from bnguard.recalibration.memory import Chunk, ChunkedBatches
 from bnguard.recalibration.replay import replay
-from bnguard.recalibration.sampling import Pool, is_precise
-from bnguard.recalibration.settling import IrregularError, NonFiniteError, PartingError
+from bnguard.recalibration.statistics import Calibration, Job, Pool, is_precise
 from bnguard.recalibration.trial_forward import Habits, first_few, learn_habits
 
 # Each chunk is a thread: small batches are joined so that there are about so many, ...

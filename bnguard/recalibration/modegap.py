@@ -13,8 +13,7 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, call, can_be_joined, joined
-from bnguard.recalibration.borrowing import borrowed
-from bnguard.recalibration.statistics import write_statistics
+from bnguard.recalibration.statistics import borrowed, write_statistics
 
 _MOST_SAMPLES = 64
 

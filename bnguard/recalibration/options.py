@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from numbers import Integral
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper, without_layers
 
 Score = Callable[[nn.Module], float]
 
@@ -64,3 +68,106 @@ def as_number(score: object) -> float:
         raise ConfigurationError(
             f"score= has to return a number, the higher the better, not {score!r}"
         ) from error
+
+
+# Which BN layers of a model a repair works on, and why the others stay as they are.
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A BN layer that stays as it was.
+
+    Attributes:
+        name: Dotted name of the layer.
+        reason: Why; a clause that has the layer as its subject.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The BN layers of a model, those to work on and the others.
+
+    Attributes:
+        layers: Those to work on.
+        skipped: The others.
+    """
+
+    layers: tuple[BatchNormLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+
+def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
+    """Return the BN layers that have statistics to compute anew.
+
+    Args:
+        model: The model, in the modes in which the user holds it.
+        names: Names or patterns (``"backbone.*"``) of the layers wanted; None for all.
+
+    Raises:
+        CalibrationError: There is no such layer, or one holds no values yet.
+        ConfigurationError: A name or pattern matches no layer.
+    """
+    found = find_layers(model)
+    if not found:
+        raise CalibrationError(f"{without_layers(model)}: nothing to recalibrate")
+    patterns = None if names is None else patterns_of("layers", names, found)
+    reasons = [(layer, _reason_to_skip(layer, model, patterns)) for layer in found]
+    chosen = tuple(layer for layer, reason in reasons if reason is None)
+    skipped = tuple(SkippedLayer(layer.name, reason) for layer, reason in reasons if reason)
+    if not chosen:
+        raise CalibrationError(
+            f"no BN layer is left to recalibrate: {skipped[0].name} {skipped[0].reason}"
+        )
+    return Selection(chosen, skipped)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while is_wrapper(model):
+        inner = getattr(model, "_orig_mod", None) or model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> tuple[str, ...]:
+    """Return the patterns that an option gives, one alone too.
+
+    Raises:
+        ConfigurationError: One of them matches no layer.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        names = (names,)
+    patterns = tuple(map(str, names))
+    for pattern in patterns:
+        if not any(fnmatchcase(layer.name, pattern) for layer in found):
+            raise ConfigurationError(
+                f"{option}={pattern!r} matches no BN layer: there are {found[0].name!r} and "
+                f"{len(found) - 1} more"
+            )
+    return patterns
+
+
+def _reason_to_skip(
+    layer: BatchNormLayer, model: nn.Module, patterns: Sequence[str] | None
+) -> str | None:
+    if patterns is not None and not any(fnmatchcase(layer.name, each) for each in patterns):
+        return "is not among the layers asked for"
+    if is_lazy(getattr(layer.module, layer.adapter.mean)):
+        raise CalibrationError(
+            f"{layer.name} is lazy and has seen no batch: put one through the model first"
+        )
+    if layer.running_mean is not None and layer.running_mean.is_meta:
+        raise CalibrationError(
+            f"{layer.name} is on the meta device and holds no values: load the weights first"
+        )
+    if not layer.is_tracking:
+        return "has no running statistics"
+    if layer.adapter.momentum == 0.0:
+        return "is of a class that never moves its statistics"
+    if model.training and not layer.is_training:
+        return "is in eval mode while the model is in train mode"
+    return None

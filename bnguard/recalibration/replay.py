@@ -19,13 +19,11 @@ from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.randomness import seeded
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.calibration import Job
-from bnguard.recalibration.chunks import Chunk
-from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, on_host
-from bnguard.recalibration.observation import Observation, differing_layers, observe
-from bnguard.recalibration.settling import settle
-from bnguard.recalibration.statistics import changed_statistics
-from bnguard.recalibration.walks import Abandoned
+from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, on_host, settle
+from bnguard.recalibration.lockstep import Abandoned
+from bnguard.recalibration.memory import Chunk
+from bnguard.recalibration.statistics import Job, changed_statistics
+from bnguard.recalibration.trial_forward import Observation, differing_layers, observe
 
 # A layer depends on another where its input moves by this share of a standard deviation.
 _DEPENDS = 1e-4

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.bn_layer import (
+    BatchNormLayer,
+    as_written,
+    preserved_buffers,
+    preserved_modes,
+    preserved_random_state,
+)
+from bnguard.layers.moments import Moments, merge_moments
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.batches import Batch, Forward, call
 
 
 @contextmanager
@@ -93,3 +105,275 @@ def _statistics_put_back(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
     finally:
         for holder, key, tensor in kept:
             holder[key] = tensor
+
+
+# How far a calibration is, told to whoever shows it.
+
+
+class Progress(Protocol):
+    """Is told how far a calibration is, from any thread."""
+
+    def start(self, samples: int, layers: int) -> None:
+        """Begin anew: so many samples are to pass so many layers."""
+
+    def advance(self, samples: int) -> None:
+        """So many samples passed one more layer."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, samples: int, layers: int) -> None:
+        """Do nothing."""
+
+    def advance(self, samples: int) -> None:
+        """Do nothing."""
+
+
+# What is to be calibrated, on what, and what came of it.
+
+
+OnNonfinite = Literal["skip", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Statistics that a layer is to have.
+
+    Attributes:
+        mean: Shape ``(C,)``, float64.
+        var: The unbiased estimate, shape ``(C,)``, float64.
+        values: Values per channel that they come from.
+    """
+
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+# From a layer, the moments of what arrives at it, and the number of samples behind them.
+Estimator = Callable[[BatchNormLayer, Moments, int], Estimate]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """A calibration to do.
+
+    Attributes:
+        model: The model, in eval mode, with statistics that may be written to.
+        device: Where it is.
+        noise: How far sums in another order come out different, as a share of their terms.
+        layers: The layers to compute.
+        batches: This rank's share of the data.
+        samples: How many samples that is at most.
+        forward: How the model is called; None for the way that most loaders mean.
+        estimate: What becomes a layer's statistics.
+        on_nonfinite: What to do about a batch with NaN or Inf at a layer.
+        memory: Bytes that the set may take at once.
+        tolerance: Stop at this standard error, as a share of the standard deviation.
+        ranks: Who takes part.
+        progress: Is told how far it is.
+    """
+
+    model: nn.Module
+    device: torch.device
+    noise: float
+    layers: tuple[BatchNormLayer, ...]
+    batches: Iterator[Batch]
+    samples: int
+    forward: Forward | None
+    estimate: Estimator
+    on_nonfinite: OnNonfinite
+    memory: int
+    tolerance: float | None
+    ranks: Ranks
+    progress: Progress
+
+    def run(self, batch: Batch) -> None:
+        """Put a copy of a batch through the model, which may write to it."""
+        call(self.model, self.forward, batch.copied())
+
+    def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
+        """Accept that a batch with NaN or Inf is left out, or raise.
+
+        Raises:
+            CalibrationError: ``on_nonfinite`` is ``"error"``.
+        """
+        if self.on_nonfinite == "error":
+            raise CalibrationError(
+                f"batch {batch.index} has NaN or Inf where it arrives at {layer.name}: mend the "
+                "data, or leave such batches out with on_nonfinite='skip'"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration:
+    """What came of a job, over all ranks.
+
+    Attributes:
+        estimates: What the layers that were reached are to have, by name.
+        samples: Samples used.
+        batches: Batches used.
+        virtual_batches: As how many virtual batches they ran; 1 is exact.
+        left_out: Batches left out since they had NaN or Inf.
+        is_within_tolerance: Whether the standard errors came below the tolerance.
+    """
+
+    estimates: Mapping[str, Estimate]
+    samples: int
+    batches: int
+    virtual_batches: int
+    left_out: int
+    is_within_tolerance: bool = False
+
+
+def unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+    """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
+
+    Raises:
+        CalibrationError: There are fewer than two values a channel.
+    """
+    if moments.count < 2:
+        raise CalibrationError(
+            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
+            "samples"
+        )
+    return Estimate(moments.mean, moments.var_unbiased, moments.count)
+
+
+# How far statistics from a sample of the data can be from those of all of it.
+
+
+# Fewer parts say too little about how they scatter.
+_MIN_PARTS = 8
+_MOST_PARTS = 64
+
+
+class Pool:
+    """What arrived at each layer, in at most 64 parts; more are merged in pairs."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[Moments]] = {}
+
+    def add(self, arrived: Mapping[int, Iterable[Moments]]) -> None:
+        """Take in what arrived, by the index of the layer."""
+        for index, moments in arrived.items():
+            parts = self._parts.setdefault(index, [])
+            parts.extend(moments)
+            while len(parts) > _MOST_PARTS:
+                parts[:] = [merge_moments(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+
+    @property
+    def parts(self) -> Mapping[int, Sequence[Moments]]:
+        """What arrived, by the index of the layer."""
+        return self._parts
+
+    def merged(self) -> dict[int, Moments]:
+        """Return the moments of all that arrived at each layer, by its index."""
+        return {index: merge_moments(parts) for index, parts in self._parts.items()}
+
+
+def is_precise(arrived: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
+    """Return whether the standard errors of every layer's statistics are within a tolerance.
+
+    Args:
+        arrived: What arrived at each layer, in parts that were drawn at random.
+        tolerance: Largest standard error of a mean, in standard deviations, and of the logarithm
+            of a variance.
+    """
+    return all(
+        len(parts) >= _MIN_PARTS and bool((torch.cat(standard_errors(parts)) <= tolerance).all())
+        for parts in arrived.values()
+    )
+
+
+def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+    """Return the standard errors of mean and variance, as seen in how parts of a sample scatter.
+
+    The parts are clusters, so that values that belong together, as the pixels of an image do, do
+    not count as independent: the linearised variance of a ratio of cluster totals (Cochran,
+    "Sampling Techniques", 3rd edition 1977, section 6.4).
+
+    Args:
+        parts: At least two parts with values in them.
+
+    Returns:
+        That of the mean in standard deviations, and that of the logarithm of the variance, both
+        of shape ``(C,)``.
+    """
+    filled = [part for part in parts if part.count > 0]
+    whole = merge_moments(filled)
+    var = whole.var_biased.clamp_min(torch.finfo(torch.float32).tiny)
+    weights = torch.tensor([part.count / whole.count for part in filled], dtype=torch.float64)
+    offsets = torch.stack([part.mean - whole.mean for part in filled])
+    spreads = torch.stack([part.var_biased for part in filled]) + offsets**2 - whole.var_biased
+    correction = len(filled) / (len(filled) - 1)
+    scatter = (weights[:, None] ** 2 * torch.stack([offsets**2, spreads**2])).sum(1) * correction
+    return scatter[0].sqrt() / var.sqrt(), scatter[1].sqrt() / var
+
+
+# A model on loan to a calibration: prepared for it, and given back as it was.
+
+
+@contextmanager
+def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Prepare a model for calibration, and give it back as it was.
+
+    It is in eval mode, without gradients, as it was written and not as it was compiled, and its
+    layers have statistics that may be written to.
+    """
+    with (
+        preserved_modes(model),
+        preserved_random_state(model),
+        preserved_buffers(model),
+        _preserved_gradients(model),
+        torch.no_grad(),
+        as_written(),
+        working_statistics(layers),
+    ):
+        model.eval()
+        yield
+
+
+@contextmanager
+def _preserved_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep gradients out of the reach of forwards that call ``backward``."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+# The running statistics of some layers as they were, and the way back to them.
+
+
+class Snapshot:
+    """Running statistics and counters of layers, as they are when this is made."""
+
+    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
+        self.statistics = {layer.name: running_statistics(layer) for layer in layers}
+        self._buffers = [
+            (holder[key], holder[key].detach().clone())
+            for layer in layers
+            for holder, key in layer.statistics()
+        ]
+
+    def restore(self) -> None:
+        """Put the values back into the tensors that they were taken from."""
+        with torch.no_grad():
+            for buffer, values in self._buffers:
+                buffer.copy_(values)
+
+
+def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
+    """Return the statistics that a layer has now, on the host in float64."""
+    mean, var = current_statistics(layer)
+    return RunningStatistics(
+        mean=mean.cpu().double().numpy().copy(),
+        var=var.cpu().double().numpy().copy(),
+        updates=None if layer.counter is None else int(layer.counter),
+    )

@@ -9,8 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
-from bnguard.rules.drift_causes import Cause, cause_in_chain, doubt_of_drift
-from bnguard.rules.drifts import Drift
+from bnguard.rules.drift_causes import Cause, Drift, cause_in_chain, doubt_of_drift
 from bnguard.rules.limits import (
     DRIFT_LIMITS,
     Distance,

@@ -23,8 +23,7 @@ from bnguard.layers.bn_layer import (
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import arrivals
-from bnguard.recalibration.options import is_whole
-from bnguard.recalibration.selection import patterns_of
+from bnguard.recalibration.options import is_whole, patterns_of
 from bnguard.swapping.engine import Engine, engine_of
 from bnguard.swapping.result import ReplacedLayer, Swap
 from bnguard.swapping.surgery import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from bnguard.recalibration.selection import SkippedLayer
+from bnguard.recalibration.options import SkippedLayer
 from bnguard.swapping.distillation import Distillation
 from bnguard.version import __version__
 

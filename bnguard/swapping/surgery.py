@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.adapters import adapter_of
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper, without_layers
+from bnguard.layers.bn_layer import (
+    BatchNormLayer,
+    adapter_of,
+    find_layers,
+    is_wrapper,
+    without_layers,
+)
 from bnguard.layers.moments import wide
-from bnguard.recalibration.selection import SkippedLayer, patterns_of
+from bnguard.recalibration.options import SkippedLayer, patterns_of
 from bnguard.swapping.targets import Target
 
 Replacements = Mapping[nn.Module, nn.Module]

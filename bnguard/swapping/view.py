@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.report.lines import counted
+from bnguard.findings import counted
 
 if TYPE_CHECKING:
     from bnguard.swapping.result import ReplacedLayer, Swap

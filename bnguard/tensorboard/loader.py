@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
+from tensorboard.plugins import base_plugin
 
 _PLUGIN_NAME = "bnguard"
 

@@ -2,17 +2,253 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from bnguard.errors import user_code
 from bnguard.findings import Finding
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import LayerHistory
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
-from bnguard.tensorboard.lean import lean_scalars
+from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.measures import dead_channels, measured
-from bnguard.tensorboard.metadata import standard_metrics
-from bnguard.tensorboard.records import SUBJECTS, Record, finding_record, repair_command
-from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.metadata import (
+    CHANNEL_ROWS,
+    CHANNELS_TAG,
+    FINDINGS_TAG,
+    STATS_TAG,
+    Header,
+    Metric,
+    encode_rows,
+    standard_metrics,
+)
+from bnguard.tensorboard.records import (
+    SUBJECTS,
+    Record,
+    encode_findings,
+    finding_record,
+    repair_command,
+)
+
+# What viewers without the tab are given: a few scalars a metric, and the findings as Markdown.
+
+
+_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+
+
+def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
+    """Return quantiles over the layers, and the worst layer, of each metric that has them.
+
+    At most four a metric, however many layers: 5 %, 50 %, 95 %, and ``max``, or ``min`` where the
+    fault lies below the limit. Values that are not finite are left out.
+
+    Args:
+        metrics: What the rows are.
+        values: Shape ``(metrics, layers)``.
+
+    Example:
+        >>> shift = Metric(key="shift", name="Shift", unit="σ", description="", panel="")
+        >>> lean_scalars([shift], [[1.0, 3.0]])["bnguard/shift/max"]
+        3.0
+    """
+    scalars: dict[str, float] = {}
+    for metric, row in zip(metrics, np.asarray(values, dtype=np.float64), strict=True):
+        known = row[np.isfinite(row)]
+        if not metric.has_quantiles or known.size == 0:
+            continue
+        if metric.limit_side == "either":
+            known = np.abs(known)
+        for name, quantile in _QUANTILES.items():
+            scalars[f"bnguard/{metric.key}/{name}"] = float(np.quantile(known, quantile))
+        if metric.limit_side == "below":
+            scalars[f"bnguard/{metric.key}/min"] = float(known.min())
+        else:
+            scalars[f"bnguard/{metric.key}/max"] = float(known.max())
+    return scalars
+
+
+def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
+    """Return findings as a Markdown table, in which nothing but the table is markup.
+
+    Findings of one rule and severity share a row, so that one cause does not fill the page.
+
+    >>> print(findings_markdown([]))
+    Nothing is wrong.
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in map(finding_record, findings):
+        groups.setdefault((record["code"], record["severity"]), []).append(record)
+    if not groups:
+        return "Nothing is wrong."
+    head = "| finding | severity | layer | since step | evidence | next step |"
+    rows = ["| " + " | ".join(map(_cell, _cells(group))) + " |" for group in groups.values()]
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def _cells(group: Sequence[Record]) -> tuple[str, ...]:
+    record = group[0]
+    evidence, fix = record["evidence"], record["fix"]
+    where = "the model" if record["layer"] is None else record["layer"]
+    return (
+        f"{record['code']} {record['name']}",
+        record["severity"],
+        where if len(group) == 1 else f"{len(group)} layers, worst {where}",
+        str(min((r["step"] for r in group if r["step"] is not None), default="")),
+        f"{record['message']}: {evidence['name']} {_amount(evidence['value'], evidence['unit'])} "
+        f"(limit {_amount(evidence['limit'], evidence['unit'])})",
+        fix["command"] or fix["summary"],
+    )
+
+
+def _amount(value: float | str | None, unit: str) -> str:
+    number = f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
+    return f"{number} {unit}".rstrip()
+
+
+def _cell(text: str) -> str:
+    """Escape what Markdown or HTML would read as markup: names come from anywhere."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
+
+
+# Writes what the BatchNorm tab shows, into the event file of the user's own summary writer.
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChannelSnapshot:
+    """What is known of each channel of a layer at one step; arrays have shape ``(C,)``.
+
+    Attributes:
+        running_mean: Running mean.
+        running_var: Running variance.
+        batch_mean: Mean of the training batch; None where not observed, as for the others.
+        batch_var: Variance of the training batch.
+        eval_mean: Mean of what arrived in eval mode.
+        eval_var: Variance of what arrived in eval mode.
+        gamma: Scale; None without affine parameters.
+        beta: Offset.
+        is_dead: Which channels have no variance, as a rule sees it; None for those whose running
+            variance is not above ``eps``.
+        eps: What is added to a variance before the square root.
+    """
+
+    running_mean: FloatArray
+    running_var: FloatArray
+    batch_mean: FloatArray | None = None
+    batch_var: FloatArray | None = None
+    eval_mean: FloatArray | None = None
+    eval_var: FloatArray | None = None
+    gamma: FloatArray | None = None
+    beta: FloatArray | None = None
+    is_dead: npt.NDArray[np.bool_] | None = None
+    eps: float = 1e-5
+
+    def rows(self) -> npt.NDArray[np.float16]:
+        """Return the snapshot as it is stored: ``CHANNEL_ROWS`` by channels, float16."""
+        running_mean = np.asarray(self.running_mean, dtype=np.float64)
+        running_var = np.asarray(self.running_var, dtype=np.float64)
+        unknown = np.full(running_mean.shape, np.nan)
+
+        def shift(mean: FloatArray | None) -> FloatArray:
+            known = unknown if mean is None else np.asarray(mean, dtype=np.float64)
+            return shift_std(known, running_mean, running_var, self.eps)
+
+        def ratio(var: FloatArray | None) -> FloatArray:
+            known = unknown if var is None else np.asarray(var, dtype=np.float64)
+            return log_variance_ratio(known, running_var, self.eps)
+
+        # Poisoned statistics give NaN and overflowing ones Inf: both are meant to be seen.
+        with np.errstate(all="ignore"):
+            rows = {
+                "batch_shift_std": shift(self.batch_mean),
+                "batch_log_variance_ratio": ratio(self.batch_var),
+                "eval_shift_std": shift(self.eval_mean),
+                "eval_log_variance_ratio": ratio(self.eval_var),
+                "running_mean": running_mean,
+                "running_std": np.sqrt(running_var + self.eps),
+                "gamma": np.ones_like(unknown) if self.gamma is None else self.gamma,
+                "beta": np.zeros_like(unknown) if self.beta is None else self.beta,
+                "is_dead": running_var <= self.eps if self.is_dead is None else self.is_dead,
+            }
+            return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
+
+
+class BatchNormLog:
+    """Writes the log of one run: the statistics of every logged step, findings, channels.
+
+    Args:
+        writer: A ``SummaryWriter`` of torch or tensorboardX.
+        layers: Names of the layers in forward order.
+        metrics: What the rows of the statistics are; see ``metadata.standard_metrics``.
+        kinds: Class name of each layer, so that runs with other norms can be compared.
+    """
+
+    def __init__(
+        self,
+        writer: object,
+        layers: Sequence[str],
+        metrics: Sequence[Metric],
+        kinds: Sequence[str] = (),
+    ) -> None:
+        self._writer = writer
+        self._sink = EventSink(writer)
+        self._header = Header(layers=tuple(layers), metrics=tuple(metrics), kinds=tuple(kinds))
+        self._content = self._header.encode()
+        self._last_step: int | None = None
+        self._last_findings = encode_findings([])
+
+    def add_stats(self, values: npt.ArrayLike, step: int) -> None:
+        """Write one number a metric and layer; a step that was written already is passed over.
+
+        Args:
+            values: Shape ``(metrics, layers)``; NaN where something was not observed.
+            step: Training step.
+
+        Raises:
+            ValueError: The shape is another.
+        """
+        tensor = np.asarray(values, dtype=np.float32)
+        if tensor.shape != self._header.shape:
+            raise ValueError(
+                f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
+            )
+        # With gradient accumulation a step is logged once a micro-batch.
+        if step == self._last_step:
+            return
+        self._last_step = step
+        self._sink.add_array(STATS_TAG, tensor, step, self._content)
+
+    def add_findings(self, findings: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Write all findings so far, where they differ from those written last.
+
+        They are written as Markdown text as well, for viewers without the tab.
+
+        Args:
+            findings: Records as in :mod:`bnguard.tensorboard.records`; what ``Finding.to_dict``
+                returns will do.
+            step: Training step.
+        """
+        records = list(findings)
+        text = encode_findings(records)
+        if text == self._last_findings:
+            return
+        self._last_findings = text
+        self._sink.add_string(FINDINGS_TAG, text, step)
+        add_text = getattr(self._writer, "add_text", None)
+        if add_text is not None:
+            markdown = findings_markdown(records)
+            with user_code(type(self._writer).__name__):
+                add_text(FINDINGS_TAG, markdown, step)
+
+    def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
+        """Write what is known of each channel of a layer."""
+        self._sink.add_array(CHANNELS_TAG + layer, snapshot.rows(), step, encode_rows(CHANNEL_ROWS))
 
 
 class ReportLog:

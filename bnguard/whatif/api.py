@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bnguard.distributed import current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
@@ -23,21 +24,31 @@ from bnguard.layers.bn_layer import (
     without_layers,
 )
 from bnguard.layers.distances import initial_weight
-from bnguard.process_group import current_ranks
 from bnguard.recalibration.batches import Forward
-from bnguard.recalibration.options import Score, require_batch_sizes, require_samples, require_score
-from bnguard.recalibration.selection import select_layers, unwrapped
-from bnguard.recalibration.snapshot import running_statistics
-from bnguard.whatif.bench import Bench, drift
+from bnguard.recalibration.options import (
+    Score,
+    require_batch_sizes,
+    require_samples,
+    require_score,
+    select_layers,
+    unwrapped,
+)
+from bnguard.recalibration.statistics import running_statistics
 from bnguard.whatif.blame import blamed_layers
 from bnguard.whatif.causes import named_cause
-from bnguard.whatif.cures import Cure, averaged_over_batches, recalibrated
-from bnguard.whatif.evidence import MAX_STORED_DRIFT, Numbers, Training
+from bnguard.whatif.evidence import (
+    MAX_STORED_DRIFT,
+    Cure,
+    Numbers,
+    Training,
+    averaged_over_batches,
+    recalibrated,
+    told_by_training,
+)
 from bnguard.whatif.result import Diagnosis
 from bnguard.whatif.samples import Samples, read_samples
 from bnguard.whatif.statistics import Statistics, lent_statistics
-from bnguard.whatif.table import Table, measured_table
-from bnguard.whatif.training import told_by_training
+from bnguard.whatif.table import Bench, Table, drift, measured_table
 
 
 def diagnose(

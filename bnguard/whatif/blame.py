@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bnguard.whatif.bench import Bench
-from bnguard.whatif.cures import Cure
+from bnguard.whatif.evidence import Cure
 from bnguard.whatif.result import LayerShare
+from bnguard.whatif.table import Bench
 
 # So many samples tell which layers do the harm.
 _SAMPLES = 256

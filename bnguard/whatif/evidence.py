@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnguard.errors import CalibrationError
+from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.moments import Moments
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.batches import Forward
+from bnguard.recalibration.layer_inputs import arrived_moments, is_finite, on_host
+from bnguard.recalibration.result import LayerChange
 from bnguard.whatif.result import Row
-from bnguard.whatif.samples import BatchOrder
+from bnguard.whatif.samples import BatchOrder, Samples
+from bnguard.whatif.statistics import Statistics, lent_statistics
+from bnguard.whatif.table import CHANNEL_QUANTILE, Bench
 
 # Between stored and recalibrated statistics, healthy networks change their outputs by up to 0.25 σ,
 # 4 % of their predictions, and their score by up to 1.7 %. Less than all of these is no harm.
@@ -248,3 +263,172 @@ def _distance(row: Row) -> float:
 
 def _number_or_lowest(score: float | None) -> float:
     return -math.inf if score is None or math.isnan(score) else score
+
+
+# Statistics to try in place of the stored ones, computed from data.
+
+
+@dataclass(frozen=True, eq=False)
+class Cure:
+    """Statistics that were computed from samples.
+
+    Attributes:
+        changes: How far each layer's are from the stored ones, by the layer's name.
+        left_out: Batches that were left out, for they bring NaN or Inf to a layer.
+        notes: What a reader should know of how they were computed.
+    """
+
+    changes: Mapping[str, LayerChange]
+    left_out: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics, by the layer's name."""
+        return {name: change.after for name, change in self.changes.items()}
+
+
+def recalibrated(
+    model: nn.Module,
+    layers: Sequence[BatchNormLayer],
+    samples: Samples,
+    *,
+    forward: Forward | None,
+    progress: bool,
+) -> Cure:
+    """Return what a recalibration on these samples would store; the model keeps what it has.
+
+    Where a layer has no exact statistics, for it is called on what its own output led to, those
+    of batches are pooled in their place.
+
+    Raises:
+        CalibrationError: The statistics cannot be computed.
+    """
+
+    def computed(method: str, *notes: str) -> Cure:
+        with lent_statistics(layers), warnings.catch_warnings():
+            # It stands among the notes.
+            warnings.filterwarnings("ignore", "bnguard: .* left out")
+            result = recalibrate(
+                model,
+                samples.fresh_payloads(),
+                method=method,
+                samples=len(samples),
+                forward=forward,
+                progress=progress,
+            )
+        return Cure(
+            changes={change.name: change for change in result.layers},
+            left_out=result.left_out,
+            notes=(*notes, *result.notes),
+        )
+
+    try:
+        return computed("exact")
+    except CalibrationError as error:
+        reason = str(error).partition(":")[0]
+        return computed("precise", f"pooled over batches, for there is nothing exact ({reason})")
+
+
+def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:
+    """Return where training on these batches would bring the statistics: the mean of theirs.
+
+    Each batch is normalised by its own statistics; a running average that has converged is the
+    mean of the batch means, and of the unbiased batch variances.
+    """
+    parts: dict[str, list[Moments]] = {}
+
+    def arrive(index: int, values: Tensor) -> None:
+        moments = on_host(arrived_moments(values))
+        if moments.count > 1 and is_finite(moments):
+            parts.setdefault(bench.layers[index].name, []).append(moments)
+
+    bench.arrive_in_batches(arrive)
+    return Cure(
+        {
+            layer.name: LayerChange(
+                name=layer.name,
+                before=stored[layer.name],
+                after=_mean(parts[layer.name]),
+                eps=layer.eps,
+                values=sum(part.count for part in parts[layer.name]),
+            )
+            for layer in bench.layers
+            if layer.name in parts
+        }
+    )
+
+
+def _mean(parts: Sequence[Moments]) -> RunningStatistics:
+    mean = torch.stack([part.mean for part in parts]).mean(0)
+    var = torch.stack([part.var_unbiased for part in parts]).mean(0)
+    return RunningStatistics(mean=mean.numpy(), var=var.numpy(), updates=None)
+
+
+# What the training data tell of how the stored statistics came about.
+
+
+# The quantile of the absolute value of a normal variable that CHANNEL_QUANTILE is: 90 %.
+_NORMAL_QUANTILE = 1.645
+
+
+def told_by_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training:
+    """Return what the training data tell.
+
+    Args:
+        bench: The model on the training data.
+        from_data: Statistics of all of them.
+        from_batches: What training on their batches would store.
+    """
+    samples = bench.samples
+    order, change, flipped_share = samples.order, None, None
+    if order is not None and order.is_sorted:
+        shuffled = bench.outputs_in_shuffled_batches()
+        if shuffled is not None:
+            as_they_come = bench.outputs_in_batches(samples.batches)
+            change = as_they_come.change_from(shuffled)
+            flipped_share = as_they_come.flipped_share(shuffled)
+    return Training(
+        batch_size=samples.batch_size,
+        order=order,
+        change=change,
+        flipped_share=flipped_share,
+        from_data=_mean_log_variance_ratio(from_data),
+        from_batches=_mean_log_variance_ratio(from_batches),
+        from_batches_by_noise=_noise(bench),
+    )
+
+
+def _mean_log_variance_ratio(cure: Cure) -> float:
+    """Return the mean distance over the layers; means are left out, as batch order moves them.
+
+    NaN where no layer has statistics, as of batches of one value per channel.
+    """
+    distances = [_log_variance_ratio(change) for change in cure.changes.values()]
+    return float(np.mean(distances)) if distances else math.nan
+
+
+def _log_variance_ratio(change: LayerChange) -> float:
+    return float(np.quantile(np.abs(change.log_variance_ratio), CHANNEL_QUANTILE))
+
+
+def _noise(bench: Bench) -> float:
+    """Return the log-variance ratio that a running average over so small batches has by chance.
+
+    The variance of n normal values has a relative variance of 2 / (n - 1), of which an average
+    with momentum m keeps m / (2 - m).
+    """
+    size = bench.samples.batch_size
+    per_layer = [
+        _layer_noise(layer, size * bench.values_per_sample[layer.name])
+        for layer in bench.layers
+        if layer.name in bench.values_per_sample
+    ]
+    return float(np.mean(per_layer))
+
+
+def _layer_noise(layer: BatchNormLayer, values: int) -> float:
+    momentum = layer.momentum
+    # A cumulative average of a hundred batches; more leave no noise to speak of.
+    kept = 0.01 if momentum is None else momentum / max(2.0 - momentum, 1.0)
+    return _NORMAL_QUANTILE * math.sqrt(2.0 / max(values - 1, 1) * kept)

@@ -4,12 +4,242 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from bnguard.whatif.bench import Bench, Drift, Measured, drifts
-from bnguard.whatif.model_outputs import Outputs
+import numpy as np
+from torch import nn
+
+from bnguard.errors import CalibrationError
+from bnguard.layers.bn_layer import (
+    BatchNormLayer,
+    preserved_modes,
+    preserved_random_state,
+    preserved_statistics,
+)
+from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.observe.history import RunningStatistics
+from bnguard.recalibration.batches import Batch, Forward
+from bnguard.recalibration.layer_inputs import Arrive, arrivals
+from bnguard.recalibration.options import Score, as_number
+from bnguard.whatif.model_outputs import Arrived, Outputs, arrived_at, outputs_of
 from bnguard.whatif.result import Row
-from bnguard.whatif.statistics import Statistics
+from bnguard.whatif.samples import Samples
+from bnguard.whatif.statistics import BatchStatistics, Statistics, given_statistics
+
+# Measures one way to normalise after the other, on the same samples.
+
+
+# As many channels of a layer have to be within a limit, as for BN301.
+CHANNEL_QUANTILE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What was measured of one way to normalise.
+
+    Attributes:
+        outputs: What the model returned.
+        score: What the score gave; None without one, or where its batches are too small.
+        arrived: What arrived at each layer that was reached, in the order of their first calls;
+            nothing where batches have statistics of their own.
+    """
+
+    outputs: Outputs
+    score: float | None
+    arrived: Mapping[str, Arrived]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """A model on some samples.
+
+    Attributes:
+        model: The model that the user has, which the score is given.
+        inner: The same without wrappers, in eval mode.
+        layers: The layers whose statistics are changed.
+        untracked: Layers that normalise each batch by itself in any case.
+        forward: How the model is called.
+        score: How good the model is, the higher the better.
+        samples: The samples.
+    """
+
+    model: nn.Module
+    inner: nn.Module
+    layers: Sequence[BatchNormLayer]
+    untracked: Sequence[BatchNormLayer]
+    forward: Forward | None
+    score: Score | None
+    samples: Samples
+
+    def with_statistics(self, statistics: Statistics) -> Measured:
+        """Measure the model with given statistics."""
+        with given_statistics(self.layers, statistics):
+            arrived, outputs = arrived_at(
+                self.layers, self.inner, self.forward, self.samples.batches
+            )
+            return Measured(outputs=outputs, score=self._scored(), arrived=arrived)
+
+    def with_batches(self, size: int | None) -> Measured:
+        """Measure the model where each layer normalises so many samples by their own statistics.
+
+        Args:
+            size: How many samples; None for batches as they come.
+        """
+        batches = self.samples.batches if size is None else self.samples.of_size(size)
+        outputs = self.outputs_in_batches(batches, size)
+        parts = self._batch_statistics(size)
+        with parts.in_use():
+            score = self._scored()
+        is_full = size is None or parts.largest_part >= size
+        return Measured(outputs=outputs, score=score if is_full else None, arrived={})
+
+    def outputs_with(self, statistics: Statistics, batches: Iterable[Batch]) -> Outputs:
+        """Return the outputs for some batches with given statistics."""
+        with given_statistics(self.layers, statistics):
+            return outputs_of(self.inner, self.forward, batches)
+
+    def outputs_in_batches(self, batches: Iterable[Batch], size: int | None = None) -> Outputs:
+        """Return the outputs where so many samples are normalised by their own statistics."""
+        with self._batch_statistics(size).in_use():
+            return outputs_of(self.inner, self.forward, batches)
+
+    def arrive_in_batches(self, arrive: Arrive) -> None:
+        """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
+
+        Args:
+            arrive: Is given the index of the layer, and the values.
+        """
+        # Which rows a sample is takes a forward of its own, that nobody is to see.
+        parts = self._batch_statistics(None)
+        with parts.in_use(), arrivals(self.layers, arrive):
+            outputs_of(self.inner, self.forward, self.samples.batches)
+
+    def outputs_in_shuffled_batches(self) -> Outputs | None:
+        """Return the same with other neighbours in each batch; None where that cannot be."""
+        shuffled = self.samples.shuffled()
+        if shuffled is None:
+            return None
+        order, batches = shuffled
+        return self.outputs_in_batches(batches).in_order(order)
+
+    def why_not_in_batches(self, size: int) -> str | None:
+        """Return why samples cannot be normalised so many at a time; None where they can."""
+        if size > len(self.samples):
+            number = len(self.samples)
+            return "there is 1 sample" if number == 1 else f"there are {number} samples"
+        if self.samples.must_be_joined(size):
+            # It would take what is left over, and be of another size.
+            if size != len(self.samples) < 2 * size:
+                return f"{len(self.samples)} samples make only one"
+            if self.samples.whole is None:
+                return "the samples do not fit together, so that batches cannot be joined"
+            if self._one_batch[1].samples is None:
+                return "the outputs have no row a sample, so that batches cannot be joined"
+        for name, values in self.values_per_sample.items():
+            if size * values < 2:
+                return f"{name or 'the model'} has one value per channel"
+        return None
+
+    @property
+    def values_per_sample(self) -> Mapping[str, int]:
+        """Values per channel that a sample is at each layer that is reached."""
+        return {name: seen.values_per_sample for name, seen in self._arrived.items()}
+
+    @property
+    def order_of_calls(self) -> Sequence[str]:
+        """Names of the layers that are reached, in the order of their first calls."""
+        return list(self._arrived)
+
+    def without_nonfinite_batches(self, statistics: Statistics) -> Bench:
+        """Return the same without the samples whose outputs are NaN or Inf with these statistics.
+
+        Raises:
+            CalibrationError: That leaves none.
+        """
+        batches = tuple(
+            batch
+            for batch in self.samples.batches
+            if self.outputs_with(statistics, [batch]).are_finite
+        )
+        if not batches:
+            raise CalibrationError(
+                "the outputs are NaN or Inf for every batch, with any statistics"
+            )
+        return replace(self, samples=Samples(batches, self.samples.payloads))
+
+    @property
+    def _arrived(self) -> Mapping[str, Arrived]:
+        return self._one_batch[0]
+
+    @cached_property
+    def _one_batch(self) -> tuple[Mapping[str, Arrived], Outputs]:
+        """What a batch brings to each layer, to tell how many rows a sample is there."""
+        layers = (*self.layers, *self.untracked)
+        return arrived_at(layers, self.inner, self.forward, self.samples.batches[:1])
+
+    def _batch_statistics(self, size: int | None) -> BatchStatistics:
+        layers = [layer for layer in (*self.layers, *self.untracked) if layer.has_modes]
+        rows = {name: seen.rows for name, seen in self._arrived.items()}
+        return BatchStatistics(layers, rows, size)
+
+    def _scored(self) -> float | None:
+        if self.score is None:
+            return None
+        with (
+            preserved_modes(self.model),
+            preserved_random_state(self.model),
+            preserved_statistics((*self.layers, *self.untracked)),
+        ):
+            return as_number(self.score(self.model))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far what arrives at a layer is from its statistics.
+
+    Attributes:
+        layer: Dotted name of the layer.
+        shift_std: Shift of the mean in standard deviations of the statistics, without its sign:
+            what nine channels of ten stay below.
+        log_variance_ratio: The same of the logarithm of the variance ratio.
+    """
+
+    layer: str
+    shift_std: float
+    log_variance_ratio: float
+
+    @property
+    def largest(self) -> float:
+        """The larger of the two; NaN where one is not a number."""
+        return float(np.maximum(self.shift_std, self.log_variance_ratio))
+
+
+def drifts(
+    layers: Iterable[BatchNormLayer], arrived: Mapping[str, Arrived], statistics: Statistics
+) -> list[Drift]:
+    """Return how far each layer's statistics are from what arrived there, in forward order."""
+    eps = {layer.name: layer.eps for layer in layers}
+    return [
+        drift(name, seen.moments.mean.numpy(), seen.moments.var_unbiased.numpy(), given, eps[name])
+        for name, seen in arrived.items()
+        if (given := statistics.get(name)) is not None and seen.moments is not None
+    ]
+
+
+def drift(
+    name: str, mean: FloatArray, var: FloatArray, given: RunningStatistics, eps: float
+) -> Drift:
+    """Return how far a mean and a variance are from the statistics given."""
+    with np.errstate(all="ignore"):
+        shift = shift_std(mean, given.mean, given.var, eps)
+        ratio = log_variance_ratio(var, given.var, eps)
+        return Drift(
+            layer=name,
+            shift_std=float(np.quantile(np.abs(shift), CHANNEL_QUANTILE)),
+            log_variance_ratio=float(np.quantile(np.abs(ratio), CHANNEL_QUANTILE)),
+        )
+
 
 _LABELS = {
     "stored": "as they are",

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.metadata import standard_metrics
-from bnguard.tensorboard.summary import BatchNormLog
+from bnguard.tensorboard.writer import BatchNormLog
 
 STEPS = 1000
 LAYERS, METRICS = 53, 8

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnguard.checkpoint import files as sources
-from bnguard.checkpoint.files import Source
-from bnguard.checkpoint.patch import Patch, patched
+from bnguard.checkpoint.files import Patch, Source, patched
 
 PATH = Path("file")
 

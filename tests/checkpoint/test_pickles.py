@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from bnguard.checkpoint import read_checkpoint
 from bnguard.checkpoint.files import Source
-from bnguard.checkpoint.inert import Blob, InertObject, Reference, plain
-from bnguard.checkpoint.unpickling import read_pickle
+from bnguard.checkpoint.unpickling import Blob, InertObject, Reference, plain, read_pickle
 from bnguard.errors import CheckpointError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnguard.checkpoint import read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.report.difference import difference_view
+from bnguard.cli.diff import difference_view
 
 
 def test_networks_without_a_layer_in_common_are_said_to_be_others(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from bnguard.cli.hyperparameters import harmless_defaults
+from bnguard.cli.model_and_data import harmless_defaults
 
 
 class Untyped:

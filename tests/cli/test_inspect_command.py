@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from bnguard.report.checkpoint import inspection_document
+from bnguard.cli.inspect import inspection_document
 from tests.checkpoint.saving import (
     NAMES,
     save_distributed,

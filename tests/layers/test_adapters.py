@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.layers.adapters import adapter_of
-from bnguard.layers.bn_layer import find_layers
+from bnguard.layers.bn_layer import adapter_of, find_layers
 from tests.observe.oracle import near
 
 

@@ -16,11 +16,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bnguard.checkpoint import read_checkpoint
+from bnguard.cli.inspect import checkpoint_view, inspection_document
 from bnguard.demo import DigitsData, DigitsNet
 from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
 from bnguard.lightning.commands import subject_options
-from bnguard.report.checkpoint import checkpoint_view, inspection_document
 from bnguard.report.terminal import as_text
 from bnguard.tensorboard.log_report import logged_runs
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.observe.entrance import Entrance
+from bnguard.observe.model_inputs import Entrance
 
 
 class Module(nn.Module):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bnguard.distributed import SingleRank
 from bnguard.layers.bn_layer import find_layers
-from bnguard.process_group import SingleRank
-from bnguard.recalibration.calibration import Job, unbiased
-from bnguard.recalibration.progress import Silent
+from bnguard.recalibration.statistics import Job, Silent, unbiased
 
 
 def job_of(model: nn.Module) -> Job:

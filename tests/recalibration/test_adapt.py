@@ -9,7 +9,7 @@ from torch import nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.layers.moments import channel_moments
-from bnguard.recalibration.adapt import mixed_with_source
+from bnguard.recalibration.pooled import mixed_with_source
 
 
 def layer_with(mean, var):

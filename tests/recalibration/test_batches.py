@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnguard.recalibration.batches import Batch, can_be_joined, joined, read_batches
-from bnguard.recalibration.chunks import ChunkedBatches
+from bnguard.recalibration.memory import ChunkedBatches
 
 
 def read_all(loader, *, samples=100, forward=None):

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnguard.layers.moments import channel_moments
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.observation import differing_layers, disturbed_layers, observe
+from bnguard.recalibration.trial_forward import differing_layers, disturbed_layers, observe
 from tests.recalibration.jobs import job_of
 
 

@@ -439,8 +439,8 @@ class LikeBatchNorm(nn.Module):
 
 
 def test_registered_classes(monkeypatch):
-    known = dict(bnguard.layers.adapters._ADAPTERS)
-    monkeypatch.setattr("bnguard.layers.adapters._ADAPTERS", known)
+    known = dict(bnguard.layers.bn_layer._ADAPTERS)
+    monkeypatch.setattr("bnguard.layers.bn_layer._ADAPTERS", known)
     bnguard.register_layer(
         LikeBatchNorm, mean="moving_mean", var="moving_var", momentum=0.1, eps=1e-3
     )

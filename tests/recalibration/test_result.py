@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import bnguard
-from bnguard.report.progress import CalibrationBar
+from bnguard.report.terminal import CalibrationBar
 
 
 class Terminal(io.StringIO):
@@ -71,7 +71,7 @@ def test_the_score_and_the_verdict():
 def test_a_bar_says_samples_layers_and_the_time_left(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("bnguard.report.progress._LONG_SECONDS", 0.0)
+    monkeypatch.setattr("bnguard.report.terminal._LONG_SECONDS", 0.0)
     with CalibrationBar() as bar:
         bar.start(samples=1024, layers=4)
         threads = [threading.Thread(target=bar.advance, args=(512,)) for _ in range(4)]
@@ -91,7 +91,7 @@ def test_a_terminal_shows_the_bar_on_long_work_and_a_pipe_does_not(monkeypatch, 
         (0.0, io.StringIO(), {}, False),
         (1e9, Terminal(), {}, False),
     ):
-        monkeypatch.setattr("bnguard.report.progress._LONG_SECONDS", long_seconds)
+        monkeypatch.setattr("bnguard.report.terminal._LONG_SECONDS", long_seconds)
         monkeypatch.setattr(sys, "stderr", stream)
         bnguard.recalibrate(blocks(2), torch.randn(24, 4).split(12), method=method, **options)
         assert ("recalibrating" in stream.getvalue()) is is_shown

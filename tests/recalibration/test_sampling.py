@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bnguard.layers.moments import channel_moments, merge_moments
-from bnguard.recalibration.sampling import Pool, is_precise, standard_errors
+from bnguard.recalibration.statistics import Pool, is_precise, standard_errors
 
 
 @pytest.mark.parametrize("is_correlated", [False, True], ids=["independent", "correlated"])

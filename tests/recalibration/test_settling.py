@@ -8,7 +8,7 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import channel_moments
-from bnguard.recalibration.settling import NonFiniteError, settle
+from bnguard.recalibration.layer_inputs import NonFiniteError, settle
 from tests.recalibration.jobs import job_of
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bnguard.layers.randomness import RandomStream
-from bnguard.recalibration.walks import (
+from bnguard.recalibration.lockstep import (
     StuckError,
     Surroundings,
     Walk,

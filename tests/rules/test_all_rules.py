@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 
+from bnguard.cli.rules import rule_table
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, Skipped
 from bnguard.observe.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
-from bnguard.report.rule_table import rule_table
 from bnguard.rules import RULES, rule_named
 
 SECTIONS = ["Why it matters", "Evidence", "Limits", "Fix", "Fix safety", "References"]

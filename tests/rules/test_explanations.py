@@ -10,7 +10,7 @@ import pytest
 from bnguard.findings import Evidence, Finding, Fix, Severity, group_findings
 from bnguard.observe.history import EvalWindow, History, LayerHistory, Run, RunningStatistics
 from bnguard.rules import RULES
-from bnguard.rules.explanations import Explanations
+from bnguard.rules.engine import Explanations
 
 
 def found(code, layer, step=None):

@@ -22,7 +22,7 @@ from bnguard.observe.history import (
     Run,
     RunningStatistics,
 )
-from bnguard.observe.preflight import Plan
+from bnguard.observe.windows import Plan
 from bnguard.rules import RULES, rule_named
 from bnguard.rules.engine import diagnose
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.metadata import standard_metrics
-from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 
 METRICS = standard_metrics()
 

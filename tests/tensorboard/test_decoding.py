@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnguard.tensorboard.decoding import (
+from bnguard.tensorboard.metadata import Header, LogError, decode_rows
+from bnguard.tensorboard.reader import (
     Series,
     channel_series,
     newest_findings,
     stats_series,
     thinned,
 )
-from bnguard.tensorboard.metadata import Header, LogError, decode_rows
 from bnguard.tensorboard.records import decode_findings, encode_findings, finding_record
 
 ANYTHING = st.recursive(

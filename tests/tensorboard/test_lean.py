@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnguard.tensorboard.lean import findings_markdown, lean_scalars
 from bnguard.tensorboard.metadata import Metric, standard_metrics
+from bnguard.tensorboard.writer import findings_markdown, lean_scalars
 
 
 def metric(**fields):

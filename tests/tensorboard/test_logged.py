@@ -10,7 +10,7 @@ from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.log_report import LoggedRun, logged_runs
 from bnguard.tensorboard.metadata import FINDINGS_TAG, STATS_TAG, LogError, standard_metrics
 from bnguard.tensorboard.records import finding_record
-from bnguard.tensorboard.summary import BatchNormLog
+from bnguard.tensorboard.writer import BatchNormLog
 
 
 def test_runs_tell_their_findings(digits_log):

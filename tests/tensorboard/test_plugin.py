@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from bnguard.tensorboard.assets import STATIC_FILES
 from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.metadata import (
     CHANNELS_TAG,
@@ -19,7 +18,8 @@ from bnguard.tensorboard.metadata import (
     Header,
     standard_metrics,
 )
-from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.plugin import STATIC_FILES
+from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.digits import METRICS
 from tests.tensorboard.serving import tensorboard
 
@@ -308,7 +308,7 @@ def test_many_steps_are_kept_and_a_path_prefix_holds(tmp_path, loader):
 
 def test_the_plugin_imports_neither_torch_nor_lightning():
     code = (
-        "import sys; import bnguard.tensorboard.plugin, bnguard.tensorboard.page; "
+        "import sys; import bnguard.tensorboard.plugin, bnguard.tensorboard.log_report; "
         "heavy = ('torch', 'lightning', 'pytorch_lightning'); "
         "print([name for name in heavy if name in sys.modules])"
     )

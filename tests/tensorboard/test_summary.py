@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bnguard.tensorboard.events import summary_writers
 from bnguard.tensorboard.log_report import open_log
 from bnguard.tensorboard.metadata import CHANNEL_ROWS, Metric, standard_metrics
-from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 
 METRICS = standard_metrics()[:8]
 LAYERS = [f"layer{i}.bn" for i in range(53)]

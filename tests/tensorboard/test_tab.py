@@ -7,9 +7,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.tensorboard.events import EventSink
+from bnguard.tensorboard.log_report import write_page
 from bnguard.tensorboard.metadata import STATS_TAG, LogError, standard_metrics
-from bnguard.tensorboard.page import write_page
-from bnguard.tensorboard.summary import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.browsing import Tab, chromium
 from tests.tensorboard.serving import tensorboard
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bnguard.checkpoint.files import first_bytes, unreadable
-from bnguard.checkpoint.formats.base import Format
+from bnguard.checkpoint.formats.base import ENDINGS, Format, checkpoints_in
 from bnguard.checkpoint.formats.distributed import METADATA, Distributed
-from bnguard.checkpoint.formats.folders import ENDINGS, checkpoints_in
-from bnguard.checkpoint.formats.hugging_face import Pretrained
+from bnguard.checkpoint.formats.hugging_face import INDEX_SUFFIXES, Pretrained, Sharded
 from bnguard.checkpoint.formats.safetensors import Safetensors
-from bnguard.checkpoint.formats.sharded import INDEX_SUFFIXES, Sharded
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
 from bnguard.errors import CheckpointError, NoBatchNormError

@@ -13,16 +13,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bnguard.checkpoint.archive import checksum_patches, read_archive
 from bnguard.checkpoint.contents import Contents
-from bnguard.checkpoint.files import Source, open_source
-from bnguard.checkpoint.formats.base import Format
-from bnguard.checkpoint.formats.folders import copy_folder, member, read_note
-from bnguard.checkpoint.formats.torch_zip import TorchZip, archive_folder, read_object
-from bnguard.checkpoint.inert import InertObject, Reference, mapping_of
-from bnguard.checkpoint.patch import Patch, patched, write_all
+from bnguard.checkpoint.files import Patch, Source, open_source, patched, write_all
+from bnguard.checkpoint.formats.base import Format, copy_folder, member, read_note
+from bnguard.checkpoint.formats.torch_zip import (
+    TorchZip,
+    archive_folder,
+    checksum_patches,
+    read_archive,
+    read_object,
+)
 from bnguard.checkpoint.stored_tensors import Piece, StoredTensor
-from bnguard.checkpoint.unpickling import damaged, read_pickle
+from bnguard.checkpoint.unpickling import InertObject, Reference, damaged, mapping_of, read_pickle
 from bnguard.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bnguard.checkpoint.contents import Contents, parse_provenance
-from bnguard.checkpoint.dtypes import CARRIERS, carrier
-from bnguard.checkpoint.files import Source, first_bytes, open_source
+from bnguard.checkpoint.files import Patch, Source, first_bytes, open_source, patched, write_all
 from bnguard.checkpoint.formats.base import Format
-from bnguard.checkpoint.patch import Patch, patched, write_all
-from bnguard.checkpoint.stored_tensors import PlainStorage, StoredTensor
+from bnguard.checkpoint.stored_tensors import CARRIERS, PlainStorage, StoredTensor, carrier
 from bnguard.checkpoint.unpickling import damaged
 
 _LENGTH = struct.Struct("<Q")

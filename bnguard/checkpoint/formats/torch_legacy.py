@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, Contents, parse_provenance
-from bnguard.checkpoint.dtypes import carrier
-from bnguard.checkpoint.files import Source, first_bytes, open_source
+from bnguard.checkpoint.files import Patch, Source, first_bytes, open_source, patched, write_all
 from bnguard.checkpoint.formats.base import Format
-from bnguard.checkpoint.inert import TypedStorage, storage_dtype
-from bnguard.checkpoint.patch import Patch, patched, write_all
-from bnguard.checkpoint.stored_tensors import Storage
-from bnguard.checkpoint.unpickling import damaged, read_pickle
+from bnguard.checkpoint.stored_tensors import Storage, carrier
+from bnguard.checkpoint.unpickling import TypedStorage, damaged, read_pickle, storage_dtype
 
 # The number that each of these files begins with, as a pickle writes it: LONG1, ten bytes, STOP.
 _MAGIC = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
