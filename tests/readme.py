@@ -7,7 +7,9 @@ README.md; the tests compare the two.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -46,18 +48,26 @@ def _printed(command: str, folder: Path) -> str:
     program, *arguments = shlex.split(command)
     path = shutil.which(program, path=str(Path(sys.executable).parent))
     assert path is not None
-    done = subprocess.run(
+    # As a terminal shows it: where there is none, nothing is wrapped.
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
         [path, *arguments],
         cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        stdout=end,
+        stderr=subprocess.DEVNULL,
         # The networks are tiny: a second thread costs more than it brings.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode in (0, 1), done.stderr
-    text = done.stdout.strip("\n").replace(f"{folder.resolve()}/", "")
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "TERM": "dumb"},
+    ) as process:
+        os.close(end)
+        printed = b""
+        # At its end, Linux raises an error, and others read nothing.
+        with contextlib.suppress(OSError):
+            while piece := os.read(terminal, 65536):
+                printed += piece
+        os.close(terminal)
+    assert process.returncode in (0, 1), printed
+    text = printed.decode().replace("\r\n", "\n")
+    text = text.strip("\n").replace(f"{folder.resolve()}/", "")
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 

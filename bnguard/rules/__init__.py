@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
+
 from bnguard.errors import ConfigurationError, nearest_name
 from bnguard.rules.accumulation_blind import AccumulationBlind
 from bnguard.rules.amplifying_channel import AmplifyingChannel
@@ -81,8 +83,9 @@ def rule_named(name: str) -> Rule:
     if name.lower() in by_name:
         return by_name[name.lower()]
     family = [rule.code for rule in RULES if _is_code(name) and rule.code[:3] == name.upper()[:3]]
-    misread = [code for code in family if _differs_by_a_sign(code, name.upper())]
-    if family and len(misread) != 1:
+    likeness = {code: SequenceMatcher(None, code, name.upper()).ratio() for code in family}
+    misread = [code for code in family if likeness[code] == max(likeness.values())]
+    if len(misread) > 1:
         raise ConfigurationError(
             f"no rule is called {name!r}: there are {', '.join(family)}; 'bnguard rules' lists them"
         )
@@ -93,11 +96,6 @@ def rule_named(name: str) -> Rule:
 
 def _is_code(name: str) -> bool:
     return name[:2].upper() == "BN" and name[2:3].isdigit()
-
-
-def _differs_by_a_sign(code: str, name: str) -> bool:
-    pairs = zip(code, name, strict=False)
-    return len(code) == len(name) and sum(a != b for a, b in pairs) == 1
 
 
 __all__ = [

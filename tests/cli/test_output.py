@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tests.cli.running import DEMO, bnguard
+from tests.whatif import trained
 
 # A project that prints at each moment at which a command may run it, in every way there is.
 LOUD = """
@@ -163,12 +164,12 @@ def test_nothing_is_wrapped_or_padded_where_there_is_no_terminal(long_names):
 
 
 def test_a_command_that_is_proposed_stays_in_one_line(tmp_path):
-    from bnguard.demo import DigitsNet
-
     folder = tmp_path / ("long_" * 30)
     folder.mkdir()
-    torch.save({"state_dict": DigitsNet(width=2).state_dict()}, folder / "last.ckpt")
-    done = bnguard(tmp_path, "diagnose", folder / "last.ckpt", *DEMO, "--model.width", 2)
+    model = trained.unconverged()
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    torch.save(content, folder / "last.ckpt")
+    done = bnguard(tmp_path, "diagnose", folder / "last.ckpt", *DEMO)
     assert done.stderr == ""
-    proposed = [line for line in done.stdout.splitlines() if line.startswith("bnguard ")][-1]
+    (proposed,) = [line for line in done.stdout.splitlines() if line.startswith("bnguard re")]
     assert f"{folder / 'last.ckpt'} --model" in proposed
