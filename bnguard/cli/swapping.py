@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -20,7 +21,6 @@ from bnguard.errors import ConfigurationError
 from bnguard.lightning.framework import fabric_of
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.swapping.api import swap
-from bnguard.swapping.engine import Engine
 from bnguard.swapping.result import Swap
 
 
@@ -79,7 +79,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, fabric: Engine, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, fabric: Any, values: Namespace) -> Swap:
     loader = data.loader(values.split)
     first = next(iter(loader), None)
     if first is None:
@@ -98,13 +98,12 @@ def _swapped(model: nn.Module, data: Data, fabric: Engine, values: Namespace) ->
     )
 
 
-def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Engine:
+def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Any:
     accelerator, devices = lightning_device(device)
     try:
-        made: Engine = fabric_of(model).Fabric(
+        return fabric_of(model).Fabric(
             accelerator=accelerator, devices=devices, precision=values.precision
         )
-        return made
     except Exception as error:
         raise ConfigurationError(
             f"--device {device} --precision {values.precision} cannot be used: {error}"
