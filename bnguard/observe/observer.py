@@ -39,8 +39,8 @@ class Observer:
     Args:
         model: The model; left as it is, but for hooks that :meth:`close` takes off.
         optimizers: What trains the model, as far as that is known.
-        eval_batches: First forward calls a layer that are read in each evaluation; of the rest
-            ever fewer are.
+        eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
+            As many batches of fewer than 32 samples count as one as have 32 together.
         planned_steps: Steps that training will take in all, None where that is not known.
         plan: What loader and trainer say of the training before its first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
