@@ -120,6 +120,8 @@ class LayerHistory:
             none, or is not known.
         is_affine_frozen_at_start: The same when watching began.
         is_left_out: Whether gamma or beta could learn, but no optimizer has them.
+        is_following: Whether something else than training writes the weights around the layer, as
+            those of a teacher or target network, and its statistics are those of the beginning.
         is_updating: Whether a forward in train mode updates the running statistics; those of a
             frozen class never do.
         position: Place in the order in which the layers were first called; None before that.
@@ -141,7 +143,9 @@ class LayerHistory:
         source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
             saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
         calls: How often, and how, the layer was called.
-        streams: Batch statistics of each of the calls in a step, where there are several.
+        streams: Batch statistics of each of the calls in a step, where there are several; calls
+            under ``torch.no_grad`` left out.
+        without_grad: Batch statistics of those; None where there were none, or none were read.
         samples: Samples in the usual batch; None where none was seen.
         values_per_channel: How often a batch of n values per channel was normalised with its own
             statistics, by n.
@@ -166,6 +170,7 @@ class LayerHistory:
     is_affine_frozen: bool | None = None
     is_affine_frozen_at_start: bool | None = None
     is_left_out: bool = False
+    is_following: bool = False
     is_updating: bool = True
     position: int | None = None
     fed_by: str | None = None
@@ -183,6 +188,7 @@ class LayerHistory:
     updates_seen: int = 0
     calls: Calls = field(default_factory=Calls)
     streams: tuple[Stream, ...] = ()
+    without_grad: Stream | None = None
     source: str = "buffers"
     samples: int | None = None
     values_per_channel: Mapping[int, int] = field(default_factory=dict)

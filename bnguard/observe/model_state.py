@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -201,6 +201,23 @@ class OptimizerProbe:
         owned = self.owned_parameters()
         return any(id(parameter) in owned for parameter in model.parameters())
 
+    def untrained_parts(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the largest modules of which nothing is trained, the model itself perhaps.
+
+        Where no optimizer is known, what requires no gradient is not trained.
+        """
+        trained = self.owned_parameters()
+        if not trained:
+            parameters = model.parameters()
+            trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        waiting = [model]
+        while waiting:
+            module = waiting.pop()
+            if any(id(parameter) in trained for parameter in module.parameters()):
+                waiting.extend(module.children())
+            else:
+                yield module
+
     def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
         """Return whether no optimizer has gamma and beta, where it has others."""
         return bool(owned) and not _are_owned(layer.affine, owned)
@@ -261,7 +278,7 @@ class WeightProbe:
         self._version = 0
         self._trained: list[Tensor] = []
         self.follow_model()
-        self._norms_at_start = self._norms()
+        self._norms_at_start: dict[int, float] = self._norms(model)
 
     def follow_model(self) -> None:
         """Notice parameters that were added or removed."""
@@ -293,17 +310,19 @@ class WeightProbe:
         is_comparable = len(affine) == len(self._trained)
         return is_comparable and not all(map(torch.equal, affine, self._trained))
 
-    def have_changed_since_start(self) -> bool:
-        """Return whether the weights are others than when watching began."""
-        return self._norms() != self._norms_at_start
+    def have_changed_since_start(self, part: nn.Module) -> bool:
+        """Return whether weights of a part of the model are others than when watching began."""
+        at_start = self._norms_at_start
+        return any(norm != at_start.get(key, norm) for key, norm in self._norms(part).items())
 
-    def _norms(self) -> list[float]:
+    def _norms(self, part: nn.Module) -> dict[int, float]:
         """Return the norm of each weight, which says whether it was written to, at no memory."""
-        return [
-            parameter.detach().float().norm().item()
-            for parameter in self._counting
-            if not parameter.is_meta
-        ]
+        counting = set(map(id, self._counting))
+        return {
+            id(parameter): parameter.detach().float().norm().item()
+            for parameter in part.parameters()
+            if id(parameter) in counting and not parameter.is_meta
+        }
 
     def _affine_values(self) -> list[Tensor]:
         return [

@@ -59,6 +59,14 @@ class Calls:
     most_per_forward: int = 0
     most_per_step: int = 0
 
+    @property
+    def may_be_of_several_sources(self) -> bool:
+        """Whether batches may be unlike each other by what calls the layer.
+
+        What is computed again in the backward ran under ``torch.no_grad`` before.
+        """
+        return self.most_per_step > 1 or bool(self.without_grad and not self.recomputed)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunningStatistics:
