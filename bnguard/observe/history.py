@@ -24,6 +24,7 @@ from bnguard.observe.windows import (
     Calls,
     EvalWindow,
     InputWindow,
+    UnknownLayer,
     ModeGap,
     Plan,
     RunningStatistics,
@@ -81,6 +82,7 @@ class Run:
             none is known.
         weight_change: |weights - those of a reference| / |those of the reference|; None without a
             reference.
+        unknown: What normalises over the batch without being a BN layer that is known.
         stored_steps: Training steps that a checkpoint says were taken; None where it does not.
     """
 
@@ -99,6 +101,7 @@ class Run:
     is_optimized: bool | None = None
     weight_change: float | None = None
     stored_steps: int | None = None
+    unknown: tuple[UnknownLayer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,6 +125,7 @@ class LayerHistory:
         is_left_out: Whether gamma or beta could learn, but no optimizer has them.
         is_following: Whether something else than training writes the weights around the layer, as
             those of a teacher or target network, and its statistics are those of the beginning.
+        unsaved: Names of the statistics that the state dict of the layer leaves out.
         is_updating: Whether a forward in train mode updates the running statistics; those of a
             frozen class never do.
         position: Place in the order in which the layers were first called; None before that.
@@ -171,6 +175,7 @@ class LayerHistory:
     is_affine_frozen_at_start: bool | None = None
     is_left_out: bool = False
     is_following: bool = False
+    unsaved: tuple[str, ...] = ()
     is_updating: bool = True
     position: int | None = None
     fed_by: str | None = None
@@ -344,6 +349,18 @@ class History:
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
         if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
             notes.append("the optimizer given holds none of this model's parameters")
+        notes += [
+            f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over the "
+            f"batch and is not watched: {unknown.advice}"
+            for unknown in self.run.unknown
+        ]
+        lost = [layer for layer in self.layers if layer.unsaved]
+        if lost:
+            names = " and ".join(lost[0].unsaved)
+            notes.append(
+                f"{names} of {_layers([layer.name for layer in lost])} are not in the state dict, so "
+                "saving loses them: register_buffer"
+            )
         notes += self._notes_on_momentum()
         return tuple(notes)
 

@@ -83,6 +83,7 @@ def _described(
         is_updating=(
             not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
         ),
+        unsaved=_unsaved(layer),
         fed_by=None if feeder is None else type(feeder).__name__,
         bounded_by=bounded_by,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
@@ -94,6 +95,14 @@ def _described(
         ),
         running=_running(mean, var, counter),
     )
+
+
+def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
+    """Return the names of mean and variance, those that the state dict leaves out."""
+    module = layer.module
+    saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()
+    names = (layer.adapter.mean, layer.adapter.var) if layer.is_tracking else ()
+    return tuple(name for name in names if name not in saved)
 
 
 def running_statistics(

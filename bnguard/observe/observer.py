@@ -28,6 +28,7 @@ from bnguard.observe.model_state import (
 )
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.running_buffers import BufferReading
+from bnguard.observe.unknown_layers import UnknownProbe
 from bnguard.observe.windows import Plan
 
 # Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
@@ -92,6 +93,7 @@ class Observer:
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe(plan.accumulated_batches)
         self._finiteness = FinitenessProbe()
+        self._unknown = UnknownProbe(model, self.layers)
         self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
         self._at_start = self._batches.readings()
         self._trained_by = OptimizerProbe(optimizers, self.layers)
@@ -235,6 +237,7 @@ class Observer:
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
+            unknown=self._unknown.found(),
             is_optimized=self._trained_by.trains(self._model) if owned else None,
         )
         described = describe_layers(self._model)
@@ -270,6 +273,7 @@ class Observer:
     def _training_hooks(self) -> list[Hooks]:
         """The hooks, but for the cheap ones on shapes, that look at training and nothing else."""
         hooks = [
+            self._unknown.hooks,
             self._batches.hooks,
             self._streams.hooks,
             self._entrance.hooks,

@@ -215,6 +215,23 @@ class InputWindow:
     variance_ratio: FloatArray
 
 
+@dataclass(frozen=True)
+class UnknownLayer:
+    """What normalises over the batch in training, and is not a BN layer that is known.
+
+    Attributes:
+        module: Dotted name of the module, ``""`` for the model itself.
+        kind: Name of its class.
+        place: File and line of its forward, or of the call.
+        advice: What makes it known, as the call of ``register_layer``.
+    """
+
+    module: str
+    kind: str
+    place: str
+    advice: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadValueOrigin:
     """The module in which a NaN or Inf first appeared in a forward.
