@@ -24,11 +24,11 @@ from bnguard.observe.windows import (
     Calls,
     EvalWindow,
     InputWindow,
-    UnknownLayer,
     ModeGap,
     Plan,
     RunningStatistics,
     Stream,
+    UnknownLayer,
 )
 
 __all__ = [
@@ -328,6 +328,16 @@ class History:
         return tuple(sorted(called, key=lambda layer: layer.position or 0)) or self.layers
 
     @property
+    def first_trained(self) -> LayerHistory | None:
+        """The layer called first of those that batches of training reached; else of all.
+
+        A frozen teacher in front says nothing of the data that the network is trained on.
+        """
+        called = self.layers_in_order
+        trained = (layer for layer in called if layer.updates_seen or layer.window is not None)
+        return next(trained, next(iter(called), None))
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was read in another way than usual, or could not be seen, and why; a line each."""
         by_source: dict[str, list[str]] = {}
@@ -350,16 +360,17 @@ class History:
         if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
             notes.append("the optimizer given holds none of this model's parameters")
         notes += [
-            f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over the "
-            f"batch and is not watched: {unknown.advice}"
+            f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over "
+            f"the batch and is not watched: {unknown.advice}"
             for unknown in self.run.unknown
         ]
         lost = [layer for layer in self.layers if layer.unsaved]
         if lost:
             names = " and ".join(lost[0].unsaved)
+            where = _layers([layer.name for layer in lost])
             notes.append(
-                f"{names} of {_layers([layer.name for layer in lost])} are not in the state dict, so "
-                "saving loses them: register_buffer"
+                f"{names} of {where} are not in the state dict, so saving loses them: "
+                "register_buffer"
             )
         notes += self._notes_on_momentum()
         return tuple(notes)

@@ -7,9 +7,9 @@ averages the means of what it is given. The first forward of each part of the mo
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,7 +24,7 @@ from bnguard.layers.names import without_wrappers
 from bnguard.observe.hooks import Hooks
 from bnguard.observe.windows import UnknownLayer
 
-_OWN_FILES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+_OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _EPS_NAMES = ("eps", "epsilon")
 # How well a weight has to explain the change of a running mean, as a share of it.
 _MAX_MISFIT = 0.02
@@ -134,7 +134,7 @@ class UnknownProbe:
         )
         if inside is None:
             return
-        place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         self._note(inside, place, _advice(inside, made, running_mean, running_var))
 
 
@@ -145,9 +145,7 @@ class _Spy(TorchFunctionMode):
         super().__init__()
         self._note = note
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm or func is torch.batch_norm:
             # The two have another order.
@@ -248,4 +246,4 @@ def _advice(
 
 
 def _place_of(code: Any) -> str:
-    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
