@@ -135,6 +135,8 @@ class LayerHistory:
         is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
         weight_decay: Weight decay on gamma and beta, the largest; None where not known.
         idle_children: Classes of modules inside the layer that its class never calls.
+        missing_tail: Classes of the modules that layers at the same place of other blocks end in,
+            where this one is a plain layer.
         gamma: The weight; None without affine parameters.
         beta: The bias; None without affine parameters.
         statistics_dtype: Element type of the running statistics, as in ``"float32"``.
@@ -183,6 +185,7 @@ class LayerHistory:
     is_bias_cancelled: bool = False
     weight_decay: float | None = None
     idle_children: tuple[str, ...] = ()
+    missing_tail: tuple[str, ...] = ()
     gamma: FloatArray | None = None
     beta: FloatArray | None = None
     statistics_dtype: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -36,7 +37,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     >>> layers["1"].fed_by, layers["1"].is_bias_cancelled
     ('Conv2d', True)
     """
-    feeders, bounds = _feeders(model), _bounds(model)
+    feeders, bounds, tails = _feeders(model), _bounds(model), _missing_tails(model)
     layers = find_layers(model)
     tensors = [
         tensor
@@ -55,6 +56,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
             layer,
             feeders.get(id(layer.module)),
             bounds.get(id(layer.module)),
+            tails.get(id(layer.module), ()),
             *itertools.islice(arrays, 5),
         )
         for layer in layers
@@ -65,6 +67,7 @@ def _described(
     layer: BatchNormLayer,
     feeder: nn.Module | None,
     bounded_by: str | None,
+    missing_tail: tuple[str, ...],
     gamma: FloatArray | None,
     beta: FloatArray | None,
     mean: FloatArray | None,
@@ -88,6 +91,7 @@ def _described(
         bounded_by=bounded_by,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
         idle_children=_idle_children(layer.module),
+        missing_tail=missing_tail,
         gamma=gamma,
         beta=beta,
         statistics_dtype=(
@@ -146,6 +150,33 @@ def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
 def _idle_children(module: nn.Module) -> tuple[str, ...]:
     """Return the classes of the children that the module, one of PyTorch's own, never calls."""
     if not type(module).__module__.startswith("torch.nn."):
+        return ()
+    children = (child for child in module.children() if not isinstance(child, nn.Identity))
+    return tuple(type(child).__name__ for child in children)
+
+
+def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return what plain layers lack that those at the same place of other blocks end in.
+
+    The place is the class of the block and the name in it; a number is the name of no place.
+    """
+    by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, _BatchNorm) and not name.isdigit():
+                by_place.setdefault((type(parent), name), []).append(module)
+    return {
+        id(module): tails[0]
+        for modules in by_place.values()
+        if (tails := [tail for module in modules if (tail := _tail(module))])
+        for module in modules
+        if type(module).__module__.startswith("torch.nn.") and not _idle_children(module)
+    }
+
+
+def _tail(module: nn.Module) -> tuple[str, ...]:
+    """Return the classes of the children that a class of somebody else's calls after BN."""
+    if type(module).__module__.startswith("torch.nn."):
         return ()
     children = (child for child in module.children() if not isinstance(child, nn.Identity))
     return tuple(type(child).__name__ for child in children)

@@ -78,6 +78,9 @@ class UnknownProbe:
                 return
             weight = _weight_of(batch, old.view(-1), wide(getattr(module, mean).detach()).view(-1))
             if weight is not None:
+                # It knows more than the calls of batch_norm that the module may make.
+                kind = type(module).__name__
+                self._found = {key: value for key, value in self._found.items() if key[0] != kind}
                 place = _place_of(type(module).forward.__code__)
                 self._note(module, place, _registration(module, mean, var, weight))
 
