@@ -77,8 +77,8 @@ def watch(
         optimizer: What trains the model, one or several: a layer whose parameters none of them
             owns, and that stand still, counts as frozen.
         every_n_steps: How often the rules run, in steps.
-        eval_batches: First forward calls a layer that are read in each evaluation; of the rest
-            ever fewer are.
+        eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
+            As many batches of fewer than 32 samples count as one as have 32 together.
         planned_steps: Steps that training will take in all, so that what its end will be like can
             be told ahead.
         loader: The training loader, whose batch sizes tell of a last batch of one before it

@@ -174,22 +174,24 @@ class BatchNormLayer:
     @property
     def weight(self) -> Tensor | None:
         """Gamma, shape ``(C,)``; None without affine parameters, and where they are sharded."""
-        return self._whole("weight")
+        return self._whole(self._affine_name("weight", "gamma"))
 
     @property
     def bias(self) -> Tensor | None:
         """Beta, shape ``(C,)``; None as for ``weight``."""
-        return self._whole("bias")
+        return self._whole(self._affine_name("bias", "beta"))
 
     @property
     def is_sharded(self) -> bool:
         """Whether this process has a part of gamma and beta alone, as under FSDP or ZeRO-3."""
-        return self._tensor("weight") is not None and self.weight is None
+        name = self._affine_name("weight", "gamma")
+        return self._tensor(name) is not None and self.weight is None
 
     @property
     def affine(self) -> list[Tensor]:
-        """Gamma and beta, those that there are."""
-        return [part for part in (self.weight, self.bias) if part is not None]
+        """Gamma and beta, those that there are, as an optimizer has them."""
+        names = (self._affine_name("weight", "gamma"), self._affine_name("bias", "beta"))
+        return [getattr(self.module, name) for name in names if self._whole(name) is not None]
 
     @property
     def momentum(self) -> float | None:
@@ -248,6 +250,10 @@ class BatchNormLayer:
             if name is not None:
                 module = self.module
                 yield (module._buffers if name in module._buffers else vars(module)), name
+
+    def _affine_name(self, usual: str, other: str) -> str:
+        """Return the attribute of gamma or beta: textbooks call them that."""
+        return usual if hasattr(self.module, usual) else other
 
     def _whole(self, name: str) -> Tensor | None:
         """Return a parameter where this process has all of it.

@@ -116,7 +116,8 @@ class BatchNormMonitor(GuardedCallback):
     Args:
         every_n_steps: How often the rules run, in training batches; besides, they do after the
             first batch and after each validation.
-        eval_batches: Validation batches that are read in each validation.
+        eval_batches: Validation batches that are read in each validation; more where they are
+            small.
         rules: The rules to run; all by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
             next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,6 @@ from bnguard.observe.history import BatchWindow, EvalWindow, Stream
 from bnguard.observe.hooks import Hooks, Note
 from bnguard.observe.layer_calls import (
     ShapeProbe,
-    ShapeRecord,
     is_recomputing,
     saved_statistics,
     saves_statistics,
@@ -302,8 +301,31 @@ _MAX_STREAMS = 4
 _MAX_CALLS = 16
 
 
+@dataclass
+class _Streams:
+    """The calls of a layer: those with gradients by their place in a step, and the others."""
+
+    averages: list[Average] = field(default_factory=list)
+    without_grad: Average = field(default_factory=Average)
+    step: int = 0
+    calls: int = 0
+
+    def next(self, step: int) -> Average:
+        """Count a call with gradients in this step, and return the average that it belongs to."""
+        if step != self.step:
+            self.step, self.calls = step, 0
+        self.calls += 1
+        place = min(self.calls, _MAX_STREAMS) - 1
+        while len(self.averages) <= place:
+            self.averages.append(Average())
+        return self.averages[place]
+
+
 class StreamProbe:
     """Averages the batch statistics of the first, second, … call of a layer in a step.
+
+    Calls without gradients teach the layer nothing, so that they are no stream: they have an
+    average of their own.
 
     Args:
         shapes: Counts the calls of a step.
@@ -312,45 +334,52 @@ class StreamProbe:
     def __init__(self, shapes: ShapeProbe) -> None:
         self.hooks = Hooks()
         self._shapes = shapes
-        self._averages: dict[str, list[Average]] = {}
+        self._streams: dict[str, _Streams] = {}
 
     def follow(self, layers: Iterable[BatchNormLayer]) -> None:
         """Read these layers as well, until enough was seen of each."""
         for layer in layers:
-            if layer.name not in self._averages:
-                averages = self._averages[layer.name] = []
-                record = self._shapes.records[layer.name]
-                self.hooks.after(layer.module, _stream_note(layer, record, averages))
+            if layer.name not in self._streams:
+                streams = self._streams[layer.name] = _Streams()
+                self.hooks.after(layer.module, _stream_note(layer, self._shapes, streams))
 
     def streams(self, layer: str) -> tuple[Stream, ...]:
         """Return the average statistics of the first, second, … call of a layer in a step."""
-        averages = self._averages.get(layer, [])
-        return tuple(
-            Stream(mean=mean, var_unbiased=var, batches=average.batches)
-            for average in averages
-            if (value := average.value()) is not None
-            for mean, var in [value.cpu().numpy()]
-        )
+        averages = self._streams.get(layer, _Streams()).averages
+        found = (_stream_of(average) for average in averages)
+        return tuple(stream for stream in found if stream is not None)
+
+    def without_grad(self, layer: str) -> Stream | None:
+        """Return the average statistics of the calls under ``torch.no_grad``."""
+        return _stream_of(self._streams.get(layer, _Streams()).without_grad)
 
 
-def _stream_note(layer: BatchNormLayer, record: ShapeRecord, averages: list[Average]) -> Note:
-    usual_momentum = layer.momentum
+def _stream_of(average: Average) -> Stream | None:
+    value = average.value()
+    if value is None:
+        return None
+    mean, var = value.cpu().numpy()
+    return Stream(mean=mean, var_unbiased=var, batches=average.batches)
+
+
+def _stream_note(layer: BatchNormLayer, shapes: ShapeProbe, streams: _Streams) -> Note:
+    usual_momentum, record = layer.momentum, shapes.records[layer.name]
 
     @torch.no_grad()
-    def note(args: tuple[object, ...], output: object) -> None:
+    def note(args: tuple[object, ...], output: object, *, has_grad: bool) -> None:
         if not (args and layer.uses_batch_statistics) or is_recomputing():
             return
         # Those who estimate the statistics anew set another momentum for it.
         if layer.momentum != usual_momentum:
             return
-        # The hook of the shape probe came before the call, and has counted it.
-        stream = min(max(record.calls_now, 1), _MAX_STREAMS) - 1
-        while len(averages) <= stream:
-            averages.append(Average())
-        if averages[stream].batches >= _MAX_CALLS:
+        average = streams.next(shapes.step) if has_grad else streams.without_grad
+        if average.batches >= _MAX_CALLS:
             return
         statistics = batch_statistics(layer, args[0], output)
         if statistics is not None:
-            averages[stream].add(statistics)
+            average.add(statistics)
 
-    return note
+    # What is computed again in the backward runs under no_grad at first.
+    return lambda args, output: note(
+        args, output, has_grad=torch.is_grad_enabled() or record.calls.recomputed > 0
+    )

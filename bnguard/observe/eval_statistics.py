@@ -1,7 +1,9 @@
 """What arrives at each layer in eval mode: in the first batches of an evaluation, and now and then.
 
-After the first few calls, those are read whose number is the next power of two times as many: an
-evaluation may be sorted, and its first batches unlike the rest.
+Calls are read in blocks: one batch of usual size, or as many small ones as make up for it, so that
+a validation with batch size 1 tells as much as one with 64. After the first few blocks, those are
+read whose number is the next power of two times as many: an evaluation may be sorted, and its
+first batches unlike the rest.
 """
 
 from __future__ import annotations
@@ -23,17 +25,23 @@ from bnguard.observe.model_state import running_statistics
 # Of a standard normal distribution.
 _ONE_IN_A_HUNDRED = 2.326
 
+# Samples that a block has at least, from however many calls.
+_SAMPLES_OF_BLOCK = 32
+
 
 class EvalProbe:
-    """Takes the moments of what arrives at each layer in eval mode, for its first calls.
+    """Takes the moments of what arrives at each layer in eval mode, for its first blocks of calls.
 
     Args:
         model: The model, whose dropouts are noted where they stand before a layer.
         layers: The layers to watch.
-        max_calls: First calls of a layer that are read; of the rest ever fewer are.
+        first_blocks: First blocks of a layer that are read; of the rest ever fewer are. A block is
+            a call with 32 samples or more, or as many smaller ones as have 32 together.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], max_calls: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[BatchNormLayer], first_blocks: int
+    ) -> None:
         self.hooks = Hooks()
         self._layers = tuple(layers)
         self._records: dict[str, _Record] = {}
@@ -41,7 +49,7 @@ class EvalProbe:
         for layer in self._layers:
             record = self._records[layer.name] = _Record()
             self.hooks.before(layer.module, self._ordered(record))
-            self.hooks.before(layer.module, _noted(layer, record, max_calls))
+            self.hooks.before(layer.module, _noted(layer, record, first_blocks))
         for module in model.modules():
             if _drops(module):
                 self.hooks.before(module, self._dropped(module))
@@ -86,13 +94,13 @@ class EvalProbe:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call: moments, largest normalised value, padding share a sample, and how samples vary."""
+    """One call: its block, moments, largest normalised value, padding a sample, sample means."""
 
+    block: int
     moments: Moments
     extreme: Tensor
     padding_shares: Tensor
-    samples: int
-    var_of_samples: Tensor
+    samples: Moments
 
 
 @dataclass
@@ -102,8 +110,16 @@ class _Record:
     parts: list[_Call] = field(default_factory=list)
     is_called: bool = False
     dropout: str = ""
-    calls: int = 0
+    block: int = 1
+    samples_in_block: int = 0
     dtype: str = ""
+
+    def next_block(self, samples: int) -> int:
+        """Count the samples of a call, and return the block that it belongs to."""
+        if self.samples_in_block >= _SAMPLES_OF_BLOCK:
+            self.block, self.samples_in_block = self.block + 1, 0
+        self.samples_in_block += samples
+        return self.block
 
     def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
         """Return what the calls told all together; None where they brought too little."""
@@ -138,20 +154,24 @@ class _Record:
 
 
 def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
-    """Return how much more calls vary than independent samples would, as a share, and if shown.
+    """Return how much more blocks vary than independent samples would, as a share, and if shown.
 
-    Independent samples, m a call, give means of variance 1/m of that between samples: the analysis
+    Independent samples, m a block, give means of variance 1/m of that between samples: the analysis
     of variance with one random factor, the share being the intraclass correlation (Fisher,
     "Statistical Methods for Research Workers", 1925, chapter 7). It is shown where chance seldom
     gives as much: that takes many pairs, and few batches of 32.
     """
-    several = [call for call in calls if call.samples > 1]
+    blocks = [
+        merge_moments([call.samples for call in block])
+        for _, block in itertools.groupby(calls, key=lambda call: call.block)
+    ]
+    several = [block for block in blocks if block.count > 1]
     if len(several) < 2:
         return None, 0.0, False
-    total = sum(call.samples for call in several)
+    total = sum(block.count for block in several)
     samples = total / len(several)
-    within = torch.stack([call.var_of_samples for call in several]).mean(0)
-    var = torch.stack([call.moments.mean for call in several]).var(0)
+    within = torch.stack([block.var_unbiased for block in several]).mean(0)
+    var = torch.stack([block.mean for block in several]).var(0)
     between = (var - within / samples).clamp_min(0.0)
     varies = between + within > 0.0
     if not varies.any():
@@ -161,12 +181,12 @@ def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
     return between, float(share), bool(is_shown[varies].double().mean() > 0.5)
 
 
-def _largest_of_independent(calls: int, samples: int) -> float:
+def _largest_of_independent(blocks: int, samples: int) -> float:
     """Return what the variance ratio F of independent samples passes once in a hundred times.
 
     Half its logarithm is nearly normal (Fisher, the same book, chapter 7: the z distribution).
     """
-    between, within = calls - 1, samples - calls
+    between, within = blocks - 1, samples - blocks
     mean, var = 1 / within - 1 / between, 2 / within + 2 / between
     return math.exp(mean + _ONE_IN_A_HUNDRED * math.sqrt(var))
 
@@ -175,7 +195,7 @@ def _is_finite(moments: Moments) -> bool:
     return bool(moments.mean.isfinite().all() & moments.squares.isfinite().all())
 
 
-def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
+def _noted(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
     parts = record.parts
 
     @torch.no_grad()
@@ -185,17 +205,17 @@ def _noted(layer: BatchNormLayer, record: _Record, max_calls: int) -> Note:
         values = args[0] if args else None
         if not (isinstance(values, Tensor) and values.numel() and layer.normalises(values)):
             return
-        record.calls += 1
-        if not _is_read(record.calls, max_calls):
+        block = record.next_block(len(values))
+        if not _is_read(block, first_blocks):
             return
         record.dtype = str(values.dtype).removeprefix("torch.")
         parts.append(
             _Call(
+                block=block,
                 moments=channel_moments(values),
                 extreme=_extreme(values, layer),
                 padding_shares=_padding_shares(values),
-                samples=len(values),
-                var_of_samples=_var_of_samples(values),
+                samples=channel_moments(_mean_of_positions(values)),
             )
         )
 
@@ -213,20 +233,14 @@ def _drops(module: nn.Module) -> bool:
     return is_named and is_leaf and getattr(module, "p", 1.0) != 0.0
 
 
-def _is_read(call: int, first: int) -> bool:
-    """Return whether a call is read: the first ones, then each that doubles their number.
+def _is_read(block: int, first: int) -> bool:
+    """Return whether a block is read: the first ones, then each that doubles their number.
 
-    >>> [call for call in range(1, 70) if _is_read(call, 4)]
+    >>> [block for block in range(1, 70) if _is_read(block, 4)]
     [1, 2, 3, 4, 8, 16, 32, 64]
     """
-    times, rest = divmod(call, first) if first else (0, 1)
-    return call <= first or (rest == 0 and times.bit_count() == 1)
-
-
-def _var_of_samples(values: Tensor) -> Tensor:
-    """Return the variance between the means of the samples, ``(C,)``; NaN for one sample."""
-    means = _mean_of_positions(values)
-    return means.var(0) if len(means) > 1 else torch.full_like(means[0], torch.nan)
+    times, rest = divmod(block, first) if first else (0, 1)
+    return block <= first or (rest == 0 and times.bit_count() == 1)
 
 
 def _mean_of_positions(values: Tensor) -> Tensor:

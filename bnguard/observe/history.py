@@ -28,6 +28,7 @@ from bnguard.observe.windows import (
     Plan,
     RunningStatistics,
     Stream,
+    UnknownLayer,
 )
 
 __all__ = [
@@ -81,6 +82,7 @@ class Run:
             none is known.
         weight_change: |weights - those of a reference| / |those of the reference|; None without a
             reference.
+        unknown: What normalises over the batch without being a BN layer that is known.
         stored_steps: Training steps that a checkpoint says were taken; None where it does not.
     """
 
@@ -99,6 +101,7 @@ class Run:
     is_optimized: bool | None = None
     weight_change: float | None = None
     stored_steps: int | None = None
+    unknown: tuple[UnknownLayer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,6 +123,9 @@ class LayerHistory:
             none, or is not known.
         is_affine_frozen_at_start: The same when watching began.
         is_left_out: Whether gamma or beta could learn, but no optimizer has them.
+        is_following: Whether something else than training writes the weights around the layer, as
+            those of a teacher or target network, and its statistics are those of the beginning.
+        unsaved: Names of the statistics that the state dict of the layer leaves out.
         is_updating: Whether a forward in train mode updates the running statistics; those of a
             frozen class never do.
         position: Place in the order in which the layers were first called; None before that.
@@ -129,6 +135,8 @@ class LayerHistory:
         is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
         weight_decay: Weight decay on gamma and beta, the largest; None where not known.
         idle_children: Classes of modules inside the layer that its class never calls.
+        missing_tail: Classes of the modules that layers at the same place of other blocks end in,
+            where this one is a plain layer.
         gamma: The weight; None without affine parameters.
         beta: The bias; None without affine parameters.
         statistics_dtype: Element type of the running statistics, as in ``"float32"``.
@@ -141,7 +149,9 @@ class LayerHistory:
         source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
             saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
         calls: How often, and how, the layer was called.
-        streams: Batch statistics of each of the calls in a step, where there are several.
+        streams: Batch statistics of each of the calls in a step, where there are several; calls
+            under ``torch.no_grad`` left out.
+        without_grad: Batch statistics of those; None where there were none, or none were read.
         samples: Samples in the usual batch; None where none was seen.
         values_per_channel: How often a batch of n values per channel was normalised with its own
             statistics, by n.
@@ -166,6 +176,8 @@ class LayerHistory:
     is_affine_frozen: bool | None = None
     is_affine_frozen_at_start: bool | None = None
     is_left_out: bool = False
+    is_following: bool = False
+    unsaved: tuple[str, ...] = ()
     is_updating: bool = True
     position: int | None = None
     fed_by: str | None = None
@@ -173,6 +185,7 @@ class LayerHistory:
     is_bias_cancelled: bool = False
     weight_decay: float | None = None
     idle_children: tuple[str, ...] = ()
+    missing_tail: tuple[str, ...] = ()
     gamma: FloatArray | None = None
     beta: FloatArray | None = None
     statistics_dtype: str | None = None
@@ -183,6 +196,7 @@ class LayerHistory:
     updates_seen: int = 0
     calls: Calls = field(default_factory=Calls)
     streams: tuple[Stream, ...] = ()
+    without_grad: Stream | None = None
     source: str = "buffers"
     samples: int | None = None
     values_per_channel: Mapping[int, int] = field(default_factory=dict)
@@ -317,6 +331,16 @@ class History:
         return tuple(sorted(called, key=lambda layer: layer.position or 0)) or self.layers
 
     @property
+    def first_trained(self) -> LayerHistory | None:
+        """The layer called first of those that batches of training reached; else of all.
+
+        A frozen teacher in front says nothing of the data that the network is trained on.
+        """
+        called = self.layers_in_order
+        trained = (layer for layer in called if layer.updates_seen or layer.window is not None)
+        return next(trained, next(iter(called), None))
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was read in another way than usual, or could not be seen, and why; a line each."""
         by_source: dict[str, list[str]] = {}
@@ -338,6 +362,19 @@ class History:
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
         if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
             notes.append("the optimizer given holds none of this model's parameters")
+        notes += [
+            f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over "
+            f"the batch and is not watched: {unknown.advice}"
+            for unknown in self.run.unknown
+        ]
+        lost = [layer for layer in self.layers if layer.unsaved]
+        if lost:
+            names = " and ".join(lost[0].unsaved)
+            where = _layers([layer.name for layer in lost])
+            notes.append(
+                f"{names} of {where} are not in the state dict, so saving loses them: "
+                "register_buffer"
+            )
         notes += self._notes_on_momentum()
         return tuple(notes)
 

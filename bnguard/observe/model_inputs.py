@@ -6,6 +6,7 @@ one batch to the next, would make the batches differ.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ _MAX_PLACES = 4
 # Share of the batches from which the rest, of odd steps, are no further places.
 _USUAL_SHARE = 0.75
 
+# Windows that are kept, and from how many on they are compared.
+_MAX_WINDOWS = 64
+_MIN_WINDOWS = 4
+_MIN_OVER_CHANCE = 2.0
+
 # From so many batches on a slow change of the data is told from batches that differ: what a
 # network that learns is fed by another one that does, as a discriminator is.
 _MIN_BATCHES_OF_TREND = 16
@@ -52,6 +58,16 @@ class _Batch:
     variance: Tensor
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """The batches of a window: their number, mean of means, variance of means, mean variance."""
+
+    batches: int
+    mean: FloatArray
+    spread: FloatArray
+    variance: FloatArray
+
+
 class SampleProbe:
     """Compares the variance between batches with that between the samples of a batch.
 
@@ -70,6 +86,7 @@ class SampleProbe:
         self._accumulated = max(1, accumulated_batches)
         self._newest: InputWindow | None = None
         self._newest_count = 0
+        self._windows: list[_Summary] = []
         self._batches: list[_Batch] = []
         self._steps = 0
         self._is_read = True
@@ -78,6 +95,7 @@ class SampleProbe:
     def start_window(self) -> None:
         """Begin a new window, and keep the one that ends."""
         self._newest, self._newest_count = self.window(), max(len(self._batches), 2)
+        self._windows = [*self._windows, *self._summary()][-_MAX_WINDOWS:]
         self._batches, self._steps, self._is_read = [], 0, True
 
     def start_step(self) -> None:
@@ -114,7 +132,23 @@ class SampleProbe:
             for here in groups
             if np.count_nonzero(here) >= enough
         ]
-        return min(of_places, key=_usual_ratio, default=newest)
+        window = min(of_places, key=_usual_ratio, default=newest)
+        if window is None or not has_one_place:
+            return window
+        windows = [*self._windows, *self._summary()]
+        return dataclasses.replace(
+            window, windows=len(windows), between_windows=_between_windows(windows)
+        )
+
+    def _summary(self) -> Iterator[_Summary]:
+        """Yield what is kept of the window that is under way, if it has batches enough."""
+        batches = self._batches
+        # Calls of a step that differ on purpose are not told apart over windows.
+        if len(batches) < 2 or len({batch.origin[0] // self._accumulated for batch in batches}) > 1:
+            return
+        means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
+        variances = torch.stack([batch.variance for batch in batches]).cpu().double().numpy()
+        yield _Summary(len(batches), means.mean(0), means.var(0, ddof=1), variances.mean(0))
 
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Take in what a batch brings to the model."""
@@ -127,13 +161,32 @@ class SampleProbe:
         with torch.no_grad():
             mean, variance = mean_and_biased_var(features)
         if self._batches and self._batches[0].mean.shape != mean.shape:
-            self._batches = []
+            self._batches, self._windows = [], []
         self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
 
 
 def _usual_ratio(window: InputWindow) -> float:
     ratio = window.variance_ratio[np.isfinite(window.variance_ratio)]
     return float(np.median(ratio)) if ratio.size else math.inf
+
+
+def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
+    """Return the variance between neighbouring windows as a share of that between samples.
+
+    Half the mean square of successive differences (von Neumann), which a slow change hardly enters,
+    without what the batches of a window explain.
+    """
+    windows = [window for window in windows if window.mean.shape == windows[-1].mean.shape]
+    if len(windows) < _MIN_WINDOWS:
+        return np.empty(0)
+    means = np.array([window.mean for window in windows])
+    chance = np.mean([window.spread / window.batches for window in windows], axis=0)
+    within = np.mean([window.variance + window.spread for window in windows], axis=0)
+    with np.errstate(all="ignore"):
+        between = np.square(np.diff(means, axis=0)).mean(0) / 2
+        between = np.where(between > _MIN_OVER_CHANCE * chance, between - chance, 0.0)
+        share = between / (between + within)
+    return np.asarray(share[np.isfinite(share)])
 
 
 def _of_place(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -36,7 +37,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     >>> layers["1"].fed_by, layers["1"].is_bias_cancelled
     ('Conv2d', True)
     """
-    feeders, bounds = _feeders(model), _bounds(model)
+    feeders, bounds, tails = _feeders(model), _bounds(model), _missing_tails(model)
     layers = find_layers(model)
     tensors = [
         tensor
@@ -55,6 +56,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
             layer,
             feeders.get(id(layer.module)),
             bounds.get(id(layer.module)),
+            tails.get(id(layer.module), ()),
             *itertools.islice(arrays, 5),
         )
         for layer in layers
@@ -65,6 +67,7 @@ def _described(
     layer: BatchNormLayer,
     feeder: nn.Module | None,
     bounded_by: str | None,
+    missing_tail: tuple[str, ...],
     gamma: FloatArray | None,
     beta: FloatArray | None,
     mean: FloatArray | None,
@@ -83,10 +86,12 @@ def _described(
         is_updating=(
             not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
         ),
+        unsaved=_unsaved(layer),
         fed_by=None if feeder is None else type(feeder).__name__,
         bounded_by=bounded_by,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
         idle_children=_idle_children(layer.module),
+        missing_tail=missing_tail,
         gamma=gamma,
         beta=beta,
         statistics_dtype=(
@@ -94,6 +99,14 @@ def _described(
         ),
         running=_running(mean, var, counter),
     )
+
+
+def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
+    """Return the names of mean and variance, those that the state dict leaves out."""
+    module = layer.module
+    saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()
+    names = (layer.adapter.mean, layer.adapter.var) if layer.is_tracking else ()
+    return tuple(name for name in names if name not in saved)
 
 
 def running_statistics(
@@ -137,6 +150,33 @@ def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
 def _idle_children(module: nn.Module) -> tuple[str, ...]:
     """Return the classes of the children that the module, one of PyTorch's own, never calls."""
     if not type(module).__module__.startswith("torch.nn."):
+        return ()
+    children = (child for child in module.children() if not isinstance(child, nn.Identity))
+    return tuple(type(child).__name__ for child in children)
+
+
+def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return what plain layers lack that those at the same place of other blocks end in.
+
+    The place is the class of the block and the name in it; a number is the name of no place.
+    """
+    by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, _BatchNorm) and not name.isdigit():
+                by_place.setdefault((type(parent), name), []).append(module)
+    return {
+        id(module): tails[0]
+        for modules in by_place.values()
+        if (tails := [tail for module in modules if (tail := _tail(module))])
+        for module in modules
+        if type(module).__module__.startswith("torch.nn.") and not _idle_children(module)
+    }
+
+
+def _tail(module: nn.Module) -> tuple[str, ...]:
+    """Return the classes of the children that a class of somebody else's calls after BN."""
+    if type(module).__module__.startswith("torch.nn."):
         return ()
     children = (child for child in module.children() if not isinstance(child, nn.Identity))
     return tuple(type(child).__name__ for child in children)
@@ -201,6 +241,23 @@ class OptimizerProbe:
         owned = self.owned_parameters()
         return any(id(parameter) in owned for parameter in model.parameters())
 
+    def untrained_parts(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the largest modules of which nothing is trained, the model itself perhaps.
+
+        Where no optimizer is known, what requires no gradient is not trained.
+        """
+        trained = self.owned_parameters()
+        if not trained:
+            parameters = model.parameters()
+            trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        waiting = [model]
+        while waiting:
+            module = waiting.pop()
+            if any(id(parameter) in trained for parameter in module.parameters()):
+                waiting.extend(module.children())
+            else:
+                yield module
+
     def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
         """Return whether no optimizer has gamma and beta, where it has others."""
         return bool(owned) and not _are_owned(layer.affine, owned)
@@ -261,7 +318,7 @@ class WeightProbe:
         self._version = 0
         self._trained: list[Tensor] = []
         self.follow_model()
-        self._norms_at_start = self._norms()
+        self._norms_at_start: dict[int, float] = self._norms(model)
 
     def follow_model(self) -> None:
         """Notice parameters that were added or removed."""
@@ -293,17 +350,19 @@ class WeightProbe:
         is_comparable = len(affine) == len(self._trained)
         return is_comparable and not all(map(torch.equal, affine, self._trained))
 
-    def have_changed_since_start(self) -> bool:
-        """Return whether the weights are others than when watching began."""
-        return self._norms() != self._norms_at_start
+    def have_changed_since_start(self, part: nn.Module) -> bool:
+        """Return whether weights of a part of the model are others than when watching began."""
+        at_start = self._norms_at_start
+        return any(norm != at_start.get(key, norm) for key, norm in self._norms(part).items())
 
-    def _norms(self) -> list[float]:
+    def _norms(self, part: nn.Module) -> dict[int, float]:
         """Return the norm of each weight, which says whether it was written to, at no memory."""
-        return [
-            parameter.detach().float().norm().item()
-            for parameter in self._counting
-            if not parameter.is_meta
-        ]
+        counting = set(map(id, self._counting))
+        return {
+            id(parameter): parameter.detach().float().norm().item()
+            for parameter in part.parameters()
+            if id(parameter) in counting and not parameter.is_meta
+        }
 
     def _affine_values(self) -> list[Tensor]:
         return [

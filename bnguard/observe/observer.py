@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ from bnguard.observe.model_state import (
 )
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.running_buffers import BufferReading
+from bnguard.observe.unknown_layers import UnknownProbe
 from bnguard.observe.windows import Plan
 
 # Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
@@ -39,8 +41,8 @@ class Observer:
     Args:
         model: The model; left as it is, but for hooks that :meth:`close` takes off.
         optimizers: What trains the model, as far as that is known.
-        eval_batches: First forward calls a layer that are read in each evaluation; of the rest
-            ever fewer are.
+        eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
+            As many batches of fewer than 32 samples count as one as have 32 together.
         planned_steps: Steps that training will take in all, None where that is not known.
         plan: What loader and trainer say of the training before its first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
@@ -70,8 +72,8 @@ class Observer:
         self._planned_steps = planned_steps
         self._plan = plan
         self._steps_in_eval_mode = 0
-        self._is_bystander: bool | None = None
         self._has_new_weights = False
+        self._is_bystander: bool | None = None
         self._on_batch_of_one = on_batch_of_one
         self._step = 0
         self._batch_of_one_steps: dict[str, int] = {}
@@ -79,6 +81,9 @@ class Observer:
         self._gap: ModeGap | str = Run().mode_gap_reason
         self._earlier_gaps: tuple[ModeGap, ...] = ()
         self._origin: OriginProbe | None = None
+        self._following: dict[str, EvalWindow] = {}
+        self._followers: tuple[BatchNormLayer, ...] = ()
+        self._follower_probe = EvalProbe(model, (), eval_batches)
 
         self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
@@ -88,6 +93,7 @@ class Observer:
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe(plan.accumulated_batches)
         self._finiteness = FinitenessProbe()
+        self._unknown = UnknownProbe(model, self.layers)
         self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
         self._at_start = self._batches.readings()
         self._trained_by = OptimizerProbe(optimizers, self.layers)
@@ -129,16 +135,22 @@ class Observer:
             self._shapes.follow(layers)
             self._loading.follow(layers)
             self._evaluated = fitting(self._evaluated, layers)
+        calls = {layer.name: self._shapes.records[layer.name].calls for layer in layers}
         self._streams.follow(
-            layer for layer in layers if self._shapes.records[layer.name].calls.most_per_step > 1
+            layer for layer in layers if calls[layer.name].may_be_of_several_sources
         )
         self._choose_sources()
         self._follow_entrance()
+        followers = tuple(self._find_followers())
+        if followers != self._followers:
+            self._followers = followers
+            self._watch_followers()
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics, and keep the one that ends as the newest full."""
         self._batches.start_window()
         self._samples.start_window()
+        self._watch_followers()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -159,7 +171,9 @@ class Observer:
             self._has_new_weights = self.steps > 0 and (
                 self._weights.have_changed()
                 # Those of a copy beside the model are written while the model trains.
-                or (bool(self._is_bystander) and self._weights.have_changed_since_start())
+                or (
+                    bool(self._is_bystander) and self._weights.have_changed_since_start(self._model)
+                )
             )
             moments.hooks.close()
             gap.hooks.close()
@@ -223,9 +237,11 @@ class Observer:
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
+            unknown=self._unknown.found(),
             is_optimized=self._trained_by.trains(self._model) if owned else None,
         )
         described = describe_layers(self._model)
+        self._following.update(self._follower_probe.windows(self._step))
         return History(
             layers=tuple(
                 self._layer_history(
@@ -256,7 +272,13 @@ class Observer:
     @property
     def _training_hooks(self) -> list[Hooks]:
         """The hooks, but for the cheap ones on shapes, that look at training and nothing else."""
-        hooks = [self._batches.hooks, self._streams.hooks, self._entrance.hooks]
+        hooks = [
+            self._unknown.hooks,
+            self._batches.hooks,
+            self._streams.hooks,
+            self._entrance.hooks,
+            self._follower_probe.hooks,
+        ]
         return hooks if self._origin is None else [*hooks, self._origin.hooks]
 
     def _layer_history(
@@ -285,13 +307,15 @@ class Observer:
             source=self._batches.source(layer.name),
             calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
             streams=self._streams.streams(layer.name),
+            without_grad=self._streams.without_grad(layer.name),
             samples=shapes.samples(),
             values_per_channel=counts,
             batch_of_one_step=self._batch_of_one_steps.get(layer.name),
             poisoned_step=None if reading is None else reading.poisoned_step,
             restored_updates=0 if reading is None else reading.restored_updates,
             window=self._batches.window(layer.name),
-            evaluated=self._evaluated.get(layer.name),
+            evaluated=self._evaluated.get(layer.name) or self._following.get(layer.name),
+            is_following=layer in self._followers,
             run=run,
         )
 
@@ -308,6 +332,41 @@ class Observer:
         return not self._trained_by.trains(self._model) and all(
             self._shapes.records[layer.name].position is None for layer in self.layers
         )
+
+    def _find_followers(self) -> Iterator[BatchNormLayer]:
+        """Yield the layers whose weights others write, and whose statistics nobody does.
+
+        So are those of a teacher or a target network, of which the parameters alone are copied.
+        """
+        if not self.steps:
+            return
+        parts = list(self._trained_by.untrained_parts(self._model))
+        calls = [self._shapes.records[layer.name].calls for layer in self.layers]
+        is_optimizer_known = bool(self._trained_by.owned_parameters())
+        if not is_optimizer_known and not any(call.in_eval_mode_with_grad for call in calls):
+            parts = [self._model]
+        for part in parts:
+            modules = set(part.modules())
+            layers = [layer for layer in self.layers if layer.module in modules]
+            if layers and self._weights.have_changed_since_start(part):
+                yield from filter(self._is_as_at_start, layers)
+
+    def _is_as_at_start(self, layer: BatchNormLayer) -> bool:
+        """Return whether the statistics of a layer are those of when watching began."""
+        start, calls = self._at_start.get(layer.name), self._shapes.records[layer.name]
+        running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
+        if start is None or running is None or calls.values_per_channel():
+            return False
+        return bool(
+            np.array_equal(start.running.mean, running.mean)
+            and np.array_equal(start.running.var, running.var)
+        )
+
+    def _watch_followers(self) -> None:
+        """Read anew what the followers are given while others train."""
+        self._following.update(self._follower_probe.windows(self._step))
+        self._follower_probe.hooks.close()
+        self._follower_probe = EvalProbe(self._model, self._followers, self._eval_batches)
 
     def _choose_sources(self) -> None:
         """Let the calls that were seen decide where the batch statistics of a layer are read."""

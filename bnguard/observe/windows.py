@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -58,6 +58,14 @@ class Calls:
     unfrozen_step: int | None = None
     most_per_forward: int = 0
     most_per_step: int = 0
+
+    @property
+    def may_be_of_several_sources(self) -> bool:
+        """Whether batches may be unlike each other by what calls the layer.
+
+        What is computed again in the backward ran under ``torch.no_grad`` before.
+        """
+        return self.most_per_step > 1 or bool(self.without_grad and not self.recomputed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,10 +209,33 @@ class InputWindow:
         variance_ratio: Variance of the batch means times the samples of a batch, over the variance
             of the samples of a batch, a value for each of some numbers of a sample; those that
             never vary are left out. Samples that are drawn independently give 1.
+        windows: Windows of training that were compared, this one and those before.
+        between_windows: Variance between neighbouring windows beyond what their batches explain,
+            as a share of that between samples, a value for each of the numbers; 0 for independent
+            samples, and nearly so where data change slowly. Empty where there are too few windows.
     """
 
     batches: int
     variance_ratio: FloatArray
+    windows: int = 1
+    between_windows: FloatArray = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass(frozen=True)
+class UnknownLayer:
+    """What normalises over the batch in training, and is not a BN layer that is known.
+
+    Attributes:
+        module: Dotted name of the module, ``""`` for the model itself.
+        kind: Name of its class.
+        place: File and line of its forward, or of the call.
+        advice: What makes it known, as the call of ``register_layer``.
+    """
+
+    module: str
+    kind: str
+    place: str
+    advice: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +301,9 @@ class Plan:
         drops_last: Whether the last, smaller batch of an epoch is left out.
         ranks: How many processes train together.
         accumulated_batches: Batches whose gradients are added before a step of the optimizer.
+        label_run: Samples of one label that follow each other, on average, where samples are drawn
+            in the order of the dataset; None where they are not, or labels are not known.
+        shuffled_label_run: The same if they were shuffled.
     """
 
     batch_size: int | None = None
@@ -277,6 +311,8 @@ class Plan:
     drops_last: bool = False
     ranks: int = 1
     accumulated_batches: int = 1
+    label_run: float | None = None
+    shuffled_label_run: float | None = None
 
     @property
     def last_batch_size(self) -> int | None:
@@ -321,9 +357,14 @@ def plan_training(
     batch_size = getattr(batches, "batch_size", None)
     if type(batches).__name__ != "BatchSampler" or not isinstance(batch_size, int):
         return Plan(ranks=ranks, accumulated_batches=accumulated_batches)
+    sampler = getattr(batches, "sampler", None)
+    is_in_order = type(sampler).__name__ == "SequentialSampler"
+    runs = _label_runs(getattr(sampler, "data_source", None)) if is_in_order else None
     return Plan(
+        label_run=None if runs is None else runs[0],
+        shuffled_label_run=None if runs is None else runs[1],
         batch_size=batch_size,
-        samples=_length(getattr(batches, "sampler", None)),
+        samples=_length(sampler),
         drops_last=bool(getattr(batches, "drop_last", False)),
         ranks=ranks,
         accumulated_batches=accumulated_batches,
@@ -338,3 +379,33 @@ def _length(sampler: object) -> int | None:
         return len(sampler)
     except Exception:  # a sampler of the user's own may raise whatever it likes
         return None
+
+
+def _label_runs(dataset: object) -> tuple[float, float] | None:
+    """Return the mean length of runs of a label in a dataset, and that in a random order.
+
+    None where the dataset does not hold its labels as a list of whole numbers.
+    """
+    try:
+        labels = _labels(dataset)
+    except Exception:  # a dataset of the user's own may raise whatever it likes
+        return None
+    if labels is None or labels.ndim != 1 or labels.size < 2 or labels.dtype.kind not in "iub":
+        return None
+    shares = np.unique(labels, return_counts=True)[1] / labels.size
+    other = 1.0 - float(np.square(shares).sum())
+    if other == 0.0:
+        return None
+    return labels.size / (1 + np.count_nonzero(np.diff(labels))), 1.0 / other
+
+
+def _labels(dataset: object) -> FloatArray | None:
+    indices, inner = getattr(dataset, "indices", None), getattr(dataset, "dataset", None)
+    if indices is not None and inner is not None:
+        labels = _labels(inner)
+        return None if labels is None else labels[np.asarray(indices)]
+    for name in ("targets", "labels"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name))
+    tensors: tuple[object, ...] = getattr(dataset, "tensors", ())
+    return np.asarray(tensors[-1]) if len(tensors) > 1 else None

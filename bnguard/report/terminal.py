@@ -117,6 +117,8 @@ def _heading(report: Report) -> Text:
             for severity, number in counts
             if number
         ]
+    elif report.history.run.unknown:
+        parts.append("no problems found in these, but not all that normalises was watched")
     elif report.failure is None and report.history.run.steps:
         parts.append("no problems found")
     elif report.failure is None:

@@ -45,7 +45,7 @@ class Drift:
         seen: What arrived at it in eval mode.
         distance: How far that is from the running statistics.
         limits: What it was held against.
-        first: The layer that was called first.
+        first: The layer that was called first, of those that training reached.
     """
 
     layer: LayerHistory
@@ -53,6 +53,11 @@ class Drift:
     distance: Distance
     limits: DriftLimits
     first: LayerHistory
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether batches of training reached the layer."""
+        return self.layer.window is not None
 
     def from_batches(self) -> Distance | None:
         """Return how far what arrived is from the newest batches of training."""
@@ -143,12 +148,15 @@ class Cause:
 
 def cause_of_gap(history: History) -> Cause | None:
     """Return why the two modes disagree: why the statistics that fit worst do not."""
-    called = history.layers_in_order
+    called, entrance = history.layers_in_order, history.first_trained
     drifts = [
-        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, called[0])
+        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, entrance)
         for layer in called
         for distance in [distance_of(layer)]
-        if layer.evaluated is not None and distance is not None and distance.excess > FITTING_SHARE
+        if entrance is not None
+        and layer.evaluated is not None
+        and distance is not None
+        and distance.excess > FITTING_SHARE
     ]
     worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
     cause = None if worst is None else cause_of_drift(worst)

@@ -26,13 +26,13 @@ class InputShift(ModelRule):
         momentum and no recalibration on training data mends that.
 
     Evidence:
-        At the first BN layer: the eval moments against the newest batches of training *and*
-        against the running statistics, shift in standard deviations or log-variance ratio, the
-        quantile over channels; the smaller of the two distances counts. Where weights move, the
-        newest batches lag behind them: the limits are so many times larger as the batch means
-        spread wider over the window than from one batch to the next. A variance that is smaller in
-        evaluation counts for nothing where dropout stands before the layer. ``info`` where the
-        mode gap was measured and shows no harm.
+        At the first BN layer, of those that training updates where there are any: the eval moments
+        against the newest batches of training *and* against the running statistics, shift in
+        standard deviations or log-variance ratio, the quantile over channels; the smaller of the
+        two distances counts. Where weights move, the newest batches lag behind them: the limits are
+        so many times larger as the batch means spread wider over the window than from one batch to
+        the next. A variance that is smaller in evaluation counts for nothing where dropout stands
+        before the layer. ``info`` where the mode gap was measured and shows no harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
@@ -74,7 +74,7 @@ class InputShift(ModelRule):
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Hold what arrives at the first layer against what it was trained on."""
-        layer = next(iter(history.layers_in_order), None)
+        layer = history.first_trained
         if layer is None:
             return
         seen = layer.evaluated

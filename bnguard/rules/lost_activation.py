@@ -13,7 +13,7 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LostActivation(Rule):
-    """A layer holds an activation that it never calls: a conversion has dropped it.
+    """A layer has lost the activation that belongs to it: a conversion has dropped it.
 
     Why it matters:
         Some BN classes end in an activation of their own (timm's ``BatchNormAct2d``).
@@ -23,7 +23,9 @@ class LostActivation(Rule):
 
     Evidence:
         Child modules of a layer whose class is PyTorch's own, which calls no children.
-        ``Identity`` does not count.
+        ``Identity`` does not count. Or a plain layer where the layers at the same place of other
+        blocks, in class and name, end in an activation: a function of one's own replaced some of
+        them. Where it replaced all, nothing shows it.
 
     Limits:
         max_idle_children: 0.
@@ -53,6 +55,8 @@ class LostActivation(Rule):
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the children that nothing calls."""
+        if layer.missing_tail:
+            yield self._replaced(layer)
         if len(layer.idle_children) <= self.max_idle_children:
             return
         names = ", ".join(layer.idle_children)
@@ -62,4 +66,15 @@ class LostActivation(Rule):
             f"{names} inside the layer is never called: a conversion to {layer.kind} dropped it",
             Evidence("idle children", len(layer.idle_children), self.max_idle_children),
             Fix("convert with the class's own library, as timm.layers.convert_sync_batchnorm"),
+        )
+
+    def _replaced(self, layer: LayerHistory) -> Finding:
+        names = ", ".join(layer.missing_tail)
+        return self._finding(
+            layer,
+            Severity.WARNING,
+            f"a plain {layer.kind} where the same layer of other blocks ends in {names}: what "
+            "replaced it dropped that",
+            Evidence("modules missing after BN", len(layer.missing_tail), self.max_idle_children),
+            Fix(f"put Sequential(layer, {layer.missing_tail[-1]}()) in its place"),
         )

@@ -26,9 +26,10 @@ class SeveralStreams(Rule):
     Evidence:
         The distance of the streams' average means in standard deviations, and the logarithm of the
         ratio of their variances; the upper decile over channels, of the two streams that are
-        furthest apart. Siamese calls with the same distribution lie near 0. A harmless mode gap
-        does not lower it: in train mode each call has statistics of its own, so that the gap on one
-        evaluation does not tell what the other stream suffers.
+        furthest apart. Siamese calls with the same distribution lie near 0. Calls under
+        ``torch.no_grad`` are not streams (BN206). A harmless mode gap does not lower it: in train
+        mode each call has statistics of its own, so that the gap on one evaluation does not tell
+        what the other stream suffers.
 
     Limits:
         max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among

@@ -15,6 +15,7 @@ from bnguard.rules.base import ModelRule
 from bnguard.rules.limits import DriftLimits, is_known_harmless, is_sampling
 
 _FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
+_COPY = Fix("copy the buffers as well as the parameters: load_state_dict, or zip the buffers() too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,11 @@ class StaleStatistics(ModelRule):
         statistics are folded, from others. Or the
         layer was called in train mode, and nothing entered its statistics, as where a function
         runs on copies of the buffers. Or weights were written between the newest training step
-        and the evaluation, or into a copy of the model that is watched beside it, and what arrives
-        has drifted from the running statistics. Or, without any run, the statistics are those of a
-        reference, and the weights are not::
+        and the evaluation, and what arrives has drifted from the running statistics. So it has in
+        a teacher or target network, which no optimizer trains and no batch updates: its weights
+        follow those of the network that trains, and its statistics are still those of the
+        beginning. It is watched as a part of the model, or beside it. Or, without any run, the
+        statistics are those of a reference, and the weights are not::
 
             bnguard.inspect(averaged, reference=model)
             beside = bnguard.watch(averaged)    # beside.step(), with beside.evaluation(): ...
@@ -57,7 +60,11 @@ class StaleStatistics(ModelRule):
             torch.optim.swa_utils.update_bn(train_loader, averaged)
             bnguard.recalibrate(averaged, train_loader)
 
-        When copying a model, copy ``state_dict()``, not ``parameters()``.
+        When copying a model, copy ``state_dict()``, not ``parameters()``; a teacher or target
+        network takes the buffers as they are, whatever the average of its weights::
+
+            for own, new in zip(teacher.buffers(), student.buffers()):
+                own.copy_(new)
 
     Fix safety:
         Recalibration changes the running statistics only, is measured, and can be undone. A network
@@ -103,7 +110,7 @@ class StaleStatistics(ModelRule):
             and layer.calls.in_training >= self.min_lost_calls
         ):
             yield from self._untouched(layer)
-        elif layer.run.has_new_weights_in_evaluation:
+        elif layer.is_following or layer.run.has_new_weights_in_evaluation:
             yield from self._rewritten(layer)
 
     def _lost(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
@@ -163,14 +170,19 @@ class StaleStatistics(ModelRule):
         distance = limits.distance(seen, running.mean, running.var, layer.eps)
         if distance.worst is None or not distance.is_beyond:
             return
+        # A network next to the one that trains may not be the one whose modes were compared.
+        is_harmless = is_known_harmless(layer.run) and not layer.is_following
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
         yield self._finding(
             layer,
-            Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
-            "the weights that are evaluated are not those that the running statistics were taken "
-            "with, and these do not fit them",
+            Severity.INFO if is_unsure or is_harmless else Severity.WARNING,
+            "the weights follow those of another network, but the running statistics never "
+            "changed: they belong to the weights of the beginning"
+            if layer.is_following
+            else "the weights that are evaluated are not those that the running statistics were "
+            "taken with, and these do not fit them",
             distance.worst,
-            _FIX,
+            _COPY if layer.is_following else _FIX,
             step=seen.step,
         )
 

@@ -94,16 +94,18 @@ class StatisticDrift(ExplainedRule):
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
         """Hold shift and log-variance ratio of the newest evaluation against their limits."""
         drifts: list[Drift] = []
-        called = history.layers_in_order
+        called, entrance = history.layers_in_order, history.first_trained
         too_early = evaluated_too_early(history, self.max_initial_weight)
         for layer in (*called, *(layer for layer in history.layers if layer not in called)):
             judged = self._judged(layer, too_early.get(layer.name))
             if isinstance(judged, Skipped):
                 yield judged
-            elif judged is not None and layer.evaluated is not None:
-                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, called[0]))
+            elif judged is not None and layer.evaluated is not None and entrance is not None:
+                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance))
         for drift in drifts:
-            yield self._found(drift, drifts[0], root_at(drift.layer))
+            # What a frozen network in front is given does not reach one that trains next to it.
+            alike = [other for other in drifts if other.is_trained == drift.is_trained]
+            yield self._found(drift, alike[0], root_at(drift.layer))
 
     @property
     def _limits(self) -> DriftLimits:

@@ -9,6 +9,8 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.rules.limits import fits
+from bnguard.rules.several_streams import distances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,21 @@ class UpdateOutsideTraining(Rule):
         statistics. Outside of it: calls under ``no_grad`` between two training steps, where none
         in eval mode came, as after a re-estimation on purpose. Others under ``no_grad`` in a small
         part of the training steps, those at the end of the training among them, are ``info``,
-        since they may be such a one. ``bnguard.recalibrate`` and
-        ``torch.optim.swa_utils.update_bn`` do not count, nor do networks that run under
-        ``no_grad`` in every step (a teacher, a generator while the discriminator learns).
+        since they may be such a one. They are a ``warning``, in every step too, where their batches
+        differ from those of training and evaluation does not fit the running statistics: so are
+        repeated passes for the uncertainty of new samples (Monte Carlo dropout).
+        ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
+        networks that run under ``no_grad`` in every step (a teacher, a generator while the
+        discriminator learns).
 
     Limits:
         max_calls_in_evaluation: 0.
         max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
         max_share_of_steps: Share of the steps up to which such calls are not the usual: 0.5.
+        max_distance_std: Distance of their batches from those of training, in standard deviations:
+            1, as in BN207.
+        max_log_variance_ratio: The same of the variances, 1, as in BN207.
+        min_batches: Batches under ``no_grad`` before they are compared: 4.
 
     Fix:
         Set both, the mode and the gradients, and set the mode back::
@@ -42,6 +51,13 @@ class UpdateOutsideTraining(Rule):
             with torch.no_grad(), monitor.evaluation():
                 ...
             model.train()
+
+        Monte Carlo dropout needs the dropout layers alone in train mode::
+
+            model.eval()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.train()
 
     Fix safety:
         Safe. The score of the validation changes: it was another network's.
@@ -59,6 +75,9 @@ class UpdateOutsideTraining(Rule):
     max_calls_in_evaluation: int = 0
     max_calls_without_grad: int = 1
     max_share_of_steps: float = 0.5
+    max_distance_std: float = 1.0
+    max_log_variance_ratio: float = 1.0
+    min_batches: int = 4
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the calls with batch statistics where no training was."""
@@ -66,9 +85,28 @@ class UpdateOutsideTraining(Rule):
             return
         if layer.calls.in_evaluation > self.max_calls_in_evaluation:
             yield self._in_evaluation(layer)
+        elif (other := self._of_other_data(layer)) is not None:
+            yield self._without_grad(layer, Severity.WARNING, other)
         elif self._is_unusual(layer):
             is_evaluation = layer.calls.between_steps > self.max_calls_without_grad
-            yield self._between_steps(layer) if is_evaluation else self._without_grad(layer)
+            yield (
+                self._between_steps(layer)
+                if is_evaluation
+                else self._without_grad(layer, Severity.INFO)
+            )
+
+    def _of_other_data(self, layer: LayerHistory) -> Evidence | None:
+        """Return how far batches under ``no_grad`` are from training, where that did harm."""
+        other = layer.without_grad
+        if other is None or other.batches < self.min_batches or layer.evaluated is None:
+            return None
+        if not layer.streams or fits(layer):
+            return None
+        distance, ratio = distances((layer.streams[0], other))
+        by_mean = Evidence("distance from training", distance, self.max_distance_std, "σ")
+        by_var = Evidence("|log variance ratio| to training", ratio, self.max_log_variance_ratio)
+        worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
+        return worst if worst.value > worst.limit else None
 
     def _is_unusual(self, layer: LayerHistory) -> bool:
         """Return whether some calls ran under ``no_grad``, and most of the steps had none."""
@@ -104,18 +142,28 @@ class UpdateOutsideTraining(Rule):
             _EVAL,
         )
 
-    def _without_grad(self, layer: LayerHistory) -> Finding:
+    def _without_grad(
+        self, layer: LayerHistory, severity: Severity, other: Evidence | None = None
+    ) -> Finding:
+        calls = layer.calls
+        what = (
+            "re-estimation, or a missing eval()"
+            if other is None
+            else "a missing eval(), since they are unlike the batches of training"
+        )
+        counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
-            Severity.INFO,
-            f"{layer.calls.without_grad} batches went into the statistics under no_grad, in "
-            f"{layer.calls.steps_without_grad} of {layer.run.steps} steps: re-estimation, or a "
-            "missing eval()",
-            Evidence(
-                "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
-            ),
-            Fix("model.eval() around what is not training"),
+            severity,
+            f"{calls.without_grad} batches went into the statistics under no_grad, in "
+            f"{calls.steps_without_grad} of {layer.run.steps} steps: {what}",
+            other or counted,
+            _EVAL,
+            reasons=() if other is None else (counted,),
         )
 
 
-_EVAL = Fix("model.eval() before evaluation, model.train() after it")
+_EVAL = Fix(
+    "model.eval() before evaluation and what else is not training, model.train() after it; for MC "
+    "dropout, the dropout layers alone in train mode"
+)

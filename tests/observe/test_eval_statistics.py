@@ -13,8 +13,8 @@ from bnguard.layers.bn_layer import find_layers
 from bnguard.observe.eval_statistics import EvalProbe
 
 
-def window(model, batches, max_calls=8, mode=torch.no_grad):
-    probe = EvalProbe(model, find_layers(model), max_calls)
+def window(model, batches, first_blocks=8, mode=torch.no_grad):
+    probe = EvalProbe(model, find_layers(model), first_blocks)
     with mode():
         for batch in batches:
             model(batch)
@@ -66,12 +66,30 @@ def test_large_images_are_read_exactly(layout):
 
 
 def test_of_the_calls_after_the_first_ever_fewer_are_read():
-    batches = [torch.randn(4, 2) for _ in range(13)]
-    result = window(nn.BatchNorm1d(2).eval(), batches, max_calls=3)
+    batches = [torch.randn(32, 2) for _ in range(13)]
+    result = window(nn.BatchNorm1d(2).eval(), batches, first_blocks=3)
     assert result.batches == 5
     read = [batches[call - 1] for call in (1, 2, 3, 6, 12)]
     expected = torch.cat(read).double().mean(0)
     torch.testing.assert_close(torch.from_numpy(result.mean), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 256])
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 3)])
+def test_small_batches_bring_as_many_values_as_large_ones(size, shape):
+    samples = torch.randn(1024, *shape)
+    layer = nn.BatchNorm1d(2) if len(shape) == 1 else nn.BatchNorm2d(2)
+    result = window(layer.eval(), samples.split(size))
+    assert result.count >= 8 * 32 * samples[0, 0].numel()
+    assert result.batches >= min(8, 1024 // size)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_a_sorted_evaluation_shows_at_any_batch_size(size):
+    samples = torch.randn(512, 3).sort(0).values
+    result = window(nn.BatchNorm1d(3).eval(), samples.split(size))
+    assert result.is_between_shown
+    assert result.between_share > 0.5
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -49,6 +49,8 @@ def surroundings():
         ),
         "model": model,
         "averaged": torch.optim.swa_utils.AveragedModel(model),
+        "teacher": conv_net(),
+        "student": model,
         "backbone": model,
         "frozen_layer": model[1],
         "layer": model[1],

@@ -1,0 +1,252 @@
+"""What normalises over the batch in a training forward, and is not a BN layer that is known.
+
+Two signs give it away: ``batch_norm`` called from elsewhere than a known layer, and a module that
+averages the means of what it is given. The first forward of each part of the model is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bnguard.layers.bn_layer import BatchNormLayer, adapter_of
+from bnguard.layers.moments import channel_moments, wide
+from bnguard.layers.names import without_wrappers
+from bnguard.observe.hooks import Hooks
+from bnguard.observe.windows import UnknownLayer
+
+_OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_EPS_NAMES = ("eps", "epsilon")
+# How well a weight has to explain the change of a running mean, as a share of it.
+_MAX_MISFIT = 0.02
+
+
+class UnknownProbe:
+    """Finds what normalises over the batch without being known.
+
+    Args:
+        model: The model.
+        layers: The BN layers that are known.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
+        self.hooks = Hooks()
+        self._known = {id(layer.module) for layer in layers}
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._found: dict[tuple[str, str], UnknownLayer] = {}
+        self._begun: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            names = _statistics_of(module)
+            if names is not None and id(module) not in self._known and not adapter_of(type(module)):
+                self.hooks.before(module, self._begin(module, names[0]))
+                self.hooks.after(module, self._end(module, *names))
+        if not any(map(_is_compiled, model.modules())):
+            self._spy_on([model, *model.children()])
+
+    def found(self) -> tuple[UnknownLayer, ...]:
+        """Return what was found so far, each place once."""
+        return tuple(self._found.values())
+
+    def _note(self, module: nn.Module, place: str, registration: str) -> None:
+        name = without_wrappers(self._names.get(id(module), ""))
+        kind = type(module).__name__
+        self._found.setdefault((kind, place), UnknownLayer(name, kind, place, registration))
+
+    def _begin(self, module: nn.Module, mean: str) -> Callable[..., None]:
+        def note(args: tuple[object, ...]) -> None:
+            values, old = args[0] if args else None, getattr(module, mean)
+            if not (isinstance(values, Tensor) and values.dim() >= 2 and len(values) > 1):
+                return
+            if values.shape[1] == old.numel() and torch.is_grad_enabled():
+                self._begun[id(module)] = (channel_moments(values).mean, wide(old.detach().clone()))
+
+        return note
+
+    def _end(self, module: nn.Module, mean: str, var: str) -> Callable[..., None]:
+        def note(args: tuple[object, ...], output: object) -> None:
+            batch, old = self._begun.pop(id(module), (None, None))
+            if batch is None or old is None:
+                return
+            weight = _weight_of(batch, old.view(-1), wide(getattr(module, mean).detach()).view(-1))
+            if weight is not None:
+                # It knows more than the calls of batch_norm that the module may make.
+                kind = type(module).__name__
+                self._found = {key: value for key, value in self._found.items() if key[0] != kind}
+                place = _place_of(type(module).forward.__code__)
+                self._note(module, place, _registration(module, mean, var, weight))
+
+        return note
+
+    def _spy_on(self, parts: Iterable[nn.Module]) -> None:
+        """Look at the calls of ``batch_norm`` in the first training forward of each part."""
+        waiting = {id(part) for part in parts}
+        open_spies: list[tuple[int, contextlib.ExitStack]] = []
+
+        def begin(part: nn.Module) -> Callable[..., None]:
+            def note(args: tuple[object, ...]) -> None:
+                if id(part) in waiting and part.training and torch.is_grad_enabled():
+                    waiting.discard(id(part))
+                    if not open_spies:
+                        stack = contextlib.ExitStack()
+                        stack.enter_context(_Spy(self._note_call))
+                        open_spies.append((id(part), stack))
+
+            return note
+
+        def end(part: nn.Module) -> Callable[..., None]:
+            def note(args: tuple[object, ...], output: object) -> None:
+                if open_spies and open_spies[-1][0] == id(part):
+                    open_spies.pop()[1].close()
+
+            return note
+
+        for part in parts:
+            self.hooks.before(part, begin(part))
+            self.hooks.after(part, end(part))
+
+    def _note_call(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+        """Note a call of ``batch_norm`` that normalises over the batch, by who made it."""
+        made: nn.Module | None = None
+        for frame in _frames():
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self._known:
+                return
+            if isinstance(owner, nn.Module) and id(owner) not in self._names:
+                made = owner
+            if not frame.f_code.co_filename.startswith(_OWN_FILES):
+                break
+        else:
+            return
+        inside = next(
+            (
+                owner
+                for frame in _frames()
+                if isinstance(owner := frame.f_locals.get("self"), nn.Module)
+                and id(owner) in self._names
+            ),
+            None,
+        )
+        if inside is None:
+            return
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        self._note(inside, place, _advice(inside, made, running_mean, running_var))
+
+
+class _Spy(TorchFunctionMode):
+    """Hands the running statistics of each ``batch_norm`` that uses the batch to a note."""
+
+    def __init__(self, note: Callable[[Tensor | None, Tensor | None], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm or func is torch.batch_norm:
+            # The two have another order.
+            mean, var = args[1:3] if func is F.batch_norm else args[3:5]
+            if kwargs.get("training", len(args) > 5 and args[5]):
+                self._note(mean, var)
+        return func(*args, **kwargs)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    held = {**vars(module), **module._buffers, **module._parameters}
+    return {
+        name: value
+        for name, value in held.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+    }
+
+
+def _statistics_of(module: nn.Module) -> tuple[str, str] | None:
+    """Return the names of a mean and a variance of as many channels that a module keeps."""
+    tensors = _tensors(module)
+    pairs = (
+        (mean, var)
+        for mean in tensors
+        for var in tensors
+        if "mean" in mean and "var" in var and tensors[mean].numel() == tensors[var].numel()
+    )
+    return next(pairs, None)
+
+
+def _weight_of(batch: Tensor, old: Tensor, new: Tensor) -> float | None:
+    """Return the weight with which a batch entered a running mean; None where it did not."""
+    step, change = batch - old, new - old
+    size = step.square().sum()
+    if not change.any() or not size > 0.0:
+        return None
+    weight = (step * change).sum() / size
+    misfit = (change - weight * step).norm() / change.norm()
+    is_average = 0.0 < weight <= 1.0 + _MAX_MISFIT and misfit < _MAX_MISFIT
+    return float(weight) if is_average else None
+
+
+def _registration(module: nn.Module, mean: str, var: str, weight: float) -> str:
+    """Return the call that makes the class of a module known, as exact as one batch shows it."""
+    parts = [type(module).__name__, f'mean="{mean}"', f'var="{var}"']
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+    for name, value in numbers.items():
+        if name in _EPS_NAMES:
+            continue
+        if abs(value - weight) < _MAX_MISFIT * weight:
+            parts.append(f'momentum="{name}"')
+            break
+        if abs(1.0 - value - weight) < _MAX_MISFIT * weight:
+            parts += [f'momentum="{name}"', "is_momentum_of_old=True"]
+            break
+    else:
+        parts.append(f"momentum={weight:.3g}")
+    eps = next((name for name in _EPS_NAMES if name in numbers), None)
+    parts.append("eps=1e-5" if eps is None else f'eps="{eps}"')
+    if "is_grad_enabled" in _names_used(type(module).forward):
+        parts.append("is_training=lambda module: torch.is_grad_enabled()")
+    return f"bnguard.register_layer({', '.join(parts)})"
+
+
+def _names_used(function: Any) -> set[str]:
+    """Return the names that a function uses, and those of the functions that it calls by name."""
+    names = set(function.__code__.co_names)
+    called = (function.__globals__.get(name) for name in tuple(names))
+    for callee in called:
+        names.update(getattr(getattr(callee, "__code__", None), "co_names", ()))
+    return names
+
+
+def _advice(
+    inside: nn.Module, made: nn.Module | None, mean: Tensor | None, var: Tensor | None
+) -> str:
+    """Return what makes a call of ``batch_norm`` visible."""
+    if made is not None:
+        return f"make the {type(made).__name__} in __init__: made in forward, it learns nothing"
+    names = {id(value): name for name, value in _tensors(inside).items()}
+    if mean is None or id(mean) not in names or id(var) not in names:
+        return "call a torch.nn.BatchNorm module in place of F.batch_norm"
+    return (
+        f'bnguard.register_layer({type(inside).__name__}, mean="{names[id(mean)]}", '
+        f'var="{names[id(var)]}") where it does nothing but normalise'
+    )
+
+
+def _place_of(code: Any) -> str:
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
