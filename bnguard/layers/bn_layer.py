@@ -1,4 +1,4 @@
-"""Which modules are BN layers, how they are read, and what a look at a model leaves as it was.
+"""Which modules are BN layers, and how they are read.
 
 Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
 """
@@ -6,8 +6,8 @@ Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -341,72 +341,3 @@ def as_written() -> AbstractContextManager[object]:
     # Nothing is compiled before this is imported, which takes seconds.
     is_compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
-
-
-@contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module's train or eval mode back at the end, also after an exception.
-
-    Modes are set one module at a time: ``model.train(mode)`` would overwrite the modules that the
-    user holds in another mode than their parent.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def preserved_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
-    """Put the running statistics of the layers back at the end, also after an exception."""
-    kept = [
-        (holder, name, tensor, tensor.clone())
-        for layer in layers
-        for holder, name in layer.statistics()
-        if isinstance(tensor := holder.get(name), Tensor) and not is_lazy(tensor)
-    ]
-    try:
-        yield
-    finally:
-        for holder, name, tensor, values in kept:
-            # .data: a version counter that moved would break a backward that needs the buffer.
-            tensor.data.copy_(values)
-            holder[name] = tensor
-
-
-@contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards write to buffers: queues, observers, averages of the user's own."""
-    kept = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not (is_lazy(buffer) or _is_expanded(buffer))
-    ]
-    try:
-        yield
-    finally:
-        for holder, name, buffer, values in kept:
-            # One that a forward in inference mode has made can be written to in that mode alone.
-            with torch.inference_mode(buffer.is_inference()):
-                # .data: a version counter that moved would break a backward that needs the buffer.
-                buffer.data.copy_(values)
-            holder[name] = buffer
-
-
-def _is_expanded(buffer: Tensor) -> bool:
-    """Return whether elements share a place in memory, so that no forward can write to them."""
-    return buffer.layout is torch.strided and any(
-        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    )
-
-
-@contextmanager
-def preserved_random_state(model: nn.Module) -> Iterator[None]:
-    """Put the random state of the CPU and of the model's accelerators back at the end."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -17,6 +17,9 @@ from bnguard.errors import CalibrationError, in_one_line
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
 
+# A sample of the data that is kept has at most this many rows, and at least half of them.
+_MOST_ROWS = 64
+
 # A list of tensors of this many dimensions is a list of images: each entry is a sample.
 _IMAGE_DIMS = 3
 _IMAGE_CHANNELS = (1, 3, 4)
@@ -126,6 +129,40 @@ def read_batches(
         left -= batch.size
         if left <= 0:
             return
+
+
+class SampledRows:
+    """Between 32 and 64 rows from all over a stream of batches; all if there are fewer."""
+
+    def __init__(self) -> None:
+        self._rows: list[Batch] = []
+        self._seen, self._every = 0, 1
+        self._uncut: Batch | None = None
+
+    def sample_from(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and keep copies of some of their rows."""
+        for batch in batches:
+            if batch.can_be_cut:
+                self._keep_rows(batch)
+            elif self._uncut is None:
+                self._uncut = batch.copied()
+            yield batch
+
+    @property
+    def batch(self) -> Batch | None:
+        """The rows that can be joined to the first one; None if there was no batch."""
+        if not self._rows:
+            return self._uncut
+        return joined([row for row in self._rows if can_be_joined(self._rows[0], row)])
+
+    def _keep_rows(self, batch: Batch) -> None:
+        for row in range(batch.size):
+            if self._seen % self._every == 0:
+                self._rows.append(batch.rows(row, row + 1).copied())
+            self._seen += 1
+            if len(self._rows) == _MOST_ROWS:
+                self._rows = self._rows[::2]
+                self._every *= 2
 
 
 def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:

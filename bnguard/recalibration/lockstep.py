@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnguard.layers.moments import Moments
-from bnguard.layers.randomness import RandomStream
+from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.layer_inputs import (
     IrregularError,
@@ -141,7 +141,7 @@ def advance_in_turn(walks: Sequence[Walk], patience: float) -> None:
     """
     stops: SimpleQueue[Walk] = SimpleQueue()
     for walk in walks:
-        with walk.stream.drawn_from():
+        with walk.stream.in_use():
             walk.resume(stops)
             _await_stop(stops, patience)
 

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments
 from bnguard.recalibration.batches import Batch
@@ -21,8 +21,8 @@ from bnguard.recalibration.statistics import (
     Estimator,
     Job,
     Pool,
+    estimate_unbiased,
     is_precise,
-    unbiased,
     write_statistics,
 )
 
@@ -60,43 +60,6 @@ def calibrate_precisely(job: Job) -> Calibration:
         virtual_batches=batches,
         left_out=left_out,
         is_within_tolerance=is_precise_enough,
-    )
-
-
-def calibrate_by_moving_average(job: Job) -> Calibration:
-    """Move the statistics batch by batch as training does, with the layer's own momentum.
-
-    For comparison only: what comes out depends on the last few batches most.
-
-    Raises:
-        CalibrationError: There is no data, or the statistics cannot be computed from it.
-        ConfigurationError: There are several ranks.
-    """
-    if job.ranks.size > 1:
-        raise ConfigurationError("method='ema' runs on one process: use method='exact'")
-    averages = [_MovingAverage.of(layer) for layer in job.layers]
-    samples = batches = left_out = 0
-    job.progress.start(job.samples, 1)
-    for batch in job.batches:
-        arrived = _arrived(job, batch)
-        if arrived is None:
-            left_out += 1
-            continue
-        samples, batches = samples + batch.size, batches + 1
-        for index, calls in arrived.items():
-            for moments in calls:
-                averages[index].update(moments)
-    _require_samples(samples, left_out)
-    return Calibration(
-        estimates={
-            layer.name: Estimate(average.mean, average.var, average.values)
-            for layer, average in zip(job.layers, averages, strict=True)
-            if average.values
-        },
-        samples=samples,
-        batches=batches,
-        virtual_batches=batches,
-        left_out=left_out,
     )
 
 
@@ -164,45 +127,7 @@ def _require_samples(samples: int, left_out: int) -> None:
         raise CalibrationError("the loader is empty: it yields no sample to calibrate on")
 
 
-@dataclass
-class _MovingAverage:
-    """Running statistics as PyTorch moves them in training.
-
-    Attributes:
-        mean: Shape ``(C,)``, float64.
-        var: The unbiased estimate, shape ``(C,)``, float64.
-        momentum: Weight of the new value; None for a cumulative average.
-        updates: How many there were, those of training included.
-        values: Values per channel seen.
-    """
-
-    mean: Tensor
-    var: Tensor
-    momentum: float | None
-    updates: int
-    values: int = 0
-
-    @classmethod
-    def of(cls, layer: BatchNormLayer) -> _MovingAverage:
-        mean, var, counter = layer.running_mean, layer.running_var, layer.counter
-        assert mean is not None
-        assert var is not None
-        updates = 0 if counter is None else int(counter)
-        return cls(mean.cpu().double(), var.cpu().double(), layer.momentum, updates)
-
-    def update(self, moments: Moments) -> None:
-        self.updates += 1
-        self.values += moments.count
-        weight = 1 / self.updates if self.momentum is None else self.momentum
-        if moments.count > 1:
-            self.mean = torch.lerp(self.mean, moments.mean, weight)
-            self.var = torch.lerp(self.var, moments.var_unbiased, weight)
-
-
-# Statistics of new data, mixed with those that the model was trained with.
-
-
-def mixed_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator:
+def mix_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator:
     """Return an estimator that mixes new statistics with those that the layers have now.
 
     The source has weight N/(N + n), for a prior of N samples and n new ones; 0 forgets it, which
@@ -218,7 +143,7 @@ def mixed_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimat
     }
 
     def mixed(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
-        new = unbiased(layer, moments, samples)
+        new = estimate_unbiased(layer, moments, samples)
         mean, var = sources[layer.name]
         weight = samples / (prior + samples)
         return Estimate(

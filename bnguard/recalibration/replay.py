@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.layers.randomness import seeded
+from bnguard.layers.preserve import draw_from_seed
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, on_host, settle
 from bnguard.recalibration.lockstep import Abandoned
 from bnguard.recalibration.memory import Chunk
-from bnguard.recalibration.statistics import Job, changed_statistics
+from bnguard.recalibration.statistics import Job, perturb_statistics
 from bnguard.recalibration.trial_forward import Observation, differing_layers, observe
 
 # A layer depends on another where its input moves by this share of a standard deviation.
@@ -126,7 +126,7 @@ def _dependencies(
     for calls, chunk in ways.items():
         probe, before = _probe(job, chunk, calls)
         for index in set(calls):
-            with changed_statistics(job.layers[index]):
+            with perturb_statistics(job.layers[index]):
                 after = observe(job, probe)
             for reached in differing_layers(before.moments, after.moments, _DEPENDS, job.noise):
                 needed.setdefault(reached, set()).add(index)
@@ -174,6 +174,6 @@ def _met(
             raise Abandoned
 
     whole = chunk.whole
-    with suppress(Abandoned), seeded(whole.index, job.device), arrivals(job.layers, arrive):
+    with suppress(Abandoned), draw_from_seed(whole.index, job.device), arrivals(job.layers, arrive):
         job.run(whole)
     return {index: merge_moments(found) for index, found in parts.items()}

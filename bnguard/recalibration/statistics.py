@@ -12,45 +12,26 @@ from torch import Tensor, nn
 
 from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    as_written,
-    preserved_buffers,
-    preserved_modes,
-    preserved_random_state,
-)
+from bnguard.layers.bn_layer import BatchNormLayer, as_written
 from bnguard.layers.moments import Moments, merge_moments
+from bnguard.layers.preserve import (
+    preserve_buffers,
+    preserve_gradients,
+    preserve_modes,
+    preserve_random_states,
+    preserve_statistics,
+)
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
 
 
 @contextmanager
-def working_statistics(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Put copies in the place of the running statistics, and the originals back at the end.
-
-    So the model's own tensors are never written to before the result is known to be good. A copy
-    starts from finite values, (0, 1) where the original is not, so that poisoned statistics of
-    one layer do not hide what another computes.
-    """
-    with _statistics_put_back(layers):
-        for layer in layers:
-            mean, var = current_statistics(layer)
-            is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-            write_statistics(
-                layer,
-                torch.where(is_good, mean, torch.zeros_like(mean)),
-                torch.where(is_good, var, torch.ones_like(var)),
-            )
-        yield
-
-
-@contextmanager
-def changed_statistics(layer: BatchNormLayer) -> Iterator[None]:
+def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
     """Give a layer other statistics for a while, each channel others."""
     mean, var = current_statistics(layer)
     # Not all in proportion: a later normalisation would take that out again.
     factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
-    with _statistics_put_back([layer]):
+    with preserve_statistics([layer]):
         write_statistics(layer, mean - factors * var.sqrt(), var * factors)
         yield
 
@@ -73,10 +54,10 @@ def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
     """
     (holder, mean_key), (_, var_key), *_ = layer.statistics()
     for key, values in ((mean_key, mean), (var_key, var)):
-        holder[key] = fitted(values, holder[key], layer.name)
+        holder[key] = fit_to_buffer(values, holder[key], layer.name)
 
 
-def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
+def fit_to_buffer(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
     """Return finite values in the dtype and shape, and on the device, of a buffer.
 
     Raises:
@@ -95,16 +76,6 @@ def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
             )
         )
     return kept
-
-
-@contextmanager
-def _statistics_put_back(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    kept = [(holder, key, holder[key]) for layer in layers for holder, key in layer.statistics()]
-    try:
-        yield
-    finally:
-        for holder, key, tensor in kept:
-            holder[key] = tensor
 
 
 # How far a calibration is, told to whoever shows it.
@@ -227,7 +198,7 @@ class Calibration:
     is_within_tolerance: bool = False
 
 
-def unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
     """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
 
     Raises:
@@ -312,61 +283,38 @@ def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     return scatter[0].sqrt() / var.sqrt(), scatter[1].sqrt() / var
 
 
-# A model on loan to a calibration: prepared for it, and given back as it was.
-
-
 @contextmanager
-def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Prepare a model for calibration, and give it back as it was.
+def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Prepare a model for calibration, and leave it as it was found.
 
-    It is in eval mode, without gradients, as it was written and not as it was compiled, and its
-    layers have statistics that may be written to.
+    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers have
+    copies of their statistics to write to, so that the originals do not change before the result
+    is known to be good.
     """
     with (
-        preserved_modes(model),
-        preserved_random_state(model),
-        preserved_buffers(model),
-        _preserved_gradients(model),
+        preserve_modes(model),
+        preserve_random_states(model),
+        preserve_buffers(model),
+        preserve_gradients(model),
         torch.no_grad(),
         as_written(),
-        working_statistics(layers),
+        preserve_statistics(layers),
     ):
         model.eval()
+        for layer in layers:
+            _reset_nonfinite_statistics(layer)
         yield
 
 
-@contextmanager
-def _preserved_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep gradients out of the reach of forwards that call ``backward``."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
-# The running statistics of some layers as they were, and the way back to them.
-
-
-class Snapshot:
-    """Running statistics and counters of layers, as they are when this is made."""
-
-    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self.statistics = {layer.name: running_statistics(layer) for layer in layers}
-        self._buffers = [
-            (holder[key], holder[key].detach().clone())
-            for layer in layers
-            for holder, key in layer.statistics()
-        ]
-
-    def restore(self) -> None:
-        """Put the values back into the tensors that they were taken from."""
-        with torch.no_grad():
-            for buffer, values in self._buffers:
-                buffer.copy_(values)
+def _reset_nonfinite_statistics(layer: BatchNormLayer) -> None:
+    """Reset channels that are not finite to (0, 1), lest they hide what other layers compute."""
+    mean, var = current_statistics(layer)
+    is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+    write_statistics(
+        layer,
+        torch.where(is_good, mean, torch.zeros_like(mean)),
+        torch.where(is_good, var, torch.ones_like(var)),
+    )
 
 
 def running_statistics(layer: BatchNormLayer) -> RunningStatistics:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.layers.randomness import seeded
+from bnguard.layers.preserve import draw_from_seed
 from bnguard.recalibration.batches import Batch, can_be_joined, joined
 from bnguard.recalibration.layer_inputs import arrivals, arrived_moments
 from bnguard.recalibration.statistics import Job
@@ -75,7 +75,7 @@ def observe(
         calls.append(index)
         arrived.setdefault(index, []).append(arrived_moments(look_at(values)))
 
-    with seeded(batch.index, job.device) as stream, arrivals(job.layers, arrive):
+    with draw_from_seed(batch.index, job.device) as stream, arrivals(job.layers, arrive):
         job.run(batch)
     return Observation(
         calls=tuple(calls),

@@ -17,9 +17,9 @@ from bnguard.layers.bn_layer import (
     as_written,
     device_of,
     find_layers,
-    preserved_random_state,
     require_module,
 )
+from bnguard.layers.preserve import preserve_random_states
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import arrivals
@@ -138,9 +138,8 @@ def swap(
         )
     elif fabric is not None:
         raise ConfigurationError("fabric= is for distilling: pass teacher_data= too")
-    batch = _sample(model, sample, teaching, forward)
-
-    with preserved_random_state(model), as_written():
+    with preserve_random_states(model), as_written():
+        batch = _sample(model, sample, teaching, forward)
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.bn_layer import preserved_modes, preserved_random_state
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
+from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance, spread
 from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 from bnguard.swapping.engine import Engine
@@ -300,9 +300,9 @@ def distil(
     progress.start()
     try:
         with (
-            preserved_modes(student),
-            preserved_modes(teacher),
-            preserved_random_state(student),
+            preserve_modes(student),
+            preserve_modes(teacher),
+            preserve_random_states(student),
             _all_learning(student),
         ):
             student.eval()

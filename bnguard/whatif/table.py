@@ -11,13 +11,9 @@ import numpy as np
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    preserved_modes,
-    preserved_random_state,
-    preserved_statistics,
-)
+from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.layers.preserve import preserve_modes, preserve_random_states, preserve_statistics
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward
 from bnguard.recalibration.layer_inputs import Arrive, arrivals
@@ -187,9 +183,9 @@ class Bench:
         if self.score is None:
             return None
         with (
-            preserved_modes(self.model),
-            preserved_random_state(self.model),
-            preserved_statistics((*self.layers, *self.untracked)),
+            preserve_modes(self.model),
+            preserve_random_states(self.model),
+            preserve_statistics((*self.layers, *self.untracked)),
         ):
             return as_number(self.score(self.model))
 

@@ -174,8 +174,8 @@ def test_checkpoints_of_the_same_weights_share_a_recalibration(
     assert same(best["state_dict"], last["state_dict"])
     mean = "head.1.running_mean"
     assert not torch.equal(scaled["state_dict"][mean], last["state_dict"][mean])
-    states = [saved["callbacks"][repair.state_key]["changes"] for saved in (best, last)]
-    assert torch.equal(*(state["head.1"][0]["mean"] for state in states))
+    states = [saved["callbacks"][repair.state_key]["before"] for saved in (best, last)]
+    assert torch.equal(*(state["head.1"]["running_mean"] for state in states))
     assert capsys.readouterr().out.count("recalibrated on 48 samples for the checkpoint") == 2
 
 
@@ -218,7 +218,7 @@ def test_statistics_that_are_no_better_are_taken_back(tiny, trainer_of, witness,
     trainer_of(callback, witness, max_epochs=1).fit(tiny())
     assert not callback.result.is_kept
     assert same(witness.validated[0], witness.after_batch[-1])
-    assert "taken back" in capsys.readouterr().out
+    assert "rolled back" in capsys.readouterr().out
 
 
 def test_the_gate_counts_what_the_checkpoint_callback_monitors(

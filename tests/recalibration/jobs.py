@@ -7,7 +7,7 @@ from torch import nn
 
 from bnguard.distributed import SingleRank
 from bnguard.layers.bn_layer import find_layers
-from bnguard.recalibration.statistics import Job, Silent, unbiased
+from bnguard.recalibration.statistics import Job, Silent, estimate_unbiased
 
 
 def job_of(model: nn.Module) -> Job:
@@ -20,7 +20,7 @@ def job_of(model: nn.Module) -> Job:
         batches=iter(()),
         samples=100,
         forward=None,
-        estimate=unbiased,
+        estimate=estimate_unbiased,
         on_nonfinite="skip",
         memory=2**30,
         tolerance=None,

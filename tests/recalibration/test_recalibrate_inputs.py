@@ -231,7 +231,7 @@ def test_a_layer_that_no_batch_reaches_is_kept_and_reported():
 
 
 def test_no_layer_is_reached():
-    with pytest.raises(CalibrationError, match="no batch reaches a BN layer"):
+    with pytest.raises(CalibrationError, match="no batch reached a BN layer"):
         bnguard.recalibrate(
             net(), [torch.randn(30, 4)], forward=lambda model, batch: model[0](batch)
         )
@@ -300,7 +300,7 @@ def test_an_empty_loader_and_too_few_values():
         ({"layers": 9}, "layers='9' matches no BN layer"),
         ({"prior": 10}, "prior=10 needs method='adapt'"),
         ({"tolerance": 0.0}, "tolerance=0"),
-        ({"tolerance": 0.1, "method": "ema"}, "no meaning"),
+        ({"method": "ema"}, "method='ema' does not exist: use 'exact' or 'precise' or 'adapt'"),
         ({"memory": "much"}, "memory='much' is no amount"),
     ],
 )

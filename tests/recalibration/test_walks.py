@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from bnguard.layers.randomness import RandomStream
+from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.lockstep import (
     StuckError,
     Surroundings,
