@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import bnguard
 from bnguard.checkpoint import read_checkpoint
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from bnguard.lightning.scoring import TrainerScore, ValidationScore
@@ -375,9 +375,61 @@ def test_settings_of_the_trainer(options, tiny, trainer_of):
     assert callback.result.is_kept
 
 
-@pytest.mark.parametrize("options", [{"when": "sometimes"}, {"data": "tests"}], ids=str)
+def test_options_of_recalibrate_are_passed_on(tiny, trainer_of):
+    callback = BatchNormRecalibration(
+        when="fit-end",
+        method="adapt",
+        prior=48.0,
+        layers="head.*",
+        memory="1GiB",
+        keep="always",
+        strict=True,
+    )
+    module = tiny()
+    trainer_of(callback).fit(module)
+    (layer,) = callback.result.layers
+    assert layer.name == "head.1"
+    assert [skipped.name for skipped in callback.result.skipped] == ["backbone.1"]
+    twin = tiny()
+    twin.load_state_dict(module.state_dict())
+    exact = bnguard.recalibrate(twin, module.train_dataloader(), layers=["head.1"]).after["head.1"]
+    # 48 samples and a prior of 48: half of the way.
+    half = (torch.from_numpy(layer.before.mean) + torch.from_numpy(exact.mean)) / 2
+    torch.testing.assert_close(torch.from_numpy(layer.after.mean), half, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pattern_that_matches_no_layer_is_reported(tiny, trainer_of):
+    callback = BatchNormRecalibration(layers=["tail.*"], strict=True)
+    with pytest.raises(ConfigurationError, match=r"layers='tail\.\*' matches no BN layer"):
+        trainer_of(callback).fit(tiny())
+
+
+def test_batches_that_are_not_finite_may_be_an_error(tiny, trainer_of):
+    batches = [torch.randn(8, 6), torch.full((8, 6), torch.nan)]
+    callback = BatchNormRecalibration(
+        when="fit-end", data=batches, on_nonfinite="error", keep="always", strict=True
+    )
+    with pytest.raises(CalibrationError, match="batch 1 has NaN or Inf"):
+        trainer_of(callback).fit(tiny())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"when": "sometimes"},
+        {"data": "tests"},
+        {"method": "ema"},
+        {"prior": 10},
+        {"memory": "much"},
+        {"on_nonfinite": "ignore"},
+        {"keep": "never"},
+        {"samples": 0},
+    ],
+    ids=str,
+)
 def test_unknown_options(options):
-    with pytest.raises(ConfigurationError, match="is unknown: use"):
+    (option,) = options
+    with pytest.raises(ConfigurationError, match=f"^{option}="):
         BatchNormRecalibration(**options)
 
 
