@@ -1,4 +1,4 @@
-"""The callback that repairs: a thin adapter over :mod:`bnguard.recalibration.api`."""
+"""Recalibrate in a Trainer: a thin callback over :mod:`bnguard.recalibration.api`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BatchNormRecalibration(GuardedCallback):
     Args:
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
             checkpoint is saved, which alone gets the new statistics (not one of weights alone,
-            of which Lightning tells no callback; averaging callbacks come before this one);
+            which Lightning does not report to callbacks; averaging callbacks come before this one);
             ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
             checkpoints and the report of ``fit`` are written by then, and
             ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
@@ -151,7 +151,7 @@ class BatchNormRecalibration(GuardedCallback):
 
     @property
     def state_key(self) -> str:
-        """What tells this callback from others of its class, in a checkpoint."""
+        """Key that distinguishes this callback from others of its class in a checkpoint."""
         return f"{type(self).__qualname__}[when={self._when!r}]"
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,7 +359,7 @@ class BatchNormRecalibration(GuardedCallback):
 
 
 def _content(trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> _Content:
-    """Return what tells a checkpoint from others; of parameters alone, which all ranks share."""
+    """Return what identifies a checkpoint, from parameters only, which all ranks share."""
     weights = [saved[name] for name, _ in module.named_parameters() if name in saved]
     return trainer.fit_loop.total_batch_idx, [part.float().norm().item() for part in weights]
 

@@ -39,17 +39,17 @@ from bnguard.recalibration.options import (
     require_samples,
     require_score,
     select_layers,
-    unwrapped,
+    unwrap,
 )
 from bnguard.recalibration.pooled import calibrate_precisely, mix_with_source
 from bnguard.recalibration.result import LayerChange, Recalibration
 from bnguard.recalibration.statistics import (
     Calibration,
+    CalibrationProgress,
     Estimate,
     Job,
+    NoProgress,
     OnNonfinite,
-    Progress,
-    Silent,
     current_statistics,
     estimate_unbiased,
     fit_to_buffer,
@@ -70,7 +70,7 @@ _ROUNDINGS = 1000.0
 _MAX_NOISE = 0.3
 # More than any training has, and held exactly by a counter of any type but half precision.
 _MOST_UPDATES = 2**53
-# Means that may be off by more than this, in standard deviations, are told of.
+# Means that may be off by more than this, in standard deviations, are reported.
 _MAX_MEAN_ERROR_STD = 0.1
 
 
@@ -90,10 +90,10 @@ def recalibrate(
     tolerance: float | None = None,
     progress: bool = True,
 ) -> Recalibration:
-    """Compute the running statistics anew from data, and keep them if they prove better.
+    """Recompute the running statistics from data, and keep them if they prove better.
 
-    Afterwards each layer's mean and unbiased variance are those of what arrives at it when the
-    data run in eval mode. A training-mode forward of all data as one batch divides by the biased
+    Afterwards each layer's mean and unbiased variance are those of its inputs when the data run in
+    eval mode. A training-mode forward of all data as one batch divides by the biased
     variance, so its outputs differ by about 1/(2n) of themselves a layer, for n values per
     channel.
 
@@ -115,7 +115,7 @@ def recalibrate(
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
         score: ``score(model)`` says how good the model is, the higher the better; measured in
             eval mode before and after.
-        keep: ``"if-better"`` takes the new statistics back where the score is worse with them.
+        keep: ``"if-better"`` rolls back if the score is worse with the new statistics.
         on_nonfinite: ``"skip"`` leaves batches out that bring NaN or Inf to a layer, and warns;
             ``"error"`` raises.
         prior: For ``"adapt"``: how many samples the statistics from before count as.
@@ -124,10 +124,10 @@ def recalibrate(
         tolerance: Stop as soon as the standard error of every mean is below this share of its
             standard deviation, and that of every log-variance below this, as far as batches drawn
             at random can tell.
-        progress: Show a progress bar, where there is a terminal.
+        progress: Show a progress bar if there is a terminal.
 
     Returns:
-        What moved, what was skipped, and the way back. It prints itself.
+        What moved, what was skipped, and an ``undo()``. It prints itself.
 
     Raises:
         CalibrationError: The statistics cannot be computed; the model is as it was.
@@ -150,7 +150,7 @@ def recalibrate(
         memory=memory,
         tolerance=tolerance,
     )
-    inner, ranks = unwrapped(model), current_ranks()
+    inner, ranks = unwrap(model), current_ranks()
     device = device_of(inner)
     selection = select_layers(inner, layers)
     _require_writable(selection.layers)
@@ -286,7 +286,7 @@ class _Gate:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the score fell, or is no number any more."""
+        """Whether the score fell, or is no longer a number."""
         if self.before is None or self.after is None:
             return False
         if math.isnan(self.before):
@@ -313,10 +313,10 @@ class _Gate:
 
 
 @contextmanager
-def _show_progress(progress: bool, ranks: Ranks) -> Iterator[Progress]:
+def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress]:
     """Show how far a calibration is: on a terminal, and on one rank."""
     if not progress or ranks.rank or not sys.stderr.isatty():
-        yield Silent()
+        yield NoProgress()
         return
     from bnguard.report.terminal import CalibrationBar
 
@@ -345,7 +345,7 @@ def _measure_mode_gap(
     mode.
     """
     if batch is None:
-        return "there is no sample to measure it on"
+        return "there are no samples to measure it on"
     for layer in layers:
         mean, var = current_statistics(layer)
         if not bool(mean.isfinite().all() and var.isfinite().all()):

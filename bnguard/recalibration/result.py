@@ -1,4 +1,4 @@
-"""What a recalibration did: the statistics before and after, what was skipped, and the way back."""
+"""What a recalibration did: the statistics before and after, what was skipped, and the undo."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class LayerChange:
 
     @property
     def max_shift_std(self) -> float | None:
-        """Largest shift of a channel, without its sign; None where one was not finite before."""
+        """Largest shift of a channel, without its sign; None if one was not finite before."""
         return _extreme(np.abs(self.shift_std))
 
     @property
     def extreme_log_variance_ratio(self) -> float | None:
-        """The log-variance ratio furthest from 0; None where one was not finite before."""
+        """The log-variance ratio furthest from 0; None if one was not finite before."""
         return _extreme(self.log_variance_ratio)
 
     @property

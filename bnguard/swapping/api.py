@@ -22,7 +22,7 @@ from bnguard.layers.bn_layer import (
 from bnguard.layers.preserve import preserve_random_states
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.recalibration.batches import Batch, Forward, read_batches
-from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole, patterns_of
 from bnguard.swapping.engine import Engine, engine_of
 from bnguard.swapping.result import ReplacedLayer, Swap
@@ -303,7 +303,7 @@ def _evaluated(
     """
     called: list[str] = []
     try:
-        with arrivals(before, lambda index, _: called.append(before[index].name)):
+        with read_inputs(before, lambda index, _: called.append(before[index].name)):
             output = evaluated(model, forward, batch)
     except CalibrationError as error:
         raise ConfigurationError(

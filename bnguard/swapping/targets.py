@@ -20,7 +20,7 @@ from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.layers.distances import FORGOTTEN_WEIGHT, updates_to_forget
 from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole
 from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 
@@ -62,7 +62,7 @@ def measure_positions(
         name, here = layers[index].name, values.shape[2:].numel()
         positions[name] = min(here, positions.get(name, here))
 
-    with arrivals(layers, measure):
+    with read_inputs(layers, measure):
         return positions, evaluated(model, forward, sample)
 
 

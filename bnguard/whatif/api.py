@@ -30,7 +30,7 @@ from bnguard.recalibration.options import (
     require_samples,
     require_score,
     select_layers,
-    unwrapped,
+    unwrap,
 )
 from bnguard.recalibration.statistics import running_statistics
 from bnguard.whatif.blame import blamed_layers
@@ -103,7 +103,7 @@ def diagnose(
     """
     require_module(model, "diagnose")
     _check_options(samples, batch_sizes, score, expected_score)
-    inner = unwrapped(model)
+    inner = unwrap(model)
     if not find_layers(inner):
         raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
     selection = select_layers(inner, None)

@@ -18,7 +18,7 @@ from bnguard.layers.preserve import preserve_statistics
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.api import Method, recalibrate
 from bnguard.recalibration.batches import Forward
-from bnguard.recalibration.layer_inputs import arrived_moments, is_finite, on_host
+from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host
 from bnguard.recalibration.result import LayerChange
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import BatchOrder, Samples
@@ -340,7 +340,7 @@ def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:
     parts: dict[str, list[Moments]] = {}
 
     def arrive(index: int, values: Tensor) -> None:
-        moments = on_host(arrived_moments(values))
+        moments = on_host(input_moments(values))
         if moments.count > 1 and is_finite(moments):
             parts.setdefault(bench.layers[index].name, []).append(moments)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from bnguard.distributed import SingleRank
 from bnguard.layers.bn_layer import find_layers
-from bnguard.recalibration.statistics import Job, Silent, estimate_unbiased
+from bnguard.recalibration.statistics import Job, NoProgress, estimate_unbiased
 
 
 def job_of(model: nn.Module) -> Job:
@@ -25,5 +25,5 @@ def job_of(model: nn.Module) -> Job:
         memory=2**30,
         tolerance=None,
         ranks=SingleRank(),
-        progress=Silent(),
+        progress=NoProgress(),
     )

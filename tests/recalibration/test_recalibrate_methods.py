@@ -24,12 +24,12 @@ def images(count=64):
 
 def test_precise_pools_without_error_what_each_batch_normalised_by_itself_brings():
     model, batches = net(), [*images(64).split(6), images(1)]
-    twin, arrived = copy.deepcopy(model).double().train(), []
-    twin[4].register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+    twin, inputs = copy.deepcopy(model).double().train(), []
+    twin[4].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     first = twin[0](torch.cat(batches).double())
     for batch in batches:
         twin(batch.double())
-    second = torch.cat(arrived)
+    second = torch.cat(inputs)
     bnguard.recalibrate(model, batches, method="precise")
     for layer, values in ((model[1], first), (model[4], second)):
         assert torch.allclose(layer.running_mean.double(), values.mean((0, 2, 3)), atol=1e-5)
