@@ -285,7 +285,6 @@ class BatchNormRecalibration(GuardedCallback):
         ]
         if not layers:
             return
-        before = save_statistics(layers)
         with ExitStack() as stack:
             stack.enter_context(preserve_random_states(module))
             stack.enter_context(torch.inference_mode(False))
@@ -294,6 +293,7 @@ class BatchNormRecalibration(GuardedCallback):
             for monitor in _monitors(trainer):
                 stack.enter_context(monitor.paused())
             score = self._make_score(trainer, module)
+            before = save_statistics(layers)
             result = recalibrate(
                 module,
                 transferred(self._batches(trainer), trainer, module),
@@ -308,10 +308,10 @@ class BatchNormRecalibration(GuardedCallback):
                 keep=self._keep,
                 progress=False,
             )
+            changed = [layer for layer in layers if result.is_kept and layer.name in result.after]
+            self._before = {layer.name: before[layer.name] for layer in changed}
+            self._after = save_statistics(changed)
         self.result = result
-        changed = [layer for layer in layers if result.is_kept and layer.name in result.after]
-        self._before = {layer.name: before[layer.name] for layer in changed}
-        self._after = save_statistics(changed)
         if trainer.is_global_zero:
             show(f"bnguard: {_describe(result, score, moment)}")
 
@@ -324,7 +324,7 @@ class BatchNormRecalibration(GuardedCallback):
     def _make_score(
         self, trainer: Trainer, module: LightningModule
     ) -> Callable[[nn.Module], float] | None:
-        """Return what says how good the module is, if that is compared."""
+        """Return the function that scores the module; None if scores are not compared."""
         if self._keep == "always":
             return None
         if self._score is None:
