@@ -39,7 +39,7 @@ class Adapter:
         mean: Attribute with the running mean: a buffer or a plain tensor, ``(C,)`` or
             broadcastable like ``(1, C, 1, 1)``.
         var: Attribute with the running variance.
-        counter: Attribute with the number of updates; None where the class keeps none.
+        counter: Attribute with the number of updates; None if the class keeps none.
         momentum: Attribute with the momentum, or the momentum itself where it is a constant.
         is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
             the new one.
@@ -78,7 +78,7 @@ _ADAPTERS_BY_NAME = {
 
 
 def adapter_of(cls: type[nn.Module]) -> Adapter | None:
-    """Return how modules of a class are read as BN layers, or None where they are none.
+    """Return how modules of a class are read as BN layers, or None if they are not.
 
     >>> adapter_of(nn.BatchNorm2d) is None, adapter_of(nn.Linear) is None
     (False, True)
@@ -112,16 +112,16 @@ def register_layer(
         mean: Attribute with the running mean: a buffer or a plain tensor, ``(C,)`` or
             broadcastable like ``(1, C, 1, 1)``.
         var: Attribute with the running variance.
-        counter: Attribute with the number of updates; None where the class keeps none.
+        counter: Attribute with the number of updates; None if the class keeps none.
         momentum: Attribute with the momentum, or the momentum itself where it is a constant.
         is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
             the new one.
         eps: Attribute with eps, or eps itself where it is a constant.
-        is_training: Tells of a module whether a forward now would use the statistics of its
+        is_training: Returns of a module whether a forward now would use the statistics of its
             batch; its ``training`` attribute by default.
 
     Raises:
-        ConfigurationError: ``cls`` is no class of modules.
+        ConfigurationError: ``cls`` is not a class of modules.
 
     Example:
         >>> class MyNorm(nn.Module): ...
@@ -147,7 +147,7 @@ class BatchNormLayer:
 
     Attributes:
         name: Dotted name in the model, ``""`` where the model is itself the layer; the first of
-            them where the module stands in several places.
+            them if the module is in several places.
         module: The module.
         adapter: Where its statistics are.
     """
@@ -158,7 +158,7 @@ class BatchNormLayer:
 
     @property
     def running_mean(self) -> Tensor | None:
-        """Mean used in eval mode, shape ``(C,)``; None where untracked or not yet initialised."""
+        """Mean used in eval mode, shape ``(C,)``; None if untracked or not yet initialised."""
         return self._tensor(self.adapter.mean)
 
     @property
@@ -168,7 +168,7 @@ class BatchNormLayer:
 
     @property
     def counter(self) -> Tensor | None:
-        """``num_batches_tracked``, a scalar that counts updates; None where there is none."""
+        """``num_batches_tracked``, a scalar that counts updates; None if there is none."""
         return None if self.adapter.counter is None else self._tensor(self.adapter.counter)
 
     @property
