@@ -29,7 +29,6 @@ from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.lightning.scoring import ValidationScore
 from bnguard.recalibration.api import recalibrate
 from bnguard.recalibration.result import Recalibration
-from bnguard.report.json_document import recalibration_document
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -57,12 +56,19 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         notes.append(f"--split {values.split} was left out: {data.path} is a function")
     written, said = None, f"not written (--dry-run): {output}"
     if not result.is_kept:
-        said = "not written: the score got worse (--keep always writes it all the same)"
+        said = "not written: the score got worse (use --keep always to write it anyway)"
     elif not values.dry_run:
         statistics = _statistics(model, stored)
         written, said = _written(checkpoint, output, statistics, document, values)
     if values.json:
-        show_document(recalibration_document(result, document, notes, written))
+        show_document(
+            {
+                **document,
+                **result.to_dict(),
+                "written": None if written is None else str(written),
+                "notes": [*result.notes, *notes],
+            }
+        )
     else:
         show(result)
         for line in (*notes, said):

@@ -48,10 +48,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--samples", type=PositiveInt, default=1024, help="samples to use at most")
     parser.add_argument(
         "--method",
-        type=Literal["exact", "precise", "adapt", "ema"],
+        type=Literal["exact", "precise", "adapt"],
         default="exact",
         help="exact: as one giant batch gives them; adapt: mixed with those from before by "
-        "--prior; precise: each batch normalised by its own; ema: as in training",
+        "--prior; precise: each batch normalised by its own",
     )
     parser.add_argument(
         "--prior",

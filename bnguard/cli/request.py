@@ -254,9 +254,9 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
     Raises:
         CheckpointError: They do not fit.
     """
-    from bnguard.recalibration.options import unwrapped
+    from bnguard.recalibration.options import unwrap
 
-    inner = unwrapped(model)
+    inner = unwrap(model)
     try:
         missing, unexpected = inner.load_state_dict(_named_as_in(inner, state), strict=False)
     except RuntimeError as error:

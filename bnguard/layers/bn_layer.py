@@ -1,4 +1,4 @@
-"""Which modules are BN layers, how they are read, and what a look at a model leaves as it was.
+"""Which modules are BN layers, and how they are read.
 
 Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
 """
@@ -6,8 +6,8 @@ Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -39,7 +39,7 @@ class Adapter:
         mean: Attribute with the running mean: a buffer or a plain tensor, ``(C,)`` or
             broadcastable like ``(1, C, 1, 1)``.
         var: Attribute with the running variance.
-        counter: Attribute with the number of updates; None where the class keeps none.
+        counter: Attribute with the number of updates; None if the class keeps none.
         momentum: Attribute with the momentum, or the momentum itself where it is a constant.
         is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
             the new one.
@@ -78,7 +78,7 @@ _ADAPTERS_BY_NAME = {
 
 
 def adapter_of(cls: type[nn.Module]) -> Adapter | None:
-    """Return how modules of a class are read as BN layers, or None where they are none.
+    """Return how modules of a class are read as BN layers, or None if they are not.
 
     >>> adapter_of(nn.BatchNorm2d) is None, adapter_of(nn.Linear) is None
     (False, True)
@@ -112,16 +112,16 @@ def register_layer(
         mean: Attribute with the running mean: a buffer or a plain tensor, ``(C,)`` or
             broadcastable like ``(1, C, 1, 1)``.
         var: Attribute with the running variance.
-        counter: Attribute with the number of updates; None where the class keeps none.
+        counter: Attribute with the number of updates; None if the class keeps none.
         momentum: Attribute with the momentum, or the momentum itself where it is a constant.
         is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
             the new one.
         eps: Attribute with eps, or eps itself where it is a constant.
-        is_training: Tells of a module whether a forward now would use the statistics of its
+        is_training: Returns of a module whether a forward now would use the statistics of its
             batch; its ``training`` attribute by default.
 
     Raises:
-        ConfigurationError: ``cls`` is no class of modules.
+        ConfigurationError: ``cls`` is not a class of modules.
 
     Example:
         >>> class MyNorm(nn.Module): ...
@@ -147,7 +147,7 @@ class BatchNormLayer:
 
     Attributes:
         name: Dotted name in the model, ``""`` where the model is itself the layer; the first of
-            them where the module stands in several places.
+            them if the module is in several places.
         module: The module.
         adapter: Where its statistics are.
     """
@@ -158,7 +158,7 @@ class BatchNormLayer:
 
     @property
     def running_mean(self) -> Tensor | None:
-        """Mean used in eval mode, shape ``(C,)``; None where untracked or not yet initialised."""
+        """Mean used in eval mode, shape ``(C,)``; None if untracked or not yet initialised."""
         return self._tensor(self.adapter.mean)
 
     @property
@@ -168,7 +168,7 @@ class BatchNormLayer:
 
     @property
     def counter(self) -> Tensor | None:
-        """``num_batches_tracked``, a scalar that counts updates; None where there is none."""
+        """``num_batches_tracked``, a scalar that counts updates; None if there is none."""
         return None if self.adapter.counter is None else self._tensor(self.adapter.counter)
 
     @property
@@ -347,72 +347,3 @@ def as_written() -> AbstractContextManager[object]:
     # Nothing is compiled before this is imported, which takes seconds.
     is_compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
-
-
-@contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module's train or eval mode back at the end, also after an exception.
-
-    Modes are set one module at a time: ``model.train(mode)`` would overwrite the modules that the
-    user holds in another mode than their parent.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def preserved_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
-    """Put the running statistics of the layers back at the end, also after an exception."""
-    kept = [
-        (holder, name, tensor, tensor.clone())
-        for layer in layers
-        for holder, name in layer.statistics()
-        if isinstance(tensor := holder.get(name), Tensor) and not is_lazy(tensor)
-    ]
-    try:
-        yield
-    finally:
-        for holder, name, tensor, values in kept:
-            # .data: a version counter that moved would break a backward that needs the buffer.
-            tensor.data.copy_(values)
-            holder[name] = tensor
-
-
-@contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards write to buffers: queues, observers, averages of the user's own."""
-    kept = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not (is_lazy(buffer) or _is_expanded(buffer))
-    ]
-    try:
-        yield
-    finally:
-        for holder, name, buffer, values in kept:
-            # One that a forward in inference mode has made can be written to in that mode alone.
-            with torch.inference_mode(buffer.is_inference()):
-                # .data: a version counter that moved would break a backward that needs the buffer.
-                buffer.data.copy_(values)
-            holder[name] = buffer
-
-
-def _is_expanded(buffer: Tensor) -> bool:
-    """Return whether elements share a place in memory, so that no forward can write to them."""
-    return buffer.layout is torch.strided and any(
-        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    )
-
-
-@contextmanager
-def preserved_random_state(model: nn.Module) -> Iterator[None]:
-    """Put the random state of the CPU and of the model's accelerators back at the end."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -44,7 +44,7 @@ def log_variance_ratio(var: FloatArray, running_var: FloatArray, eps: float) -> 
 
 
 def largest(values: FloatArray | None) -> float | None:
-    """Return the largest absolute value among the finite ones; None where there is none.
+    """Return the largest absolute value among the finite ones; None if there is none.
 
     >>> largest(np.array([0.5, -2.0, np.nan]))
     2.0

@@ -57,7 +57,6 @@ def fabric_of(module: object) -> Any:
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
     from pytorch_lightning.utilities import CombinedLoader
-    from pytorch_lightning.utilities.seed import isolate_rng
 
 
 def __getattr__(name: str) -> Any:
@@ -67,8 +66,6 @@ def __getattr__(name: str) -> Any:
     package = _package()
     if name == "CombinedLoader":
         return importlib.import_module(f"{package.__name__}.utilities").CombinedLoader
-    if name == "isolate_rng":
-        return importlib.import_module(f"{package.__name__}.utilities.seed").isolate_rng
     return getattr(package, name)
 
 
@@ -78,5 +75,4 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
-    "isolate_rng",
 ]

@@ -1,20 +1,27 @@
-"""The callback that repairs: a thin adapter over :mod:`bnguard.recalibration.api`."""
+"""Recalibrate in a Trainer: a thin callback over :mod:`bnguard.recalibration.api`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError, user_code
 from bnguard.findings import counted, show
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers
-from bnguard.lightning.framework import LightningModule, Trainer, isolate_rng
+from bnguard.layers.bn_layer import find_layers
+from bnguard.layers.preserve import (
+    SavedStatistics,
+    has_statistics,
+    preserve_random_states,
+    restore_statistics,
+    save_statistics,
+)
+from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.scoring import (
     ValidationScore,
@@ -25,14 +32,12 @@ from bnguard.lightning.scoring import (
     twin_of,
 )
 from bnguard.lightning.trainer import GuardedCallback, Split, guarded, is_fitting, unlogged
-from bnguard.observe.history import RunningStatistics
-from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.api import Keep, Method, check_options, recalibrate
+from bnguard.recalibration.options import patterns_of
 from bnguard.recalibration.result import Recalibration
+from bnguard.recalibration.statistics import OnNonfinite
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
-
-# Running statistics before and after, by the name of the layer.
-_Change = tuple[RunningStatistics, RunningStatistics]
 
 # Number of the batch, and the norm of each weight: what a checkpoint holds, at no memory.
 _Content = tuple[int, list[float]]
@@ -48,9 +53,9 @@ class _ForCheckpoint:
 
 
 class BatchNormRecalibration(GuardedCallback):
-    """Computes the running statistics anew from data before they are used, and keeps the better.
+    """Recompute the running statistics from data before they are used, and keep the better ones.
 
-    Training goes on with its own statistics: these are put back before the next training batch.
+    Training continues with its own statistics: these are restored before the next training batch.
     Until then the model has the new ones, so that the checkpoint that is saved for a validation
     holds what the validation used. Averaged weights that a callback evaluates get statistics of
     their own, and keep them. Layers that are held in eval mode in training stay as they are.
@@ -58,7 +63,7 @@ class BatchNormRecalibration(GuardedCallback):
     Args:
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
             checkpoint is saved, which alone gets the new statistics (not one of weights alone,
-            of which Lightning tells no callback; averaging callbacks come before this one);
+            which Lightning does not report to callbacks; averaging callbacks come before this one);
             ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
             checkpoints and the report of ``fit`` are written by then, and
             ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
@@ -66,8 +71,13 @@ class BatchNormRecalibration(GuardedCallback):
         data: ``"train"`` or ``"validation"``, of which samples are drawn; or batches.
         every_n_epochs: In which epochs; for ``when="validation"``.
         samples: Samples to use at most, on all ranks together.
-        method: As in :func:`bnguard.recalibrate`.
-        keep: ``"if-better"`` takes the new statistics back where the module is worse with them.
+        method: As in :func:`bnguard.recalibrate`, like the next four.
+        layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
+        prior: For ``"adapt"``: how many samples the statistics from before count as.
+        memory: What may be held at once: ``"2GiB"``, or a share of what is free.
+        on_nonfinite: What to do about batches that bring NaN or Inf to a layer: ``"skip"`` or
+            ``"error"``.
+        keep: ``"if-better"`` rolls back if the module is worse with the new statistics.
             ``"always"`` does not compare, which saves two passes over as many validation samples.
         score: ``score(module)`` says how good the module is, the higher the better. By default
             a copy of the module runs its ``validation_step`` on validation samples, and what
@@ -81,7 +91,7 @@ class BatchNormRecalibration(GuardedCallback):
         result: What the newest recalibration did; None before.
 
     Raises:
-        ConfigurationError: An option is unknown.
+        ConfigurationError: An option is unknown or does not fit.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -95,8 +105,12 @@ class BatchNormRecalibration(GuardedCallback):
         data: Split | Iterable[object] = "train",
         every_n_epochs: int = 1,
         samples: int = 1024,
-        method: str = "exact",
-        keep: Literal["if-better", "always"] = "if-better",
+        method: Method = "exact",
+        layers: str | Iterable[str] | None = None,
+        prior: float = 0.0,
+        memory: str | float = 0.5,
+        on_nonfinite: OnNonfinite = "skip",
+        keep: Keep = "if-better",
         score: Callable[[nn.Module], float] | None = None,
         forward: Callable[[nn.Module, Any], object] = plain_forward,
         strict: bool = False,
@@ -107,36 +121,47 @@ class BatchNormRecalibration(GuardedCallback):
             raise ConfigurationError(f"when={when!r} is unknown: use one of {known}")
         if isinstance(data, str) and data not in ("train", "validation"):
             raise ConfigurationError(f"data={data!r} is unknown: use 'train' or 'validation'")
+        check_options(
+            method=method,
+            samples=samples,
+            score=score,
+            keep=keep,
+            on_nonfinite=on_nonfinite,
+            prior=prior,
+            memory=memory,
+        )
         self.result: Recalibration | None = None
         self._when = when
         self._data = data
         self._every_n_epochs = max(1, every_n_epochs)
         self._samples = samples
         self._method = method
+        self._layers = ("*",) if layers is None else _as_patterns(layers)
+        self._prior = prior
+        self._memory = memory
+        self._on_nonfinite = on_nonfinite
         self._keep = keep
         self._score = score
         self._forward = forward
         self._frozen: frozenset[str] = frozenset()
         self._knows_frozen = False
-        self._changes: dict[str, _Change] = {}
+        self._before: SavedStatistics = {}
+        self._after: SavedStatistics = {}
         self._newest: _ForCheckpoint | None = None
 
     @property
     def state_key(self) -> str:
-        """What tells this callback from others of its class, in a checkpoint."""
+        """Key that distinguishes this callback from others of its class in a checkpoint."""
         return f"{type(self).__qualname__}[when={self._when!r}]"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics of training, which the model does not have just then."""
-        return self._state() or {}
+        return {"before": self._before, "after": self._after}
 
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the statistics of training, to be put back before the next batch."""
-        self._changes = {
-            name: (_from_tensors(before), _from_tensors(after))
-            for name, (before, after) in state_dict["changes"].items()
-        }
+        """Load the statistics of training, to be restored before the next batch."""
+        self._before, self._after = state_dict["before"], state_dict["after"]
 
     @guarded
     def on_save_checkpoint(
@@ -148,7 +173,7 @@ class BatchNormRecalibration(GuardedCallback):
         saved = checkpoint["state_dict"]
         content = _content(trainer, pl_module, saved)
         if self._newest is None or self._newest.content != content:
-            self._newest = self._made_for_checkpoint(trainer, pl_module, saved, content)
+            self._newest = self._recalibrate_copy(trainer, pl_module, saved, content)
         saved.update(self._newest.statistics)
         # A run that goes on from here goes on with its own.
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._newest.state
@@ -157,9 +182,9 @@ class BatchNormRecalibration(GuardedCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Put the statistics of training back, and see which layers are frozen."""
-        if self._changes:
-            self._put_back(trainer, pl_module)
+        """Restore the statistics of training, and see which layers are frozen."""
+        if self._before:
+            self._restore(trainer, pl_module)
         if not self._knows_frozen:
             self._frozen = frozenset(
                 layer.name for layer in find_layers(pl_module) if not layer.is_training
@@ -211,36 +236,27 @@ class BatchNormRecalibration(GuardedCallback):
 
     @guarded
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the statistics from before back."""
-        self._put_back(trainer, pl_module)
+        """Restore the statistics from before."""
+        self._restore(trainer, pl_module)
 
     @guarded
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the statistics from before back."""
-        self._put_back(trainer, pl_module)
+        """Restore the statistics from before."""
+        self._restore(trainer, pl_module)
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate the weights that training ends with, for good."""
         if self._when == "fit-end":
             self._recalibrate(trainer, pl_module, "at the end of fit")
-            if self._changes and trainer.is_global_zero:
+            if self._before and trainer.is_global_zero:
                 show(
                     "bnguard: no checkpoint that fit saved has these statistics: "
                     "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
                 )
-        self._changes = {}
+        self._before, self._after = {}, {}
 
-    @guarded
-    def _state(self) -> dict[str, Any]:
-        return {
-            "changes": {
-                name: [_as_tensors(before), _as_tensors(after)]
-                for name, (before, after) in self._changes.items()
-            }
-        }
-
-    def _made_for_checkpoint(
+    def _recalibrate_copy(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -255,40 +271,49 @@ class BatchNormRecalibration(GuardedCallback):
             for key, buffer in twin.named_buffers(remove_duplicate=False)
             if key in saved and not torch.equal(buffer, saved[key].to(buffer.device))
         }
-        state, self._changes = self._state() or {}, {}
+        state, self._before, self._after = self.state_dict(), {}, {}
         return _ForCheckpoint(content, statistics, state)
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
-        names = [layer.name for layer in find_layers(module) if layer.name not in self._frozen]
-        if not names:
+        found = find_layers(module)
+        patterns = patterns_of("layers", self._layers, found) if found else ()
+        layers = [
+            layer
+            for layer in found
+            if layer.name not in self._frozen
+            and any(fnmatchcase(layer.name, pattern) for pattern in patterns)
+        ]
+        if not layers:
             return
         with ExitStack() as stack:
-            stack.enter_context(isolate_rng())
+            stack.enter_context(preserve_random_states(module))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(unlogged(module))
             for monitor in _monitors(trainer):
                 stack.enter_context(monitor.paused())
-            score = self._scored(trainer, module)
+            score = self._make_score(trainer, module)
+            before = save_statistics(layers)
             result = recalibrate(
                 module,
                 transferred(self._batches(trainer), trainer, module),
                 method=self._method,
                 samples=self._samples,
-                forward=self._called(trainer),
-                layers=names if self._frozen else None,
+                forward=self._make_forward(trainer),
+                layers=[layer.name for layer in layers] if len(layers) < len(found) else None,
+                prior=self._prior,
+                memory=self._memory,
+                on_nonfinite=self._on_nonfinite,
                 score=score,
                 keep=self._keep,
                 progress=False,
             )
+            changed = [layer for layer in layers if result.is_kept and layer.name in result.after]
+            self._before = {layer.name: before[layer.name] for layer in changed}
+            self._after = save_statistics(changed)
         self.result = result
-        self._changes = (
-            {name: (result.before[name], result.after[name]) for name in result.after}
-            if result.is_kept
-            else {}
-        )
         if trainer.is_global_zero:
-            show(f"bnguard: {_told(result, score, moment)}")
+            show(f"bnguard: {_describe(result, score, moment)}")
 
     def _batches(self, trainer: Trainer) -> Iterable[object]:
         data, samples = self._data, self._samples
@@ -296,10 +321,10 @@ class BatchNormRecalibration(GuardedCallback):
             return split_samples(trainer, data, samples, instead="pass data=loader")
         return drawn_samples(data, samples, trainer.global_rank)
 
-    def _scored(
+    def _make_score(
         self, trainer: Trainer, module: LightningModule
     ) -> Callable[[nn.Module], float] | None:
-        """Return what says how good the module is, if that is compared."""
+        """Return the function that scores the module; None if scores are not compared."""
         if self._keep == "always":
             return None
         if self._score is None:
@@ -314,7 +339,7 @@ class BatchNormRecalibration(GuardedCallback):
 
         return scored
 
-    def _called(self, trainer: Trainer) -> Callable[[nn.Module, Any], object]:
+    def _make_forward(self, trainer: Trainer) -> Callable[[nn.Module, Any], object]:
         def forward(module: nn.Module, batch: object) -> object:
             # Entered at each call, since autocast holds for one thread.
             with trainer.precision_plugin.forward_context():
@@ -322,19 +347,19 @@ class BatchNormRecalibration(GuardedCallback):
 
         return forward
 
-    def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
-        """Put statistics back where the model still has the new ones; averaged weights are gone."""
-        for layer in find_layers(module):
-            before, after = self._changes.get(layer.name, (None, None))
-            if before is not None and after is not None and _holds(layer, after):
-                _write(layer, before)
-        self._changes = {}
+    def _restore(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore statistics where the model still has the new ones; averaged weights are gone."""
+        restore_statistics(
+            [layer for layer in find_layers(module) if has_statistics(layer, self._after)],
+            self._before,
+        )
+        self._before, self._after = {}, {}
         for monitor in _monitors(trainer):
             monitor.forget_changes()
 
 
 def _content(trainer: Trainer, module: LightningModule, saved: dict[str, Any]) -> _Content:
-    """Return what tells a checkpoint from others; of parameters alone, which all ranks share."""
+    """Return what identifies a checkpoint, from parameters only, which all ranks share."""
     weights = [saved[name] for name, _ in module.named_parameters() if name in saved]
     return trainer.fit_loop.total_batch_idx, [part.float().norm().item() for part in weights]
 
@@ -344,7 +369,7 @@ def _monitors(trainer: Trainer) -> list[BatchNormMonitor]:
     return [callback for callback in callbacks if isinstance(callback, BatchNormMonitor)]
 
 
-def _told(result: Recalibration, score: object, moment: str) -> str:
+def _describe(result: Recalibration, score: object, moment: str) -> str:
     layers, samples = counted(len(result.layers), "BN layer"), counted(result.samples, "sample")
     what = f"{layers} recalibrated on {samples} {moment}"
     if result.score_before is None or result.score_after is None:
@@ -352,41 +377,10 @@ def _told(result: Recalibration, score: object, moment: str) -> str:
     name, sign = "score", 1.0
     if isinstance(score, ValidationScore):
         name, sign = score.name, score.sign
-    verdict = "kept" if result.is_kept else "no better, so taken back"
+    verdict = "kept" if result.is_kept else "no better, so rolled back"
     before, after = sign * result.score_before, sign * result.score_after
     return f"{what}: {name} {before:.4g} → {after:.4g}, {verdict}"
 
 
-def _holds(layer: BatchNormLayer, statistics: RunningStatistics) -> bool:
-    mean, var = layer.running_mean, layer.running_var
-    return (
-        mean is not None
-        and var is not None
-        and np.array_equal(mean.cpu().double().numpy(), statistics.mean)
-        and np.array_equal(var.cpu().double().numpy(), statistics.var)
-    )
-
-
-@torch.no_grad()
-def _write(layer: BatchNormLayer, statistics: RunningStatistics) -> None:
-    for buffer, value in (
-        (layer.running_mean, torch.from_numpy(statistics.mean)),
-        (layer.running_var, torch.from_numpy(statistics.var)),
-        (layer.counter, statistics.updates),
-    ):
-        if buffer is not None and value is not None:
-            buffer.copy_(torch.as_tensor(value))
-
-
-def _as_tensors(statistics: RunningStatistics) -> dict[str, Any]:
-    return {
-        "mean": torch.from_numpy(statistics.mean),
-        "var": torch.from_numpy(statistics.var),
-        "updates": statistics.updates,
-    }
-
-
-def _from_tensors(state: dict[str, Any]) -> RunningStatistics:
-    return RunningStatistics(
-        mean=state["mean"].numpy(), var=state["var"].numpy(), updates=state["updates"]
-    )
+def _as_patterns(layers: str | Iterable[str]) -> tuple[str, ...]:
+    return (layers,) if isinstance(layers, str) else tuple(layers)

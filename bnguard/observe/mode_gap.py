@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bnguard.distributed import number_of_ranks
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    as_written,
-    is_wrapper,
-    preserved_buffers,
-    preserved_modes,
-    preserved_random_state,
-    preserved_statistics,
-)
+from bnguard.layers.bn_layer import BatchNormLayer, as_written, is_wrapper
 from bnguard.layers.moments import wide
+from bnguard.layers.preserve import (
+    preserve_buffers,
+    preserve_modes,
+    preserve_random_states,
+    preserve_statistics,
+)
 from bnguard.observe.history import ModeGap
 from bnguard.observe.hooks import Hooks
 
@@ -118,10 +116,10 @@ class GapProbe:
         try:
             with (
                 as_written(),
-                preserved_modes(self._model),
-                preserved_random_state(self._model),
-                preserved_buffers(self._model),
-                preserved_statistics(self._layers),
+                preserve_modes(self._model),
+                preserve_random_states(self._model),
+                preserve_buffers(self._model),
+                preserve_statistics(self._layers),
             ):
                 return _measured(self._smallest, self._largest, self._layers)
         except Exception as error:

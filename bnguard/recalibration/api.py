@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from statistics import fmean
 from typing import Literal, get_args
@@ -16,26 +17,21 @@ from torch import nn
 
 from bnguard.distributed import Ranks, current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    device_of,
-    find_layers,
-    preserved_modes,
-    preserved_random_state,
-    preserved_statistics,
-    require_module,
+from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers, require_module
+from bnguard.layers.distances import DEFAULT_MOMENTUM, FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.layers.preserve import (
+    SavedStatistics,
+    preserve_modes,
+    preserve_random_states,
+    preserve_statistics,
+    restore_statistics,
+    save_statistics,
 )
-from bnguard.layers.distances import (
-    DEFAULT_MOMENTUM,
-    FORGOTTEN_WEIGHT,
-    initial_weight,
-    updates_to_forget,
-)
-from bnguard.observe.history import LayerHistory, RunningStatistics
-from bnguard.recalibration.batches import Forward, read_batches
+from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
+from bnguard.observe.mode_gap import GapProbe
+from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
 from bnguard.recalibration.memory import memory_limit
-from bnguard.recalibration.modegap import GapMeter, GapSamples
 from bnguard.recalibration.options import (
     Score,
     SkippedLayer,
@@ -43,41 +39,38 @@ from bnguard.recalibration.options import (
     require_samples,
     require_score,
     select_layers,
-    unwrapped,
+    unwrap,
 )
-from bnguard.recalibration.overlap import SampleMarks
-from bnguard.recalibration.pooled import (
-    calibrate_by_moving_average,
-    calibrate_precisely,
-    mixed_with_source,
-)
+from bnguard.recalibration.pooled import calibrate_precisely, mix_with_source
 from bnguard.recalibration.result import LayerChange, Recalibration
 from bnguard.recalibration.statistics import (
     Calibration,
+    CalibrationProgress,
     Estimate,
     Job,
+    NoProgress,
     OnNonfinite,
-    Progress,
-    Silent,
-    Snapshot,
-    borrowed,
     current_statistics,
-    fitted,
-    unbiased,
+    estimate_unbiased,
+    fit_to_buffer,
+    prepare_for_calibration,
+    running_statistics,
 )
 
+Method = Literal["exact", "precise", "adapt"]
 Keep = Literal["if-better", "always"]
 
-METHODS: dict[str, Callable[[Job], Calibration]] = {
+METHODS: dict[Method, Callable[[Job], Calibration]] = {
     "exact": calibrate_exactly,
-    "adapt": calibrate_exactly,
     "precise": calibrate_precisely,
-    "ema": calibrate_by_moving_average,
+    "adapt": calibrate_exactly,
 }
 # Of the sums in a deep network, one after the other; but noise must not hide everything.
 _ROUNDINGS = 1000.0
 _MAX_NOISE = 0.3
-# Means that may be off by more than this, in standard deviations, are told of.
+# More than any training has, and held exactly by a counter of any type but half precision.
+_MOST_UPDATES = 2**53
+# Means that may be off by more than this, in standard deviations, are reported.
 _MAX_MEAN_ERROR_STD = 0.1
 
 
@@ -85,7 +78,7 @@ def recalibrate(
     model: nn.Module,
     loader: Iterable[object],
     *,
-    method: str = "exact",
+    method: Method = "exact",
     samples: int = 1024,
     forward: Forward | None = None,
     layers: Iterable[str] | None = None,
@@ -97,10 +90,10 @@ def recalibrate(
     tolerance: float | None = None,
     progress: bool = True,
 ) -> Recalibration:
-    """Compute the running statistics anew from data, and keep them if they prove better.
+    """Recompute the running statistics from data, and keep them if they prove better.
 
-    Afterwards each layer's mean and unbiased variance are those of what arrives at it when the
-    data run in eval mode. A training-mode forward of all data as one batch divides by the biased
+    Afterwards each layer's mean and unbiased variance are those of its inputs when the data run in
+    eval mode. A training-mode forward of all data as one batch divides by the biased
     variance, so its outputs differ by about 1/(2n) of themselves a layer, for n values per
     channel.
 
@@ -117,13 +110,12 @@ def recalibrate(
             each batch normalised by its own statistics, for sets too large to hold and for layers
             that are called on their own output; noisy below the first layer at small batches.
             ``"adapt"``: ``exact`` on new data, mixed with the statistics from before by ``prior``.
-            ``"ema"``: moved as in training, for comparison only.
         samples: Samples to use at most, on all ranks together.
         forward: ``forward(model, batch)`` calls the model, where the loader yields anything else.
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
         score: ``score(model)`` says how good the model is, the higher the better; measured in
             eval mode before and after.
-        keep: ``"if-better"`` takes the new statistics back where the score is worse with them.
+        keep: ``"if-better"`` rolls back if the score is worse with the new statistics.
         on_nonfinite: ``"skip"`` leaves batches out that bring NaN or Inf to a layer, and warns;
             ``"error"`` raises.
         prior: For ``"adapt"``: how many samples the statistics from before count as.
@@ -132,10 +124,10 @@ def recalibrate(
         tolerance: Stop as soon as the standard error of every mean is below this share of its
             standard deviation, and that of every log-variance below this, as far as batches drawn
             at random can tell.
-        progress: Show a progress bar, where there is a terminal.
+        progress: Show a progress bar if there is a terminal.
 
     Returns:
-        What moved, what was skipped, and the way back. It prints itself.
+        What moved, what was skipped, and an ``undo()``. It prints itself.
 
     Raises:
         CalibrationError: The statistics cannot be computed; the model is as it was.
@@ -148,25 +140,38 @@ def recalibrate(
         (64, True)
     """
     require_module(model, "recalibrate")
-    _check_options(method, samples, score, keep, on_nonfinite, prior, tolerance)
-    inner, ranks = unwrapped(model), current_ranks()
+    check_options(
+        method=method,
+        samples=samples,
+        score=score,
+        keep=keep,
+        on_nonfinite=on_nonfinite,
+        prior=prior,
+        memory=memory,
+        tolerance=tolerance,
+    )
+    inner, ranks = unwrap(model), current_ranks()
     device = device_of(inner)
     selection = select_layers(inner, layers)
     _require_writable(selection.layers)
-    snapshot = Snapshot(selection.layers)
-    gap_samples = GapSamples()
+    saved = save_statistics(selection.layers)
+    before = {layer.name: running_statistics(layer) for layer in selection.layers}
     gate = _Gate(model, score, ranks)
-    share = _share_of(samples, ranks)
+    share = _split_samples(samples, ranks)
+    rows = SampledRows()
     batches = read_batches(loader, inner, forward, samples=share, device=device)
-    estimate = mixed_with_source(selection.layers, prior) if prior else unbiased
-    with borrowed(inner, selection.layers), _shown(progress, ranks) as shown:
+    estimate = mix_with_source(selection.layers, prior) if prior else estimate_unbiased
+    with (
+        prepare_for_calibration(inner, selection.layers),
+        _show_progress(progress, ranks) as shown,
+    ):
         calibration = METHODS[method](
             Job(
                 model=inner,
                 device=device,
-                noise=_noise_of(inner, device),
+                noise=_estimate_noise(inner, device),
                 layers=selection.layers,
-                batches=gap_samples.kept(gate.calibrated_on.marked(batches)),
+                batches=rows.sample_from(batches),
                 samples=share,
                 forward=forward,
                 estimate=estimate,
@@ -180,27 +185,28 @@ def recalibrate(
     reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
     if not reached:
         raise CalibrationError(
-            "no batch reaches a BN layer: check that the forward runs them, and as layer(x), since "
+            "no batch reached a BN layer: check that the forward runs them, and as layer(x), since "
             "layer.forward(x) and functional.batch_norm go unseen"
         )
-    with _taken_back_on_error(snapshot):
+    gap_before = _measure_mode_gap(inner, reached, forward, rows.batch)
+    with _roll_back_on_error(reached, saved):
         for layer in reached:
-            before = snapshot.statistics[layer.name]
-            counter = _counter(layer, before, method, prior, calibration)
+            counter = _count_updates(layer, before[layer.name], prior, calibration)
             _write(layer, calibration.estimates[layer.name], counter)
-        after = Snapshot(reached).statistics
+        after = {layer.name: running_statistics(layer) for layer in reached}
+        gap_after = _measure_mode_gap(inner, reached, forward, rows.batch)
         gate.measure_after()
         is_kept = keep == "always" or not gate.is_worse
         if not is_kept:
-            snapshot.restore()
+            restore_statistics(reached, saved)
     if calibration.left_out:
-        warnings.warn(f"bnguard: {_left_out(calibration)}", stacklevel=2)
+        warnings.warn(f"bnguard: {_describe_left_out(calibration)}", stacklevel=2)
     return Recalibration(
         method=method,
         layers=tuple(
             LayerChange(
                 name=layer.name,
-                before=snapshot.statistics[layer.name],
+                before=before[layer.name],
                 after=after[layer.name],
                 eps=layer.eps,
                 values=calibration.estimates[layer.name].values,
@@ -220,68 +226,97 @@ def recalibrate(
         is_kept=is_kept,
         score_before=gate.before,
         score_after=gate.after,
+        mode_gap_before=gap_before,
+        mode_gap_after=gap_after,
         notes=tuple(_notes(calibration, method, prior, tolerance, gate)),
-        gap_with=GapMeter(inner, reached, forward, gap_samples.batch).measured_with,
-        restore=snapshot.restore,
+        restore=partial(restore_statistics, reached, saved),
     )
+
+
+def check_options(
+    *,
+    method: str,
+    samples: int,
+    score: Score | None,
+    keep: str,
+    on_nonfinite: str,
+    prior: float,
+    memory: str | float,
+    tolerance: float | None = None,
+) -> None:
+    """Make sure that the options of a recalibration fit, as far as they can be checked alone.
+
+    Raises:
+        ConfigurationError: One does not.
+    """
+    for option, value, known in (
+        ("method", method, get_args(Method)),
+        ("keep", keep, get_args(Keep)),
+        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
+    ):
+        if value not in known:
+            raise ConfigurationError(
+                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
+            )
+    require_samples(samples, 1)
+    require_score(score)
+    if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
+        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
+    memory_limit(memory, torch.device("cpu"))
+    if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
+        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)
 
 
 class _Gate:
     """Measures how good the model is before and after, where there is a score.
 
     Attributes:
-        calibrated_on: The samples that the new statistics come from.
         before: The score with the statistics from before; None without a score.
         after: The score with the new ones.
     """
 
     def __init__(self, model: nn.Module, score: Score | None, ranks: Ranks) -> None:
         self._model, self._score, self._ranks = model, score, ranks
-        self._scored_on = SampleMarks()
-        self.calibrated_on = SampleMarks()
-        self.before = self._measured()
+        self.before = self._measure()
         self.after: float | None = None
 
     @property
     def is_worse(self) -> bool:
-        """Whether the score fell, or is no number any more."""
+        """Whether the score fell, or is no longer a number."""
         if self.before is None or self.after is None:
             return False
         if math.isnan(self.before):
             return math.isnan(self.after)
         return not self.after >= self.before
 
-    @property
-    def overlap(self) -> float:
-        """Share of the samples that scored which were also calibrated on, as far as is known."""
-        return self._scored_on.share_in(self.calibrated_on)
-
     def measure_after(self) -> None:
         """Measure the score again."""
-        self.after = self._measured()
+        self.after = self._measure()
 
-    def _measured(self) -> float | None:
+    def _measure(self) -> float | None:
         """Return the mean score of all ranks, in eval mode and without gradients."""
         score = self._score
         if score is None:
             return None
-        inner = unwrapped(self._model)
         with (
-            preserved_modes(self._model),
-            preserved_random_state(self._model),
-            preserved_statistics(find_layers(inner)),
+            preserve_modes(self._model),
+            preserve_random_states(self._model),
+            preserve_statistics(find_layers(self._model)),
             torch.no_grad(),
-            self._scored_on.of_inputs(inner),
         ):
             self._model.eval()
             return fmean(self._ranks.together(lambda: as_number(score(self._model))))
 
 
 @contextmanager
-def _shown(progress: bool, ranks: Ranks) -> Iterator[Progress]:
+def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress]:
     """Show how far a calibration is: on a terminal, and on one rank."""
     if not progress or ranks.rank or not sys.stderr.isatty():
-        yield Silent()
+        yield NoProgress()
         return
     from bnguard.report.terminal import CalibrationBar
 
@@ -290,67 +325,85 @@ def _shown(progress: bool, ranks: Ranks) -> Iterator[Progress]:
 
 
 @contextmanager
-def _taken_back_on_error(snapshot: Snapshot) -> Iterator[None]:
+def _roll_back_on_error(layers: Sequence[BatchNormLayer], saved: SavedStatistics) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        snapshot.restore()
+        restore_statistics(layers, saved)
         raise
+
+
+def _measure_mode_gap(
+    model: nn.Module,
+    layers: Sequence[BatchNormLayer],
+    forward: Forward | None,
+    batch: Batch | None,
+) -> ModeGap | str:
+    """Return the mode gap with the statistics that the layers have, or why it cannot be measured.
+
+    The layers given use the statistics of the batch in one of the modes; all others stay in eval
+    mode.
+    """
+    if batch is None:
+        return "there are no samples to measure it on"
+    for layer in layers:
+        mean, var = current_statistics(layer)
+        if not bool(mean.isfinite().all() and var.isfinite().all()):
+            return f"the statistics of {layer.name} were not finite"
+    with prepare_for_calibration(model, layers):
+        probe = GapProbe(model, layers)
+        try:
+            call(model, forward, batch.copied())
+            return probe.measure()
+        except CalibrationError as error:
+            return str(error)
+        finally:
+            probe.close()
 
 
 def _write(layer: BatchNormLayer, estimate: Estimate, counter: int) -> None:
     """Give a layer its new statistics for good, and a counter that says what they are worth."""
     mean, var = current_statistics(layer)
-    mean.copy_(fitted(estimate.mean, mean, layer.name))
-    var.copy_(fitted(estimate.var, var, layer.name))
+    mean.copy_(fit_to_buffer(estimate.mean, mean, layer.name))
+    var.copy_(fit_to_buffer(estimate.var, var, layer.name))
     if layer.counter is not None:
         layer.counter.fill_(counter)
 
 
-def _counter(
-    layer: BatchNormLayer, before: RunningStatistics, method: str, prior: float, done: Calibration
+def _count_updates(
+    layer: BatchNormLayer, before: RunningStatistics, prior: float, done: Calibration
 ) -> int:
     """Return the number of updates after which training would have forgotten as much.
 
-    Whoever reads a checkpoint may have to assume PyTorch's momentum: where the initial statistics
-    are gone, the number says so with that of the layer and with the default.
+    Whoever reads a checkpoint may have to assume PyTorch's momentum: if the initial statistics are
+    forgotten, the number says so with the momentum of the layer and with the default.
     """
     momentum = layer.momentum
-    updates = (before.updates or 0) + done.batches
-    if method == "ema":
-        left = initial_weight(momentum, updates)
-    else:
-        history = LayerHistory(
-            name=layer.name, channels=layer.channels, momentum=momentum, running=before
-        )
-        left = (history.initial_weight or 0.0) * prior / (prior + done.samples)
-    if method == "ema" and left > FORGOTTEN_WEIGHT:
-        return updates
+    history = LayerHistory(
+        name=layer.name, channels=layer.channels, momentum=momentum, running=before
+    )
+    left = (history.initial_weight or 0.0) * prior / (prior + done.samples)
     if left > FORGOTTEN_WEIGHT:
         enough = [before.updates or 0, updates_to_forget(momentum or DEFAULT_MOMENTUM, left)]
     else:
         # Counters that are read in float32 are rounded.
         limit = FORGOTTEN_WEIGHT * (1.0 - 1e-6)
         enough = [
-            updates,
+            (before.updates or 0) + done.batches,
             *(updates_to_forget(each, limit) for each in (momentum, DEFAULT_MOMENTUM)),
         ]
     return min(_MOST_UPDATES, int(max(filter(math.isfinite, enough))))
 
 
-# More than any training has, and held exactly by a counter of any type but half precision.
-_MOST_UPDATES = 2**53
-
-
 def _notes(
-    calibration: Calibration, method: str, prior: float, tolerance: float | None, gate: _Gate
+    calibration: Calibration, method: Method, prior: float, tolerance: float | None, gate: _Gate
 ) -> Iterator[str]:
     if gate.is_worse:
         yield "the score is worse with the new statistics"
     if calibration.left_out:
-        yield _left_out(calibration)
+        yield _describe_left_out(calibration)
     error_std = _mean_error_std(calibration.samples, prior)
-    if error_std > _MAX_MEAN_ERROR_STD and method != "ema":
+    if error_std > _MAX_MEAN_ERROR_STD:
         samples = (
             "1 sample is" if calibration.samples == 1 else f"{calibration.samples} samples are"
         )
@@ -364,8 +417,6 @@ def _notes(
         yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"
     elif tolerance is not None:
         yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
-    if gate.overlap > 0:
-        yield f"{gate.overlap:.0%} of the samples that scored were also calibrated on"
 
 
 def _mean_error_std(samples: int, prior: float) -> float:
@@ -380,44 +431,12 @@ def _mean_error_std(samples: int, prior: float) -> float:
     return math.sqrt(samples) / (prior + samples)
 
 
-def _left_out(calibration: Calibration) -> str:
+def _describe_left_out(calibration: Calibration) -> str:
     number = calibration.left_out
     return (
         f"{number} batch{'' if number == 1 else 'es'} left out for NaN or Inf "
         f"({calibration.batches} used)"
     )
-
-
-def _check_options(
-    method: str,
-    samples: int,
-    score: Score | None,
-    keep: str,
-    on_nonfinite: str,
-    prior: float,
-    tolerance: float | None,
-) -> None:
-    for option, value, known in (
-        ("method", method, tuple(METHODS)),
-        ("keep", keep, get_args(Keep)),
-        ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
-    ):
-        if value not in known:
-            raise ConfigurationError(
-                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
-            )
-    require_samples(samples, 1)
-    require_score(score)
-    if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
-        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
-    if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
-        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
-    if tolerance is not None and method == "ema":
-        raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
-
-
-def _is_finite(number: object) -> bool:
-    return isinstance(number, Real) and math.isfinite(number)
 
 
 def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
@@ -431,11 +450,11 @@ def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
             )
 
 
-def _share_of(samples: int, ranks: Ranks) -> int:
+def _split_samples(samples: int, ranks: Ranks) -> int:
     return samples // ranks.size + (ranks.rank < samples % ranks.size)
 
 
-def _noise_of(model: nn.Module, device: torch.device) -> float:
+def _estimate_noise(model: nn.Module, device: torch.device) -> float:
     """Return how far sums come out different in another order, as a share of their terms."""
     dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
     if torch.is_autocast_enabled(device.type):

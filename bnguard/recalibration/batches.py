@@ -1,4 +1,4 @@
-"""What a loader yields: cut to size, moved to the model's device, put through the model."""
+"""Read the batches of a loader: cut to size, on the model's device, run through the model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from bnguard.errors import CalibrationError, in_one_line
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
+
+# A sample of the data that is kept has at most this many rows, and at least half of them.
+_MOST_ROWS = 64
 
 # A list of tensors of this many dimensions is a list of images: each entry is a sample.
 _IMAGE_DIMS = 3
@@ -52,20 +55,20 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         """Return the samples from ``start`` to before ``stop``; the batch can be cut."""
         stop = min(stop, self.size)
-        return self._changed(lambda tensor: tensor[start:stop], stop - start)
+        return self._map(lambda tensor: tensor[start:stop], stop - start)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        args, kwargs = _moved(self.args, device), _moved(self.kwargs, device)
+        args, kwargs = _move(self.args, device), _move(self.kwargs, device)
         return Batch(self.index, args, kwargs, self.size)
 
     def copied(self) -> Batch:
         """Return the batch with tensors of its own."""
-        return self._changed(Tensor.clone, self.size)
+        return self._map(Tensor.clone, self.size)
 
     def in_channels_last(self) -> Batch:
         """Return the batch with all images in that layout, the channels of a pixel together."""
-        return self._changed(_in_channels_last, self.size)
+        return self._map(_in_channels_last, self.size)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield its tensors, in the order in which they go in."""
@@ -76,8 +79,8 @@ class Batch:
         """Bytes that its tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def _changed(self, change: Callable[[Tensor], Tensor], size: int) -> Batch:
-        args, kwargs = _mapped(self.args, change), _mapped(self.kwargs, change)
+    def _map(self, change: Callable[[Tensor], Tensor], size: int) -> Batch:
+        args, kwargs = _map_tensors(self.args, change), _map_tensors(self.kwargs, change)
         return Batch(self.index, args, kwargs, size)
 
 
@@ -87,14 +90,14 @@ def can_be_joined(first: Batch, second: Batch) -> bool:
     return first.can_be_cut and second.can_be_cut and layouts[0] == layouts[1]
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """Return batches that can be joined as one, with the index of the first."""
     first = batches[0]
     if len(batches) == 1:
         return first
     columns = zip(*(batch.tensors() for batch in batches), strict=True)
     whole = iter([torch.cat(column) for column in columns])
-    return first._changed(lambda _: next(whole), sum(batch.size for batch in batches))
+    return first._map(lambda _: next(whole), sum(batch.size for batch in batches))
 
 
 def read_batches(
@@ -115,8 +118,8 @@ def read_batches(
     left = samples
     if left <= 0:
         return
-    for index, payload in enumerate(_loaded(loader)):
-        args, kwargs = _arguments(model, payload) if forward is None else ((payload,), {})
+    for index, payload in enumerate(_read_loader(loader)):
+        args, kwargs = _bind_arguments(model, payload) if forward is None else ((payload,), {})
         size = _first(map(_size_of, (*args, *kwargs.values())))
         batch = Batch(index, args, kwargs, 1 if size is None else size)
         if batch.size > left and batch.can_be_cut:
@@ -128,8 +131,42 @@ def read_batches(
             return
 
 
+class SampledRows:
+    """Between 32 and 64 rows from all over a stream of batches; all if there are fewer."""
+
+    def __init__(self) -> None:
+        self._rows: list[Batch] = []
+        self._seen, self._every = 0, 1
+        self._uncut: Batch | None = None
+
+    def sample_from(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and keep copies of some of their rows."""
+        for batch in batches:
+            if batch.can_be_cut:
+                self._keep_rows(batch)
+            elif self._uncut is None:
+                self._uncut = batch.copied()
+            yield batch
+
+    @property
+    def batch(self) -> Batch | None:
+        """The rows that can be joined to the first one; None if there was no batch."""
+        if not self._rows:
+            return self._uncut
+        return join_batches([row for row in self._rows if can_be_joined(self._rows[0], row)])
+
+    def _keep_rows(self, batch: Batch) -> None:
+        for row in range(batch.size):
+            if self._seen % self._every == 0:
+                self._rows.append(batch.rows(row, row + 1).copied())
+            self._seen += 1
+            if len(self._rows) == _MOST_ROWS:
+                self._rows = self._rows[::2]
+                self._every *= 2
+
+
 def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
-    """Put a batch through the model.
+    """Run a batch through the model.
 
     Raises:
         CalibrationError: The forward raised an exception, or memory ran out.
@@ -151,7 +188,7 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
         ) from error
 
 
-def _loaded(loader: Iterable[object]) -> Iterator[object]:
+def _read_loader(loader: Iterable[object]) -> Iterator[object]:
     count = 0
     try:
         for payload in loader:
@@ -163,7 +200,7 @@ def _loaded(loader: Iterable[object]) -> Iterator[object]:
         ) from error
 
 
-def _arguments(
+def _bind_arguments(
     model: nn.Module, payload: object
 ) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """Return how a model is called: as most loaders mean, and as PyTorch's ``update_bn`` does.
@@ -174,7 +211,7 @@ def _arguments(
     if isinstance(payload, Tensor):
         return (payload,), {}
     if isinstance(payload, Mapping):
-        return (), _accepted(model, payload)
+        return (), _select_entries(model, payload)
     if isinstance(payload, (tuple, list)) and payload:
         return (payload[0],), {}
     raise CalibrationError(
@@ -183,7 +220,7 @@ def _arguments(
     )
 
 
-def _accepted(model: nn.Module, payload: Mapping[str, object]) -> dict[str, object]:
+def _select_entries(model: nn.Module, payload: Mapping[str, object]) -> dict[str, object]:
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(payload)
@@ -197,7 +234,7 @@ def _accepted(model: nn.Module, payload: Mapping[str, object]) -> dict[str, obje
 
 
 def _size_of(payload: object) -> int | None:
-    """Return the length of the first tensor, or list of samples; None where there is none."""
+    """Return the length of the first tensor, or list of samples; None if there is none."""
     if isinstance(payload, Tensor):
         return len(payload) if payload.dim() else None
     entries = _entries(payload)
@@ -219,7 +256,7 @@ def _is_a_sample_each(payload: object) -> bool:
 
 
 def _entries(payload: object) -> Sequence[object]:
-    """Return what a container holds; nothing where a batch's part is none."""
+    """Return the entries of a container; none for anything else."""
     if isinstance(payload, Mapping):
         return list(payload.values())
     if isinstance(payload, (tuple, list)):
@@ -255,18 +292,18 @@ def tensors_in(payload: object) -> Iterator[Tensor]:
         yield from tensors_in(entry)
 
 
-def _mapped(payload: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Return a batch with every tensor changed; what is no tensor or container stays."""
+def _map_tensors(payload: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Return a batch with every tensor changed; anything but tensors and containers stays."""
     if isinstance(payload, Tensor):
         return cast("T", change(payload))
-    return _rebuilt(payload, lambda value: _mapped(value, change))
+    return _rebuild(payload, lambda value: _map_tensors(value, change))
 
 
-def _moved(payload: T, device: torch.device) -> T:
+def _move(payload: T, device: torch.device) -> T:
     """Return a batch with all that can be moved on the device: tensors, and what has ``to``."""
     if hasattr(payload, "to"):
         return cast("T", payload.to(device))
-    return _rebuilt(payload, lambda value: _moved(value, device))
+    return _rebuild(payload, lambda value: _move(value, device))
 
 
 def _in_channels_last(tensor: Tensor) -> Tensor:
@@ -274,7 +311,7 @@ def _in_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
 
 
-def _rebuilt(payload: T, change: Callable[[object], object]) -> T:
+def _rebuild(payload: T, change: Callable[[object], object]) -> T:
     """Return a container of the same type with every entry changed; anything else as it is."""
     if isinstance(payload, MutableMapping):
         changed = copy.copy(payload)

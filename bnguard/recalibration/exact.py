@@ -17,12 +17,12 @@ from math import ceil
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import IrregularError, NonFiniteError, PartingError
+from bnguard.recalibration.layer_inputs import DivergingError, IrregularError, NonFiniteError
 from bnguard.recalibration.lockstep import lockstep
 from bnguard.recalibration.memory import Chunk, ChunkedBatches
 from bnguard.recalibration.replay import replay
 from bnguard.recalibration.statistics import Calibration, Job, Pool, is_precise
-from bnguard.recalibration.trial_forward import Habits, first_few, learn_habits
+from bnguard.recalibration.trial_forward import ForwardTraits, find_traits, first_few
 
 # Each chunk is a thread: small batches are joined so that there are about so many, ...
 _USUAL_CHUNKS = 64
@@ -41,22 +41,22 @@ def calibrate_exactly(job: Job) -> Calibration:
     """
     head: list[Batch] = []
     job.ranks.together(lambda: head.extend(first_few(job.batches)))
-    habits = job.ranks.together(lambda: learn_habits(job, head) if head else None)
-    return _Engine(replace(job, batches=chain(head, job.batches)), habits).run()
+    traits = job.ranks.together(lambda: find_traits(job, head) if head else None)
+    return _Engine(replace(job, batches=chain(head, job.batches)), traits).run()
 
 
 @dataclass(frozen=True, eq=False)
 class _VirtualBatch:
-    """What arrived at each layer, by its index, of so many samples on all ranks."""
+    """Moments of the inputs of each layer, by its index, over the samples of all ranks."""
 
-    arrived: dict[int, tuple[Moments, ...]]
+    inputs: dict[int, tuple[Moments, ...]]
     samples: int
     batches: int
 
 
 @dataclass(frozen=True)
 class _Filled:
-    """How many batches a rank took, and whether it can hold no more."""
+    """How many batches a rank took, and whether it is full."""
 
     taken: int
     is_full: bool
@@ -72,32 +72,32 @@ class _Tally:
     virtual_batches: int = 0
 
     def add(self, virtual_batch: _VirtualBatch) -> None:
-        self.pool.add(virtual_batch.arrived)
+        self.pool.add(virtual_batch.inputs)
         self.samples += virtual_batch.samples
         self.batches += virtual_batch.batches
         self.virtual_batches += 1
 
 
 class _Engine:
-    """Runs virtual batches, and keeps in mind what it learnt from those before.
+    """Runs virtual batches, and remembers which ways of running them failed before.
 
     Args:
         job: What to calibrate.
-        habits: How the model behaves on the data of each rank; None for one that has none.
+        traits: How the model behaves on the data of each rank; None for one without data.
     """
 
-    def __init__(self, job: Job, habits: Sequence[Habits | None]) -> None:
-        known = [each for each in habits if each is not None]
+    def __init__(self, job: Job, traits: Sequence[ForwardTraits | None]) -> None:
+        known = [each for each in traits if each is not None]
         if not known:
             raise CalibrationError("the loader is empty: it yields no sample to calibrate on")
         self._job = job
-        self._habits = habits[job.ranks.rank]
+        self._traits = traits[job.ranks.rank]
         self._runs_side_by_side = all(
             each.is_regular and each.calls == known[0].calls for each in known
         )
         share = max(job.ranks.together(lambda: job.samples))
         capacity = max(1, min(job.memory // each.bytes_per_sample for each in known))
-        # All of one size, lest the last one be small.
+        # All of one size, so that the last one is not small.
         self._full_size = ceil(share / ceil(share / capacity))
         self._takes_rows = all(each.takes_rows for each in known)
         self._left_out = 0
@@ -106,18 +106,18 @@ class _Engine:
         """Run virtual batches until the data end, or the statistics are as precise as asked for."""
         job, tally = self._job, _Tally()
         goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
-        held = self._nothing()
+        held = self._no_batches()
         last: _VirtualBatch | None = None
         is_precise_enough = False
         while not is_precise_enough:
             filled = job.ranks.together(partial(self._fill, held, goal))
             if not any(each.taken for each in filled):
                 break
-            last = self._virtual_batch(held)
+            last = self._run_virtual_batch(held)
             is_precise_enough = self._is_precise_enough(tally, last)
             if any(each.is_full for each in filled):
                 tally.add(last)
-                held, last = self._nothing(), None
+                held, last = self._no_batches(), None
             goal = min(2 * goal, self._full_size)
         if last is not None:
             tally.add(last)
@@ -133,12 +133,12 @@ class _Engine:
             is_within_tolerance=is_precise_enough,
         )
 
-    def _nothing(self) -> ChunkedBatches:
-        habits = self._habits
-        return ChunkedBatches(is_channels_last=habits is not None and habits.is_channels_last)
+    def _no_batches(self) -> ChunkedBatches:
+        traits = self._traits
+        return ChunkedBatches(is_channels_last=traits is not None and traits.is_channels_last)
 
     def _fill(self, held: ChunkedBatches, goal: int) -> _Filled:
-        """Take batches until there are so many samples, or as many chunks as there may be."""
+        """Take batches until the goal or the limit of chunks is reached."""
         if self._takes_rows:
             held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
         taken = 0
@@ -158,11 +158,11 @@ class _Engine:
             return False
         trial = Pool()
         trial.add(tally.pool.parts)
-        trial.add(last.arrived)
+        trial.add(last.inputs)
         return is_precise(trial.parts, self._job.tolerance)
 
-    def _virtual_batch(self, held: ChunkedBatches) -> _VirtualBatch:
-        """Run batches as one giant batch; those that bring NaN or Inf leave it.
+    def _run_virtual_batch(self, held: ChunkedBatches) -> _VirtualBatch:
+        """Run batches as one giant batch, without those that bring NaN or Inf to a layer.
 
         Raises:
             CalibrationError: All do, or one of them where none may.
@@ -174,30 +174,30 @@ class _Engine:
             samples, batches = (sum(column) for column in zip(*counts, strict=True))
             if samples == 0:
                 raise CalibrationError(
-                    f"NaN or Inf arrives at {where} in every batch: mend the data, or the weights "
-                    "and statistics that stay as they are"
+                    f"NaN or Inf in the inputs of {where} in every batch: fix the data, or the "
+                    "weights and statistics that stay as they are"
                 )
             try:
-                arrived = self._settled(held.chunks, samples)
+                inputs = self._run_chunks(held.chunks, samples)
             except IrregularError as error:
                 self._runs_side_by_side = False
-                if isinstance(error, PartingError):
+                if isinstance(error, DivergingError):
                     self._takes_rows = False
                     held.join(1)
             except NonFiniteError as error:
                 where = job.layers[error.index].name
-                job.ranks.together(partial(self._expel, held, error))
+                job.ranks.together(partial(self._leave_out, held, error))
             else:
-                return _VirtualBatch(arrived, samples, batches)
+                return _VirtualBatch(inputs, samples, batches)
 
-    def _settled(self, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
+    def _run_chunks(self, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
         job = self._job
         if not self._runs_side_by_side:
             return replay(job, chunks, samples)
         job.progress.start(sum(chunk.samples for chunk in chunks), len(job.layers))
-        return lockstep(job, chunks, self._habits, samples)
+        return lockstep(job, chunks, self._traits, samples)
 
-    def _expel(self, held: ChunkedBatches, error: NonFiniteError) -> None:
-        for batch in held.expel(error.chunks):
+    def _leave_out(self, held: ChunkedBatches, error: NonFiniteError) -> None:
+        for batch in held.remove(error.chunks):
             self._job.refuse(batch, self._job.layers[error.index])
             self._left_out += 1

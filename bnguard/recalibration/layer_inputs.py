@@ -1,4 +1,4 @@
-"""What arrives at BN layers, read in a forward."""
+"""Read the inputs of BN layers in a forward, and set statistics from them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide
 from bnguard.recalibration.statistics import Job, write_statistics
 
-Arrive = Callable[[int, Tensor], None]
+OnInput = Callable[[int, Tensor], None]
 
 
 @contextmanager
-def arrivals(layers: Sequence[BatchNormLayer], arrive: Arrive) -> Iterator[None]:
-    """Call ``arrive`` with the index of a layer and the values that are about to enter it.
+def read_inputs(layers: Sequence[BatchNormLayer], on_input: OnInput) -> Iterator[None]:
+    """Call ``on_input`` with the index of a layer and its input, at each call of the layer.
 
-    The hooks come after those that are there already, and so see what the layer sees.
+    The hooks run after those that are already there, and so see what the layer sees.
     """
     handles = [
-        layer.module.register_forward_pre_hook(_hook(index, arrive), with_kwargs=True)
+        layer.module.register_forward_pre_hook(_hook(index, on_input), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
     try:
@@ -33,8 +33,8 @@ def arrivals(layers: Sequence[BatchNormLayer], arrive: Arrive) -> Iterator[None]
             handle.remove()
 
 
-def arrived_moments(values: Tensor) -> Moments:
-    """Return the moments of what arrives at a layer, not finite only where the values are not.
+def input_moments(values: Tensor) -> Moments:
+    """Return the moments of the inputs of a layer; they are finite if the inputs are.
 
     Finite values whose squares are too large for their dtype are computed again in float64.
     """
@@ -50,30 +50,27 @@ def is_finite(moments: Moments) -> bool:
 
 
 def on_host(moments: Moments) -> Moments:
-    """Return the moments in the memory of the host, where parts are merged and exchanged."""
+    """Return the moments on the CPU, where parts are merged and exchanged."""
     return Moments(moments.count, moments.mean.cpu().double(), moments.squares.cpu().double())
 
 
-def _hook(index: int, arrive: Arrive) -> Callable[..., None]:
+def _hook(index: int, on_input: OnInput) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrive(index, args[0] if args else next(iter(kwargs.values())))
+        on_input(index, args[0] if args else next(iter(kwargs.values())))
 
     return hook
 
 
-# How a layer gets its statistics once all that arrives at it is known.
-
-
-# What arrived at a layer: a rank each, by the number of the chunk on that rank.
-Arrived = Sequence[Mapping[int, Moments]]
+# Moments of the inputs of a layer: one entry a rank, by the number of the chunk on that rank.
+InputsOfRanks = Sequence[Mapping[int, Moments]]
 
 
 class NonFiniteError(Exception):
-    """NaN or Inf arrives at a layer.
+    """There is NaN or Inf in the inputs of a layer.
 
     Attributes:
         index: Index of the layer.
-        chunks: Numbers of this rank's chunks that bring it; none where other ranks do.
+        chunks: Numbers of this rank's chunks that bring it; none if only other ranks do.
     """
 
     def __init__(self, index: int, chunks: frozenset[int]) -> None:
@@ -86,21 +83,23 @@ class IrregularError(Exception):
     """The chunks cannot go through the layers side by side; says why."""
 
 
-class PartingError(IrregularError):
-    """Batches go other ways than those that they are joined to, so each has to go as it comes."""
+class DivergingError(IrregularError):
+    """Batches call other layers than those they are joined to, so each has to run alone."""
 
 
-def settle(job: Job, index: int, arrived: Arrived, samples: int) -> tuple[Moments, ...]:
-    """Give a layer the statistics of all that arrived at it on all ranks; return the parts.
+def set_statistics(
+    job: Job, index: int, inputs: InputsOfRanks, samples: int
+) -> tuple[Moments, ...]:
+    """Give a layer the statistics of its inputs on all ranks; return their moments in parts.
 
     Raises:
-        NonFiniteError: On every rank, where NaN or Inf arrived on one.
+        NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
         CalibrationError: The layer cannot hold the statistics, or has too few values.
     """
-    parts = tuple(moments for on_rank in arrived for moments in on_rank.values())
+    parts = tuple(moments for on_rank in inputs for moments in on_rank.values())
     merged = merge_moments(parts)
     if not is_finite(merged):
-        mine = arrived[job.ranks.rank]
+        mine = inputs[job.ranks.rank]
         bad = frozenset(number for number, moments in mine.items() if not is_finite(moments))
         raise NonFiniteError(index, bad)
     layer = job.layers[index]

@@ -14,36 +14,39 @@ import torch
 from torch import Tensor
 
 from bnguard.layers.moments import Moments
-from bnguard.layers.randomness import RandomStream
+from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.layer_inputs import (
+    DivergingError,
     IrregularError,
-    PartingError,
-    arrivals,
-    arrived_moments,
+    input_moments,
     on_host,
-    settle,
+    read_inputs,
+    set_statistics,
 )
 from bnguard.recalibration.memory import Chunk
 from bnguard.recalibration.statistics import Job
-from bnguard.recalibration.trial_forward import Habits, Observation, disturbed_layers, observe
+from bnguard.recalibration.trial_forward import (
+    ForwardTraits,
+    Observation,
+    find_disturbed_layers,
+    observe,
+)
 
-# Batches on their way through a model, each in a thread that stops where it is told to.
+# The forward that runs in each thread.
+_running = threading.local()
 
 
-_here = threading.local()
-
-
-class Abandoned(BaseException):
-    """Raised where a walk stands, to end it; no ``except Exception`` of a model stops it."""
+class ForwardCancelled(BaseException):
+    """Raised in a paused forward to end it; no ``except Exception`` of a model stops it."""
 
 
 class StuckError(Exception):
-    """A walk neither stops nor ends, or cannot begin."""
+    """A forward neither pauses nor ends, or cannot start."""
 
 
-class Walk:
-    """A batch on its way through a model.
+class PausableForward:
+    """A forward in a thread of its own, which pauses where :meth:`stop` is called.
 
     Attributes:
         stream: Random numbers of its own.
@@ -52,26 +55,26 @@ class Walk:
     """
 
     def __init__(
-        self, forward: Callable[[], object], surroundings: Surroundings, stream: RandomStream
+        self, forward: Callable[[], object], context: ThreadContext, stream: RandomStream
     ) -> None:
         self.stream = stream
         self.is_finished = False
         self.error: BaseException | None = None
         self._forward = forward
-        self._surroundings = surroundings
-        self._orders: SimpleQueue[SimpleQueue[Walk] | None] = SimpleQueue()
-        self._stops: SimpleQueue[Walk] = SimpleQueue()
+        self._context = context
+        self._orders: SimpleQueue[SimpleQueue[PausableForward] | None] = SimpleQueue()
+        self._stops: SimpleQueue[PausableForward] = SimpleQueue()
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._run,), daemon=True
         )
 
     @staticmethod
-    def here() -> Walk | None:
-        """Return the walk in whose own thread this is called, None in any other thread."""
-        return getattr(_here, "walk", None)
+    def current() -> PausableForward | None:
+        """Return the forward that runs in the current thread; None if there is none."""
+        return getattr(_running, "forward", None)
 
-    def resume(self, stops: SimpleQueue[Walk]) -> None:
-        """Let the walk go on; it puts itself into ``stops`` when it stands or ends.
+    def resume(self, stops: SimpleQueue[PausableForward]) -> None:
+        """Let the forward continue; it puts itself into ``stops`` when it pauses or ends.
 
         Raises:
             StuckError: There can be no more threads.
@@ -84,32 +87,32 @@ class Walk:
         self._orders.put(stops)
 
     def stop(self) -> None:
-        """Stand still, in the walk's own thread, until it is resumed."""
+        """Pause, in the forward's own thread, until it is resumed."""
         self._stops.put(self)
         self._await_order()
 
-    def abandon(self) -> None:
-        """End the walk where it stands, or at its next stop."""
+    def cancel(self) -> None:
+        """End the forward where it is paused, or at its next stop."""
         self._orders.put(None)
 
     def join(self) -> None:
-        """Wait until the walk has ended."""
+        """Wait until the forward has ended."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def _await_order(self) -> None:
         stops = self._orders.get()
         if stops is None:
-            raise Abandoned
+            raise ForwardCancelled
         self._stops = stops
 
     def _run(self) -> None:
-        _here.walk = self
+        _running.forward = self
         try:
             self._await_order()
-            with self._surroundings.entered():
+            with self._context.enter():
                 self._forward()
-        except Abandoned:
+        except ForwardCancelled:
             pass
         except BaseException as error:
             self.error = error
@@ -118,43 +121,43 @@ class Walk:
             self._stops.put(self)
 
 
-def advance_at_once(walks: Sequence[Walk], width: int, patience: float) -> None:
-    """Let every walk go on to its next stop or its end, ``width`` at a time.
+def advance_in_parallel(forwards: Sequence[PausableForward], width: int, timeout: float) -> None:
+    """Let every forward continue to its next stop or its end, ``width`` at a time.
 
     Raises:
-        StuckError: For so many seconds, none of those that run stops.
+        StuckError: None of those that run stops within the timeout, in seconds.
     """
-    stops: SimpleQueue[Walk] = SimpleQueue()
-    for count, walk in enumerate(walks):
+    stops: SimpleQueue[PausableForward] = SimpleQueue()
+    for count, paused in enumerate(forwards):
         if count >= width:
-            _await_stop(stops, patience)
-        walk.resume(stops)
-    for _ in walks[:width]:
-        _await_stop(stops, patience)
+            _await_stop(stops, timeout)
+        paused.resume(stops)
+    for _ in forwards[:width]:
+        _await_stop(stops, timeout)
 
 
-def advance_in_turn(walks: Sequence[Walk], patience: float) -> None:
-    """Let every walk go on to its next stop or its end, one by one, each on its random numbers.
+def advance_in_turn(forwards: Sequence[PausableForward], timeout: float) -> None:
+    """Let every forward continue to its next stop or its end, one by one, on its random numbers.
 
     Raises:
-        StuckError: A walk does not stop for so many seconds.
+        StuckError: A forward does not stop within the timeout, in seconds.
     """
-    stops: SimpleQueue[Walk] = SimpleQueue()
-    for walk in walks:
-        with walk.stream.drawn_from():
-            walk.resume(stops)
-            _await_stop(stops, patience)
+    stops: SimpleQueue[PausableForward] = SimpleQueue()
+    for paused in forwards:
+        with paused.stream.in_use():
+            paused.resume(stops)
+            _await_stop(stops, timeout)
 
 
-def _await_stop(stops: SimpleQueue[Walk], patience: float) -> None:
+def _await_stop(stops: SimpleQueue[PausableForward], timeout: float) -> None:
     try:
-        stops.get(timeout=patience)
+        stops.get(timeout=timeout)
     except Empty:
-        raise StuckError(f"a forward has not come to its next layer in {patience:.0f} s") from None
+        raise StuckError(f"a forward did not reach its next layer in {timeout:.0f} s") from None
 
 
-class Surroundings:
-    """What PyTorch keeps a thread: captured where this is made, entered in another thread.
+class ThreadContext:
+    """Settings that PyTorch keeps for each thread: read where this is made, set in another one.
 
     Args:
         threads: How many threads an operation may use there.
@@ -173,8 +176,8 @@ class Surroundings:
         ]
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Enter the surroundings; gradients are off in any case."""
+    def enter(self) -> Iterator[None]:
+        """Use the settings in the current thread; gradients are off in any case."""
         with ExitStack() as stack:
             if self._threads != torch.get_num_threads():
                 torch.set_num_threads(self._threads)
@@ -190,178 +193,182 @@ class Surroundings:
             yield
 
 
-# So many samples of a chunk are looked at again.
+# Number of samples of a chunk that run again alone.
 _WITNESSES = 2
-# A forward that takes longer waits for another, as for a lock that stands at a layer with that one.
-_PATIENCE_SECONDS = 10.0
-_PATIENCE_FORWARDS = 5
+# A forward that takes longer waits for another one, as for a lock that a paused one holds.
+_TIMEOUT_SECONDS = 10.0
+_TIMEOUT_FORWARDS = 5
 
 
 def lockstep(
-    job: Job, chunks: Sequence[Chunk], habits: Habits | None, samples: int
+    job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None, samples: int
 ) -> dict[int, tuple[Moments, ...]]:
-    """Settle every layer that is reached; return what arrived there on all ranks, by its index.
+    """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
-    In the end some samples go through again alone: if they meet something else then, the chunks
-    disturbed one another, as in a model that stores features on itself.
+    In the end some samples run again alone: if the inputs differ then, the chunks disturbed one
+    another, as in a model that stores features on itself.
 
     Args:
         job: What to calibrate.
         chunks: This rank's data; may be none.
-        habits: How the model behaves; None where this rank has no data.
+        traits: How the model behaves; None if this rank has no data.
         samples: How many samples there are on all ranks.
 
     Raises:
-        IrregularError: On every rank, where the chunks of one cannot run side by side.
-        NonFiniteError: On every rank, where NaN or Inf arrives on one.
+        IrregularError: On every rank, if the chunks of one cannot run side by side.
+        NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
         CalibrationError: A layer cannot have the statistics.
     """
-    walks = _Walks(job, chunks, habits)
+    forwards = _Forwards(job, chunks, traits)
     parts: dict[int, tuple[Moments, ...]] = {}
     try:
-        with arrivals(job.layers, walks.arrive):
-            while (index := _common(stands := job.ranks.together(walks.advance))) is not None:
+        with read_inputs(job.layers, forwards.on_input):
+            while (
+                index := _common_layer(positions := job.ranks.together(forwards.advance))
+            ) is not None:
                 if index in parts:
                     raise IrregularError(f"{job.layers[index].name} is called several times")
-                parts[index] = settle(job, index, [stand.arrived for stand in stands], samples)
-                walks.note_settled(index)
+                parts[index] = set_statistics(
+                    job, index, [position.inputs for position in positions], samples
+                )
+                forwards.mark_done(index)
     finally:
-        walks.end()
-    compared = job.ranks.together(walks.compared_with_witness)
+        forwards.end()
+    compared = job.ranks.together(forwards.compare_with_witness)
     if any(each.is_parted_by_joining for each in compared):
-        raise PartingError("samples go another way beside those that they are joined to")
+        raise DivergingError("samples call other layers when they are joined to others")
     if any(each.is_disturbed for each in compared):
         raise IrregularError("forwards that run side by side disturb one another")
     return parts
 
 
 @dataclass(frozen=True, eq=False)
-class _Stand:
-    """Where the chunks of a rank stand.
+class _Positions:
+    """Where the forwards of a rank are paused.
 
     Attributes:
-        layers: Indices of the layers at which they stand.
-        arrived: What arrived there, by the number of the chunk.
-        has_ended: Whether one has gone all the way.
-        trouble: Why they cannot run side by side; None where they can.
+        layers: Indices of the layers at which they are paused.
+        arrived: Moments of the inputs there, by the number of the chunk.
+        has_ended: Whether one has ended.
+        trouble: Why they cannot run side by side; None if they can.
     """
 
     layers: frozenset[int]
-    arrived: dict[int, Moments]
+    inputs: dict[int, Moments]
     has_ended: bool
     trouble: str | None
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Whether samples meet something else than alone: beside others, and joined to others."""
+    """Whether layer inputs differ from those of samples alone: next to others, joined to others."""
 
     is_disturbed: bool
     is_parted_by_joining: bool
 
 
-def _common(stands: Sequence[_Stand]) -> int | None:
-    """Return the one layer at which all chunks of all ranks stand; None where all have ended."""
-    for stand in stands:
-        if stand.trouble is not None:
-            raise IrregularError(stand.trouble)
-    layers = frozenset[int]().union(*(stand.layers for stand in stands))
-    if len(layers) > 1 or (layers and any(stand.has_ended for stand in stands)):
-        raise PartingError("batches call the layers in different order, or not the same ones")
+def _common_layer(positions: Sequence[_Positions]) -> int | None:
+    """Return the layer at which the forwards of all ranks are paused; None if all have ended."""
+    for position in positions:
+        if position.trouble is not None:
+            raise IrregularError(position.trouble)
+    layers = frozenset[int]().union(*(position.layers for position in positions))
+    if len(layers) > 1 or (layers and any(position.has_ended for position in positions)):
+        raise DivergingError("batches call the layers in different order, or not the same ones")
     return next(iter(layers), None)
 
 
-class _Walks:
-    """The walks of this rank's chunks."""
+class _Forwards:
+    """The forwards of this rank's chunks."""
 
-    def __init__(self, job: Job, chunks: Sequence[Chunk], habits: Habits | None) -> None:
+    def __init__(self, job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None) -> None:
         self._job = job
         self._chunks = chunks
-        self._settled: list[int] = []
-        self._witness = _witness_of(chunks, habits)
+        self._done: list[int] = []
+        self._witness = _choose_witness(chunks, traits)
         self._met_by_witness: dict[int, Moments] = {}
         self._trouble: str | None = None
 
-        seconds = 0.0 if habits is None else habits.seconds_per_sample
+        seconds = 0.0 if traits is None else traits.seconds_per_sample
         largest = max((chunk.samples for chunk in chunks), default=0)
-        self._patience = _PATIENCE_SECONDS + _PATIENCE_FORWARDS * largest * seconds
+        self._timeout = _TIMEOUT_SECONDS + _TIMEOUT_FORWARDS * largest * seconds
 
         self._threads = torch.get_num_threads()
-        can_run_at_once = habits is not None and habits.is_stateless and job.device.type == "cpu"
+        can_run_at_once = traits is not None and traits.is_stateless and job.device.type == "cpu"
         self._width = max(1, min(self._threads, len(chunks))) if can_run_at_once else 1
-        surroundings = Surroundings(self._threads // self._width)
-        self._walks = [
-            Walk(
+        context = ThreadContext(self._threads // self._width)
+        self._forwards = [
+            PausableForward(
                 partial(job.run, chunk.whole),
-                surroundings,
+                context,
                 RandomStream(chunk.whole.index, job.device),
             )
             for chunk in chunks
         ]
-        self._stands_at: dict[Walk, tuple[int, Moments]] = {}
+        self._reached: dict[PausableForward, tuple[int, Moments]] = {}
 
-    def arrive(self, index: int, values: Tensor) -> None:
-        """Read what arrives at a layer, and stand still there."""
-        walk = Walk.here()
-        if walk is None:
+    def on_input(self, index: int, values: Tensor) -> None:
+        """Read the inputs of a layer, and pause there."""
+        paused = PausableForward.current()
+        if paused is None:
             self._trouble = "the model calls BN layers in threads of its own"
             return
-        self._stands_at[walk] = (index, arrived_moments(values))
-        if self._witness is not None and walk is self._walks[0]:
+        self._reached[paused] = (index, input_moments(values))
+        if self._witness is not None and paused is self._forwards[0]:
             share = len(values) * self._witness.size // self._chunks[0].samples
-            self._met_by_witness[index] = arrived_moments(values[:share])
+            self._met_by_witness[index] = input_moments(values[:share])
         self._job.progress.advance(len(values))
-        walk.stop()
+        paused.stop()
 
-    def advance(self) -> _Stand:
-        """Let every walk go on to its next layer, or its end."""
-        self._stands_at.clear()
-        going = [walk for walk in self._walks if not walk.is_finished]
+    def advance(self) -> _Positions:
+        """Let every forward continue to its next layer, or its end."""
+        self._reached.clear()
+        going = [paused for paused in self._forwards if not paused.is_finished]
         try:
             if self._width > 1:
-                advance_at_once(going, self._width, self._patience)
+                advance_in_parallel(going, self._width, self._timeout)
             else:
-                advance_in_turn(going, self._patience)
+                advance_in_turn(going, self._timeout)
         except StuckError as error:
             self._trouble = str(error)
-        if any(walk.error is not None for walk in going):
-            self._trouble = "a forward fails beside others"
-        arrived = {
-            number: on_host(self._stands_at[walk][1])
-            for number, walk in enumerate(self._walks)
-            if walk in self._stands_at
+        if any(paused.error is not None for paused in going):
+            self._trouble = "a forward fails next to others"
+        inputs = {
+            number: on_host(self._reached[paused][1])
+            for number, paused in enumerate(self._forwards)
+            if paused in self._reached
         }
-        return _Stand(
-            layers=frozenset(index for index, _ in self._stands_at.values()),
-            arrived=arrived,
-            has_ended=any(walk.is_finished for walk in self._walks),
+        return _Positions(
+            layers=frozenset(index for index, _ in self._reached.values()),
+            inputs=inputs,
+            has_ended=any(paused.is_finished for paused in self._forwards),
             trouble=self._trouble,
         )
 
-    def note_settled(self, index: int) -> None:
-        """Take note that a layer is settled; nothing after the last one needs to be computed."""
-        self._settled.append(index)
+    def mark_done(self, index: int) -> None:
+        """Note that a layer has its statistics; nothing after the last one needs to be computed."""
+        self._done.append(index)
         # What the first samples did not reach, others may.
-        if len(self._settled) == len(self._job.layers):
+        if len(self._done) == len(self._job.layers):
             self.end()
 
     def end(self) -> None:
-        """End every walk where it stands."""
-        for walk in self._walks:
-            walk.abandon()
-        # After all have been told: one may wait for what another holds.
-        for walk in self._walks:
-            walk.join()
+        """End every forward where it is paused."""
+        for paused in self._forwards:
+            paused.cancel()
+        # Only after all were cancelled: one may wait for what another holds.
+        for paused in self._forwards:
+            paused.join()
         if self._width > 1:
             torch.set_num_threads(self._threads)
 
-    def compared_with_witness(self) -> _Comparison:
-        """Return what becomes of samples alone, and alone with those that they are joined to."""
+    def compare_with_witness(self) -> _Comparison:
+        """Compare what a few samples met with the same samples alone, and joined to others."""
         if self._witness is None:
             return _Comparison(is_disturbed=False, is_parted_by_joining=False)
         job, chunk = self._job, self._chunks[0]
         alone = observe(job, self._witness)
-        if not self._differs(alone, tuple(self._settled), self._met_by_witness):
+        if not self._differs(alone, tuple(self._done), self._met_by_witness):
             return _Comparison(is_disturbed=False, is_parted_by_joining=False)
         share = self._witness.size / chunk.samples
         joined = observe(job, chunk.whole, lambda values: values[: round(len(values) * share)])
@@ -373,12 +380,12 @@ class _Walks:
     def _differs(
         self, alone: Observation, calls: tuple[int, ...], met: Mapping[int, Moments]
     ) -> bool:
-        return alone.calls != calls or bool(disturbed_layers(self._job, alone.moments, met))
+        return alone.calls != calls or bool(find_disturbed_layers(self._job, alone.moments, met))
 
 
-def _witness_of(chunks: Sequence[Chunk], habits: Habits | None) -> Batch | None:
+def _choose_witness(chunks: Sequence[Chunk], traits: ForwardTraits | None) -> Batch | None:
     """Return the first samples, or all of a chunk that must stay whole; None without others."""
-    if habits is None or len(chunks) < 2:
+    if traits is None or len(chunks) < 2:
         return None
     whole = chunks[0].whole
-    return whole.rows(0, _WITNESSES) if habits.takes_rows else whole
+    return whole.rows(0, _WITNESSES) if traits.takes_rows else whole

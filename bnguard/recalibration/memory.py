@@ -1,4 +1,4 @@
-"""How much memory a calibration may take."""
+"""How much memory a calibration may take, and batches in chunks that fit into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bnguard.errors import ConfigurationError
-from bnguard.recalibration.batches import Batch, can_be_joined, joined
+from bnguard.recalibration.batches import Batch, can_be_joined, join_batches
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
@@ -46,7 +46,7 @@ def memory_limit(memory: str | float, device: torch.device) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?i?)b?", memory.strip().lower())
         if match and match[2] in _UNITS and float(match[1]) > 0:
             return int(float(match[1]) * _UNITS[match[2]])
-    raise ConfigurationError(f"memory={memory!r} is no amount: use '2GiB', or a share like 0.5")
+    raise ConfigurationError(f"memory={memory!r} is not an amount: use '2GiB', or a share like 0.5")
 
 
 def free_memory(device: torch.device) -> int:
@@ -61,9 +61,6 @@ def free_memory(device: torch.device) -> int:
         return _UNKNOWN_FREE
     match = re.search(r"MemAvailable: *(\d+) kB", text)
     return int(match[1]) * 2**10 if match else _UNKNOWN_FREE
-
-
-# How a calibration set is parted into chunks that go through the model as one.
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +78,7 @@ class Chunk:
     @cached_property
     def whole(self) -> Batch:
         """The batches joined."""
-        whole = joined(self.batches)
+        whole = join_batches(self.batches)
         return whole.in_channels_last() if self.is_channels_last else whole
 
     @property
@@ -132,19 +129,19 @@ class ChunkedBatches:
         else:
             self.chunks.append(self._chunk(batch))
 
-    def expel(self, numbers: Collection[int]) -> list[Batch]:
-        """Take these chunks apart, or out where they are one batch; return what was taken out."""
+    def remove(self, numbers: Collection[int]) -> list[Batch]:
+        """Split these chunks into their batches; remove and return those that are one batch."""
         kept: list[Chunk] = []
-        expelled: list[Batch] = []
+        removed: list[Batch] = []
         for number, chunk in enumerate(self.chunks):
             if number not in numbers:
                 kept.append(chunk)
             elif len(chunk.batches) > 1:
                 kept += map(self._chunk, chunk.batches)
             else:
-                expelled += chunk.batches
+                removed += chunk.batches
         self.chunks = kept
-        return expelled
+        return removed
 
     def _chunk(self, *batches: Batch) -> Chunk:
         return Chunk(batches, self._is_channels_last)

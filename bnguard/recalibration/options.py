@@ -1,4 +1,4 @@
-"""Options that several repairs have in common: how good a model is, and on how many samples."""
+"""Options that several repairs share: samples, scores, and which BN layers to work on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def require_samples(samples: object, fewest: int) -> None:
         ConfigurationError: It is something else, or there are too few.
     """
     if not is_whole(samples, fewest):
-        raise ConfigurationError(f"samples={samples!r} is no whole number from {fewest} on")
+        raise ConfigurationError(f"samples={samples!r} is not a whole number of at least {fewest}")
 
 
 def require_batch_sizes(sizes: object) -> None:
@@ -43,7 +43,7 @@ def require_batch_sizes(sizes: object) -> None:
     """
     numbers = tuple(sizes) if isinstance(sizes, Iterable) else (0,)
     if not all(is_whole(number, 1) for number in numbers):
-        raise ConfigurationError(f"batch_sizes={sizes!r} are not whole numbers from 1 on")
+        raise ConfigurationError(f"batch_sizes={sizes!r} are not whole numbers of at least 1")
 
 
 def require_score(score: object) -> None:
@@ -53,14 +53,14 @@ def require_score(score: object) -> None:
         ConfigurationError: It cannot be called.
     """
     if score is not None and not callable(score):
-        raise ConfigurationError(f"score={score!r} is no function: score(model) returns a number")
+        raise ConfigurationError(f"score={score!r} is not a function: score(model) gives a number")
 
 
 def as_number(score: object) -> float:
     """Return what a score gave.
 
     Raises:
-        ConfigurationError: It is no number.
+        ConfigurationError: It is not a number.
     """
     try:
         return float(score)  # type: ignore[arg-type]
@@ -68,9 +68,6 @@ def as_number(score: object) -> float:
         raise ConfigurationError(
             f"score= has to return a number, the higher the better, not {score!r}"
         ) from error
-
-
-# Which BN layers of a model a repair works on, and why the others stay as they are.
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     return Selection(chosen, skipped)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
     while is_wrapper(model):
         inner = getattr(model, "_orig_mod", None) or model.module
@@ -134,7 +131,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> tuple[str, ...]:
-    """Return the patterns that an option gives, one alone too.
+    """Return the patterns that an option gives, as one string or several.
 
     Raises:
         ConfigurationError: One of them matches no layer.
@@ -167,7 +164,7 @@ def _reason_to_skip(
     if not layer.is_tracking:
         return "has no running statistics"
     if layer.adapter.momentum == 0.0:
-        return "is of a class that never moves its statistics"
+        return "is of a class that never updates its statistics"
     if model.training and not layer.is_training:
         return "is in eval mode while the model is in train mode"
     return None

@@ -3,7 +3,7 @@
 For layers that are called several times, in another order by another batch, or not at all; and
 for models that store features on themselves or start threads. Which layer's input depends on
 which layer's statistics is found by trying; then each layer waits for those that it depends on,
-and all that wait for no other are settled in the same forward.
+and all that wait for no other get their statistics in the same forward.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.layers.randomness import seeded
+from bnguard.layers.preserve import draw_from_seed
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, on_host, settle
-from bnguard.recalibration.lockstep import Abandoned
+from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs, set_statistics
+from bnguard.recalibration.lockstep import ForwardCancelled
 from bnguard.recalibration.memory import Chunk
-from bnguard.recalibration.statistics import Job, changed_statistics
-from bnguard.recalibration.trial_forward import Observation, differing_layers, observe
+from bnguard.recalibration.statistics import Job, perturb_statistics
+from bnguard.recalibration.trial_forward import Observation, find_differing_layers, observe
 
 # A layer depends on another where its input moves by this share of a standard deviation.
 _DEPENDS = 1e-4
 _SAME = 2e-3
-# A forward may take other turns with other statistics; it then goes again with those.
+# A forward may branch differently with other statistics; it then runs again with those.
 _MOST_ATTEMPTS = 4
-# So many samples are enough to see what depends on what.
+# Samples that suffice to see which layer depends on which.
 _PROBE_SAMPLES = 4
 
 
 def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
-    """Settle every layer that is reached; return what arrived there on all ranks, by its index.
+    """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
-    A last forward looks whether what arrives at each layer is what it was settled from.
+    A last forward checks that the inputs of each layer are still those of its statistics.
 
     Args:
         job: What to calibrate.
@@ -45,40 +45,42 @@ def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[M
         samples: How many samples there are on all ranks.
 
     Raises:
-        NonFiniteError: On every rank, where NaN or Inf arrives on one.
+        NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
         CalibrationError: A layer depends on its own statistics, cannot have those computed, or
             meets something else each time.
     """
-    seen = _observed(job, chunks)
+    seen = _observe_all(job, chunks)
     for _ in range(_MOST_ATTEMPTS):
         parts: dict[int, tuple[Moments, ...]] = {}
         met: dict[int, Moments] = {}
-        generations = _generations(job, chunks, seen)
+        generations = _sort_into_generations(job, chunks, seen)
         job.progress.start(sum(chunk.whole.size for chunk in chunks), len(generations))
         for generation in generations:
-            on_ranks = job.ranks.together(partial(_arrived, job, chunks, generation, seen))
+            on_ranks = job.ranks.together(partial(_read_generation, job, chunks, generation, seen))
             for index in generation:
-                parts[index] = settle(job, index, [rank[index] for rank in on_ranks], samples)
+                parts[index] = set_statistics(
+                    job, index, [rank[index] for rank in on_ranks], samples
+                )
                 mine = on_ranks[job.ranks.rank][index]
                 met |= {index: merge_moments(mine.values())} if mine else {}
-        seen = _observed(job, chunks)
-        differing = partial(differing_layers, _pooled(seen), met, _SAME, job.noise)
-        unsteady = set[int]().union(*job.ranks.together(differing))
-        if not unsteady:
+        seen = _observe_all(job, chunks)
+        differing = partial(find_differing_layers, _pool(seen), met, _SAME, job.noise)
+        unstable = set[int]().union(*job.ranks.together(differing))
+        if not unstable:
             return parts
     raise CalibrationError(
-        f"{job.layers[min(unsteady)].name}: what arrives differs from forward to forward, so there "
-        "is no one answer: use method='precise'"
+        f"{job.layers[min(unstable)].name}: its inputs differ from forward to forward, so there is "
+        "no single answer: use method='precise'"
     )
 
 
-def _observed(job: Job, chunks: Sequence[Chunk]) -> list[Observation]:
+def _observe_all(job: Job, chunks: Sequence[Chunk]) -> list[Observation]:
     observed: list[Observation] = []
     job.ranks.together(lambda: observed.extend(observe(job, chunk.whole) for chunk in chunks))
     return observed
 
 
-def _pooled(seen: Sequence[Observation]) -> dict[int, Moments]:
+def _pool(seen: Sequence[Observation]) -> dict[int, Moments]:
     parts: dict[int, list[Moments]] = {}
     for observation in seen:
         for index, moments in observation.moments.items():
@@ -86,7 +88,7 @@ def _pooled(seen: Sequence[Observation]) -> dict[int, Moments]:
     return {index: merge_moments(found) for index, found in parts.items()}
 
 
-def _generations(
+def _sort_into_generations(
     job: Job, chunks: Sequence[Chunk], seen: Sequence[Observation]
 ) -> list[tuple[int, ...]]:
     """Return the layers that are reached, those that depend on no later ones first.
@@ -95,7 +97,7 @@ def _generations(
         CalibrationError: A layer depends on itself.
     """
     sorter: TopologicalSorter[int] = TopologicalSorter()
-    for edges in job.ranks.together(partial(_dependencies, job, chunks, seen)):
+    for edges in job.ranks.together(partial(_find_dependencies, job, chunks, seen)):
         for index, needed in edges.items():
             sorter.add(index, *needed)
     try:
@@ -103,9 +105,9 @@ def _generations(
     except CycleError as error:
         names = sorted({job.layers[index].name for index in error.args[1]})
         raise CalibrationError(
-            f"{' and '.join(names)}: what arrives depends on the layer's own statistics, for it is "
-            "called on what its output led to, so there is no one answer: leave it out by layers=, "
-            "or use method='precise'"
+            f"{' and '.join(names)}: the inputs depend on the layer's own statistics, since "
+            "it is called on its own output, so there is no single answer: leave it out "
+            "by layers=, or use method='precise'"
         ) from None
     generations = []
     while sorter.is_active():
@@ -115,7 +117,7 @@ def _generations(
     return generations
 
 
-def _dependencies(
+def _find_dependencies(
     job: Job, chunks: Sequence[Chunk], seen: Sequence[Observation]
 ) -> dict[int, set[int]]:
     """Return, for each layer that is reached here, those whose statistics reach its input."""
@@ -126,9 +128,11 @@ def _dependencies(
     for calls, chunk in ways.items():
         probe, before = _probe(job, chunk, calls)
         for index in set(calls):
-            with changed_statistics(job.layers[index]):
+            with perturb_statistics(job.layers[index]):
                 after = observe(job, probe)
-            for reached in differing_layers(before.moments, after.moments, _DEPENDS, job.noise):
+            for reached in find_differing_layers(
+                before.moments, after.moments, _DEPENDS, job.noise
+            ):
                 needed.setdefault(reached, set()).add(index)
     return needed
 
@@ -144,19 +148,19 @@ def _probe(job: Job, chunk: Chunk, calls: tuple[int, ...]) -> tuple[Batch, Obser
     return chunk.whole, observe(job, chunk.whole)
 
 
-def _arrived(
+def _read_generation(
     job: Job, chunks: Sequence[Chunk], generation: tuple[int, ...], seen: Sequence[Observation]
 ) -> dict[int, dict[int, Moments]]:
-    """Return what arrives at the layers of a generation, by the number of the chunk."""
-    arrived: dict[int, dict[int, Moments]] = {index: {} for index in generation}
+    """Return the inputs of the layers of a generation, by the number of the chunk."""
+    inputs: dict[int, dict[int, Moments]] = {index: {} for index in generation}
     for number, (chunk, observation) in enumerate(zip(chunks, seen, strict=True)):
-        for index, moments in _met(job, chunk, generation, observation).items():
-            arrived[index][number] = moments
+        for index, moments in _run_to_last_call(job, chunk, generation, observation).items():
+            inputs[index][number] = moments
         job.progress.advance(chunk.whole.size)
-    return arrived
+    return inputs
 
 
-def _met(
+def _run_to_last_call(
     job: Job, chunk: Chunk, generation: tuple[int, ...], before: Observation
 ) -> dict[int, Moments]:
     """Put a chunk through the model as far as the last call of these layers."""
@@ -165,15 +169,19 @@ def _met(
     if left == 0:
         return {}
 
-    def arrive(index: int, values: Tensor) -> None:
+    def on_input(index: int, values: Tensor) -> None:
         nonlocal left
         if index in generation:
-            parts.setdefault(index, []).append(on_host(arrived_moments(values)))
+            parts.setdefault(index, []).append(on_host(input_moments(values)))
             left -= 1
         if left == 0 and not before.starts_threads:
-            raise Abandoned
+            raise ForwardCancelled
 
     whole = chunk.whole
-    with suppress(Abandoned), seeded(whole.index, job.device), arrivals(job.layers, arrive):
+    with (
+        suppress(ForwardCancelled),
+        draw_from_seed(whole.index, job.device),
+        read_inputs(job.layers, on_input),
+    ):
         job.run(whole)
     return {index: merge_moments(found) for index, found in parts.items()}

@@ -1,23 +1,27 @@
-"""What a recalibration did: the statistics before and after, what was skipped, and the way back."""
+"""What a recalibration did: the statistics before and after, what was skipped, and the undo."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from bnguard.errors import CalibrationError
 from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
+from bnguard.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_MOST_LAYERS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,12 +57,12 @@ class LayerChange:
 
     @property
     def max_shift_std(self) -> float | None:
-        """Largest shift of a channel, without its sign; None where one was not finite before."""
+        """Largest shift of a channel, without its sign; None if one was not finite before."""
         return _extreme(np.abs(self.shift_std))
 
     @property
     def extreme_log_variance_ratio(self) -> float | None:
-        """The log-variance ratio furthest from 0; None where one was not finite before."""
+        """The log-variance ratio furthest from 0; None if one was not finite before."""
         return _extreme(self.log_variance_ratio)
 
     @property
@@ -68,7 +72,7 @@ class LayerChange:
         return math.inf if shift is None or ratio is None else max(shift, abs(ratio))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Recalibration:
     """What :func:`bnguard.recalibrate` did.
 
@@ -81,12 +85,14 @@ class Recalibration:
         virtual_batches: As how many virtual batches these ran; with ``exact`` and ``adapt``, 1 is
             the result of one giant batch.
         left_out: Batches that were left out since they bring NaN or Inf to a layer.
-        is_kept: Whether the model has the new statistics; False where they were taken back.
+        is_kept: Whether the model has the new statistics; False if they were rolled back.
+        mode_gap_before: Mode gap with the statistics from before, on up to 64 samples of the
+            calibration set; or why it was not measured.
+        mode_gap_after: The same with the new statistics.
         score_before: What ``score`` gave with the statistics from before; None without a score.
         score_after: What ``score`` gave with the new ones.
-        gap_with: Measures the mode gap with statistics like ``before``; or says why it cannot.
-        restore: Puts the statistics and counters from before back; :meth:`undo` calls it.
-        notes: What a reader should know besides, a sentence each.
+        restore: Restores the statistics and counters from before; :meth:`undo` calls it.
+        notes: What else a reader should know, a sentence each.
     """
 
     method: str
@@ -97,11 +103,12 @@ class Recalibration:
     virtual_batches: int
     left_out: int
     is_kept: bool
+    mode_gap_before: ModeGap | str
+    mode_gap_after: ModeGap | str
     score_before: float | None = None
     score_after: float | None = None
     notes: tuple[str, ...] = ()
-    gap_with: Callable[[Mapping[str, RunningStatistics]], ModeGap | str] = field(repr=False)
-    restore: Callable[[], None] = field(repr=False)
+    restore: Callable[[], None]
 
     @property
     def before(self) -> Mapping[str, RunningStatistics]:
@@ -113,20 +120,6 @@ class Recalibration:
         """Statistics that were computed, by the name of the layer."""
         return {layer.name: layer.after for layer in self.layers}
 
-    @cached_property
-    def mode_gap_before(self) -> ModeGap | str:
-        """Mode gap with the statistics from before, or why it could not be measured.
-
-        On up to 64 samples of the calibration set, and with the weights that the model has when
-        this is first asked for, which is when it is measured: printing asks for it.
-        """
-        return self.gap_with(self.before)
-
-    @cached_property
-    def mode_gap_after(self) -> ModeGap | str:
-        """The same with the statistics that were computed."""
-        return self.gap_with(self.after)
-
     def undo(self) -> None:
         """Give the model the statistics and counters that it had before.
 
@@ -135,13 +128,77 @@ class Recalibration:
         """
         self.restore()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the recalibration did as plain data for JSON.
+
+        Schema version 1: ``schema``, ``bnguard``, ``method``, ``samples``, ``batches``,
+        ``virtual_batches``, ``left_out``, ``kept`` (whether the model has the new statistics),
+        ``score_before``, ``score_after``, ``mode_gap_before`` and ``mode_gap_after`` (in standard
+        deviations of the outputs; null if not measured), ``layers`` (each with ``name``,
+        ``values``, ``max_shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
+        ``reason``), ``notes``.
+        """
+        from bnguard.report.json_document import SCHEMA, strict_json
+
+        document = {
+            "schema": SCHEMA,
+            "bnguard": __version__,
+            "method": self.method,
+            "samples": self.samples,
+            "batches": self.batches,
+            "virtual_batches": self.virtual_batches,
+            "left_out": self.left_out,
+            "kept": self.is_kept,
+            "score_before": self.score_before,
+            "score_after": self.score_after,
+            **{
+                key: None if isinstance(gap, str) else gap.relative_change
+                for key, gap in (
+                    ("mode_gap_before", self.mode_gap_before),
+                    ("mode_gap_after", self.mode_gap_after),
+                )
+            },
+            "layers": [
+                {
+                    "name": layer.name,
+                    "values": layer.values,
+                    "max_shift_std": layer.max_shift_std,
+                    "log_variance_ratio": layer.extreme_log_variance_ratio,
+                }
+                for layer in self.layers
+            ],
+            "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
+            "notes": list(self.notes),
+        }
+        return cast("dict[str, Any]", strict_json(document))
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the numbers without the model, for a copy, a file or another process."""
-        return {**vars(self), "gap_with": _gap_without_model, "restore": _restore_without_model}
+        return {**vars(self), "restore": _refuse_to_restore}
+
+    def __repr__(self) -> str:
+        """Return the recalibration in one line."""
+        layers, skipped = len(self.layers), len(self.skipped)
+        return (
+            f"Recalibration(method={self.method!r}, layers={layers}, skipped={skipped}, "
+            f"samples={self.samples}, is_kept={self.is_kept})"
+        )
 
     def __rich__(self) -> RenderableType:
+        """Return a heading, the layers that moved furthest, those skipped, mode gap and score."""
+        from rich.console import Group
+        from rich.text import Text
 
-        return recalibration_view(self)
+        parts = [_heading(self), _layers_view(self.layers)]
+        if self.skipped:
+            parts.append(_skipped_view(self.skipped))
+        parts.append(_gap_view(self.mode_gap_before, self.mode_gap_after))
+        if self.score_before is not None and self.score_after is not None:
+            verdict = "kept" if self.is_kept else "rolled back"
+            change = f"{self.score_before:.4g} → {self.score_after:.4g}"
+            parts.append(Text(f"score {change}: {verdict}", style="bold"))
+        parts += [Text(f"note: {note}") for note in self.notes]
+        return Group(*parts)
 
     def __str__(self) -> str:
         from bnguard.report.terminal import as_text
@@ -149,11 +206,7 @@ class Recalibration:
         return as_text(self)
 
 
-def _gap_without_model(statistics: Mapping[str, RunningStatistics]) -> str:
-    return "it was not measured before the result was copied or stored"
-
-
-def _restore_without_model() -> None:
+def _refuse_to_restore() -> None:
     raise CalibrationError(
         "a copied or stored result has no model to undo anything on: call undo() of the original"
     )
@@ -165,27 +218,12 @@ def _extreme(values: FloatArray) -> float | None:
     return float(values[np.argmax(np.abs(values))])
 
 
-# Recalibrations as rich draws them: they fit 80 columns, and stay readable without colour.
+# How a result is printed: it fits 80 columns, and is readable without colour.
 
 
-_MOST_LAYERS_SHOWN = 10
+def _heading(recalibration: Recalibration) -> RenderableType:
+    from rich.text import Text
 
-
-def recalibration_view(recalibration: Recalibration) -> RenderableType:
-    """Return a heading, the layers that moved furthest, those skipped, mode gap and score."""
-    parts: list[RenderableType] = [_heading(recalibration), _layers_view(recalibration.layers)]
-    if recalibration.skipped:
-        parts.append(_skipped_view(recalibration.skipped))
-    parts.append(_gap_view(recalibration.mode_gap_before, recalibration.mode_gap_after))
-    if recalibration.score_before is not None and recalibration.score_after is not None:
-        verdict = "kept" if recalibration.is_kept else "taken back"
-        change = f"{recalibration.score_before:.4g} → {recalibration.score_after:.4g}"
-        parts.append(Text(f"score {change}: {verdict}", style="bold"))
-    parts += [Text(f"note: {note}") for note in recalibration.notes]
-    return Group(*parts)
-
-
-def _heading(recalibration: Recalibration) -> Text:
     parts = [
         "recalibrated" if recalibration.is_kept else "not recalibrated",
         recalibration.method,
@@ -197,6 +235,10 @@ def _heading(recalibration: Recalibration) -> Text:
 
 
 def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -206,8 +248,8 @@ def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
         table.add_row(
             layer.name or "(the model)",
             f"{layer.values:,}",
-            _moved(layer.max_shift_std),
-            _moved(layer.extreme_log_variance_ratio),
+            _format_change(layer.max_shift_std),
+            _format_change(layer.extreme_log_variance_ratio),
         )
     parts: list[RenderableType] = [
         Text("How far the statistics moved, the furthest first", style="dim"),
@@ -219,6 +261,8 @@ def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
 
 
 def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
+    from rich.text import Text
+
     if isinstance(after, str):
         return Text(f"mode gap not measured: {after}", style="dim")
     first = "?" if isinstance(before, str) else f"{before.relative_change:.3g}"
@@ -230,6 +274,8 @@ def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
 
 def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
     """Return what was skipped, the layers of one reason together."""
+    from rich.text import Text
+
     by_reason: dict[str, list[str]] = {}
     for layer in skipped:
         by_reason.setdefault(layer.reason, []).append(layer.name or "(the model)")
@@ -240,5 +286,5 @@ def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
     return Text("\n".join(lines), style="yellow")
 
 
-def _moved(value: float | None) -> str:
+def _format_change(value: float | None) -> str:
     return "was not finite" if value is None else f"{value:.3g}"

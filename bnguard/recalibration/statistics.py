@@ -1,4 +1,4 @@
-"""Running statistics that a calibration writes to, in place of the model's own."""
+"""What a calibration reads, computes and writes: running statistics, the job, pooled moments."""
 
 from __future__ import annotations
 
@@ -12,47 +12,33 @@ from torch import Tensor, nn
 
 from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    as_written,
-    preserved_buffers,
-    preserved_modes,
-    preserved_random_state,
-)
+from bnguard.layers.bn_layer import BatchNormLayer, as_written
 from bnguard.layers.moments import Moments, merge_moments
+from bnguard.layers.preserve import (
+    preserve_buffers,
+    preserve_gradients,
+    preserve_modes,
+    preserve_random_states,
+    preserve_statistics,
+)
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
 
+OnNonfinite = Literal["skip", "error"]
 
-@contextmanager
-def working_statistics(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Put copies in the place of the running statistics, and the originals back at the end.
-
-    So the model's own tensors are never written to before the result is known to be good. A copy
-    starts from finite values, (0, 1) where the original is not, so that poisoned statistics of
-    one layer do not hide what another computes.
-    """
-    with _statistics_put_back(layers):
-        for layer in layers:
-            mean, var = current_statistics(layer)
-            is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-            write_statistics(
-                layer,
-                torch.where(is_good, mean, torch.zeros_like(mean)),
-                torch.where(is_good, var, torch.ones_like(var)),
-            )
-        yield
+# Fewer parts say too little about how they scatter.
+_MIN_PARTS = 8
+_MOST_PARTS = 64
 
 
-@contextmanager
-def changed_statistics(layer: BatchNormLayer) -> Iterator[None]:
-    """Give a layer other statistics for a while, each channel others."""
+def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
+    """Return the statistics that a layer has now, on the host in float64."""
     mean, var = current_statistics(layer)
-    # Not all in proportion: a later normalisation would take that out again.
-    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
-    with _statistics_put_back([layer]):
-        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
-        yield
+    return RunningStatistics(
+        mean=mean.cpu().double().numpy().copy(),
+        var=var.cpu().double().numpy().copy(),
+        updates=None if layer.counter is None else int(layer.counter),
+    )
 
 
 def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
@@ -73,10 +59,10 @@ def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
     """
     (holder, mean_key), (_, var_key), *_ = layer.statistics()
     for key, values in ((mean_key, mean), (var_key, var)):
-        holder[key] = fitted(values, holder[key], layer.name)
+        holder[key] = fit_to_buffer(values, holder[key], layer.name)
 
 
-def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
+def fit_to_buffer(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
     """Return finite values in the dtype and shape, and on the device, of a buffer.
 
     Raises:
@@ -98,29 +84,61 @@ def fitted(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
 
 
 @contextmanager
-def _statistics_put_back(layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    kept = [(holder, key, holder[key]) for layer in layers for holder, key in layer.statistics()]
-    try:
+def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
+    """Prepare a model for calibration, and leave it as it was found.
+
+    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers have
+    copies of their statistics to write to, so that the originals do not change before the result
+    is known to be good.
+    """
+    with (
+        preserve_modes(model),
+        preserve_random_states(model),
+        preserve_buffers(model),
+        preserve_gradients(model),
+        torch.no_grad(),
+        as_written(),
+        preserve_statistics(layers),
+    ):
+        model.eval()
+        for layer in layers:
+            _reset_nonfinite_statistics(layer)
         yield
-    finally:
-        for holder, key, tensor in kept:
-            holder[key] = tensor
 
 
-# How far a calibration is, told to whoever shows it.
+def _reset_nonfinite_statistics(layer: BatchNormLayer) -> None:
+    """Reset channels that are not finite to (0, 1), so that they spoil no inputs downstream."""
+    mean, var = current_statistics(layer)
+    is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+    write_statistics(
+        layer,
+        torch.where(is_good, mean, torch.zeros_like(mean)),
+        torch.where(is_good, var, torch.ones_like(var)),
+    )
 
 
-class Progress(Protocol):
-    """Is told how far a calibration is, from any thread."""
+@contextmanager
+def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
+    """Give a layer other statistics for a while, each channel others."""
+    mean, var = current_statistics(layer)
+    # Not all in proportion: a later normalisation would take that out again.
+    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
+    with preserve_statistics([layer]):
+        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
+        yield
+
+
+class CalibrationProgress(Protocol):
+    """Receives how far a calibration is, from any thread."""
 
     def start(self, samples: int, layers: int) -> None:
-        """Begin anew: so many samples are to pass so many layers."""
+        """Start again: this many samples will pass this many layers."""
 
     def advance(self, samples: int) -> None:
-        """So many samples passed one more layer."""
+        """Report that samples passed one more layer."""
 
 
-class Silent:
+class NoProgress:
     """Shows nothing."""
 
     def start(self, samples: int, layers: int) -> None:
@@ -128,12 +146,6 @@ class Silent:
 
     def advance(self, samples: int) -> None:
         """Do nothing."""
-
-
-# What is to be calibrated, on what, and what came of it.
-
-
-OnNonfinite = Literal["skip", "error"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +163,7 @@ class Estimate:
     values: int
 
 
-# From a layer, the moments of what arrives at it, and the number of samples behind them.
+# Takes a layer, the moments of its inputs, and the number of samples they come from.
 Estimator = Callable[[BatchNormLayer, Moments, int], Estimate]
 
 
@@ -172,7 +184,7 @@ class Job:
         memory: Bytes that the set may take at once.
         tolerance: Stop at this standard error, as a share of the standard deviation.
         ranks: Who takes part.
-        progress: Is told how far it is.
+        progress: Receives how far it is.
     """
 
     model: nn.Module
@@ -187,28 +199,28 @@ class Job:
     memory: int
     tolerance: float | None
     ranks: Ranks
-    progress: Progress
+    progress: CalibrationProgress
 
     def run(self, batch: Batch) -> None:
         """Put a copy of a batch through the model, which may write to it."""
         call(self.model, self.forward, batch.copied())
 
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
-        """Accept that a batch with NaN or Inf is left out, or raise.
+        """Raise if batches with NaN or Inf are an error.
 
         Raises:
             CalibrationError: ``on_nonfinite`` is ``"error"``.
         """
         if self.on_nonfinite == "error":
             raise CalibrationError(
-                f"batch {batch.index} has NaN or Inf where it arrives at {layer.name}: mend the "
+                f"batch {batch.index} has NaN or Inf in the inputs of {layer.name}: fix the "
                 "data, or leave such batches out with on_nonfinite='skip'"
             )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration:
-    """What came of a job, over all ranks.
+    """The result of a job, over all ranks.
 
     Attributes:
         estimates: What the layers that were reached are to have, by name.
@@ -227,7 +239,7 @@ class Calibration:
     is_within_tolerance: bool = False
 
 
-def unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
     """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
 
     Raises:
@@ -241,23 +253,15 @@ def unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
     return Estimate(moments.mean, moments.var_unbiased, moments.count)
 
 
-# How far statistics from a sample of the data can be from those of all of it.
-
-
-# Fewer parts say too little about how they scatter.
-_MIN_PARTS = 8
-_MOST_PARTS = 64
-
-
 class Pool:
-    """What arrived at each layer, in at most 64 parts; more are merged in pairs."""
+    """Moments of the inputs of each layer, in at most 64 parts; more are merged in pairs."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[Moments]] = {}
 
-    def add(self, arrived: Mapping[int, Iterable[Moments]]) -> None:
-        """Take in what arrived, by the index of the layer."""
-        for index, moments in arrived.items():
+    def add(self, inputs: Mapping[int, Iterable[Moments]]) -> None:
+        """Add moments, by the index of the layer."""
+        for index, moments in inputs.items():
             parts = self._parts.setdefault(index, [])
             parts.extend(moments)
             while len(parts) > _MOST_PARTS:
@@ -265,25 +269,25 @@ class Pool:
 
     @property
     def parts(self) -> Mapping[int, Sequence[Moments]]:
-        """What arrived, by the index of the layer."""
+        """Moments of the inputs in parts, by the index of the layer."""
         return self._parts
 
     def merged(self) -> dict[int, Moments]:
-        """Return the moments of all that arrived at each layer, by its index."""
+        """Return the moments of all inputs of each layer, by its index."""
         return {index: merge_moments(parts) for index, parts in self._parts.items()}
 
 
-def is_precise(arrived: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
+def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
     """Return whether the standard errors of every layer's statistics are within a tolerance.
 
     Args:
-        arrived: What arrived at each layer, in parts that were drawn at random.
+        inputs: Moments of the inputs of each layer, in parts that were drawn at random.
         tolerance: Largest standard error of a mean, in standard deviations, and of the logarithm
             of a variance.
     """
     return all(
         len(parts) >= _MIN_PARTS and bool((torch.cat(standard_errors(parts)) <= tolerance).all())
-        for parts in arrived.values()
+        for parts in inputs.values()
     )
 
 
@@ -310,70 +314,3 @@ def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     correction = len(filled) / (len(filled) - 1)
     scatter = (weights[:, None] ** 2 * torch.stack([offsets**2, spreads**2])).sum(1) * correction
     return scatter[0].sqrt() / var.sqrt(), scatter[1].sqrt() / var
-
-
-# A model on loan to a calibration: prepared for it, and given back as it was.
-
-
-@contextmanager
-def borrowed(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Prepare a model for calibration, and give it back as it was.
-
-    It is in eval mode, without gradients, as it was written and not as it was compiled, and its
-    layers have statistics that may be written to.
-    """
-    with (
-        preserved_modes(model),
-        preserved_random_state(model),
-        preserved_buffers(model),
-        _preserved_gradients(model),
-        torch.no_grad(),
-        as_written(),
-        working_statistics(layers),
-    ):
-        model.eval()
-        yield
-
-
-@contextmanager
-def _preserved_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep gradients out of the reach of forwards that call ``backward``."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
-# The running statistics of some layers as they were, and the way back to them.
-
-
-class Snapshot:
-    """Running statistics and counters of layers, as they are when this is made."""
-
-    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self.statistics = {layer.name: running_statistics(layer) for layer in layers}
-        self._buffers = [
-            (holder[key], holder[key].detach().clone())
-            for layer in layers
-            for holder, key in layer.statistics()
-        ]
-
-    def restore(self) -> None:
-        """Put the values back into the tensors that they were taken from."""
-        with torch.no_grad():
-            for buffer, values in self._buffers:
-                buffer.copy_(values)
-
-
-def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
-    """Return the statistics that a layer has now, on the host in float64."""
-    mean, var = current_statistics(layer)
-    return RunningStatistics(
-        mean=mean.cpu().double().numpy().copy(),
-        var=var.cpu().double().numpy().copy(),
-        updates=None if layer.counter is None else int(layer.counter),
-    )

@@ -1,4 +1,4 @@
-"""What a first small forward tells about how a model may be run."""
+"""Find out by a small forward how a model may be run: joined, in parallel, side by side."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.layers.randomness import seeded
-from bnguard.recalibration.batches import Batch, can_be_joined, joined
-from bnguard.recalibration.layer_inputs import arrivals, arrived_moments
+from bnguard.layers.preserve import draw_from_seed
+from bnguard.recalibration.batches import Batch, can_be_joined, join_batches
+from bnguard.recalibration.layer_inputs import input_moments, read_inputs
 from bnguard.recalibration.statistics import Job
 
-# What one batch alone does in a model: which layers it calls, and what arrives there.
-
-
-# What other samples have a part in is off by far more.
+# Inputs that depend on other samples differ by far more.
 _SAME = 0.05
 # In half precision too, something must be left that counts as another value.
 _MAX_NOISE = 0.3
 
 
-def everything(values: Tensor) -> Tensor:
-    """Return all rows of what arrives at a layer."""
+def all_rows(values: Tensor) -> Tensor:
+    """Return all rows of the inputs of a layer."""
     return values
 
 
@@ -43,7 +40,7 @@ class Observation:
 
     Attributes:
         calls: Indices of the layers, in the order in which they were called.
-        moments: Moments of what arrived, all calls of a layer together, by index.
+        moments: Moments of the inputs of each layer, over all its calls, by its index.
         starts_threads: Whether a layer was called in a thread that the model started.
         draws_random: Whether the forward drew random numbers from PyTorch.
     """
@@ -54,59 +51,57 @@ class Observation:
     draws_random: bool
 
 
-def observe(
-    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = everything
-) -> Observation:
-    """Put a batch through the model with the statistics that it has now, and nothing in its way.
+def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> Observation:
+    """Run a batch through the model with the statistics that it has now.
 
     The random numbers that the forward draws are the same each time.
 
     Args:
         job: Whose model it is.
         batch: The batch.
-        look_at: Picks the rows to look at from what arrives at a layer.
+        look_at: Picks the rows to look at from the inputs of a layer.
     """
     calls: list[int] = []
-    arrived: dict[int, list[Moments]] = {}
+    inputs: dict[int, list[Moments]] = {}
     threads = {threading.get_ident()}
 
-    def arrive(index: int, values: Tensor) -> None:
+    def on_input(index: int, values: Tensor) -> None:
         threads.add(threading.get_ident())
         calls.append(index)
-        arrived.setdefault(index, []).append(arrived_moments(look_at(values)))
+        inputs.setdefault(index, []).append(input_moments(look_at(values)))
 
-    with seeded(batch.index, job.device) as stream, arrivals(job.layers, arrive):
+    with draw_from_seed(batch.index, job.device) as stream, read_inputs(job.layers, on_input):
         job.run(batch)
     return Observation(
         calls=tuple(calls),
-        moments={index: merge_moments(parts) for index, parts in arrived.items()},
+        moments={index: merge_moments(parts) for index, parts in inputs.items()},
         starts_threads=len(threads) > 1,
         draws_random=not stream.is_untouched,
     )
 
 
-def disturbed_layers(
+def find_disturbed_layers(
     job: Job, alone: Mapping[int, Moments], beside: Mapping[int, Moments]
 ) -> set[int]:
-    """Return the indices of the layers at which samples meet something else beside others.
+    """Return the indices of the layers whose inputs differ when samples run next to others.
 
-    A single value a channel has no spread to tell what is little, so that here what rounding may
-    do counts in full, and not as a share of the tolerance.
+    A single value a channel has no spread to compare with, so rounding counts in full here, and
+    not as a share of the tolerance.
     """
-    return differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
+    return find_differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
 
 
-def differing_layers(
+def find_differing_layers(
     first: Mapping[int, Moments], second: Mapping[int, Moments], tolerance: float, noise: float
 ) -> set[int]:
-    """Return the indices of the layers at which not the same arrived.
+    """Return the indices of the layers whose inputs differ.
 
     Args:
-        first: What arrived at each layer, by its index.
+        first: Moments of the inputs of each layer, by its index.
         second: The same of another forward.
         tolerance: How far means may differ in standard deviations, and variances in themselves.
-        noise: How far they may besides, as a share of what is usual in the layer, since sums in
-            another order come out a little different.
+        noise: How far rounding may move them in addition, as a share of the usual values in the
+            layer.
     """
     everywhere = first.keys() & second.keys()
     differing = set(first.keys() ^ second.keys())
@@ -131,23 +126,23 @@ def _are_close(first: Moments, second: Moments, tolerance: float, noise: float) 
     )
 
 
-# Samples of small batches that are followed to see whether all go the same way.
+# Samples of small batches that are run to see whether all call the same layers.
 _SAMPLES_TO_FOLLOW = 16
 
 
 @dataclass(frozen=True)
-class Habits:
+class ForwardTraits:
     """How a model behaves in a forward.
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether a sample's way does not depend on what else is in its batch, as far as
-            the first few tell, so that batches may be joined.
+        takes_rows: Whether samples do not depend on the others in their batch, as far as the first
+            few show, so that batches may be joined.
         is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
         starts_threads: Whether it calls BN layers in threads of its own.
-        bytes_per_sample: What a sample takes where it stands at a layer, at most.
+        bytes_per_sample: Largest memory that a sample takes when it is paused at a layer.
         seconds_per_sample: How long a forward takes.
     """
 
@@ -161,12 +156,12 @@ class Habits:
 
     @property
     def is_regular(self) -> bool:
-        """Whether every layer is called at most once, in the model's own order of things."""
+        """Whether every layer is called at most once, in the thread of the forward."""
         return len(set(self.calls)) == len(self.calls) and not self.starts_threads
 
 
 def first_few(batches: Iterator[Batch]) -> list[Batch]:
-    """Take the first two batches, and more of small ones, to learn habits from."""
+    """Take the first two batches, and more of small ones, to try a forward on."""
     head = list(islice(batches, 2))
     while head and sum(batch.size for batch in head) < _SAMPLES_TO_FOLLOW:
         more = next(batches, None)
@@ -176,20 +171,20 @@ def first_few(batches: Iterator[Batch]) -> list[Batch]:
     return head
 
 
-def learn_habits(job: Job, head: Sequence[Batch]) -> Habits:
-    """Put two samples through the model, and one of them also alone; or else a batch.
+def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
+    """Run two samples through the model, and one of them also alone; or else a batch.
 
     Args:
         job: What to calibrate.
         head: The first few batches.
     """
-    # What fails on so few samples may not on a batch; if it does, that says why.
+    # What fails on two samples may run on a batch; if not, that error says why.
     with suppress(CalibrationError):
         first, second = _two_samples(head)
-        habits = _habits_from_samples(job, first, second)
-        takes_rows = habits.takes_rows and _go_one_way(job, head, habits.calls)
-        return replace(habits, takes_rows=takes_rows)
-    return _watched(job, head[0]).habits(takes_rows=False)
+        traits = _traits_from_samples(job, first, second)
+        takes_rows = traits.takes_rows and _call_same_layers(job, head, traits.calls)
+        return replace(traits, takes_rows=takes_rows)
+    return _try_forward(job, head[0]).traits(takes_rows=False)
 
 
 def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
@@ -200,7 +195,7 @@ def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
     raise CalibrationError("no two samples go through the model together")
 
 
-def _go_one_way(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool:
+def _call_same_layers(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool:
     """Return whether small batches, as they come, call the same layers as two samples did.
 
     Where a batch decides by itself which layers it calls, one that it is joined to would too.
@@ -215,24 +210,26 @@ def _go_one_way(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool
     return True
 
 
-def _habits_from_samples(job: Job, first: Batch, second: Batch) -> Habits:
-    both = joined([first, second])
+def _traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
+    both = join_batches([first, second])
     alone = observe(job, second)
     if _is_faster_in_channels_last(job):
         with suppress(CalibrationError):  # Some models take one layout alone.
-            beside = _watched(job, both.in_channels_last(), _second_half)
-            if _is_same(job, alone, beside.seen):
-                return beside.habits(takes_rows=True, is_channels_last=True)
-    beside = _watched(job, both, _second_half)
-    return beside.habits(takes_rows=_is_same(job, alone, beside.seen))
+            beside = _try_forward(job, both.in_channels_last(), _second_half)
+            if _are_same(job, alone, beside.seen):
+                return beside.traits(takes_rows=True, is_channels_last=True)
+    beside = _try_forward(job, both, _second_half)
+    return beside.traits(takes_rows=_are_same(job, alone, beside.seen))
 
 
 def _second_half(values: Tensor) -> Tensor:
     return values[len(values) // 2 :]
 
 
-def _is_same(job: Job, alone: Observation, beside: Observation) -> bool:
-    return alone.calls == beside.calls and not disturbed_layers(job, alone.moments, beside.moments)
+def _are_same(job: Job, alone: Observation, beside: Observation) -> bool:
+    return alone.calls == beside.calls and not find_disturbed_layers(
+        job, alone.moments, beside.moments
+    )
 
 
 def _is_faster_in_channels_last(job: Job) -> bool:
@@ -243,8 +240,8 @@ def _is_faster_in_channels_last(job: Job) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Watched:
-    """A forward, and what it took."""
+class _Trial:
+    """A forward, and what it cost."""
 
     batch: Batch
     seen: Observation
@@ -252,9 +249,9 @@ class _Watched:
     bytes_held: int
     seconds: float
 
-    def habits(self, *, takes_rows: bool, is_channels_last: bool = False) -> Habits:
+    def traits(self, *, takes_rows: bool, is_channels_last: bool = False) -> ForwardTraits:
         seen, size = self.seen, self.batch.size
-        return Habits(
+        return ForwardTraits(
             calls=seen.calls,
             takes_rows=takes_rows,
             is_channels_last=is_channels_last,
@@ -265,8 +262,8 @@ class _Watched:
         )
 
 
-def _watched(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = everything) -> _Watched:
-    """Put a batch through the model, and watch what it leaves behind and holds on its way."""
+def _try_forward(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> _Trial:
+    """Run a batch through the model, and measure what it holds and what state it leaves."""
     most_held = 0
 
     def look(values: Tensor) -> Tensor:
@@ -279,7 +276,7 @@ def _watched(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = every
         seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
     keeps_state = not _is_same_state(state, _state_of(job.model))
-    return _Watched(batch, seen, keeps_state, most_held, seconds)
+    return _Trial(batch, seen, keeps_state, most_held, seconds)
 
 
 def _state_of(model: nn.Module) -> list[tuple[object, int]]:
@@ -300,7 +297,7 @@ def _version(value: object) -> int:
 
 
 def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
-    # Identity and not equality: what is put back equal was still written to.
+    # Identity and not equality: a value that is restored was still written to.
     return len(before) == len(after) and all(
         old is new and old_version == new_version
         for (old, old_version), (new, new_version) in zip(before, after, strict=True)
@@ -308,7 +305,7 @@ def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, i
 
 
 class _LiveTensors(TorchFunctionMode):
-    """Knows which tensors made under it are still alive.
+    """Tracks which tensors made under it are still alive.
 
     Args:
         model: What is alive anyway.

@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +34,6 @@ from bnguard.observe.history import LayerHistory
 from bnguard.version import __version__
 
 if TYPE_CHECKING:
-    from bnguard.recalibration.result import Recalibration
     from bnguard.report import Report
     from bnguard.whatif.result import Diagnosis
 
@@ -57,42 +55,6 @@ def report_document(report: Report) -> dict[str, Any]:
         "notes": list(report.notes),
     }
     return cast("dict[str, Any]", strict_json(document))
-
-
-def recalibration_document(
-    recalibration: Recalibration,
-    document: Mapping[str, object],
-    notes: Iterable[str],
-    written: Path | None,
-) -> dict[str, Any]:
-    """Return what a recalibration of a checkpoint did, as plain data.
-
-    Schema version 1, beside the keys of ``document``: ``schema``, ``bnguard``, ``kept`` (whether
-    the new statistics were kept), ``written`` (the path, or null), ``layers`` (each with ``name``,
-    ``values``, ``max_shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
-    ``reason``), ``notes``.
-    """
-    result = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
-        **document,
-        "kept": recalibration.is_kept,
-        "written": None if written is None else str(written),
-        "layers": [
-            {
-                "name": layer.name,
-                "values": layer.values,
-                "max_shift_std": layer.max_shift_std,
-                "log_variance_ratio": layer.extreme_log_variance_ratio,
-            }
-            for layer in recalibration.layers
-        ],
-        "skipped": [
-            {"name": layer.name, "reason": layer.reason} for layer in recalibration.skipped
-        ],
-        "notes": [*recalibration.notes, *notes],
-    }
-    return cast("dict[str, Any]", strict_json(result))
 
 
 def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from bnguard.layers.bn_layer import (
     as_written,
     device_of,
     find_layers,
-    preserved_random_state,
     require_module,
 )
+from bnguard.layers.preserve import preserve_random_states
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.recalibration.batches import Batch, Forward, read_batches
-from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole, patterns_of
 from bnguard.swapping.distillation import OwnDevice
 from bnguard.swapping.result import ReplacedLayer, Swap
@@ -133,9 +133,8 @@ def swap(
     if fabric is not None and not hasattr(fabric, "all_reduce"):
         raise ConfigurationError(f"fabric takes a Fabric of Lightning, not {fabric!r}")
     data = None if teacher_data is None else make_repeatable(teacher_data)
-    batch = _read_sample(model, sample, data, forward)
-
-    with preserved_random_state(model), as_written():
+    with preserve_random_states(model), as_written():
+        batch = _read_sample(model, sample, data, forward)
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:
@@ -301,7 +300,7 @@ def _run_swapped(
     """
     called: list[str] = []
     try:
-        with arrivals(before, lambda index, _: called.append(before[index].name)):
+        with read_inputs(before, lambda index, _: called.append(before[index].name)):
             output = run_in_eval_mode(model, forward, batch)
     except CalibrationError as error:
         raise ConfigurationError(

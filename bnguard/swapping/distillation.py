@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.bn_layer import device_of, preserved_modes, preserved_random_state
+from bnguard.layers.bn_layer import device_of
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
+from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance, spread
 from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 
@@ -144,9 +145,9 @@ def distil(
     start = _copy_weights(student)
     try:
         with (
-            preserved_modes(student),
-            preserved_modes(teacher),
-            preserved_random_state(student),
+            preserve_modes(student),
+            preserve_modes(teacher),
+            preserve_random_states(student),
             _require_gradients(student),
         ):
             student.eval()

@@ -16,15 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    find_layers,
-    preserved_modes,
-    preserved_random_state,
-)
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.layers.distances import FORGOTTEN_WEIGHT, updates_to_forget
+from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import arrivals
+from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole
 from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
 
@@ -66,13 +62,13 @@ def measure_positions(
         name, here = layers[index].name, values.shape[2:].numel()
         positions[name] = min(here, positions.get(name, here))
 
-    with arrivals(layers, measure):
+    with read_inputs(layers, measure):
         return positions, run_in_eval_mode(model, forward, sample)
 
 
 def run_in_eval_mode(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
     """Return what a model gives for a batch in eval mode; the model stays as it is."""
-    with preserved_modes(model), preserved_random_state(model), torch.no_grad():
+    with preserve_modes(model), preserve_random_states(model), torch.no_grad():
         model.eval()
         return call(model, forward, batch)
 

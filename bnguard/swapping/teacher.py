@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import device_of, find_layers, preserved_modes
+from bnguard.layers.bn_layer import device_of, find_layers
+from bnguard.layers.preserve import preserve_modes
 from bnguard.recalibration.api import recalibrate
 from bnguard.recalibration.batches import Forward
 from bnguard.swapping.distillation import Distillation, distil
@@ -73,7 +74,7 @@ def _fit_statistics(
     """Recalibrate a teacher whose running statistics do not fit the data, and say so."""
     if not any(layer.is_tracking for layer in find_layers(teacher)):
         return ()
-    with preserved_modes(teacher):
+    with preserve_modes(teacher):
         teacher.eval()
         try:
             found = recalibrate(

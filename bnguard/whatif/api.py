@@ -18,12 +18,11 @@ from bnguard.layers.bn_layer import (
     as_written,
     device_of,
     find_layers,
-    preserved_modes,
-    preserved_random_state,
     require_module,
     without_layers,
 )
 from bnguard.layers.distances import initial_weight
+from bnguard.layers.preserve import preserve_modes, preserve_random_states, preserve_statistics
 from bnguard.recalibration.batches import Forward
 from bnguard.recalibration.options import (
     Score,
@@ -31,7 +30,7 @@ from bnguard.recalibration.options import (
     require_samples,
     require_score,
     select_layers,
-    unwrapped,
+    unwrap,
 )
 from bnguard.recalibration.statistics import running_statistics
 from bnguard.whatif.blame import blamed_layers
@@ -47,7 +46,7 @@ from bnguard.whatif.evidence import (
 )
 from bnguard.whatif.result import Diagnosis
 from bnguard.whatif.samples import Samples, read_samples
-from bnguard.whatif.statistics import Statistics, lent_statistics
+from bnguard.whatif.statistics import Statistics
 from bnguard.whatif.table import Bench, Table, drift, measured_table
 
 
@@ -104,7 +103,7 @@ def diagnose(
     """
     require_module(model, "diagnose")
     _check_options(samples, batch_sizes, score, expected_score)
-    inner = unwrapped(model)
+    inner = unwrap(model)
     if not find_layers(inner):
         raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
     selection = select_layers(inner, None)
@@ -158,9 +157,9 @@ def diagnose(
 def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
     """Leave modes, statistics, counters, random state and gradients as they are."""
     with (
-        preserved_modes(model),
-        preserved_random_state(model),
-        lent_statistics(layers),
+        preserve_modes(model),
+        preserve_random_states(model),
+        preserve_statistics(layers),
         as_written(),
         torch.no_grad(),
     ):

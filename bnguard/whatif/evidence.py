@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments
+from bnguard.layers.preserve import preserve_statistics
 from bnguard.observe.history import RunningStatistics
-from bnguard.recalibration.api import recalibrate
+from bnguard.recalibration.api import Method, recalibrate
 from bnguard.recalibration.batches import Forward
-from bnguard.recalibration.layer_inputs import arrived_moments, is_finite, on_host
+from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host
 from bnguard.recalibration.result import LayerChange
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import BatchOrder, Samples
-from bnguard.whatif.statistics import Statistics, lent_statistics
+from bnguard.whatif.statistics import Statistics
 from bnguard.whatif.table import CHANNEL_QUANTILE, Bench
 
 # Between stored and recalibrated statistics, healthy networks change their outputs by up to 0.25 σ,
@@ -305,8 +306,8 @@ def recalibrated(
         CalibrationError: The statistics cannot be computed.
     """
 
-    def computed(method: str, *notes: str) -> Cure:
-        with lent_statistics(layers), warnings.catch_warnings():
+    def computed(method: Method, *notes: str) -> Cure:
+        with preserve_statistics(layers), warnings.catch_warnings():
             # It stands among the notes.
             warnings.filterwarnings("ignore", "bnguard: .* left out")
             result = recalibrate(
@@ -339,7 +340,7 @@ def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:
     parts: dict[str, list[Moments]] = {}
 
     def arrive(index: int, values: Tensor) -> None:
-        moments = on_host(arrived_moments(values))
+        moments = on_host(input_moments(values))
         if moments.count > 1 and is_finite(moments):
             parts.setdefault(bench.layers[index].name, []).append(moments)
 

@@ -14,7 +14,7 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import arrivals, arrived_moments, is_finite, on_host
+from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
 
 # Of an image as output so many numbers are kept; class scores are kept whole.
 _MAX_NUMBERS_A_SAMPLE = 4096
@@ -140,7 +140,7 @@ def arrived_at(
 
     def arrive(index: int, values: Tensor) -> None:
         name = layers[index].name
-        moments = on_host(arrived_moments(values))
+        moments = on_host(input_moments(values))
         parts.setdefault(name, []).append(moments)
         sizes.setdefault(name, (max(1, len(values) // size), max(1, moments.count // size)))
 
@@ -150,7 +150,7 @@ def arrived_at(
             size = batch.size
             yield batch
 
-    with arrivals(layers, arrive):
+    with read_inputs(layers, arrive):
         outputs = outputs_of(model, forward, noting_sizes())
     return {name: Arrived(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
 

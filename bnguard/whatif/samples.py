@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
-from bnguard.recalibration.batches import Batch, Forward, can_be_joined, joined, read_batches
+from bnguard.recalibration.batches import Batch, Forward, can_be_joined, join_batches, read_batches
 
 # Numbers of a sample that tell whether the batches are sorted, and as few batches as tell nothing.
 _MAX_FEATURES = 64
@@ -53,7 +53,7 @@ class Samples:
         first, *others = self.batches
         if not all(can_be_joined(first, other) for other in others):
             return None
-        return joined(self.batches) if first.can_be_cut else None
+        return join_batches(self.batches) if first.can_be_cut else None
 
     def of_size(self, size: int) -> tuple[Batch, ...]:
         """Return batches that fall into parts of this size, joined where they have to be."""
@@ -75,7 +75,7 @@ class Samples:
         if whole is None or len(self.batches) < 2:
             return None
         order = torch.randperm(whole.size, generator=torch.Generator().manual_seed(0)).tolist()
-        mixed = joined([whole.rows(index, index + 1) for index in order])
+        mixed = join_batches([whole.rows(index, index + 1) for index in order])
         return order, tuple(_cut(mixed, self.batch_size))
 
     def first(self, samples: int) -> tuple[Batch, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import values_per_channel
+from bnguard.layers.preserve import preserve_statistics
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.statistics import write_statistics
 
@@ -19,30 +20,9 @@ Statistics = Mapping[str, RunningStatistics]
 
 
 @contextmanager
-def lent_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
-    """Put copies in the place of the running statistics, and the originals back at the end.
-
-    The originals are not written to at all: a backward of the user's may still need them.
-    """
-    kept = [
-        (holder, key, tensor)
-        for layer in layers
-        for holder, key in layer.statistics()
-        if isinstance(tensor := holder.get(key), Tensor)
-    ]
-    try:
-        for holder, key, tensor in kept:
-            holder[key] = tensor.detach().clone()
-        yield
-    finally:
-        for holder, key, tensor in kept:
-            holder[key] = tensor
-
-
-@contextmanager
 def given_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> Iterator[None]:
     """Let layers normalise with these statistics; those that have none among them keep theirs."""
-    with lent_statistics(layers):
+    with preserve_statistics(layers):
         for layer in layers:
             if layer.name in statistics:
                 given = statistics[layer.name]
@@ -73,7 +53,7 @@ class BatchStatistics:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Normalise so for a while."""
-        with lent_statistics(self.layers), ExitStack() as replaced:
+        with preserve_statistics(self.layers), ExitStack() as replaced:
             for layer in self.layers:
                 replaced.enter_context(self._replaced_forward(layer))
             yield

@@ -11,16 +11,12 @@ import numpy as np
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import (
-    BatchNormLayer,
-    preserved_modes,
-    preserved_random_state,
-    preserved_statistics,
-)
+from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
+from bnguard.layers.preserve import preserve_modes, preserve_random_states, preserve_statistics
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward
-from bnguard.recalibration.layer_inputs import Arrive, arrivals
+from bnguard.recalibration.layer_inputs import OnInput, read_inputs
 from bnguard.recalibration.options import Score, as_number
 from bnguard.whatif.model_outputs import Arrived, Outputs, arrived_at, outputs_of
 from bnguard.whatif.result import Row
@@ -104,7 +100,7 @@ class Bench:
         with self._batch_statistics(size).in_use():
             return outputs_of(self.inner, self.forward, batches)
 
-    def arrive_in_batches(self, arrive: Arrive) -> None:
+    def arrive_in_batches(self, arrive: OnInput) -> None:
         """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
 
         Args:
@@ -112,7 +108,7 @@ class Bench:
         """
         # Which rows a sample is takes a forward of its own, that nobody is to see.
         parts = self._batch_statistics(None)
-        with parts.in_use(), arrivals(self.layers, arrive):
+        with parts.in_use(), read_inputs(self.layers, arrive):
             outputs_of(self.inner, self.forward, self.samples.batches)
 
     def outputs_in_shuffled_batches(self) -> Outputs | None:
@@ -187,9 +183,9 @@ class Bench:
         if self.score is None:
             return None
         with (
-            preserved_modes(self.model),
-            preserved_random_state(self.model),
-            preserved_statistics((*self.layers, *self.untracked)),
+            preserve_modes(self.model),
+            preserve_random_states(self.model),
+            preserve_statistics((*self.layers, *self.untracked)),
         ):
             return as_number(self.score(self.model))
 

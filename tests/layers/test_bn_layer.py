@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard.layers.bn_layer import find_layers, is_wrapper, preserved_modes, preserved_random_state
+from bnguard.layers.bn_layer import find_layers, is_wrapper
 
 
 class FusedBatchNorm(nn.BatchNorm2d):
@@ -61,23 +61,6 @@ def test_layers_without_statistics_or_parameters_are_told_apart():
     assert untracked.uses_batch_statistics
     assert not lazy.is_tracking
     assert lazy.channels == 0
-
-
-def test_modes_come_back_one_by_one_after_an_exception():
-    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()), nn.ReLU())
-    model[0].eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(ValueError, match="more than 1 value"), preserved_modes(model):
-        model.train()(torch.randn(1, 2))
-    assert [module.training for module in model.modules()] == before
-
-
-def test_the_random_state_comes_back():
-    model = nn.Linear(2, 2)
-    before = torch.get_rng_state()
-    with preserved_random_state(model):
-        torch.randn(3)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_a_trainer_that_has_fitted_can_be_copied_and_stored(
     np.testing.assert_equal(
         repairing.result.after["layers.1"].mean, repair.result.after["layers.1"].mean
     )
-    assert "not measured before" in repairing.result.mode_gap_before
+    assert repairing.result.mode_gap_before == repair.result.mode_gap_before
     with pytest.raises(CalibrationError, match="undo\\(\\) of the original"):
         repairing.result.undo()
     again.fit_loop.max_epochs = 3

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import bnguard
 from bnguard.checkpoint import read_checkpoint
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 from bnguard.lightning.scoring import TrainerScore, ValidationScore
@@ -174,8 +174,8 @@ def test_checkpoints_of_the_same_weights_share_a_recalibration(
     assert same(best["state_dict"], last["state_dict"])
     mean = "head.1.running_mean"
     assert not torch.equal(scaled["state_dict"][mean], last["state_dict"][mean])
-    states = [saved["callbacks"][repair.state_key]["changes"] for saved in (best, last)]
-    assert torch.equal(*(state["head.1"][0]["mean"] for state in states))
+    states = [saved["callbacks"][repair.state_key]["before"] for saved in (best, last)]
+    assert torch.equal(*(state["head.1"]["running_mean"] for state in states))
     assert capsys.readouterr().out.count("recalibrated on 48 samples for the checkpoint") == 2
 
 
@@ -218,7 +218,7 @@ def test_statistics_that_are_no_better_are_taken_back(tiny, trainer_of, witness,
     trainer_of(callback, witness, max_epochs=1).fit(tiny())
     assert not callback.result.is_kept
     assert same(witness.validated[0], witness.after_batch[-1])
-    assert "taken back" in capsys.readouterr().out
+    assert "rolled back" in capsys.readouterr().out
 
 
 def test_the_gate_counts_what_the_checkpoint_callback_monitors(
@@ -375,9 +375,61 @@ def test_settings_of_the_trainer(options, tiny, trainer_of):
     assert callback.result.is_kept
 
 
-@pytest.mark.parametrize("options", [{"when": "sometimes"}, {"data": "tests"}], ids=str)
+def test_options_of_recalibrate_are_passed_on(tiny, trainer_of):
+    callback = BatchNormRecalibration(
+        when="fit-end",
+        method="adapt",
+        prior=48.0,
+        layers="head.*",
+        memory="1GiB",
+        keep="always",
+        strict=True,
+    )
+    module = tiny()
+    trainer_of(callback).fit(module)
+    (layer,) = callback.result.layers
+    assert layer.name == "head.1"
+    assert [skipped.name for skipped in callback.result.skipped] == ["backbone.1"]
+    twin = tiny()
+    twin.load_state_dict(module.state_dict())
+    exact = bnguard.recalibrate(twin, module.train_dataloader(), layers=["head.1"]).after["head.1"]
+    # 48 samples and a prior of 48: half of the way.
+    half = (torch.from_numpy(layer.before.mean) + torch.from_numpy(exact.mean)) / 2
+    torch.testing.assert_close(torch.from_numpy(layer.after.mean), half, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pattern_that_matches_no_layer_is_reported(tiny, trainer_of):
+    callback = BatchNormRecalibration(layers=["tail.*"], strict=True)
+    with pytest.raises(ConfigurationError, match=r"layers='tail\.\*' matches no BN layer"):
+        trainer_of(callback).fit(tiny())
+
+
+def test_batches_that_are_not_finite_may_be_an_error(tiny, trainer_of):
+    batches = [torch.randn(8, 6), torch.full((8, 6), torch.nan)]
+    callback = BatchNormRecalibration(
+        when="fit-end", data=batches, on_nonfinite="error", keep="always", strict=True
+    )
+    with pytest.raises(CalibrationError, match="batch 1 has NaN or Inf"):
+        trainer_of(callback).fit(tiny())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"when": "sometimes"},
+        {"data": "tests"},
+        {"method": "ema"},
+        {"prior": 10},
+        {"memory": "much"},
+        {"on_nonfinite": "ignore"},
+        {"keep": "never"},
+        {"samples": 0},
+    ],
+    ids=str,
+)
 def test_unknown_options(options):
-    with pytest.raises(ConfigurationError, match="is unknown: use"):
+    (option,) = options
+    with pytest.raises(ConfigurationError, match=f"^{option}="):
         BatchNormRecalibration(**options)
 
 

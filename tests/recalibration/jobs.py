@@ -7,7 +7,7 @@ from torch import nn
 
 from bnguard.distributed import SingleRank
 from bnguard.layers.bn_layer import find_layers
-from bnguard.recalibration.statistics import Job, Silent, unbiased
+from bnguard.recalibration.statistics import Job, NoProgress, estimate_unbiased
 
 
 def job_of(model: nn.Module) -> Job:
@@ -20,10 +20,10 @@ def job_of(model: nn.Module) -> Job:
         batches=iter(()),
         samples=100,
         forward=None,
-        estimate=unbiased,
+        estimate=estimate_unbiased,
         on_nonfinite="skip",
         memory=2**30,
         tolerance=None,
         ranks=SingleRank(),
-        progress=Silent(),
+        progress=NoProgress(),
     )

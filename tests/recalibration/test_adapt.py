@@ -9,7 +9,7 @@ from torch import nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.layers.moments import channel_moments
-from bnguard.recalibration.pooled import mixed_with_source
+from bnguard.recalibration.pooled import mix_with_source
 
 
 def layer_with(mean, var):
@@ -23,7 +23,7 @@ def layer_with(mean, var):
 def test_new_samples_weigh_as_many_as_they_are_beside_the_prior(prior, weight):
     layer = layer_with(10.0, 4.0)
     moments = channel_moments(torch.tensor([[0.0], [2.0]]))
-    estimate = mixed_with_source([layer], prior)(layer, moments, 2)
+    estimate = mix_with_source([layer], prior)(layer, moments, 2)
     assert math.isclose(estimate.mean.item(), 10.0 * (1 - weight) + 1.0 * weight, abs_tol=1e-6)
     assert math.isclose(estimate.var.item(), 4.0 * (1 - weight) + 2.0 * weight, abs_tol=1e-6)
     assert estimate.values == 2
@@ -31,11 +31,11 @@ def test_new_samples_weigh_as_many_as_they_are_beside_the_prior(prior, weight):
 
 def test_the_source_is_that_of_the_moment_when_it_is_made():
     layer = layer_with(10.0, 4.0)
-    mixed = mixed_with_source([layer], 2)
+    mixed = mix_with_source([layer], 2)
     layer.module.running_mean.fill_(99.0)
     assert mixed(layer, channel_moments(torch.tensor([[0.0], [2.0]])), 2).mean.item() == 5.5
 
 
 def test_a_source_that_is_not_finite():
     with pytest.raises(CalibrationError, match="use prior=0"):
-        mixed_with_source([layer_with(0.0, math.inf)], 2)
+        mix_with_source([layer_with(0.0, math.inf)], 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard.recalibration.batches import Batch, can_be_joined, joined, read_batches
+from bnguard.recalibration.batches import Batch, can_be_joined, join_batches, read_batches
 from bnguard.recalibration.memory import ChunkedBatches
 
 
@@ -85,7 +85,7 @@ def test_batches_of_the_same_shape_can_be_joined():
     first = batch_of(torch.zeros(2, 3), mask=torch.zeros(2), scale=1.0)
     second = batch_of(torch.ones(4, 3), mask=torch.ones(4), scale=1.0, index=1)
     assert can_be_joined(first, second)
-    both = joined([first, second])
+    both = join_batches([first, second])
     assert (both.index, both.size) == (0, 6)
     assert torch.equal(both.args[0][:, 0], torch.tensor([0.0, 0, 1, 1, 1, 1]))
     assert both.kwargs["mask"].shape == (6,)
@@ -116,9 +116,9 @@ def test_neighbours_are_joined_until_a_chunk_is_full_and_taken_apart_where_one_i
     held.join(4)
     assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
     assert (held.samples, held.batches) == (13, 5)
-    assert held.expel({0}) == []
+    assert held.remove({0}) == []
     assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
-    assert [batch.index for batch in held.expel({1, 2})] == [1, 2]
+    assert [batch.index for batch in held.remove({1, 2})] == [1, 2]
     assert (held.samples, held.batches) == (9, 3)
 
 
@@ -143,7 +143,7 @@ def test_containers_of_any_kind_are_cut_and_joined(payload, x):
     loader = [payload(rows[:4]), payload(rows[4:])]
     batches = read_all(loader, samples=5, forward=whole)
     assert [batch.size for batch in batches] == [4, 1]
-    assert torch.equal(x(joined(batches)), rows[:5])
+    assert torch.equal(x(join_batches(batches)), rows[:5])
     assert torch.equal(x(batches[0].rows(1, 3).copied()), rows[1:3])
 
 

@@ -32,5 +32,5 @@ def test_a_share_of_what_is_free():
 
 @pytest.mark.parametrize("memory", ["much", "", "2 GiBs", "-1", "0", 0, -5, 0.0, 1.5, "i"])
 def test_what_is_no_amount(memory):
-    with pytest.raises(ConfigurationError, match="is no amount: use"):
+    with pytest.raises(ConfigurationError, match="is not an amount: use"):
         memory_limit(memory, CPU)

@@ -8,7 +8,11 @@ from torch import nn
 
 from bnguard.layers.moments import channel_moments
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.trial_forward import differing_layers, disturbed_layers, observe
+from bnguard.recalibration.trial_forward import (
+    find_differing_layers,
+    find_disturbed_layers,
+    observe,
+)
 from tests.recalibration.jobs import job_of
 
 
@@ -60,13 +64,13 @@ def test_a_batch_draws_the_same_random_numbers_each_time_and_disturbs_nobodys():
 def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
     x = torch.randn(100, 4)
     first, second = ({0: channel_moments(x)}, {0: channel_moments(x + change * x.std())})
-    assert differing_layers(first, second, 0.05, 1e-6) == ({0} if differs else set())
-    assert differing_layers(first, {}, 0.05, 1e-6) == {0}
+    assert find_differing_layers(first, second, 0.05, 1e-6) == ({0} if differs else set())
+    assert find_differing_layers(first, {}, 0.05, 1e-6) == {0}
 
 
 @pytest.mark.parametrize(("change", "differs"), [(5e-5, False), (1e-2, True)])
 def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
     alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
     job = job_of(nn.BatchNorm1d(4))
-    found = disturbed_layers(job, {0: channel_moments(alone)}, {0: channel_moments(beside)})
+    found = find_disturbed_layers(job, {0: channel_moments(alone)}, {0: channel_moments(beside)})
     assert found == ({0} if differs else set())

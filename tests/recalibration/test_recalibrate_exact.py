@@ -422,7 +422,7 @@ class Locked(nn.Module):
 
 @pytest.mark.usefixtures("threads")
 def test_models_that_let_one_forward_through_at_a_time(monkeypatch):
-    monkeypatch.setattr("bnguard.recalibration.lockstep._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("bnguard.recalibration.lockstep._TIMEOUT_SECONDS", 0.1)
     check(Locked(), images(20).split(4))
 
 

@@ -231,7 +231,7 @@ def test_a_layer_that_no_batch_reaches_is_kept_and_reported():
 
 
 def test_no_layer_is_reached():
-    with pytest.raises(CalibrationError, match="no batch reaches a BN layer"):
+    with pytest.raises(CalibrationError, match="no batch reached a BN layer"):
         bnguard.recalibrate(
             net(), [torch.randn(30, 4)], forward=lambda model, batch: model[0](batch)
         )
@@ -290,18 +290,18 @@ def test_an_empty_loader_and_too_few_values():
         ({"keep": "maybe"}, "keep='maybe' does not exist"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' does not exist"),
         ({"samples": 0}, "samples=0"),
-        ({"samples": 2.5}, "samples=2.5 is no whole number"),
-        ({"samples": "all"}, "samples='all' is no whole number"),
+        ({"samples": 2.5}, "samples=2.5 is not a whole number"),
+        ({"samples": "all"}, "samples='all' is not a whole number"),
         ({"prior": float("nan"), "method": "adapt"}, "prior=nan"),
         ({"prior": "much", "method": "adapt"}, "prior='much'"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
         ({"tolerance": "low"}, "tolerance='low'"),
-        ({"score": 0.9}, "score=0.9 is no function"),
+        ({"score": 0.9}, "score=0.9 is not a function"),
         ({"layers": 9}, "layers='9' matches no BN layer"),
         ({"prior": 10}, "prior=10 needs method='adapt'"),
         ({"tolerance": 0.0}, "tolerance=0"),
-        ({"tolerance": 0.1, "method": "ema"}, "no meaning"),
-        ({"memory": "much"}, "memory='much' is no amount"),
+        ({"method": "ema"}, "method='ema' does not exist: use 'exact' or 'precise' or 'adapt'"),
+        ({"memory": "much"}, "memory='much' is not an amount"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

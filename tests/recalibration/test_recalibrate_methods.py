@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.errors import CalibrationError
 from tests.benchmarks.truth import errors, true_statistics
 
 
@@ -24,12 +24,12 @@ def images(count=64):
 
 def test_precise_pools_without_error_what_each_batch_normalised_by_itself_brings():
     model, batches = net(), [*images(64).split(6), images(1)]
-    twin, arrived = copy.deepcopy(model).double().train(), []
-    twin[4].register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+    twin, inputs = copy.deepcopy(model).double().train(), []
+    twin[4].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     first = twin[0](torch.cat(batches).double())
     for batch in batches:
         twin(batch.double())
-    second = torch.cat(arrived)
+    second = torch.cat(inputs)
     bnguard.recalibrate(model, batches, method="precise")
     for layer, values in ((model[1], first), (model[4], second)):
         assert torch.allclose(layer.running_mean.double(), values.mean((0, 2, 3)), atol=1e-5)
@@ -59,29 +59,6 @@ def test_precise_takes_a_layer_on_its_own_descendants():
     bnguard.recalibrate(model, [x], method="precise")
     unit = (x - x.mean(0)) / x.std(0, correction=0) * 2.0
     assert torch.allclose(model.norm.running_var, torch.cat([x, unit, unit]).var(0), rtol=1e-3)
-
-
-def test_moving_averages_move_as_in_training():
-    model, batches = net(), images(64).split(10)
-    twin = copy.deepcopy(model).train()
-    for batch in batches:
-        twin(batch)
-    bnguard.recalibrate(model, batches, method="ema")
-    for layer in (1, 4):
-        assert torch.allclose(model[layer].running_mean, twin[layer].running_mean, atol=1e-5)
-        assert torch.allclose(model[layer].running_var, twin[layer].running_var, rtol=1e-4)
-
-
-def test_a_cumulative_average_goes_on_where_training_stopped():
-    model, batches = net(), images(64).split(10)
-    model[1].momentum = model[4].momentum = None
-    model.train()(images(5))
-    twin = copy.deepcopy(model)
-    for batch in batches:
-        twin(batch)
-    bnguard.recalibrate(model, batches, method="ema")
-    assert torch.allclose(model[1].running_var, twin[1].running_var, rtol=1e-4)
-    assert torch.allclose(model[4].running_mean, twin[4].running_mean, atol=1e-5)
 
 
 def test_adapt_without_a_prior_is_exact():
@@ -204,15 +181,6 @@ def test_pixels_of_one_image_do_not_count_as_independent():
     assert result.samples > 400
 
 
-def test_a_moving_average_is_no_repair_for_several_ranks(monkeypatch):
-    class TwoRanks:
-        rank, size = 0, 2
-
-    monkeypatch.setattr("bnguard.recalibration.api.current_ranks", TwoRanks)
-    with pytest.raises(ConfigurationError, match="runs on one process"):
-        bnguard.recalibrate(net(), [images()], method="ema")
-
-
 @pytest.mark.parametrize(
     ("samples", "options", "told"),
     [
@@ -290,13 +258,3 @@ def test_a_model_that_is_repaired_with_momentum_none_goes_on_at_the_pace_of_its_
     model.train()(batch)
     new = model[0](batch).mean(0)
     assert torch.allclose(model[1].running_mean, mean + (new - mean) / 30, rtol=1e-4)
-
-
-@pytest.mark.parametrize("momentum", [0.01, 0.3], ids=str)
-def test_a_moving_average_is_counted_as_it_was_moved(momentum):
-    model = few_updates(momentum)
-    bnguard.recalibrate(model, [30.0 * torch.randn(16, 4)], method="ema")
-    assert model[1].num_batches_tracked == 4
-    assert is_unconverged(model)
-    bnguard.recalibrate(model, (30.0 * torch.randn(640, 4)).split(16), method="ema")
-    assert is_unconverged(model) is (momentum == 0.01)

@@ -141,7 +141,7 @@ class GlobalPooling(Chain):
     ],
 )
 def test_the_statistics_are_those_of_the_whole_set(kind, monkeypatch):
-    monkeypatch.setattr("bnguard.recalibration.lockstep._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("bnguard.recalibration.lockstep._TIMEOUT_SECONDS", 0.2)
     model, x = kind(), torch.randn(65, 3, 6, 6) + torch.arange(65).view(-1, 1, 1, 1) / 20
     order = ["generator.1", "discriminator.0.1", "discriminator.1.1"] if kind is Gan else None
     truth = true_statistics(

@@ -9,10 +9,10 @@ from torch import nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.recalibration.statistics import (
-    changed_statistics,
     current_statistics,
-    fitted,
-    working_statistics,
+    fit_to_buffer,
+    perturb_statistics,
+    prepare_for_calibration,
     write_statistics,
 )
 
@@ -23,7 +23,7 @@ def test_the_models_own_tensors_come_back_untouched(fails):
     module.running_mean.fill_(5.0)
     (layer,), mean = find_layers(module), module.running_mean
     try:
-        with working_statistics([layer]):
+        with prepare_for_calibration(module, [layer]):
             assert module.running_mean is not mean
             assert (module.running_mean == 5.0).all()
             write_statistics(layer, torch.ones(2), torch.ones(2))
@@ -39,7 +39,7 @@ def test_work_starts_from_finite_values():
     module = nn.BatchNorm1d(3)
     module.running_mean.copy_(torch.tensor([math.nan, 2.0, 2.0]))
     module.running_var.copy_(torch.tensor([4.0, -1.0, 4.0]))
-    with working_statistics(find_layers(module)):
+    with prepare_for_calibration(module, find_layers(module)):
         assert module.running_mean.tolist() == [0.0, 0.0, 2.0]
         assert module.running_var.tolist() == [1.0, 1.0, 4.0]
     assert module.running_mean.isnan().any()
@@ -48,7 +48,7 @@ def test_work_starts_from_finite_values():
 def test_changed_statistics_are_other_ones_in_each_channel_for_a_while():
     module = nn.BatchNorm1d(4)
     (layer,) = find_layers(module)
-    with changed_statistics(layer):
+    with perturb_statistics(layer):
         mean, var = current_statistics(layer)
         assert mean.unique().numel() == var.unique().numel() == 4
     assert (module.running_mean == 0.0).all()
@@ -56,7 +56,7 @@ def test_changed_statistics_are_other_ones_in_each_channel_for_a_while():
 
 def test_values_take_dtype_and_shape_of_the_buffer_or_are_refused():
     buffer = torch.zeros(1, 2, 1, dtype=torch.float16)
-    kept = fitted(torch.tensor([1.0, 2.0], dtype=torch.float64), buffer, "bn")
+    kept = fit_to_buffer(torch.tensor([1.0, 2.0], dtype=torch.float64), buffer, "bn")
     assert (kept.dtype, kept.shape) == (torch.float16, buffer.shape)
     with pytest.raises(CalibrationError, match=r"bn: the statistics reach 1e\+05, .* in float16"):
-        fitted(torch.tensor([1.0, 1e5]), buffer, "bn")
+        fit_to_buffer(torch.tensor([1.0, 1e5]), buffer, "bn")

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.trial_forward import learn_habits
+from bnguard.recalibration.trial_forward import find_traits
 from tests.recalibration.jobs import job_of
 
 
 def habits_of(model, x, *, batches=1):
     with torch.no_grad():
-        return learn_habits(job_of(model), [Batch(i, (x,), {}, len(x)) for i in range(batches)])
+        return find_traits(job_of(model), [Batch(i, (x,), {}, len(x)) for i in range(batches)])
 
 
 class Model(nn.Module):
@@ -28,12 +28,12 @@ class Model(nn.Module):
 
 
 def test_an_ordinary_model():
-    habits = habits_of(Model(), torch.randn(5, 4))
-    assert habits.calls == (0, 1)
-    assert habits.takes_rows
-    assert habits.is_stateless
-    assert habits.is_regular
-    assert not habits.starts_threads
+    traits = habits_of(Model(), torch.randn(5, 4))
+    assert traits.calls == (0, 1)
+    assert traits.takes_rows
+    assert traits.is_stateless
+    assert traits.is_regular
+    assert not traits.starts_threads
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_a_forward_that_does_not_take_few_samples():
         assert len(x) == 6
         return x
 
-    habits = habits_of(Model(pairs), torch.randn(6, 4))
-    assert habits.calls == (0, 1)
-    assert not habits.takes_rows
+    traits = habits_of(Model(pairs), torch.randn(6, 4))
+    assert traits.calls == (0, 1)
+    assert not traits.takes_rows
 
 
 class Convolutional(nn.Module):
@@ -101,9 +101,9 @@ def in_memory_order(x):
 def test_images_go_in_channels_last_where_that_changes_nothing(
     between, is_channels_last, takes_rows
 ):
-    habits = habits_of(Convolutional(between), torch.randn(5, 3, 6, 7))
-    assert habits.is_channels_last is is_channels_last
-    assert habits.takes_rows is takes_rows
+    traits = habits_of(Convolutional(between), torch.randn(5, 3, 6, 7))
+    assert traits.is_channels_last is is_channels_last
+    assert traits.takes_rows is takes_rows
 
 
 def set_attribute(self, x):
@@ -133,9 +133,9 @@ def test_models_that_keep_or_draw_something(between):
 
 
 def test_several_calls_of_a_layer():
-    habits = habits_of(Model(lambda self, x: self.first(x)), torch.randn(5, 4))
-    assert habits.calls == (0, 0, 1)
-    assert not habits.is_regular
+    traits = habits_of(Model(lambda self, x: self.first(x)), torch.randn(5, 4))
+    assert traits.calls == (0, 0, 1)
+    assert not traits.is_regular
 
 
 class Residual(nn.Module):
@@ -154,5 +154,5 @@ class Residual(nn.Module):
 
 def test_bytes_are_those_that_live_where_a_layer_is_called():
     # The input and its copy, and z, of 100 float32 each; y is gone.
-    habits = habits_of(Residual(), torch.randn(6, 100))
-    assert habits.bytes_per_sample == 3 * 400 + 1
+    traits = habits_of(Residual(), torch.randn(6, 100))
+    assert traits.bytes_per_sample == 3 * 400 + 1

@@ -7,20 +7,20 @@ from functools import partial
 import pytest
 import torch
 
-from bnguard.layers.randomness import RandomStream
+from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.lockstep import (
+    PausableForward,
     StuckError,
-    Surroundings,
-    Walk,
-    advance_at_once,
+    ThreadContext,
+    advance_in_parallel,
     advance_in_turn,
 )
 
 CPU = torch.device("cpu")
 
 
-def walk(forward, seed=0):
-    return Walk(forward, Surroundings(1), RandomStream(seed, CPU))
+def paused(forward, seed=0):
+    return PausableForward(forward, ThreadContext(1), RandomStream(seed, CPU))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
@@ -30,15 +30,15 @@ def test_all_stand_before_one_goes_on(width):
     def forward(name):
         for step in range(3):
             said.append((step, name))
-            Walk.here().stop()
+            PausableForward.current().stop()
 
-    walks = [walk(lambda name=name: forward(name)) for name in "abcd"]
+    forwards = [paused(lambda name=name: forward(name)) for name in "abcd"]
     for step in range(3):
-        advance_at_once(walks, width, patience=10)
+        advance_in_parallel(forwards, width, timeout=10)
         assert sorted(said) == [(s, name) for s in range(step + 1) for name in "abcd"]
-        assert not any(each.is_finished for each in walks)
-    advance_at_once(walks, width, patience=10)
-    assert all(each.is_finished and each.error is None for each in walks)
+        assert not any(each.is_finished for each in forwards)
+    advance_in_parallel(forwards, width, timeout=10)
+    assert all(each.is_finished and each.error is None for each in forwards)
 
 
 def test_no_more_run_at_once_than_may():
@@ -54,51 +54,51 @@ def test_no_more_run_at_once_than_may():
         with lock:
             running -= 1
 
-    advance_at_once([walk(forward) for _ in range(8)], width=3, patience=10)
+    advance_in_parallel([paused(forward) for _ in range(8)], width=3, timeout=10)
     assert most == 3
 
 
-def test_an_exception_ends_the_walk_and_is_kept():
+def test_an_exception_ends_the_forward_and_is_kept():
     error = ValueError("no")
 
     def forward():
         raise error
 
-    failing, fine = walk(forward), walk(lambda: None)
-    advance_in_turn([failing, fine], patience=10)
+    failing, fine = paused(forward), paused(lambda: None)
+    advance_in_turn([failing, fine], timeout=10)
     assert failing.error is error
     assert fine.error is None
 
 
 @pytest.mark.parametrize("width", [None, 1, 3])
-def test_a_walk_that_does_not_stop(width):
+def test_a_forward_that_does_not_stop(width):
     event = threading.Event()
-    walks = [walk(event.wait) for _ in range(3)]
-    advance = advance_in_turn if width is None else partial(advance_at_once, width=width)
-    with pytest.raises(StuckError, match="not come to its next layer in 0 s"):
-        advance(walks, patience=0.05)
+    forwards = [paused(event.wait) for _ in range(3)]
+    advance = advance_in_turn if width is None else partial(advance_in_parallel, width=width)
+    with pytest.raises(StuckError, match="did not reach its next layer in 0 s"):
+        advance(forwards, timeout=0.05)
     event.set()
-    for each in walks:
-        each.abandon()
-    for each in walks:
+    for each in forwards:
+        each.cancel()
+    for each in forwards:
         each.join()
 
 
-def test_abandoned_walks_unwind_and_end():
+def test_cancelled_forwards_unwind_and_end():
     unwound = []
 
     def forward():
         try:
-            Walk.here().stop()
+            PausableForward.current().stop()
         except Exception:
             unwound.append("swallowed")
         finally:
             unwound.append("unwound")
 
-    standing, fresh = walk(forward), walk(forward)
-    advance_in_turn([standing], patience=10)
+    standing, fresh = paused(forward), paused(forward)
+    advance_in_turn([standing], timeout=10)
     for each in (standing, fresh):
-        each.abandon()
+        each.cancel()
         each.join()
     assert unwound == ["unwound"]
     assert standing.is_finished
@@ -110,13 +110,13 @@ def test_each_draws_from_its_own_stream_and_disturbs_none():
 
     def forward(name):
         drawn[name] = [torch.rand(1).item()]
-        Walk.here().stop()
+        PausableForward.current().stop()
         drawn[name].append(torch.rand(1).item())
 
     state = torch.get_rng_state()
-    walks = [walk(lambda name=name: forward(name), seed) for seed, name in enumerate("ab")]
+    forwards = [paused(lambda name=name: forward(name), seed) for seed, name in enumerate("ab")]
     for _ in range(2):
-        advance_in_turn(walks, patience=10)
+        advance_in_turn(forwards, timeout=10)
     assert torch.equal(state, torch.get_rng_state())
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def test_the_surroundings_of_the_caller():
             variable=variable.get(),
         )
 
-    advance_in_turn([walk(forward)], patience=10)
+    advance_in_turn([paused(forward)], timeout=10)
     assert seen == {
         "grad": False,
         "inference": False,
@@ -148,8 +148,8 @@ def test_the_surroundings_of_the_caller():
     }
     variable.set("something")
     with torch.inference_mode(), torch.autocast("cpu", torch.float16), torch.device("meta"):
-        there = walk(forward)
-    advance_in_turn([there], patience=10)
+        there = paused(forward)
+    advance_in_turn([there], timeout=10)
     assert seen == {
         "grad": False,
         "inference": True,

@@ -1,14 +1,17 @@
 """The mode gap before and after a recalibration."""
 
 import copy
+import gc
+import pickle
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import bnguard
-from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.modegap import GapSamples
+from bnguard.recalibration.batches import Batch, SampledRows
 
 
 def net():
@@ -16,9 +19,9 @@ def net():
 
 
 def rows_of(batches):
-    samples = GapSamples()
+    samples = SampledRows()
     batches = [Batch(i, (x,), {}, len(x)) for i, x in enumerate(batches)]
-    assert list(samples.kept(batches)) == batches
+    assert list(samples.sample_from(batches)) == batches
     return None if samples.batch is None else samples.batch.args[0]
 
 
@@ -61,7 +64,36 @@ def test_a_gap_that_cannot_be_measured_says_why():
     result = bnguard.recalibrate(model, x.split(7))
     assert result.mode_gap_before == "the statistics of 1 were not finite"
     assert f"mode gap ? → {result.mode_gap_after.relative_change:.3g}" in str(result)
-    model[0] = nn.Linear(9, 6)
-    result = bnguard.recalibrate(model, torch.randn(90, 9).split(7))
-    model[0] = nn.Linear(4, 6)
-    assert "mode gap not measured: the forward failed at batch 0: RuntimeError" in str(result)
+
+
+def test_printing_runs_nothing_and_says_what_was_measured_while_recalibrating():
+    model, x = net(), torch.randn(90, 4)
+    result = bnguard.recalibrate(model, x.split(7))
+    text, calls = str(result), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model[0].weight.data.zero_()
+    assert str(result) == text
+    assert not calls
+
+
+def test_a_result_keeps_neither_the_model_nor_samples_alive():
+    model, x = net(), torch.randn(90, 4)
+    result = bnguard.recalibrate(model, x.split(7))
+    linear, bn = weakref.ref(model[0]), model[1]
+    before = result.before["1"].mean
+    kept = pickle.dumps(result)
+    del model
+    gc.collect()
+    assert linear() is None
+    result.undo()
+    assert np.array_equal(bn.running_mean.double().numpy(), before)
+    assert len(kept) < 10_000
+
+
+def test_undo_reaches_a_model_whose_buffers_were_replaced():
+    model, x = net(), torch.randn(90, 4)
+    before = model[1].running_mean.clone()
+    result = bnguard.recalibrate(model, x.split(7))
+    model.double()
+    result.undo()
+    assert torch.equal(model[1].running_mean, before.double())
