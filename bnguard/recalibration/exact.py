@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 
 from bnguard.errors import CalibrationError
@@ -22,9 +22,9 @@ from bnguard.recalibration.lockstep import lockstep
 from bnguard.recalibration.memory import Chunk, ChunkedBatches
 from bnguard.recalibration.replay import replay
 from bnguard.recalibration.statistics import Calibration, Job, Pool, is_precise
-from bnguard.recalibration.trial_forward import ForwardTraits, find_traits, first_few
+from bnguard.recalibration.trial_forward import ForwardTraits, call_same_layers, find_traits
 
-# Each chunk is a thread: small batches are joined so that there are about so many, ...
+# Each chunk is a thread: more batches than so many are joined so that there are fewer, ...
 _USUAL_CHUNKS = 64
 _MIN_JOINED_SAMPLES = 32
 # ... and where they cannot be joined, a virtual batch of as many threads ends at so many.
@@ -40,7 +40,7 @@ def calibrate_exactly(job: Job) -> Calibration:
         CalibrationError: There is no data, or the statistics cannot be computed from it.
     """
     head: list[Batch] = []
-    job.ranks.together(lambda: head.extend(first_few(job.batches)))
+    job.ranks.together(lambda: head.extend(islice(job.batches, 2)))
     traits = job.ranks.together(lambda: find_traits(job, head) if head else None)
     return _Engine(replace(job, batches=chain(head, job.batches)), traits).run()
 
@@ -99,7 +99,8 @@ class _Engine:
         capacity = max(1, min(job.memory // each.bytes_per_sample for each in known))
         # All of one size, so that the last one is not small.
         self._full_size = ceil(share / ceil(share / capacity))
-        self._takes_rows = all(each.takes_rows for each in known)
+        self._may_join = all(each.takes_rows for each in known)
+        self._is_followed = False
         self._left_out = 0
 
     def run(self) -> Calibration:
@@ -139,8 +140,6 @@ class _Engine:
 
     def _fill(self, held: ChunkedBatches, goal: int) -> _Filled:
         """Take batches until the goal or the limit of chunks is reached."""
-        if self._takes_rows:
-            held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
         taken = 0
         while held.samples < goal and not self._is_crowded(held):
             batch = next(self._job.batches, None)
@@ -148,7 +147,16 @@ class _Engine:
                 break
             held.append(batch)
             taken += 1
+            if len(held.chunks) > _USUAL_CHUNKS and self._can_join(held):
+                held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
         return _Filled(taken, held.samples >= self._full_size or self._is_crowded(held))
+
+    def _can_join(self, held: ChunkedBatches) -> bool:
+        """Return whether batches may be joined; a few are followed before the first time."""
+        if self._may_join and not self._is_followed and self._traits is not None:
+            self._may_join = call_same_layers(self._job, held.apart, self._traits.calls)
+            self._is_followed = True
+        return self._may_join
 
     def _is_crowded(self, held: ChunkedBatches) -> bool:
         return self._runs_side_by_side and len(held.chunks) >= _MOST_CHUNKS
@@ -182,7 +190,7 @@ class _Engine:
             except IrregularError as error:
                 self._runs_side_by_side = False
                 if isinstance(error, DivergingError):
-                    self._takes_rows = False
+                    self._may_join = False
                     held.join(1)
             except NonFiniteError as error:
                 where = job.layers[error.index].name

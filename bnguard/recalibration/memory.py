@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,13 +112,17 @@ class ChunkedBatches:
         """Batches in all chunks."""
         return sum(len(chunk.batches) for chunk in self.chunks)
 
+    @property
+    def apart(self) -> Iterator[Batch]:
+        """The batches as they came."""
+        return (batch for chunk in self.chunks for batch in chunk.batches)
+
     def join(self, min_samples: int) -> None:
         """Join neighbours of the same shapes, later ones too, until a chunk has so many samples."""
         self._min_samples = min_samples
-        apart, self.chunks = self.chunks, []
-        for chunk in apart:
-            for batch in chunk.batches:
-                self.append(batch)
+        apart, self.chunks = list(self.apart), []
+        for batch in apart:
+            self.append(batch)
 
     def append(self, batch: Batch) -> None:
         """Put a batch into the last chunk, or into one of its own."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -136,8 +136,8 @@ class ForwardTraits:
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether samples do not depend on the others in their batch, as far as the first
-            few show, so that batches may be joined.
+        takes_rows: Whether the layers that a sample calls do not depend on what else is in its
+            batch, as far as the first two samples show.
         is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
@@ -160,30 +160,17 @@ class ForwardTraits:
         return len(set(self.calls)) == len(self.calls) and not self.starts_threads
 
 
-def first_few(batches: Iterator[Batch]) -> list[Batch]:
-    """Take the first two batches, and more of small ones, to try a forward on."""
-    head = list(islice(batches, 2))
-    while head and sum(batch.size for batch in head) < _SAMPLES_TO_FOLLOW:
-        more = next(batches, None)
-        if more is None:
-            break
-        head.append(more)
-    return head
-
-
 def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
     """Run two samples through the model, and one of them also alone; or else a batch.
 
     Args:
         job: What to calibrate.
-        head: The first few batches.
+        head: The first two batches, or the only one.
     """
     # What fails on two samples may run on a batch; if not, that error says why.
     with suppress(CalibrationError):
         first, second = _two_samples(head)
-        traits = _traits_from_samples(job, first, second)
-        takes_rows = traits.takes_rows and _call_same_layers(job, head, traits.calls)
-        return replace(traits, takes_rows=takes_rows)
+        return _traits_from_samples(job, first, second)
     return _try_forward(job, head[0]).traits(takes_rows=False)
 
 
@@ -195,13 +182,18 @@ def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
     raise CalibrationError("no two samples go through the model together")
 
 
-def _call_same_layers(job: Job, head: Sequence[Batch], calls: tuple[int, ...]) -> bool:
+def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...]) -> bool:
     """Return whether small batches, as they come, call the same layers as two samples did.
 
     Where a batch decides by itself which layers it calls, one that it is joined to would too.
+
+    Args:
+        job: What to calibrate.
+        batches: The batches; the first few are tried.
+        calls: Indices of the layers that two samples called.
     """
     left = _SAMPLES_TO_FOLLOW
-    for batch in head:
+    for batch in batches:
         left -= batch.size
         if left < 0:
             break
@@ -275,7 +267,10 @@ def _try_forward(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = a
     with _LiveTensors(job.model) as live:
         seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
-    keeps_state = not _is_same_state(state, _state_of(job.model))
+    ours = [
+        values for moments in seen.moments.values() for values in (moments.mean, moments.squares)
+    ]
+    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _state_of(job.model))
     return _Trial(batch, seen, keeps_state, most_held, seconds)
 
 
@@ -326,6 +321,13 @@ class _LiveTensors(TorchFunctionMode):
             if not storage.expired()  # type: ignore[no-untyped-call]
         }
         return sum(nbytes for _, nbytes in self._storages.values())
+
+    def are_left_besides(self, ours: Iterable[Tensor]) -> bool:
+        """Return whether the model keeps a tensor somewhere, be it in the closure of a hook."""
+        known = {tensor.untyped_storage()._cdata for tensor in ours}
+        if self.nbytes and not self._storages.keys() <= known:
+            gc.collect()
+        return self.nbytes > 0 and not self._storages.keys() <= known
 
     def __torch_function__(
         self,

@@ -116,6 +116,11 @@ def fill_dictionary(self, x):
     return x
 
 
+def keep_out_of_sight(self, x, kept=[]):  # noqa: B006
+    kept[:] = [x.relu()]
+    return x
+
+
 def write_in_place(self, x):
     self.total.add_(1)
     return x
@@ -123,8 +128,14 @@ def write_in_place(self, x):
 
 @pytest.mark.parametrize(
     "between",
-    [set_attribute, fill_dictionary, write_in_place, lambda self, x: x + torch.rand_like(x)],
-    ids=["attribute", "dictionary", "in place", "random"],
+    [
+        set_attribute,
+        fill_dictionary,
+        keep_out_of_sight,
+        write_in_place,
+        lambda self, x: x + torch.rand_like(x),
+    ],
+    ids=["attribute", "dictionary", "out of sight", "in place", "random"],
 )
 def test_models_that_keep_or_draw_something(between):
     model = Model(between)
