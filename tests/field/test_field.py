@@ -1,0 +1,32 @@
+"""Every situation: healthy code is not accused, the cause comes first, and the fix works."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
+
+SITUATIONS = dict(situations())
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_situation_is_judged_rightly(name):
+    verdict = judge(SITUATIONS[name])
+    assert verdict.healthy.accusations == ()
+    assert verdict.healthy.announced == ()
+    if verdict.faulty is not None:
+        assert verdict.harm >= LEAST_HARM
+        assert verdict.faulty.accusations[:1] == (verdict.cause,)
+    if verdict.share_back is not None:
+        assert verdict.share_back >= LEAST_SHARE_BACK
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_situation_names_its_public_source(name):
+    docstring = importlib.import_module(f"tests.field.{name}").__doc__
+    assert re.search(r"[\w.-]+/[\w.-]+#\d+", docstring)
