@@ -37,15 +37,30 @@ class Average:
 
     batches: int = 0
     total: Tensor | None = None
+    _centre: Tensor | None = None
+    _squares: Tensor | None = None
 
     def add(self, statistics: Tensor) -> None:
         """Add those of one batch."""
         self.batches += 1
         self.total = statistics if self.total is None else self.total + statistics
+        # Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
+        if self._centre is None or self._squares is None:
+            self._centre, self._squares = statistics, torch.zeros_like(statistics)
+        else:
+            step = statistics - self._centre
+            self._centre = self._centre + step / self.batches
+            self._squares = self._squares + step * (statistics - self._centre)
 
     def value(self) -> Tensor | None:
         """Return the average; None of nothing."""
         return None if self.total is None else self.total / self.batches
+
+    def error(self) -> Tensor | None:
+        """Return the standard error of the average, from how batches differ; None for one batch."""
+        if self._squares is None or self.batches < 2:
+            return None
+        return (self._squares / (self.batches - 1) / self.batches).sqrt()
 
 
 @dataclass
@@ -326,10 +341,16 @@ class StreamProbe:
         """Return the average statistics of the first, second, … call of a layer in a step."""
         averages = self._averages.get(layer, [])
         return tuple(
-            Stream(mean=mean, var_unbiased=var, batches=average.batches)
+            Stream(
+                mean=mean,
+                var_unbiased=var,
+                batches=average.batches,
+                mean_error=mean_error,
+                var_error=var_error,
+            )
             for average in averages
-            if (value := average.value()) is not None
-            for mean, var in [value.cpu().numpy()]
+            if (value := average.value()) is not None and (error := average.error()) is not None
+            for (mean, var), (mean_error, var_error) in [(value.cpu().numpy(), error.cpu().numpy())]
         )
 
 

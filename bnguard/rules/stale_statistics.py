@@ -156,7 +156,7 @@ class StaleStatistics(ModelRule):
 
     def _rewritten(self, layer: LayerHistory) -> Iterator[Finding]:
         seen = layer.evaluated
-        if seen is None:
+        if seen is None or _are_written_too(layer):
             return
         running = seen.running
         limits = DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
@@ -228,6 +228,14 @@ _FEWEST_DRAWS = 256
 
 # Beyond what casting to half precision rounds.
 _ROUNDING = 1e-2
+
+
+def _are_written_too(layer: LayerHistory) -> bool:
+    """Return whether others write the statistics of a copy as well as its weights."""
+    start, now = layer.running_at_start, layer.running
+    if start is None or now is None or layer.calls.in_training or layer.unseen_calls:
+        return False
+    return start.mean.shape == now.mean.shape and not np.array_equal(start.mean, now.mean)
 
 
 def _is_copied(layer: LayerHistory) -> bool:
