@@ -32,7 +32,7 @@ MAX_FLIPPED_SHARE = 0.12
 SAMPLING_FACTOR = 2.0
 
 # Samples of evaluation below which what sampling explains is not known well enough.
-MIN_GAP_SAMPLES = 32
+MIN_GAP_SAMPLES = 16
 
 # Share of the variance between samples that lies between the batches of an evaluation, beyond which
 # those that were looked at do not stand for the rest. See BN301 for the figures.
