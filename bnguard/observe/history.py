@@ -74,6 +74,7 @@ class Run:
             seen.
         plan: What was known of the training before its first batch.
         steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
+        longest_in_eval_mode: The most of them in a row.
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
             the newest evaluation, as loading, averaging, pruning or rounding them does; or while
             watching a copy that no batch of training reached.
@@ -97,6 +98,7 @@ class Run:
     bad_input_step: int | None = None
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
+    longest_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False
     is_adversarial: bool = False
     is_optimized: bool | None = None

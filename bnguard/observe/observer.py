@@ -71,7 +71,7 @@ class Observer:
         self._eval_batches = eval_batches
         self._planned_steps = planned_steps
         self._plan = plan
-        self._steps_in_eval_mode = 0
+        self._steps_in_eval_mode = self._now_in_eval_mode = self._longest_in_eval_mode = 0
         self._is_bystander: bool | None = None
         self._has_new_weights = False
         self._on_batch_of_one = on_batch_of_one
@@ -104,7 +104,10 @@ class Observer:
         self._raise_errors()
         self._step = step
         self.steps += 1
-        self._steps_in_eval_mode += not self._model.training
+        is_in_eval_mode = not self._model.training
+        self._steps_in_eval_mode += is_in_eval_mode
+        self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
+        self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1
@@ -230,6 +233,7 @@ class Observer:
             bad_input_step=self._finiteness.first_bad_step(),
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
+            longest_in_eval_mode=self._longest_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
             is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
             is_optimized=self._trained_by.trains(self._model) if owned else None,

@@ -1,4 +1,4 @@
-"""Accumulation over batches of 4, as in open-mmlab/mmdetection#1013: no streams.
+"""Accumulation over batches of 4, as in ultralytics/yolov5#1630: no streams.
 
 That the batches are small is said; that they are several streams is not true.
 """
