@@ -24,9 +24,9 @@ class TrainedInEval(Rule):
     Evidence:
         The training steps at whose end the model as a whole was in eval mode, their share or how
         many in a row, where it was called with gradients in more than half of them; or training in
-        eval mode with statistics that are still the initial ones. A layer in eval mode with trained statistics, in
-        a model in train mode, is a choice. Frozen layers are not judged, nor is a copy that others
-        write to.
+        eval mode with statistics that are still the initial ones. A layer in eval mode with trained
+        statistics, in a model in train mode, is a choice. Frozen layers are not judged, nor is a
+        copy that others write to.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
