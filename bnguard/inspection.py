@@ -228,10 +228,11 @@ def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
 
     from bnguard.observe.model_state import describe_layers
 
-    # An average of counters, rounded down each time, counts nothing.
-    is_counting = not (isinstance(model, AveragedModel) and model.use_buffers)
+    # An average of counters, rounded down each time, counts nothing; and where buffers are not
+    # averaged they are copied, or written by update_bn, whose plain average forgets the rest.
+    is_counting = not isinstance(model, AveragedModel)
     for layer in describe_layers(model).values():
-        if is_counting or layer.running is None:
+        if is_counting or layer.running is None or layer.running.is_initial:
             yield layer
         else:
             running = dataclasses.replace(layer.running, updates=None)

@@ -36,15 +36,30 @@ class Average:
 
     batches: int = 0
     total: Tensor | None = None
+    _centre: Tensor | None = None
+    _squares: Tensor | None = None
 
     def add(self, statistics: Tensor) -> None:
         """Add those of one batch."""
         self.batches += 1
         self.total = statistics if self.total is None else self.total + statistics
+        # Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
+        if self._centre is None or self._squares is None:
+            self._centre, self._squares = statistics, torch.zeros_like(statistics)
+        else:
+            step = statistics - self._centre
+            self._centre = self._centre + step / self.batches
+            self._squares = self._squares + step * (statistics - self._centre)
 
     def value(self) -> Tensor | None:
         """Return the average; None of nothing."""
         return None if self.total is None else self.total / self.batches
+
+    def error(self) -> Tensor | None:
+        """Return the standard error of the average, from how batches differ; None for one batch."""
+        if self._squares is None or self.batches < 2:
+            return None
+        return (self._squares / (self.batches - 1) / self.batches).sqrt()
 
 
 @dataclass
@@ -355,11 +370,18 @@ class StreamProbe:
 
 
 def _stream_of(average: Average) -> Stream | None:
-    value = average.value()
+    value, error = average.value(), average.error()
     if value is None:
         return None
     mean, var = value.cpu().numpy()
-    return Stream(mean=mean, var_unbiased=var, batches=average.batches)
+    mean_error, var_error = (0.0, 0.0) if error is None else error.cpu().numpy()
+    return Stream(
+        mean=mean,
+        var_unbiased=var,
+        batches=average.batches,
+        mean_error=mean_error,
+        var_error=var_error,
+    )
 
 
 def _stream_note(layer: BatchNormLayer, shapes: ShapeProbe, streams: _Streams) -> Note:

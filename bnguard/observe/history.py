@@ -75,9 +75,12 @@ class Run:
             seen.
         plan: What was known of the training before its first batch.
         steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
+        longest_in_eval_mode: The most of them in a row.
         has_new_weights_in_evaluation: Whether weights were written between the newest step and
             the newest evaluation, as loading, averaging, pruning or rounding them does; or while
             watching a copy that no batch of training reached.
+        is_adversarial: Whether networks train against each other: several optimizers train, or
+            what the model is given comes from another that learns.
         is_optimized: Whether an optimizer that is known has any parameter of the model; None where
             none is known.
         weight_change: |weights - those of a reference| / |those of the reference|; None without a
@@ -97,7 +100,9 @@ class Run:
     bad_input_step: int | None = None
     plan: Plan = field(default_factory=Plan)
     steps_in_eval_mode: int = 0
+    longest_in_eval_mode: int = 0
     has_new_weights_in_evaluation: bool = False
+    is_adversarial: bool = False
     is_optimized: bool | None = None
     weight_change: float | None = None
     stored_steps: int | None = None

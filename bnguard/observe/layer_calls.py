@@ -85,6 +85,8 @@ class ShapeRecord:
     _forward: int = 0
     _calls_in_forward: int = 0
     _step: int = 0
+    _earlier_step: int = 0
+    _frozen_step: int = 0
 
     def values_per_channel(self) -> dict[int, int]:
         """Return how often n values per channel came, by n."""
@@ -138,6 +140,7 @@ class ShapeRecord:
         """Count a call in training that used running statistics."""
         self.calls.frozen += 1
         self.calls.frozen_after += self.calls.unfrozen_step is not None
+        self._earlier_step = max(self._earlier_step, self._step)
         self._step = -1  # so that the next call with batch statistics is looked at
 
     def count_without_grad(self, step: int) -> None:
@@ -157,9 +160,16 @@ class ShapeRecord:
                 self.calls.steps_with_some_between += 1
             self._waiting = 0
 
-    def note_eval_mode(self, step: int) -> None:
+    def note_eval_mode(self, step: int, *, is_evaluating: bool) -> None:
         """Note a call in eval mode, which what came before it in this step was meant for."""
         self._step_in_eval_mode = step
+        self.calls.is_in_eval_mode = True
+        if not is_evaluating:
+            self._frozen_step = step
+
+    def is_held_in_eval_mode(self, step: int) -> bool:
+        """Return whether training called the layer in eval mode alone in this step, the newest."""
+        return self._frozen_step >= step > max(self._step, self._earlier_step)
 
 
 class ShapeProbe:
@@ -236,7 +246,7 @@ class ShapeProbe:
         def note_frozen() -> None:
             if record.position is None:
                 record.position = next(self._positions)
-            record.note_eval_mode(self.step)
+            record.note_eval_mode(self.step, is_evaluating=self.is_evaluating)
             if torch.is_grad_enabled() and not self.is_evaluating:
                 record.calls.in_eval_mode_with_grad += 1
                 if self._model.training:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ _IS_TRAINING = operator.attrgetter("is_training")
 # What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured. Two
 # are kept at most: what the smallest module was called with, and what the largest was.
 MAX_CAPTURED_BYTES = 128 * 2**20
+
+# Samples up to which batches of an evaluation are put together: statistics of fewer are noise.
+_ENOUGH_SAMPLES = 32
 
 # Difference of the probabilities of two classes up to which they tie.
 _MAX_TIE = 0.05
@@ -95,8 +98,10 @@ class GapProbe:
         self._smallest: _Call | None = None
         self._largest: _Call | None = None
         self._reason = (
-            "no module that holds all BN layers was seen in eval mode (where the model runs under "
-            "torch.compile, watch what torch.compile returned)"
+            "training called every BN layer in eval mode, as evaluation does"
+            if not self._layers
+            else "no module that holds all BN layers was seen in eval mode (where the model runs "
+            "under torch.compile, watch what torch.compile returned)"
         )
         for depth, module in enumerate(_holders(model, self._layers)):
             keep = self._keeper(depth, _without_compilation(module))
@@ -129,13 +134,24 @@ class GapProbe:
         def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             is_smallest = self._smallest is None or depth > self._smallest.depth
             is_largest = self._largest is None or depth < self._largest.depth
-            if not (is_smallest or is_largest) or any(map(_IS_TRAINING, self._layers)):
+            kept = [
+                call
+                for call in (self._smallest, self._largest)
+                if call is not None and call.depth == depth
+            ]
+            is_small = any(0 < call.samples < _ENOUGH_SAMPLES for call in kept)
+            if not (is_smallest or is_largest or is_small) or any(map(_IS_TRAINING, self._layers)):
                 return
             size = sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
             if size > MAX_CAPTURED_BYTES:
                 self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
                 return
             call = _kept(depth, module, args, kwargs, self._device)
+            if is_small:
+                call = _together(kept[0], call)
+                is_smallest, is_largest = (
+                    kept[0] is own for own in (self._smallest, self._largest)
+                )
             self._smallest = call if is_smallest else self._smallest
             self._largest = call if is_largest else self._largest
 
@@ -163,6 +179,24 @@ def _kept(
         autocast_dtype=torch.get_autocast_dtype(device),
         is_inference=torch.is_inference_mode_enabled(),
     )
+
+
+def _together(first: _Call, second: _Call) -> _Call:
+    """Return one call for the samples of both; the first where their inputs do not fit together."""
+    samples = first.samples, second.samples
+
+    def joined(one: object, other: object) -> object:
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
+            return one
+        return torch.cat([one, other])
+
+    if 0 in samples or (first.is_inference != second.is_inference):
+        return first
+    try:
+        args, kwargs = tree_map(joined, (first.args, first.kwargs), (second.args, second.kwargs))
+    except (RuntimeError, ValueError):
+        return first
+    return replace(first, args=args, kwargs=kwargs)
 
 
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:

@@ -272,10 +272,14 @@ class Entrance:
     Args:
         model: The model.
         notes: What the inputs are handed to.
+
+    Attributes:
+        is_fed_by_network: Whether an input ever came out of a computation that has a gradient.
     """
 
     def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
         self.hooks = Hooks()
+        self.is_fed_by_network = False
         self._model = model
         self._notes = notes
         self._path: tuple[nn.Module, ...] = ()
@@ -291,6 +295,7 @@ class Entrance:
     def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._model.training and torch.is_grad_enabled():
             inputs = list(_numbers(args, kwargs))
+            self.is_fed_by_network |= any(values.grad_fn is not None for values in inputs)
             for note in self._notes:
                 note(inputs)
 

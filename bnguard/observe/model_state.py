@@ -188,8 +188,14 @@ def _feeders(model: nn.Module) -> dict[int, nn.Module]:
         id(module): feeder
         for parent in model.modules()
         if isinstance(parent, nn.Sequential)
-        for feeder, module in itertools.pairwise(parent)
+        for feeder, module in itertools.pairwise(
+            part for part in parent if not _drops_nothing(part)
+        )
     }
+
+
+def _drops_nothing(module: nn.Module) -> bool:
+    return "Dropout" in type(module).__name__ and getattr(module, "p", None) == 0.0
 
 
 def _bounds(model: nn.Module) -> dict[int, str]:
@@ -257,6 +263,11 @@ class OptimizerProbe:
                 waiting.extend(module.children())
             else:
                 yield module
+
+    @property
+    def are_several(self) -> bool:
+        """Whether more than one optimizer trains."""
+        return len(self._optimizers) > 1
 
     def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
         """Return whether no optimizer has gamma and beta, where it has others."""
@@ -335,6 +346,10 @@ class WeightProbe:
         That is a sum of numbers that rise whenever a parameter is written to in place.
         """
         self._version = sum(map(_VERSION, self._counting))
+
+    def start_anew(self) -> None:
+        """Take the weights as they are now for those that watching began with."""
+        self._norms_at_start = self._norms()
 
     def start_evaluation(self) -> None:
         """Keep gamma and beta as they are before what begins an evaluation."""

@@ -67,11 +67,12 @@ class Observer:
         self.layers = find_layers(model)
         self.steps = 0
         self._is_closed = False
+        self._is_loaded = False
         self._model = model
         self._eval_batches = eval_batches
         self._planned_steps = planned_steps
         self._plan = plan
-        self._steps_in_eval_mode = 0
+        self._steps_in_eval_mode = self._now_in_eval_mode = self._longest_in_eval_mode = 0
         self._has_new_weights = False
         self._is_bystander: bool | None = None
         self._on_batch_of_one = on_batch_of_one
@@ -108,7 +109,10 @@ class Observer:
         self._raise_errors()
         self._step = step
         self.steps += 1
-        self._steps_in_eval_mode += not self._model.training
+        is_in_eval_mode = not self._model.training
+        self._steps_in_eval_mode += is_in_eval_mode
+        self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
+        self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1
@@ -117,6 +121,8 @@ class Observer:
             self._origin.step = step + 1
         self._batches.read(step)
         if self.steps == 1:
+            if self._is_loaded:
+                self._weights.start_anew()
             self.follow_model()
 
     def follow_model(self) -> None:
@@ -160,7 +166,8 @@ class Observer:
             self._is_bystander = self._was_never_called()
         moments = EvalProbe(self._model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
-        gap = GapProbe(self._model, self.layers)
+        held = self._held_in_eval_mode()
+        gap = GapProbe(self._model, [layer for layer in self.layers if layer.name not in held])
         self._evaluation_hooks = (moments.hooks, gap.hooks)
         self._weights.start_evaluation()
         self._shapes.is_evaluating = True
@@ -177,7 +184,10 @@ class Observer:
             )
             moments.hooks.close()
             gap.hooks.close()
-            self._evaluated.update(moments.windows(self._step))
+            self._evaluated.update(
+                (name, dataclasses.replace(window, is_held=name in held))
+                for name, window in moments.windows(self._step).items()
+            )
             with paused(self._shapes.hooks, *self._training_hooks):
                 if isinstance(self._gap, ModeGap):
                     self._earlier_gaps = (*self._earlier_gaps, self._gap)[-_MAX_EARLIER_GAPS:]
@@ -236,8 +246,10 @@ class Observer:
             bad_input_step=self._finiteness.first_bad_step(),
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
+            longest_in_eval_mode=self._longest_in_eval_mode,
             has_new_weights_in_evaluation=self._has_new_weights,
             unknown=self._unknown.found(),
+            is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
             is_optimized=self._trained_by.trains(self._model) if owned else None,
         )
         described = describe_layers(self._model)
@@ -293,9 +305,19 @@ class Observer:
         counts = shapes.values_per_channel()
         start = self._at_start.get(layer.name)
         described_at_start = self._described_at_start.get(layer.name)
+        is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
+        # Never called in training, and gamma moves although it cannot learn: others write to it.
+        is_written = (
+            not counts
+            and (bool(is_affine_frozen) or run.is_optimized is False)
+            and described_at_start is not None
+            and described.gamma is not None
+            and described_at_start.gamma is not None
+            and not np.array_equal(described.gamma, described_at_start.gamma)
+        )
         return dataclasses.replace(
             described,
-            is_affine_frozen=self._trained_by.is_affine_frozen(layer, owned),
+            is_affine_frozen=is_affine_frozen,
             is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
@@ -303,7 +325,8 @@ class Observer:
             position=shapes.position,
             running=None if reading is None else reading.running,
             running_at_start=None if start is None else start.running,
-            updates_seen=0 if reading is None else reading.updates,
+            # A counter that is copied counts the updates of another layer.
+            updates_seen=0 if reading is None or is_written else reading.updates,
             source=self._batches.source(layer.name),
             calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
             streams=self._streams.streams(layer.name),
@@ -326,6 +349,16 @@ class Observer:
         if self._trained_by.left_out_at_start(layer):
             return True
         return None if described is None else described.is_affine_frozen
+
+    def _held_in_eval_mode(self) -> set[str]:
+        """Return the layers that the newest step of training called in eval mode alone."""
+        if not self.steps:
+            return set()
+        return {
+            layer.name
+            for layer in self.layers
+            if self._shapes.records[layer.name].is_held_in_eval_mode(self._shapes.step - 1)
+        }
 
     def _was_never_called(self) -> bool:
         """Return whether no batch of training reached the model, as one that others write to."""
@@ -391,6 +424,7 @@ class Observer:
     def _note_loading(self, layer: BatchNormLayer) -> None:
         """Take what was loaded into a layer as it is: it is no update of training."""
         self._batches.forget_changes()
+        self._is_loaded = True
         start = self._at_start.get(layer.name)
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
         if self.steps == 0 and start is not None and running is not None:

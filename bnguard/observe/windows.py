@@ -34,6 +34,7 @@ class Calls:
         estimating: Those that estimated the statistics anew, as ``update_bn`` does; they count
             nowhere else.
         in_evaluation: Those inside an evaluation; they count nowhere else.
+        is_in_eval_mode: Whether it was ever called in eval mode.
         in_eval_mode_with_grad: With running statistics and gradients, in no evaluation.
         frozen: How many of them came while the model was in train mode.
         frozen_after: How many of these came after ``unfrozen_step``.
@@ -52,6 +53,7 @@ class Calls:
     steps_with_some_between: int = 0
     estimating: int = 0
     in_evaluation: int = 0
+    is_in_eval_mode: bool = False
     in_eval_mode_with_grad: int = 0
     frozen: int = 0
     frozen_after: int = 0
@@ -166,6 +168,8 @@ class EvalWindow:
             training alone; empty where none was called.
         running: The running statistics at that time.
         step: Training step after which the evaluation ran.
+        is_held: Whether training called the layer in eval mode as well in its newest step: the
+            statistics of batches are no part of what it has learnt with.
     """
 
     count: int
@@ -183,6 +187,7 @@ class EvalWindow:
     between_share: float = 0.0
     is_between_shown: bool = True
     dropout_before: str = ""
+    is_held: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,11 +198,15 @@ class Stream:
         mean: Average of the batch means.
         var_unbiased: Average of the within-batch variances, the unbiased estimate.
         batches: Batches in the average.
+        mean_error: Standard error of the mean, from how the batches differ; 0 where not known.
+        var_error: The same of the variance.
     """
 
     mean: FloatArray
     var_unbiased: FloatArray
     batches: int
+    mean_error: FloatArray | float = 0.0
+    var_error: FloatArray | float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
 _MOST_LAYERS_SHOWN = 4
+
+# What only wastes something is a line at the end.
+_HABITS = "BN109"
 _UNWRAPPED = 10_000
 
 
@@ -52,15 +55,21 @@ def as_terminal_text(renderable: RenderableType) -> str:
 def report_view(report: Report) -> RenderableType:
     """Return a report as a heading, the findings, and the layers that are furthest off."""
     parts: list[RenderableType] = [_heading(report)]
-    if report.findings:
-        parts.append(findings_view(report.groups))
+    habits = [group for group in report.groups if group.worst.code == _HABITS]
+    findings = tuple(group for group in report.groups if group not in habits)
+    if findings:
+        parts.append(findings_view(findings))
     if any(layer.evaluated is not None for layer in report.layers):
         parts.append(_layers_view(report.layers))
     # A rule that raised does so at each layer: once is enough.
     failures = {
         skip.code: f"{skip.code}: {skip.reason}" for skip in report.skipped if skip.is_failure
     }
-    notes = (*failures.values(), *report.notes)
+    settings = (
+        f"{group.worst.code} {group.worst.name}, {group.where}: {group.worst.message}"
+        for group in habits
+    )
+    notes = (*failures.values(), *report.notes, *settings)
     parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
 
@@ -117,17 +126,21 @@ def _heading(report: Report) -> Text:
             for severity, number in counts
             if number
         ]
-    elif report.history.run.unknown:
+    if report.history.run.unknown and not report.findings:
         parts.append("no problems found in these, but not all that normalises was watched")
-    elif report.failure is None and report.history.run.steps:
+    elif report.failure is None and report.history.run.steps and not _has_problems(report):
         parts.append("no problems found")
-    elif report.failure is None:
+    elif not report.findings and report.failure is None:
         is_stored = all(layer.training is None for layer in report.layers)
         what = "checkpoint" if is_stored else "model"
         parts.append(f"no problems found in what a {what} shows; training was not looked at")
-    else:
+    elif not report.findings:
         parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")
+
+
+def _has_problems(report: Report) -> bool:
+    return any(finding.severity > Severity.INFO for finding in report.findings)
 
 
 def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:

@@ -22,7 +22,8 @@ class AccumulationBlind(Rule):
 
     Evidence:
         Samples a call, where the trainer accumulates, or where a layer is called in several
-        forwards before each step.
+        forwards before each step; not in networks that train against each other, where a
+        discriminator is called several times.
 
     Limits:
         min_samples: 8, as in BN106.
@@ -75,6 +76,10 @@ class AccumulationBlind(Rule):
 
 def _forwards_a_step(layer: LayerHistory) -> float:
     """Return how many forwards of the model with gradients came before each step."""
-    if layer.calls.most_per_forward > 1 or layer.calls.outside or layer.calls.without_grad:
+    calls = layer.calls
+    if calls.most_per_forward > 1 or calls.outside or calls.without_grad:
+        return 1.0
+    # A discriminator is called for real and for generated images.
+    if layer.run.is_adversarial:
         return 1.0
     return layer.calls.in_training / layer.run.steps

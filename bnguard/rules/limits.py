@@ -31,6 +31,9 @@ MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
 MAX_FLIPPED_SHARE = 0.12
 SAMPLING_FACTOR = 2.0
 
+# Samples of evaluation below which what sampling explains is not known well enough.
+MIN_GAP_SAMPLES = 16
+
 # Share of the variance between samples that lies between the batches of an evaluation, beyond which
 # those that were looked at do not stand for the rest. See BN301 for the figures.
 MAX_BETWEEN_SHARE = 0.15
@@ -60,7 +63,18 @@ def is_harmful(
     max_change_with_flips: float = MAX_EXCESS_CHANGE_WITH_FLIPS,
     max_flipped_share: float = MAX_FLIPPED_SHARE,
 ) -> bool:
-    """Return whether the two modes give different answers for the same batch."""
+    """Return whether the two modes give different answers, by more than sampling explains."""
+    return is_told(gap) and _exceeds(gap, max_change, max_change_with_flips, max_flipped_share)
+
+
+def is_told(gap: ModeGap) -> bool:
+    """Return whether it is known how much of a gap sampling explains."""
+    return gap.sampling_change is not None and gap.samples >= MIN_GAP_SAMPLES
+
+
+def _exceeds(
+    gap: ModeGap, max_change: float, max_change_with_flips: float, max_flipped_share: float
+) -> bool:
     excess = excess_change(gap)
     has_flips = gap.flipped_share is not None and gap.flipped_share > max_flipped_share
     return excess > max_change or (has_flips and excess > max_change_with_flips)
@@ -68,7 +82,10 @@ def is_harmful(
 
 def is_known_harmless(run: Run) -> bool:
     """Return whether the mode gap was measured, and shows no harm."""
-    return run.mode_gap is not None and not is_harmful(run.mode_gap)
+    gap = run.mode_gap
+    return gap is not None and not _exceeds(
+        gap, MAX_EXCESS_CHANGE, MAX_EXCESS_CHANGE_WITH_FLIPS, MAX_FLIPPED_SHARE
+    )
 
 
 def is_lasting(run: Run) -> bool:

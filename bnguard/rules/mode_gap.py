@@ -17,6 +17,7 @@ from bnguard.rules.limits import (
     excess_change,
     is_harmful,
     is_lasting,
+    is_told,
     left_when_evaluated,
 )
 
@@ -31,16 +32,19 @@ class ModesDisagree(ExplainedRule):
         at a layer (BN301) only suspects it. The cause, where a rule found one, stands before it.
 
     Evidence:
-        On one batch of the newest evaluation, everything else in eval mode: the root mean square
+        On the first batches of the newest evaluation that hold 32 samples together, everything
+        else in eval mode, as are layers that training called in eval mode too: the root mean square
         change of the outputs between running and batch statistics, in standard deviations of the
         outputs, without the part that sampling explains (twice the change between the statistics
         of half the batch and of the whole); and, for class scores, the share of predictions that
         flip: where many do, a smaller change is harm already. A flip counts where one of the modes
         finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
-        decides by next to nothing. ``info`` where the layers were frozen
-        throughout training, and while training goes on and fewer than four evaluations in a row
-        have shown it; and where the evaluation is sorted (BN301), so that its first batch is
-        unlike the rest, and no drift was found. The cause is that of the layer that fits worst.
+        decides by next to nothing. Fewer samples, or inputs whose first dimensions differ (graphs,
+        packed sequences), do not tell what sampling explains, and are not judged. ``info`` where no
+        layer was trained, while training goes on and fewer than four evaluations in a row
+        have shown it, or few predictions flip; and where the evaluation is sorted (BN301), so that
+        its first batch is unlike the rest, and no drift was found. The cause is that of the layer
+        that fits worst.
 
     Limits:
         max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
@@ -82,6 +86,9 @@ class ModesDisagree(ExplainedRule):
         if gap is None:
             yield self._skipped(None, run.mode_gap_reason)
             return
+        if not is_told(gap):
+            yield self._skipped(None, _why_not_told(gap))
+            return
         reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
         left = next(filter(None, reasons), None)
         if left and not run.is_settled:
@@ -107,7 +114,14 @@ class ModesDisagree(ExplainedRule):
         message = "running and batch statistics give different outputs for the same batch"
         if gap.flipped_share is not None:
             message += f", and {gap.flipped_share:.0%} of its predictions flip"
-        is_sure = is_trained and doubt is None and is_lasting(history.run)
+        # While weights move fast outputs change, and the predictions are the same.
+        is_shown = (
+            history.run.is_settled
+            or gap.flipped_share is None
+            or not is_large
+            or (gap.flipped_share > self.max_flipped_share)
+        )
+        is_sure = is_trained and doubt is None and is_lasting(history.run) and is_shown
         return self._finding(
             None,
             Severity.WARNING if is_sure else Severity.INFO,
@@ -116,6 +130,15 @@ class ModesDisagree(ExplainedRule):
             _FIX if cause is None else cause.fix,
             reasons=() if cause is None else cause.evidence,
         )
+
+
+def _why_not_told(gap: ModeGap) -> str:
+    what = (
+        f"{gap.samples} samples of evaluation"
+        if gap.samples
+        else "inputs whose first dimensions differ"
+    )
+    return f"{what} do not tell how much of a gap sampling explains"
 
 
 _FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")

@@ -26,10 +26,12 @@ class SeveralStreams(Rule):
     Evidence:
         The distance of the streams' average means in standard deviations, and the logarithm of the
         ratio of their variances; the upper decile over channels, of the two streams that are
-        furthest apart. Siamese calls with the same distribution lie near 0. Calls under
-        ``torch.no_grad`` are not streams (BN206). A harmless mode gap does not lower it: in train
-        mode each call has statistics of its own, so that the gap on one evaluation does not tell
-        what the other stream suffers.
+        furthest apart, each without what chance explains (two standard errors, from how the
+        batches of a stream differ). Siamese calls with the same distribution lie near 0. Calls
+        under ``torch.no_grad`` are not streams (BN206). ``info`` for a critic, one of several
+        networks with optimizers of their own or fed by one that learns, as long as nobody calls it
+        in eval mode. A harmless mode gap does not lower it: in train mode each call has statistics
+        of its own, so that the gap on one evaluation does not tell what the other stream suffers.
 
     Limits:
         max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among
@@ -70,6 +72,7 @@ class SeveralStreams(Rule):
         if len(streams) < 2:
             yield self._skipped(layer, f"fewer than {self.min_batches} batches of each stream")
             return
+        is_critic = layer.run.is_adversarial and not layer.calls.is_in_eval_mode
         distance, ratio = distances(streams)
         by_mean = Evidence("distance of the streams", distance, self.max_distance_std, "σ")
         by_var = Evidence("|log variance ratio| of the streams", ratio, self.max_log_variance_ratio)
@@ -78,7 +81,7 @@ class SeveralStreams(Rule):
             return
         yield self._finding(
             layer,
-            Severity.WARNING,
+            Severity.INFO if is_critic else Severity.WARNING,
             f"{len(streams)} streams with different statistics share the layer: the "
             "running ones fit none",
             worst,
@@ -89,9 +92,26 @@ class SeveralStreams(Rule):
 def distances(streams: tuple[Stream, ...]) -> tuple[float, float]:
     """Return the largest distance of means, in σ, and |log variance ratio| of two streams."""
     pairs = [(a, b) for index, a in enumerate(streams) for b in streams[index + 1 :]]
-    means = [_upper(np.abs(a.mean - b.mean) / np.sqrt(_pooled(a, b))) for a, b in pairs]
-    ratios = [_upper(np.abs(np.log(a.var_unbiased / b.var_unbiased))) for a, b in pairs]
+    with np.errstate(all="ignore"):
+        means = [_upper(_mean_distance(a, b)) for a, b in pairs]
+        ratios = [_upper(_log_ratio(a, b)) for a, b in pairs]
     return max(means), max(ratios)
+
+
+# Standard errors that chance explains.
+_BY_CHANCE = 2.0
+
+
+def _mean_distance(a: Stream, b: Stream) -> FloatArray:
+    by_chance = _BY_CHANCE * np.hypot(a.mean_error, b.mean_error)
+    rest = np.maximum(np.abs(a.mean - b.mean) - by_chance, 0.0)
+    return np.asarray(rest / np.sqrt(_pooled(a, b)))
+
+
+def _log_ratio(a: Stream, b: Stream) -> FloatArray:
+    by_chance = _BY_CHANCE * np.hypot(a.var_error / a.var_unbiased, b.var_error / b.var_unbiased)
+    ratio = np.abs(np.log(a.var_unbiased / b.var_unbiased))
+    return np.asarray(np.where(np.isfinite(by_chance), np.maximum(ratio - by_chance, 0.0), ratio))
 
 
 def _pooled(a: Stream, b: Stream) -> FloatArray:

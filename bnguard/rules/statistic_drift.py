@@ -34,7 +34,7 @@ class StatisticDrift(ExplainedRule):
         it: the shift in running standard deviations, and the logarithm of the variance ratio. The
         layer's number is the quantile over its channels, so that a few odd channels do not speak
         for all. A distribution test alone is at most a ``warning``, and ``info`` where the mode
-        gap was measured and shows no harm, where the layer was frozen throughout training, and
+        gap was measured and shows no harm, where training called the layer in eval mode too, and
         while training goes on and fewer than four evaluations in a row have shown harm: fast
         weights leave the average behind, and let it catch up later.
         A cause that another rule has found stands before it, and lends it its numbers and its fix
@@ -147,7 +147,8 @@ _FIX = Fix("recalibrate the running statistics with the weights as they are", "r
 
 
 def _severity(layer: LayerHistory) -> Severity:
-    is_choice = layer.run.steps > 0 and not layer.updates_seen and not layer.training
+    is_held = layer.evaluated is not None and layer.evaluated.is_held
+    is_choice = is_held or (layer.run.steps > 0 and not layer.updates_seen and not layer.training)
     if is_choice or is_known_harmless(layer.run) or not is_lasting(layer.run):
         return Severity.INFO
     return Severity.WARNING

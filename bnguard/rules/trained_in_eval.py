@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.observe.history import LayerHistory
+from bnguard.observe.history import LayerHistory, Run
 from bnguard.rules.base import Rule
 
 
@@ -22,18 +22,19 @@ class TrainedInEval(Rule):
         is off then as well.
 
     Evidence:
-        The share of the training steps at whose end the model as a whole was in eval mode, where it
-        was called with gradients in more than half of them; or training in eval mode with
-        statistics that are still the initial ones. A layer in eval mode with trained statistics, in
-        a model in train mode, is a choice. Frozen layers are not judged, nor is a copy that others
-        write to.
+        The training steps at whose end the model as a whole was in eval mode, their share or how
+        many in a row, where it was called with gradients in more than half of them; or training in
+        eval mode with statistics that are still the initial ones. A layer in eval mode with trained
+        statistics, in a model in train mode, is a choice. Frozen layers are not judged, nor is a
+        copy that others write to.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
+        max_steps_in_eval_mode: 20 in a row, as after a validation in the middle of an epoch.
         min_steps: Steps before they are judged: 3.
 
     Fix:
-        Set the mode at the start of every epoch::
+        Set the mode at the start of every epoch, and after each validation::
 
             model.train()
 
@@ -52,6 +53,7 @@ class TrainedInEval(Rule):
     acts_by_statistics: ClassVar[bool] = True
 
     max_share_in_eval_mode: float = 0.5
+    max_steps_in_eval_mode: int = 20
     min_steps: int = 3
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
@@ -62,7 +64,8 @@ class TrainedInEval(Rule):
             return
         if layer.is_affine_frozen or layer.running is None or layer.training:
             return
-        if layer.calls.in_training and not _is_model_in_eval(layer, self.max_share_in_eval_mode):
+        is_model_in_eval = self._is_model_in_eval(run)
+        if layer.calls.in_training and not is_model_in_eval:
             return
         if layer.running.is_initial and layer.calls.frozen:
             yield self._finding(
@@ -73,23 +76,25 @@ class TrainedInEval(Rule):
                 Evidence("calls in eval mode", layer.calls.frozen, 0),
                 Fix("model.train() before training"),
             )
-        elif _is_model_in_eval(layer, self.max_share_in_eval_mode) and _is_trained(layer):
+        elif is_model_in_eval and _is_trained(layer):
             yield self._finding(
                 layer,
                 Severity.WARNING,
                 f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
                 "training steps: BN uses fixed statistics, and dropout is off",
-                Evidence(
-                    "share of steps in eval mode",
-                    run.steps_in_eval_mode / run.steps,
-                    self.max_share_in_eval_mode,
-                ),
-                Fix("model.train() at the start of every epoch"),
+                self._evidence(run),
+                Fix("model.train() at the start of every epoch, and after each validation"),
             )
 
+    def _is_model_in_eval(self, run: Run) -> bool:
+        return self._evidence(run).excess > 1.0
 
-def _is_model_in_eval(layer: LayerHistory, max_share: float) -> bool:
-    return layer.run.steps_in_eval_mode > max_share * layer.run.steps
+    def _evidence(self, run: Run) -> Evidence:
+        share = run.steps_in_eval_mode / run.steps
+        if share > self.max_share_in_eval_mode:
+            return Evidence("share of steps in eval mode", share, self.max_share_in_eval_mode)
+        longest, limit = run.longest_in_eval_mode, self.max_steps_in_eval_mode
+        return Evidence("steps in a row in eval mode", longest, limit)
 
 
 def _is_trained(layer: LayerHistory) -> bool:

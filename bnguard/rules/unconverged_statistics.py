@@ -13,7 +13,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import MAX_INITIAL_SHIFT_STD
+from bnguard.rules.limits import MAX_INITIAL_SHIFT_STD, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,9 @@ class UnconvergedStatistics(ModelRule):
         if layer.is_recalibrated:
             yield self._skipped(layer, "the statistics were recalibrated")
             return
+        if _are_shown_to_fit(layer):
+            yield self._skipped(layer, "the statistics fit what arrived in evaluation")
+            return
         if _is_written_otherwise(layer):
             yield self._skipped(layer, "the statistics change, but not by updates that are counted")
             return
@@ -204,6 +207,19 @@ def _is_written_otherwise(layer: LayerHistory) -> bool:
     ):
         return False
     return 2 * layer.updates_seen < layer.run.steps and not np.array_equal(start.mean, now.mean)
+
+
+def _are_shown_to_fit(layer: LayerHistory) -> bool:
+    """Return whether evaluation has shown the statistics as they are now to fit."""
+    seen, now = layer.evaluated, layer.running
+    if seen is None or now is None or seen.count < _FEWEST_VALUES:
+        return False
+    same = np.array_equal(seen.running.mean, now.mean) and seen.running.updates == now.updates
+    return same and fits(layer)
+
+
+# In eval mode, before they tell anything, as in BN301.
+_FEWEST_VALUES = 32
 
 
 def _is_estimated_otherwise(layer: LayerHistory) -> bool:

@@ -135,3 +135,19 @@ def situations() -> Iterator[tuple[str, Situation]]:
     for module in sorted(pkgutil.iter_modules(tests.field.__path__), key=lambda info: info.name):
         if module.name not in _FRAME:
             yield module.name, importlib.import_module(f"tests.field.{module.name}").SITUATION
+
+
+def accuracy(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int = 128
+) -> float:
+    """Return the accuracy in the mode that the model is in."""
+    with torch.no_grad():
+        scores = torch.cat([model(part) for part in images.split(batch)])
+    return (scores.argmax(1) == labels).float().mean().item()
+
+
+def evaluate(watch: Watch, images: torch.Tensor, labels: torch.Tensor, batch: int = 128) -> float:
+    """Put the model in eval mode, and return the accuracy of an evaluation that is watched."""
+    watch.model.eval()
+    with watch.monitor.evaluation():
+        return accuracy(watch.model, images, labels, batch)

@@ -6,7 +6,9 @@ import importlib
 import re
 
 import pytest
+import torch
 
+from tests.field import train_forgotten_mid_epoch
 from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
 
 SITUATIONS = dict(situations())
@@ -30,3 +32,8 @@ def test_a_situation_is_judged_rightly(name):
 def test_a_situation_names_its_public_source(name):
     docstring = importlib.import_module(f"tests.field.{name}").__doc__
     assert re.search(r"[\w.-]+/[\w.-]+#\d+", docstring)
+
+
+def test_a_forgotten_train_after_a_validation_in_mid_epoch_is_named():
+    torch.manual_seed(0)
+    assert train_forgotten_mid_epoch.named().accusations[:1] == ("BN209",)
