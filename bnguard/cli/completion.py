@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         import shtab
     except ImportError as error:
         raise ConfigurationError("completion takes shtab: pip install shtab") from error
-    from bnguard.cli import COMMANDS, overview
+    from bnguard.cli.main import COMMANDS, overview
 
     parsers = {
         name: importlib.import_module(f"bnguard.cli.{name}").make_parser() for name in COMMANDS

@@ -250,7 +250,7 @@ def test_rules_and_pages_are_shown(tmp_path):
 
 ANSWER_AT_ONCE = """
 import contextlib, io, sys
-from bnguard.cli import COMMANDS, main
+from bnguard.cli.main import COMMANDS, main
 
 def shown(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):

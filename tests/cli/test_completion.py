@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bnguard.cli import COMMANDS
+from bnguard.cli.main import COMMANDS
 from tests.cli.running import bnguard, is_one_line_error
 
 # As a shell asks it: the words of the line, the last of which is to be completed.

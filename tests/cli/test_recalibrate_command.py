@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from bnguard.checkpoint import compare, read_checkpoint, write_statistics
-from bnguard.cli import main
+from bnguard.cli.main import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.checkpoint.saving import (
     save_distributed,
