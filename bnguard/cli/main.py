@@ -12,7 +12,7 @@ import atexit
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -39,7 +39,6 @@ COMMANDS = {
     "report": "print what a log directory says of BN layers, or write it as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",
-    "completion": "print a script that makes a shell complete all this",
 }
 
 
@@ -89,7 +88,7 @@ def _is_interruption(error: BaseException) -> bool:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
-        overview().parse_args(arguments or ["--help"])
+        _overview().parse_args(arguments or ["--help"])
     command = arguments[0]
     if command not in COMMANDS:
         near = nearest_name(command, COMMANDS)
@@ -103,12 +102,8 @@ def _run(arguments: list[str]) -> int:
     return status
 
 
-def overview(parsers: Mapping[str, ArgumentParser] | None = None) -> ArgumentParser:
-    """Return a parser that shows the commands, without what it would take to run them.
-
-    Args:
-        parsers: Those of the commands, where their options are of interest.
-    """
+def _overview() -> ArgumentParser:
+    """Return a parser that shows the commands, without what it would take to run them."""
     parser = ArgumentParser(
         prog="bnguard",
         description="Tells what is wrong with the batch normalisation of networks and repairs it.",
@@ -117,5 +112,5 @@ def overview(parsers: Mapping[str, ArgumentParser] | None = None) -> ArgumentPar
     )
     commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
-        commands.add_subcommand(name, (parsers or {}).get(name) or ArgumentParser(), help=summary)
+        commands.add_subcommand(name, ArgumentParser(), help=summary)
     return parser
