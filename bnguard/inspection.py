@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bnguard.checkpoint import Checkpoint, CheckpointLayer
+from bnguard.checkpoint import Checkpoint, CheckpointLayer, read_checkpoint
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.layers.distances import DEFAULT_MOMENTUM
@@ -25,7 +26,7 @@ _EVERYTHING = Configuration()
 
 
 def inspect(
-    subject: nn.Module | Mapping[str, Tensor],
+    subject: nn.Module | Mapping[str, Tensor] | str | Path,
     *,
     reference: nn.Module | Mapping[str, Tensor] | None = None,
     select: Collection[str] | None = None,
@@ -34,15 +35,16 @@ def inspect(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[Rule] = RULES,
 ) -> Report:
-    """Tell what is wrong with the BN layers of a model or a state dict, without running it.
+    """Tell what is wrong with the BN layers of a model, a state dict or a checkpoint, unrun.
 
     A state dict does not hold momentum and eps: they are those of a reference that is a model;
     without one PyTorch's defaults are assumed, and the report says so where that decides anything.
 
     Args:
-        subject: A model, or what its ``state_dict()`` returns.
-        reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
-            copied from: weights that are others beside statistics that are the same are told.
+        subject: A model, what its ``state_dict()`` returns, or the path of a checkpoint of any
+            format that ``bnguard inspect`` reads; no code in it is run.
+        reference: The model, or its state dict, that a model or state dict was averaged, pruned,
+            rounded or copied from: other weights next to the same statistics are reported.
         select: The rules that run, by code, name or prefix of a code (``"BN3"``). This and the
             next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
             :func:`bnguard.watch`.
@@ -52,8 +54,9 @@ def inspect(
         rules: The rules to choose from; those that need a training are left out.
 
     Raises:
-        ConfigurationError: Subject or reference is neither, or they have no weight in common; or
-            a rule or a limit does not exist.
+        ConfigurationError: Subject or reference is none of these, or they have no weight in common;
+            or a rule or a limit does not exist.
+        CheckpointError: The file cannot be read, or holds no BN layers.
 
     Example:
         >>> from torch import nn
@@ -61,13 +64,19 @@ def inspect(
         >>> [str(finding.severity) for finding in inspect(model, select=["BN103"]).findings]
         ['warning']
     """
-    import torch
-    from torch import nn
-
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
-    _check_subject("inspect takes", subject)
+    if isinstance(subject, (str, Path)):
+        if reference is not None:
+            raise ConfigurationError(
+                "reference is for a model or a state dict: give that instead of a path"
+            )
+        return inspect_checkpoint(read_checkpoint(subject), configuration, rules=rules)
+    import torch
+    from torch import nn
+
+    _check_subject("inspect takes a path,", subject)
     if isinstance(subject, torch.jit.ScriptModule):
         # Its modules cannot be read, but what it saves can.
         subject = subject.state_dict()
@@ -84,13 +93,17 @@ def inspect(
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, configuration: Configuration = _EVERYTHING
+    checkpoint: Checkpoint,
+    configuration: Configuration = _EVERYTHING,
+    *,
+    rules: Iterable[Rule] = RULES,
 ) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
         configuration: Which of the rules run, on which layers, with which limits.
+        rules: The rules to choose from; those that need a training are left out.
 
     Raises:
         CheckpointError: It holds no BN layers.
@@ -115,7 +128,7 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     ]
-    return _report(layers, RULES, configuration, run)
+    return _report(layers, rules, configuration, run)
 
 
 # Their result holds nothing of the statistics from before, but for a prior.

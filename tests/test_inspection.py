@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.findings import Evidence, Severity
 from bnguard.tensorboard.log_report import logged_runs
 from bnguard.tensorboard.writer import ReportLog
@@ -128,7 +129,7 @@ def test_an_average_with_its_own_statistics_is_not_accused():
 @pytest.mark.parametrize(
     ("subject", "reference", "message"),
     [
-        ([1], None, "inspect takes a model or a state dict, not a list"),
+        ([1], None, "inspect takes a path, a model or a state dict, not a list"),
         ({"state_dict": conv_net().state_dict()}, None, "are in its entry 'state_dict': pass that"),
         ({"bn.running_mean": [0.0]}, None, "bn.running_mean has to be a tensor, not a list"),
         (
@@ -210,7 +211,7 @@ def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
     assert [finding.layer for finding in report.findings] == ["1", "2", "0"]
     assert [finding["layer"] for finding in report.to_dict()["findings"]] == ["1", "2", "0"]
     assert "BN204 dead-channels  3 layers, worst 1" in str(report)
-    assert "dead channels 12.5% (limit 50%)" in str(report)
+    assert "dead channels 12.5% (limit 75%)" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_the_tab_and_the_text_of_a_run_have_the_same_order(tmp_path):
     (run,) = logged_runs(tmp_path)
     assert [finding["layer"] for finding in run.findings] == ["1", "2", "0"]
     assert all(finding["evidence"]["above"] for finding in run.findings)
-    assert "(limit 50) at 1" in str(run)
+    assert "(limit 75) at 1" in str(run)
 
 
 @pytest.mark.parametrize("as_state", [False, True])
@@ -300,7 +301,7 @@ def test_layers_that_never_train_have_no_momentum(as_state, state):
 
 def amplifying(gamma, eps=1e-5):
     layer = nn.BatchNorm2d(4, eps=eps)
-    layer.running_var.fill_(1e-7)
+    layer.running_var.fill_(1e-10)
     nn.init.constant_(layer.weight, gamma)
     layer.num_batches_tracked.fill_(10_000)
     return layer
@@ -313,11 +314,11 @@ def gains(subject, **options):
 
 def test_a_gain_is_judged_by_what_holds_for_each_eps_that_is_usual():
     found, report = gains(amplifying(5.0).state_dict())
-    assert found == [(Severity.INFO, 1573)]
-    assert "eps is not stored, the gain is 1,573 with eps 1e-05 and 158.1 with eps 0.001" in (
+    assert found == [(Severity.INFO, 1581)]
+    assert "eps is not stored, the gain is 1,581 with eps 1e-05 and 158.1 with eps 0.001" in (
         report.findings[0].message
     )
-    assert gains(amplifying(5.0))[0] == [(Severity.WARNING, 1573)]
+    assert gains(amplifying(5.0))[0] == [(Severity.WARNING, 1581)]
     assert gains(amplifying(5.0, eps=1e-3))[0] == []
     state = amplifying(5.0).state_dict()
     changed = amplifying(5.0, eps=1e-3)
@@ -337,3 +338,28 @@ def test_an_assumed_momentum_is_told_where_it_decides(updates, is_told):
     assert "no problems found in what a checkpoint shows; training was not looked at" in (
         " ".join(str(report).split())
     )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_inspected_as_a_checkpoint(tmp_path, kind):
+    path = tmp_path / "net.pt"
+    torch.save({"state_dict": amplifying(50.0).state_dict()}, path)
+    report = bnguard.inspect(kind(path), select=["BN403"])
+    assert [finding.code for finding in report.findings] == ["BN403"]
+    with pytest.raises(ConfigurationError, match="reference is for a model or a state dict"):
+        bnguard.inspect(kind(path), reference=nn.BatchNorm1d(2))
+    with pytest.raises(CheckpointError, match="no such file"):
+        bnguard.inspect(kind(tmp_path / "none.pt"))
+
+
+def test_a_report_is_one_short_line_to_repr():
+    report = bnguard.inspect(amplifying(50.0))
+    assert repr(report) == "Report(1 BN layer, warning BN204, warning BN403)"
+    assert repr(bnguard.inspect(nn.BatchNorm1d(2), select=["BN403"])) == (
+        "Report(1 BN layer, no findings)"
+    )
+
+
+def test_a_wrong_option_is_a_value_error_too():
+    with pytest.raises(ValueError, match="no rule is called 'BN999'"):
+        bnguard.inspect(nn.BatchNorm1d(2), select=["BN999"])

@@ -13,6 +13,7 @@ from bnguard.errors import CheckpointError
 
 # Large enough to copy at the speed of the disk, small enough not to show in the memory.
 CHUNK_BYTES = 8 * 2**20
+_LONGEST_LINE_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Source:
 
     def stream(self) -> io.BufferedReader:
         """Return the bytes as a file of its own, to be read from the first one on."""
-        return io.BufferedReader(self.raw_stream())
+        return _BoundedLines(self.raw_stream())
 
     def raw_stream(self) -> io.RawIOBase:
         """Return the bytes as an unbuffered file of its own."""
@@ -79,6 +80,13 @@ class Source:
         return CheckpointError(
             f"{self.path}: the file is truncated or damaged; copy or save it again"
         )
+
+
+class _BoundedLines(io.BufferedReader):
+    """Bytes of which no line is read that is longer than a line of a pickle ever is."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(_LONGEST_LINE_BYTES)
 
 
 class _Stream(io.RawIOBase):

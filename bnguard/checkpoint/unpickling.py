@@ -2,26 +2,24 @@
 
 Python's own unpickler can be told which classes to find, yet leaves doors open: a cache of
 extension codes, state set on whatever lies on the stack, a memo as large as a number in the file.
-This one knows lists, tuples, dictionaries, text, numbers, and the stand-ins of ``inert``. It is
-not recursive, and what it keeps is bounded. The opcodes are those of protocols 0 to 5, as
-``pickletools`` in the standard library documents them.
+This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for everybody's
+objects. It is not recursive, and what it keeps is bounded. ``pickletools`` of the standard library
+says which opcodes there are in protocols 0 to 5, and reads what follows them.
 """
 
 from __future__ import annotations
 
 import io
+import pickletools
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bnguard.checkpoint.files import Source, printable
 from bnguard.checkpoint.stored_tensors import CARRIERS, STORAGE_DTYPES, Storage, StoredTensor
 from bnguard.errors import CheckpointError
-
-# What a pickle asks for, written down instead of done: inert stand-ins for everybody's objects.
-
 
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
@@ -290,7 +288,6 @@ _MOST_OPCODES = 10_000_000
 # A longer text stays in the file; so does every one once the texts kept are this much together.
 _LONGEST_TEXT_BYTES = 2**16
 _MOST_TEXT_BYTES = 2**27
-_LONGEST_LINE_BYTES = 4096
 _LONGEST_INTEGER_BYTES = 1024
 
 _MALFORMED = (LookupError, TypeError, ValueError, OverflowError, struct.error)
@@ -342,38 +339,57 @@ class _Machine:
         self.text_bytes = 0
 
     def run(self) -> object:
-        read, opcodes = self.stream.read, _OPCODES
         for _ in range(_MOST_OPCODES):
-            opcode = read(1)
-            if opcode == b".":
-                return self.stack.pop()
-            if not opcode:
+            code = self.stream.read(1)
+            if not code:
                 raise self.source.truncated()
-            operation = opcodes.get(opcode)
-            if operation is None:
-                raise ValueError(f"opcode {opcode!r}")
-            operation(self)
+            opcode = _OPCODES.get(code)
+            if opcode is None:
+                raise ValueError(f"opcode {code!r}")
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            _OPERATIONS[opcode.name](self, self.argument(opcode))
         raise CheckpointError(
             f"{self.source.path}: its pickle has more than {_MOST_OPCODES:,} opcodes, more than "
             "bnguard reads; save the state dict alone"
         )
 
-    # Bytes.
+    def argument(self, opcode: pickletools.OpcodeInfo) -> Any:
+        """Read what follows an opcode; a text that is too long stays in the file."""
+        kind = opcode.arg
+        if kind is None:
+            return None
+        # What pickletools would read as Python 3 has it: Python 2 wrote any encoding, any escape.
+        if opcode.name == "STRING":
+            return _quoted(self.line())
+        if opcode.name in ("GLOBAL", "INST"):
+            return self.line(), self.line()
+        if opcode.name == "PERSID":
+            return self.line()
+        layout = _SIZES.get(kind.n)
+        if layout is None:
+            return kind.reader(self.stream)
+        (size,) = layout.unpack(self.bytes_of(layout.size))
+        if opcode.name in ("LONG1", "LONG4"):
+            if not 0 <= size <= _LONGEST_INTEGER_BYTES:
+                raise ValueError("an integer that is too long")
+            return int.from_bytes(self.bytes_of(size), "little", signed=True)
+        data = self.data(size)
+        if isinstance(data, Blob) or "BYTE" in opcode.name:
+            return data
+        return data.decode("utf-8", "surrogatepass" if "UNICODE" in opcode.name else "replace")
+
+    def line(self) -> str:
+        line = self.stream.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("a line that is too long")
+        return line[:-1].decode("utf-8")
 
     def bytes_of(self, size: int) -> bytes:
         data = self.stream.read(size)
         if len(data) < size:
             raise self.source.truncated()
         return data
-
-    def number(self, layout: struct.Struct) -> int:
-        return int(layout.unpack(self.bytes_of(layout.size))[0])
-
-    def line(self, encoding: str = "utf-8") -> str:
-        line = self.stream.readline(_LONGEST_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            raise ValueError("a line that is too long")
-        return line[:-1].decode(encoding)
 
     def data(self, size: int) -> bytes | Blob:
         if size < 0:
@@ -384,22 +400,6 @@ class _Machine:
             return blob
         self.text_bytes += size
         return self.bytes_of(size)
-
-    def push_bytes(self, size: int) -> None:
-        self.push(self.data(size))
-
-    def push_text(self, size: int) -> None:
-        data = self.data(size)
-        self.push(data if isinstance(data, Blob) else data.decode("utf-8", "surrogatepass"))
-
-    def push_python2_text(self, size: int) -> None:
-        data = self.data(size)
-        self.push(data if isinstance(data, Blob) else data.decode("utf-8", "replace"))
-
-    def push_long(self, size: int) -> None:
-        if not 0 <= size <= _LONGEST_INTEGER_BYTES:
-            raise ValueError("an integer that is too long")
-        self.push(int.from_bytes(self.bytes_of(size), "little", signed=True))
 
     # The stack.
 
@@ -498,9 +498,8 @@ class _Machine:
         keywords, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.push(InertObject(cls, (args, keywords)))
 
-    def new_instance(self) -> None:
-        module, name, args = self.line(), self.line(), tuple(self.pop_mark())
-        self.push(InertObject(Reference(module, name), args))
+    def new_instance(self, module: str, name: str) -> None:
+        self.push(InertObject(Reference(module, name), tuple(self.pop_mark())))
 
     def new_instance_from_stack(self) -> None:
         cls, *args = self.pop_mark()
@@ -525,16 +524,6 @@ class _Machine:
         self.push(self.resolve_storage(identifier))
 
 
-def _integer(text: str) -> int:
-    if len(text) > _LONGEST_INTEGER_BYTES:
-        raise ValueError("an integer that is too long")
-    return int(text.removesuffix("L"))
-
-
-def _integer_or_bool(text: str) -> int:
-    return {"00": False, "01": True}[text] if text in ("00", "01") else _integer(text)
-
-
 def _quoted(text: str) -> str:
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         raise ValueError("a text without quotes")
@@ -542,76 +531,68 @@ def _quoted(text: str) -> str:
 
 
 _SET, _FROZENSET = Reference("builtins", "set"), Reference("builtins", "frozenset")
-_U1, _U2, _I4, _U4, _U8 = (struct.Struct(f"<{code}") for code in "BHiIQ")
-_F8 = struct.Struct(">d")
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+# How the length of a text is stored, by where pickletools takes it from.
+_SIZES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: struct.Struct("<B"),
+    pickletools.TAKEN_FROM_ARGUMENT4: struct.Struct("<i"),
+    pickletools.TAKEN_FROM_ARGUMENT4U: struct.Struct("<I"),
+    pickletools.TAKEN_FROM_ARGUMENT8U: struct.Struct("<Q"),
+}
+_PUSH = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+)
 
-_OPCODES: dict[bytes, Callable[[_Machine], object]] = {
-    b"(": _Machine.mark,
-    b"0": _Machine.pop,
-    b"1": _Machine.pop_mark,
-    b"2": _Machine.duplicate,
-    # Numbers and constants.
-    b"N": lambda m: m.push(None),
-    b"\x88": lambda m: m.push(True),
-    b"\x89": lambda m: m.push(False),
-    b"K": lambda m: m.push(m.number(_U1)),
-    b"M": lambda m: m.push(m.number(_U2)),
-    b"J": lambda m: m.push(m.number(_I4)),
-    b"I": lambda m: m.push(_integer_or_bool(m.line())),
-    b"L": lambda m: m.push(_integer(m.line())),
-    b"\x8a": lambda m: m.push_long(m.number(_U1)),
-    b"\x8b": lambda m: m.push_long(m.number(_I4)),
-    b"F": lambda m: m.push(float(m.line())),
-    b"G": lambda m: m.push(_F8.unpack(m.bytes_of(8))[0]),
-    # Text and bytes.
-    b"S": lambda m: m.push(_quoted(m.line())),
-    b"V": lambda m: m.push(m.line("raw-unicode-escape")),
-    b"T": lambda m: m.push_python2_text(m.number(_I4)),
-    b"U": lambda m: m.push_python2_text(m.number(_U1)),
-    b"X": lambda m: m.push_text(m.number(_U4)),
-    b"\x8c": lambda m: m.push_text(m.number(_U1)),
-    b"\x8d": lambda m: m.push_text(m.number(_U8)),
-    b"B": lambda m: m.push_bytes(m.number(_U4)),
-    b"C": lambda m: m.push_bytes(m.number(_U1)),
-    b"\x8e": lambda m: m.push_bytes(m.number(_U8)),
-    b"\x96": lambda m: m.push_bytes(m.number(_U8)),
-    # Containers.
-    b")": lambda m: m.push(()),
-    b"]": lambda m: m.push([]),
-    b"}": lambda m: m.push({}),
-    b"t": lambda m: m.push(tuple(m.pop_mark())),
-    b"l": lambda m: m.push(m.pop_mark()),
-    b"d": _Machine.push_dict,
-    b"\x85": lambda m: m.tuple_of(1),
-    b"\x86": lambda m: m.tuple_of(2),
-    b"\x87": lambda m: m.tuple_of(3),
-    b"\x8f": _Machine.new_set,
-    b"\x91": _Machine.new_frozenset,
-    b"a": _Machine.append,
-    b"e": lambda m: m.add(m.pop_mark()),
-    b"\x90": lambda m: m.add(m.pop_mark()),
-    b"s": _Machine.set_pair,
-    b"u": lambda m: m.set_pairs(m.pop_mark()),
-    # The memo.
-    b"p": lambda m: m.put(_integer(m.line())),
-    b"q": lambda m: m.put(m.number(_U1)),
-    b"r": lambda m: m.put(m.number(_U4)),
-    b"\x94": _Machine.memoize,
-    b"g": lambda m: m.get(_integer(m.line())),
-    b"h": lambda m: m.get(m.number(_U1)),
-    b"j": lambda m: m.get(m.number(_U4)),
-    # Objects.
-    b"c": lambda m: m.reference(m.line(), m.line()),
-    b"\x93": _Machine.stack_global,
-    b"R": _Machine.reduce,
-    b"\x81": _Machine.new_object,
-    b"\x92": _Machine.new_object_with_keywords,
-    b"i": _Machine.new_instance,
-    b"o": _Machine.new_instance_from_stack,
-    b"b": _Machine.build,
-    b"P": lambda m: m.persistent((m.line(),)),
-    b"Q": lambda m: m.persistent(m.stack.pop()),
+
+def _refuse(machine: _Machine, argument: object) -> None:
+    raise ValueError("an opcode that no checkpoint has")
+
+
+# By the name of an opcode, what it does with its argument, which most do without.
+_OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
+    **{opcode.name: _refuse for opcode in pickletools.opcodes},
+    **dict.fromkeys(_PUSH, _Machine.push),
     # Framing says where the bytes lie, not what they mean.
-    b"\x80": lambda m: m.bytes_of(1),
-    b"\x95": lambda m: m.bytes_of(8),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    "MARK": lambda m, _: m.mark(),
+    "POP": lambda m, _: m.pop(),
+    "POP_MARK": lambda m, _: m.pop_mark(),
+    "DUP": lambda m, _: m.duplicate(),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    # Containers.
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_SET": lambda m, _: m.new_set(),
+    "FROZENSET": lambda m, _: m.new_frozenset(),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m, _: m.tuple_of(1),
+    "TUPLE2": lambda m, _: m.tuple_of(2),
+    "TUPLE3": lambda m, _: m.tuple_of(3),
+    "LIST": lambda m, _: m.push(m.pop_mark()),
+    "DICT": lambda m, _: m.push_dict(),
+    "APPEND": lambda m, _: m.append(),
+    "APPENDS": lambda m, _: m.add(m.pop_mark()),
+    "ADDITEMS": lambda m, _: m.add(m.pop_mark()),
+    "SETITEM": lambda m, _: m.set_pair(),
+    "SETITEMS": lambda m, _: m.set_pairs(m.pop_mark()),
+    # The memo.
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "MEMOIZE": lambda m, _: m.memoize(),
+    # Objects.
+    "GLOBAL": lambda m, names: m.reference(*names),
+    "STACK_GLOBAL": lambda m, _: m.stack_global(),
+    "REDUCE": lambda m, _: m.reduce(),
+    "NEWOBJ": lambda m, _: m.new_object(),
+    "NEWOBJ_EX": lambda m, _: m.new_object_with_keywords(),
+    "INST": lambda m, names: m.new_instance(*names),
+    "OBJ": lambda m, _: m.new_instance_from_stack(),
+    "BUILD": lambda m, _: m.build(),
+    "PERSID": lambda m, identifier: m.persistent((identifier,)),
+    "BINPERSID": lambda m, _: m.persistent(m.stack.pop()),
 }

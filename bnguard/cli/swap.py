@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnguard.lightning.scoring import ValidationScore
-    from bnguard.swapping.engine import Engine
     from bnguard.swapping.result import Swap
 
 _EXAMPLES = """
@@ -143,7 +142,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, fabric: Engine, values: Namespace) -> Swap:
+def _swapped(model: nn.Module, data: Data, fabric: Any, values: Namespace) -> Swap:
     from bnguard.cli.scoring import forward_of
     from bnguard.swapping.api import swap
 
@@ -165,16 +164,15 @@ def _swapped(model: nn.Module, data: Data, fabric: Engine, values: Namespace) ->
     )
 
 
-def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Engine:
+def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Any:
     from bnguard.cli.devices import lightning_device
     from bnguard.lightning.framework import fabric_of
 
     accelerator, devices = lightning_device(device)
     try:
-        made: Engine = fabric_of(model).Fabric(
+        return fabric_of(model).Fabric(
             accelerator=accelerator, devices=devices, precision=values.precision
         )
-        return made
     except Exception as error:
         raise ConfigurationError(
             f"--device {device} --precision {values.precision} cannot be used: {error}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnguard.findings import Finding, FindingGroup, Severity, Skipped, group_findings
+from bnguard.findings import Finding, FindingGroup, Severity, Skipped, counted, group_findings
 from bnguard.observe.history import History, LayerHistory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was observed of a model, and what is wrong with it; prints itself.
 
@@ -20,7 +20,7 @@ class Report:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
         skipped: What could not be told, and why.
-        failure: The error of bnguard's own that ended the watching early; None where none did.
+        failure: The error of bnguard's own that ended the watching early; None if there was none.
 
     Example:
         >>> from bnguard.observe.history import History, Run
@@ -58,6 +58,14 @@ class Report:
         from bnguard.report.json_document import report_document
 
         return report_document(self)
+
+    def __repr__(self) -> str:
+        """Return the report in one line: layers, steps, and what is wrong."""
+        parts = [counted(len(self.layers), "BN layer")]
+        if self.history.run.steps:
+            parts.append(counted(self.history.run.steps, "step"))
+        parts += [f"{group.worst.severity} {group.worst.code}" for group in self.groups]
+        return f"Report({', '.join(parts if self.findings else [*parts, 'no findings'])})"
 
     def __rich__(self) -> RenderableType:
         from bnguard.report.terminal import report_view

@@ -1,4 +1,4 @@
-"""Swap BN for another norm, and let the network learn what it knew from the one it was."""
+"""Replace BN by another norm, and distil the original network into the result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,16 +25,16 @@ from bnguard.observe.outputs import float_tensors, places_of_rows, relative_dist
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import arrivals
 from bnguard.recalibration.options import is_whole, patterns_of
-from bnguard.swapping.engine import Engine, engine_of
+from bnguard.swapping.distillation import OwnDevice
 from bnguard.swapping.result import ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
-    Plan,
-    check_follows,
+    SwapPlan,
+    add_tail,
+    check_optimizer,
     check_reachable,
-    follow,
-    planned,
-    put_in_place,
-    with_tail,
+    hand_over_parameters,
+    plan_swap,
+    replace_modules,
 )
 from bnguard.swapping.targets import (
     DEFAULT_GROUPS,
@@ -41,11 +42,11 @@ from bnguard.swapping.targets import (
     Groups,
     GroupTarget,
     Target,
-    evaluated,
+    find_target,
     measure_positions,
-    target_named,
+    run_in_eval_mode,
 )
-from bnguard.swapping.teaching import Teaching
+from bnguard.swapping.teacher import teach
 
 _SAMPLES_TO_COMPARE = 128
 _NO_NOTES: tuple[str, ...] = ()
@@ -63,17 +64,17 @@ def swap(
     teacher_data: Iterable[object] | None = None,
     steps: int = 200,
     forward: Forward | None = None,
-    fabric: Engine | None = None,
+    fabric: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     in_place: bool = False,
     progress: bool = True,
 ) -> Swap:
-    """Put another norm in the place of BN, and teach the network what it knew.
+    """Replace BN by another norm, and distil the original network into the result.
 
     Affine parameters, eps, dtype, device, modes, ``requires_grad`` and hooks are kept, and so are
     the activation and drop that a BN subclass brings along. The outputs change all the same, and
     a trained network is worth little after a swap to ``"group"``, ``"layer"`` or ``"instance"``
-    until it has been taught: give ``teacher_data``.
+    until it has been distilled: give ``teacher_data``.
 
     Args:
         model: The model; stays as it is unless ``in_place``.
@@ -117,8 +118,8 @@ def swap(
         32
     """
     _check(model, steps)
-    target = target_named(to, groups, min_values_per_group)
-    plan = planned(model, target, layers, exclude)
+    target = find_target(to, groups, min_values_per_group)
+    plan = plan_swap(model, target, layers, exclude)
     if isinstance(groups, Mapping):
         patterns_of("groups", groups, find_layers(model))
     if in_place and model in {layer.module for layer in plan.layers}:
@@ -126,46 +127,48 @@ def swap(
             "the model is itself a BN layer, which cannot be replaced in place: leave in_place out"
         )
     if optimizer is not None:
-        check_follows(optimizer, model)
-    teaching = None
-    if teacher_data is not None:
-        teaching = Teaching(
-            data=repeatable(teacher_data),
-            steps=steps,
-            forward=forward,
-            engine=engine_of(fabric, model),
-            progress=progress,
-        )
-    elif fabric is not None:
-        raise ConfigurationError("fabric= is for distilling: pass teacher_data= too")
-    batch = _sample(model, sample, teaching, forward)
+        check_optimizer(optimizer, model)
+    if fabric is not None and teacher_data is None:
+        raise ConfigurationError("fabric is for distilling: give teacher_data too")
+    if fabric is not None and not hasattr(fabric, "all_reduce"):
+        raise ConfigurationError(f"fabric takes a Fabric of Lightning, not {fabric!r}")
+    data = None if teacher_data is None else make_repeatable(teacher_data)
+    batch = _read_sample(model, sample, data, forward)
 
     with preserved_random_state(model), as_written():
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:
             positions, expected = measure_positions(model, plan.layers, forward, batch)
-        teacher = None if teaching is None else _copied(model)[0]
-        subject, successors = (model, {}) if in_place else _copied(model)
-        exchange = _exchanged(subject, plan, target, positions)
-        with _put_back_on_error(exchange):
-            _check_nothing_left(exchange)
+        teacher = None if data is None else _copy_model(model)[0]
+        subject, successors = (model, {}) if in_place else _copy_model(model)
+        swapped = _replace_layers(subject, plan, target, positions)
+        with _roll_back_on_error(swapped):
+            _check_nothing_left(swapped)
             change, distillation, notes = None, None, _NO_NOTES
             if batch is not None:
                 before = () if in_place else plan.layers
-                output = _evaluated(exchange.model, forward, batch, before)
+                output = _run_swapped(swapped.model, forward, batch, before)
                 change = _distance(output, expected, batch.size)
-            if teaching is not None and teacher is not None:
-                pairs = exchange.pairs_with(teacher)
-                distillation, notes = teaching.teach(exchange.model, teacher, pairs)
+            if data is not None and teacher is not None:
+                distillation, notes = teach(
+                    swapped.model,
+                    teacher,
+                    data,
+                    pairs=swapped.pairs_with(teacher),
+                    steps=steps,
+                    forward=forward,
+                    engine=OwnDevice(model) if fabric is None else fabric,
+                    progress=progress,
+                )
     if optimizer is not None:
-        follow(optimizer, exchange.model, successors, exchange.parameters())
+        hand_over_parameters(optimizer, swapped.model, successors, swapped.parameters())
     return Swap(
-        model=exchange.model,
+        model=swapped.model,
         to=to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__),
         replaced=tuple(
-            _replaced(layer, norm, positions.get(layer.name), target)
-            for layer, norm in zip(exchange.layers, exchange.norms, strict=True)
+            _describe_replacement(layer, norm, positions.get(layer.name), target)
+            for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
         ),
         skipped=plan.skipped,
         output_change=change,
@@ -175,14 +178,14 @@ def swap(
 
 
 @dataclass(frozen=True, eq=False)
-class _Exchange:
+class _SwappedModel:
     """A model whose BN layers have been replaced.
 
     Attributes:
         model: The model with the other norm.
-        layers: The BN layers that stood in it.
-        norms: What normalises in the place of each.
-        replacements: What stands in the place of each module: the norm, with an activation perhaps.
+        layers: The BN layers that were in it.
+        norms: What normalises in place of each.
+        replacements: What replaced each module: the norm, perhaps with an activation.
     """
 
     model: nn.Module
@@ -191,12 +194,12 @@ class _Exchange:
     replacements: Mapping[nn.Module, nn.Module]
 
     def pairs_with(self, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        """Return each new module with the BN module of the teacher that it stands for."""
+        """Return each new module with the BN module of the teacher that it replaces."""
         taught = {layer.name: layer.module for layer in find_layers(teacher)}
         return [(self.replacements[layer.module], taught[layer.name]) for layer in self.layers]
 
     def parameters(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-        """Return the parameters of each BN module with those of what stands in its place."""
+        """Return the parameters of each BN module with those of its replacement."""
         return [
             (list(old.parameters()), list(new.parameters()))
             for old, new in self.replacements.items()
@@ -206,11 +209,11 @@ class _Exchange:
 def _check(model: object, steps: object) -> None:
     require_module(model, "swap")
     if not is_whole(steps, 1):
-        raise ConfigurationError(f"steps={steps!r} is no whole number from 1 on")
+        raise ConfigurationError(f"steps must be a whole number of at least 1, not {steps!r}")
 
 
-def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
-    """Return a copy of a model, and what each of its parameters has become."""
+def _copy_model(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
+    """Return a copy of a model, and the copy of each of its parameters."""
     memo: dict[int, object] = {}
     try:
         twin = copy.deepcopy(model, memo)
@@ -225,19 +228,13 @@ def _copied(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Param
     return twin, successors
 
 
-def _sample(
-    model: nn.Module,
-    sample: object,
-    teaching: Teaching | None,
-    forward: Forward | None,
+def _read_sample(
+    model: nn.Module, sample: object, data: Iterable[object] | None, forward: Forward | None
 ) -> Batch | None:
-    """Return the batch that tells sizes and outputs; None where there are no data."""
-    if sample is not None:
-        source: Iterable[object] = [sample]
-    elif teaching is not None:
-        source = teaching.data
-    else:
+    """Return the batch on which sizes and outputs are measured; None without data."""
+    if sample is None and data is None:
         return None
+    source = data if sample is None and data is not None else [sample]
     lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
     if lazy is not None:
         raise ConfigurationError(f"{lazy} is lazy: put a batch through the model first")
@@ -248,23 +245,23 @@ def _sample(
     raise ConfigurationError("teacher_data is empty: it yielded no samples to distil on")
 
 
-def _exchanged(
-    model: nn.Module, plan: Plan, target: Target, positions: Mapping[str, int]
-) -> _Exchange:
-    """Put the target in the place of the layers planned; a model that fails stays as it was."""
+def _replace_layers(
+    model: nn.Module, plan: SwapPlan, target: Target, positions: Mapping[str, int]
+) -> _SwappedModel:
+    """Replace the layers of the plan; a model that fails stays as it was."""
     names = {layer.name for layer in plan.layers}
     layers = tuple(layer for layer in find_layers(model) if layer.name in names)
     norms = tuple(target.build(layer, positions.get(layer.name)) for layer in layers)
     replacements = {
-        layer.module: with_tail(norm, layer) for layer, norm in zip(layers, norms, strict=True)
+        layer.module: add_tail(norm, layer) for layer, norm in zip(layers, norms, strict=True)
     }
     check_reachable(model, replacements)
-    return _Exchange(put_in_place(model, replacements), layers, norms, replacements)
+    return _SwappedModel(replace_modules(model, replacements), layers, norms, replacements)
 
 
-def _check_nothing_left(exchange: _Exchange) -> None:
-    for layer in find_layers(exchange.model):
-        if layer.module in exchange.replacements:
+def _check_nothing_left(swapped: _SwappedModel) -> None:
+    for layer in find_layers(swapped.model):
+        if layer.module in swapped.replacements:
             raise ConfigurationError(
                 f"{layer.name} is part of another BN layer, where it cannot be replaced: leave "
                 f"that one out, or pass a factory as to= that makes both"
@@ -272,15 +269,15 @@ def _check_nothing_left(exchange: _Exchange) -> None:
 
 
 @contextmanager
-def _put_back_on_error(exchange: _Exchange) -> Iterator[None]:
+def _roll_back_on_error(swapped: _SwappedModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        put_in_place(exchange.model, {new: old for old, new in exchange.replacements.items()})
+        replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
         raise
 
 
-def _replaced(
+def _describe_replacement(
     layer: BatchNormLayer, norm: nn.Module, positions: int | None, target: Target
 ) -> ReplacedLayer:
     return ReplacedLayer(
@@ -294,7 +291,7 @@ def _replaced(
     )
 
 
-def _evaluated(
+def _run_swapped(
     model: nn.Module, forward: Forward | None, batch: Batch, before: Sequence[BatchNormLayer]
 ) -> object:
     """Return what a swapped copy gives in eval mode.
@@ -305,7 +302,7 @@ def _evaluated(
     called: list[str] = []
     try:
         with arrivals(before, lambda index, _: called.append(before[index].name)):
-            output = evaluated(model, forward, batch)
+            output = run_in_eval_mode(model, forward, batch)
     except CalibrationError as error:
         raise ConfigurationError(
             f"the swapped {type(model).__name__} fails on a batch that the model takes: "
@@ -342,10 +339,10 @@ class _Remembered:
             yield item
 
 
-def repeatable(data: Iterable[object]) -> Iterable[object]:
+def make_repeatable(data: Iterable[object]) -> Iterable[object]:
     """Return the data, or what can be read again where they can be read once.
 
-    >>> numbers = repeatable(iter([1, 2]))
+    >>> numbers = make_repeatable(iter([1, 2]))
     >>> next(iter(numbers)), list(numbers), list(numbers)
     (1, [1, 2], [1, 2])
     """

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.swapping.distillation import Distillation
 from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+# A network whose outputs stay further off, in standard deviations, has lost points of accuracy.
+_FAR_OFF_STD = 0.25
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,9 @@ class ReplacedLayer:
         name: Dotted name of the layer.
         before: Class of the BN layer.
         after: Class of what normalises in its place.
-        groups: Groups of a group norm; None for what has none.
-        groups_wanted: Groups that it would have, had each enough values; None where none decide.
-        positions: Values a channel and sample that arrive at the layer; None where no sample told.
+        groups: Groups of a group norm; None for other norms.
+        groups_wanted: Groups that it would have, had each enough values; None for other norms.
+        positions: Values per channel and sample that reach the layer; None without a sample.
         channels: C, the number of channels.
     """
 
@@ -40,7 +46,7 @@ class ReplacedLayer:
 
     @property
     def values_per_group(self) -> int | None:
-        """Values that a group of one sample has; None where not known."""
+        """Values that a group of one sample has; None if not known."""
         if self.groups is None or self.positions is None:
             return None
         return self.channels // self.groups * self.positions
@@ -54,10 +60,10 @@ class Swap:
         model: The model with the other norm, a plain module.
         to: What BN was swapped for.
         replaced: The layers replaced, in the order of the model.
-        skipped: BN layers that were left, and why.
+        skipped: BN layers that were not replaced, and why.
         output_change: Root mean square change of the outputs in eval mode by the swap alone, in
             standard deviations of the outputs; None without a sample.
-        distillation: How the distillation went; None where there was none.
+        distillation: How the distillation went; None without one.
         notes: What a reader should know besides, a sentence each.
     """
 
@@ -78,7 +84,7 @@ class Swap:
         """Return what was replaced and how far the outputs moved, as plain data for JSON."""
         from bnguard.report.json_document import SCHEMA, strict_json
 
-        learnt = self.distillation
+        done = self.distillation
         document = {
             "schema": SCHEMA,
             "bnguard": __version__,
@@ -95,7 +101,7 @@ class Swap:
             ],
             "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             "output_change": self.output_change,
-            "distillation": None if learnt is None else dataclasses.asdict(learnt),
+            "distillation": None if done is None else dataclasses.asdict(done),
             "notes": list(self.notes),
         }
         return cast("dict[str, Any]", strict_json(document))
@@ -106,11 +112,67 @@ class Swap:
         return f"Swap(to={self.to!r}, replaced={layers}, skipped={left})"
 
     def __rich__(self) -> RenderableType:
-        from bnguard.swapping.view import swap_view
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
 
-        return swap_view(self)
+        kinds = Counter((layer.before, _describe_norm(layer)) for layer in self.replaced)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for (before, after), number in kinds.items():
+            table.add_row(f"{number} ×", before, "→", after)
+        lines = [f"left  {layer.name} {layer.reason}" for layer in self.skipped]
+        lines.append(_describe_outputs(self))
+        if self.distillation is not None and self.distillation.distance > _FAR_OFF_STD:
+            lines.append(f"still far off, so measure it before use: {_advice(self)}")
+        lines += self.notes
+        return Group(Text(_heading(self), style="bold"), table, *map(Text, lines))
 
     def __str__(self) -> str:
         from bnguard.report.terminal import as_text
 
         return as_text(self)
+
+
+def _heading(swap: Swap) -> str:
+    parts = [f"swapped ({swap.to})", counted(len(swap.replaced), "BN layer")]
+    if swap.skipped:
+        parts.append(f"{len(swap.skipped)} left")
+    if swap.distillation is not None:
+        parts.append(counted(swap.distillation.steps, "step"))
+    return " · ".join(parts)
+
+
+def _describe_norm(layer: ReplacedLayer) -> str:
+    if layer.groups is None:
+        return layer.after
+    size = counted(layer.channels // layer.groups, "channel")
+    values = layer.values_per_group
+    known = "" if values is None else f", {values:,} values"
+    fewer = ""
+    if layer.groups_wanted is not None and layer.groups < layer.groups_wanted:
+        would = "could" if values is None else "would"
+        fewer = f" ({layer.groups_wanted} groups {would} have too few values)"
+    return f"{layer.after}, {counted(layer.groups, 'group')} of {size}{known}{fewer}"
+
+
+def _describe_outputs(swap: Swap) -> str:
+    done = swap.distillation
+    if done is not None:
+        return (
+            f"outputs off by {done.distance_before:.3g} σ after the swap, "
+            f"{done.distance:.3g} σ after step {done.best_step}"
+        )
+    if swap.output_change is None:
+        return "outputs not compared: give a sample or teacher_data"
+    return f"outputs off by {swap.output_change:.3g} σ"
+
+
+def _advice(swap: Swap) -> str:
+    """Return what brings the outputs of a distilled network nearer."""
+    alone = sum(1 < layer.channels == layer.groups for layer in swap.replaced)
+    if not alone:
+        return "more steps bring it nearer"
+    return (
+        f"{counted(alone, 'layer')} with one channel per group, where the means of the channels "
+        "are lost: try fewer groups, or 'layer'"
+    )

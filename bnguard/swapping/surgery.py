@@ -1,4 +1,4 @@
-"""Taking BN modules out of a model and putting others in, with all that hangs on them."""
+"""Replacing BN modules in a model, with their hooks, activations and optimizer states."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FUSED_FOR_QUANTISATION = "torch.ao.nn.intrinsic.qat."
 _SHAPES = ((4, 4), (4,), (4, 4, 4), ())
 
 
-def with_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
+def add_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
     """Return what does all that a layer did: the norm, then the layer's drop and activation.
 
     Some BN classes end in modules of their own (timm's ``BatchNormAct2d``). Whether a layer is BN
@@ -74,10 +74,10 @@ def with_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
     return whole
 
 
-def put_in_place(model: nn.Module, replacements: Replacements) -> nn.Module:
-    """Replace modules wherever they stand, with their hooks, and return the model.
+def replace_modules(model: nn.Module, replacements: Replacements) -> nn.Module:
+    """Replace modules wherever they are registered, with their hooks, and return the model.
 
-    Where the model is itself one of them, what is returned is its replacement.
+    If the model is itself one of them, its replacement is returned.
     """
     for old, new in replacements.items():
         _move_hooks(old, new)
@@ -91,7 +91,7 @@ def put_in_place(model: nn.Module, replacements: Replacements) -> nn.Module:
 
 
 def check_reachable(model: nn.Module, replacements: Replacements) -> None:
-    """Make sure that the modules stand only where they can be replaced.
+    """Make sure that the modules are only where they can be replaced.
 
     Raises:
         ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them
@@ -113,7 +113,7 @@ def check_reachable(model: nn.Module, replacements: Replacements) -> None:
         for attribute, value in vars(module).items():
             if attribute == "_modules":
                 continue
-            if any(each in replacements or is_hidden(each) for each in _held(value)):
+            if any(each in replacements or is_hidden(each) for each in _list_held(value)):
                 raise ConfigurationError(
                     f"{name or 'the model'} holds a BN layer in .{attribute}, where it cannot "
                     "be replaced: use nn.ModuleList or nn.ModuleDict"
@@ -127,7 +127,7 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
-def _held(value: object) -> Iterator[nn.Module]:
+def _list_held(value: object) -> Iterator[nn.Module]:
     """Yield the modules that a plain attribute holds, itself or in a flat container."""
     values: Iterable[object] = (value,)
     if isinstance(value, dict):
@@ -159,11 +159,11 @@ def _is_norm_then(children: Mapping[str, nn.Module], layer: BatchNormLayer) -> b
                 found = trial.module.forward(values.clone())
             except Exception:
                 continue
-            return _is_close(found, _normalised_then(children, trial, values))
+            return _is_close(found, _normalise_then(children, trial, values))
     return False
 
 
-def _normalised_then(
+def _normalise_then(
     children: Mapping[str, nn.Module], trial: BatchNormLayer, values: Tensor
 ) -> object:
     expected: object = nn.functional.batch_norm(
@@ -191,28 +191,28 @@ def _is_close(found: object, expected: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a swap is to do.
+class SwapPlan:
+    """Which layers a swap replaces.
 
     Attributes:
         layers: The BN layers to replace.
-        skipped: Those to leave.
+        skipped: Those to keep, and why.
     """
 
     layers: tuple[BatchNormLayer, ...]
     skipped: tuple[SkippedLayer, ...]
 
 
-def planned(
+def plan_swap(
     model: nn.Module, target: Target, names: Iterable[str] | None, exclude: Iterable[str]
-) -> Plan:
-    """Return the layers of a model to replace.
+) -> SwapPlan:
+    """Choose the layers of a model to replace.
 
     Args:
         model: The model.
-        target: What is to take their place.
-        names: Names or patterns of the layers wanted; None for all.
-        exclude: Names or patterns of layers to leave.
+        target: What replaces them.
+        names: Names or patterns of the layers to replace; None for all.
+        exclude: Names or patterns of layers to keep.
 
     Raises:
         ConfigurationError: There are none, a pattern fits none, one is not initialised, or has
@@ -231,15 +231,15 @@ def planned(
     for layer in found:
         reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
         if reason is None:
-            _require_own_parameters(layer)
-            layers.append(_initialised(layer))
+            _check_parameters(layer)
+            layers.append(layer)
         else:
             skipped.append(SkippedLayer(layer.name, reason))
     if not layers:
         raise ConfigurationError(
             f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
         )
-    return Plan(tuple(layers), tuple(skipped))
+    return SwapPlan(tuple(layers), tuple(skipped))
 
 
 def _reason_to_skip(
@@ -252,57 +252,53 @@ def _reason_to_skip(
     return None
 
 
-def _initialised(layer: BatchNormLayer) -> BatchNormLayer:
+def _check_parameters(layer: BatchNormLayer) -> None:
     if layer.channels == 0:
         raise ConfigurationError(
             f"{layer.name} is lazy and has seen no batch: put one through the model first"
         )
-    return layer
-
-
-def _require_own_parameters(layer: BatchNormLayer) -> None:
     for name in ("weight", "bias"):
-        # So pruning and the old weight norm leave a module: the value is no parameter any more.
+        # Pruning and the old weight norm make the value a plain attribute.
         if name in vars(layer.module) and any(
             f"{name}_{kind}" in layer.module._parameters for kind in ("orig", "g")
         ):
             raise ConfigurationError(
-                f"{layer.name}: its {name} is computed anew at each call, by pruning or a weight "
-                "norm: make that permanent first, with torch.nn.utils.prune.remove, say"
+                f"{layer.name}: its {name} is recomputed at each call, by pruning or a weight "
+                "norm: make that permanent first, e.g. with torch.nn.utils.prune.remove"
             )
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
     """Return all parameters that an optimizer updates."""
     return {p for group in optimizer.param_groups for p in group["params"]}
 
 
-def check_follows(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Make sure that an optimizer is one of this model.
 
     Raises:
-        ConfigurationError: It is none, or updates none of the model's parameters.
+        ConfigurationError: It is not an optimizer, or updates none of the model's parameters.
     """
     if not hasattr(optimizer, "param_groups"):
-        raise ConfigurationError(f"optimizer={optimizer!r} is no optimizer of torch.optim")
-    if not parameters_of(optimizer) & set(model.parameters()):
+        raise ConfigurationError(f"optimizer={optimizer!r} is not an optimizer of torch.optim")
+    if not _parameters_of(optimizer) & set(model.parameters()):
         raise ConfigurationError(
-            "optimizer= updates none of the model's parameters: give the one that trains it"
+            "the optimizer updates none of the model's parameters: give the one that trains it"
         )
 
 
-def follow(
+def hand_over_parameters(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     successors: Mapping[nn.Parameter, nn.Parameter],
     added: Iterable[tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]],
 ) -> None:
-    """Let an optimizer update the parameters of another model in place of those that it had.
+    """Make an optimizer update the parameters of another model instead of those that it had.
 
     Args:
         optimizer: The optimizer; its groups keep their order and options.
         model: The model to update.
-        successors: What each old parameter has become; one without an entry stays itself.
+        successors: The copy of each old parameter; one without an entry stays itself.
         added: Parameters of a replaced layer with those of its replacement. New ones among these
             join the group that had the old ones, if one had.
     """
@@ -312,7 +308,7 @@ def follow(
         before = group["params"]
         after = [successors.get(p, p) for p in before]
         after = [p for p in after if p in alive]
-        known = parameters_of(optimizer) | set(successors.values())
+        known = _parameters_of(optimizer) | set(successors.values())
         for old, new in added:
             if any(p in set(before) for p in old):
                 after += [p for p in new if p not in known]

@@ -1,6 +1,6 @@
 """What BN can be swapped for: a target says which layers it leaves alone, and builds the others.
 
-A new one is a class with the two methods of :class:`Target`, and a line in :func:`target_named`.
+A new one is a class with the two methods of :class:`Target`, and a line in :func:`find_target`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def choose_groups(channels: int, wanted: int, positions: int | None, min_values:
     Args:
         channels: Channels of the layer; the groups divide them.
         wanted: Groups asked for.
-        positions: Values a channel and sample; None where it is not known, and two channels a
-            group then make sure that no group has one value alone.
-        min_values: Values that a group must have; where even one group has fewer, it is one.
+        positions: Values per channel and sample; None if not known: two channels a group then
+            make sure that no group has a single value.
+        min_values: Values that a group must have; if even one group has fewer, it is one.
 
     >>> choose_groups(64, 32, 49, 16), choose_groups(48, 32, 49, 16), choose_groups(64, 32, 1, 16)
     (32, 24, 4)
@@ -55,7 +55,7 @@ def choose_groups(channels: int, wanted: int, positions: int | None, min_values:
 def measure_positions(
     model: nn.Module, layers: Sequence[BatchNormLayer], forward: Forward | None, sample: Batch
 ) -> tuple[Mapping[str, int], object]:
-    """Return the values a channel and sample that arrive at each layer, the fewest of its calls.
+    """Return the values per channel and sample that reach each layer, the fewest of its calls.
 
     Layers that the sample does not reach are left out. The second value is what the model, in
     eval mode, returned.
@@ -67,10 +67,10 @@ def measure_positions(
         positions[name] = min(here, positions.get(name, here))
 
     with arrivals(layers, measure):
-        return positions, evaluated(model, forward, sample)
+        return positions, run_in_eval_mode(model, forward, sample)
 
 
-def evaluated(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
+def run_in_eval_mode(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
     """Return what a model gives for a batch in eval mode; the model stays as it is."""
     with preserved_modes(model), preserved_random_state(model), torch.no_grad():
         model.eval()
@@ -88,14 +88,14 @@ class Target(Protocol):
     """What takes the place of BN layers."""
 
     def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Return why a layer stays as it is, None where it is to be replaced."""
+        """Return why a layer stays as it is; None if it is to be replaced."""
 
     def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
         """Return the new layer, with the parameters of the old one, which stays as it is.
 
         Args:
             layer: The BN layer.
-            positions: Values a channel and sample that arrive at it; None where not known.
+            positions: Values per channel and sample that reach it; None if not known.
 
         Raises:
             ConfigurationError: The layer cannot be replaced by this target.
@@ -125,7 +125,7 @@ class GroupTarget:
         """Return a group norm with as many groups as there are values for."""
         groups = self.groups_for(layer, positions)
         if positions is not None and layer.channels * positions < 2:
-            raise _one_value(layer)
+            raise _one_value_error(layer)
         affine = layer.weight is not None
         norm = GroupNorm(groups, layer.channels, eps=layer.eps, affine=affine)
         take_affine(norm, layer.module)
@@ -186,11 +186,11 @@ def _at_least(layer: BatchNormLayer, positions: int | None) -> int | None:
     if positions is not None or not isinstance(layer.module, nn.BatchNorm1d):
         return positions
     if layer.channels == 1:
-        raise _one_value(layer)
+        raise _one_value_error(layer)
     return 1
 
 
-def _one_value(layer: BatchNormLayer) -> ConfigurationError:
+def _one_value_error(layer: BatchNormLayer) -> ConfigurationError:
     return ConfigurationError(
         f"{layer.name}: gets one value a sample, which a group norm always sets to 0; leave it "
         f"out with exclude={[layer.name]}, or swap to 'batch-renorm' or 'frozen'"
@@ -304,11 +304,11 @@ class FactoryTarget:
             ) from error
         if not isinstance(norm, nn.Module):
             raise ConfigurationError(
-                f"to= made a {type(norm).__name__} for {layer.name}, no torch.nn.Module"
+                f"to= made a {type(norm).__name__} for {layer.name}, not a torch.nn.Module"
             )
         if find_layers(norm):
             raise ConfigurationError(
-                f"to= made a {type(norm).__name__} for {layer.name}, which is BN still; to keep "
+                f"to= made a {type(norm).__name__} for {layer.name}, which still is BN; to keep "
                 f"the layer, use exclude={[layer.name]}"
             )
         like = layer.weight if layer.weight is not None else layer.running_mean
@@ -329,7 +329,7 @@ TARGETS: Mapping[str, Callable[[int, int], Target]] = {
 }
 
 
-def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
+def find_target(to: str | Factory, groups: Groups, min_values: int) -> Target:
     """Return the target that ``to`` names, or that calls it.
 
     Raises:
@@ -337,17 +337,17 @@ def target_named(to: str | Factory, groups: Groups, min_values: int) -> Target:
     """
     numbers = [*(groups.values() if isinstance(groups, Mapping) else [groups]), min_values]
     if not all(is_whole(number, 1) for number in numbers):
-        raise ConfigurationError("groups= and min_values_per_group= take whole numbers from 1 on")
+        raise ConfigurationError("groups and min_values_per_group take whole numbers of at least 1")
     if callable(to):
         return FactoryTarget(to)
     if to not in TARGETS:
         near = nearest_name(str(to), TARGETS)
         hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
-        raise ConfigurationError(f"to={to!r} is no norm that is known here: {hint}")
+        raise ConfigurationError(f"unknown norm to={to!r}: {hint}")
     if not isinstance(groups, Mapping):
         return TARGETS[to](groups, min_values)
     if to != "group":
-        raise ConfigurationError(f"groups= by layer is for to='group', not for {to!r}")
+        raise ConfigurationError(f"groups by layer are for the norm 'group', not for {to!r}")
     return GroupTarget(AsNamed(groups, AtMost(DEFAULT_GROUPS, min_values)))
 
 

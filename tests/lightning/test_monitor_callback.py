@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bnguard.checkpoint import read_checkpoint
 from bnguard.cli.inspect import checkpoint_view, inspection_document
 from bnguard.demo import DigitsData, DigitsNet
+from bnguard.errors import ConfigurationError
 from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
 from bnguard.lightning.commands import subject_options
@@ -402,3 +403,17 @@ def test_a_report_that_cannot_be_written_is_said_to_be(lightning, tmp_path, caps
     fit(lightning, tmp_path, callback, logger=logger, limit_train_batches=2)
     assert f"{REPORT_FILE} cannot be written: Is a directory" in capsys.readouterr().out
     assert not callback.is_off
+
+
+def test_limits_and_ignores_reach_the_monitor(lightning, tmp_path):
+    options = {
+        "limits": {"BN303": {"max_initial_weight": 0.9999}},
+        "per_layer_ignores": {"features.*": ["BN1"]},
+    }
+    trainer, _ = fit(lightning, tmp_path, BatchNormMonitor(**options))
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, BatchNormMonitor))
+    assert "BN303" not in {finding.code for finding in callback.report.findings}
+    with pytest.raises(ConfigurationError, match="max_initial"):
+        BatchNormMonitor(limits={"BN303": {"max_initial": 1.0}})
+    with pytest.raises(ConfigurationError, match="BN9"):
+        BatchNormMonitor(per_layer_ignores={"*": ["BN9"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import namedtuple
 
 import pytest
@@ -13,7 +14,7 @@ from bnguard.errors import BNGuardError, ConfigurationError
 from bnguard.observe.outputs import float_tensors, relative_distance
 from bnguard.swapping import distillation
 from bnguard.swapping.api import swap
-from bnguard.swapping.view import DistillationBar
+from bnguard.swapping.teacher import _progress_bar
 from tests.networks import conv_net, digits, mlp
 
 
@@ -62,7 +63,7 @@ def test_groups_of_one_channel_are_blamed_where_a_network_stays_far_off():
     ).eval()
     batches = torch.randn(64, 2, 18).split(8)
     text = str(swap(model, "group", teacher_data=batches, steps=1)).replace("\n", " ")
-    assert "1 layer with a group for each channel" in text
+    assert "1 layer with one channel per group" in text
 
 
 def test_batches_of_one_teach_as_well_as_large_ones(trained):
@@ -233,8 +234,8 @@ def test_the_random_state_and_modes_are_left_alone(trained):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.BatchNorm1d(4, affine=False)), "has no parameters to teach"),
-        (nn.Sequential(nn.BatchNorm1d(4)).half(), "float16 are too coarse to learn"),
+        (nn.Sequential(nn.BatchNorm1d(4, affine=False)), "has no parameters to train"),
+        (nn.Sequential(nn.BatchNorm1d(4)).half(), "float16 are too coarse to train"),
     ],
 )
 def test_what_cannot_learn_is_refused(model, message):
@@ -248,7 +249,7 @@ def test_statistics_that_few_samples_cannot_judge_are_left_as_they_are(trained):
     few = [batches[0][:8]]
     assert swap(model, "group", teacher_data=few, steps=1, progress=False).notes == ()
     single = swap(model, "group", teacher_data=[batches[0][:1]], steps=1, progress=False)
-    assert "statistics could not be checked" in single.notes[0]
+    assert "statistics of the teacher could not be checked" in single.notes[0]
 
 
 def test_a_generator_is_checked_and_measured_as_a_loader_is(trained):
@@ -274,9 +275,9 @@ def test_bfloat16_is_kept_and_learns(trained):
 
 
 def test_the_bar_shows_the_distance_that_is_left():
-    bar = DistillationBar(100)
-    bar.advance(30, 0.1234)
-    (task,) = bar._progress.tasks
+    with _progress_bar(100, is_shown=True) as show_progress:
+        show_progress(30, 0.1234)
+        (task,) = inspect.getclosurevars(show_progress).nonlocals["bar"].tasks
     assert (task.completed, task.total, task.description) == (30, 100, "0.123 σ off")
 
 

@@ -70,7 +70,7 @@ def test_a_loss_scaler_of_fabric_is_served(model, batches):
 
 @pytest.mark.parametrize("fabric", [object(), "cuda"])
 def test_what_is_no_fabric_is_refused(model, batches, fabric):
-    with pytest.raises(ConfigurationError, match="fabric= takes a Fabric of Lightning"):
+    with pytest.raises(ConfigurationError, match="fabric takes a Fabric of Lightning"):
         swap(model, "group", teacher_data=batches, fabric=fabric)
 
 
