@@ -21,7 +21,6 @@ from bnguard.cli.output import (
     STANDARD_ERROR,
     STANDARD_OUTPUT,
     in_a_line,
-    in_options,
     output_apart,
     print_error,
 )
@@ -72,7 +71,7 @@ def _status(arguments: list[str]) -> int:
         print_error(in_a_line(error))
         return 2
     except BNGuardError as error:
-        print_error(in_options(str(error)))
+        print_error(str(error))
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interruption(error):

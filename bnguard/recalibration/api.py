@@ -358,7 +358,7 @@ def _notes(
     if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
         yield (
             f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
-            "a larger memory= makes it one"
+            "more memory makes it one"
         )
     if tolerance is not None and calibration.is_within_tolerance:
         yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"
@@ -404,16 +404,16 @@ def _check_options(
     ):
         if value not in known:
             raise ConfigurationError(
-                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
+                f"{option} {value!r} does not exist: use {' or '.join(map(repr, known))}"
             )
     require_samples(samples, 1)
     require_score(score)
     if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
-        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
+        raise ConfigurationError(f"prior {prior!r} needs method 'adapt', and a number of samples")
     if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
-        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
+        raise ConfigurationError(f"tolerance {tolerance!r} is never reached: use 0.01, say")
     if tolerance is not None and method == "ema":
-        raise ConfigurationError("tolerance= has no meaning for method='ema': leave it out")
+        raise ConfigurationError("tolerance has no meaning for method 'ema': leave it out")
 
 
 def _is_finite(number: object) -> bool:

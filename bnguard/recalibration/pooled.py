@@ -73,7 +73,7 @@ def calibrate_by_moving_average(job: Job) -> Calibration:
         ConfigurationError: There are several ranks.
     """
     if job.ranks.size > 1:
-        raise ConfigurationError("method='ema' runs on one process: use method='exact'")
+        raise ConfigurationError("method 'ema' runs on one process: use method 'exact'")
     averages = [_MovingAverage.of(layer) for layer in job.layers]
     samples = batches = left_out = 0
     job.progress.start(job.samples, 1)
@@ -234,6 +234,6 @@ def _source_of(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
     assert var is not None
     if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
         raise CalibrationError(
-            f"{layer.name}: the statistics to mix with are not finite: use prior=0"
+            f"{layer.name}: the statistics to mix with are not finite: use prior 0"
         )
     return mean.cpu().double(), var.cpu().double()

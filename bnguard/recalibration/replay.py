@@ -68,7 +68,7 @@ def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[M
             return parts
     raise CalibrationError(
         f"{job.layers[min(unsteady)].name}: what arrives differs from forward to forward, so there "
-        "is no one answer: use method='precise'"
+        "is no one answer: use method 'precise'"
     )
 
 
@@ -104,8 +104,8 @@ def _generations(
         names = sorted({job.layers[index].name for index in error.args[1]})
         raise CalibrationError(
             f"{' and '.join(names)}: what arrives depends on the layer's own statistics, for it is "
-            "called on what its output led to, so there is no one answer: leave it out by layers=, "
-            "or use method='precise'"
+            "called on what its output led to, so there is no one answer: leave the layer out, "
+            "or use method 'precise'"
         ) from None
     generations = []
     while sorter.is_active():

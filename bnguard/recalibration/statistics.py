@@ -202,7 +202,7 @@ class Job:
         if self.on_nonfinite == "error":
             raise CalibrationError(
                 f"batch {batch.index} has NaN or Inf where it arrives at {layer.name}: mend the "
-                "data, or leave such batches out with on_nonfinite='skip'"
+                "data, or skip such batches"
             )
 
 

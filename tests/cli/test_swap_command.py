@@ -176,7 +176,7 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys)
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
         ([*DEMO, "--device", "gpu"], "--device gpu cannot be used here"),
-        ([*DEMO, "--exclude", '["nothing"]'], "--exclude nothing matches no BN layer"),
+        ([*DEMO, "--exclude", '["nothing"]'], "exclude 'nothing' matches no BN layer"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(
