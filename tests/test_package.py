@@ -30,7 +30,8 @@ def test_importing_bnguard_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "module", ["bnguard.rules", "bnguard.rules.engine", "bnguard.observe.history", "bnguard.cli"]
+    "module",
+    ["bnguard.rules", "bnguard.rules.engine", "bnguard.observe.history", "bnguard.cli"],
 )
 def test_rules_and_command_line_do_not_import_torch(module):
     assert "torch" not in imported_after(f"import {module}")

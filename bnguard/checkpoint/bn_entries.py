@@ -88,20 +88,6 @@ class CheckpointModel:
         return self.prefix.removesuffix(".")
 
 
-@dataclass(frozen=True)
-class ForeignValue:
-    """A hyper-parameter that is an object of a class, which is not built.
-
-    Attributes:
-        class_name: Dotted name of the class.
-        parts: What it was made of: the fields of a dataclass by name, or a tuple with the value
-            of a member of an enumeration; None where that is no plain data either.
-    """
-
-    class_name: str
-    parts: Mapping[str, object] | tuple[object, ...] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class NotedFinding:
     """A finding of the training that made a checkpoint, as the callback noted it there.
@@ -140,8 +126,9 @@ class Checkpoint:
             data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
             string.
         data_hyper_parameters: The same of the data module, as far as it is plain data.
-        foreign_hyper_parameters: The others of the model, by name.
-        foreign_data_hyper_parameters: The others of the data module, by name.
+        foreign_hyper_parameters: The others of the model, which are objects and not built: their
+            classes by name.
+        foreign_data_hyper_parameters: The same of the data module.
         hyper_parameters_argument: The argument that was given all of the model's as one
             namespace or dictionary; None where each was an argument.
         data_hyper_parameters_argument: The same of the data module.
@@ -163,8 +150,8 @@ class Checkpoint:
     is_lightning: bool = False
     hyper_parameters: Mapping[str, object] = field(default_factory=dict)
     data_hyper_parameters: Mapping[str, object] = field(default_factory=dict)
-    foreign_hyper_parameters: Mapping[str, ForeignValue] = field(default_factory=dict)
-    foreign_data_hyper_parameters: Mapping[str, ForeignValue] = field(default_factory=dict)
+    foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
+    foreign_data_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
     hyper_parameters_argument: str | None = None
     data_hyper_parameters_argument: str | None = None
     momenta: Mapping[str, float | None] = field(default_factory=dict)
@@ -236,9 +223,6 @@ _ABSENT = object()
 _KERAS_STATISTICS = ("moving_mean", "moving_variance")
 # Each layer may have a few.
 _MOST_FINDINGS = 10_000
-
-# Data classes in data classes among the hyper-parameters.
-_MOST_NESTED_FIELDS = 4
 
 
 def attribute_of(key: str) -> str:
@@ -471,37 +455,15 @@ def _kind(tensor: StoredTensor) -> str:
 
 def _hyper_parameters(
     root: Mapping[object, object], key: str
-) -> tuple[Mapping[str, object], Mapping[str, ForeignValue]]:
-    """Return Lightning's hyper-parameters: those that are plain, and the others."""
+) -> tuple[Mapping[str, object], Mapping[str, str]]:
+    """Return Lightning's hyper-parameters: those that are plain, and the classes of the others."""
     own, foreign = {}, {}
     for name, value in (mapping_of(root.get(key)) or {}).items():
-        stored = _hyper_parameter(value)
-        if isinstance(stored, ForeignValue):
-            foreign[str(name)] = stored
-        else:
-            own[str(name)] = stored
+        try:
+            own[str(name)] = plain(value)
+        except NotPlainError as error:
+            foreign[str(name)] = str(error)
     return own, foreign
-
-
-def _hyper_parameter(value: object, depth: int = _MOST_NESTED_FIELDS) -> object:
-    """Return plain data as such, and an object with what it was made of."""
-    try:
-        return plain(value)
-    except NotPlainError as error:
-        class_name = str(error)
-    if not isinstance(value, InertObject) or depth == 0:
-        return ForeignValue(class_name)
-    # Names with an underscore are those of modules and other machinery, which nobody passes.
-    if isinstance(value.state, dict) and all(
-        isinstance(name, str) and not name.startswith("_") for name in value.state
-    ):
-        fields = {str(n): _hyper_parameter(v, depth - 1) for n, v in value.state.items()}
-        return ForeignValue(value.class_name, fields)
-    try:
-        args = plain(value.args)
-    except NotPlainError:
-        args = None
-    return ForeignValue(value.class_name, args if isinstance(args, tuple) else None)
 
 
 def _noted(root: Mapping[object, object], key: str) -> object:

@@ -1,13 +1,15 @@
-"""``bnguard demo``."""
+"""``bnguard demo``: train into a fault, repair the checkpoint, and measure both."""
 
 from __future__ import annotations
 
+import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser, output
+from bnguard.cli import recalibrate
+from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """
@@ -24,12 +26,11 @@ def run(arguments: list[str]) -> int:
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder")
     # torch and Lightning are imported from here on.
-    from bnguard.cli.demonstrating import tell_story
     from bnguard.lightning.scoring import quiet_lightning
 
     # All of it is bnguard's own: what its Trainers print belongs to the story.
     with redirect_stdout(output()), quiet_lightning():
-        tell_story(folder, values.seed)
+        _tell_story(folder, values.seed)
     return 0
 
 
@@ -44,3 +45,75 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
     return parser
+
+
+def _tell_story(folder: Path, seed: int) -> None:
+    """Train, name, repair and prove, and print each as it is done."""
+    import rich
+    import torch
+
+    from bnguard.demo import DigitsData, DigitsNet
+    from bnguard.lightning import BatchNormMonitor
+    from bnguard.lightning.framework import Trainer, package_of
+
+    # The network is so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)
+    console = rich.get_console()
+    if not console.is_terminal:
+        console.width = UNLIMITED_WIDTH
+
+    def show_title(text: str) -> None:
+        rich.print(f"\n[bold]{text}[/bold]")
+
+    lightning = package_of(None)
+    lightning.seed_everything(seed, verbose=False)
+    net, data = DigitsNet(), DigitsData()
+
+    show_title("1. Train: handwritten digits, batches of 16, BN momentum 0.005, 3 epochs")
+    logger = lightning.loggers.TensorBoardLogger(folder, name="logs")
+    checkpoint = folder / f"digits-{logger.version}.ckpt"
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[
+            BatchNormMonitor(),
+            lightning.callbacks.ModelCheckpoint(folder, checkpoint.stem),
+        ],
+        logger=logger,
+        log_every_n_steps=25,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net, data)
+
+    show_title("2. Repair the checkpoint with the training images; no label is read")
+    command = [
+        "recalibrate",
+        str(checkpoint),
+        *("--model", "bnguard.demo.DigitsNet"),
+        *("--data", "bnguard.demo.DigitsData"),
+        *("--split", "train"),
+    ]
+    print(f"$ bnguard {shlex.join(command)}")
+    recalibrate.run(command[1:])
+    repaired = checkpoint.with_stem(f"{checkpoint.stem}-recalibrated")
+
+    show_title("3. Prove it on the 597 validation images, which neither step has used")
+
+    def accuracy(checkpoint: Path) -> float:
+        """Return the accuracy on the validation data, by the Trainer's own loop."""
+        net = DigitsNet.load_from_checkpoint(checkpoint, weights_only=True)
+        validator = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+        )
+        (metrics,) = validator.validate(net, DigitsData(), verbose=False)
+        return metrics["val_accuracy"]
+
+    before, after = accuracy(checkpoint), accuracy(repaired)
+    rich.print(f"accuracy in eval mode: {before:.1%} before, [bold]{after:.1%}[/bold] after")
+
+    show_title("What to do next")
+    print(f"tensorboard --logdir {folder / 'logs'}")
+    print(f"bnguard inspect {checkpoint}")
+    print("bnguard explain BN303")
+    print("and in your own code: Trainer(callbacks=[bnguard.lightning.BatchNormMonitor()])")

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.checkpoint.bn_entries import ForeignValue
 from bnguard.cli.output import failing_as
 from bnguard.errors import ConfigurationError, nearest_name
 
@@ -51,10 +50,10 @@ _ATOMS = (str, bool, int, float, complex, bytes, types.NoneType)
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
-def harmless_defaults(
+def usable_defaults(
     parser: ArgumentParser, option: str, values: Mapping[str, object]
-) -> dict[str, object]:
-    """Return those values that the arguments of a class take, and that lead to no import.
+) -> tuple[dict[str, object], list[str]]:
+    """Return those values that the arguments of a class take, and which lead to an import.
 
     Args:
         parser: The parser, to which the arguments were added as ``--OPTION.NAME``.
@@ -62,14 +61,16 @@ def harmless_defaults(
         values: Values by the name of the argument.
 
     Returns:
-        Values by the full name of the argument.
+        Values by the full name of the argument, and the names of those that cannot be used.
     """
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    return {
-        name: value
-        for name, value in _leaves(option, values, hints)
-        if _is_harmless(value, hints[name])
-    }
+    usable, unusable = {}, []
+    for name, value in _leaves(option, values, hints):
+        if _is_harmless(value, hints[name]):
+            usable[name] = value
+        else:
+            unusable.append(name)
+    return usable, unusable
 
 
 class Settings(dict[str, Any]):
@@ -132,7 +133,7 @@ def arguments_by_value(
     takes_any = _has_keywords(build) and not known.keys() - named.keys()
     types_by_name: dict[str, Any] = {}
     for name, value in values.items():
-        if not name.isidentifier() or name.startswith("_") or isinstance(value, ForeignValue):
+        if not name.isidentifier() or name.startswith("_"):
             continue
         is_settings = isinstance(value, Mapping) and _takes_settings(named.get(name))
         if is_settings if name in named else takes_any:
@@ -177,25 +178,10 @@ def _leaves(
     for key, value in values.items():
         name = f"{prefix}.{key}"
         is_group = any(known.startswith(f"{name}.") for known in hints)
-        parts = value.parts if isinstance(value, ForeignValue) else value
-        if is_group and isinstance(parts, Mapping):
-            yield from _leaves(name, parts, hints)
-        elif name not in hints or is_group:
-            continue
-        elif not isinstance(value, ForeignValue):
+        if is_group and isinstance(value, Mapping):
+            yield from _leaves(name, value, hints)
+        elif name in hints:
             yield name, value
-        elif (member := _member(hints[name], value)) is not None:
-            yield name, member
-
-
-def _member(hint: object, value: ForeignValue) -> enum.Enum | None:
-    """Return the member of an enumeration that was stored; the argument's type says of which."""
-    for cls in (hint, *typing.get_args(hint)):
-        if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
-            continue
-        if cls.__name__ == value.class_name.rpartition(".")[2] and isinstance(value.parts, tuple):
-            return next((member for member in cls if (member.value,) == value.parts), None)
-    return None
 
 
 def _is_harmless(value: object, hint: object) -> bool:
@@ -292,30 +278,34 @@ class Subject:
         build: The class or function that was named.
         configuration: The configuration file that gives it arguments; None where none does.
         stored: Arguments that a checkpoint holds, by name, to start from.
+        foreign: Those that are objects there, which are not built: their classes by name.
     """
 
     option: str
     build: Callable[..., object]
     configuration: Configuration | None = None
     stored: Mapping[str, object] = field(default_factory=dict)
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
         """Where it is imported from."""
         return f"{self.build.__module__}.{getattr(self.build, '__qualname__', self.build)}"
 
-    def starting_from(self, stored: Mapping[str, object], whole: str | None) -> Subject:
+    def starting_from(
+        self, stored: Mapping[str, object], foreign: Mapping[str, str], whole: str | None
+    ) -> Subject:
         """Return the subject with the hyper-parameters of a checkpoint to start from.
 
         Args:
             stored: The hyper-parameters by name.
+            foreign: The classes of those that are objects, by name.
             whole: The argument that was given all of them; None where each was one.
         """
         if whole in annotations_of(self.build):
-            plain = {n: v for n, v in stored.items() if not isinstance(v, ForeignValue)}
-            others = {f"{whole}.{n}": v for n, v in stored.items() if n not in plain}
-            stored = {whole: plain, **others} if stored else {}
-        return replace(self, stored=stored)
+            foreign = {f"{whole}.{name}": class_name for name, class_name in foreign.items()}
+            stored = {whole: stored} if stored or foreign else {}
+        return replace(self, stored=stored, foreign=foreign)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the arguments of the class or function as ``--model.NAME``.
@@ -331,33 +321,44 @@ class Subject:
         configured = self._configured(known)
         stored = {name: value for name, value in self.stored.items() if name not in configured}
         with failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
-            parser.set_defaults(harmless_defaults(parser, self.option, stored))
+            parser.set_defaults(usable_defaults(parser, self.option, stored)[0])
             parser.get_defaults()
         with failing_as(f"the configuration of --{self.option} {self.path}"):
             parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
             parser.get_defaults()
 
-    def left_out(self, parser: ArgumentParser) -> list[str]:
-        """Return the arguments that were stored and cannot be used, and that nothing else gives."""
-        taken = harmless_defaults(parser, self.option, self.stored)
+    def check_given(self, parser: ArgumentParser, given: Iterable[str]) -> None:
+        """Make sure that what the checkpoint holds and cannot be used is given in another way.
+
+        Args:
+            parser: The parser, to which the arguments were added.
+            given: The arguments of the command line.
+
+        Raises:
+            ConfigurationError: The model would silently be another one.
+        """
         known = parser.get_defaults().get(self.option) or {}
         configured = self._configured(known)
-        prefixes = [
-            f"{self.option}.{name}" for name in self.stored if name.partition(".")[0] in known
-        ]
-        return [
-            prefix
-            for prefix in prefixes
-            if prefix.partition(".")[2] not in configured
-            and not any(name == prefix or name.startswith(f"{prefix}.") for name in taken)
-        ]
+        words = [word.removeprefix("--").partition("=")[0].removesuffix("+") for word in given]
+        unusable = dict.fromkeys(usable_defaults(parser, self.option, self.stored)[1], "")
+        for name, class_name in self.foreign.items():
+            if name.partition(".")[0] in known:
+                unusable[f"{self.option}.{name}"] = f", a {class_name}"
+        for name, what in unusable.items():
+            is_given = any(f"{word}.".startswith(f"{name}.") for word in words)
+            if not is_given and name.split(".")[1] not in configured:
+                raise ConfigurationError(
+                    f"the checkpoint stores {name} as an object{what}, which is not rebuilt: "
+                    f"pass --{name}"
+                )
 
     def _declare(self, parser: ArgumentParser) -> None:
         """Add the arguments by their types, and those without one by what was stored for them."""
         alone = ArgumentParser(exit_on_error=False)
         self._add(alone, set())
         known = vars(alone.get_defaults().get(self.option) or Namespace())  # type: ignore[no-untyped-call]
-        by_value = arguments_by_value(self.build, self.stored, known)
+        values = {**self.stored, **dict.fromkeys(self.foreign)}
+        by_value = arguments_by_value(self.build, values, known)
         self._add(parser, set(by_value))
         for name, kind in by_value.items():
             parser.add_argument(f"--{self.option}.{name}", type=kind)

@@ -59,28 +59,21 @@ class Request:
         checkpoint: The checkpoint.
         subjects: The classes or functions named, by ``"model"`` and ``"data"``.
         values: All arguments.
-        left_out: Arguments that the checkpoint holds in a form that cannot be used, and that
-            nothing else gives.
     """
 
     checkpoint: Checkpoint
     subjects: Mapping[str, Subject]
     values: Namespace
-    left_out: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of where these come from, a line each."""
         files = {s.configuration.path for s in self.subjects.values() if s.configuration}
         here = Path.cwd()
-        lines = [
+        return [
             f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
             for path in sorted(files)
         ]
-        if self.left_out:
-            names = ", ".join(f"--{name}" for name in self.left_out)
-            lines.append(f"the checkpoint's own value is an object, and was left out: {names}")
-        return lines
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
         """Return the model with the weights of the checkpoint, and which of its models these are.
@@ -139,16 +132,11 @@ def requested(
         )
     subjects, rest = named_subjects(arguments, configuration_beside(source), options)
     _add_subjects(parser, subjects, checkpoint)
-    left_out = [name for subject in subjects.values() for name in subject.left_out(parser)]
     given = tuple(rest)
     for option in subjects:
         _check_names(parser, option, given)
-    return Request(
-        checkpoint,
-        subjects,
-        parser.parse_args(rest),
-        tuple(name for name in left_out if not any(word.startswith(f"--{name}") for word in given)),
-    )
+        subjects[option].check_given(parser, given)
+    return Request(checkpoint, subjects, parser.parse_args(rest))
 
 
 def _check_names(parser: ArgumentParser, option: str, given: Iterable[str]) -> None:
@@ -237,15 +225,26 @@ def _add_subjects(
         subjects[option].add_arguments(parser)
 
 
-def _stored(checkpoint: Checkpoint, option: str) -> tuple[Mapping[str, object], str | None]:
-    """Return the hyper-parameters of the model or the data, and the argument that took them all."""
+def _stored(
+    checkpoint: Checkpoint, option: str
+) -> tuple[Mapping[str, object], Mapping[str, str], str | None]:
+    """Return the hyper-parameters of the model or the data, and the argument that took them all.
+
+    They are plain values by name, and the classes of those that are objects by name.
+    """
     if option == "model":
-        own, foreign = checkpoint.hyper_parameters, checkpoint.foreign_hyper_parameters
-        return {**own, **foreign}, checkpoint.hyper_parameters_argument
+        return (
+            checkpoint.hyper_parameters,
+            checkpoint.foreign_hyper_parameters,
+            checkpoint.hyper_parameters_argument,
+        )
     if option == "data":
-        own, foreign = checkpoint.data_hyper_parameters, checkpoint.foreign_data_hyper_parameters
-        return {**own, **foreign}, checkpoint.data_hyper_parameters_argument
-    return {}, None
+        return (
+            checkpoint.data_hyper_parameters,
+            checkpoint.foreign_data_hyper_parameters,
+            checkpoint.data_hyper_parameters_argument,
+        )
+    return {}, {}, None
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -1,14 +1,19 @@
-"""What a model is worth, by the validation metrics of its own Lightning module."""
+"""Scores of a Lightning module by its own validation, and the samples that calibrate and score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from bnguard.checkpoint import Checkpoint
 from bnguard.cli.devices import lightning_device
+from bnguard.cli.request import Request
+from bnguard.errors import ConfigurationError
 from bnguard.lightning.framework import package_name_of
 from bnguard.lightning.scoring import TrainerScore
 
@@ -16,23 +21,109 @@ from bnguard.lightning.scoring import TrainerScore
 NOT_SCORED = "not scored: that takes a validation_step, and validation data"
 
 
-def trainer_score(
-    loader: Iterable[object],
-    device: torch.device,
-    precision: str,
-    metric: str | None,
-    checkpoint: Checkpoint,
-) -> TrainerScore:
-    """Return what scores a Lightning module by the validation loop of its package's Trainer."""
+@dataclass(frozen=True)
+class Samples:
+    """Which samples calibrate, and which score.
+
+    Attributes:
+        calibration: Loader of the samples that the statistics come from.
+        scoring: Loader of the samples that the model is scored on; None where there are none.
+        is_shared: Whether the same samples do both.
+    """
+
+    calibration: Iterable[object]
+    scoring: Iterable[object] | None
+    is_shared: bool
+
+
+def split_samples(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
+    """Return the samples of one split, divided between calibration and scoring.
+
+    Args:
+        loader: Loader of the split.
+        samples: Samples to calibrate on at most.
+        holdout: Share of the split that scores and does not calibrate; None leaves to scoring
+            what ``samples`` leaves over, or all of it where nothing is left over.
+
+    Raises:
+        ConfigurationError: A share of a loader is asked for that has no data set with a length.
+    """
+    if not has_samples(loader):
+        if holdout is not None:
+            raise ConfigurationError(
+                "--holdout needs a DataLoader over a data set with a length; leave it out"
+            )
+        return Samples(loader, loader, is_shared=True)
+    order = shuffled_indices(loader)
+    total = len(order)
+    number = min(samples, total)
+    if holdout is not None:
+        number = min(number, total - math.ceil(holdout * total))
+    if number == total:
+        return Samples(loader, loader, is_shared=True)
+    return Samples(
+        loader_over(loader, order[:number]), loader_over(loader, order[number:]), is_shared=False
+    )
+
+
+def has_samples(loader: Iterable[object]) -> TypeGuard[DataLoader[object]]:
+    """Return whether the samples of a loader can be drawn one by one."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def shuffled_indices(loader: DataLoader[object]) -> list[int]:
+    """Return the indices of the samples of a loader in a random order, which is always the same."""
+    total = len(cast("Sized", loader.dataset))
+    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    return order
+
+
+def loader_over(loader: DataLoader[object], indices: Sequence[int]) -> DataLoader[object]:
+    """Return a loader like the one given over some of its samples, in order, dropping none."""
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=loader.batch_size or 1,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+    )
+
+
+def validation_score(
+    request: Request, model: nn.Module, loader: Iterable[object] | None, device: torch.device
+) -> TrainerScore | None:
+    """Return what scores a Lightning module by the validation loop of its package's Trainer.
+
+    Args:
+        request: What the command line says.
+        model: The model.
+        loader: Validation data; None where there are none.
+        device: Where to validate.
+
+    Returns:
+        The score; None where the model has no validation step, or there are no data for it.
+
+    Raises:
+        ConfigurationError: An option is given that only a score gives a meaning.
+    """
+    values = request.values
+    if loader is None or not has_validation(model):
+        for option in ("metric", "expected"):
+            if values.get(option) is not None:
+                raise ConfigurationError(
+                    f"--{option} needs a LightningModule with a validation_step, and a data module "
+                    "with validation data"
+                )
+        return None
     accelerator, devices = lightning_device(device)
     return TrainerScore(
         loader,
         device=device,
         accelerator=accelerator,
         devices=devices,
-        precision=precision,
-        metric=metric,
-        monitored=checkpoint.monitored,
+        precision=values.get("precision", "32-true"),
+        metric=values.metric,
+        monitored=request.checkpoint.monitored,
     )
 
 

@@ -349,7 +349,7 @@ class WeightProbe:
 
     def start_anew(self) -> None:
         """Take the weights as they are now for those that watching began with."""
-        self._norms_at_start = self._norms()
+        self._norms_at_start = self._norms(self._model)
 
     def start_evaluation(self) -> None:
         """Keep gamma and beta as they are before what begins an evaluation."""

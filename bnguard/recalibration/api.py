@@ -256,15 +256,15 @@ def check_options(
     ):
         if value not in known:
             raise ConfigurationError(
-                f"{option}={value!r} does not exist: use {' or '.join(map(repr, known))}"
+                f"{option} {value!r} does not exist: use {' or '.join(map(repr, known))}"
             )
     require_samples(samples, 1)
     require_score(score)
     if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
-        raise ConfigurationError(f"prior={prior!r} needs method='adapt', and a number of samples")
+        raise ConfigurationError(f"prior {prior!r} needs method 'adapt', and a number of samples")
     memory_limit(memory, torch.device("cpu"))
     if tolerance is not None and (not _is_finite(tolerance) or tolerance <= 0):
-        raise ConfigurationError(f"tolerance={tolerance!r} is never reached: use 0.01, say")
+        raise ConfigurationError(f"tolerance {tolerance!r} is never reached: use 0.01, say")
 
 
 def _is_finite(number: object) -> bool:
@@ -411,7 +411,7 @@ def _notes(
     if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
         yield (
             f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
-            "a larger memory= makes it one"
+            "more memory makes it one"
         )
     if tolerance is not None and calibration.is_within_tolerance:
         yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"

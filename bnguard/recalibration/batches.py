@@ -180,9 +180,9 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
     except Exception as error:
         if _is_out_of_memory(error):
             raise CalibrationError(
-                f"out of memory at batch {batch.index}: use fewer samples=, or a smaller memory="
+                f"out of memory at batch {batch.index}: use fewer samples, or less memory"
             ) from error
-        hint = "" if forward else "; if it takes anything else, pass forward=…"
+        hint = "" if forward else "; if the model takes more, wrap it, or pass a forward function"
         raise CalibrationError(
             f"the forward failed at batch {batch.index}: {in_one_line(error)}{hint}"
         ) from error
@@ -216,7 +216,7 @@ def _bind_arguments(
         return (payload[0],), {}
     raise CalibrationError(
         f"the loader yields {type(payload).__name__}, and how {type(model).__name__} takes that is "
-        "unknown: pass forward=lambda model, batch: …"
+        "unknown: wrap the model in one that does, or pass a forward function"
     )
 
 
@@ -228,7 +228,8 @@ def _select_entries(model: nn.Module, payload: Mapping[str, object]) -> dict[str
     if not accepted:
         raise CalibrationError(
             f"none of a batch's entries ({', '.join(map(str, payload))}) is a parameter of "
-            f"{type(model).__name__}.forward: pass forward=lambda model, batch: …"
+            f"{type(model).__name__}.forward: wrap the model in one that takes them, or pass a "
+            "forward function"
         )
     return accepted
 

@@ -46,7 +46,7 @@ def memory_limit(memory: str | float, device: torch.device) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?i?)b?", memory.strip().lower())
         if match and match[2] in _UNITS and float(match[1]) > 0:
             return int(float(match[1]) * _UNITS[match[2]])
-    raise ConfigurationError(f"memory={memory!r} is not an amount: use '2GiB', or a share like 0.5")
+    raise ConfigurationError(f"memory {memory!r} is not an amount: use '2GiB', or a share like 0.5")
 
 
 def free_memory(device: torch.device) -> int:

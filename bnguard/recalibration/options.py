@@ -32,7 +32,7 @@ def require_samples(samples: object, fewest: int) -> None:
         ConfigurationError: It is something else, or there are too few.
     """
     if not is_whole(samples, fewest):
-        raise ConfigurationError(f"samples={samples!r} is not a whole number of at least {fewest}")
+        raise ConfigurationError(f"samples {samples!r} is not a whole number of at least {fewest}")
 
 
 def require_batch_sizes(sizes: object) -> None:
@@ -43,7 +43,7 @@ def require_batch_sizes(sizes: object) -> None:
     """
     numbers = tuple(sizes) if isinstance(sizes, Iterable) else (0,)
     if not all(is_whole(number, 1) for number in numbers):
-        raise ConfigurationError(f"batch_sizes={sizes!r} are not whole numbers of at least 1")
+        raise ConfigurationError(f"batch sizes {sizes!r} are not whole numbers of at least 1")
 
 
 def require_score(score: object) -> None:
@@ -66,7 +66,7 @@ def as_number(score: object) -> float:
         return float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"score= has to return a number, the higher the better, not {score!r}"
+            f"the score has to be a number, the higher the better, not {score!r}"
         ) from error
 
 
@@ -142,7 +142,7 @@ def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> 
     for pattern in patterns:
         if not any(fnmatchcase(layer.name, pattern) for layer in found):
             raise ConfigurationError(
-                f"{option}={pattern!r} matches no BN layer: there are {found[0].name!r} and "
+                f"{option} {pattern!r} matches no BN layer: there are {found[0].name!r} and "
                 f"{len(found) - 1} more"
             )
     return patterns

@@ -159,6 +159,6 @@ def _read_source(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
     assert var is not None
     if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
         raise CalibrationError(
-            f"{layer.name}: the statistics to mix with are not finite: use prior=0"
+            f"{layer.name}: the statistics to mix with are not finite: use prior 0"
         )
     return mean.cpu().double(), var.cpu().double()

@@ -70,7 +70,7 @@ def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[M
             return parts
     raise CalibrationError(
         f"{job.layers[min(unstable)].name}: its inputs differ from forward to forward, so there is "
-        "no single answer: use method='precise'"
+        "no single answer: use method 'precise'"
     )
 
 
@@ -106,8 +106,8 @@ def _sort_into_generations(
         names = sorted({job.layers[index].name for index in error.args[1]})
         raise CalibrationError(
             f"{' and '.join(names)}: the inputs depend on the layer's own statistics, since "
-            "it is called on its own output, so there is no single answer: leave it out "
-            "by layers=, or use method='precise'"
+            "it is called on its own output, so there is no single answer: leave the layer "
+            "out, or use method 'precise'"
         ) from None
     generations = []
     while sorter.is_active():

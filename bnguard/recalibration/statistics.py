@@ -214,7 +214,7 @@ class Job:
         if self.on_nonfinite == "error":
             raise CalibrationError(
                 f"batch {batch.index} has NaN or Inf in the inputs of {layer.name}: fix the "
-                "data, or leave such batches out with on_nonfinite='skip'"
+                "data, or skip such batches"
             )
 
 

@@ -218,8 +218,8 @@ def _copy_model(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.P
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ConfigurationError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): use "
-            "in_place=True, without teacher_data"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): swap it "
+            "in place, without teacher data"
         ) from error
     successors = {
         p: q for p in model.parameters() if isinstance(q := memo.get(id(p)), nn.Parameter)
@@ -241,7 +241,7 @@ def _read_sample(
     batches = read_batches(source, model, forward, samples=_SAMPLES_TO_COMPARE, device=device)
     for batch in batches:
         return batch
-    raise ConfigurationError("teacher_data is empty: it yielded no samples to distil on")
+    raise ConfigurationError("there are no samples to distil on: the data are empty")
 
 
 def _replace_layers(
@@ -263,7 +263,7 @@ def _check_nothing_left(swapped: _SwappedModel) -> None:
         if layer.module in swapped.replacements:
             raise ConfigurationError(
                 f"{layer.name} is part of another BN layer, where it cannot be replaced: leave "
-                f"that one out, or pass a factory as to= that makes both"
+                f"that one out, or pass a factory that makes both"
             )
 
 
@@ -306,12 +306,12 @@ def _run_swapped(
         raise ConfigurationError(
             f"the swapped {type(model).__name__} fails on a batch that the model takes: "
             f"{in_one_line(error.__cause__ or error)}: where the code uses a BN layer by more than "
-            "a call, leave that out with exclude="
+            "a call, exclude that layer"
         ) from error
     if called:
         raise ConfigurationError(
             f"{called[0]}: a copy of {type(model).__name__} still runs the layer of the model, by "
-            "a function or compiled method that it holds in an attribute: use in_place=True"
+            "a function or compiled method that it holds in an attribute: swap it in place"
         )
     return output
 

@@ -165,7 +165,7 @@ def distil(
 def _check_parameters(student: nn.Module) -> None:
     parameters = _trainable(student)
     if not parameters:
-        raise ConfigurationError("the model has no parameters to train: leave teacher_data= out")
+        raise ConfigurationError("the model has no parameters to train: swap it without distilling")
     if any(p.dtype == torch.float16 for p in parameters):
         raise ConfigurationError(
             "parameters in float16 are too coarse to train: swap model.float(), then use .half()"
@@ -278,7 +278,7 @@ def _endless(
         for batch in read_batches(data, model, forward, samples=sys.maxsize, device=device):
             yield batch
         if batch is None:
-            raise ConfigurationError("teacher_data is empty: it yielded no samples to distil on")
+            raise ConfigurationError("there are no samples to distil on: the data are empty")
 
 
 def _take(batches: Iterator[Batch], samples: int) -> list[Batch]:
@@ -355,7 +355,7 @@ class _Imitation:
             )
         if not all(bool(torch.isfinite(each).all()) for each in self._outputs_of_teacher):
             raise ConfigurationError(
-                "the model's own outputs on teacher_data are NaN or infinite: there is nothing to "
+                "the model's own outputs on these data are NaN or infinite: there is nothing to "
                 "learn from them"
             )
         # Of all that is measured: one small batch has hardly any spread to scale by.

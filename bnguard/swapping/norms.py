@@ -31,7 +31,7 @@ class GroupNorm(nn.GroupNorm):
             raise ConfigurationError(
                 f"GroupNorm of {self.num_groups} groups got an input of shape "
                 f"{tuple(input.shape)}: a group of one value is always 0; use fewer groups, or "
-                "give bnguard.swap a sample= so that it chooses them"
+                "let bnguard swap choose them for a sample"
             )
         return super().forward(input)
 

@@ -61,8 +61,8 @@ def add_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
     else:
         raise ConfigurationError(
             f"{layer.name}: {type(module).__name__} computes more than BN and then its children, "
-            f"and would lose it; pass a factory as to=, or leave it out with "
-            f"exclude={[layer.name]}"
+            f"and would lose it; exclude {layer.name!r}, or pass a "
+            "factory"
         )
     if all(isinstance(child, nn.Identity) for child in tail.values()):
         whole = norm

@@ -189,7 +189,7 @@ def _at_least(layer: BatchNormLayer, positions: int | None) -> int | None:
 def _one_value_error(layer: BatchNormLayer) -> ConfigurationError:
     return ConfigurationError(
         f"{layer.name}: gets one value a sample, which a group norm always sets to 0; leave it "
-        f"out with exclude={[layer.name]}, or swap to 'batch-renorm' or 'frozen'"
+        f"out with exclude {layer.name!r}, or swap to 'batch-renorm' or 'frozen'"
     )
 
 
@@ -242,7 +242,7 @@ class FrozenTarget:
         if statistics is None:
             raise ConfigurationError(
                 f"{layer.name}: has no running statistics to freeze; leave it out with "
-                f"exclude={[layer.name]}"
+                f"exclude {layer.name!r}"
             )
         norm = FrozenNorm(*statistics, layer.eps)
         take_affine(norm, layer.module)
@@ -305,7 +305,7 @@ class FactoryTarget:
         if find_layers(norm):
             raise ConfigurationError(
                 f"to= made a {type(norm).__name__} for {layer.name}, which still is BN; to keep "
-                f"the layer, use exclude={[layer.name]}"
+                f"the layer, use exclude {layer.name!r}"
             )
         like = layer.weight if layer.weight is not None else layer.running_mean
         if like is not None:
@@ -339,7 +339,7 @@ def find_target(to: str | Factory, groups: Groups, min_values: int) -> Target:
     if to not in TARGETS:
         near = nearest_name(str(to), TARGETS)
         hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
-        raise ConfigurationError(f"unknown norm to={to!r}: {hint}")
+        raise ConfigurationError(f"unknown norm {to!r}: {hint}")
     if not isinstance(groups, Mapping):
         return TARGETS[to](groups, min_values)
     if to != "group":

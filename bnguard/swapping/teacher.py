@@ -87,7 +87,7 @@ def _fit_statistics(
         found.undo()
         return ()
     return (
-        f"the running statistics did not fit teacher_data (the worst: {worst.name}), so they "
+        f"the running statistics did not fit these data (the worst: {worst.name}), so they "
         "were recalibrated before the model taught",
     )
 

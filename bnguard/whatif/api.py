@@ -258,7 +258,7 @@ def _notes(
         )
     if training is None:
         yield (
-            "without reference= there is no row for the training data, which tells statistics "
+            "without reference data there is no row for the training data, which tells statistics "
             "that are stale from data that differ"
         )
 
@@ -278,6 +278,6 @@ def _check_options(
     require_score(score)
     require_batch_sizes(batch_sizes)
     if expected_score is not None and score is None:
-        raise ConfigurationError("expected_score= needs score=, to be held against")
+        raise ConfigurationError("an expected score needs a score to compare with")
     if current_ranks().size > 1:
         raise ConfigurationError("diagnose runs on one process: call it before the others start")

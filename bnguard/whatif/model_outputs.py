@@ -54,7 +54,7 @@ class Outputs:
         if not places or [t.shape for t in mine] != [t.shape for t in wanted]:
             raise CalibrationError(
                 "the model's outputs change their shape with the statistics, so they cannot be "
-                "compared: pass forward=lambda model, batch: … that returns scores or features"
+                "compared: wrap the model in one that returns scores or features, or pass a forward"
             )
         return relative_distance(mine, wanted)
 
@@ -96,7 +96,7 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
     if not returned[0] or len({len(tensors) for tensors in returned}) > 1:
         raise CalibrationError(
             f"{type(model).__name__} returns no floating-point tensors, or not always as many: "
-            "pass forward=lambda model, batch: … that returns scores or features"
+            "wrap the model in one that returns scores or features, or pass a forward"
         )
     columns = tuple(zip(*returned, strict=True))
     places = places_of_rows(returned, sizes)

@@ -148,7 +148,7 @@ def test_lightning_layout(network, tmp_path):
         "_instantiator": "os.system",
     }
     assert checkpoint.foreign_hyper_parameters.keys() == {"config", "list", "backbone"}
-    assert checkpoint.foreign_hyper_parameters["config"].class_name.endswith(".Config")
+    assert checkpoint.foreign_hyper_parameters["config"].endswith(".Config")
     # Of several models Lightning's own is meant.
     assert load_state_dict(tmp_path / "value.pt").keys() == network.state_dict().keys()
 

@@ -61,7 +61,7 @@ def _run(folder, command, out, err, prepare):
     sys.argv = command
     import torch
 
-    from bnguard.cli import main
+    from bnguard.cli.main import main
 
     # The networks are tiny: a second thread costs more than it brings.
     torch.set_num_threads(1)

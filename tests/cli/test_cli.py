@@ -213,7 +213,7 @@ def test_errors_name_options_and_not_python(checkpoint):
     (checkpoint.parent / "mine.py").write_text("def words():\n    return ['a', 'b']\n")
     done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *DEMO[:2], "--data=mine:words")
     line = is_one_line_error(done)
-    assert "name a function with --model that wraps the model" in line
+    assert "wrap the model in one that does" in line
     assert "forward=" not in line
 
 
@@ -250,7 +250,7 @@ def test_rules_and_pages_are_shown(tmp_path):
 
 ANSWER_AT_ONCE = """
 import contextlib, io, sys
-from bnguard.cli import COMMANDS, main
+from bnguard.cli.main import COMMANDS, main
 
 def shown(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):

@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from bnguard.cli.model_and_data import harmless_defaults
+from bnguard.cli.model_and_data import usable_defaults
 
 
 class Untyped:
@@ -38,7 +38,7 @@ class Typed:
 def defaults(cls, values):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "model", fail_untyped=False)
-    return harmless_defaults(parser, "model", values)
+    return usable_defaults(parser, "model", values)[0]
 
 
 def test_arguments_without_a_type_get_what_was_stored():

@@ -73,8 +73,8 @@ def full_disk():
 def no_rights():
     if os.geteuid() == 0:
         # What only root may read is imported before.
-        for name in ("calibrating", "swapping"):
-            importlib.import_module(f"bnguard.cli.{name}")
+        for name in ("cli.scoring", "recalibration.api", "swapping.api", "report.json_document"):
+            importlib.import_module(f"bnguard.{name}")
         os.setuid(65534)
 
 

@@ -103,7 +103,7 @@ def test_what_is_printed_at_the_end_of_the_process_is_not_in_the_document(loud):
 
 def test_what_is_left_when_nobody_is_apart_goes_where_it_did(tmp_path, capfd):
     """In a process of somebody else, which goes on."""
-    from bnguard.cli import main
+    from bnguard.cli.main import main
 
     torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict(), tmp_path / "a.pt")
     main(["inspect", str(tmp_path / "a.pt"), "--json"])

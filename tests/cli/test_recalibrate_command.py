@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from bnguard.checkpoint import compare, read_checkpoint, write_statistics
-from bnguard.cli import main
+from bnguard.cli.main import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.checkpoint.saving import (
     save_distributed,
@@ -205,7 +205,7 @@ def test_methods_and_their_options_do_what_the_library_does(checkpoint, of_demo)
     assert len(set(distances.values())) == len(distances)
     assert distances["adapt"] == min(distances.values()) < 0.05 * distances["exact"]
     for options, message in (
-        (("--prior", "3"), "--method adapt"),
+        (("--prior", "3"), "needs method 'adapt'"),
         (("--device", "tpu9"), "--device tpu9 cannot be used"),
     ):
         line = is_one_line_error(

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningModule
 from bnguard.checkpoint import read_checkpoint
 from bnguard.cli.model_and_data import Subject
 from bnguard.cli.request import _stored
+from bnguard.errors import ConfigurationError
 
 
 class Act(Enum):
@@ -64,7 +65,7 @@ class WithObjects(LightningModule):
         self.got = {"config": config, "act": act}
 
 
-def built(model, folder, *given):
+def starting(model, folder):
     checkpoint = {
         "pytorch-lightning_version": "2.5",
         "state_dict": {},
@@ -76,43 +77,64 @@ def built(model, folder, *given):
     subject = Subject("model", type(model)).starting_from(*stored)
     parser = ArgumentParser(exit_on_error=False)
     subject.add_arguments(parser)
-    return subject.built(parser.parse_args(list(given))), subject.left_out(parser)
+    return subject, parser
+
+
+def built(model, folder, *given):
+    subject, parser = starting(model, folder)
+    subject.check_given(parser, given)
+    return subject.built(parser.parse_args(list(given)))
 
 
 @pytest.mark.parametrize("cls", [OneNamespace, Untyped, ByName])
 def test_a_namespace_is_given_back(cls, tmp_path):
     model = cls(argparse.Namespace(width=3, lr=0.1))
-    assert built(model, tmp_path)[0].got == {"width": 3, "lr": 0.1}
+    assert built(model, tmp_path).got == {"width": 3, "lr": 0.1}
     name = "hparams" if cls is Untyped else "args"
-    changed, _ = built(model, tmp_path, f"--model.{name}.lr=0.5")
+    changed = built(model, tmp_path, f"--model.{name}.lr=0.5")
     assert changed.got == {"width": 3, "lr": 0.5}
 
 
 def test_options_without_a_name_are_given_back_as_lightning_does(tmp_path):
     model = Keywords(width=3, depth=2, norm={"groups": 4}, why=None)
-    again, left_out = built(model, tmp_path, "--model.depth=5")
+    again = built(model, tmp_path, "--model.depth=5")
     assert again.got == {"width": 3, "depth": 5, "norm": {"groups": 4}, "why": None}
-    assert not left_out
 
 
-def test_a_data_class_and_the_members_of_enumerations_are_given_back(tmp_path):
-    model = WithObjects(Config(3, Act.GELU), Act.GELU)
-    again, left_out = built(model, tmp_path)
-    assert again.got == model.got
-    assert not left_out
-    assert built(model, tmp_path, "--model.act=RELU")[0].got["act"] is Act.RELU
+@pytest.mark.parametrize(
+    ("model", "name", "class_name"),
+    [
+        (WithObjects(Config(3, Act.GELU)), "model.config", "Config"),
+        (WithObjects({"width": 3}, Act.GELU), "model.act", "Act"),
+        (Keywords(width=Act.RELU), "model.width", "Act"),
+        (Keywords(norm=Act.RELU), "model.norm", "Act"),
+        (Untyped(argparse.Namespace(width=3, lr=0.1, act=Act.GELU)), "model.hparams.act", "Act"),
+        (ByName(argparse.Namespace(width=3, act=Act.GELU)), "model.args", "Act"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_an_object_is_not_rebuilt_and_has_to_be_given(model, name, class_name, tmp_path):
+    """A model that would silently be another one is not built."""
+    with pytest.raises(ConfigurationError, match=f"{name} as an object.*pass --{name}$") as raised:
+        built(model, tmp_path)
+    assert class_name in str(raised.value)
 
 
-def test_what_cannot_be_given_back_is_told(tmp_path):
-    model = Keywords(width=3)
-    model.hparams["width"] = torch.nn.ReLU()
-    again, left_out = built(model, tmp_path)
-    assert again.got == {"width": 8}
-    assert left_out == ["model.width"]
+def test_what_is_given_takes_the_place_of_an_object(tmp_path):
+    assert built(Keywords(width=Act.RELU), tmp_path, "--model.width=3").got["width"] == 3
+    assert built(Keywords(norm=Act.RELU), tmp_path, "--model.norm=3").got["norm"] == 3
+    act = built(WithObjects({"width": 3}, Act.GELU), tmp_path, "--model.act=RELU")
+    assert act.got == {"config": Config(3), "act": Act.RELU}
+    config = built(WithObjects(Config(3)), tmp_path, "--model.config.width=4")
+    assert config.got["config"].width == 4
+    namespace = argparse.Namespace(width=3, lr=0.1, act=Act.GELU)
+    again = built(Untyped(namespace), tmp_path, "--model.hparams.act=null")
+    assert again.hparams == {"width": 3, "lr": 0.1, "act": None}
 
 
-def test_an_object_in_a_namespace_is_left_out_of_it_and_told(tmp_path):
-    model = Untyped(argparse.Namespace(width=3, lr=0.1, act=object()))
-    again, left_out = built(model, tmp_path)
-    assert again.hparams == {"width": 3, "lr": 0.1}
-    assert left_out == ["model.hparams.act"]
+def test_an_object_that_the_class_does_not_take_is_left_alone(tmp_path):
+    model = OneNamespace(argparse.Namespace(width=3))
+    model.hparams["callback"] = Act.RELU
+    model._hparams_name = None
+    subject, parser = starting(model, tmp_path)
+    subject.check_given(parser, [])

@@ -13,7 +13,7 @@ from torch import nn
 
 import bnguard as library
 from bnguard.checkpoint.reading import open_contents
-from bnguard.cli import main
+from bnguard.cli.main import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.cli.running import DEMO, bnguard
 
@@ -157,7 +157,7 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys)
         seen.update(options)
         return library.swap(model, to)
 
-    monkeypatch.setattr("bnguard.cli.swapping.swap", swap)
+    monkeypatch.setattr("bnguard.swapping.api.swap", swap)
     options = ("--precision", "bf16-mixed", "--steps", "5")
     assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
     assert seen["fabric"]._precision.precision == "bf16-mixed"
@@ -176,7 +176,7 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys)
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
         ([*DEMO, "--device", "gpu"], "--device gpu cannot be used here"),
-        ([*DEMO, "--exclude", '["nothing"]'], "--exclude nothing matches no BN layer"),
+        ([*DEMO, "--exclude", '["nothing"]'], "exclude 'nothing' matches no BN layer"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(

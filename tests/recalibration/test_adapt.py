@@ -37,5 +37,5 @@ def test_the_source_is_that_of_the_moment_when_it_is_made():
 
 
 def test_a_source_that_is_not_finite():
-    with pytest.raises(CalibrationError, match="use prior=0"):
+    with pytest.raises(CalibrationError, match="use prior 0"):
         mix_with_source([layer_with(0.0, math.inf)], 2)

@@ -154,7 +154,7 @@ def test_memory_that_runs_out(method):
     model = FailsLater(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     batches = [*torch.randn(35, 4).split(5), torch.randn(3, 4)]
     before = Fingerprint(model)
-    with pytest.raises(CalibrationError, match=r"out of memory at batch 7: use fewer samples="):
+    with pytest.raises(CalibrationError, match=r"out of memory at batch 7: use fewer samples,"):
         bnguard.recalibrate(model, batches, method=method)
     before.check(model)
 
@@ -261,7 +261,7 @@ def test_a_score_that_never_was_a_number_takes_them_back():
 def test_a_score_that_returns_no_number_is_refused_and_takes_them_back():
     model, batch = net(), torch.randn(9, 4)
     before = Fingerprint(model)
-    with pytest.raises(ConfigurationError, match=r"score= has to return a number.*not None"):
+    with pytest.raises(ConfigurationError, match=r"score has to be a number.*not None"):
         bnguard.recalibrate(model, [batch], score=lambda _: None)
     before.check(model)
 

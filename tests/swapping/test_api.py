@@ -144,7 +144,7 @@ def test_a_group_of_one_value_is_refused_at_the_first_forward_where_the_size_was
 
 def test_one_value_a_sample_cannot_be_grouped():
     model = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))
-    with pytest.raises(ConfigurationError, match=r"1: gets one value a sample.*exclude=\['1'\]"):
+    with pytest.raises(ConfigurationError, match=r"1: gets one value a sample.*exclude '1'"):
         swap(model, "group")
     assert swap(model, "frozen").model(torch.randn(2, 3)).shape == (2, 1)
 
@@ -266,7 +266,7 @@ def test_layers_and_exclude_choose_by_pattern(net):
         "4": "is excluded",
         "7": "is not among the layers asked for",
     }
-    with pytest.raises(ConfigurationError, match="exclude='head' matches no BN layer"):
+    with pytest.raises(ConfigurationError, match="exclude 'head' matches no BN layer"):
         swap(net, "group", exclude="head")
 
 
@@ -437,9 +437,9 @@ class ReadsItsLayer(nn.Module):
         (lambda: torch.compile(conv_net()), {}, "wrapped in OptimizedModule"),
         (lambda: nn.Sequential(nn.LazyBatchNorm2d()), {}, "0 is lazy"),
         (with_a_lazy_head, {"sample": torch.rand(4, 8)}, "1.weight is lazy"),
-        (conv_net, {"groups": {"backbone.*": 4}}, r"groups='backbone.\*' matches no BN layer"),
+        (conv_net, {"groups": {"backbone.*": 4}}, r"groups 'backbone.\*' matches no BN layer"),
         (conv_net, {"groups": 2.5}, "whole numbers of at least 1"),
-        (conv_net, {"layers": 3}, "layers='3' matches no BN layer"),
+        (conv_net, {"layers": 3}, "layers '3' matches no BN layer"),
         (conv_net, {"optimizer": 3}, "optimizer=3 is not an optimizer"),
         (pruned, {}, "1: its weight is recomputed at each call"),
         (
@@ -450,7 +450,7 @@ class ReadsItsLayer(nn.Module):
         (conv_net, {"groups": {"*": 5}}, "its 8 channels do not make 5 groups"),
         (conv_net, {"fabric": object()}, "give teacher_data too"),
         (conv_net, {"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
-        (conv_net, {"to": None}, "unknown norm to=None"),
+        (conv_net, {"to": None}, "unknown norm None"),
         (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),
         (prepared_for_quantisation, {}, "0: ConvBnReLU2d reads the statistics of its BN layer"),
     ],
@@ -462,7 +462,7 @@ def test_what_cannot_be_done_is_said(make, options, message):
 
 def test_a_model_that_cannot_be_copied_can_be_swapped_in_place(net):
     net.leaf = net[0].weight * 1.0
-    with pytest.raises(ConfigurationError, match=r"cannot be copied.*in_place=True"):
+    with pytest.raises(ConfigurationError, match=r"cannot be copied.*in place"):
         swap(net, "group")
     assert find_layers(swap(net, "group", in_place=True).model) == ()
 

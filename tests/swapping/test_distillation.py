@@ -204,8 +204,8 @@ def test_a_generator_is_passed_over_again(trained):
 @pytest.mark.parametrize(
     ("data", "forward", "message"),
     [
-        ([], None, "teacher_data is empty"),
-        (iter(()), None, "teacher_data is empty"),
+        ([], None, "the data are empty"),
+        (iter(()), None, "the data are empty"),
         ([torch.full((40, 1, 8, 8), torch.nan)], None, "are NaN or infinite"),
         (
             [torch.rand(4, 1, 8, 8)],

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from bnguard.cli import main
+from bnguard.cli.main import main
 from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.log_report import LoggedRun, logged_runs
 from bnguard.tensorboard.metadata import FINDINGS_TAG, STATS_TAG, LogError, standard_metrics

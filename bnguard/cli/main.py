@@ -1,0 +1,115 @@
+"""The command line: arguments become calls, and what they return becomes an exit status.
+
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as of other
+programs, 130 where Ctrl-C was pressed, and 141 where the reader of the output, ``head`` say, stops
+before its end.
+Standard output carries what the command says, and nothing that the user's code prints.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from bnguard.cli.output import (
+    STANDARD_ERROR,
+    STANDARD_OUTPUT,
+    in_a_line,
+    output_apart,
+    print_error,
+)
+from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
+from bnguard.version import __version__
+
+# A command's module is imported, and torch with it, only when the command is called.
+COMMANDS = {
+    "demo": "train, break, name and repair a small network on real digits",
+    "inspect": "tell what is wrong with the BN layers of checkpoints",
+    "diff": "compare two checkpoints",
+    "diagnose": "tell from other statistics what is wrong, and which layers are to blame",
+    "recalibrate": "write a checkpoint with new running statistics beside it",
+    "swap": "swap BN for another norm, and write a checkpoint that has learnt to do without",
+    "report": "print what a log directory says of BN layers, or write it as one page",
+    "explain": "show the page of a rule",
+    "rules": "list the rules",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    if arguments is not None:
+        return _status(list(arguments))
+    status = _status(sys.argv[1:])
+    # What the user's code prints when the process ends is not the command's output either. This is
+    # registered last, so it is called first.
+    atexit.register(os.dup2, STANDARD_ERROR, STANDARD_OUTPUT)
+    return status
+
+
+def _status(arguments: list[str]) -> int:
+    # A character that the terminal lacks must not end the command.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has enough of it, as `head` has; what is left goes nowhere.
+        is_of_process = sys.stdout is sys.__stdout__
+        if is_of_process:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell says of a process that SIGPIPE ended
+    except ArgumentError as error:
+        print_error(in_a_line(error))
+        return 2
+    except BNGuardError as error:
+        print_error(str(error))
+        return 2
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not _is_interruption(error):
+            raise
+        print("bnguard: interrupted; no file is left half written", file=sys.stderr)
+        return 130
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Return whether Ctrl-C was pressed; a Trainer makes the end of the process of that."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        _overview().parse_args(arguments or ["--help"])
+    command = arguments[0]
+    if command not in COMMANDS:
+        near = nearest_name(command, COMMANDS)
+        hint = f"did you mean 'bnguard {near}'?" if near else "'bnguard --help' lists them"
+        raise ConfigurationError(f"there is no command {command!r}: {hint}")
+    run = importlib.import_module(f"bnguard.cli.{command}").run
+    # Help is printed by the parsers, before anything of the user's runs.
+    is_help = not {"-h", "--help"}.isdisjoint(arguments)
+    with nullcontext() if is_help else output_apart():
+        status: int = run(arguments[1:])
+    return status
+
+
+def _overview() -> ArgumentParser:
+    """Return a parser that shows the commands, without what it would take to run them."""
+    parser = ArgumentParser(
+        prog="bnguard",
+        description="Tells what is wrong with the batch normalisation of networks and repairs it.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        commands.add_subcommand(name, ArgumentParser(), help=summary)
+    return parser
