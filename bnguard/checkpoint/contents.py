@@ -76,6 +76,15 @@ class Entry(NamedTuple):
         """What stands in ``key`` before the key in the model's own state dict."""
         return "".join(f"{part}." for part in self.path[: self.home])
 
+    def key_in(self, prefix: str) -> str | None:
+        """Return the key in the state dict of a model or of a part of it; None where not in it.
+
+        >>> Entry(("state_dict", "encoder_q.bn.weight"), 1, None).key_in("state_dict.encoder_q.")
+        'bn.weight'
+        """
+        is_inside = prefix.startswith(self.prefix) and self.key.startswith(prefix)
+        return self.key.removeprefix(prefix) if is_inside else None
+
 
 def entries(contents: Contents) -> Iterator[Entry]:
     """Yield all that a checkpoint holds, in the order in which it was saved.

@@ -53,6 +53,11 @@ def recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
 
     document = _document(result, stored, data, scorer, values)
     notes = [*request.notes, *_notes(samples, scorer)]
+    others = checkpoint.shared_with(stored)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        named = ", ".join(map(repr, others[:3])) + more
+        notes.append(f"changing {stored.name!r} also changes {named} (they share storage)")
     if not data.is_module and values.split != parser.get_default("split"):
         notes.append(f"--split {values.split} was left out: {data.path} is a function")
     written, said = None, f"not written (--dry-run): {output}"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bnguard.checkpoint.contents
-from bnguard.checkpoint import load_state_dict, read_checkpoint
+from bnguard.checkpoint import compare, load_state_dict, read_checkpoint
 from bnguard.errors import CheckpointError
 from tests.checkpoint.saving import NAMES, save_zip, used_network
 
@@ -62,15 +62,15 @@ def test_several_models_in_a_file(network, tmp_path):
     path = saved({"model": network.state_dict(), "ema": other.state_dict()}, tmp_path)
     checkpoint = read_checkpoint(path)
     assert layers(checkpoint) == {"model.": NAMES, "ema.": NAMES}
-    assert layers(checkpoint.only("ema.")) == {"ema.": NAMES}
+    assert layers(checkpoint.only("ema")) == {"ema.": NAMES}
     with pytest.raises(CheckpointError, match=r"several models, 'model\.', 'ema\.'"):
         load_state_dict(path)
     loaded = load_state_dict(path, "ema.")
     assert torch.equal(loaded["head.weight"], other.head.weight)
     with pytest.raises(CheckpointError, match=r"no model 'x\.'.*'model\.', 'ema\.'"):
         load_state_dict(path, "x.")
-    with pytest.raises(CheckpointError, match=r"no model 'x\.'"):
-        checkpoint.only("x.")
+    with pytest.raises(CheckpointError, match=r"no model 'x' with BN layers"):
+        checkpoint.only("x")
 
 
 def test_one_state_dict_under_two_names(network, tmp_path):
@@ -365,3 +365,50 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
 def test_statistics_of_other_libraries_are_named(tmp_path, state, said):
     (problem,) = read_checkpoint(saved({"model": state}, tmp_path)).problems
     assert said in problem
+
+
+def test_a_part_of_a_state_dict_is_a_model_when_it_is_named(network, tmp_path):
+    state, other = network.state_dict(), used_network().state_dict()
+    path = saved(
+        {
+            "state_dict": {
+                **{f"module.encoder_q.{key}": value for key, value in state.items()},
+                **{f"module.encoder_k.{key}": value for key, value in other.items()},
+            }
+        },
+        tmp_path,
+    )
+    checkpoint = read_checkpoint(path)
+    for name in ("encoder_k", "module.encoder_k", "state_dict.module.encoder_k"):
+        part = checkpoint.only(name)
+        assert layers(part) == {"state_dict.module.encoder_k.": NAMES}
+    loaded = load_state_dict(path, part.models[0].prefix)
+    assert loaded.keys() == other.keys()
+    assert all(torch.equal(loaded[key], other[key]) for key in other)
+    query = checkpoint.only("encoder_q")
+    assert not compare(query, query).entries
+    assert {d.key for d in compare(query, part).entries} == {
+        f"state_dict.module.encoder_q.{key}"
+        for key in state
+        if not torch.equal(state[key], other[key]) and "running" not in key
+    }
+    with pytest.raises(CheckpointError, match="no model 'encoder'"):
+        checkpoint.only("encoder")
+
+
+def test_a_part_that_two_models_have_is_asked_for(network, tmp_path):
+    part = {f"net.{key}": value.clone() for key, value in network.state_dict().items()}
+    checkpoint = read_checkpoint(saved({"model": part, "ema": dict(part)}, tmp_path))
+    with pytest.raises(CheckpointError, match=r"several 'net': name one of 'model.net', 'ema.net'"):
+        checkpoint.only("net")
+
+
+def test_what_shares_storage_is_known(network, tmp_path):
+    state = network.state_dict()
+    twice = read_checkpoint(saved({"model": state, "ema": state}, tmp_path))
+    assert twice.shared_with(twice.models[0]) == ("ema",)
+    parts = {f"{name}.{key}": value for name in ("q", "k") for key, value in state.items()}
+    checkpoint = read_checkpoint(saved(parts, tmp_path))
+    shared = checkpoint.shared_with(checkpoint.model_named("q"))
+    assert shared == tuple(f"k.{name}" for name in NAMES)
+    assert checkpoint.shared_with(checkpoint.models[0]) == ()
