@@ -279,7 +279,15 @@ _LONGEST_KEY = 4096
 _MOST_VALUES = 2**22
 
 _ABSENT = object()
-_KERAS_STATISTICS = ("moving_mean", "moving_variance")
+# What Keras and TensorFlow call them.
+_FOREIGN_NAMES = {
+    "moving_mean": MEAN,
+    "moving_variance": VAR,
+    "moving_var": VAR,
+    "gamma": "weight",
+    "beta": "bias",
+}
+_KEY = re.compile(r"(.*[./])?([^./:]*)(:\d+)?", re.DOTALL)
 # Each layer may have a few.
 _MOST_FINDINGS = 10_000
 
@@ -296,8 +304,19 @@ def attribute_of(key: str) -> str:
     return key.rpartition(".")[2]
 
 
+def split_key(key: str) -> tuple[str, str]:
+    """Return what stands before the last name of a key, and that name as PyTorch has it.
+
+    >>> split_key("block1/bn/moving_variance:0"), split_key("bn.weight")
+    (('block1/bn/', 'running_var'), ('bn.', 'weight'))
+    """
+    match = _KEY.fullmatch(key)
+    before, name = (match[1] or "", match[2]) if match else ("", key)
+    return before, _FOREIGN_NAMES.get(name, name)
+
+
 def _layer_name(prefix: str) -> str:
-    return without_wrappers(prefix.removesuffix("."))
+    return without_wrappers(prefix[:-1])
 
 
 def describe(contents: Contents) -> Checkpoint:
@@ -372,9 +391,11 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
     """
     found: dict[tuple[str, str], TensorGroup] = {}
     for entry in _candidates(contents):
-        prefix = entry.key.removesuffix(attribute_of(entry.key))
+        prefix, attribute = split_key(entry.key)
         group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix, entry.owner))
-        group.tensors[attribute_of(entry.key)] = entry.value  # type: ignore[assignment]
+        is_own_name = attribute == attribute_of(entry.key)
+        if is_own_name or attribute not in group.tensors:
+            group.tensors[attribute] = entry.value  # type: ignore[assignment]
     by_model: dict[str, list[TensorGroup]] = {}
     for (model, _), group in found.items():
         if MEAN in group.tensors or VAR in group.tensors:
@@ -398,17 +419,10 @@ def _foreign_state(contents: Contents) -> str | None:
             return f"a {value.class_name} that hides its state; load it and save its state_dict()"
     for entry in entries(contents):
         # An array is an object of NumPy, and its parts are what entries are made of.
-        for depth, part in enumerate(entry.path):
-            attribute = attribute_of(part)
-            if attribute in _KERAS_STATISTICS and isinstance(entry.value, StoredTensor):
+        for part in entry.path[:-1]:
+            if split_key(part)[1] in (MEAN, VAR) and "numpy" in str(entry.value):
                 return (
-                    "its BN layers are named as Keras does (moving_mean, moving_variance): rename "
-                    "them to running_mean, running_var, weight and bias"
-                )
-            is_array = depth < len(entry.path) - 1 and "numpy" in str(entry.value)
-            if attribute in (MEAN, VAR, *_KERAS_STATISTICS) and is_array:
-                return (
-                    "its BN statistics are NumPy arrays, not tensors: save them as "
+                    "its BN statistics are NumPy arrays that cannot be read: save them as "
                     "{k: torch.as_tensor(v) for k, v in state.items()}"
                 )
     return None
@@ -419,7 +433,7 @@ def _candidates(contents: Contents) -> Iterator[Entry]:
     for entry in entries(contents):
         if not isinstance(entry.value, StoredTensor) or not entry.path:
             continue
-        attribute = attribute_of(entry.path[-1])
+        attribute = split_key(entry.path[-1])[1]
         if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] in _NO_MODELS:
             continue
         count += 1

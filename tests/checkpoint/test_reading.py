@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bnguard.checkpoint.contents
-from bnguard.checkpoint import compare, load_state_dict, read_checkpoint
+from bnguard.checkpoint import compare, load_state_dict, read_checkpoint, write_statistics
 from bnguard.errors import CheckpointError
 from tests.checkpoint.saving import NAMES, save_zip, used_network
 
@@ -355,16 +355,49 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
         load_state_dict(path)
 
 
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [
-        ({"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}, "NumPy arrays"),
-        ({"bn.moving_mean": torch.zeros(3), "bn.moving_variance": torch.ones(3)}, "Keras"),
-    ],
-)
-def test_statistics_of_other_libraries_are_named(tmp_path, state, said):
-    (problem,) = read_checkpoint(saved({"model": state}, tmp_path)).problems
-    assert said in problem
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f8", "f2"])
+def test_arrays_of_numpy_are_read_and_not_changed(tmp_path, dtype, protocol):
+    mean = np.linspace(-300, 300, 30).astype(dtype)
+    state = {
+        "bn.running_mean": mean,
+        "bn.running_var": np.ones(30, dtype),
+        "bn.num_batches_tracked": np.int64(7),
+    }
+    path = tmp_path / "arrays.pt"
+    torch.save({"model": state}, path, pickle_protocol=protocol)
+    checkpoint = read_checkpoint(path)
+    (layer,) = checkpoint.layers
+    assert layer.running_mean.tolist() == mean.tolist()
+    assert layer.counter == 7
+    assert not checkpoint.problems
+    assert not compare(checkpoint, checkpoint).entries
+    new = {layer.key("running_mean"): torch.zeros(30)}
+    with pytest.raises(CheckpointError, match="is a NumPy array, which bnguard reads"):
+        write_statistics(path, tmp_path / "out.pt", new, {})
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_arrays_that_cannot_be_read_are_named(tmp_path):
+    objects = np.array([0, None], dtype=object)
+    path = saved({"model": {"bn.running_mean": objects, "bn.running_var": objects}}, tmp_path)
+    (problem,) = read_checkpoint(path).problems
+    assert "NumPy arrays that cannot be read" in problem
+
+
+@pytest.mark.parametrize("pattern", ["bn.{}", "stage/bn/{}:0", "stage/bn/{}", "{}"])
+@pytest.mark.parametrize("variance", ["moving_variance", "moving_var"])
+def test_layers_named_as_in_keras_are_read(tmp_path, pattern, variance):
+    named = {"moving_mean": 1.0, variance: 2.0, "gamma": 3.0, "beta": 4.0}
+    path = saved({pattern.format(k): torch.full((3,), v) for k, v in named.items()}, tmp_path)
+    checkpoint = read_checkpoint(path)
+    (layer,) = checkpoint.layers
+    read = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    assert [values[0] for values in read] == [1.0, 2.0, 3.0, 4.0]
+    assert layer.name == pattern.partition("{}")[0].rstrip("./")
+    assert layer.eps is None
+    with pytest.raises(CheckpointError):
+        write_statistics(path, tmp_path / "x", {layer.key("running_mean"): torch.ones(3)}, {})
 
 
 def test_a_part_of_a_state_dict_is_a_model_when_it_is_named(network, tmp_path):
