@@ -286,6 +286,7 @@ def _layer_of_checkpoint(
         is_momentum_known=layer.is_momentum_known or layer.name in momenta,
         gamma=layer.weight,
         beta=layer.bias,
+        is_updating=layer.is_updating,
         statistics_dtype=layer.dtype,
         running=RunningStatistics(
             mean=layer.running_mean, var=layer.running_var, updates=layer.counter

@@ -187,12 +187,16 @@ def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) ->
         force: Whether something that has the name may be replaced.
 
     Raises:
-        CheckpointError: It is the original, something that may not be replaced has it, or it is
-            in a folder that does not exist or that nothing can be written into.
+        CheckpointError: It is the original or inside it, something that may not be replaced has
+            it, or it is in a folder that does not exist or that nothing can be written into.
     """
     with write_errors(output):
         if output.exists():
             _check_replaceable(output, source, is_folder, force)
+        if source.resolve() in output.resolve().parents:
+            raise CheckpointError(
+                f"{output}: lies inside the checkpoint {source}; choose an output elsewhere"
+            )
         _check_folder(output)
 
 

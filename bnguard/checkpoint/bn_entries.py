@@ -42,6 +42,9 @@ class CheckpointLayer:
         momentum: Weight of the new value in an update, None for a cumulative average.
         is_momentum_known: Whether the file holds the momentum, as a pickled module does.
         eps: What is added to the variance; None where the file does not hold it.
+        is_updating: Whether train mode updates the statistics, as far as the file tells.
+        aliases: Prefixes of the other layers of the file that share the bytes of this one's
+            running mean.
     """
 
     name: str
@@ -55,6 +58,8 @@ class CheckpointLayer:
     momentum: float | None = None
     is_momentum_known: bool = False
     eps: float | None = None
+    is_updating: bool = True
+    aliases: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -75,7 +80,8 @@ class CheckpointModel:
 
     Attributes:
         prefix: What stands before the keys of its state dict in the names of the file's entries:
-            ``"state_dict."`` for Lightning, ``""`` for a bare state dict.
+            ``"state_dict."`` for Lightning, ``""`` for a bare state dict. For a part of a model
+            that was named, the names of its modules follow: ``"state_dict.encoder_q."``.
         layers: Its BN layers, in the order in which they were saved.
     """
 
@@ -86,6 +92,29 @@ class CheckpointModel:
     def name(self) -> str:
         """The prefix without its dot, ``""`` for a bare state dict."""
         return self.prefix.removesuffix(".")
+
+    def part(self, name: str) -> CheckpointModel | None:
+        """Return the part of the model below a module, as a model; None without BN layers there.
+
+        Args:
+            name: Dotted name of the module, with or without the prefixes of the model and of
+                wrappers: ``"encoder_q"``.
+        """
+        for layer in self.layers:
+            modules = layer.prefix.removeprefix(self.prefix).split(".")[:-1]
+            for depth in range(1, len(modules)):
+                inner = ".".join(modules[:depth])
+                if name in (inner, without_wrappers(inner), self.prefix + inner):
+                    prefix = f"{self.prefix}{inner}."
+                    inside = [each for each in self.layers if each.prefix.startswith(prefix)]
+                    return CheckpointModel(
+                        prefix,
+                        tuple(
+                            replace(each, name=_layer_name(each.prefix.removeprefix(prefix)))
+                            for each in inside
+                        ),
+                    )
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,31 +206,48 @@ class Checkpoint:
         return next(own, None) if self.is_lightning else None
 
     def model_named(self, name: str) -> CheckpointModel:
-        """Return the model of this name.
+        """Return the model of this name, or the part of a model below the module of this name.
 
         Raises:
-            CheckpointError: There is none with BN layers.
+            CheckpointError: There is none with BN layers, or several models have such a part.
         """
         models = {model.name: model for model in self.models}
         if name in models:
             return models[name]
+        parts = [part for model in self.models if (part := model.part(name)) is not None]
+        if len(parts) == 1:
+            return parts[0]
+        if parts:
+            names = ", ".join(repr(part.name) for part in parts)
+            raise CheckpointError(f"{self.path} has several {name!r}: name one of {names}")
         near = nearest_name(name, models)
         hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(repr, models))}"
         raise CheckpointError(f"{self.path} has no model {name!r} with BN layers: {hint}")
 
-    def only(self, prefix: str) -> Checkpoint:
-        """Return the checkpoint as if one of its models were the only one.
+    def only(self, name: str) -> Checkpoint:
+        """Return the checkpoint as if one of its models, or a part of one, were the only one.
 
         Raises:
             CheckpointError: It has no such model.
         """
-        models = tuple(model for model in self.models if model.prefix == prefix)
-        if not models:
-            names = ", ".join(repr(model.prefix) for model in self.models) or "none"
-            raise CheckpointError(
-                f"{self.path}: has no model {prefix!r} with BN layers; it has {names}"
+        return replace(self, models=(self.model_named(name),))
+
+    def shared_with(self, model: CheckpointModel) -> tuple[str, ...]:
+        """Return what else of the checkpoint changes with the statistics of a model.
+
+        These are the names of other models, and of layers of the same one.
+        """
+        own = {layer.prefix for layer in model.layers}
+        others = [alias for layer in model.layers for alias in layer.aliases if alias not in own]
+        homes = {layer.prefix: each for each in self.models for layer in each.layers}
+        return tuple(
+            dict.fromkeys(
+                alias.removesuffix(".")
+                if alias not in homes or model.prefix.startswith(homes[alias].prefix)
+                else homes[alias].name
+                for alias in others
             )
-        return replace(self, models=models)
+        )
 
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
@@ -220,7 +266,15 @@ _LONGEST_KEY = 4096
 _MOST_VALUES = 2**22
 
 _ABSENT = object()
-_KERAS_STATISTICS = ("moving_mean", "moving_variance")
+# What Keras and TensorFlow call them.
+_FOREIGN_NAMES = {
+    "moving_mean": MEAN,
+    "moving_variance": VAR,
+    "moving_var": VAR,
+    "gamma": "weight",
+    "beta": "bias",
+}
+_KEY = re.compile(r"(.*[./])?([^./:]*)(:\d+)?", re.DOTALL)
 # Each layer may have a few.
 _MOST_FINDINGS = 10_000
 
@@ -234,6 +288,21 @@ def attribute_of(key: str) -> str:
     return key.rpartition(".")[2]
 
 
+def split_key(key: str) -> tuple[str, str]:
+    """Return what stands before the last name of a key, and that name as PyTorch has it.
+
+    >>> split_key("block1/bn/moving_variance:0"), split_key("bn.weight")
+    (('block1/bn/', 'running_var'), ('bn.', 'weight'))
+    """
+    match = _KEY.fullmatch(key)
+    before, name = (match[1] or "", match[2]) if match else ("", key)
+    return before, _FOREIGN_NAMES.get(name, name)
+
+
+def _layer_name(prefix: str) -> str:
+    return without_wrappers(prefix[:-1])
+
+
 def describe(contents: Contents) -> Checkpoint:
     """Read the BN layers of an opened checkpoint, and what it says about its training.
 
@@ -244,8 +313,18 @@ def describe(contents: Contents) -> Checkpoint:
     models = []
     by_model = groups_by_model(contents)
     foreign_state = None if by_model else _foreign_state(contents)
+    sharing: dict[tuple[int, int], list[str]] = {}
+    for group in (group for groups in by_model.values() for group in groups):
+        if (place := _place(group)) is not None:
+            sharing.setdefault(place, []).append(group.prefix)
     for prefix, groups in by_model.items():
-        layers = tuple(filter(None, (reader.layer(prefix, group) for group in groups)))
+        layers = tuple(
+            replace(layer, aliases=tuple(p for p in sharing[place] if p != layer.prefix))
+            if (place := _place(group)) is not None and len(sharing[place]) > 1
+            else layer
+            for group in groups
+            if (layer := reader.layer(prefix, group)) is not None
+        )
         if layers:
             models.append(CheckpointModel(prefix, layers))
     root = mapping_of(contents.root) or {}
@@ -296,9 +375,11 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
     """
     found: dict[tuple[str, str], TensorGroup] = {}
     for entry in _candidates(contents):
-        prefix = entry.key.removesuffix(attribute_of(entry.key))
+        prefix, attribute = split_key(entry.key)
         group = found.setdefault((entry.prefix, prefix), TensorGroup(prefix, entry.owner))
-        group.tensors[attribute_of(entry.key)] = entry.value  # type: ignore[assignment]
+        is_own_name = attribute == attribute_of(entry.key)
+        if is_own_name or attribute not in group.tensors:
+            group.tensors[attribute] = entry.value  # type: ignore[assignment]
     by_model: dict[str, list[TensorGroup]] = {}
     for (model, _), group in found.items():
         if MEAN in group.tensors or VAR in group.tensors:
@@ -306,21 +387,26 @@ def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
     return by_model
 
 
+def _place(group: TensorGroup) -> tuple[int, int] | None:
+    """Return what running means in the same bytes have in common."""
+    mean = group.tensors.get(MEAN)
+    if mean is None or mean.is_meta:
+        return None
+    return id(mean.pieces[0].storage), mean.pieces[0].start
+
+
 def _foreign_state(contents: Contents) -> str | None:
     """Return what BN state of other libraries is, where torch's names or tensors are missing."""
+    saved = mapping_of(contents.root) or {"": contents.root}
+    for value in saved.values():
+        if isinstance(value, InertObject) and not isinstance(value.state, dict | tuple | None):
+            return f"a {value.class_name} that hides its state; load it and save its state_dict()"
     for entry in entries(contents):
         # An array is an object of NumPy, and its parts are what entries are made of.
-        for depth, part in enumerate(entry.path):
-            attribute = attribute_of(part)
-            if attribute in _KERAS_STATISTICS and isinstance(entry.value, StoredTensor):
+        for part in entry.path[:-1]:
+            if split_key(part)[1] in (MEAN, VAR) and "numpy" in str(entry.value):
                 return (
-                    "its BN layers are named as Keras does (moving_mean, moving_variance): rename "
-                    "them to running_mean, running_var, weight and bias"
-                )
-            is_array = depth < len(entry.path) - 1 and "numpy" in str(entry.value)
-            if attribute in (MEAN, VAR, *_KERAS_STATISTICS) and is_array:
-                return (
-                    "its BN statistics are NumPy arrays, not tensors: save them as "
+                    "its BN statistics are NumPy arrays that cannot be read: save them as "
                     "{k: torch.as_tensor(v) for k, v in state.items()}"
                 )
     return None
@@ -331,7 +417,7 @@ def _candidates(contents: Contents) -> Iterator[Entry]:
     for entry in entries(contents):
         if not isinstance(entry.value, StoredTensor) or not entry.path:
             continue
-        attribute = attribute_of(entry.path[-1])
+        attribute = split_key(entry.path[-1])[1]
         if attribute not in (*STATISTICS, *_AFFINE) or entry.path[0] in _NO_MODELS:
             continue
         count += 1
@@ -365,8 +451,9 @@ class _Reader:
         options = group.owner.state if group.owner is not None else None
         options = options if isinstance(options, dict) else {}
         momentum, eps = options.get("momentum", _ABSENT), options.get("eps")
+        is_frozen = group.owner is not None and ".FrozenBatchNorm" in group.owner.class_name
         return CheckpointLayer(
-            name=without_wrappers(group.prefix.removeprefix(model).removesuffix(".")),
+            name=_layer_name(group.prefix.removeprefix(model)),
             prefix=group.prefix,
             running_mean=self._values(mean),
             running_var=self._values(var),
@@ -377,6 +464,7 @@ class _Reader:
             momentum=float(momentum) if _is_number(momentum) else None,
             is_momentum_known=momentum is None or _is_number(momentum),
             eps=float(eps) if _is_number(eps) else None,
+            is_updating=options.get("track_running_stats") is not False and not is_frozen,
         )
 
     def _values(self, tensor: StoredTensor) -> FloatArray:

@@ -104,7 +104,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
 
     Models are matched by their prefix; where each checkpoint has one model only, whatever its
     prefix, and also where the one is a part of the other. To compare two models of one file, pass
-    ``checkpoint.only(prefix)`` for each.
+    ``checkpoint.only(name)`` for each.
 
     Raises:
         CheckpointError: One of the files cannot be read any more, or it has several models, none
@@ -113,8 +113,9 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
     pairs = _model_pairs(a, b)
     layers = [(pair.first.prefix, d) for pair in pairs for d in _layer_pairs(pair)]
     compared = {
-        f"{prefix}{layer.name}.{attribute}" if layer.name else prefix + attribute
+        f"{stem}{layer.name}.{attribute}" if layer.name else stem + attribute
         for prefix, layer in layers
+        for stem in (prefix, without_wrappers(prefix))
         for attribute in STATISTICS
     }
     with open_contents(a.path) as before, open_contents(b.path) as after:
@@ -234,11 +235,12 @@ def _extras(contents: Contents) -> dict[str, object]:
 
 def _of_model(contents: Contents, prefix: str, stem: str, name: str) -> dict[str, object]:
     """Return the tensors of one model below a stem, under the name that another one has for it."""
-    found = (entry for entry in entries(contents) if entry.prefix == prefix)
+    found = ((entry.key_in(prefix), entry.value) for entry in entries(contents))
+    own = {without_wrappers(key): value for key, value in found if key is not None}
     return {
-        name + _own_key(entry).removeprefix(stem): entry.value
-        for entry in found
-        if isinstance(entry.value, StoredTensor) and _own_key(entry).startswith(stem)
+        name + key.removeprefix(stem): value
+        for key, value in own.items()
+        if isinstance(value, StoredTensor) and key.startswith(stem)
     }
 
 

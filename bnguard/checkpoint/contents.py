@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bnguard.checkpoint.unpickling import ATOMS, InertObject, Reference, mapping_of
+from bnguard.checkpoint.unpickling import (
+    ATOMS,
+    InertObject,
+    Reference,
+    array_as_tensor,
+    mapping_of,
+)
 from bnguard.errors import CheckpointError
 
 LONGEST_PROVENANCE_BYTES = 2**20
@@ -18,6 +24,9 @@ _MOST_ENTRIES = 1_500_000
 # A list of numbers, the order of a data set perhaps, is one value; so many of them count as one.
 _ATOMS_PER_ENTRY = 16
 _MOST_NESTED = 200
+# One text in a pickle may stand for the bytes of many arrays; larger ones stay in the file.
+_LARGEST_ARRAY_IN_MEMORY = 2**16
+_MOST_ARRAY_BYTES = 2**28
 
 _ATOM_TYPES = frozenset(ATOMS)
 
@@ -76,6 +85,15 @@ class Entry(NamedTuple):
         """What stands in ``key`` before the key in the model's own state dict."""
         return "".join(f"{part}." for part in self.path[: self.home])
 
+    def key_in(self, prefix: str) -> str | None:
+        """Return the key in the state dict of a model or of a part of it; None where not in it.
+
+        >>> Entry(("state_dict", "encoder_q.bn.weight"), 1, None).key_in("state_dict.encoder_q.")
+        'bn.weight'
+        """
+        is_inside = prefix.startswith(self.prefix) and self.key.startswith(prefix)
+        return self.key.removeprefix(prefix) if is_inside else None
+
 
 def entries(contents: Contents) -> Iterator[Entry]:
     """Yield all that a checkpoint holds, in the order in which it was saved.
@@ -85,7 +103,7 @@ def entries(contents: Contents) -> Iterator[Entry]:
     Raises:
         CheckpointError: It is too large or too deeply nested.
     """
-    count = 0
+    count, array_bytes = 0, 0
     branches = [_Branch(0, iter([_Node((), None, contents.root, None)]))]
     above: set[int] = set()
     while branches:
@@ -93,6 +111,13 @@ def entries(contents: Contents) -> Iterator[Entry]:
         if node is None:
             above.discard(branches.pop().identity)
             continue
+        if isinstance(node.value, InertObject):
+            array = array_as_tensor(node.value)
+            if array is not None:
+                node = node._replace(value=array)
+                array_bytes += min(array.pieces[0].storage.nbytes, _LARGEST_ARRAY_IN_MEMORY)
+            if array_bytes > _MOST_ARRAY_BYTES:
+                raise _too_much(contents.path, "holds too many NumPy arrays")
         children = _children(node.value)
         atoms = len(node.value) if children is None and isinstance(node.value, (list, tuple)) else 0
         count += 1 + atoms // _ATOMS_PER_ENTRY

@@ -49,8 +49,8 @@ def load_state_dict(path: str | Path, model: str | None = None) -> dict[str, Ten
 
     Args:
         path: A file, or the folder of a sharded or distributed checkpoint.
-        model: Prefix of the model (:attr:`CheckpointModel.prefix`); not needed where the
-            checkpoint has one, or is Lightning's.
+        model: Prefix of the model (:attr:`CheckpointModel.prefix`) or of a part of it; not
+            needed where the checkpoint has one, or is Lightning's.
 
     Raises:
         CheckpointError: It cannot be read, has no such model, or several to choose from.
@@ -58,9 +58,9 @@ def load_state_dict(path: str | Path, model: str | None = None) -> dict[str, Ten
     with open_contents(checkpoint_at(path)) as contents:
         prefix = _chosen(contents, model)
         stored = {
-            ".".join(entry.path[entry.home :]): entry.value
+            key: entry.value
             for entry in entries(contents)
-            if entry.prefix == prefix and isinstance(entry.value, StoredTensor)
+            if isinstance(entry.value, StoredTensor) and (key := entry.key_in(prefix)) is not None
         }
         loaded = {key: _load(value) for key, value in stored.items()}
         return loaded if contents.is_lightning else _without_common_wrappers(loaded)
@@ -78,9 +78,15 @@ def open_contents(path: Path) -> Iterator[Contents]:
 
 
 def _chosen(contents: Contents, model: str | None) -> str:
-    prefixes = list(groups_by_model(contents))
+    groups = groups_by_model(contents)
+    prefixes = list(groups)
     names = ", ".join(repr(prefix) for prefix in prefixes)
-    if model is not None and model not in prefixes:
+    is_there = model in prefixes or any(
+        model is not None and model.startswith(prefix) and group.prefix.startswith(model)
+        for prefix in prefixes
+        for group in groups[prefix]
+    )
+    if model is not None and not is_there:
         raise CheckpointError(
             f"{contents.path}: has no model {model!r} with BN layers; it has {names or 'none'}"
         )

@@ -27,7 +27,14 @@ from bnguard.checkpoint.contents import Contents, Entry, entries
 from bnguard.checkpoint.files import Patch, open_source
 from bnguard.checkpoint.formats import checkpoint_at, format_of
 from bnguard.checkpoint.reading import open_contents
-from bnguard.checkpoint.stored_tensors import FLOATING, Piece, StoredTensor, carrier, torch_dtype
+from bnguard.checkpoint.stored_tensors import (
+    FLOATING,
+    NumpyStorage,
+    Piece,
+    StoredTensor,
+    carrier,
+    torch_dtype,
+)
 from bnguard.errors import CheckpointError
 from bnguard.version import __version__
 
@@ -109,6 +116,11 @@ def _target(contents: Contents, stored: Mapping[str, Sequence[Entry]], key: str)
         raise CheckpointError(f"{contents.path}: {state} {key!r}; name an entry of the checkpoint")
     target = found[0].value
     assert isinstance(target, StoredTensor)
+    if any(isinstance(piece.storage, NumpyStorage) for piece in target.pieces):
+        raise CheckpointError(
+            f"{contents.path}: {key!r} is a NumPy array, which bnguard reads and does not change; "
+            "save {k: torch.as_tensor(v) for k, v in state.items()}"
+        )
     if target.is_meta:
         raise CheckpointError(
             f"{contents.path}: {key!r} was saved on the meta device and has no values to replace"

@@ -142,6 +142,10 @@ class PlainStorage(Storage):
         return self.place
 
 
+class NumpyStorage(PlainStorage):
+    """The bytes of a pickled NumPy array, which are read and never replaced."""
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A block of a tensor, viewing a storage.

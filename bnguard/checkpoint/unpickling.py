@@ -10,6 +10,7 @@ says which opcodes there are in protocols 0 to 5, and reads what follows them.
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from bnguard.checkpoint.files import Source, printable
-from bnguard.checkpoint.stored_tensors import CARRIERS, STORAGE_DTYPES, Storage, StoredTensor
+from bnguard.checkpoint.stored_tensors import (
+    CARRIERS,
+    STORAGE_DTYPES,
+    NumpyStorage,
+    Storage,
+    StoredTensor,
+)
 from bnguard.errors import CheckpointError
 
 # What a plain value may consist of besides lists, tuples and dictionaries.
@@ -216,6 +225,59 @@ def as_key(key: object) -> object:
     if isinstance(key, tuple) and len(key) < 16 and all(isinstance(k, ATOMS) for k in key):
         return key
     return InertObject(Reference("builtins", type(key).__name__), (key,))
+
+
+_ARRAY_MODULES = ("numpy.core.", "numpy._core.")
+# Types of NumPy by their codes, which torch's names share but for what only torch has.
+_NUMPY_DTYPES = {"b1": "bool"} | {
+    code: name for name, code in CARRIERS.items() if np.dtype(code).name == name
+}
+
+
+def array_as_tensor(made: InertObject) -> StoredTensor | None:
+    """Return a pickled NumPy array or scalar of numbers as a tensor; None for anything else.
+
+    Only what lies in C order with its bytes in the pickle is read.
+    """
+    function, args, state = made.made_by, made.args, made.state
+    if not isinstance(function, Reference) or not function.module.startswith(_ARRAY_MODULES):
+        return None
+    match function.name, args, state:
+        case "_reconstruct", _, (_, shape, dtype, False, data):
+            pass
+        case "scalar", (dtype, data), _:
+            shape = ()
+        case "_frombuffer", (data, dtype, shape, "C"), _:
+            pass
+        case _:
+            return None
+    if not isinstance(dtype, InertObject) or str(dtype.made_by) != "numpy.dtype":
+        return None
+    match dtype.args, dtype.state:
+        case (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_) if code in _NUMPY_DTYPES:
+            name = _NUMPY_DTYPES[code]
+        case _:
+            return None
+    content = _bytes_of(data)
+    try:
+        sizes = _sizes(shape)
+    except ValueError:
+        return None
+    if content is None or math.prod(sizes) * np.dtype(code).itemsize != content.size:
+        return None
+    byteorder = "big" if order == ">" else "little"
+    return StoredTensor.viewing(NumpyStorage(content.size, byteorder, content), name, sizes)
+
+
+def _bytes_of(data: object) -> Source | None:
+    """Return the bytes of an array; before protocol 3 they are text, a character each."""
+    if isinstance(data, Blob):
+        return data.place
+    if isinstance(data, InertObject) and str(data.made_by) == "_codecs.encode":
+        match data.args:
+            case (str(text), "latin1" | "latin-1") if text.isascii() or max(text) <= "\xff":
+                data = text.encode("latin-1")
+    return Source(Path(), io.BytesIO(data), 0, len(data)) if isinstance(data, bytes) else None
 
 
 class NotPlainError(Exception):

@@ -165,4 +165,4 @@ def make_parser() -> ArgumentParser:
 
 def _read(path: str, model: str | None) -> Checkpoint:
     checkpoint = read_checkpoint(path)
-    return checkpoint if model is None else checkpoint.only(checkpoint.model_named(model).prefix)
+    return checkpoint if model is None else checkpoint.only(model)

@@ -152,6 +152,8 @@ def run(arguments: list[str]) -> int:
     for path in find_checkpoints(values.paths):
         try:
             checkpoint = read_checkpoint(path)
+            if values.weights is not None:
+                checkpoint = checkpoint.only(values.weights)
             inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
         except NoBatchNormError as error:
             # Optimizer states and counters lie in folders beside the model; nobody asked for them.
@@ -186,6 +188,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
     parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")
     parser.add_argument("--ignore", type=str, help="leave these rules out: BN303")
+    parser.add_argument(
+        "--weights",
+        type=str,
+        help="inspect this model alone, or this part of one: ema, state_dict.encoder_q",
+    )
     parser.add_argument("--verbose", action="store_true", help="show a line a layer")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,10 @@ the model and its data:
   --config FILE           what LightningCLI saved, found beside the checkpoint
                           by itself; where it names no class, --model does
 """
-WEIGHTS_HELP = "which model of a file that holds several, as inspect calls it: ema, say"
+WEIGHTS_HELP = (
+    "which model of a file that holds several, as inspect calls it, or which part of one: "
+    "ema, encoder_q"
+)
 
 
 def asks_for_help(arguments: list[str]) -> bool:
@@ -59,21 +62,25 @@ class Request:
         checkpoint: The checkpoint.
         subjects: The classes or functions named, by ``"model"`` and ``"data"``.
         values: All arguments.
+        overridden: What of the class's own settings the checkpoint replaced, once the model is
+            built.
     """
 
     checkpoint: Checkpoint
     subjects: Mapping[str, Subject]
     values: Namespace
+    overridden: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of where these come from, a line each."""
         files = {s.configuration.path for s in self.subjects.values() if s.configuration}
         here = Path.cwd()
-        return [
+        lines = [
             f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
             for path in sorted(files)
         ]
+        return lines + self.overridden
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
         """Return the model with the weights of the checkpoint, and which of its models these are.
@@ -86,6 +93,7 @@ class Request:
         stored = chosen_weights(self.checkpoint, model, self.values.weights)
         path = self.checkpoint.path
         _load_weights(model, load_state_dict(path, stored.prefix), path)
+        self.overridden[:] = _take_settings(model, stored)
         return model, stored
 
     def data(self, model: nn.Module) -> Data:
@@ -188,6 +196,30 @@ def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) 
         f"{checkpoint.path} holds several models, {_listed(checkpoint.models)}{several}: "
         "choose one with --weights NAME"
     )
+
+
+def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
+    """Give BN layers the momentum and eps of a pickled module, and say where they had others."""
+    from bnguard.layers.bn_layer import find_layers
+
+    in_file = {layer.name: layer for layer in stored.layers}
+    changed: dict[str, list[tuple[object, object]]] = {}
+    for layer in find_layers(model):
+        known = in_file.get(layer.name)
+        if known is None:
+            continue
+        if known.eps is not None and layer.adapter.eps == "eps" and layer.eps != known.eps:
+            changed.setdefault("eps", []).append((known.eps, layer.eps))
+            layer.module.eps = known.eps  # type: ignore[assignment]
+        has_momentum = known.is_momentum_known and layer.adapter.momentum == "momentum"
+        if has_momentum and layer.module.momentum != known.momentum:
+            changed.setdefault("momentum", []).append((known.momentum, layer.module.momentum))
+            layer.module.momentum = known.momentum  # type: ignore[assignment]
+    return [
+        f"{setting} {pairs[0][0]} from the checkpoint, where {type(model).__name__} has "
+        f"{pairs[0][1]} ({len(pairs)} {'layer' if len(pairs) == 1 else 'layers'})"
+        for setting, pairs in changed.items()
+    ]
 
 
 def _listed(models: Iterable[CheckpointModel]) -> str:

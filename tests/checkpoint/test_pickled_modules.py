@@ -5,7 +5,23 @@ import torch
 from torch import nn
 
 from bnguard.checkpoint import load_state_dict, read_checkpoint
+from bnguard.configuration import Configuration
+from bnguard.errors import CheckpointError
 from bnguard.inspection import inspect_checkpoint
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in detection networks: buffers, no momentum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in {
+            "weight": 1.0,
+            "bias": 0.0,
+            "running_mean": 0.0,
+            "running_var": 1.0,
+        }.items():
+            self.register_buffer(name, torch.full((channels,), value))
 
 
 class Detector(nn.Module):
@@ -18,6 +34,7 @@ class Detector(nn.Module):
         self.shared = self.body[1]
         self.stride = torch.tensor([8.0, 16.0])
         self.stages = (self.body, [self.body[1]])
+        self._models = [self.body, self.conv]
         self.register_buffer("anchors", torch.zeros(3), persistent=False)
         self.register_buffer("grid", torch.ones(2))
 
@@ -85,3 +102,49 @@ def test_one_problem_of_many_layers_is_one_line(tmp_path):
     assert read_checkpoint(tmp_path / "a.pt").problems == (
         "7 layers: num_batches_tracked is inf (float16), which is no count",
     )
+
+
+def test_layers_that_never_update_are_known(tmp_path):
+    layer = nn.BatchNorm2d(3)
+    layer.track_running_stats = False
+    torch.save(nn.Sequential(layer, nn.BatchNorm2d(3)), tmp_path / "model.pt")
+    layers = read_checkpoint(tmp_path / "model.pt").layers
+    assert [layer.is_updating for layer in layers] == [False, True]
+    torch.save(nn.Sequential(FrozenBatchNorm2d(3)), tmp_path / "model.pt")
+    checkpoint = read_checkpoint(tmp_path / "model.pt")
+    assert not checkpoint.layers[0].is_updating
+    assert not inspect_checkpoint(checkpoint).findings
+
+
+def test_the_gain_is_that_with_the_eps_of_the_file(tmp_path):
+    layer = nn.BatchNorm2d(4, eps=1e-3)
+    layer.running_var.fill_(1e-7)
+    nn.init.constant_(layer.weight, 5.0)
+    layer.num_batches_tracked.fill_(10_000)
+    torch.save(nn.Sequential(layer), tmp_path / "model.pt")
+    checkpoint = read_checkpoint(tmp_path / "model.pt")
+    low = Configuration().changed(select=["BN403"], limits={"BN403": {"max_gain": 100}})
+    (finding,) = inspect_checkpoint(checkpoint, low).findings
+    assert round(finding.evidence.value) == 158
+    assert "BN403" not in {found.code for found in inspect_checkpoint(checkpoint).findings}
+
+
+class Hidden(nn.Module):
+    """A module whose state is its own affair."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def __getstate__(self):
+        return b"compressed"
+
+    def __setstate__(self, state): ...
+
+
+def test_a_module_with_a_state_of_its_own_is_told(tmp_path):
+    torch.save(Hidden(), tmp_path / "model.pt")
+    checkpoint = read_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"Hidden.*save its state_dict\(\)") as caught:
+        inspect_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bnguard.checkpoint.contents
-from bnguard.checkpoint import load_state_dict, read_checkpoint
+from bnguard.checkpoint import compare, load_state_dict, read_checkpoint, write_statistics
 from bnguard.errors import CheckpointError
 from tests.checkpoint.saving import NAMES, save_zip, used_network
 
@@ -62,15 +62,15 @@ def test_several_models_in_a_file(network, tmp_path):
     path = saved({"model": network.state_dict(), "ema": other.state_dict()}, tmp_path)
     checkpoint = read_checkpoint(path)
     assert layers(checkpoint) == {"model.": NAMES, "ema.": NAMES}
-    assert layers(checkpoint.only("ema.")) == {"ema.": NAMES}
+    assert layers(checkpoint.only("ema")) == {"ema.": NAMES}
     with pytest.raises(CheckpointError, match=r"several models, 'model\.', 'ema\.'"):
         load_state_dict(path)
     loaded = load_state_dict(path, "ema.")
     assert torch.equal(loaded["head.weight"], other.head.weight)
     with pytest.raises(CheckpointError, match=r"no model 'x\.'.*'model\.', 'ema\.'"):
         load_state_dict(path, "x.")
-    with pytest.raises(CheckpointError, match=r"no model 'x\.'"):
-        checkpoint.only("x.")
+    with pytest.raises(CheckpointError, match=r"no model 'x' with BN layers"):
+        checkpoint.only("x")
 
 
 def test_one_state_dict_under_two_names(network, tmp_path):
@@ -355,13 +355,93 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
         load_state_dict(path)
 
 
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [
-        ({"bn.running_mean": np.zeros(3), "bn.running_var": np.ones(3)}, "NumPy arrays"),
-        ({"bn.moving_mean": torch.zeros(3), "bn.moving_variance": torch.ones(3)}, "Keras"),
-    ],
-)
-def test_statistics_of_other_libraries_are_named(tmp_path, state, said):
-    (problem,) = read_checkpoint(saved({"model": state}, tmp_path)).problems
-    assert said in problem
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f8", "f2"])
+def test_arrays_of_numpy_are_read_and_not_changed(tmp_path, dtype, protocol):
+    mean = np.linspace(-300, 300, 30).astype(dtype)
+    state = {
+        "bn.running_mean": mean,
+        "bn.running_var": np.ones(30, dtype),
+        "bn.num_batches_tracked": np.int64(7),
+    }
+    path = tmp_path / "arrays.pt"
+    torch.save({"model": state}, path, pickle_protocol=protocol)
+    checkpoint = read_checkpoint(path)
+    (layer,) = checkpoint.layers
+    assert layer.running_mean.tolist() == mean.tolist()
+    assert layer.counter == 7
+    assert not checkpoint.problems
+    assert not compare(checkpoint, checkpoint).entries
+    new = {layer.key("running_mean"): torch.zeros(30)}
+    with pytest.raises(CheckpointError, match="is a NumPy array, which bnguard reads"):
+        write_statistics(path, tmp_path / "out.pt", new, {})
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_arrays_that_cannot_be_read_are_named(tmp_path):
+    objects = np.array([0, None], dtype=object)
+    path = saved({"model": {"bn.running_mean": objects, "bn.running_var": objects}}, tmp_path)
+    (problem,) = read_checkpoint(path).problems
+    assert "NumPy arrays that cannot be read" in problem
+
+
+@pytest.mark.parametrize("pattern", ["bn.{}", "stage/bn/{}:0", "stage/bn/{}", "{}"])
+@pytest.mark.parametrize("variance", ["moving_variance", "moving_var"])
+def test_layers_named_as_in_keras_are_read(tmp_path, pattern, variance):
+    named = {"moving_mean": 1.0, variance: 2.0, "gamma": 3.0, "beta": 4.0}
+    path = saved({pattern.format(k): torch.full((3,), v) for k, v in named.items()}, tmp_path)
+    checkpoint = read_checkpoint(path)
+    (layer,) = checkpoint.layers
+    read = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    assert [values[0] for values in read] == [1.0, 2.0, 3.0, 4.0]
+    assert layer.name == pattern.partition("{}")[0].rstrip("./")
+    assert layer.eps is None
+    with pytest.raises(CheckpointError):
+        write_statistics(path, tmp_path / "x", {layer.key("running_mean"): torch.ones(3)}, {})
+
+
+def test_a_part_of_a_state_dict_is_a_model_when_it_is_named(network, tmp_path):
+    state, other = network.state_dict(), used_network().state_dict()
+    path = saved(
+        {
+            "state_dict": {
+                **{f"module.encoder_q.{key}": value for key, value in state.items()},
+                **{f"module.encoder_k.{key}": value for key, value in other.items()},
+            }
+        },
+        tmp_path,
+    )
+    checkpoint = read_checkpoint(path)
+    for name in ("encoder_k", "module.encoder_k", "state_dict.module.encoder_k"):
+        part = checkpoint.only(name)
+        assert layers(part) == {"state_dict.module.encoder_k.": NAMES}
+    loaded = load_state_dict(path, part.models[0].prefix)
+    assert loaded.keys() == other.keys()
+    assert all(torch.equal(loaded[key], other[key]) for key in other)
+    query = checkpoint.only("encoder_q")
+    assert not compare(query, query).entries
+    assert {d.key for d in compare(query, part).entries} == {
+        f"state_dict.module.encoder_q.{key}"
+        for key in state
+        if not torch.equal(state[key], other[key]) and "running" not in key
+    }
+    with pytest.raises(CheckpointError, match="no model 'encoder'"):
+        checkpoint.only("encoder")
+
+
+def test_a_part_that_two_models_have_is_asked_for(network, tmp_path):
+    part = {f"net.{key}": value.clone() for key, value in network.state_dict().items()}
+    checkpoint = read_checkpoint(saved({"model": part, "ema": dict(part)}, tmp_path))
+    with pytest.raises(CheckpointError, match=r"several 'net': name one of 'model.net', 'ema.net'"):
+        checkpoint.only("net")
+
+
+def test_what_shares_storage_is_known(network, tmp_path):
+    state = network.state_dict()
+    twice = read_checkpoint(saved({"model": state, "ema": state}, tmp_path))
+    assert twice.shared_with(twice.models[0]) == ("ema",)
+    parts = {f"{name}.{key}": value for name in ("q", "k") for key, value in state.items()}
+    checkpoint = read_checkpoint(saved(parts, tmp_path))
+    shared = checkpoint.shared_with(checkpoint.model_named("q"))
+    assert shared == tuple(f"k.{name}" for name in NAMES)
+    assert checkpoint.shared_with(checkpoint.models[0]) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -288,3 +289,45 @@ def test_what_was_recalibrated_by_an_earlier_version_is_judged_by_its_record(fol
     assert "BN303" not in bnguard(folder, "inspect", "old.pt").stdout
     write_statistics(folder / "few.pt", folder / "mixed.pt", statistics, {"method": "ema"})
     assert "BN303" in bnguard(folder, "inspect", "mixed.pt").stdout
+
+
+def test_a_pickled_module_is_repaired_with_its_own_settings(folder):
+    network = used_network()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps, module.momentum = 1e-3, 0.03
+    network.stride = torch.tensor([8.0, 16.0])
+    torch.save({"model": copy.deepcopy(network).half(), "ema": network}, folder / "whole.pt")
+    done = bnguard(folder, "recalibrate", "whole.pt", *PLAIN, "--weights", "ema")
+    assert done.returncode == 0, done.stderr
+    assert "eps 0.001 from the checkpoint, where Network has 1e-05 (3 layers)" in done.stdout
+    assert "momentum 0.03 from the checkpoint, where Network has 0.1 (3 layers)" in done.stdout
+    path = folder / "whole-recalibrated.pt"
+    assert moved(folder / "whole.pt", path) == [False] * 3 + [True] * 3
+    loaded = torch.load(path, weights_only=False)["ema"]
+    assert torch.equal(loaded.stride, network.stride)
+    assert loaded.stem[1].eps == 1e-3
+    # Enough updates for the momentum of the file, 0.03, not for that of the class.
+    assert loaded.stem[1].num_batches_tracked >= 99
+
+
+def test_a_part_is_repaired_and_what_shares_its_storage_is_told(folder):
+    state = used_network().state_dict()
+    parts = {f"encoder_{name}.{key}": state[key] for name in "qk" for key in state}
+    torch.save(parts, folder / "moco.pt")
+    arguments = ("moco.pt", *PLAIN, "--weights", "encoder_q")
+    done = bnguard(folder, "recalibrate", *arguments)
+    assert done.returncode == 0, done.stderr
+    said = "changing 'encoder_q' also changes 'encoder_k.stem.1', 'encoder_k.blocks.0.bn', "
+    assert said + "'encoder_k.blocks.1.bn' (they share storage)" in done.stdout
+    assert moved(folder / "moco.pt", folder / "moco-recalibrated.pt") == [True] * 6
+
+
+def test_an_output_inside_the_checkpoint_is_refused_at_once(folder):
+    save_distributed(used_network(), folder)
+    (name,) = (path.name for path in folder.iterdir() if path.is_dir())
+    (folder / name / "sub").mkdir()
+    line = is_one_line_error(
+        bnguard(folder, "recalibrate", name, *PLAIN, "--output", f"{name}/sub/x")
+    )
+    assert "lies inside the checkpoint" in line
