@@ -23,7 +23,7 @@ class CalibrationError(BNGuardError):
     """A recalibration that cannot be done; the model is as it was before."""
 
 
-class ConfigurationError(BNGuardError):
+class ConfigurationError(BNGuardError, ValueError):
     """An option, a name or a limit that does not exist or does not fit."""
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bnguard.checkpoint import Checkpoint, CheckpointLayer
+from bnguard.checkpoint import Checkpoint, CheckpointLayer, read_checkpoint
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.layers.distances import DEFAULT_MOMENTUM
@@ -25,7 +26,7 @@ _EVERYTHING = Configuration()
 
 
 def inspect(
-    subject: nn.Module | Mapping[str, Tensor],
+    subject: nn.Module | Mapping[str, Tensor] | str | Path,
     *,
     reference: nn.Module | Mapping[str, Tensor] | None = None,
     select: Collection[str] | None = None,
@@ -34,15 +35,16 @@ def inspect(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[Rule] = RULES,
 ) -> Report:
-    """Tell what is wrong with the BN layers of a model or a state dict, without running it.
+    """Tell what is wrong with the BN layers of a model or a checkpoint, without running it.
 
-    A state dict does not hold momentum and eps: they are those of a reference that is a model;
+    A checkpoint file is read without torch and without running code that it may hold. A state dict
+    does not hold momentum and eps: they are those of a reference that is a model;
     without one PyTorch's defaults are assumed, and the report says so where that decides anything.
 
     Args:
-        subject: A model, or what its ``state_dict()`` returns.
+        subject: A model, what its ``state_dict()`` returns, or the path of a checkpoint.
         reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
-            copied from: weights that are others beside statistics that are the same are told.
+            copied from. Reports weights that changed while the statistics did not. Not with a path.
         select: The rules that run, by code, name or prefix of a code (``"BN3"``). This and the
             next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
             :func:`bnguard.watch`.
@@ -52,8 +54,9 @@ def inspect(
         rules: The rules to choose from; those that need a training are left out.
 
     Raises:
-        ConfigurationError: Subject or reference is neither, or they have no weight in common; or
-            a rule or a limit does not exist.
+        ConfigurationError: Subject or reference has another type, or they have no weight in common;
+            or a rule or a limit does not exist.
+        CheckpointError: The file cannot be read, or has no BN layers.
 
     Example:
         >>> from torch import nn
@@ -61,13 +64,20 @@ def inspect(
         >>> [str(finding.severity) for finding in inspect(model, select=["BN103"]).findings]
         ['warning']
     """
-    import torch
-    from torch import nn
-
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
-    _check_subject("inspect takes", subject)
+    if isinstance(subject, str | Path):
+        if reference is not None:
+            raise ConfigurationError(
+                "reference needs a model or a state dict to compare, not a path: pass what "
+                "torch.load returns, or run 'bnguard diff' on two files"
+            )
+        return inspect_checkpoint(read_checkpoint(subject), configuration, rules)
+    import torch
+    from torch import nn
+
+    _check_subject("inspect takes a model, a state dict or a path", subject)
     if isinstance(subject, torch.jit.ScriptModule):
         # Its modules cannot be read, but what it saves can.
         subject = subject.state_dict()
@@ -78,19 +88,22 @@ def inspect(
     )
     run = Run()
     if reference is not None:
-        _check_subject("reference has to be", reference)
+        _check_subject("reference has to be a model or a state dict", reference)
         layers, run = _beside(layers, subject, reference)
     return _report(layers, rules, configuration, run)
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, configuration: Configuration = _EVERYTHING
+    checkpoint: Checkpoint,
+    configuration: Configuration = _EVERYTHING,
+    rules: Iterable[Rule] = RULES,
 ) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
         configuration: Which of the rules run, on which layers, with which limits.
+        rules: The rules to choose from; those that need a training are left out.
 
     Raises:
         CheckpointError: It holds no BN layers.
@@ -115,7 +128,7 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     ]
-    return _report(layers, RULES, configuration, run)
+    return _report(layers, rules, configuration, run)
 
 
 # Their result holds nothing of the statistics from before, but for a prior.
@@ -140,17 +153,14 @@ def _check_subject(what: str, subject: object) -> None:
     if isinstance(subject, nn.Module):
         return
     if not isinstance(subject, Mapping):
-        raise ConfigurationError(f"{what} a model or a state dict, not a {type(subject).__name__}")
+        raise ConfigurationError(f"{what}, not a {type(subject).__name__}")
     statistics = {key: value for key, value in subject.items() if _is_statistic(key)}
     for key, value in statistics.items():
         if not isinstance(value, Tensor):
             raise ConfigurationError(f"{key} has to be a tensor, not a {type(value).__name__}")
     for key, value in subject.items():
         if not statistics and isinstance(value, Mapping) and any(map(_is_statistic, value)):
-            raise ConfigurationError(
-                f"{what} a model or a state dict, and the BN layers are in its entry {key!r}: pass "
-                "that"
-            )
+            raise ConfigurationError(f"{what}; the BN layers are in the entry {key!r}: pass that")
 
 
 def _is_statistic(key: object) -> bool:

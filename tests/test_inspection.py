@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,8 +130,8 @@ def test_an_average_with_its_own_statistics_is_not_accused():
 @pytest.mark.parametrize(
     ("subject", "reference", "message"),
     [
-        ([1], None, "inspect takes a model or a state dict, not a list"),
-        ({"state_dict": conv_net().state_dict()}, None, "are in its entry 'state_dict': pass that"),
+        ([1], None, "inspect takes a model, a state dict or a path, not a list"),
+        ({"state_dict": conv_net().state_dict()}, None, "are in the entry 'state_dict': pass that"),
         ({"bn.running_mean": [0.0]}, None, "bn.running_mean has to be a tensor, not a list"),
         (
             {"bn.running_mean": torch.zeros(7), "bn.running_var": torch.ones(8)},
@@ -144,6 +146,22 @@ def test_an_average_with_its_own_statistics_is_not_accused():
 def test_what_cannot_be_inspected_is_one_line(subject, reference, message):
     with pytest.raises(ConfigurationError, match=message):
         bnguard.inspect(subject, reference=reference)
+
+
+@pytest.mark.parametrize("of", [str, lambda path: path])
+def test_a_path_is_read_as_the_command_reads_it_without_torch(of, tmp_path):
+    torch.save(two_layers().state_dict(), tmp_path / "a.pt")
+    report = bnguard.inspect(of(tmp_path / "a.pt"), select=["BN303"])
+    assert repr(report) == "Report(2 BN layers, 2 infos: BN303)"
+    program = "import sys, bnguard; bnguard.inspect('a.pt'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path).returncode == 0
+
+
+def test_a_path_that_cannot_be_inspected_is_one_line(tmp_path):
+    with pytest.raises(bnguard.CheckpointError, match="no such file"):
+        bnguard.inspect(tmp_path / "missing.pt")
+    with pytest.raises(ValueError, match="not a path"):
+        bnguard.inspect(tmp_path / "missing.pt", reference=conv_net())
 
 
 def two_layers():

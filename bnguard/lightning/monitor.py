@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -119,8 +119,10 @@ class BatchNormMonitor(GuardedCallback):
         eval_batches: Validation batches that are read in each validation.
         rules: The rules to run; all by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
-            next go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
+            next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
         ignore: Those that do not run, also where they are selected.
+        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+        limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         stop_on: Stop the trainer when a finding so severe appears. That is when the rules run
             and not before: ``every_n_steps=1`` stops it after the very batch, at a price.
@@ -146,6 +148,8 @@ class BatchNormMonitor(GuardedCallback):
         rules: Iterable[Rule] | None = None,
         select: Collection[str] | None = None,
         ignore: Collection[str] | None = None,
+        per_layer_ignores: Mapping[str, Collection[str]] | None = None,
+        limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
         stop_on: Literal["error", "warning"] | None = None,
         report: Literal["terminal", "file", "both", "none"] = "both",
@@ -153,7 +157,9 @@ class BatchNormMonitor(GuardedCallback):
     ) -> None:
         super().__init__(strict=strict)
         # What is wrong with these is to be told before the run, not at its start.
-        read_configuration().changed(select=select, ignore=ignore)
+        read_configuration().changed(
+            select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
+        )
         _known("stop_on", stop_on, _STOP_LEVELS)
         _known("report", report, _REPORTS)
         self.report: Report | None = None
@@ -162,6 +168,8 @@ class BatchNormMonitor(GuardedCallback):
         self._rules = RULES if rules is None else tuple(rules)
         self._select = select
         self._ignore = ignore
+        self._per_layer_ignores = per_layer_ignores
+        self._limits = limits
         self._restore_poisoned = restore_poisoned
         self._stop_level = None if stop_on is None else Severity[stop_on.upper()]
         self._is_printed = report in ("terminal", "both")
@@ -397,6 +405,8 @@ class BatchNormMonitor(GuardedCallback):
             rules=self._rules,
             select=self._select,
             ignore=self._ignore,
+            per_layer_ignores=self._per_layer_ignores,
+            limits=self._limits,
             restore_poisoned=self._restore_poisoned,
             on_findings=note,
             # The edge to the run is here.

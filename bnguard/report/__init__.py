@@ -5,14 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnguard.findings import Finding, FindingGroup, Severity, Skipped, group_findings
+from bnguard.findings import (
+    Finding,
+    FindingGroup,
+    Severity,
+    Skipped,
+    counted,
+    group_findings,
+)
 from bnguard.observe.history import History, LayerHistory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was observed of a model, and what is wrong with it; prints itself.
 
@@ -26,6 +33,8 @@ class Report:
         >>> from bnguard.observe.history import History, Run
         >>> print(Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=()))
         bnguard · 0 BN layers · 9 steps · no problems found
+        >>> Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=())
+        Report(0 BN layers, 9 steps, no findings)
     """
 
     history: History
@@ -58,6 +67,18 @@ class Report:
         from bnguard.report.json_document import report_document
 
         return report_document(self)
+
+    def __repr__(self) -> str:
+        steps = self.history.run.steps
+        parts = [counted(len(self.layers), "BN layer")]
+        parts += [counted(steps, "step")] if steps else []
+        for severity in reversed(Severity):
+            codes = [group.worst.code for group in self.groups if group.worst.severity is severity]
+            number = sum(finding.severity is severity for finding in self.findings)
+            if number:
+                codes = list(dict.fromkeys(codes))
+                parts.append(f"{counted(number, str(severity))}: {', '.join(codes)}")
+        return f"Report({', '.join(parts if self.findings else [*parts, 'no findings'])})"
 
     def __rich__(self) -> RenderableType:
         from bnguard.report.terminal import report_view
