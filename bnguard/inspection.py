@@ -13,7 +13,7 @@ from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.layers.distances import DEFAULT_MOMENTUM
 from bnguard.observe.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
-from bnguard.rules import RULES, Rule
+from bnguard.rules import Rule
 from bnguard.rules.engine import diagnose
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_EPS = 1e-5
-
-_EVERYTHING = Configuration()
 
 
 def inspect(
@@ -33,7 +31,7 @@ def inspect(
     ignore: Collection[str] | None = None,
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
-    rules: Iterable[Rule] = RULES,
+    rules: Iterable[Rule] | None = None,
 ) -> Report:
     """Tell what is wrong with the BN layers of a model or a checkpoint, without running it.
 
@@ -95,8 +93,8 @@ def inspect(
 
 def inspect_checkpoint(
     checkpoint: Checkpoint,
-    configuration: Configuration = _EVERYTHING,
-    rules: Iterable[Rule] = RULES,
+    configuration: Configuration | None = None,
+    rules: Iterable[Rule] | None = None,
 ) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
@@ -128,7 +126,7 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     ]
-    return _report(layers, rules, configuration, run)
+    return _report(layers, rules, configuration or Configuration(), run)
 
 
 # Their result holds nothing of the statistics from before, but for a prior.
@@ -212,7 +210,10 @@ def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Itera
 
 
 def _report(
-    layers: Iterable[LayerHistory], rules: Iterable[Rule], configuration: Configuration, run: Run
+    layers: Iterable[LayerHistory],
+    rules: Iterable[Rule] | None,
+    configuration: Configuration,
+    run: Run,
 ) -> Report:
     history = History(layers=tuple(layers), run=run)
     static = [rule for rule in configuration.rules(rules) if rule.is_static]

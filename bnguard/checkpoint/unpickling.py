@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from bnguard.checkpoint.files import Source, printable
+from bnguard.checkpoint.files import Source
 from bnguard.checkpoint.stored_tensors import CARRIERS, STORAGE_DTYPES, Storage, StoredTensor
-from bnguard.errors import CheckpointError
+from bnguard.errors import CheckpointError, printable
 
 # What a pickle asks for, written down instead of done: inert stand-ins for everybody's objects.
 
