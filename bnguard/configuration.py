@@ -26,7 +26,7 @@ from typing import Any
 
 from bnguard.errors import ConfigurationError, nearest_name
 from bnguard.findings import Finding
-from bnguard.rules import RULES, Rule, rule_named
+from bnguard.rules import Rule, installed_rules, rule_named
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,17 +100,20 @@ class Configuration:
             limits=self.limits if limits is None else limits,
         )
 
-    def rules(self, rules: Iterable[Rule] = RULES) -> tuple[Rule, ...]:
+    def rules(self, rules: Iterable[Rule] | None = None) -> tuple[Rule, ...]:
         """Return those of the rules that run, with their limits; rules of a user's own all do.
+
+        Args:
+            rules: The rules to choose from; all that are installed by default.
 
         Raises:
             ConfigurationError: One of them is no rule.
         """
-        own = {rule.code for rule in RULES}
+        own = {rule.code for rule in installed_rules()}
         selected = own if self.select is None else _codes(self.select)
         running = selected - _codes(self.ignore)
         limits = {rule_named(name).code: changed for name, changed in self.limits.items()}
-        rules = tuple(rules)
+        rules = installed_rules() if rules is None else tuple(rules)
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ConfigurationError(
@@ -144,7 +147,7 @@ def codes_meant(name: str) -> set[str]:
         ['BN401', 'BN402', 'BN403', 'BN404']
     """
     if name.upper().startswith("BN") and len(name) < len("BN101"):
-        codes = {rule.code for rule in RULES if rule.code.startswith(name.upper())}
+        codes = {rule.code for rule in installed_rules() if rule.code.startswith(name.upper())}
         if codes:
             return codes
     return {rule_named(name).code}

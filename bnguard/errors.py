@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class BNGuardError(Exception):
@@ -49,6 +53,75 @@ def user_code(name: str) -> Iterator[None]:
         raise UserCodeError(f"your {name} raised {in_one_line(error)}") from error
 
 
+class Guard:
+    """Keeps errors of bnguard's own from ending the user's run: the first turns bnguard off.
+
+    Args:
+        strict: Raise errors instead.
+        let_go: Leaves the model as it was found; called at the first error.
+        tell: Shows the user one line.
+        consequence: What happens to the run, as in "the run goes on".
+
+    Attributes:
+        failure: The line that was shown; None while there was no error.
+    """
+
+    def __init__(
+        self,
+        *,
+        strict: bool,
+        let_go: Callable[[], object],
+        tell: Callable[[str], object],
+        consequence: str,
+    ) -> None:
+        self._is_strict = strict
+        self.failure: str | None = None
+        self._is_ours = False
+        self._let_go = let_go
+        self._tell = tell
+        self._consequence = consequence
+
+    def __call__(
+        self,
+        action: Callable[_Arguments, _Result],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Result | None:
+        """Do something unless turned off; return None then, and after an error."""
+        if self.failure is not None:
+            return None
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:
+            self.turn_off(error)
+            return None
+
+    def turn_off(self, error: Exception) -> None:
+        """Do nothing from now on, and say why, once; raise the error where strict."""
+        if self._is_strict:
+            raise error
+        if self.failure is not None:
+            return
+        self._is_ours = not isinstance(error, BNGuardError)
+        self.failure = f"bnguard: {error}; {self._consequence}."
+        if self._is_ours:
+            self.failure = (
+                f"bnguard: an error of its own, {type(error).__name__}: {error}; "
+                f"{self._consequence}. Please report it, with strict=True for the trace."
+            )
+        # What has failed once may fail again.
+        with suppress(Exception):
+            self._let_go()
+        # A terminal that is gone may be what has failed.
+        with suppress(OSError, ValueError):
+            self._tell(self.failure)
+
+    def begin_anew(self) -> None:
+        """Forget an error of the user's code, which the next run may not have; not one of ours."""
+        if not self._is_ours:
+            self.failure = None
+
+
 def in_one_line(error: BaseException) -> str:
     r"""Return the class of an error and the first line of what it says.
 
@@ -65,6 +138,15 @@ def in_one_line(error: BaseException) -> str:
             return line
     name = type(error).__name__
     return f"{name}: {lines[0]}" if lines else name
+
+
+def printable(text: str) -> str:
+    r"""Return a text as one line in which nothing can control a terminal.
+
+    >>> print(printable("σ" + chr(10) + "end"))
+    σ\nend
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

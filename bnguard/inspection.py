@@ -13,7 +13,7 @@ from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.layers.distances import DEFAULT_MOMENTUM
 from bnguard.observe.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
-from bnguard.rules import RULES, Rule
+from bnguard.rules import Rule
 from bnguard.rules.engine import diagnose
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # What PyTorch's classes start from; a state dict does not hold what a layer really has.
 _DEFAULT_EPS = 1e-5
-
-_EVERYTHING = Configuration()
 
 
 def inspect(
@@ -33,18 +31,18 @@ def inspect(
     ignore: Collection[str] | None = None,
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
-    rules: Iterable[Rule] = RULES,
+    rules: Iterable[Rule] | None = None,
 ) -> Report:
-    """Tell what is wrong with the BN layers of a model, a state dict or a checkpoint, unrun.
+    """Tell what is wrong with the BN layers of a model or a checkpoint, without running it.
 
-    A state dict does not hold momentum and eps: they are those of a reference that is a model;
+    A checkpoint file is read without torch and without running code that it may hold. A state dict
+    does not hold momentum and eps: they are those of a reference that is a model;
     without one PyTorch's defaults are assumed, and the report says so where that decides anything.
 
     Args:
-        subject: A model, what its ``state_dict()`` returns, or the path of a checkpoint of any
-            format that ``bnguard inspect`` reads; no code in it is run.
-        reference: The model, or its state dict, that a model or state dict was averaged, pruned,
-            rounded or copied from: other weights next to the same statistics are reported.
+        subject: A model, what its ``state_dict()`` returns, or the path of a checkpoint.
+        reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
+            copied from. Reports weights that changed while the statistics did not. Not with a path.
         select: The rules that run, by code, name or prefix of a code (``"BN3"``). This and the
             next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
             :func:`bnguard.watch`.
@@ -54,9 +52,9 @@ def inspect(
         rules: The rules to choose from; those that need a training are left out.
 
     Raises:
-        ConfigurationError: Subject or reference is none of these, or they have no weight in common;
+        ConfigurationError: Subject or reference has another type, or they have no weight in common;
             or a rule or a limit does not exist.
-        CheckpointError: The file cannot be read, or holds no BN layers.
+        CheckpointError: The file cannot be read, or has no BN layers.
 
     Example:
         >>> from torch import nn
@@ -67,16 +65,17 @@ def inspect(
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
-    if isinstance(subject, (str, Path)):
+    if isinstance(subject, str | Path):
         if reference is not None:
             raise ConfigurationError(
-                "reference is for a model or a state dict: give that instead of a path"
+                "reference needs a model or a state dict to compare, not a path: pass what "
+                "torch.load returns, or run 'bnguard diff' on two files"
             )
-        return inspect_checkpoint(read_checkpoint(subject), configuration, rules=rules)
+        return inspect_checkpoint(read_checkpoint(subject), configuration, rules)
     import torch
     from torch import nn
 
-    _check_subject("inspect takes a path,", subject)
+    _check_subject("inspect takes a model, a state dict or a path", subject)
     if isinstance(subject, torch.jit.ScriptModule):
         # Its modules cannot be read, but what it saves can.
         subject = subject.state_dict()
@@ -87,16 +86,15 @@ def inspect(
     )
     run = Run()
     if reference is not None:
-        _check_subject("reference has to be", reference)
+        _check_subject("reference has to be a model or a state dict", reference)
         layers, run = _beside(layers, subject, reference)
     return _report(layers, rules, configuration, run)
 
 
 def inspect_checkpoint(
     checkpoint: Checkpoint,
-    configuration: Configuration = _EVERYTHING,
-    *,
-    rules: Iterable[Rule] = RULES,
+    configuration: Configuration | None = None,
+    rules: Iterable[Rule] | None = None,
 ) -> Report:
     """Tell what is wrong with the BN layers of a checkpoint that was read.
 
@@ -128,7 +126,7 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     ]
-    return _report(layers, rules, configuration, run)
+    return _report(layers, rules, configuration or Configuration(), run)
 
 
 # Their result holds nothing of the statistics from before, but for a prior.
@@ -153,17 +151,14 @@ def _check_subject(what: str, subject: object) -> None:
     if isinstance(subject, nn.Module):
         return
     if not isinstance(subject, Mapping):
-        raise ConfigurationError(f"{what} a model or a state dict, not a {type(subject).__name__}")
+        raise ConfigurationError(f"{what}, not a {type(subject).__name__}")
     statistics = {key: value for key, value in subject.items() if _is_statistic(key)}
     for key, value in statistics.items():
         if not isinstance(value, Tensor):
             raise ConfigurationError(f"{key} has to be a tensor, not a {type(value).__name__}")
     for key, value in subject.items():
         if not statistics and isinstance(value, Mapping) and any(map(_is_statistic, value)):
-            raise ConfigurationError(
-                f"{what} a model or a state dict, and the BN layers are in its entry {key!r}: pass "
-                "that"
-            )
+            raise ConfigurationError(f"{what}; the BN layers are in the entry {key!r}: pass that")
 
 
 def _is_statistic(key: object) -> bool:
@@ -215,7 +210,10 @@ def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Itera
 
 
 def _report(
-    layers: Iterable[LayerHistory], rules: Iterable[Rule], configuration: Configuration, run: Run
+    layers: Iterable[LayerHistory],
+    rules: Iterable[Rule] | None,
+    configuration: Configuration,
+    run: Run,
 ) -> Report:
     history = History(layers=tuple(layers), run=run)
     static = [rule for rule in configuration.rules(rules) if rule.is_static]

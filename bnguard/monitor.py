@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.distributed import Exchange, number_of_ranks
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import require_module, without_layers
 from bnguard.observe.history import BatchWindow, History, Run
@@ -26,7 +26,7 @@ from bnguard.observe.observer import Observer
 from bnguard.observe.windows import Plan, plan_training
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
-from bnguard.rules import RULES, Rule
+from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements, diagnose
 
 _Arguments = ParamSpec("_Arguments")
@@ -45,6 +45,11 @@ def log_findings(group: FindingGroup) -> None:
         logger.log(level, "%s", one_line(group))
 
 
+def _log_failure(line: str) -> None:
+    with above_bars(sys.stderr):
+        logger.warning("%s", line.removeprefix("bnguard: "))
+
+
 def watch(
     model: nn.Module,
     *,
@@ -54,7 +59,7 @@ def watch(
     planned_steps: int | None = None,
     loader: object | None = None,
     accumulated_batches: int = 1,
-    rules: Iterable[Rule] = RULES,
+    rules: Iterable[Rule] | None = None,
     select: Collection[str] | None = None,
     ignore: Collection[str] | None = None,
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
@@ -84,7 +89,7 @@ def watch(
         loader: The training loader, whose batch sizes tell of a last batch of one before it
             comes; no batch is drawn.
         accumulated_batches: Batches whose gradients are added before a step of the optimizer.
-        rules: The rules to run.
+        rules: The rules to run; all that are installed by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
             the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
         ignore: Those that do not run, also where they are selected.
@@ -158,14 +163,18 @@ class Monitor:
         eval_batches: int,
         planned_steps: int | None,
         plan: Plan,
-        rules: Iterable[Rule],
+        rules: Iterable[Rule] | None,
         configuration: Configuration,
         restore_poisoned: bool,
         on_findings: Callable[[FindingGroup], None],
         strict: bool,
     ) -> None:
-        self._is_strict = strict
-        self._failure: str | None = None
+        self._guard = Guard(
+            strict=strict,
+            let_go=self.close,
+            tell=_log_failure,
+            consequence="it watches no longer, and the training goes on",
+        )
         self._every_n_steps = max(1, every_n_steps)
         self._configuration = configuration
         self._rules = configuration.rules(rules)
@@ -283,7 +292,7 @@ class Monitor:
         # A loop that reports no step may have done anything since.
         if self._checked is None or not self._observer.steps:
             self._checked = self.report(final=False)
-            if self._failure is None:
+            if self._guard.failure is None:
                 for group in self._announcements.new(self._checked.findings):
                     self._on_findings(group)
         return self._checked
@@ -296,11 +305,12 @@ class Monitor:
                 what the updates still to come will mend is not held against them.
         """
         try:
+            # Also after an error, which leaves what was observed before it.
             known = self._judge(final=final)
         except Exception as error:
-            self._turn_off(error)
+            self._guard.turn_off(error)
             known = Report(History(layers=(), run=Run()), (), ())
-        return dataclasses.replace(known, failure=self._failure)
+        return dataclasses.replace(known, failure=self._guard.failure)
 
     def report_of_all_ranks(self) -> Report:
         """Return what is known so far with what the other processes found, labelled as theirs.
@@ -353,50 +363,21 @@ class Monitor:
         """Take the hooks off; what was seen can still be reported."""
         self._observer.close()
 
-    def _guard(
-        self,
-        action: Callable[_Arguments, _Result],
-        *args: _Arguments.args,
-        **kwargs: _Arguments.kwargs,
-    ) -> _Result | None:
-        """Keep an error of our own from the training: watch no longer, and return None."""
-        if self._failure is not None:
-            return None
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:
-            self._turn_off(error)
-            return None
-
-    def _turn_off(self, error: Exception) -> None:
-        """Watch no longer, and say why: once in the log, and in each report from now on."""
-        if self._is_strict:
-            raise error
-        if self._failure is not None:
-            return
-        self._failure = (
-            f"an error of bnguard's own, {type(error).__name__}: {error}; it watches no longer, "
-            "and the training goes on. Please report it, with strict=True for the trace."
-        )
-        self._observer.close()
-        with above_bars(sys.stderr):
-            logger.warning("%s", self._failure)
-
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
         history = self._observer.history(is_settled=final)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
-        return Report(history, tuple(map(self._dated, conclusions.findings)), conclusions.skipped)
+        return Report(history, tuple(map(self._date, conclusions.findings)), conclusions.skipped)
 
     def _announce_batch_of_one(self) -> None:
         """Run the rules in the middle of a step: PyTorch is about to refuse the batch."""
         self._checked = None
         self.check()
 
-    def _dated(self, finding: Finding) -> Finding:
+    def _date(self, finding: Finding) -> Finding:
         if self._observer.steps == 0:
             return finding
-        return self._announcements.dated(finding, self._step)
+        return self._announcements.date(finding, self._step)
 
 
 def _window_of(state: dict[str, Any]) -> BatchWindow:

@@ -5,16 +5,14 @@ transformers is imported here and nowhere else.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, ParamSpec
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import Guard
 from bnguard.findings import FindingGroup, notice, show
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
@@ -42,6 +40,12 @@ class BatchNormCallback(TrainerCallback):
         self._monitor: Monitor | None = None
         self._evaluation = ExitStack()
         self._is_evaluating = False
+        self._guard = Guard(
+            strict=False,
+            let_go=self._let_go,
+            tell=warnings.warn,
+            consequence="it watches no longer, and the run goes on",
+        )
 
     def on_train_begin(
         self,
@@ -51,6 +55,7 @@ class BatchNormCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Begin to watch."""
+        self._guard.begin_anew()
         optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
         self._guard(self._watch, kwargs["model"], optimizer, loader, args, state)
 
@@ -142,24 +147,3 @@ class BatchNormCallback(TrainerCallback):
             if monitor is not None:
                 monitor._leave()
                 monitor.close()
-
-    def _guard(
-        self,
-        action: Callable[_Arguments, None],
-        *args: _Arguments.args,
-        **kwargs: _Arguments.kwargs,
-    ) -> None:
-        try:
-            action(*args, **kwargs)
-        except Exception as error:
-            # What has failed once may fail again.
-            with contextlib.suppress(Exception):
-                self._let_go()
-            off = "it watches no longer, and the run goes on."
-            why = f"bnguard: {error}; {off}"
-            if not isinstance(error, BNGuardError):
-                why = (
-                    f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
-                    "Please report it."
-                )
-            warnings.warn(why, stacklevel=2)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.files import printable
 from bnguard.checkpoint.stored_tensors import FLOATING, INTEGER, StoredTensor, to_float64
 from bnguard.checkpoint.unpickling import InertObject, NotPlainError, mapping_of, plain
-from bnguard.errors import CheckpointError, nearest_name
+from bnguard.errors import CheckpointError, nearest_name, printable
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.names import without_wrappers
 

@@ -151,15 +151,6 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
 
 
-def printable(text: str) -> str:
-    r"""Return a text from a file as it can stand in a message: one line, nothing unprintable.
-
-    >>> print(printable("σ" + chr(10) + "end"))
-    σ\nend
-    """
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 # Bytes in a file that are replaced while it is copied.
 
 

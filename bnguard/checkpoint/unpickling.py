@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bnguard.checkpoint.files import Source, printable
+from bnguard.checkpoint.files import Source
 from bnguard.checkpoint.stored_tensors import (
     CARRIERS,
     STORAGE_DTYPES,
@@ -28,7 +28,7 @@ from bnguard.checkpoint.stored_tensors import (
     Storage,
     StoredTensor,
 )
-from bnguard.errors import CheckpointError
+from bnguard.errors import CheckpointError, printable
 
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -59,11 +59,6 @@ def command_parser(
 def print_error(message: str) -> None:
     """Print one line, in which no name from a file can make the terminal do anything."""
     print(f"bnguard: error: {printable(' '.join(message.split()))}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Return a text with a sign in place of each character that would control a terminal."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def in_a_line(error: ArgumentError) -> str:

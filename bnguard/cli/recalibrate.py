@@ -164,10 +164,10 @@ def _recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int
         on = "the samples that calibrated" if samples.is_shared else others
         meaning = f"the score is {scorer.meaning}, on {on}"
     notes = [*request.notes, meaning]
-    others = checkpoint.shared_with(stored)
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        listed = ", ".join(map(repr, others[:3])) + more
+    shared = checkpoint.shared_with(stored)
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        listed = ", ".join(map(repr, shared[:3])) + more
         notes.append(f"changing {stored.name!r} also changes {listed} (they share storage)")
     if not data.is_module and values.split != parser.get_default("split"):
         notes.append(f"--split {values.split} was left out: {data.path} is a function")

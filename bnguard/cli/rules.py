@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from bnguard.cli.output import command_parser, show
 from bnguard.report.pages import rules_view
-from bnguard.rules import RULES, Rule
+from bnguard.rules import RULES, Rule, installed_rules
 
 _EXAMPLES = """
 examples:
@@ -20,7 +20,7 @@ examples:
 def run(arguments: list[str]) -> int:
     """List the rules."""
     make_parser().parse_args(arguments)
-    show(rules_view(RULES))
+    show(rules_view(installed_rules()))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bnguard.configuration import read_configuration
 from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError, UserCodeError, user_code
-from bnguard.findings import Finding, FindingGroup, Severity, counted, group_findings, notice, show
+from bnguard.findings import Finding, FindingGroup, Severity, counted, notice, show
 from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning.commands import commands, subject_options
 from bnguard.lightning.framework import LightningModule, Trainer
@@ -29,7 +29,8 @@ from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.report.json_document import write_document
 from bnguard.report.terminal import as_terminal_text
-from bnguard.rules import RULES, Rule
+from bnguard.rules import Rule
+from bnguard.rules.engine import Announcements
 from bnguard.tensorboard.events import summary_writers
 from bnguard.tensorboard.writer import ReportLog
 
@@ -121,7 +122,7 @@ class BatchNormMonitor(GuardedCallback):
         rules: The rules to run; all by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
             next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
-        ignore: Those that do not run, also if they are selected.
+        ignore: Those that do not run, also where they are selected.
         per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
@@ -158,17 +159,19 @@ class BatchNormMonitor(GuardedCallback):
     ) -> None:
         super().__init__(strict=strict)
         # What is wrong with these is to be told before the run, not at its start.
-        self._rules = RULES if rules is None else tuple(rules)
-        self._select, self._ignore = select, ignore
-        self._per_layer_ignores, self._limits = per_layer_ignores, limits
         read_configuration().changed(
             select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
-        ).rules(self._rules)
+        )
         _known("stop_on", stop_on, _STOP_LEVELS)
         _known("report", report, _REPORTS)
         self.report: Report | None = None
         self._every_n_steps = max(1, every_n_steps)
         self._eval_batches = eval_batches
+        self._rules = None if rules is None else tuple(rules)
+        self._select = select
+        self._ignore = ignore
+        self._per_layer_ignores = per_layer_ignores
+        self._limits = limits
         self._restore_poisoned = restore_poisoned
         self._stop_level = None if stop_on is None else Severity[stop_on.upper()]
         self._is_printed = report in ("terminal", "both")
@@ -178,12 +181,11 @@ class BatchNormMonitor(GuardedCallback):
         self._has_evaluated = False
         self._batches = 0
         self._untold: list[Finding] = []
-        self._told: set[tuple[str, Severity, str | None]] = set()
+        # Of all ranks together; the monitor has those of its own.
+        self._announcements = Announcements()
         self._log: RunLog | None = None
         self._momenta: dict[str, float | None] = {}
         self._eps: dict[str, float] = {}
-        # What a checkpoint repeats of the training that made it.
-        self._noted: dict[tuple[object, ...], dict[str, Any]] = {}
         # Of the run that this one goes on from; and of the one that ended last.
         self._before: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
@@ -200,17 +202,14 @@ class BatchNormMonitor(GuardedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an interrupted run knew, when training begins."""
         self._before = state_dict.get("monitor")
-        for record in state_dict.get("findings", ()):
-            self._noted[record["code"], record["severity"], record["layer"]] = dict(record)
+        self._announcements = Announcements(state_dict.get("findings", ()))
 
     @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, with weights restored and moved, and after the sanity check."""
         before, self._before = self._before, None
-        if before is None:
-            self._noted.clear()
+        self._announcements = Announcements(() if before is None else self._announcements.records)
         self._batches, self._untold = 0, []
-        self._told.clear()
         monitor = self._watch(trainer, pl_module, planned_batches(trainer))
         if monitor is None:
             return
@@ -348,32 +347,13 @@ class BatchNormMonitor(GuardedCallback):
         state = self._ended
         if self._monitor is not None:
             state = self._monitor.state_dict()
-            self._note(self._monitor.check().findings, state["step"])
+            self._announcements.note(self._monitor.check().findings, state["step"])
         return {
             "momentum": self._momenta,
             "eps": self._eps,
-            "findings": list(self._noted.values()),
+            "findings": self._announcements.records,
             "monitor": state,
         }
-
-    def _note(self, findings: Iterable[Finding], step: int) -> None:
-        """Note findings of a step for checkpoints, as plain data, with the steps that they held."""
-        for finding in findings:
-            if finding.severity is Severity.INFO:
-                continue
-            key = (finding.code, str(finding.severity), finding.layer)
-            first = step if finding.step is None else finding.step
-            record = {
-                "code": finding.code,
-                "name": finding.name,
-                "severity": str(finding.severity),
-                "layer": finding.layer,
-                "message": finding.message,
-                "evidence": str(finding.evidence),
-                "first_step": min(first, self._noted.get(key, {}).get("first_step", first)),
-                "last_step": max(first, step),
-            }
-            self._noted[key] = record
 
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, planned_steps: int | None
@@ -444,7 +424,7 @@ class BatchNormMonitor(GuardedCallback):
         """Log and show the report, and watch no longer."""
         # What a later checkpoint of the run should hold.
         self._ended = monitor.state_dict()
-        self._note(report.findings, self._ended["step"])
+        self._announcements.note(report.findings, self._ended["step"])
         log, self._log = self._log, None
         self.let_go()
         if log is not None:
@@ -458,10 +438,9 @@ class BatchNormMonitor(GuardedCallback):
             self._tell(trainer, self._monitor._findings_of_all_ranks(mine))
 
     def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
-        new = [finding for finding in findings if finding.key not in self._told]
-        self._note(new, logged_step(trainer) + 1)
-        self._told.update(finding.key for finding in new)
-        groups = group_findings(new)
+        groups = self._announcements.new(findings)
+        for group in groups:
+            self._announcements.note(group.findings, logged_step(trainer) + 1)
         if trainer.global_rank == rank:
             for group in groups:
                 show(notice(group))

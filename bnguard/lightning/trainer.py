@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from torch import nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import Guard
 from bnguard.findings import show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
 
@@ -110,9 +109,6 @@ def datamodule_of(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-# The edge between bnguard and the user's run: no error of ours crosses it.
-
-
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")
 _Result = TypeVar("_Result")
@@ -126,41 +122,28 @@ class GuardedCallback(Callback):
 
     Args:
         strict: Raise errors instead; for tests.
-
-    Attributes:
-        is_off: Whether it has turned itself off.
     """
 
     def __init__(self, *, strict: bool) -> None:
         super().__init__()
-        self.is_strict = strict
-        self.is_off = False
-        self._is_ours = False
+        self._guard = Guard(
+            strict=strict,
+            let_go=self.let_go,
+            tell=show,
+            consequence=f"{type(self).__name__} is off from here, and the run goes on",
+        )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it has turned itself off."""
+        return self._guard.failure is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew, unless an error of our own ended the run before."""
-        self.is_off = self.is_off and self._is_ours
+        self._guard.begin_anew()
 
     def let_go(self) -> None:
         """Leave the model as it was found; callable at any time."""
-
-    def turn_off(self, error: Exception) -> None:
-        """Do nothing from now on, and say why."""
-        self.is_off = True
-        self._is_ours = not isinstance(error, BNGuardError)
-        # What has failed once may fail again.
-        with contextlib.suppress(Exception):
-            self.let_go()
-        off = f"{type(self).__name__} is off from here, and the run goes on."
-        why = f"bnguard: {error}; {off}"
-        if self._is_ours:
-            why = (
-                f"bnguard: an error of its own, {type(error).__name__}: {error}; {off} "
-                "Please report it, with strict=True for the trace."
-            )
-        # A terminal that is gone may be what has failed.
-        with contextlib.suppress(OSError, ValueError):
-            show(why)
 
 
 def guarded(
@@ -172,15 +155,7 @@ def guarded(
     def wrapper(
         self: _Self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result | None:
-        if self.is_off:
-            return None
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            if self.is_strict:
-                raise
-            self.turn_off(error)
-            return None
+        return self._guard(method, self, *args, **kwargs)
 
     return wrapper
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnguard.findings import Finding, FindingGroup, Severity, Skipped, counted, group_findings
+from bnguard.findings import (
+    Finding,
+    FindingGroup,
+    Severity,
+    Skipped,
+    counted,
+    group_findings,
+)
 from bnguard.observe.history import History, LayerHistory
 
 if TYPE_CHECKING:
@@ -26,6 +33,9 @@ class Report:
         >>> from bnguard.observe.history import History, Run
         >>> print(Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=()))
         bnguard · 0 BN layers · 9 steps · no problems found
+        note: no evaluation was seen, so BN301, BN302 and BN305 were not judged
+        >>> Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=())
+        Report(0 BN layers, 9 steps, no findings)
     """
 
     history: History
@@ -60,11 +70,15 @@ class Report:
         return report_document(self)
 
     def __repr__(self) -> str:
-        """Return the report in one line: layers, steps, and what is wrong."""
+        steps = self.history.run.steps
         parts = [counted(len(self.layers), "BN layer")]
-        if self.history.run.steps:
-            parts.append(counted(self.history.run.steps, "step"))
-        parts += [f"{group.worst.severity} {group.worst.code}" for group in self.groups]
+        parts += [counted(steps, "step")] if steps else []
+        for severity in reversed(Severity):
+            codes = [group.worst.code for group in self.groups if group.worst.severity is severity]
+            number = sum(finding.severity is severity for finding in self.findings)
+            if number:
+                codes = list(dict.fromkeys(codes))
+                parts.append(f"{counted(number, str(severity))}: {', '.join(codes)}")
         return f"Report({', '.join(parts if self.findings else [*parts, 'no findings'])})"
 
     def __rich__(self) -> RenderableType:

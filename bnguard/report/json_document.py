@@ -104,6 +104,11 @@ def strict_json(value: object) -> object:
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
         return [strict_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return json_float(value) if isinstance(value, float) else value
+
+
+def json_float(value: float) -> float | str:
+    """Return a number as JSON can hold it: one that is not finite as a string."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

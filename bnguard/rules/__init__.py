@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
+from importlib.metadata import EntryPoint, entry_points
 
-from bnguard.errors import ConfigurationError, nearest_name
+from bnguard.errors import ConfigurationError, in_one_line, nearest_name
 from bnguard.rules.accumulation_blind import AccumulationBlind
 from bnguard.rules.amplifying_channel import AmplifyingChannel
 from bnguard.rules.base import ExplainedRule, ModelRule, Rule
@@ -69,6 +73,55 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+PLUGINS = "bnguard.rules"
+
+
+@functools.cache
+def installed_rules() -> tuple[Rule, ...]:
+    """Return :data:`RULES` and those of installed packages, which are imported at the first call.
+
+    A package names its rules in the entry point group ``bnguard.rules``: a rule, a class of rules
+    without required arguments, or a list of these. What cannot be used is left out with a warning.
+    """
+    rules = list(RULES)
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            found = list(_rules_of(plugin))
+        except Exception as error:
+            _warn(plugin, in_one_line(error))
+            continue
+        for rule in found:
+            names = {rule.code.lower(), rule.name.lower()}
+            same = [known for known in rules if names & {known.code.lower(), known.name.lower()}]
+            if same:
+                _warn(
+                    plugin, f"{rule.code} {rule.name} collides with {same[0].code} {same[0].name}"
+                )
+            else:
+                rules.append(rule)
+    return tuple(rules)
+
+
+def _rules_of(plugin: EntryPoint) -> Iterator[Rule]:
+    loaded = plugin.load()
+    is_several = isinstance(loaded, Iterable) and not isinstance(loaded, type)
+    for given in loaded if is_several else [loaded]:
+        rule = given() if isinstance(given, type) else given
+        if not isinstance(rule, Rule):
+            raise TypeError(f"{given!r} is not a bnguard.Rule")
+        if not all(isinstance(getattr(rule, name, None), str) for name in ("code", "name")):
+            raise TypeError(f"{type(rule).__name__} needs a code and a name")
+        yield rule
+
+
+def _warn(plugin: EntryPoint, problem: str) -> None:
+    package = f" of {plugin.dist.name}" if plugin.dist else ""
+    warnings.warn(
+        f"bnguard: a rule is left out, entry point {plugin.name}{package}: {problem}",
+        stacklevel=3,
+    )
+
+
 def rule_named(name: str) -> Rule:
     """Return the rule with this code or name, in any case.
 
@@ -79,10 +132,14 @@ def rule_named(name: str) -> Rule:
         >>> rule_named("statistic-drift").code
         'BN301'
     """
-    by_name = {key: rule for rule in RULES for key in (rule.code.lower(), rule.name)}
+    by_name = {key: rule for rule in installed_rules() for key in (rule.code.lower(), rule.name)}
     if name.lower() in by_name:
         return by_name[name.lower()]
-    family = [rule.code for rule in RULES if _is_code(name) and rule.code[:3] == name.upper()[:3]]
+    family = [
+        rule.code
+        for rule in installed_rules()
+        if _is_code(name) and rule.code[:3] == name.upper()[:3]
+    ]
     likeness = {code: SequenceMatcher(None, code, name.upper()).ratio() for code in family}
     misread = [code for code in family if likeness[code] == max(likeness.values())]
     if len(misread) > 1:
@@ -132,5 +189,6 @@ __all__ = [
     "UntrackedStatistics",
     "UpdateOutsideTraining",
     "VarianceCollapse",
+    "installed_rules",
     "rule_named",
 ]

@@ -55,7 +55,7 @@ class Rule(abc.ABC):
     @classmethod
     def headline(cls) -> str:
         """Return the first line of the page: the fault in one sentence."""
-        return cls.page().splitlines()[0]
+        return cls.page().partition("\n")[0]
 
     @classmethod
     def page(cls) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -223,20 +223,53 @@ def _causes_first(findings: list[Finding], explanations: Explanations) -> list[F
     ]
 
 
-# What was found so far in a training: since which step, and what of it was announced.
-
-
 _Key = tuple[str, Severity, str | None]
 
 
 class Announcements:
-    """Remembers findings, by their keys, over the checks of a training and of its resumptions."""
+    """Remembers the findings of a training and its resumptions: their steps, and which were told.
 
-    def __init__(self) -> None:
+    Args:
+        records: Findings of the training that this one goes on from, as :attr:`records` has them.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self._first_steps: dict[_Key, int] = {}
         self._announced: set[_Key] = set()
+        self._records = {
+            (record["code"], record["severity"], record["layer"]): dict(record)
+            for record in records
+        }
 
-    def dated(self, finding: Finding, step: int) -> Finding:
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was noted, as plain data for a checkpoint that others read."""
+        return list(self._records.values())
+
+    def note(self, findings: Iterable[Finding], step: int) -> None:
+        """Record findings of a step, but what is only info, with the first and last step of each.
+
+        Args:
+            findings: The findings.
+            step: The step in which they hold.
+        """
+        for finding in findings:
+            if finding.severity is Severity.INFO:
+                continue
+            key = (finding.code, str(finding.severity), finding.layer)
+            first = step if finding.step is None else finding.step
+            self._records[key] = {
+                "code": finding.code,
+                "name": finding.name,
+                "severity": str(finding.severity),
+                "layer": finding.layer,
+                "message": finding.message,
+                "evidence": str(finding.evidence),
+                "first_step": min(first, self._records.get(key, {}).get("first_step", first)),
+                "last_step": max(first, step),
+            }
+
+    def date(self, finding: Finding, step: int) -> Finding:
         """Return a finding of this step, dated to the step at which it first showed."""
         first = self._first_steps.setdefault(finding.key, step)
         return dataclasses.replace(finding, step=first) if finding.step is None else finding

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing import (
     plugin_event_multiplexer,
 )
 
-from bnguard.errors import in_one_line
+from bnguard.errors import in_one_line, printable
 from bnguard.findings import Evidence, counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
@@ -29,11 +29,6 @@ from bnguard.tensorboard.records import Record
 
 _SEVERITIES = ("error", "warning", "info")
 _LAYERS_SHOWN = 5
-
-# What a terminal would obey, and what turns the direction of writing: names come from anywhere.
-_UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +60,9 @@ class LoggedRun:
         return self.findings[0]["severity"] if self.findings else None
 
     def __str__(self) -> str:
-        name = _shown(self.name)
+        name = printable(self.name)
         if self.problem:
-            return f"{name} · cannot be shown: {_shown(self.problem)}"
+            return f"{name} · cannot be shown: {printable(self.problem)}"
         counts = [
             counted(number, severity, "info" if severity == "info" else None)
             for severity in _SEVERITIES
@@ -78,7 +73,7 @@ class LoggedRun:
             f"{name} · {counted(len(self.layers), 'BN layer')} · step {self.first_step} to "
             f"{self.last_step} · {' · '.join(counts) or nothing}"
         )
-        remarks = [_shown(f"note: {remark}") for remark in self.remarks]
+        remarks = [printable(f"note: {remark}") for remark in self.remarks]
         return "\n".join([head, *map(_group_text, _groups(self.findings)), *remarks])
 
 
@@ -176,7 +171,7 @@ def _group_text(group: list[Record]) -> str:
     worst = group[0]
     evidence = worst["evidence"]
     where = "" if len(group) == 1 else f" at {_place(worst)}"
-    layers = [_shown(_place(finding)) for finding in group]
+    layers = [printable(_place(finding)) for finding in group]
     more = len(layers) - _LAYERS_SHOWN
     lines = [
         f"{worst['severity']}  {worst['code']} {worst['name']}: {worst['message']}",
@@ -185,7 +180,7 @@ def _group_text(group: list[Record]) -> str:
         + f" (limit {_number(evidence['limit'])}){where}",
         f"  → {worst['fix']['command'] or worst['fix']['summary']}",
     ]
-    return "\n".join(map(_shown, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _excess(finding: Record) -> float:
@@ -206,10 +201,6 @@ def _place(finding: Record) -> str:
 
 def _number(value: float | str | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
-
-
-def _shown(text: str) -> str:
-    return _UNSEEN.sub("\ufffd", text)
 
 
 # The page of the tab as one file: to attach to an issue, or to look at without TensorBoard.

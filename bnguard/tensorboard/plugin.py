@@ -13,7 +13,7 @@ from tensorboard import context as request_context
 from tensorboard.backend import experiment_id, http_util
 from tensorboard.plugins import base_plugin
 
-from bnguard.rules import RULES
+from bnguard.rules import installed_rules
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.reader import LogReader, SeriesCache
 
@@ -62,7 +62,7 @@ def rule_pages() -> dict[str, str]:
     >>> rule_pages()["BN301"].splitlines()[0]
     'BN301 statistic-drift'
     """
-    return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in RULES}
+    return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in installed_rules()}
 
 
 _App = Callable[..., Any]

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bnguard.report.json_document import json_float
+
 Record = dict[str, Any]
 
 _SEVERITIES = ("info", "warning", "error")
@@ -109,9 +111,7 @@ def json_number(value: object) -> float | str | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    return json_float(number)
 
 
 def _is_maximum(

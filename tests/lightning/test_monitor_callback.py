@@ -89,6 +89,20 @@ def test_a_run_is_watched_reported_and_logged(lightning, tmp_path, capsys):
     assert b"BN303" in text.tensor_proto.string_val[0]
 
 
+def test_limits_and_ignored_layers_are_those_of_watch(tiny, trainer_of):
+    def accused(**options):
+        callback = BatchNormMonitor(report="none", strict=True, select=["BN303"], **options)
+        trainer_of(callback).fit(tiny())
+        return {finding.layer for finding in callback.report.findings}
+
+    both = {"backbone.1", "head.1"}
+    assert accused() == both
+    assert accused(per_layer_ignores={"head.*": ["BN303"]}) == {"backbone.1"}
+    assert accused(limits={"BN303": {"max_initial_weight": 0.999}}) == set()
+    with pytest.raises(ValueError, match="BN303 has no limit"):
+        BatchNormMonitor(limits={"BN303": {"max_initial": 0.5}})
+
+
 def test_weights_are_those_of_the_same_run_without_the_callback(lightning, tmp_path):
     def trained(callbacks):
         torch.manual_seed(3)

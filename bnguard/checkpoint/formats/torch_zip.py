@@ -25,13 +25,12 @@ from bnguard.checkpoint.files import (
     first_bytes,
     open_source,
     patched,
-    printable,
     write_all,
 )
 from bnguard.checkpoint.formats.base import Format
 from bnguard.checkpoint.stored_tensors import Storage, StoredTensor
 from bnguard.checkpoint.unpickling import TypedStorage, read_pickle, storage_dtype
-from bnguard.errors import CheckpointError
+from bnguard.errors import CheckpointError, printable
 
 # Zip archives as torch writes them: records that are read, and checksummed, where they lie.
 
