@@ -20,7 +20,7 @@ from bnguard.layers.bn_layer import (
     preserved_random_state,
     require_module,
 )
-from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
+from bnguard.observe.mode_gap import float_tensors, places_of_rows, relative_change
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import arrivals
 from bnguard.recalibration.options import is_whole, patterns_of
@@ -323,9 +323,7 @@ def _evaluated(
 def _distance(output: object, expected: object, samples: int) -> float:
     found, wanted = list(float_tensors(output)), list(float_tensors(expected))
     places = places_of_rows([wanted], [samples]) or range(len(wanted))
-    return relative_distance(
-        [found[place] for place in places], [wanted[place] for place in places]
-    )
+    return relative_change([found[place] for place in places], [wanted[place] for place in places])
 
 
 class _Remembered:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import preserved_modes, preserved_random_state
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
-from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance, spread
+from bnguard.observe.mode_gap import (
+    float_tensors,
+    join_rows,
+    places_of_rows,
+    relative_change,
+    spread,
+)
 from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 from bnguard.swapping.engine import Engine
 
@@ -74,14 +80,14 @@ class Lesson:
                 "nothing to learn from them"
             )
         # Of the whole exam: one small batch has hardly any spread to scale by.
-        self._output_scales = [spread(answer) for answer in self._answers]
+        self._output_scales = [spread(answer) or 1.0 for answer in self._answers]
         self._feature_scales = [_mean_variance(parts) for parts in moments]
 
     @torch.no_grad()
     def distance(self) -> float:
         """Return how far the outputs are apart, in standard deviations of the teacher's."""
         outputs = [self._compared(self._returned(self._student, batch)) for batch in self._exam]
-        return relative_distance(_joined(outputs), self._answers)
+        return relative_change(_joined(outputs), self._answers)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return what a batch gives to minimise, a scalar."""
@@ -137,9 +143,8 @@ def _squared_error(output: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _joined(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Return each output over all batches, flat: batches may differ in size and shape."""
-    columns = zip(*outputs, strict=True)
-    return [torch.cat([part.flatten().float() for part in column]) for column in columns]
+    """Return each output over all batches."""
+    return [join_rows(column) for column in zip(*outputs, strict=True)]
 
 
 def _mean_variance(parts: Sequence[Moments]) -> float:
