@@ -111,12 +111,15 @@ def spread(reference: Tensor) -> float:
     return 0.0 if variance <= _ROUNDING * values.square().mean().item() else variance
 
 
-def flipped_share(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float | None:
+def flipped_share(
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], *, max_tie: float = _MAX_TIE
+) -> float | None:
     """Return the share of predictions that change, ties left out; None without class scores.
 
     Args:
         outputs: The tensors that the model returned, with a row per sample.
         reference: The same for the way to normalise that they are compared with.
+        max_tie: Difference of probability up to which two classes tie; 0 counts every change.
 
     Example:
         >>> import torch
@@ -132,7 +135,7 @@ def flipped_share(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> flo
                 for p in map(_probabilities, (output, expected))
             ]
             # Negated, so that predictions that are not finite count.
-            return (~(torch.maximum(*margins) <= _MAX_TIE)).float().mean().item()
+            return (~(torch.maximum(*margins) <= max_tie)).float().mean().item()
     return None
 
 

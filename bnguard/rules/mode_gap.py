@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import History, ModeGap
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, cause_of_gap, doubt_of_gap
@@ -40,7 +41,9 @@ class ModesDisagree(ExplainedRule):
         decides by next to nothing. ``info`` where the layers were frozen
         throughout training, and while training goes on and fewer than four evaluations in a row
         have shown it; and where the evaluation is sorted (BN301), so that its first batch is
-        unlike the rest, and no drift was found. The cause is that of the layer that fits worst.
+        unlike the rest, and no drift was found. Not judged where the part of sampling is unknown:
+        in batches of fewer than 4 samples, and where inputs differ in their first dimension. The
+        cause is that of the layer that fits worst.
 
     Limits:
         max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
@@ -92,7 +95,11 @@ class ModesDisagree(ExplainedRule):
             max_change_with_flips=self.max_excess_change_with_flips,
             max_flipped_share=self.max_flipped_share,
         ):
-            yield self._found(history, gap, root_at(None))
+            # Sampling does not make outputs NaN or infinite.
+            if gap.sampling_change is None and math.isfinite(gap.relative_change):
+                yield self._skipped(None, _not_judged(gap))
+            else:
+                yield self._found(history, gap, root_at(None))
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
@@ -116,6 +123,19 @@ class ModesDisagree(ExplainedRule):
             _FIX if cause is None else cause.fix,
             reasons=() if cause is None else cause.evidence,
         )
+
+
+def _not_judged(gap: ModeGap) -> str:
+    change = f"the modes differ by {gap.relative_change:.3g} σ"
+    if not gap.samples:
+        return (
+            f"{change}, and the inputs differ in their first dimension, so that the part that "
+            "sampling explains is unknown"
+        )
+    return (
+        f"{change} on a batch of {counted(gap.samples, 'sample')}, too small to tell the part that "
+        "sampling explains: validate with larger batches"
+    )
 
 
 _FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")

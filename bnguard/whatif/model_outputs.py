@@ -62,6 +62,10 @@ class Outputs:
         """Return the share of predictions that flip; None if no output looks like class scores."""
         return flipped_share(*self._shared_with(expected))
 
+    def changed_share(self, expected: Outputs) -> float:
+        """Return the share of predictions that differ, ties included; 0 without class scores."""
+        return flipped_share(*self._shared_with(expected), max_tie=0.0) or 0.0
+
     def _shared_with(self, expected: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         # What has a row a sample by chance, in batches of one size, may not have it in others.
         places = sorted(self.tensors.keys() & expected.tensors.keys())
