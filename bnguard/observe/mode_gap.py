@@ -1,19 +1,37 @@
-"""The mode gap: how far the two modes disagree on the same batch, everything else in eval mode.
+"""How far two ways to normalise disagree: the one definition of change and flips, and the mode gap.
 
-The smallest module that holds all BN layers and is called during evaluation is run again on a
-batch that it was called with: once with running statistics, once with those of the batch. The same
-is done with the largest, where it is another and gives what looks like class scores, to count the
-predictions that change. No user step function is called, and no label is needed. Forward hooks of
-the user's do run again: pruning, weight normalisation and offloading work through them, so that
-without them it would be another model that is measured.
+The *change* between two outputs for the same samples is the root mean square of their difference,
+in units of the reference's standard deviation: its variance is taken per feature, about the mean
+over the rows (dimension 0), and averaged over the features, so that a constant offset between
+features is no spread. Each output tensor counts alike. Tensors that are the same in every row are
+left out, as they have no spread; if all are, their own root mean square is the unit. Only tensors
+with a row per sample are compared, if there are any. Outputs without rows that fit one below the
+other (images of several sizes, a loss per batch), and a single row, have the variance over all
+their values.
+
+A *flip* is a prediction (the class with the highest score, for the first output of shape
+``(rows, classes)``) that changes, unless the probabilities of the two classes lie within 0.05 in
+both outputs: a network that has hardly learnt decides by next to nothing. Scores that are already
+probabilities are used as they are.
+
+The *mode gap* is the change, and the flips, between running statistics and those of the batch,
+everything else in eval mode; the outputs with batch statistics are the reference. ``watch``,
+``recalibrate``, ``diagnose`` and ``swap`` all use the functions of this module.
+
+While a model is watched, the smallest module that holds all BN layers and is called during
+evaluation is run again on a batch that it was called with, once in each mode, and so is the
+largest, for the flips, if it is another. No user step function is called, and no label is needed.
+The user's forward hooks do run again: pruning, weight normalisation and offloading work through
+them, so that without them another model would be measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +60,131 @@ _ENOUGH_SAMPLES = 32
 
 # Difference of the probabilities of two classes up to which they tie.
 _MAX_TIE = 0.05
+
+# Variance over mean square up to which a float32 tensor that is the same in every row gets by
+# rounding.
+_ROUNDING = 1e-12
+
+# Fewer samples cannot be halved into batches with statistics of their own.
+_MIN_SAMPLES_TO_HALVE = 4
+
+
+def relative_change(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Return the root mean square change, in standard deviations of the reference.
+
+    0 is the same output, about 1.4 an unrelated one of the same spread; infinite if an output is
+    not finite. See the module's docstring for the definition.
+
+    Args:
+        outputs: The tensors that the model returned, with a row per sample.
+        reference: The same for the way to normalise that they are compared with.
+
+    Example:
+        >>> import torch
+        >>> relative_change([torch.tensor([[1.0, 9.0], [3.0, 9.0]])], [torch.tensor([[1.0, 9.0],
+        ... [3.0, 7.0]])])
+        1.0
+    """
+    units = [spread(expected) for expected in reference]
+    if not any(units):
+        units = [wide(expected).square().mean().item() or 1.0 for expected in reference]
+    ratios = [
+        (wide(output) - wide(expected)).square().mean().item() / unit
+        for output, expected, unit in zip(outputs, reference, units, strict=True)
+        if unit
+    ]
+    if not all(map(math.isfinite, ratios)):
+        return math.inf
+    return math.sqrt(sum(ratios) / len(ratios)) if ratios else 0.0
+
+
+def spread(reference: Tensor) -> float:
+    """Return the variance of each feature over the rows, averaged; over all values of one row.
+
+    0 for a tensor that is the same in every row, up to rounding; NaN if a value is not finite.
+    """
+    values = wide(reference.detach())
+    if values.numel() < 2:
+        return 0.0
+    if len(values) < 2:
+        values = values.flatten()
+    variance = (values - values.mean(0, keepdim=True)).square().mean().item()
+    return 0.0 if variance <= _ROUNDING * values.square().mean().item() else variance
+
+
+def flipped_share(
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], *, max_tie: float = _MAX_TIE
+) -> float | None:
+    """Return the share of predictions that change, ties left out; None without class scores.
+
+    Args:
+        outputs: The tensors that the model returned, with a row per sample.
+        reference: The same for the way to normalise that they are compared with.
+        max_tie: Difference of probability up to which two classes tie; 0 counts every change.
+
+    Example:
+        >>> import torch
+        >>> scores, others = torch.tensor([[2.0, 0.0], [0.1, 0.0]]), torch.tensor([[0.0, 0.1]] * 2)
+        >>> flipped_share([scores], [others])
+        0.5
+    """
+    for output, expected in zip(outputs, reference, strict=True):
+        if output.dim() == 2 and output.shape[1] > 1:
+            classes = output.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
+            margins = [
+                (p.gather(1, classes[0]) - p.gather(1, classes[1])).abs()
+                for p in map(_probabilities, (output, expected))
+            ]
+            # Negated, so that predictions that are not finite count.
+            return (~(torch.maximum(*margins) <= max_tie)).float().mean().item()
+    return None
+
+
+def float_tensors(output: object) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in an output, in order: containers and dataclasses too."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from float_tensors(value)
+    elif isinstance(output, (list, tuple, set)):
+        for value in output:
+            yield from float_tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from float_tensors(getattr(output, field.name))
+
+
+def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[int]:
+    """Return which tensors have a row per sample, in what a model returned for batches.
+
+    A loss that is returned next to the scores belongs to a batch, and not to its samples.
+
+    Example:
+        >>> import torch
+        >>> places_of_rows([[torch.tensor(0.7), torch.zeros(2, 3)]], [2])
+        [1]
+    """
+    return [
+        place
+        for place, tensors in enumerate(zip(*returned, strict=True))
+        if all(t.dim() > 0 and len(t) == size for t, size in zip(tensors, sizes, strict=True))
+    ]
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all batches; the values, one after the other, if rows differ in shape."""
+    if parts[0].dim() > 0 and len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    """Return class probabilities: the scores themselves, where they are, or else their softmax."""
+    scores = wide(scores)
+    are_probabilities = (scores >= 0.0).all() and (scores.sum(1) - 1.0).abs().max() < 1e-2
+    return scores if are_probabilities else scores.softmax(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +220,7 @@ class _Call:
         args, kwargs = inputs
         mode = torch.inference_mode() if self.is_inference else torch.no_grad()
         with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
-            outputs = self.module(*args, **kwargs)
-        return [tensor for tensor in _tensors(outputs) if tensor.is_floating_point()]
+            return list(float_tensors(self.module(*args, **kwargs)))
 
 
 class GapProbe:
@@ -196,7 +338,7 @@ def _together(first: _Call, second: _Call) -> _Call:
         args, kwargs = tree_map(joined, (first.args, first.kwargs), (second.args, second.kwargs))
     except (RuntimeError, ValueError):
         return first
-    return replace(first, args=args, kwargs=kwargs)
+    return dataclasses.replace(first, args=args, kwargs=kwargs)
 
 
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:
@@ -225,65 +367,33 @@ def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
 
 
 def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer]) -> ModeGap:
-    samples = smallest.samples
     running = smallest.outputs()
     scores_running = running if largest is smallest else largest.outputs()
     for layer in layers:
         layer.module.training = True
     batch = smallest.outputs()
     scores_batch = batch if largest is smallest else largest.outputs()
-    sampling = None
-    if samples >= 4:
+    rows = places_of_rows([batch], [smallest.samples])
+    sampling, half = None, smallest.samples // 2
+    if rows and smallest.samples >= _MIN_SAMPLES_TO_HALVE:
         # Statistics of half a batch are as far from those of the whole as these are from the truth.
-        half = samples // 2
-        sampling = _relative_change(smallest.outputs(half), [part[:half] for part in batch])
+        of_half = smallest.outputs(half)
+        sampling = relative_change(
+            [of_half[place] for place in rows], [batch[place][:half] for place in rows]
+        )
     return ModeGap(
-        samples=samples,
-        relative_change=_relative_change(running, batch),
+        samples=smallest.samples,
+        relative_change=relative_change(*_compared(running, batch, smallest.samples)),
         sampling_change=sampling,
-        flipped_share=_flipped_share(scores_running, scores_batch),
+        flipped_share=flipped_share(*_compared(scores_running, scores_batch, largest.samples)),
     )
 
 
-def _relative_change(outputs: list[Tensor], reference: list[Tensor]) -> float:
-    """Return the root mean square of the change, in standard deviations of each reference."""
-    ratios = []
-    for output, expected in zip(outputs, reference, strict=True):
-        expected, output = wide(expected), wide(output)
-        variance = (
-            (expected - expected.mean(0, keepdim=True)).square().mean() if expected.dim() else 0.0
-        )
-        if variance > 0.0:
-            ratios.append(((output - expected).square().mean() / variance).item())
-    if not ratios:
-        return 0.0
-    change = math.sqrt(sum(ratios) / len(ratios))
-    return change if math.isfinite(change) else math.inf
-
-
-def _flipped_share(outputs: list[Tensor], reference: list[Tensor]) -> float | None:
-    """Return the share of predictions that change, where an output looks like class scores.
-
-    Where both modes find the two classes about as probable, to change between them is no harm: a
-    network that has hardly learnt decides by next to nothing.
-    """
-    for output, expected in zip(outputs, reference, strict=True):
-        if output.dim() == 2 and output.shape[1] > 1:
-            classes = output.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
-            margins = [
-                (p.gather(1, classes[0]) - p.gather(1, classes[1])).abs()
-                for p in map(_probabilities, (output, expected))
-            ]
-            # Negated, so that predictions that are not finite count.
-            return (~(torch.maximum(*margins) <= _MAX_TIE)).float().mean().item()
-    return None
-
-
-def _probabilities(scores: Tensor) -> Tensor:
-    """Return class probabilities: the scores themselves, where they are, or else their softmax."""
-    scores = wide(scores)
-    are_probabilities = (scores >= 0.0).all() and (scores.sum(1) - 1.0).abs().max() < 1e-2
-    return scores if are_probabilities else scores.softmax(1)
+def _compared(
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], samples: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    places = places_of_rows([reference], [samples]) or range(len(reference))
+    return [outputs[place] for place in places], [reference[place] for place in places]
 
 
 def _tensors(tree: object) -> list[Tensor]:

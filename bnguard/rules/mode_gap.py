@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -86,7 +87,8 @@ class ModesDisagree(ExplainedRule):
         if gap is None:
             yield self._skipped(None, run.mode_gap_reason)
             return
-        if not is_told(gap):
+        # Sampling does not make outputs NaN or infinite.
+        if not is_told(gap) and math.isfinite(gap.relative_change):
             yield self._skipped(None, _why_not_told(gap))
             return
         reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
@@ -133,12 +135,16 @@ class ModesDisagree(ExplainedRule):
 
 
 def _why_not_told(gap: ModeGap) -> str:
-    what = (
-        f"{gap.samples} samples of evaluation"
-        if gap.samples
-        else "inputs whose first dimensions differ"
+    change = f"the modes differ by {gap.relative_change:.3g} σ"
+    if not gap.samples:
+        return (
+            f"{change}, and the inputs differ in their first dimension, so that the part that "
+            "sampling explains is unknown"
+        )
+    return (
+        f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to tell the part "
+        "that sampling explains"
     )
-    return f"{what} do not tell how much of a gap sampling explains"
 
 
 _FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")

@@ -21,7 +21,7 @@ from bnguard.layers.bn_layer import (
     require_module,
 )
 from bnguard.layers.preserve import preserve_random_states
-from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
+from bnguard.observe.mode_gap import float_tensors, places_of_rows, relative_change
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole, patterns_of
@@ -319,9 +319,7 @@ def _run_swapped(
 def _distance(output: object, expected: object, samples: int) -> float:
     found, wanted = list(float_tensors(output)), list(float_tensors(expected))
     places = places_of_rows([wanted], [samples]) or range(len(wanted))
-    return relative_distance(
-        [found[place] for place in places], [wanted[place] for place in places]
-    )
+    return relative_change([found[place] for place in places], [wanted[place] for place in places])
 
 
 class _Remembered:

@@ -23,7 +23,13 @@ from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import device_of
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
 from bnguard.layers.preserve import preserve_modes, preserve_random_states
-from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance, spread
+from bnguard.observe.mode_gap import (
+    float_tensors,
+    join_rows,
+    places_of_rows,
+    relative_change,
+    spread,
+)
 from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
@@ -359,14 +365,14 @@ class _Imitation:
                 "learn from them"
             )
         # Of all that is measured: one small batch has hardly any spread to scale by.
-        self._output_scales = [spread(each) for each in self._outputs_of_teacher]
+        self._output_scales = [spread(each) or 1.0 for each in self._outputs_of_teacher]
         self._feature_scales = [_mean_variance(parts) for parts in moments]
 
     @torch.no_grad()
     def distance(self) -> float:
         """Return how far the outputs are apart, in standard deviations of the teacher's."""
         outputs = [self._select(self._run(self._student, batch)) for batch in self._measured]
-        return relative_distance(_join(outputs), self._outputs_of_teacher)
+        return relative_change(_join(outputs), self._outputs_of_teacher)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss on a batch, a scalar."""
@@ -424,9 +430,8 @@ def _squared_error(output: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _join(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Return each output over all batches, flat: batches may differ in size and shape."""
-    columns = zip(*outputs, strict=True)
-    return [torch.cat([part.flatten().float() for part in column]) for column in columns]
+    """Return each output over all batches."""
+    return [join_rows(column) for column in zip(*outputs, strict=True)]
 
 
 def _mean_variance(parts: Sequence[Moments]) -> float:

@@ -217,6 +217,7 @@ def _numbers(
     return Numbers(
         rows=table.rows,
         samples=len(bench.samples),
+        changed_share=table.changed_share,
         training=training,
         poisoned=tuple(
             name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()

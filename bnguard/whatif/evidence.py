@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -103,6 +103,8 @@ class Numbers:
     Attributes:
         rows: The rows of the table by name.
         samples: How many evaluation samples they were measured on.
+        changed_share: Share of the predictions that differ from those with the statistics of the
+            evaluation data, ties included, by the name of the row: what a score may gain by chance.
         training: What the training data tell; None without a reference.
         poisoned: Layers with NaN, Inf or a negative variance in their stored statistics.
         untouched: Layers that are reached, with the initial statistics (0, 1) to the last bit.
@@ -114,6 +116,7 @@ class Numbers:
 
     rows: Mapping[str, Row]
     samples: int
+    changed_share: Mapping[str, float] = field(default_factory=dict)
     training: Training | None = None
     poisoned: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
@@ -206,9 +209,11 @@ class Numbers:
     def chance(self, name: str) -> float:
         """Return what a score that is a share may gain by chance, in a row that flips predictions.
 
-        Three standard deviations of a sum of flips, each of which mends or breaks one prediction.
+        Three standard deviations of a sum of changes, each of which mends or breaks one prediction,
+        also where two classes tie.
         """
-        return 3.0 * math.sqrt((self.rows[name].flipped_share or 0.0) / max(self.samples, 1))
+        changed = self.changed_share.get(name, self.rows[name].flipped_share or 0.0)
+        return 3.0 * math.sqrt(changed / max(self.samples, 1))
 
     @property
     def tolerance(self) -> float:

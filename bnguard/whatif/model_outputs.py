@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.observe.outputs import float_tensors, places_of_rows, relative_distance
+from bnguard.observe.mode_gap import (
+    flipped_share,
+    float_tensors,
+    join_rows,
+    places_of_rows,
+    relative_change,
+)
 from bnguard.recalibration.batches import Batch, Forward, call
 from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
 
@@ -25,15 +31,12 @@ class Outputs:
     """What a model returned for all samples.
 
     Attributes:
-        tensors: The numbers kept of all batches, one after the other, of each tensor that has a
-            row a sample, by its place in what the model returns; of all tensors where none has.
-        predictions: Class with the highest score, a sample each; None where nothing looks like
-            class scores.
-        samples: How many samples there are, where each is a row of the tensors; else None.
+        tensors: The numbers kept of all batches, with a row per sample, of each tensor that has
+            one, by its place in what the model returns; of all tensors where none has.
+        samples: How many samples there are, if each is a row of the tensors; else None.
     """
 
     tensors: Mapping[int, Tensor]
-    predictions: Tensor | None
     samples: int | None
 
     @property
@@ -47,22 +50,29 @@ class Outputs:
         Raises:
             CalibrationError: The outputs are of another shape.
         """
-        # What has a row a sample by chance, in batches of one size, may not have it in others.
-        places = sorted(self.tensors.keys() & expected.tensors.keys())
-        mine = [self.tensors[place] for place in places]
-        wanted = [expected.tensors[place] for place in places]
-        if not places or [t.shape for t in mine] != [t.shape for t in wanted]:
+        mine, wanted = self._shared_with(expected)
+        if not wanted or [t.shape for t in mine] != [t.shape for t in wanted]:
             raise CalibrationError(
                 "the model's outputs change their shape with the statistics, so they cannot be "
                 "compared: wrap the model in one that returns scores or features, or pass a forward"
             )
-        return relative_distance(mine, wanted)
+        return relative_change(mine, wanted)
 
     def flipped_share(self, expected: Outputs) -> float | None:
-        """Return the share of predictions that differ; None where there are none."""
-        if self.predictions is None or expected.predictions is None:
-            return None
-        return (self.predictions != expected.predictions).float().mean().item()
+        """Return the share of predictions that flip; None if no output looks like class scores."""
+        return flipped_share(*self._shared_with(expected))
+
+    def changed_share(self, expected: Outputs) -> float:
+        """Return the share of predictions that differ, ties included; 0 without class scores."""
+        return flipped_share(*self._shared_with(expected), max_tie=0.0) or 0.0
+
+    def _shared_with(self, expected: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        # What has a row a sample by chance, in batches of one size, may not have it in others.
+        places = sorted(self.tensors.keys() & expected.tensors.keys())
+        return (
+            [self.tensors[place] for place in places],
+            [expected.tensors[place] for place in places],
+        )
 
     def in_order(self, order: Sequence[int]) -> Outputs | None:
         """Return the outputs of shuffled samples in the order from before; None without rows.
@@ -74,11 +84,7 @@ class Outputs:
             return None
         back = torch.argsort(torch.tensor(order))
         return Outputs(
-            tensors={
-                place: tensor.view(len(order), -1)[back].flatten()
-                for place, tensor in self.tensors.items()
-            },
-            predictions=None if self.predictions is None else self.predictions[back],
+            tensors={place: tensor[back] for place, tensor in self.tensors.items()},
             samples=self.samples,
         )
 
@@ -100,14 +106,11 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
         )
     columns = tuple(zip(*returned, strict=True))
     places = places_of_rows(returned, sizes)
-    kept = {place: columns[place] for place in places or range(len(columns))}
-    scores = next((column for column in kept.values() if _are_class_scores(column)), None)
     return Outputs(
         tensors={
-            place: torch.cat([_thinned(tensor).flatten() for tensor in column])
-            for place, column in kept.items()
+            place: join_rows([_thinned(tensor) for tensor in columns[place]])
+            for place in places or range(len(columns))
         },
-        predictions=None if scores is None else torch.cat([t.argmax(1) for t in scores]),
         samples=sum(sizes) if places else None,
     )
 
@@ -164,10 +167,6 @@ def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[T
     # A copy, because a forward may write to its input.
     given = Batch(batch.index, copy.deepcopy(batch.args), copy.deepcopy(batch.kwargs), batch.size)
     return [tensor.detach().float().cpu() for tensor in float_tensors(call(model, forward, given))]
-
-
-def _are_class_scores(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.dim() == 2 and tensor.shape[1] > 1 for tensor in tensors)
 
 
 def _thinned(tensor: Tensor) -> Tensor:

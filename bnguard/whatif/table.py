@@ -252,11 +252,14 @@ class Table:
     Attributes:
         rows: The rows by name, the stored statistics first.
         measured: What each row, but that of shuffled batches, was measured from.
+        changed_share: Share of the predictions that differ from those with the statistics of the
+            evaluation data, ties included, by the name of the row.
         notes: Rows that could not be measured, and why.
     """
 
     rows: Mapping[str, Row]
     measured: Mapping[str, Measured]
+    changed_share: Mapping[str, float]
     notes: tuple[str, ...]
 
 
@@ -307,7 +310,9 @@ def measured_table(
         )
         for name, each in outputs.items()
     }
-    return Table(rows, measured, tuple(notes))
+    expected = outputs["evaluation"]
+    changed = {name: each.changed_share(expected) for name, each in outputs.items()}
+    return Table(rows, measured, changed, tuple(notes))
 
 
 def _row(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import bnguard
 from bnguard.layers.bn_layer import find_layers
 from bnguard.observe import mode_gap as gap_module
-from bnguard.observe.mode_gap import GapProbe
+from bnguard.observe.mode_gap import GapProbe, join_rows, relative_change, spread
 from tests.networks import conv_net
 
 
@@ -270,3 +271,67 @@ def test_a_model_that_is_not_run_in_eval_mode_is_not_measured():
 def test_a_sync_batch_norm_of_one_process_is_measured():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(spoilt_net()).eval()
     assert measured(model, torch.randn(8, 1, 8, 8)).relative_change > 0
+
+
+def of_every_caller(model, images):
+    """Return the change and the flips that watch, recalibrate, diagnose and swap report."""
+    monitor = bnguard.watch(model.eval())
+    with torch.no_grad(), monitor.evaluation():
+        model(images)
+    gap = monitor.report().history.run.mode_gap
+    monitor.close()
+    recalibrated = bnguard.recalibrate(copy.deepcopy(model), [images], progress=False)
+    row = bnguard.diagnose(model, [images], batch_sizes=(), progress=False).row("stored")
+    of_batches = copy.deepcopy(model)
+    for layer in find_layers(of_batches):
+        layer.module.running_mean = layer.module.running_var = None
+        layer.module.track_running_stats = False
+    frozen = bnguard.swap(model, to="frozen").model
+    norms = iter([frozen.get_submodule(layer.name) for layer in find_layers(model)])
+    swapped = bnguard.swap(of_batches, to=lambda module: next(norms), sample=images)
+    before = recalibrated.mode_gap_before
+    changes = [gap.relative_change, before.relative_change, row.gap, swapped.output_change]
+    return changes, [gap.flipped_share, before.flipped_share, row.flipped_share]
+
+
+def test_watch_recalibrate_diagnose_and_swap_report_the_same_change():
+    changes, flips = of_every_caller(spoilt_net(), torch.randn(40, 1, 8, 8))
+    assert changes == pytest.approx([changes[0]] * 4, rel=1e-6)
+    assert changes[0] > 0.1
+    # On one batch the statistics of the evaluation data are those of the batch, but for n - 1.
+    assert flips == pytest.approx([flips[0]] * 3, abs=0.03)
+
+
+def test_an_undecided_network_flips_nothing_whoever_asks():
+    model = spoilt_net()
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter *= 1e-3
+    changes, flips = of_every_caller(model, torch.randn(40, 1, 8, 8))
+    assert changes == pytest.approx([changes[0]] * 4, rel=1e-6)
+    assert flips == [0.0, 0.0, 0.0]
+
+
+def test_a_constant_offset_between_features_is_no_spread():
+    scores, change = torch.randn(64, 3), torch.randn(64, 3)
+    offset = torch.tensor([100.0, 0.0, -100.0])
+    expected = relative_change([scores + 0.1 * change], [scores])
+    assert relative_change([scores + 0.1 * change + offset], [scores + offset]) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_rows_of_several_shapes_have_the_spread_of_all_their_values():
+    parts = [torch.randn(2, 3, 5) + 4.0, torch.randn(3, 3, 7)]
+    values = torch.cat([part.flatten() for part in parts])
+    assert join_rows(parts).shape == values.shape
+    assert spread(join_rows(parts)) == pytest.approx(values.var(correction=0).item(), rel=1e-5)
+    assert spread(parts[0][:1]) == pytest.approx(parts[0][0].var(correction=0).item(), rel=1e-5)
+
+
+def test_outputs_that_are_the_same_in_every_row_are_measured_against_their_size():
+    constant, varied = torch.full((8, 2), 5.0), torch.randn(8, 2)
+    assert relative_change([constant * 1.1], [constant]) == pytest.approx(0.1, rel=1e-5)
+    assert relative_change([constant * 1.1, varied], [constant, varied]) == 0.0
+    assert relative_change([constant], [constant]) == 0.0
+    assert relative_change([varied], [varied * torch.nan]) == float("inf")

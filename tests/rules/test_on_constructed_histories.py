@@ -143,6 +143,18 @@ def test_bn302_is_info_where_all_layers_were_frozen():
     assert [f.severity for f in found("BN302", frozen)] == [Severity.INFO]
 
 
+@pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "first dimension")])
+def test_bn302_does_not_judge_a_gap_that_sampling_may_explain(samples, reason):
+    gap = dataclasses.replace(HARM, samples=samples, sampling_change=None)
+    judged = diagnose(
+        History(layers=(layer(),), run=Run(steps=100, mode_gap=gap)), [rule_named("BN302")]
+    )
+    assert judged.findings == ()
+    assert [reason in skipped.reason for skipped in judged.skipped] == [True]
+    broken = dataclasses.replace(gap, relative_change=float("inf"))
+    assert found("BN302", layer(run=Run(steps=100, mode_gap=broken)))
+
+
 @pytest.mark.parametrize(("share", "spread", "fires"), [(0.4, 0.2, True), (0.4, 0.0, False)])
 def test_bn211_needs_padding_that_varies(share, spread, fires):
     seen = evaluated(padding_share=share, padding_spread=spread)

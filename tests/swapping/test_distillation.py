@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnguard.errors import BNGuardError, ConfigurationError
-from bnguard.observe.outputs import float_tensors, relative_distance
+from bnguard.observe.mode_gap import float_tensors, relative_change
 from bnguard.swapping import distillation
 from bnguard.swapping.api import swap
 from bnguard.swapping.teacher import _progress_bar
@@ -175,8 +175,8 @@ def test_outputs_are_found_in_every_structure_and_compared_by_their_spread():
     a, b = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0])
     found = list(float_tensors({"x": [a, (torch.tensor([1]), {"y": b})], "name": "z", "n": None}))
     assert [tensor.tolist() for tensor in found] == [a.tolist(), b.tolist()]
-    assert relative_distance([b, a], [a, b]) == pytest.approx(1.0)
-    assert relative_distance([a * float("nan")], [a]) == float("inf")
+    assert relative_change([b, a], [a, b]) == pytest.approx(1.0)
+    assert relative_change([a * float("nan")], [a]) == float("inf")
 
 
 def test_labels_are_left_out_and_a_forward_may_take_anything(trained):
