@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import History, ModeGap
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, cause_of_gap, doubt_of_gap
