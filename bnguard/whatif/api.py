@@ -33,21 +33,21 @@ from bnguard.recalibration.options import (
     unwrap,
 )
 from bnguard.recalibration.statistics import running_statistics
-from bnguard.whatif.blame import blamed_layers
-from bnguard.whatif.causes import named_cause
+from bnguard.whatif.blame import blame_layers
+from bnguard.whatif.causes import name_cause, no_statistics
 from bnguard.whatif.evidence import (
     MAX_STORED_DRIFT,
     Cure,
     Numbers,
     Training,
-    averaged_over_batches,
-    recalibrated,
-    told_by_training,
+    average_over_batches,
+    compute_cure,
+    read_training,
 )
 from bnguard.whatif.result import Diagnosis
 from bnguard.whatif.samples import Samples, read_samples
 from bnguard.whatif.statistics import Statistics
-from bnguard.whatif.table import Bench, Table, drift, measured_table
+from bnguard.whatif.table import Bench, Table, measure_drift, measure_table
 
 
 def diagnose(
@@ -104,8 +104,11 @@ def diagnose(
     require_module(model, "diagnose")
     _check_options(samples, batch_sizes, score, expected_score)
     inner = unwrap(model)
-    if not find_layers(inner):
+    found = find_layers(inner)
+    if not found:
         raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
+    if not any(layer.is_tracking for layer in found):
+        return Diagnosis(cause=no_statistics(found))
     selection = select_layers(inner, None)
     layers = selection.layers
     with _untouched(model, layers):
@@ -116,7 +119,7 @@ def diagnose(
         evaluation = read(loader, name="loader")
         training = None if reference is None else read(reference, name="reference")
         # In the modes that the user holds the layers in: frozen ones keep their statistics.
-        cure = partial(recalibrated, inner, layers, forward=forward, progress=progress)
+        cure = partial(compute_cure, inner, layers, forward=forward, progress=progress)
         by_training = None if training is None else cure(training)
         by_evaluation = cure(evaluation)
         model.eval()
@@ -124,7 +127,7 @@ def diagnose(
             model=model,
             inner=inner,
             layers=layers,
-            untracked=[layer for layer in find_layers(inner) if not layer.is_tracking],
+            untracked=[layer for layer in found if not layer.is_tracking],
             forward=forward,
             score=score,
             samples=evaluation,
@@ -138,10 +141,10 @@ def diagnose(
             cures, told = _from_training(on_training, by_training, stored)
         cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
-        table = measured_table(bench, stored, statistics, batch_sizes)
+        table = measure_table(bench, stored, statistics, batch_sizes)
         fresh = cures.get("reference", by_evaluation)
-        cause = named_cause(_numbers(bench, table, stored, fresh, told, expected_score))
-        blamed = () if cause.cured_by is None else blamed_layers(bench, cures[cause.cured_by])
+        cause = name_cause(_numbers(bench, table, stored, fresh, told, expected_score))
+        blamed = () if cause.cured_by is None else blame_layers(bench, cures[cause.cured_by])
     return Diagnosis(
         rows=tuple(table.rows.values()),
         cause=cause,
@@ -182,11 +185,11 @@ def _from_training(
         stored: The statistics that the model has.
     """
     bench = _without_left_out(bench, cure)
-    averaged = averaged_over_batches(bench, stored)
+    averaged = average_over_batches(bench, stored)
     cures = {"reference": cure}
     if averaged.changes:
         cures["averaged"] = averaged
-    return cures, told_by_training(bench, cure, averaged)
+    return cures, read_training(bench, cure, averaged)
 
 
 def _numbers(
@@ -210,7 +213,9 @@ def _numbers(
     reached = table.measured["stored"].arrived
     changes = [fresh.changes[name] for name in reached if name in fresh.changes]
     drifts = [
-        drift(change.name, change.after.mean, change.after.var, change.before, change.eps).largest
+        measure_drift(
+            change.name, change.after.mean, change.after.var, change.before, change.eps
+        ).largest
         for change in changes
     ]
     fits = all(drift <= MAX_STORED_DRIFT for drift in drifts)

@@ -18,7 +18,7 @@ _NEGLIGIBLE_SHARE = 0.04
 _MOST_SPLITS = 3
 
 
-def blamed_layers(bench: Bench, cure: Cure) -> tuple[LayerShare, ...]:
+def blame_layers(bench: Bench, cure: Cure) -> tuple[LayerShare, ...]:
     """Return the layers that a cure reaches with their shares in the harm, the worst first.
 
     The statistics of the cure are swapped in for a group of layers at a time: for the first so
@@ -59,8 +59,8 @@ def _shares(bench: Bench, cure: Cure, names: Sequence[str]) -> list[float]:
     count, whole = len(names), harm(())
     if whole <= 0.0:
         return [0.0] * count
-    forwards = shares_by_bisection(lambda cured: harm(names[:cured]), count, whole)
-    backwards = shares_by_bisection(lambda cured: harm(names[count - cured :]), count, whole)
+    forwards = share_by_bisection(lambda cured: harm(names[:cured]), count, whole)
+    backwards = share_by_bisection(lambda cured: harm(names[count - cured :]), count, whole)
     return [(one + other) / 2 for one, other in zip(forwards, reversed(backwards), strict=True)]
 
 
@@ -83,7 +83,7 @@ class _Group:
         return self.stop - self.start
 
 
-def shares_by_bisection(harm: Callable[[int], float], count: int, whole: float) -> list[float]:
+def share_by_bisection(harm: Callable[[int], float], count: int, whole: float) -> list[float]:
     """Return the share of each layer in the harm; they add up to 1.
 
     Layers are cured from the first on. A layer's share is how far the harm falls when it is cured
@@ -100,7 +100,7 @@ def shares_by_bisection(harm: Callable[[int], float], count: int, whole: float) 
         >>> def harm(cured):
         ...     asked.append(cured)
         ...     return 1.0 if cured < 6 else 0.0
-        >>> shares_by_bisection(harm, 8, 1.0), asked
+        >>> share_by_bisection(harm, 8, 1.0), asked
         ([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [4, 6, 5])
     """
     groups = [_Group(0, count, whole)]

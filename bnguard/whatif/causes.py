@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.whatif.evidence import (
     MAX_INITIAL_WEIGHT,
     MAX_INPUT_DRIFT,
@@ -30,9 +31,23 @@ _DIAGNOSE_WITH_REFERENCE = "print(bnguard.diagnose(model, loader, reference=trai
 _DIAGNOSE_TRAINING = "print(bnguard.diagnose(model, train_loader, score=train_score))"
 
 
-def named_cause(numbers: Numbers) -> Cause:
+def name_cause(numbers: Numbers) -> Cause:
     """Return the cause that the numbers name."""
     return next(cause for find in CAUSES if (cause := find(numbers)) is not None)
+
+
+def no_statistics(layers: Sequence[BatchNormLayer]) -> Cause:
+    """Return that there are no running statistics to try others in place of."""
+    return Cause(
+        name="no-statistics",
+        message="no BN layer has running statistics (track_running_stats=False), so there are no "
+        "others to try: each batch is normalised by its own, in eval mode too",
+        evidence=(f"without running statistics: {_layers([layer.name for layer in layers])}",),
+        is_fault=False,
+        advice="predictions depend on the rest of their batch; if they must not, replace BN and "
+        "train on",
+        next_step=_SWAP,
+    )
 
 
 def poisoned_statistics(numbers: Numbers) -> Cause | None:

@@ -294,7 +294,7 @@ class Cure:
         return {name: change.after for name, change in self.changes.items()}
 
 
-def recalibrated(
+def compute_cure(
     model: nn.Module,
     layers: Sequence[BatchNormLayer],
     samples: Samples,
@@ -336,7 +336,7 @@ def recalibrated(
         return computed("precise", f"pooled over batches, for there is nothing exact ({reason})")
 
 
-def averaged_over_batches(bench: Bench, stored: Statistics) -> Cure:
+def average_over_batches(bench: Bench, stored: Statistics) -> Cure:
     """Return where training on these batches would bring the statistics: the mean of theirs.
 
     Each batch is normalised by its own statistics; a running average that has converged is the
@@ -378,7 +378,7 @@ def _mean(parts: Sequence[Moments]) -> RunningStatistics:
 _NORMAL_QUANTILE = 1.645
 
 
-def told_by_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training:
+def read_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training:
     """Return what the training data tell.
 
     Args:

@@ -89,7 +89,7 @@ class Outputs:
         )
 
 
-def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
+def collect_outputs(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
     """Put batches through a model, and keep what it returns.
 
     Raises:
@@ -116,7 +116,7 @@ def outputs_of(model: nn.Module, forward: Forward | None, batches: Iterable[Batc
 
 
 @dataclass(frozen=True, eq=False)
-class Arrived:
+class LayerInput:
     """What arrived at a layer in eval mode.
 
     Attributes:
@@ -130,12 +130,12 @@ class Arrived:
     values_per_sample: int
 
 
-def arrived_at(
+def collect_inputs(
     layers: Sequence[BatchNormLayer],
     model: nn.Module,
     forward: Forward | None,
     batches: Iterable[Batch],
-) -> tuple[dict[str, Arrived], Outputs]:
+) -> tuple[dict[str, LayerInput], Outputs]:
     """Return what arrives at each layer that is reached, in the order of their first calls."""
     parts: dict[str, list[Moments]] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -154,8 +154,8 @@ def arrived_at(
             yield batch
 
     with read_inputs(layers, arrive):
-        outputs = outputs_of(model, forward, noting_sizes())
-    return {name: Arrived(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
+        outputs = collect_outputs(model, forward, noting_sizes())
+    return {name: LayerInput(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
 
 
 def _merged(parts: Iterable[Moments]) -> Moments | None:

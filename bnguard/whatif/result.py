@@ -101,12 +101,13 @@ class LayerShare:
     log_variance_ratio: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Diagnosis:
     """What :func:`bnguard.diagnose` found; prints itself.
 
     Attributes:
-        rows: A row for each way to normalise, the stored statistics first.
+        rows: A row for each way to normalise, the stored statistics first; none for a model without
+            running statistics, which is not run.
         cause: The cause that they name, with what to do next.
         layers: The layers to blame, the worst first; none where there is no cure to swap in.
         skipped: BN layers whose statistics were left as they are, and why.
@@ -115,12 +116,12 @@ class Diagnosis:
         notes: What a reader should know besides, a sentence each.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
     cause: Cause
-    layers: tuple[LayerShare, ...]
-    skipped: tuple[SkippedLayer, ...]
-    samples: int
-    reference_samples: int
+    layers: tuple[LayerShare, ...] = ()
+    skipped: tuple[SkippedLayer, ...] = ()
+    samples: int = 0
+    reference_samples: int = 0
     notes: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row | None:
@@ -133,8 +134,11 @@ class Diagnosis:
 
         return diagnosis_document(self)
 
-    def __rich__(self) -> RenderableType:
+    def __repr__(self) -> str:
+        cause, samples = self.cause.name, self.samples
+        return f"Diagnosis(cause={cause!r}, rows={len(self.rows)}, samples={samples})"
 
+    def __rich__(self) -> RenderableType:
         return diagnosis_view(self)
 
     def __str__(self) -> str:
@@ -144,17 +148,19 @@ class Diagnosis:
 
 
 # Diagnoses as rich draws them: they fit 80 columns, and stay readable without colour.
-
-
 _MOST_LAYERS_SHOWN = 5
-_VERDICTS = {"none": "no fault found", "harmless": "no harm on these data"}
+_VERDICTS = {
+    "none": "no fault found",
+    "harmless": "no harm on these data",
+    "no-statistics": "nothing to compare",
+}
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
     """Return a heading, the table, the cause with its evidence, the layers, and the next step."""
     parts: list[RenderableType] = [
         _heading(diagnosis),
-        _rows_view(diagnosis.rows),
+        *([_rows_view(diagnosis.rows)] if diagnosis.rows else []),
         _cause_view(diagnosis.cause),
     ]
     if diagnosis.layers:

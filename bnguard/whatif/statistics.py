@@ -20,7 +20,7 @@ Statistics = Mapping[str, RunningStatistics]
 
 
 @contextmanager
-def given_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> Iterator[None]:
+def use_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> Iterator[None]:
     """Let layers normalise with these statistics; those that have none among them keep theirs."""
     with preserve_statistics(layers):
         for layer in layers:

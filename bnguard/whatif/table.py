@@ -18,13 +18,10 @@ from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward
 from bnguard.recalibration.layer_inputs import OnInput, read_inputs
 from bnguard.recalibration.options import Score, as_number
-from bnguard.whatif.model_outputs import Arrived, Outputs, arrived_at, outputs_of
+from bnguard.whatif.model_outputs import LayerInput, Outputs, collect_inputs, collect_outputs
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import Samples
-from bnguard.whatif.statistics import BatchStatistics, Statistics, given_statistics
-
-# Measures one way to normalise after the other, on the same samples.
-
+from bnguard.whatif.statistics import BatchStatistics, Statistics, use_statistics
 
 # As many channels of a layer have to be within a limit, as for BN301.
 CHANNEL_QUANTILE = 0.9
@@ -43,7 +40,7 @@ class Measured:
 
     outputs: Outputs
     score: float | None
-    arrived: Mapping[str, Arrived]
+    arrived: Mapping[str, LayerInput]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,8 +67,8 @@ class Bench:
 
     def with_statistics(self, statistics: Statistics) -> Measured:
         """Measure the model with given statistics."""
-        with given_statistics(self.layers, statistics):
-            arrived, outputs = arrived_at(
+        with use_statistics(self.layers, statistics):
+            arrived, outputs = collect_inputs(
                 self.layers, self.inner, self.forward, self.samples.batches
             )
             return Measured(outputs=outputs, score=self._scored(), arrived=arrived)
@@ -92,13 +89,13 @@ class Bench:
 
     def outputs_with(self, statistics: Statistics, batches: Iterable[Batch]) -> Outputs:
         """Return the outputs for some batches with given statistics."""
-        with given_statistics(self.layers, statistics):
-            return outputs_of(self.inner, self.forward, batches)
+        with use_statistics(self.layers, statistics):
+            return collect_outputs(self.inner, self.forward, batches)
 
     def outputs_in_batches(self, batches: Iterable[Batch], size: int | None = None) -> Outputs:
         """Return the outputs where so many samples are normalised by their own statistics."""
         with self._batch_statistics(size).in_use():
-            return outputs_of(self.inner, self.forward, batches)
+            return collect_outputs(self.inner, self.forward, batches)
 
     def arrive_in_batches(self, arrive: OnInput) -> None:
         """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
@@ -109,7 +106,7 @@ class Bench:
         # Which rows a sample is takes a forward of its own, that nobody is to see.
         parts = self._batch_statistics(None)
         with parts.in_use(), read_inputs(self.layers, arrive):
-            outputs_of(self.inner, self.forward, self.samples.batches)
+            collect_outputs(self.inner, self.forward, self.samples.batches)
 
     def outputs_in_shuffled_batches(self) -> Outputs | None:
         """Return the same with other neighbours in each batch; None where that cannot be."""
@@ -165,14 +162,14 @@ class Bench:
         return replace(self, samples=Samples(batches, self.samples.payloads))
 
     @property
-    def _arrived(self) -> Mapping[str, Arrived]:
+    def _arrived(self) -> Mapping[str, LayerInput]:
         return self._one_batch[0]
 
     @cached_property
-    def _one_batch(self) -> tuple[Mapping[str, Arrived], Outputs]:
+    def _one_batch(self) -> tuple[Mapping[str, LayerInput], Outputs]:
         """What a batch brings to each layer, to tell how many rows a sample is there."""
         layers = (*self.layers, *self.untracked)
-        return arrived_at(layers, self.inner, self.forward, self.samples.batches[:1])
+        return collect_inputs(layers, self.inner, self.forward, self.samples.batches[:1])
 
     def _batch_statistics(self, size: int | None) -> BatchStatistics:
         layers = [layer for layer in (*self.layers, *self.untracked) if layer.has_modes]
@@ -191,7 +188,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Drift:
+class LayerDrift:
     """How far what arrives at a layer is from its statistics.
 
     Attributes:
@@ -211,26 +208,28 @@ class Drift:
         return float(np.maximum(self.shift_std, self.log_variance_ratio))
 
 
-def drifts(
-    layers: Iterable[BatchNormLayer], arrived: Mapping[str, Arrived], statistics: Statistics
-) -> list[Drift]:
+def measure_drifts(
+    layers: Iterable[BatchNormLayer], arrived: Mapping[str, LayerInput], statistics: Statistics
+) -> list[LayerDrift]:
     """Return how far each layer's statistics are from what arrived there, in forward order."""
     eps = {layer.name: layer.eps for layer in layers}
     return [
-        drift(name, seen.moments.mean.numpy(), seen.moments.var_unbiased.numpy(), given, eps[name])
+        measure_drift(
+            name, seen.moments.mean.numpy(), seen.moments.var_unbiased.numpy(), given, eps[name]
+        )
         for name, seen in arrived.items()
         if (given := statistics.get(name)) is not None and seen.moments is not None
     ]
 
 
-def drift(
+def measure_drift(
     name: str, mean: FloatArray, var: FloatArray, given: RunningStatistics, eps: float
-) -> Drift:
+) -> LayerDrift:
     """Return how far a mean and a variance are from the statistics given."""
     with np.errstate(all="ignore"):
         shift = shift_std(mean, given.mean, given.var, eps)
         ratio = log_variance_ratio(var, given.var, eps)
-        return Drift(
+        return LayerDrift(
             layer=name,
             shift_std=float(np.quantile(np.abs(shift), CHANNEL_QUANTILE)),
             log_variance_ratio=float(np.quantile(np.abs(ratio), CHANNEL_QUANTILE)),
@@ -263,7 +262,7 @@ class Table:
     notes: tuple[str, ...]
 
 
-def measured_table(
+def measure_table(
     bench: Bench, stored: Statistics, cures: Mapping[str, Statistics], batch_sizes: Iterable[int]
 ) -> Table:
     """Measure the model as it is, with other statistics, and with those of its batches.
@@ -296,7 +295,7 @@ def measured_table(
         outputs["shuffled batches"] = shuffled
         labels["shuffled batches"] = f"of each batch of {own}, shuffled"
     drifting = {
-        name: drifts(bench.layers, measured[name].arrived, statistics)
+        name: measure_drifts(bench.layers, measured[name].arrived, statistics)
         for name, statistics in {"stored": stored, **cures}.items()
     }
     rows = {
@@ -322,7 +321,7 @@ def _row(
     others: Mapping[str, Outputs],
     *,
     score: float | None,
-    drifting: Sequence[Drift],
+    drifting: Sequence[LayerDrift],
 ) -> Row:
     expected, batches = others["evaluation"], others.get("batches")
     drift = max(drifting, key=_largest_or_bad, default=None)
@@ -340,5 +339,5 @@ def _row(
     )
 
 
-def _largest_or_bad(drift: Drift) -> float:
+def _largest_or_bad(drift: LayerDrift) -> float:
     return math.inf if math.isnan(drift.largest) else drift.largest

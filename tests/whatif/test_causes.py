@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bnguard.whatif.causes import named_cause
+from bnguard.whatif.causes import name_cause
 from bnguard.whatif.evidence import Numbers, Training
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import BatchOrder
@@ -60,8 +60,8 @@ def numbers(
 
 
 def test_statistics_that_were_lost_are_told_from_those_with_too_few_updates():
-    few = named_cause(numbers(0.6, 0.95, 0.95, initial_weight=0.3))
-    lost = named_cause(numbers(0.6, 0.95, 0.95, initial_weight=1.0, untouched=("a", "b")))
+    few = name_cause(numbers(0.6, 0.95, 0.95, initial_weight=0.3))
+    lost = name_cause(numbers(0.6, 0.95, 0.95, initial_weight=1.0, untouched=("a", "b")))
     assert few.name == lost.name == "unconverged-statistics"
     assert "momentum" in few.message
     assert "momentum" not in lost.message + lost.advice
@@ -125,7 +125,7 @@ def test_statistics_that_were_lost_are_told_from_those_with_too_few_updates():
     ],
 )
 def test_the_numbers_name_the_cause(given, name, cured_by):
-    cause = named_cause(given)
+    cause = name_cause(given)
     assert (cause.name, cause.cured_by) == (name, cured_by)
     assert cause.is_fault is (name not in {"none", "harmless"})
     assert cause.evidence
@@ -140,7 +140,7 @@ def test_batches_that_do_well_only_as_they_come_are_correlated():
     rows["shuffled batches"] = Row(
         name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
     )
-    cause = named_cause(Numbers(rows=rows, samples=1000, training=training()))
+    cause = name_cause(Numbers(rows=rows, samples=1000, training=training()))
     assert cause.name == "correlated-batches"
 
 
@@ -152,7 +152,7 @@ def test_parts_of_correlated_batches_that_do_a_little_better_do_not_hide_them():
     rows["shuffled batches"] = Row(
         name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
     )
-    cause = named_cause(Numbers(rows=rows, samples=1000, training=training()))
+    cause = name_cause(Numbers(rows=rows, samples=1000, training=training()))
     assert cause.name == "correlated-batches"
 
 
@@ -175,5 +175,5 @@ def test_without_a_score_the_outputs_tell(change, flipped, name):
         "averaged": Row(name="averaged", label="c", change=0.01, flipped_share=0.0),
         "evaluation": Row(name="evaluation", label="d", change=0.0, flipped_share=0.0),
     }
-    cause = named_cause(Numbers(rows=rows, samples=100, training=training()))
+    cause = name_cause(Numbers(rows=rows, samples=100, training=training()))
     assert cause.name == name

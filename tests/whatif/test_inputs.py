@@ -284,3 +284,11 @@ def test_what_does_not_fit_is_one_clear_line(make, loader, options, error, messa
         bnguard.diagnose(make(), loader, **options)
     assert isinstance(raised.value, BNGuardError)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_model_without_running_statistics_has_nothing_to_compare():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, track_running_stats=False))
+    diagnosis = bnguard.diagnose(model, torch.randn(64, 4).split(16))
+    assert (diagnosis.cause.name, diagnosis.cause.is_fault) == ("no-statistics", False)
+    assert "no BN layer has running statistics" in str(diagnosis).replace("\n", " ")
+    assert diagnosis.to_dict()["rows"] == []

@@ -59,6 +59,10 @@ def test_without_a_score_or_classes_there_are_no_such_columns():
     assert header.split() == ["statistics", "change", "gap", "drift", "first"]
 
 
+def test_its_repr_is_one_line():
+    assert repr(diagnosis()) == "Diagnosis(cause='stale-statistics', rows=2, samples=1200)"
+
+
 def test_a_real_one_is_strict_json_with_its_schema():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     model[1].running_mean[0] = torch.nan

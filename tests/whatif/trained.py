@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnguard.demo import DigitsNet
-from tests.networks import conv_net, digits, mlp
+from tests.networks import conv_net, digits
 
 TRAIN, EVALUATE = slice(0, 1200), slice(1200, None)
 
@@ -97,9 +97,12 @@ def averaged():
 
 @functools.cache
 def of_small_batches():
-    """Batches of two, whose variances are far from those of the data."""
+    """Six BN layers trained on batches of three, whose variances are far from those of the data."""
     torch.manual_seed(0)
-    return fitted(nn.Sequential(nn.Flatten(), *mlp()), batch_size=2, epochs=1, lr=0.01)
+    layers = [nn.Flatten()]
+    for inputs in (64, 32, 32, 32, 32, 32):
+        layers += [nn.Linear(inputs, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
+    return fitted(nn.Sequential(*layers, nn.Linear(32, 10)), batch_size=3, epochs=1, lr=0.01)
 
 
 @functools.cache
