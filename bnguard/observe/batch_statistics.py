@@ -1,8 +1,9 @@
 """Batch statistics of all layers, each read where it costs least: off its buffers, or at its calls.
 
-What is read is kept in windows of steps, which the layers are judged by. Nothing is copied to the
-host, and nothing waits for the device, until :meth:`BatchProbe.readings` is called. How a batch is
-read off the buffers: :mod:`bnguard.observe.running_buffers`.
+Nothing is copied to the host, and nothing waits for the device, until :meth:`BatchProbe.readings`
+is called. How a batch is read off the buffers: :mod:`bnguard.observe.running_buffers`. Layers whose
+buffers do not tell their batches are read at their calls, and so are those that are called several
+times a step, to tell their streams apart.
 """
 
 from __future__ import annotations
@@ -27,109 +28,14 @@ from bnguard.observe.layer_calls import (
 )
 from bnguard.observe.running_buffers import BufferReading, BufferRow
 
-# Batch statistics of single calls, for the few layers whose buffers do not tell them.
-
-
-@dataclass
-class Average:
-    """The average of batch statistics, mean and unbiased variance, shape ``(2, C)``."""
-
-    batches: int = 0
-    total: Tensor | None = None
-    _centre: Tensor | None = None
-    _squares: Tensor | None = None
-
-    def add(self, statistics: Tensor) -> None:
-        """Add those of one batch."""
-        self.batches += 1
-        self.total = statistics if self.total is None else self.total + statistics
-        # Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
-        if self._centre is None or self._squares is None:
-            self._centre, self._squares = statistics, torch.zeros_like(statistics)
-        else:
-            step = statistics - self._centre
-            self._centre = self._centre + step / self.batches
-            self._squares = self._squares + step * (statistics - self._centre)
-
-    def value(self) -> Tensor | None:
-        """Return the average; None of nothing."""
-        return None if self.total is None else self.total / self.batches
-
-    def error(self) -> Tensor | None:
-        """Return the standard error of the average, from how batches differ; None for one batch."""
-        if self._squares is None or self.batches < 2:
-            return None
-        return (self._squares / (self.batches - 1) / self.batches).sqrt()
-
-
-@dataclass
-class _Record:
-    pending: Average
-    is_saved_by_autograd: bool = False
-
-
-class InputProbe:
-    """Takes the statistics of each batch from the call of a layer, and not from its buffers.
-
-    What autograd saved costs next to nothing; a look at the input where it saved nothing does.
-
-    Args:
-        layers: The layers to read; only these pay for it.
-    """
-
-    def __init__(self, layers: Iterable[BatchNormLayer]) -> None:
-        self.hooks = Hooks()
-        self._records: dict[str, _Record] = {}
-        for layer in layers:
-            record = self._records[layer.name] = _Record(Average())
-            self.hooks.after(layer.module, _input_note(layer, record))
-
-    def take(self, layer: str) -> tuple[Tensor, int] | None:
-        """Return the average of the batches since the last call, and their number."""
-        record = self._records[layer]
-        value, batches = record.pending.value(), record.pending.batches
-        record.pending = Average()
-        return None if value is None else (value, batches)
-
-    def place(self, layer: str) -> str:
-        """Return where the statistics of a layer are read: ``"autograd"`` or ``"inputs"``."""
-        record = self._records.get(layer)
-        return "autograd" if record is not None and record.is_saved_by_autograd else "inputs"
-
-
-def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Tensor | None:
-    """Return mean and unbiased variance of a batch, ``(2, C)``; None for no batch."""
-    if not (isinstance(value, Tensor) and layer.normalises(value)):
-        return None
-    n = values_per_channel(value.shape)
-    if n < 2:
-        return None
-    saved = saved_statistics(output, layer.eps)
-    if saved is None:
-        moments = channel_moments(value)
-        return torch.stack([moments.mean, moments.var_unbiased])
-    mean, var = saved
-    return torch.stack([wide(mean), var * (n / (n - 1))])
-
-
-def _input_note(layer: BatchNormLayer, record: _Record) -> Note:
-    @torch.no_grad()
-    def note(args: tuple[object, ...], output: object) -> None:
-        if not (args and layer.uses_batch_statistics):
-            return
-        statistics = batch_statistics(layer, args[0], output)
-        if statistics is not None:
-            record.is_saved_by_autograd = saves_statistics(output)
-            record.pending.add(statistics)
-
-    return note
-
-
 _Window = TypeVar("_Window", BatchWindow, EvalWindow)
-
 # Below this weight a batch leaves so little in float32 buffers that its mean would be off by more
 # than 1e-4 of a running mean of its own size.
 _MIN_WEIGHT = {torch.float32: 1e-3, torch.float64: 1e-10}
+# Calls of a layer in one step that are told apart; further ones share the last.
+_MAX_STREAMS = 4
+# Calls of a stream that are read; what comes later costs nothing.
+_MAX_CALLS = 16
 
 
 class BatchProbe:
@@ -280,60 +186,33 @@ class BatchProbe:
         ]
 
 
-def fitting(windows: Mapping[str, _Window], layers: Iterable[BatchNormLayer]) -> dict[str, _Window]:
-    """Return the windows, by layer name, that have the channels that these layers have now."""
-    channels = {layer.name: layer.channels for layer in layers}
-    return {
-        name: window for name, window in windows.items() if len(window.mean) == channels.get(name)
-    }
+class InputProbe:
+    """Takes the statistics of each batch from the call of a layer, and not from its buffers.
 
+    What autograd saved costs next to nothing; a look at the input where it saved nothing does.
 
-def _imprecision(layer: BatchNormLayer, updates: int) -> str | None:
-    """Return why the buffers of a layer, updated so often, do not tell its batches.
-
-    None where they do.
+    Args:
+        layers: The layers to read; only these pay for it.
     """
-    mean, momentum = layer.running_mean, layer.momentum
-    if mean is None:
-        return None
-    if mean.dtype not in _MIN_WEIGHT:
-        return f"{str(mean.dtype).removeprefix('torch.')} buffers are too coarse"
-    if momentum == 0.0:
-        return "momentum 0 keeps nothing of a batch"
-    if momentum is not None and momentum < _MIN_WEIGHT[mean.dtype]:
-        return f"momentum {momentum:g} leaves too few digits of a batch"
-    if momentum is None and mean.dtype is torch.float32 and updates > 1000:
-        return "an average over more than 1,000 batches leaves too few digits of the next"
-    return None
 
+    def __init__(self, layers: Iterable[BatchNormLayer]) -> None:
+        self.hooks = Hooks()
+        self._records: dict[str, _Record] = {}
+        for layer in layers:
+            record = self._records[layer.name] = _Record(Average())
+            self.hooks.after(layer.module, _input_note(layer, record))
 
-# Several calls of a layer in one step, told apart by their batch statistics.
+    def take(self, layer: str) -> tuple[Tensor, int] | None:
+        """Return the average of the batches since the last call, and their number."""
+        record = self._records[layer]
+        value, batches = record.pending.value(), record.pending.batches
+        record.pending = Average()
+        return None if value is None else (value, batches)
 
-
-# Calls of a layer in one step that are told apart; further ones share the last.
-_MAX_STREAMS = 4
-# Calls of a stream that are read; what comes later costs nothing.
-_MAX_CALLS = 16
-
-
-@dataclass
-class _Streams:
-    """The calls of a layer: those with gradients by their place in a step, and the others."""
-
-    averages: list[Average] = field(default_factory=list)
-    without_grad: Average = field(default_factory=Average)
-    step: int = 0
-    calls: int = 0
-
-    def next(self, step: int) -> Average:
-        """Count a call with gradients in this step, and return the average that it belongs to."""
-        if step != self.step:
-            self.step, self.calls = step, 0
-        self.calls += 1
-        place = min(self.calls, _MAX_STREAMS) - 1
-        while len(self.averages) <= place:
-            self.averages.append(Average())
-        return self.averages[place]
+    def place(self, layer: str) -> str:
+        """Return where the statistics of a layer are read: ``"autograd"`` or ``"inputs"``."""
+        record = self._records.get(layer)
+        return "autograd" if record is not None and record.is_saved_by_autograd else "inputs"
 
 
 class StreamProbe:
@@ -367,6 +246,119 @@ class StreamProbe:
     def without_grad(self, layer: str) -> Stream | None:
         """Return the average statistics of the calls under ``torch.no_grad``."""
         return _stream_of(self._streams.get(layer, _Streams()).without_grad)
+
+
+def fitting(windows: Mapping[str, _Window], layers: Iterable[BatchNormLayer]) -> dict[str, _Window]:
+    """Return the windows, by layer name, that have the channels that these layers have now."""
+    channels = {layer.name: layer.channels for layer in layers}
+    return {
+        name: window for name, window in windows.items() if len(window.mean) == channels.get(name)
+    }
+
+
+@dataclass
+class Average:
+    """The average of batch statistics, mean and unbiased variance, shape ``(2, C)``."""
+
+    batches: int = 0
+    total: Tensor | None = None
+    _centre: Tensor | None = None
+    _squares: Tensor | None = None
+
+    def add(self, statistics: Tensor) -> None:
+        """Add those of one batch."""
+        self.batches += 1
+        self.total = statistics if self.total is None else self.total + statistics
+        # Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
+        if self._centre is None or self._squares is None:
+            self._centre, self._squares = statistics, torch.zeros_like(statistics)
+        else:
+            step = statistics - self._centre
+            self._centre = self._centre + step / self.batches
+            self._squares = self._squares + step * (statistics - self._centre)
+
+    def value(self) -> Tensor | None:
+        """Return the average; None of nothing."""
+        return None if self.total is None else self.total / self.batches
+
+    def error(self) -> Tensor | None:
+        """Return the standard error of the average, from how batches differ; None for one batch."""
+        if self._squares is None or self.batches < 2:
+            return None
+        return (self._squares / (self.batches - 1) / self.batches).sqrt()
+
+
+def batch_statistics(layer: BatchNormLayer, value: object, output: object) -> Tensor | None:
+    """Return mean and unbiased variance of a batch, ``(2, C)``; None for no batch."""
+    if not (isinstance(value, Tensor) and layer.normalises(value)):
+        return None
+    n = values_per_channel(value.shape)
+    if n < 2:
+        return None
+    saved = saved_statistics(output, layer.eps)
+    if saved is None:
+        moments = channel_moments(value)
+        return torch.stack([moments.mean, moments.var_unbiased])
+    mean, var = saved
+    return torch.stack([wide(mean), var * (n / (n - 1))])
+
+
+@dataclass
+class _Record:
+    pending: Average
+    is_saved_by_autograd: bool = False
+
+
+def _input_note(layer: BatchNormLayer, record: _Record) -> Note:
+    @torch.no_grad()
+    def note(args: tuple[object, ...], output: object) -> None:
+        if not (args and layer.uses_batch_statistics):
+            return
+        statistics = batch_statistics(layer, args[0], output)
+        if statistics is not None:
+            record.is_saved_by_autograd = saves_statistics(output)
+            record.pending.add(statistics)
+
+    return note
+
+
+def _imprecision(layer: BatchNormLayer, updates: int) -> str | None:
+    """Return why the buffers of a layer, updated so often, do not tell its batches.
+
+    None where they do.
+    """
+    mean, momentum = layer.running_mean, layer.momentum
+    if mean is None:
+        return None
+    if mean.dtype not in _MIN_WEIGHT:
+        return f"{str(mean.dtype).removeprefix('torch.')} buffers are too coarse"
+    if momentum == 0.0:
+        return "momentum 0 keeps nothing of a batch"
+    if momentum is not None and momentum < _MIN_WEIGHT[mean.dtype]:
+        return f"momentum {momentum:g} leaves too few digits of a batch"
+    if momentum is None and mean.dtype is torch.float32 and updates > 1000:
+        return "an average over more than 1,000 batches leaves too few digits of the next"
+    return None
+
+
+@dataclass
+class _Streams:
+    """The calls of a layer: those with gradients by their place in a step, and the others."""
+
+    averages: list[Average] = field(default_factory=list)
+    without_grad: Average = field(default_factory=Average)
+    step: int = 0
+    calls: int = 0
+
+    def next(self, step: int) -> Average:
+        """Count a call with gradients in this step, and return the average that it belongs to."""
+        if step != self.step:
+            self.step, self.calls = step, 0
+        self.calls += 1
+        place = min(self.calls, _MAX_STREAMS) - 1
+        while len(self.averages) <= place:
+            self.averages.append(Average())
+        return self.averages[place]
 
 
 def _stream_of(average: Average) -> Stream | None:

@@ -1,4 +1,8 @@
-"""What kind of batches reach the layers in training, from a hook that only reads the shape."""
+"""How often layers are called in training, and with batches of which shapes, from cheap hooks.
+
+The hooks read the shape of the input, and what autograd knows of the call: whether activations are
+computed again, and the batch statistics that it saved.
+"""
 
 from __future__ import annotations
 
@@ -15,51 +19,120 @@ from bnguard.layers.moments import values_per_channel, wide
 from bnguard.observe.history import Calls
 from bnguard.observe.hooks import Hooks, Note
 
-# What autograd knows of a call: whether it is a recomputation, and the statistics that it saved.
-
-
 _NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-
-
-def is_recomputing() -> bool:
-    """Return whether a backward is running, so that a forward now computes activations again."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
-    """Return the batch mean and biased variance that a BN call saved for its backward.
-
-    None where :func:`saves_statistics` says that there is nothing to read.
-
-    >>> layer = torch.nn.BatchNorm1d(1)
-    >>> mean, var = saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
-    >>> round(mean.item(), 3), round(var.item(), 3)
-    (3.0, 4.0)
-    """
-    if not saves_statistics(output):
-        return None
-    node = output.grad_fn
-    return node._saved_result1, wide(node._saved_result2).pow(-2.0) - eps
-
-
-def saves_statistics(output: object) -> TypeGuard[Any]:
-    """Return whether a BN call saved statistics that can be read, and are precise enough.
-
-    It did not without gradients, in a class that does more than normalise, in half precision, or
-    where tensors that are saved go elsewhere, as under activation checkpointing.
-    """
-    node = getattr(output, "grad_fn", None)
-    if node is None or type(node).__name__ not in _NODES:
-        return False
-    # To read a tensor that was packed away would unpack it: compute it again, or fetch it.
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return False
-    mean = node._saved_result1
-    return mean.dtype in (torch.float32, torch.float64) and mean.numel() > 0
-
-
 # Different sizes that are counted each for itself.
 _MAX_DIFFERENT = 256
+
+
+class ShapeProbe:
+    """Notes the shape of each batch that a layer in train mode meets, and when it came.
+
+    Args:
+        model: The model, whose forwards tell the calls of a layer apart.
+        layers: The layers to watch.
+        on_batch_of_one: Called with the name of a layer before it meets its first batch with one
+            value per channel, which PyTorch will refuse.
+
+    Attributes:
+        step: Number of the step that is under way.
+        is_evaluating: Whether what comes now is no training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[BatchNormLayer],
+        on_batch_of_one: Callable[[str], None],
+    ) -> None:
+        self.hooks = Hooks()
+        self.records: dict[str, ShapeRecord] = {}
+        self.step = 1
+        self.is_evaluating = False
+        self._positions = itertools.count()
+        self._on_batch_of_one = on_batch_of_one
+        self._forwards = 0
+        self._is_inside = False
+        self._model = model
+        self.follow(layers)
+
+    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Watch these layers from now on; what was noted of them so far is kept."""
+        self.hooks.close()
+        self.hooks.before(self._model, self._enter)
+        self.hooks.after(self._model, self._leave)
+        for layer in layers:
+            record = self.records.setdefault(layer.name, ShapeRecord())
+            self.hooks.before(layer.module, self._noted(layer, record))
+
+    def _enter(self, args: tuple[object, ...]) -> None:
+        self._forwards += 1
+        self._is_inside = True
+
+    def _leave(self, args: tuple[object, ...], output: object) -> None:
+        self._is_inside = False
+
+    def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
+        # Those who estimate the statistics anew set another momentum for it.
+        usual_momentum = layer.momentum
+        module, has_modes = layer.module, layer.has_modes
+
+        def note(args: tuple[object, ...]) -> None:
+            values = args[0] if args else None
+            if not isinstance(values, Tensor):
+                return
+            # What nearly every call is comes first, and asks for little: in the middle of a
+            # training step hardly anything of Python is in the caches of the processor.
+            if (
+                (module.training if has_modes else layer.uses_batch_statistics)
+                and self._is_inside
+                and not self.is_evaluating
+                and torch.is_grad_enabled()
+                and record.is_repeated(values.shape, self.step, self._forwards)
+            ):
+                return
+            if layer.uses_batch_statistics:
+                note_batch(values.shape)
+            else:
+                note_frozen()
+
+        def note_frozen() -> None:
+            if record.position is None:
+                record.position = next(self._positions)
+            record.note_eval_mode(self.step, is_evaluating=self.is_evaluating)
+            if torch.is_grad_enabled() and not self.is_evaluating:
+                record.calls.in_eval_mode_with_grad += 1
+                if self._model.training:
+                    record.count_frozen()
+
+        def note_batch(shape: torch.Size) -> None:
+            if record.position is None:
+                record.position = next(self._positions)
+            if self.is_evaluating:
+                record.calls.in_evaluation += layer.momentum == usual_momentum
+                return
+            if not torch.is_grad_enabled() and layer.momentum != usual_momentum:
+                record.calls.estimating += 1
+                return
+            is_new = record.count_shape(shape) == 1
+            self._place(record)
+            if record.calls.frozen and record.calls.unfrozen_step is None:
+                record.calls.unfrozen_step = self.step
+            if is_new and values_per_channel(shape) == 1:
+                self._on_batch_of_one(layer.name)
+
+        return note
+
+    def _place(self, record: ShapeRecord) -> None:
+        """Note where a call with batch statistics stands: in which forward, or in a backward."""
+        record.calls.outside += not self._is_inside
+        if is_recomputing():
+            record.calls.recomputed += 1
+            return
+        record.count_call(self.step, self._forwards if self._is_inside else -self.step)
+        if torch.is_grad_enabled():
+            record.count_with_grad(self.step)
+        else:
+            record.count_without_grad(self.step)
 
 
 @dataclass(slots=True)
@@ -172,115 +245,41 @@ class ShapeRecord:
         return self._frozen_step >= step > max(self._step, self._earlier_step)
 
 
-class ShapeProbe:
-    """Notes the shape of each batch that a layer in train mode meets, and when it came.
+def is_recomputing() -> bool:
+    """Return whether a backward is running, so that a forward now computes activations again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
-    Args:
-        model: The model, whose forwards tell the calls of a layer apart.
-        layers: The layers to watch.
-        on_batch_of_one: Called with the name of a layer before it meets its first batch with one
-            value per channel, which PyTorch will refuse.
 
-    Attributes:
-        step: Number of the step that is under way.
-        is_evaluating: Whether what comes now is no training.
+def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Return the batch mean and biased variance that a BN call saved for its backward.
+
+    None where :func:`saves_statistics` says that there is nothing to read.
+
+    >>> layer = torch.nn.BatchNorm1d(1)
+    >>> mean, var = saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
+    >>> round(mean.item(), 3), round(var.item(), 3)
+    (3.0, 4.0)
     """
+    if not saves_statistics(output):
+        return None
+    node = output.grad_fn
+    return node._saved_result1, wide(node._saved_result2).pow(-2.0) - eps
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[BatchNormLayer],
-        on_batch_of_one: Callable[[str], None],
-    ) -> None:
-        self.hooks = Hooks()
-        self.records: dict[str, ShapeRecord] = {}
-        self.step = 1
-        self.is_evaluating = False
-        self._positions = itertools.count()
-        self._on_batch_of_one = on_batch_of_one
-        self._forwards = 0
-        self._is_inside = False
-        self._model = model
-        self.follow(layers)
 
-    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
-        """Watch these layers from now on; what was noted of them so far is kept."""
-        self.hooks.close()
-        self.hooks.before(self._model, self._enter)
-        self.hooks.after(self._model, self._leave)
-        for layer in layers:
-            record = self.records.setdefault(layer.name, ShapeRecord())
-            self.hooks.before(layer.module, self._noted(layer, record))
+def saves_statistics(output: object) -> TypeGuard[Any]:
+    """Return whether a BN call saved statistics that can be read, and are precise enough.
 
-    def _enter(self, args: tuple[object, ...]) -> None:
-        self._forwards += 1
-        self._is_inside = True
-
-    def _leave(self, args: tuple[object, ...], output: object) -> None:
-        self._is_inside = False
-
-    def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
-        # Those who estimate the statistics anew set another momentum for it.
-        usual_momentum = layer.momentum
-        module, has_modes = layer.module, layer.has_modes
-
-        def note(args: tuple[object, ...]) -> None:
-            values = args[0] if args else None
-            if not isinstance(values, Tensor):
-                return
-            # What nearly every call is comes first, and asks for little: in the middle of a
-            # training step hardly anything of Python is in the caches of the processor.
-            if (
-                (module.training if has_modes else layer.uses_batch_statistics)
-                and self._is_inside
-                and not self.is_evaluating
-                and torch.is_grad_enabled()
-                and record.is_repeated(values.shape, self.step, self._forwards)
-            ):
-                return
-            if layer.uses_batch_statistics:
-                note_batch(values.shape)
-            else:
-                note_frozen()
-
-        def note_frozen() -> None:
-            if record.position is None:
-                record.position = next(self._positions)
-            record.note_eval_mode(self.step, is_evaluating=self.is_evaluating)
-            if torch.is_grad_enabled() and not self.is_evaluating:
-                record.calls.in_eval_mode_with_grad += 1
-                if self._model.training:
-                    record.count_frozen()
-
-        def note_batch(shape: torch.Size) -> None:
-            if record.position is None:
-                record.position = next(self._positions)
-            if self.is_evaluating:
-                record.calls.in_evaluation += layer.momentum == usual_momentum
-                return
-            if not torch.is_grad_enabled() and layer.momentum != usual_momentum:
-                record.calls.estimating += 1
-                return
-            is_new = record.count_shape(shape) == 1
-            self._place(record)
-            if record.calls.frozen and record.calls.unfrozen_step is None:
-                record.calls.unfrozen_step = self.step
-            if is_new and values_per_channel(shape) == 1:
-                self._on_batch_of_one(layer.name)
-
-        return note
-
-    def _place(self, record: ShapeRecord) -> None:
-        """Note where a call with batch statistics stands: in which forward, or in a backward."""
-        record.calls.outside += not self._is_inside
-        if is_recomputing():
-            record.calls.recomputed += 1
-            return
-        record.count_call(self.step, self._forwards if self._is_inside else -self.step)
-        if torch.is_grad_enabled():
-            record.count_with_grad(self.step)
-        else:
-            record.count_without_grad(self.step)
+    It did not without gradients, in a class that does more than normalise, in half precision, or
+    where tensors that are saved go elsewhere, as under activation checkpointing.
+    """
+    node = getattr(output, "grad_fn", None)
+    if node is None or type(node).__name__ not in _NODES:
+        return False
+    # To read a tensor that was packed away would unpack it: compute it again, or fetch it.
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return False
+    mean = node._saved_result1
+    return mean.dtype in (torch.float32, torch.float64) and mean.numel() > 0
 
 
 def _count(counts: dict[int, int], number: int, times: int) -> int:

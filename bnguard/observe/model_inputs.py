@@ -1,7 +1,7 @@
-"""Whether the samples of a batch are more alike than those of different ones, at the input.
+"""What the model is given in training: whether its samples are alike, and whether it is finite.
 
-Of the input itself, and not of what arrives at a BN layer: there the weights, which change from
-one batch to the next, would make the batches differ.
+:class:`Entrance` listens to whichever of the model's modules the training step calls, and hands the
+inputs to the probes.
 """
 
 from __future__ import annotations
@@ -27,45 +27,21 @@ _MAX_FEATURES = 64
 _MAX_BATCHES = 64
 _FIRST_STEPS = 8
 _ONE_IN = 4
-
 # Calls of a step that are told apart; further ones share the last.
 _MAX_PLACES = 4
 # Share of the batches from which the rest, of odd steps, are no further places.
 _USUAL_SHARE = 0.75
-
 # Windows that are kept, and from how many on they are compared.
 _MAX_WINDOWS = 64
 _MIN_WINDOWS = 4
 _MIN_OVER_CHANCE = 2.0
-
 # From so many batches on a slow change of the data is told from batches that differ: what a
 # network that learns is fed by another one that does, as a discriminator is.
 _MIN_BATCHES_OF_TREND = 16
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What is kept of a batch.
-
-    Attributes:
-        origin: Its place among the calls of its step, the number of the step, and its samples.
-        mean: Mean of its samples.
-        variance: Their biased variance.
-    """
-
-    origin: tuple[int, int, int]
-    mean: Tensor
-    variance: Tensor
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """The batches of a window: their number, mean of means, variance of means, mean variance."""
-
-    batches: int
-    mean: FloatArray
-    spread: FloatArray
-    variance: FloatArray
+# Sums that wait on the device before they are looked at, where nobody asks earlier.
+_MAX_WAITING = 256
+# Is given the floating-point tensors of a call.
+InputNote = Callable[[Sequence[Tensor]], None]
 
 
 class SampleProbe:
@@ -165,6 +141,103 @@ class SampleProbe:
         self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
 
 
+class FinitenessProbe:
+    """Finds the first training step whose input held NaN or Inf.
+
+    Adds up each input, in which a NaN or an Inf stays, and looks at the sums when asked: nothing
+    waits for the device until then.
+    """
+
+    def __init__(self) -> None:
+        self.step = 1
+        self._first_bad_step: int | None = None
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def note(self, inputs: Sequence[Tensor]) -> None:
+        """Take in what a batch brings to the model."""
+        if self._first_bad_step is not None:
+            return
+        for values in inputs:
+            # In float32 at least: a sum in float16 overflows by itself.
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            self._waiting.append((self.step, values.detach().sum(dtype=dtype)))
+        if len(self._waiting) >= _MAX_WAITING:
+            self.first_bad_step()
+
+    def first_bad_step(self) -> int | None:
+        """Return the first step whose input was not finite; None where all were, or not seen."""
+        waiting, self._waiting = self._waiting, []
+        if waiting and self._first_bad_step is None:
+            device = waiting[0][1].device
+            sums = torch.stack([total.float().to(device) for _, total in waiting])
+            bad = (~sums.isfinite()).nonzero().flatten().tolist()
+            self._first_bad_step = waiting[bad[0]][0] if bad else None
+        return self._first_bad_step
+
+
+class Entrance:
+    """Hands on the numbers that a batch of training brings to the model.
+
+    A training step may call the model, or one of its parts (``self.network(x)``) and never the
+    model itself; so the modules around the first BN layer are listened to, and of calls inside
+    each other the outermost counts.
+
+    Args:
+        model: The model.
+        notes: What the inputs are handed to.
+
+    Attributes:
+        is_fed_by_network: Whether an input ever came out of a computation that has a gradient.
+    """
+
+    def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
+        self.hooks = Hooks()
+        self.is_fed_by_network = False
+        self._model = model
+        self._notes = notes
+        self._path: tuple[nn.Module, ...] = ()
+
+    def follow(self, first: nn.Module) -> None:
+        """Listen to the modules that contain this one, the BN layer that is called first."""
+        path = tuple(_around(first, self._model)) or (self._model,)
+        if path != self._path:
+            self._path = path
+            self.hooks.close()
+            self.hooks.before_outermost(path, self._enter)
+
+    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._model.training and torch.is_grad_enabled():
+            inputs = list(_numbers(args, kwargs))
+            self.is_fed_by_network |= any(values.grad_fn is not None for values in inputs)
+            for note in self._notes:
+                note(inputs)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is kept of a batch.
+
+    Attributes:
+        origin: Its place among the calls of its step, the number of the step, and its samples.
+        mean: Mean of its samples.
+        variance: Their biased variance.
+    """
+
+    origin: tuple[int, int, int]
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The batches of a window: their number, mean of means, variance of means, mean variance."""
+
+    batches: int
+    mean: FloatArray
+    spread: FloatArray
+    variance: FloatArray
+
+
 def _usual_ratio(window: InputWindow) -> float:
     ratio = window.variance_ratio[np.isfinite(window.variance_ratio)]
     return float(np.median(ratio)) if ratio.size else math.inf
@@ -212,92 +285,6 @@ def _features(inputs: Sequence[Tensor]) -> Tensor | None:
             flat = values.detach().flatten(1)
             return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
     return None
-
-
-# Whether what the model is given is finite: a NaN in the data is not a fault of the network.
-
-
-# Sums that wait on the device before they are looked at, where nobody asks earlier.
-_MAX_WAITING = 256
-
-
-class FinitenessProbe:
-    """Finds the first training step whose input held NaN or Inf.
-
-    Adds up each input, in which a NaN or an Inf stays, and looks at the sums when asked: nothing
-    waits for the device until then.
-    """
-
-    def __init__(self) -> None:
-        self.step = 1
-        self._first_bad_step: int | None = None
-        self._waiting: list[tuple[int, Tensor]] = []
-
-    def note(self, inputs: Sequence[Tensor]) -> None:
-        """Take in what a batch brings to the model."""
-        if self._first_bad_step is not None:
-            return
-        for values in inputs:
-            # In float32 at least: a sum in float16 overflows by itself.
-            dtype = torch.promote_types(values.dtype, torch.float32)
-            self._waiting.append((self.step, values.detach().sum(dtype=dtype)))
-        if len(self._waiting) >= _MAX_WAITING:
-            self.first_bad_step()
-
-    def first_bad_step(self) -> int | None:
-        """Return the first step whose input was not finite; None where all were, or not seen."""
-        waiting, self._waiting = self._waiting, []
-        if waiting and self._first_bad_step is None:
-            device = waiting[0][1].device
-            sums = torch.stack([total.float().to(device) for _, total in waiting])
-            bad = (~sums.isfinite()).nonzero().flatten().tolist()
-            self._first_bad_step = waiting[bad[0]][0] if bad else None
-        return self._first_bad_step
-
-
-# What the model is given in training, whichever of its modules the training step calls.
-
-
-# Is given the floating-point tensors of a call.
-InputNote = Callable[[Sequence[Tensor]], None]
-
-
-class Entrance:
-    """Hands on the numbers that a batch of training brings to the model.
-
-    A training step may call the model, or one of its parts (``self.network(x)``) and never the
-    model itself; so the modules around the first BN layer are listened to, and of calls inside
-    each other the outermost counts.
-
-    Args:
-        model: The model.
-        notes: What the inputs are handed to.
-
-    Attributes:
-        is_fed_by_network: Whether an input ever came out of a computation that has a gradient.
-    """
-
-    def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
-        self.hooks = Hooks()
-        self.is_fed_by_network = False
-        self._model = model
-        self._notes = notes
-        self._path: tuple[nn.Module, ...] = ()
-
-    def follow(self, first: nn.Module) -> None:
-        """Listen to the modules that contain this one, the BN layer that is called first."""
-        path = tuple(_around(first, self._model)) or (self._model,)
-        if path != self._path:
-            self._path = path
-            self.hooks.close()
-            self.hooks.before_outermost(path, self._enter)
-
-    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._model.training and torch.is_grad_enabled():
-            inputs = list(_numbers(args, kwargs))
-            self.is_fed_by_network |= any(values.grad_fn is not None for values in inputs)
-            for note in self._notes:
-                note(inputs)
 
 
 def _around(inner: nn.Module, model: nn.Module) -> Iterator[nn.Module]:

@@ -1,4 +1,8 @@
-"""What a model says of its BN layers without being run: settings, parameters, and neighbours."""
+"""What a model says of its BN layers without being run, and what changes it between two steps.
+
+Settings, parameters and neighbours of the layers; which optimizers own them; whether weights were
+written, a state dict was loaded, or DDP broadcast its buffers; how a model differs from another.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,10 @@ from bnguard.observe.hooks import Hooks
 
 # Classes whose bias shifts a whole channel, so that BN takes it out again.
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
-
 # Classes whose outputs have a least and a largest value; ReLU6 is a Hardtanh.
 _BOUNDED = (nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign)
+_VERSION = operator.attrgetter("_version")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
@@ -63,67 +68,11 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     }
 
 
-def _described(
-    layer: BatchNormLayer,
-    feeder: nn.Module | None,
-    bounded_by: str | None,
-    missing_tail: tuple[str, ...],
-    gamma: FloatArray | None,
-    beta: FloatArray | None,
-    mean: FloatArray | None,
-    var: FloatArray | None,
-    counter: FloatArray | None,
-) -> LayerHistory:
-    affine, running_mean = layer.affine, layer.running_mean
-    return LayerHistory(
-        name=layer.name,
-        kind=type(layer.module).__name__,
-        channels=layer.channels,
-        eps=layer.eps,
-        momentum=layer.momentum,
-        training=layer.is_training,
-        is_affine_frozen=not any(part.requires_grad for part in affine) if affine else None,
-        is_updating=(
-            not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
-        ),
-        unsaved=_unsaved(layer),
-        fed_by=None if feeder is None else type(feeder).__name__,
-        bounded_by=bounded_by,
-        is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
-        idle_children=_idle_children(layer.module),
-        missing_tail=missing_tail,
-        gamma=gamma,
-        beta=beta,
-        statistics_dtype=(
-            None if running_mean is None else str(running_mean.dtype).removeprefix("torch.")
-        ),
-        running=_running(mean, var, counter),
-    )
-
-
-def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
-    """Return the names of mean and variance, those that the state dict leaves out."""
-    module = layer.module
-    saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()
-    names = (layer.adapter.mean, layer.adapter.var) if layer.is_tracking else ()
-    return tuple(name for name in names if name not in saved)
-
-
 def running_statistics(
     mean: Tensor | None, var: Tensor | None, counter: Tensor | None
 ) -> RunningStatistics | None:
     """Return the running statistics on the host; None where there are none."""
     return _running(*on_host([mean, var, counter]))
-
-
-def _running(
-    mean: FloatArray | None, var: FloatArray | None, counter: FloatArray | None
-) -> RunningStatistics | None:
-    if mean is None or var is None:
-        return None
-    return RunningStatistics(
-        mean=mean, var=var, updates=None if counter is None else int(counter.item())
-    )
 
 
 def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
@@ -145,71 +94,6 @@ def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
         for (place, _), values in zip(parts, np.split(row, edges), strict=True):
             arrays[place] = values
     return arrays
-
-
-def _idle_children(module: nn.Module) -> tuple[str, ...]:
-    """Return the classes of the children that the module, one of PyTorch's own, never calls."""
-    if not type(module).__module__.startswith("torch.nn."):
-        return ()
-    children = (child for child in module.children() if not isinstance(child, nn.Identity))
-    return tuple(type(child).__name__ for child in children)
-
-
-def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return what plain layers lack that those at the same place of other blocks end in.
-
-    The place is the class of the block and the name in it; a number is the name of no place.
-    """
-    by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
-    for parent in model.modules():
-        for name, module in parent.named_children():
-            if isinstance(module, _BatchNorm) and not name.isdigit():
-                by_place.setdefault((type(parent), name), []).append(module)
-    return {
-        id(module): tails[0]
-        for modules in by_place.values()
-        if (tails := [tail for module in modules if (tail := _tail(module))])
-        for module in modules
-        if type(module).__module__.startswith("torch.nn.") and not _idle_children(module)
-    }
-
-
-def _tail(module: nn.Module) -> tuple[str, ...]:
-    """Return the classes of the children that a class of somebody else's calls after BN."""
-    if type(module).__module__.startswith("torch.nn."):
-        return ()
-    children = (child for child in module.children() if not isinstance(child, nn.Identity))
-    return tuple(type(child).__name__ for child in children)
-
-
-def _feeders(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the module that feeds another, by its identity, where a ``Sequential`` says so."""
-    return {
-        id(module): feeder
-        for parent in model.modules()
-        if isinstance(parent, nn.Sequential)
-        for feeder, module in itertools.pairwise(
-            part for part in parent if not _drops_nothing(part)
-        )
-    }
-
-
-def _drops_nothing(module: nn.Module) -> bool:
-    return "Dropout" in type(module).__name__ and getattr(module, "p", None) == 0.0
-
-
-def _bounds(model: nn.Module) -> dict[int, str]:
-    """Return the class of the bounded activation that a module feeds, by its identity."""
-    return {
-        id(module): type(activation).__name__
-        for parent in model.modules()
-        if isinstance(parent, nn.Sequential)
-        for module, activation in itertools.pairwise(parent)
-        if isinstance(activation, _BOUNDED)
-    }
-
-
-# What the optimizers do to the layers: which are frozen, and whose parameters decay.
 
 
 class OptimizerProbe:
@@ -301,20 +185,6 @@ class OptimizerProbe:
         return max(decays, default=None)
 
 
-def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
-    return any(id(parameter) in owned for parameter in parameters)
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    return now.shape == before.shape and torch.equal(now.detach().to(before), before)
-
-
-# Whether the weights are those that the newest step left, when an evaluation begins.
-
-
-_VERSION = operator.attrgetter("_version")
-
-
 class WeightProbe:
     """Tells whether weights were written to between the newest step and an evaluation.
 
@@ -385,10 +255,44 @@ class WeightProbe:
         ]
 
 
-# How a model differs from another of the same shape: in its weights, and in its statistics.
+class LoadingProbe:
+    """Tells of each layer that a state dict was loaded into, as a part of a model as well.
+
+    Args:
+        layers: The layers to watch.
+        on_loaded: Called with a layer after it was loaded.
+    """
+
+    def __init__(
+        self, layers: Iterable[BatchNormLayer], on_loaded: Callable[[BatchNormLayer], None]
+    ) -> None:
+        self.hooks = Hooks()
+        self._on_loaded = on_loaded
+        self.follow(layers)
+
+    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Watch these layers from now on."""
+        self.hooks.close()
+        for layer in layers:
+            self.hooks.after_loading(layer.module, self._noted(layer))
+
+    def _noted(self, layer: BatchNormLayer) -> Callable[[object], None]:
+        return lambda incompatible_keys: self._on_loaded(layer)
 
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+class BroadcastProbe:
+    """Tells, on other ranks than 0, when a forward begins, with the buffers as they are by then.
+
+    Args:
+        model: The model, wrapped or not; DDP writes the buffers before it calls what it wraps.
+        on_forward: Called at each forward, not at those that it makes of itself.
+    """
+
+    def __init__(self, model: nn.Module, on_forward: Callable[[], None]) -> None:
+        self.hooks = Hooks()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            inner = next(module for module in model.modules() if not is_wrapper(module))
+            self.hooks.before_outermost([inner], lambda args, kwargs: on_forward())
 
 
 def tensors_of(subject: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -434,47 +338,127 @@ def statistics_of(state: Mapping[str, Tensor], layer: str) -> RunningStatistics 
     return running_statistics(mean, var, counter)
 
 
-# When a state dict is loaded into a layer: its buffers change, and no batch did it.
+def _described(
+    layer: BatchNormLayer,
+    feeder: nn.Module | None,
+    bounded_by: str | None,
+    missing_tail: tuple[str, ...],
+    gamma: FloatArray | None,
+    beta: FloatArray | None,
+    mean: FloatArray | None,
+    var: FloatArray | None,
+    counter: FloatArray | None,
+) -> LayerHistory:
+    affine, running_mean = layer.affine, layer.running_mean
+    return LayerHistory(
+        name=layer.name,
+        kind=type(layer.module).__name__,
+        channels=layer.channels,
+        eps=layer.eps,
+        momentum=layer.momentum,
+        training=layer.is_training,
+        is_affine_frozen=not any(part.requires_grad for part in affine) if affine else None,
+        is_updating=(
+            not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
+        ),
+        unsaved=_unsaved(layer),
+        fed_by=None if feeder is None else type(feeder).__name__,
+        bounded_by=bounded_by,
+        is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
+        idle_children=_idle_children(layer.module),
+        missing_tail=missing_tail,
+        gamma=gamma,
+        beta=beta,
+        statistics_dtype=(
+            None if running_mean is None else str(running_mean.dtype).removeprefix("torch.")
+        ),
+        running=_running(mean, var, counter),
+    )
 
 
-class LoadingProbe:
-    """Tells of each layer that a state dict was loaded into, as a part of a model as well.
+def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
+    """Return the names of mean and variance, those that the state dict leaves out."""
+    module = layer.module
+    saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()
+    names = (layer.adapter.mean, layer.adapter.var) if layer.is_tracking else ()
+    return tuple(name for name in names if name not in saved)
 
-    Args:
-        layers: The layers to watch.
-        on_loaded: Called with a layer after it was loaded.
+
+def _running(
+    mean: FloatArray | None, var: FloatArray | None, counter: FloatArray | None
+) -> RunningStatistics | None:
+    if mean is None or var is None:
+        return None
+    return RunningStatistics(
+        mean=mean, var=var, updates=None if counter is None else int(counter.item())
+    )
+
+
+def _idle_children(module: nn.Module) -> tuple[str, ...]:
+    """Return the classes of the children that the module, one of PyTorch's own, never calls."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return ()
+    children = (child for child in module.children() if not isinstance(child, nn.Identity))
+    return tuple(type(child).__name__ for child in children)
+
+
+def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return what plain layers lack that those at the same place of other blocks end in.
+
+    The place is the class of the block and the name in it; a number is the name of no place.
     """
-
-    def __init__(
-        self, layers: Iterable[BatchNormLayer], on_loaded: Callable[[BatchNormLayer], None]
-    ) -> None:
-        self.hooks = Hooks()
-        self._on_loaded = on_loaded
-        self.follow(layers)
-
-    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
-        """Watch these layers from now on."""
-        self.hooks.close()
-        for layer in layers:
-            self.hooks.after_loading(layer.module, self._noted(layer))
-
-    def _noted(self, layer: BatchNormLayer) -> Callable[[object], None]:
-        return lambda incompatible_keys: self._on_loaded(layer)
+    by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, _BatchNorm) and not name.isdigit():
+                by_place.setdefault((type(parent), name), []).append(module)
+    return {
+        id(module): tails[0]
+        for modules in by_place.values()
+        if (tails := [tail for module in modules if (tail := _tail(module))])
+        for module in modules
+        if type(module).__module__.startswith("torch.nn.") and not _idle_children(module)
+    }
 
 
-# Where DDP puts rank 0's buffers in place of a rank's own, before each forward.
+def _tail(module: nn.Module) -> tuple[str, ...]:
+    """Return the classes of the children that a class of somebody else's calls after BN."""
+    if type(module).__module__.startswith("torch.nn."):
+        return ()
+    children = (child for child in module.children() if not isinstance(child, nn.Identity))
+    return tuple(type(child).__name__ for child in children)
 
 
-class BroadcastProbe:
-    """Tells, on other ranks than 0, when a forward begins, with the buffers as they are by then.
+def _feeders(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the module that feeds another, by its identity, where a ``Sequential`` says so."""
+    return {
+        id(module): feeder
+        for parent in model.modules()
+        if isinstance(parent, nn.Sequential)
+        for feeder, module in itertools.pairwise(
+            part for part in parent if not _drops_nothing(part)
+        )
+    }
 
-    Args:
-        model: The model, wrapped or not; DDP writes the buffers before it calls what it wraps.
-        on_forward: Called at each forward, not at those that it makes of itself.
-    """
 
-    def __init__(self, model: nn.Module, on_forward: Callable[[], None]) -> None:
-        self.hooks = Hooks()
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-            inner = next(module for module in model.modules() if not is_wrapper(module))
-            self.hooks.before_outermost([inner], lambda args, kwargs: on_forward())
+def _drops_nothing(module: nn.Module) -> bool:
+    return "Dropout" in type(module).__name__ and getattr(module, "p", None) == 0.0
+
+
+def _bounds(model: nn.Module) -> dict[int, str]:
+    """Return the class of the bounded activation that a module feeds, by its identity."""
+    return {
+        id(module): type(activation).__name__
+        for parent in model.modules()
+        if isinstance(parent, nn.Sequential)
+        for module, activation in itertools.pairwise(parent)
+        if isinstance(activation, _BOUNDED)
+    }
+
+
+def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
+    return any(id(parameter) in owned for parameter in parameters)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and torch.equal(now.detach().to(before), before)

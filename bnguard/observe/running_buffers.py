@@ -27,93 +27,6 @@ from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide, wide_dtype
 from bnguard.observe.history import BatchWindow, RunningStatistics
 
-# Statistics of the batch statistics over a window of steps, kept on the device.
-
-
-class Window:
-    """Accumulates batch means and variances, a row of C channels, without waiting for the device.
-
-    Several batches are merged at once, as Chan, Golub and LeVeque do ("Updating formulae and a
-    pairwise algorithm for computing sample variances", 1979, equation 2.1), so that a large mean
-    hides no small deviation. Holds 7 vectors of C values.
-
-    Args:
-        like: A tensor of shape ``(C,)`` with the dtype and device to keep.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._batches = torch.zeros_like(like)
-        self._centre = torch.zeros(2, like.numel(), dtype=like.dtype, device=like.device)
-        self._squares_of_means = torch.zeros_like(like)
-        self._squares_of_steps = torch.zeros_like(like)
-        self._latest_mean = torch.full_like(like, math.nan)
-        self._var_max = torch.full_like(like, -math.inf)
-
-    def add(self, batches: Tensor) -> None:
-        """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in their order.
-
-        A channel in which either is not finite has not seen that batch. Writes to ``batches``.
-        """
-        total = batches[:, 0] + batches[:, 1]
-        is_finite = total.sub_(total)  # 0, or NaN where either is not finite
-        batches += is_finite.unsqueeze(1)
-        means, variances = batches.unbind(1)
-        seen = is_finite == 0
-        weight = is_finite.eq_(0)
-        count = weight.sum(0)
-        before, self._batches = self._batches, self._batches + count
-        share = count / self._batches.clamp_min(1.0)
-
-        offset = (batches - self._centre).nan_to_num_(nan=0.0)
-        mean_offset = offset.sum(0) / count.clamp_min_(1.0)
-        within = (offset[:, 0] - mean_offset[0]).mul_(weight).square_().sum(0)
-        between = (before * share).mul_(mean_offset[0].square())
-        self._squares_of_means += within.add_(between)
-        self._centre += mean_offset * share
-
-        latest = [self._latest_mean]
-        for mean, is_seen in zip(means, seen, strict=True):
-            latest.append(torch.where(is_seen, mean, latest[-1]))
-        self._latest_mean = latest[-1]
-        steps = torch.stack(latest).diff(dim=0).nan_to_num_(nan=0.0)
-        self._squares_of_steps += steps.square_().sum(0)
-
-        self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
-
-    def rows(self) -> Tensor:
-        """Return everything that was accumulated, a row each, for :meth:`reading`."""
-        return torch.stack(
-            [
-                self._batches,
-                *self._centre,
-                self._squares_of_means,
-                self._squares_of_steps,
-                self._var_max,
-            ]
-        )
-
-    def reading(self, rows: FloatArray, weight_square: float) -> BatchWindow | None:
-        """Return the window of some of the channels, from their columns of :meth:`rows`.
-
-        Args:
-            rows: The columns.
-            weight_square: Sum of the squared weights of the batches that one batch here blends,
-                1 where it blends none: the means of blends vary less, by this factor.
-        """
-        batches, mean, var, squares_of_means, squares_of_steps, var_max = rows
-        if not batches.any():
-            return None
-        pairs = np.where(batches > 1, batches - 1, np.nan) * weight_square
-        return BatchWindow(
-            batches=batches,
-            mean=mean,
-            var_unbiased=np.maximum(var, 0.0),
-            var_of_means=squares_of_means / pairs,
-            var_of_means_successive=squares_of_steps / (2 * pairs),
-            var_max=np.maximum(var_max, 0.0),
-        )
-
-
 # Steps whose buffers wait for the arithmetic to be done for all of them at once, since what small
 # operations cost is their number. Each step that waits holds two vectors of all channels, beside
 # the eight that are always held, so that more than a few may wait only where all that is small.
@@ -121,57 +34,6 @@ _FEW_PENDING = 3
 _MANY_PENDING = 32
 _OTHER_VECTORS = 8
 _SMALL_BYTES = 256 * 2**10
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BufferReading:
-    """What the buffers of one layer told.
-
-    Attributes:
-        running: The running statistics as they were at the last reading.
-        updates: How often the statistics were updated since watching began.
-        window: Batch statistics since the window was started; None where no batch was seen.
-        poisoned_step: First step after which a running statistic was not finite.
-        restored_updates: In how many steps statistics were put back.
-    """
-
-    running: RunningStatistics
-    updates: int
-    window: BatchWindow | None
-    poisoned_step: int | None
-    restored_updates: int
-
-    def after(self, earlier: BufferReading | None) -> BufferReading:
-        """Return this reading as the continuation of one from before the buffers were replaced."""
-        if earlier is None or earlier.running.mean.shape != self.running.mean.shape:
-            return self
-        steps = (earlier.poisoned_step, self.poisoned_step)
-        return dataclasses.replace(
-            self,
-            updates=earlier.updates + self.updates,
-            window=self.window or earlier.window,
-            poisoned_step=next((step for step in steps if step is not None), None),
-            restored_updates=earlier.restored_updates + self.restored_updates,
-        )
-
-
-class BatchSource(Protocol):
-    """Where the batch statistics of a layer come from when its buffers do not tell them."""
-
-    def take(self, layer: str) -> tuple[Tensor, int] | None:
-        """Return what came since the last call; None where nothing did.
-
-        That is the average of the means and of the unbiased variances, shape ``(2, C)``, and of
-        how many batches it is one.
-        """
-
-
-class _Snapshot(NamedTuple):
-    """The buffers after a step: means and then variances, ``(2 * C,)``, and counters, ``(L,)``."""
-
-    step: int
-    values: Tensor
-    counters: Tensor
 
 
 class BufferRow:
@@ -420,6 +282,141 @@ class BufferRow:
         """Return in which layers a flag is set in any channel: ``(..., C)`` to ``(..., L)``."""
         sums = F.pad(flags.cumsum(-1), (1, 0)).index_select(-1, self._edges)
         return sums.diff(dim=-1) > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BufferReading:
+    """What the buffers of one layer told.
+
+    Attributes:
+        running: The running statistics as they were at the last reading.
+        updates: How often the statistics were updated since watching began.
+        window: Batch statistics since the window was started; None where no batch was seen.
+        poisoned_step: First step after which a running statistic was not finite.
+        restored_updates: In how many steps statistics were put back.
+    """
+
+    running: RunningStatistics
+    updates: int
+    window: BatchWindow | None
+    poisoned_step: int | None
+    restored_updates: int
+
+    def after(self, earlier: BufferReading | None) -> BufferReading:
+        """Return this reading as the continuation of one from before the buffers were replaced."""
+        if earlier is None or earlier.running.mean.shape != self.running.mean.shape:
+            return self
+        steps = (earlier.poisoned_step, self.poisoned_step)
+        return dataclasses.replace(
+            self,
+            updates=earlier.updates + self.updates,
+            window=self.window or earlier.window,
+            poisoned_step=next((step for step in steps if step is not None), None),
+            restored_updates=earlier.restored_updates + self.restored_updates,
+        )
+
+
+class BatchSource(Protocol):
+    """Where the batch statistics of a layer come from when its buffers do not tell them."""
+
+    def take(self, layer: str) -> tuple[Tensor, int] | None:
+        """Return what came since the last call; None where nothing did.
+
+        That is the average of the means and of the unbiased variances, shape ``(2, C)``, and of
+        how many batches it is one.
+        """
+
+
+class Window:
+    """Accumulates batch means and variances, a row of C channels, without waiting for the device.
+
+    Several batches are merged at once, as Chan, Golub and LeVeque do ("Updating formulae and a
+    pairwise algorithm for computing sample variances", 1979, equation 2.1), so that a large mean
+    hides no small deviation. Holds 7 vectors of C values.
+
+    Args:
+        like: A tensor of shape ``(C,)`` with the dtype and device to keep.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._batches = torch.zeros_like(like)
+        self._centre = torch.zeros(2, like.numel(), dtype=like.dtype, device=like.device)
+        self._squares_of_means = torch.zeros_like(like)
+        self._squares_of_steps = torch.zeros_like(like)
+        self._latest_mean = torch.full_like(like, math.nan)
+        self._var_max = torch.full_like(like, -math.inf)
+
+    def add(self, batches: Tensor) -> None:
+        """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in their order.
+
+        A channel in which either is not finite has not seen that batch. Writes to ``batches``.
+        """
+        total = batches[:, 0] + batches[:, 1]
+        is_finite = total.sub_(total)  # 0, or NaN where either is not finite
+        batches += is_finite.unsqueeze(1)
+        means, variances = batches.unbind(1)
+        seen = is_finite == 0
+        weight = is_finite.eq_(0)
+        count = weight.sum(0)
+        before, self._batches = self._batches, self._batches + count
+        share = count / self._batches.clamp_min(1.0)
+
+        offset = (batches - self._centre).nan_to_num_(nan=0.0)
+        mean_offset = offset.sum(0) / count.clamp_min_(1.0)
+        within = (offset[:, 0] - mean_offset[0]).mul_(weight).square_().sum(0)
+        between = (before * share).mul_(mean_offset[0].square())
+        self._squares_of_means += within.add_(between)
+        self._centre += mean_offset * share
+
+        latest = [self._latest_mean]
+        for mean, is_seen in zip(means, seen, strict=True):
+            latest.append(torch.where(is_seen, mean, latest[-1]))
+        self._latest_mean = latest[-1]
+        steps = torch.stack(latest).diff(dim=0).nan_to_num_(nan=0.0)
+        self._squares_of_steps += steps.square_().sum(0)
+
+        self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
+
+    def rows(self) -> Tensor:
+        """Return everything that was accumulated, a row each, for :meth:`reading`."""
+        return torch.stack(
+            [
+                self._batches,
+                *self._centre,
+                self._squares_of_means,
+                self._squares_of_steps,
+                self._var_max,
+            ]
+        )
+
+    def reading(self, rows: FloatArray, weight_square: float) -> BatchWindow | None:
+        """Return the window of some of the channels, from their columns of :meth:`rows`.
+
+        Args:
+            rows: The columns.
+            weight_square: Sum of the squared weights of the batches that one batch here blends,
+                1 where it blends none: the means of blends vary less, by this factor.
+        """
+        batches, mean, var, squares_of_means, squares_of_steps, var_max = rows
+        if not batches.any():
+            return None
+        pairs = np.where(batches > 1, batches - 1, np.nan) * weight_square
+        return BatchWindow(
+            batches=batches,
+            mean=mean,
+            var_unbiased=np.maximum(var, 0.0),
+            var_of_means=squares_of_means / pairs,
+            var_of_means_successive=squares_of_steps / (2 * pairs),
+            var_max=np.maximum(var_max, 0.0),
+        )
+
+
+class _Snapshot(NamedTuple):
+    """The buffers after a step: means and then variances, ``(2 * C,)``, and counters, ``(L,)``."""
+
+    step: int
+    values: Tensor
+    counters: Tensor
 
 
 def _kind(buffer: Tensor | None) -> tuple[object, ...] | None:

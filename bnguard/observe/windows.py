@@ -297,9 +297,6 @@ class ModeGap:
     flipped_share: float | None
 
 
-# What is known of a training before its first batch, as plain data; imports no torch.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What loader, trainer and launcher say of a training before its first batch.
