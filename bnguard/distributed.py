@@ -1,9 +1,6 @@
-"""Brings together what several processes have, without waiting for one that is gone.
+"""Several processes: what each has is brought together, in a training and in a calibration.
 
-Collectives would wait forever for a rank that never comes, and mix with those of the training
-where the ranks do not come in the same order. Here each rank lays what it has into the store
-through which the processes have found each other; rank zero collects it, and lays out what it made
-of it. Nothing touches an accelerator.
+:class:`Exchange` does not wait for a process that is gone; :class:`ProcessGroup` runs in step.
 """
 
 from __future__ import annotations
@@ -21,13 +18,11 @@ from bnguard.errors import BNGuardError, CalibrationError, in_one_line
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-
 # A rank that has shown up is waited for, as it may be busy with something of the user's; one that
 # never did, where only some ranks have a monitor, is not, but for what ranks differ in speed.
 _PATIENCE_S = 120.0
 _FIRST_PATIENCE_S = 30.0
 _PAUSES_S = (0.0005, 0.05)
-
 # The store takes values of 8 MiB at most.
 _MOST_BYTES = 4 * 2**20
 
@@ -146,9 +141,6 @@ def _store(name: str) -> Any:
         return c10d.PrefixStore(f"bnguard/{name}", c10d._get_default_store())
     except (AttributeError, TypeError, ValueError):
         return None
-
-
-# The processes that calibrate together, each on its share of the data.
 
 
 class Ranks(Protocol):

@@ -1,4 +1,4 @@
-"""What a rule concludes: a finding with evidence and fix, or why it could not tell."""
+"""What a rule concludes: a finding with evidence and fix, or why it could not tell; in words."""
 
 from __future__ import annotations
 
@@ -201,9 +201,6 @@ class Skipped:
     layer: str | None
     reason: str
     is_failure: bool = False
-
-
-# Findings in a line or two, for logs and a terminal where a training runs; counts in words.
 
 
 def one_line(group: FindingGroup) -> str:

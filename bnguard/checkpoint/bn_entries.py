@@ -1,6 +1,7 @@
-"""Finding BN state by key: ``PREFIX.running_mean`` and ``PREFIX.running_var``, and what is beside.
+"""Finding BN state by key: ``PREFIX.running_mean`` and ``PREFIX.running_var``, and what is with it.
 
-InstanceNorm with tracked statistics looks the same, and has the same faults.
+:class:`Checkpoint` is what bnguard knows of a file once it is read: plain data, float64, nothing
+open. InstanceNorm with tracked statistics looks the same in a state dict, and is treated alike.
 """
 
 from __future__ import annotations
@@ -18,11 +19,31 @@ from bnguard.errors import CheckpointError, nearest_name, printable
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.names import without_wrappers
 
-# What bnguard knows of a checkpoint once it is read: plain data, float64, nothing open.
-
-
 # Where Lightning keeps the state dict of the module.
 LIGHTNING_PREFIX = "state_dict."
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+STATISTICS = (MEAN, VAR, COUNTER)
+_AFFINE = ("weight", "bias")
+# How Lightning writes what a callback monitors into the key of its state.
+_MONITORED = re.compile(r"'monitor': '([^']+)', 'mode': '(min|max)'")
+# A module saved as it was given as an argument is no model that was trained.
+_NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
+# Beyond these a file is hostile, not large: a thousand names may share one storage.
+_MOST_CANDIDATES = 200_000
+_LONGEST_KEY = 4096
+_MOST_VALUES = 2**22
+_ABSENT = object()
+# What Keras and TensorFlow call them.
+_FOREIGN_NAMES = {
+    "moving_mean": MEAN,
+    "moving_variance": VAR,
+    "moving_var": VAR,
+    "gamma": "weight",
+    "beta": "bias",
+}
+_KEY = re.compile(r"(.*[./])?([^./:]*)(:\d+)?", re.DOTALL)
+# Each layer may have a few.
+_MOST_FINDINGS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,35 +268,6 @@ class Checkpoint:
                 for alias in others
             )
         )
-
-
-MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
-STATISTICS = (MEAN, VAR, COUNTER)
-_AFFINE = ("weight", "bias")
-
-# How Lightning writes what a callback monitors into the key of its state.
-_MONITORED = re.compile(r"'monitor': '([^']+)', 'mode': '(min|max)'")
-
-# A module saved as it was given as an argument is no model that was trained.
-_NO_MODELS = ("hyper_parameters", "datamodule_hyper_parameters")
-
-# Beyond these a file is hostile, not large: a thousand names may share one storage.
-_MOST_CANDIDATES = 200_000
-_LONGEST_KEY = 4096
-_MOST_VALUES = 2**22
-
-_ABSENT = object()
-# What Keras and TensorFlow call them.
-_FOREIGN_NAMES = {
-    "moving_mean": MEAN,
-    "moving_variance": VAR,
-    "moving_var": VAR,
-    "gamma": "weight",
-    "beta": "bias",
-}
-_KEY = re.compile(r"(.*[./])?([^./:]*)(:\d+)?", re.DOTALL)
-# Each layer may have a few.
-_MOST_FINDINGS = 10_000
 
 
 def attribute_of(key: str) -> str:

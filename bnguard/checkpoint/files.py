@@ -1,4 +1,4 @@
-"""A file, or a part of one, that is read by position and never beyond its end."""
+"""Files, or parts of them, that are read by position, and copied with some bytes replaced."""
 
 from __future__ import annotations
 
@@ -82,40 +82,6 @@ class Source:
         )
 
 
-class _BoundedLines(io.BufferedReader):
-    """Bytes of which no line is read that is longer than a line of a pickle ever is."""
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return super().readline(_LONGEST_LINE_BYTES)
-
-
-class _Stream(io.RawIOBase):
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
-        self._position = base[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    # typeshed's own type of the buffer is wider, and has no name in the standard library.
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        size = max(0, min(len(buffer), self._source.size - self._position))
-        buffer[:size] = self._source.read(self._position, size) if size else b""
-        self._position += size
-        return size
-
-
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
     """Open a file to be read by position.
@@ -151,9 +117,6 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
 
 
-# Bytes in a file that are replaced while it is copied.
-
-
 @dataclass(frozen=True)
 class Patch:
     """Bytes that replace those at a place in a file; the file keeps its length.
@@ -180,6 +143,46 @@ def patched(source: Source, patches: Iterable[Patch]) -> Iterator[bytes]:
         start = stop
 
 
+def write_all(target: BinaryIO, chunks: Iterable[bytes]) -> None:
+    """Write pieces one behind the other."""
+    for chunk in chunks:
+        target.write(chunk)
+
+
+class _BoundedLines(io.BufferedReader):
+    """Bytes of which no line is read that is longer than a line of a pickle ever is."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(_LONGEST_LINE_BYTES)
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    # typeshed's own type of the buffer is wider, and has no name in the standard library.
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = max(0, min(len(buffer), self._source.size - self._position))
+        buffer[:size] = self._source.read(self._position, size) if size else b""
+        self._position += size
+        return size
+
+
 def _changed(chunk: bytes, start: int, patches: Iterable[Patch]) -> bytes:
     changed = bytearray(chunk)
     for patch in patches:
@@ -188,9 +191,3 @@ def _changed(chunk: bytes, start: int, patches: Iterable[Patch]) -> bytes:
         part = patch.data[low - patch.position : high - patch.position]
         changed[low - start : high - start] = part
     return bytes(changed)
-
-
-def write_all(target: BinaryIO, chunks: Iterable[bytes]) -> None:
-    """Write pieces one behind the other."""
-    for chunk in chunks:
-        target.write(chunk)

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of whatever format, and reading its BN layers or one of its models."""
+"""From what a user names to checkpoints that are read: of whatever format, one or many."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 # What torch.optim.swa_utils.AveragedModel keeps beside the model that it wraps.
 _AVERAGED_MODELS_OWN = "n_averaged"
@@ -116,9 +115,6 @@ def _without_common_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
     if len(depths) != 1 or depths == {0}:
         return state_dict
     return {without_wrappers(key): state_dict[key] for key in wrapped}
-
-
-# From what a user names, files, folders and patterns, to the checkpoints to read.
 
 
 def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:

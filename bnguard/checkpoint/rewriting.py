@@ -1,4 +1,7 @@
-"""Writing a checkpoint with other running statistics: beside the original, whole or not at all."""
+"""Writing a checkpoint with other running statistics: next to the original, whole or not at all.
+
+New statistics become patches, the bytes that change in the files; all else is copied as it is.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,73 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# From new running statistics to the bytes that change in the files of a checkpoint.
+def write_statistics(
+    source: str | Path,
+    output: str | Path,
+    statistics: Mapping[str, Tensor],
+    provenance: Mapping[str, object],
+    *,
+    force: bool = False,
+) -> Path:
+    """Write a copy of a checkpoint in which some running statistics are replaced.
+
+    Everything else is bit-identical, in the same format, and loads as before. The copy has its
+    name when it is complete and on the disk, or not at all.
+
+    Args:
+        source: The checkpoint.
+        output: Name of the copy.
+        statistics: New tensors by the name of their entry (:meth:`CheckpointLayer.key`):
+            ``running_mean``, ``running_var`` or ``num_batches_tracked``, in the shape that the
+            checkpoint has; they are converted to its element type.
+        provenance: What was done, as plain data. The version of bnguard, the names of the
+            replaced entries, and the name and SHA-256 of the original are added.
+        force: Whether an existing output is replaced.
+
+    Returns:
+        The output.
+
+    Raises:
+        CheckpointError: An entry does not exist, is no running statistic or does not fit; the
+            output exists; it cannot be written. The original is untouched.
+    """
+    source, output = checkpoint_at(source), Path(output)
+    check_output(output, source, is_folder=source.is_dir(), force=force)
+    with _copy(source, output, statistics, provenance) as copy:
+        if force and output.exists():
+            publishing.replace(copy, output)
+        else:
+            publishing.publish(copy, output)
+    return output
+
+
+def replace_statistics(
+    path: str | Path,
+    statistics: Mapping[str, Tensor],
+    provenance: Mapping[str, object],
+    *,
+    force: bool = False,
+) -> Path:
+    """Replace running statistics of a checkpoint in place, and keep the original as a backup.
+
+    Args:
+        path: The checkpoint. Where it is a link, the file that it leads to is replaced.
+        statistics: As for :func:`write_statistics`.
+        provenance: As for :func:`write_statistics`.
+        force: Whether an existing backup is replaced.
+
+    Returns:
+        The backup, ``NAME.SUFFIX.bak``.
+
+    Raises:
+        CheckpointError: As for :func:`write_statistics`; or the backup exists.
+    """
+    original = original_of(path)
+    backup = backup_of(original)
+    check_backup(original, force=force)
+    with _copy(original, original, statistics, provenance) as copy:
+        publishing.replace_with_backup(copy, original, backup)
+    return backup
 
 
 def statistics_patches(contents: Contents, statistics: Mapping[str, Tensor]) -> tuple[Patch, ...]:
@@ -243,75 +312,6 @@ def _patch(group: Sequence[_Change]) -> Patch:
         )
         view[...] = change.new_elements
     return Patch(source.path, source.start + low, bytes(data))
-
-
-def write_statistics(
-    source: str | Path,
-    output: str | Path,
-    statistics: Mapping[str, Tensor],
-    provenance: Mapping[str, object],
-    *,
-    force: bool = False,
-) -> Path:
-    """Write a copy of a checkpoint in which some running statistics are replaced.
-
-    Everything else is bit-identical, in the same format, and loads as before. The copy has its
-    name when it is complete and on the disk, or not at all.
-
-    Args:
-        source: The checkpoint.
-        output: Name of the copy.
-        statistics: New tensors by the name of their entry (:meth:`CheckpointLayer.key`):
-            ``running_mean``, ``running_var`` or ``num_batches_tracked``, in the shape that the
-            checkpoint has; they are converted to its element type.
-        provenance: What was done, as plain data. The version of bnguard, the names of the
-            replaced entries, and the name and SHA-256 of the original are added.
-        force: Whether an existing output is replaced.
-
-    Returns:
-        The output.
-
-    Raises:
-        CheckpointError: An entry does not exist, is no running statistic or does not fit; the
-            output exists; it cannot be written. The original is untouched.
-    """
-    source, output = checkpoint_at(source), Path(output)
-    check_output(output, source, is_folder=source.is_dir(), force=force)
-    with _copy(source, output, statistics, provenance) as copy:
-        if force and output.exists():
-            publishing.replace(copy, output)
-        else:
-            publishing.publish(copy, output)
-    return output
-
-
-def replace_statistics(
-    path: str | Path,
-    statistics: Mapping[str, Tensor],
-    provenance: Mapping[str, object],
-    *,
-    force: bool = False,
-) -> Path:
-    """Replace running statistics of a checkpoint in place, and keep the original as a backup.
-
-    Args:
-        path: The checkpoint. Where it is a link, the file that it leads to is replaced.
-        statistics: As for :func:`write_statistics`.
-        provenance: As for :func:`write_statistics`.
-        force: Whether an existing backup is replaced.
-
-    Returns:
-        The backup, ``NAME.SUFFIX.bak``.
-
-    Raises:
-        CheckpointError: As for :func:`write_statistics`; or the backup exists.
-    """
-    original = original_of(path)
-    backup = backup_of(original)
-    check_backup(original, force=force)
-    with _copy(original, original, statistics, provenance) as copy:
-        publishing.replace_with_backup(copy, original, backup)
-    return backup
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Tensors as a file stores them: a type, a shape, and where their elements lie."""
+"""Tensors as a file stores them: an element type, a shape, and where their elements are."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ from bnguard.layers.distances import FloatArray
 
 if TYPE_CHECKING:
     import torch
-
-
-# Names of element types as torch spells them, and how numpy carries their bytes.
-
 
 CARRIERS = {
     "bool": "?",
@@ -63,6 +59,9 @@ STORAGE_DTYPES = {
 }
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 INTEGER = frozenset(name for name, code in CARRIERS.items() if code[0] == "i" or name == "uint8")
+# A tensor expanded from few stored elements is read in full up to here: a file of a hundred bytes
+# must not ask for a terabyte.
+_MOST_EXPANDED_BYTES = 2**26
 
 
 def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
@@ -105,11 +104,6 @@ def to_float64(carried: npt.NDArray[Any], dtype: str) -> FloatArray:
     # A signalling NaN is a NaN, and no reason for a warning.
     with np.errstate(invalid="ignore"):
         return carried.astype(np.float64)
-
-
-# A tensor expanded from few stored elements is read in full up to here: a file of a hundred bytes
-# must not ask for a terabyte.
-_MOST_EXPANDED_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)

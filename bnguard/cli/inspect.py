@@ -28,8 +28,90 @@ if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
     from bnguard.checkpoint.bn_entries import NotedFinding
 
+_HELP = """
+--json prints one document:
+  schema        version of this form: 1; keys may be added in a version
+  bnguard       version of bnguard
+  checkpoints   each with path, format, models, global_step, epoch, provenance,
+                problems, reported (findings of the training, noted by
+                BatchNormMonitor), and report: findings, layers, skipped, notes
+  errors        what could not be read, each with path and message
+  a finding has code, name, severity (info, warning, error), layer, message,
+                evidence (measure, value, limit, unit, is_minimum), reasons,
+                fix (summary, repair), channels, step, cause
 
-# Inspected checkpoints, as rich draws them and as plain data.
+exit status:
+  0 nothing at the level of --fail-on, 1 findings at it, 2 unusable input
+
+examples:
+  bnguard inspect last.ckpt
+  bnguard inspect checkpoints/ --fail-on warning --json
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Report on each checkpoint; what is unusable among them does not hide the rest."""
+    values = make_parser().parse_args(arguments)
+    configuration = read_configuration().changed(
+        select=_codes(values.select), ignore=_codes(values.ignore)
+    )
+    inspected: list[tuple[Checkpoint, Report]] = []
+    errors: dict[str, str] = {}
+    passed_over: dict[str, str] = {}
+    named = {Path(path) for path in values.paths}
+    for path in find_checkpoints(values.paths):
+        try:
+            checkpoint = read_checkpoint(path)
+            if values.weights is not None:
+                checkpoint = checkpoint.only(values.weights)
+            inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
+        except NoBatchNormError as error:
+            # Optimizer states and counters lie in folders beside the model; nobody asked for them.
+            (errors if path in named else passed_over)[str(path)] = str(error)
+        except BNGuardError as error:
+            errors[str(path)] = str(error)
+    if not inspected:
+        errors |= passed_over
+        passed_over = {}
+    if values.json:
+        show_document(inspection_document(inspected, errors))
+    else:
+        for checkpoint, report in inspected:
+            show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
+    for message in passed_over.values():
+        print(f"bnguard: note: {message}", file=sys.stderr)
+    for message in errors.values():
+        print_error(message)
+    if errors:
+        return 2
+    return int(_is_at_level([report for _, report in inspected], values.fail_on))
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    parser = command_parser(
+        "inspect",
+        "Tell what is wrong with the BN layers of checkpoints; needs no model code, "
+        "and runs nothing that a checkpoint holds.",
+        _HELP,
+    )
+    parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
+    parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")
+    parser.add_argument("--ignore", type=str, help="leave these rules out: BN303")
+    parser.add_argument(
+        "--weights",
+        type=str,
+        help="inspect this model alone, or this part of one: ema, state_dict.encoder_q",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show a line a layer")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--fail-on",
+        type=Literal["error", "warning", "never"],
+        default="error",
+        help="exit with status 1 where there is a finding so severe",
+    )
+    return parser
 
 
 def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool) -> RenderableType:
@@ -116,92 +198,6 @@ def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
             layer.dtype,
         )
     return table
-
-
-_HELP = """
---json prints one document:
-  schema        version of this form: 1; keys may be added in a version
-  bnguard       version of bnguard
-  checkpoints   each with path, format, models, global_step, epoch, provenance,
-                problems, reported (findings of the training, noted by
-                BatchNormMonitor), and report: findings, layers, skipped, notes
-  errors        what could not be read, each with path and message
-  a finding has code, name, severity (info, warning, error), layer, message,
-                evidence (measure, value, limit, unit, is_minimum), reasons,
-                fix (summary, repair), channels, step, cause
-
-exit status:
-  0 nothing at the level of --fail-on, 1 findings at it, 2 unusable input
-
-examples:
-  bnguard inspect last.ckpt
-  bnguard inspect checkpoints/ --fail-on warning --json
-"""
-
-
-def run(arguments: list[str]) -> int:
-    """Report on each checkpoint; what is unusable among them does not hide the rest."""
-    values = make_parser().parse_args(arguments)
-    configuration = read_configuration().changed(
-        select=_codes(values.select), ignore=_codes(values.ignore)
-    )
-    inspected: list[tuple[Checkpoint, Report]] = []
-    errors: dict[str, str] = {}
-    passed_over: dict[str, str] = {}
-    named = {Path(path) for path in values.paths}
-    for path in find_checkpoints(values.paths):
-        try:
-            checkpoint = read_checkpoint(path)
-            if values.weights is not None:
-                checkpoint = checkpoint.only(values.weights)
-            inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
-        except NoBatchNormError as error:
-            # Optimizer states and counters lie in folders beside the model; nobody asked for them.
-            (errors if path in named else passed_over)[str(path)] = str(error)
-        except BNGuardError as error:
-            errors[str(path)] = str(error)
-    if not inspected:
-        errors |= passed_over
-        passed_over = {}
-    if values.json:
-        show_document(inspection_document(inspected, errors))
-    else:
-        for checkpoint, report in inspected:
-            show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
-    for message in passed_over.values():
-        print(f"bnguard: note: {message}", file=sys.stderr)
-    for message in errors.values():
-        print_error(message)
-    if errors:
-        return 2
-    return int(_is_at_level([report for _, report in inspected], values.fail_on))
-
-
-def make_parser() -> ArgumentParser:
-    """Return the parser of the command."""
-    parser = command_parser(
-        "inspect",
-        "Tell what is wrong with the BN layers of checkpoints; needs no model code, "
-        "and runs nothing that a checkpoint holds.",
-        _HELP,
-    )
-    parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
-    parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")
-    parser.add_argument("--ignore", type=str, help="leave these rules out: BN303")
-    parser.add_argument(
-        "--weights",
-        type=str,
-        help="inspect this model alone, or this part of one: ema, state_dict.encoder_q",
-    )
-    parser.add_argument("--verbose", action="store_true", help="show a line a layer")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument(
-        "--fail-on",
-        type=Literal["error", "warning", "never"],
-        default="error",
-        help="exit with status 1 where there is a finding so severe",
-    )
-    return parser
 
 
 def _codes(given: str | None) -> list[str] | None:

@@ -29,9 +29,6 @@ def make_parser() -> ArgumentParser:
     return command_parser("rules", "List the rules.", _EXAMPLES)
 
 
-# The table of all rules in Markdown, as the README shows it.
-
-
 def rule_table(rules: Iterable[Rule] = RULES) -> str:
     """Return a table with a row a rule: code, name, fault, and whether it needs no training.
 

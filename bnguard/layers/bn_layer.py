@@ -20,8 +20,6 @@ from torch.nn.parameter import is_lazy
 from bnguard.errors import ConfigurationError
 from bnguard.layers.names import WRAPPED, without_wrappers
 
-# How the statistics of a class of BN layers are found: PyTorch's own, and other people's.
-
 
 def _in_train_mode(module: nn.Module) -> bool:
     return module.training

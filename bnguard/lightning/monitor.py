@@ -1,4 +1,4 @@
-"""The callback that watches: a thin adapter over :mod:`bnguard.monitor`."""
+"""The callback that watches, a thin adapter over :mod:`bnguard.monitor`, and what loggers get."""
 
 from __future__ import annotations
 
@@ -34,68 +34,7 @@ from bnguard.rules.engine import Announcements
 from bnguard.tensorboard.events import summary_writers
 from bnguard.tensorboard.writer import ReportLog
 
-# What the trainer's loggers are given: a few scalars, and the BatchNorm tab of TensorBoard.
-
-
-class RunLog:
-    """Writes to the loggers of a trainer, whichever they are and in any order; on rank zero only.
-
-    Args:
-        trainer: The trainer.
-        rules: The rules in force.
-    """
-
-    def __init__(self, trainer: Trainer, rules: Sequence[Rule]) -> None:
-        self._trainer = trainer
-        subjects = subject_options(trainer)
-        self._reports: list[tuple[Any, ReportLog]] = []
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            with self._dropped_on_error(logger):
-                with user_code(type(logger).__name__):
-                    writers = summary_writers([logger])
-                self._reports.append((logger, ReportLog(writers, rules, subjects)))
-        self._last_step: int | None = None
-
-    def write(self, monitor: Monitor) -> None:
-        """Write numbers and findings; once a step, of which accumulation makes several batches."""
-        step = logged_step(self._trainer)
-        if step == self._last_step or not self._reports:
-            return
-        self._write(monitor.check(), step)
-
-    def write_evaluation(self, monitor: Monitor) -> None:
-        """Write what an evaluation told as well, down to each channel."""
-        self._last_step = None
-        self.write(monitor)
-        for logger, reports in tuple(self._reports):
-            with self._dropped_on_error(logger):
-                reports.add_channels(monitor.check(), logged_step(self._trainer))
-
-    def conclude(self, report: Report) -> None:
-        """Write the report that the run ends with, also at a step that was written."""
-        self._write(report, logged_step(self._trainer))
-
-    def _write(self, report: Report, step: int) -> None:
-        self._last_step = step
-        for logger, reports in tuple(self._reports):
-            with self._dropped_on_error(logger):
-                reports.add(report, step)
-                metrics = reports.scalars(report)
-                with user_code(type(logger).__name__):
-                    logger.log_metrics(metrics, step=step)
-
-    @contextmanager
-    def _dropped_on_error(self, logger: object) -> Iterator[None]:
-        """Log to a logger no longer once it has raised an error, and say so."""
-        try:
-            yield
-        except UserCodeError as error:
-            self._reports = [pair for pair in self._reports if pair[0] is not logger]
-            show(f"bnguard: {error}; nothing more is logged there, and the run goes on.")
-
-
 REPORT_FILE = "bnguard-report.json"
-
 _STOP_LEVELS = (None, "error", "warning")
 _REPORTS = ("terminal", "file", "both", "none")
 
@@ -477,6 +416,63 @@ class BatchNormMonitor(GuardedCallback):
             f"bnguard · watching {counted(len(self._momenta), 'BN layer')}{who} · findings appear "
             f"here, the report at the end{where}"
         )
+
+
+class RunLog:
+    """Writes to the loggers of a trainer, whichever they are and in any order; on rank zero only.
+
+    Args:
+        trainer: The trainer.
+        rules: The rules in force.
+    """
+
+    def __init__(self, trainer: Trainer, rules: Sequence[Rule]) -> None:
+        self._trainer = trainer
+        subjects = subject_options(trainer)
+        self._reports: list[tuple[Any, ReportLog]] = []
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            with self._dropped_on_error(logger):
+                with user_code(type(logger).__name__):
+                    writers = summary_writers([logger])
+                self._reports.append((logger, ReportLog(writers, rules, subjects)))
+        self._last_step: int | None = None
+
+    def write(self, monitor: Monitor) -> None:
+        """Write numbers and findings; once a step, of which accumulation makes several batches."""
+        step = logged_step(self._trainer)
+        if step == self._last_step or not self._reports:
+            return
+        self._write(monitor.check(), step)
+
+    def write_evaluation(self, monitor: Monitor) -> None:
+        """Write what an evaluation told as well, down to each channel."""
+        self._last_step = None
+        self.write(monitor)
+        for logger, reports in tuple(self._reports):
+            with self._dropped_on_error(logger):
+                reports.add_channels(monitor.check(), logged_step(self._trainer))
+
+    def conclude(self, report: Report) -> None:
+        """Write the report that the run ends with, also at a step that was written."""
+        self._write(report, logged_step(self._trainer))
+
+    def _write(self, report: Report, step: int) -> None:
+        self._last_step = step
+        for logger, reports in tuple(self._reports):
+            with self._dropped_on_error(logger):
+                reports.add(report, step)
+                metrics = reports.scalars(report)
+                with user_code(type(logger).__name__):
+                    logger.log_metrics(metrics, step=step)
+
+    @contextmanager
+    def _dropped_on_error(self, logger: object) -> Iterator[None]:
+        """Log to a logger no longer once it has raised an error, and say so."""
+        try:
+            yield
+        except UserCodeError as error:
+            self._reports = [pair for pair in self._reports if pair[0] is not logger]
+            show(f"bnguard: {error}; nothing more is logged there, and the run goes on.")
 
 
 @contextmanager

@@ -366,9 +366,6 @@ def _is_metric(candidate: object) -> bool:
     return hasattr(candidate, "compute") and hasattr(candidate, "reset")
 
 
-# Samples of the trainer's own loaders, drawn without touching the loaders.
-
-
 _BATCH_SIZE = 32
 
 

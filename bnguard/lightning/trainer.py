@@ -1,4 +1,7 @@
-"""What is read off a Trainer; the few names that are private to Lightning stand here alone."""
+"""What is read off a Trainer, and how a callback stays out of the way of the user's run.
+
+The few names that are private to Lightning are used here alone.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from bnguard.findings import show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
 
 Split = Literal["train", "validation"]
+_Arguments = ParamSpec("_Arguments")
+_Self = TypeVar("_Self", bound="GuardedCallback")
+_Result = TypeVar("_Result")
 
 
 def planned_batches(trainer: Trainer) -> int | None:
@@ -109,11 +115,6 @@ def datamodule_of(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-_Arguments = ParamSpec("_Arguments")
-_Self = TypeVar("_Self", bound="GuardedCallback")
-_Result = TypeVar("_Result")
-
-
 class GuardedCallback(Callback):
     """A callback that turns itself off at its first error, and lets the run go on.
 
@@ -158,9 +159,6 @@ def guarded(
         return self._guard(method, self, *args, **kwargs)
 
     return wrapper
-
-
-# Keeps what bnguard runs of a module out of what the run logs.
 
 
 @contextmanager

@@ -20,36 +20,13 @@ from bnguard.rules.limits import distance_of
 if TYPE_CHECKING:
     from bnguard.report import Report
 
-
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
 _MOST_LAYERS_SHOWN = 4
-
 # What only wastes something is a line at the end.
 _HABITS = "BN109"
 _UNWRAPPED = 10_000
-
-
-def as_text(renderable: RenderableType, width: int = 80) -> str:
-    """Return what rich would print, without colour or trailing spaces."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def as_terminal_text(renderable: RenderableType) -> str:
-    """Return what rich would print: in colour on a terminal, unwrapped in a file."""
-    terminal = rich.get_console()
-    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
-    console = Console(
-        file=io.StringIO(),
-        width=terminal.width if terminal.is_terminal or terminal.is_jupyter else _UNWRAPPED,
-        force_terminal=terminal.is_terminal,
-        force_jupyter=False,
-    )
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+# What takes no longer needs no bar.
+_LONG_SECONDS = 1.0
 
 
 def report_view(report: Report) -> RenderableType:
@@ -87,6 +64,80 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
         block = _consequence(group) if group.causes else _root(group)
         table.add_row(Text(str(severity), style=_STYLES[severity]), block)
     return table
+
+
+def as_text(renderable: RenderableType, width: int = 80) -> str:
+    """Return what rich would print, without colour or trailing spaces."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def as_terminal_text(renderable: RenderableType) -> str:
+    """Return what rich would print: in colour on a terminal, unwrapped in a file."""
+    terminal = rich.get_console()
+    # Not by the terminal's own console, which would draw a progress bar of rich along with it.
+    console = Console(
+        file=io.StringIO(),
+        width=terminal.width if terminal.is_terminal or terminal.is_jupyter else _UNWRAPPED,
+        force_terminal=terminal.is_terminal,
+        force_jupyter=False,
+    )
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+class CalibrationBar:
+    """A bar that says which layer the samples are at, and how long the rest will take.
+
+    A context manager; the bar appears where the work is long, and is gone afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._progress = Progress(
+            TextColumn("recalibrating"),
+            BarColumn(),
+            TextColumn("{task.fields[samples]:,} samples {task.fields[layer]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, samples=0, layer="")
+        self._samples = self._layers = 1
+
+    def __enter__(self) -> CalibrationBar:
+        self._begin = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+    def start(self, samples: int, layers: int) -> None:
+        """Begin anew: so many samples are to pass so many layers."""
+        self._samples, self._layers = max(1, samples), max(1, layers)
+        total = self._samples * self._layers
+        self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
+
+    def advance(self, samples: int) -> None:
+        """So many samples passed one more layer; may be called from any thread."""
+        if time.monotonic() - self._begin >= _LONG_SECONDS:
+            self._progress.start()  # Again and again, which does nothing.
+        self._progress.advance(self._task, samples)
+        done = int(self._progress.tasks[0].completed) // self._samples
+        self._progress.update(self._task, layer=self._layer(done))
+
+    def _layer(self, done: int) -> str:
+        """Return which layer the samples are at; nothing where they pass all of them at once."""
+        return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
 
 
 def _root(group: FindingGroup) -> Text:
@@ -167,61 +218,3 @@ def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
-
-
-# Progress bars on long work, drawn on the standard error stream.
-
-
-# What takes no longer needs no bar.
-_LONG_SECONDS = 1.0
-
-
-class CalibrationBar:
-    """A bar that says which layer the samples are at, and how long the rest will take.
-
-    A context manager; the bar appears where the work is long, and is gone afterwards.
-    """
-
-    def __init__(self) -> None:
-        self._begin = time.monotonic()
-        self._progress = Progress(
-            TextColumn("recalibrating"),
-            BarColumn(),
-            TextColumn("{task.fields[samples]:,} samples {task.fields[layer]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=None, samples=0, layer="")
-        self._samples = self._layers = 1
-
-    def __enter__(self) -> CalibrationBar:
-        self._begin = time.monotonic()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
-
-    def start(self, samples: int, layers: int) -> None:
-        """Begin anew: so many samples are to pass so many layers."""
-        self._samples, self._layers = max(1, samples), max(1, layers)
-        total = self._samples * self._layers
-        self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
-
-    def advance(self, samples: int) -> None:
-        """So many samples passed one more layer; may be called from any thread."""
-        if time.monotonic() - self._begin >= _LONG_SECONDS:
-            self._progress.start()  # Again and again, which does nothing.
-        self._progress.advance(self._task, samples)
-        done = int(self._progress.tasks[0].completed) // self._samples
-        self._progress.update(self._task, layer=self._layer(done))
-
-    def _layer(self, done: int) -> str:
-        """Return which layer the samples are at; nothing where they pass all of them at once."""
-        return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""

@@ -27,9 +27,6 @@ from bnguard.rules.limits import (
     is_sampling,
 )
 
-# A layer whose running statistics do not fit what arrives, and what it can be compared with.
-
-
 # Share of a drift that the newest batches have to show too where moving weights make it: those of
 # networks that learn as usual show at most 0.26 of what other data make at the first layer, and 0.8
 # and more where the statistics lag.

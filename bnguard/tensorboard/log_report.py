@@ -1,4 +1,4 @@
-"""Reads the event files of a folder without TensorBoard: the runs, and what was found in them."""
+"""Event files without TensorBoard: the findings of the runs in a folder, and the tab as a page."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ from bnguard.tensorboard.records import Record
 
 _SEVERITIES = ("error", "warning", "info")
 _LAYERS_SHOWN = 5
+# What a picture can show; an attachment should stay small.
+_MOST_STEPS = 600
+_MOST_SNAPSHOTS = 12
+# A module that stands in a data: address has no folder, so its imports are given bare names.
+_IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
+_START = """
+import { start } from "bnguard/app.js";
+import { EmbeddedSource } from "bnguard/source.js";
+const data = JSON.parse(document.getElementById("data").textContent);
+start(document.body, new EmbeddedSource(data));
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,24 +212,6 @@ def _place(finding: Record) -> str:
 
 def _number(value: float | str | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
-
-
-# The page of the tab as one file: to attach to an issue, or to look at without TensorBoard.
-
-
-# What a picture can show; an attachment should stay small.
-_MOST_STEPS = 600
-_MOST_SNAPSHOTS = 12
-
-# A module that stands in a data: address has no folder, so its imports are given bare names.
-_IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
-
-_START = """
-import { start } from "bnguard/app.js";
-import { EmbeddedSource } from "bnguard/source.js";
-const data = JSON.parse(document.getElementById("data").textContent);
-start(document.body, new EmbeddedSource(data));
-"""
 
 
 def write_page(folder: Path, file: Path) -> None:

@@ -17,9 +17,6 @@ from bnguard.rules import installed_rules
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.reader import LogReader, SeriesCache
 
-# The files of the page, an explicit list of them, and the pages of the rules.
-
-
 # Nothing but these is served or embedded.
 STATIC_FILES: Mapping[str, str] = {
     "app.js": "text/javascript",
@@ -41,30 +38,6 @@ STATIC_FILES: Mapping[str, str] = {
     "style.css": "text/css",
     "toolbar.js": "text/javascript",
 }
-
-
-@functools.cache
-def static_text(name: str) -> str:
-    """Return one of the static files.
-
-    Raises:
-        KeyError: The file is not on the list.
-    """
-    if name not in STATIC_FILES:
-        raise KeyError(name)
-    folder = importlib.resources.files("bnguard.tensorboard").joinpath("static")
-    return folder.joinpath(name).read_text("utf-8")
-
-
-def rule_pages() -> dict[str, str]:
-    """Return the page of each rule, by its code; the first line is code and name.
-
-    >>> rule_pages()["BN301"].splitlines()[0]
-    'BN301 statistic-drift'
-    """
-    return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in installed_rules()}
-
-
 _App = Callable[..., Any]
 _Answer = tuple[str | bytes, str]
 
@@ -118,6 +91,28 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             return _respond(request, content, kind)
 
         return app
+
+
+@functools.cache
+def static_text(name: str) -> str:
+    """Return one of the static files.
+
+    Raises:
+        KeyError: The file is not on the list.
+    """
+    if name not in STATIC_FILES:
+        raise KeyError(name)
+    folder = importlib.resources.files("bnguard.tensorboard").joinpath("static")
+    return folder.joinpath(name).read_text("utf-8")
+
+
+def rule_pages() -> dict[str, str]:
+    """Return the page of each rule, by its code; the first line is code and name.
+
+    >>> rule_pages()["BN301"].splitlines()[0]
+    'BN301 statistic-drift'
+    """
+    return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in installed_rules()}
 
 
 def _runs(reader: LogReader, _: Mapping[str, str]) -> _Answer:

@@ -1,4 +1,7 @@
-"""Writes the reports of a monitor into event files, for the tab and for viewers without it."""
+"""Writes the reports of a monitor into event files, for the tab and for viewers without it.
+
+Viewers without the tab are given a few scalars per metric, and the findings as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,206 @@ from bnguard.tensorboard.records import (
     repair_command,
 )
 
-# What viewers without the tab are given: a few scalars a metric, and the findings as Markdown.
-
-
 _QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+
+
+class ReportLog:
+    """Writes what a monitor observed, and what it found, through summary writers.
+
+    The layers are those of the first report; one that joins later is not shown.
+
+    Args:
+        writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
+        rules: The rules in force, whose limits the colours are anchored at.
+        subjects: What names the model and its data in the commands that are proposed.
+
+    Example:
+        A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
+        ``log.add(monitor.report(final=False), step)``.
+    """
+
+    def __init__(
+        self,
+        writers: Iterable[object],
+        rules: Iterable[Rule] = RULES,
+        subjects: str = SUBJECTS,
+    ) -> None:
+        self._writers = tuple(writers)
+        self._subjects = subjects
+        self._metrics = standard_metrics(rules)
+        self._names: tuple[str, ...] = ()
+        self._logs: list[BatchNormLog] = []
+
+    def add(self, report: Report, step: int) -> None:
+        """Write statistics and findings; those of a step that was written are passed over."""
+        layers = self._layers(report)
+        for log in self._logs:
+            log.add_stats(measured(layers, self._metrics), step)
+            log.add_findings(map(self._record, report.findings), step)
+
+    def add_channels(self, report: Report, step: int) -> None:
+        """Write what is known of each channel; worth it once an evaluation, not every step."""
+        layers = self._layers(report)
+        for log in self._logs:
+            for layer in layers:
+                snapshot = _snapshot(layer)
+                if snapshot is not None:
+                    log.add_channels(layer.name, snapshot, step)
+
+    def scalars(self, report: Report) -> dict[str, float]:
+        """Return a few quantiles over the layers of each metric, name to number, for any logger."""
+        return lean_scalars(self._metrics, measured(report.layers, self._metrics))
+
+    def _record(self, finding: Finding) -> Record:
+        command = repair_command(finding.fix.repair, self._subjects)
+        raw = finding.to_dict()
+        return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
+
+    def _layers(self, report: Report) -> Sequence[LayerHistory]:
+        """Return the layers in the order of the columns, which the first report sets."""
+        if not self._names and report.layers:
+            in_order = sorted(
+                report.layers,
+                key=lambda layer: len(report.layers) if layer.position is None else layer.position,
+            )
+            self._names = tuple(layer.name for layer in in_order)
+            kinds = [layer.kind for layer in in_order]
+            self._logs = [
+                BatchNormLog(writer, self._names, self._metrics, kinds) for writer in self._writers
+            ]
+        by_name = {layer.name: layer for layer in report.layers}
+        return [by_name.get(name, LayerHistory(name=name, channels=0)) for name in self._names]
+
+
+class BatchNormLog:
+    """Writes the log of one run: the statistics of every logged step, findings, channels.
+
+    Args:
+        writer: A ``SummaryWriter`` of torch or tensorboardX.
+        layers: Names of the layers in forward order.
+        metrics: What the rows of the statistics are; see ``metadata.standard_metrics``.
+        kinds: Class name of each layer, so that runs with other norms can be compared.
+    """
+
+    def __init__(
+        self,
+        writer: object,
+        layers: Sequence[str],
+        metrics: Sequence[Metric],
+        kinds: Sequence[str] = (),
+    ) -> None:
+        self._writer = writer
+        self._sink = EventSink(writer)
+        self._header = Header(layers=tuple(layers), metrics=tuple(metrics), kinds=tuple(kinds))
+        self._content = self._header.encode()
+        self._last_step: int | None = None
+        self._last_findings = encode_findings([])
+
+    def add_stats(self, values: npt.ArrayLike, step: int) -> None:
+        """Write one number a metric and layer; a step that was written already is passed over.
+
+        Args:
+            values: Shape ``(metrics, layers)``; NaN where something was not observed.
+            step: Training step.
+
+        Raises:
+            ValueError: The shape is another.
+        """
+        tensor = np.asarray(values, dtype=np.float32)
+        if tensor.shape != self._header.shape:
+            raise ValueError(
+                f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
+            )
+        # With gradient accumulation a step is logged once a micro-batch.
+        if step == self._last_step:
+            return
+        self._last_step = step
+        self._sink.add_array(STATS_TAG, tensor, step, self._content)
+
+    def add_findings(self, findings: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Write all findings so far, where they differ from those written last.
+
+        They are written as Markdown text as well, for viewers without the tab.
+
+        Args:
+            findings: Records as in :mod:`bnguard.tensorboard.records`; what ``Finding.to_dict``
+                returns will do.
+            step: Training step.
+        """
+        records = list(findings)
+        text = encode_findings(records)
+        if text == self._last_findings:
+            return
+        self._last_findings = text
+        self._sink.add_string(FINDINGS_TAG, text, step)
+        add_text = getattr(self._writer, "add_text", None)
+        if add_text is not None:
+            markdown = findings_markdown(records)
+            with user_code(type(self._writer).__name__):
+                add_text(FINDINGS_TAG, markdown, step)
+
+    def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
+        """Write what is known of each channel of a layer."""
+        self._sink.add_array(CHANNELS_TAG + layer, snapshot.rows(), step, encode_rows(CHANNEL_ROWS))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChannelSnapshot:
+    """What is known of each channel of a layer at one step; arrays have shape ``(C,)``.
+
+    Attributes:
+        running_mean: Running mean.
+        running_var: Running variance.
+        batch_mean: Mean of the training batch; None where not observed, as for the others.
+        batch_var: Variance of the training batch.
+        eval_mean: Mean of what arrived in eval mode.
+        eval_var: Variance of what arrived in eval mode.
+        gamma: Scale; None without affine parameters.
+        beta: Offset.
+        is_dead: Which channels have no variance, as a rule sees it; None for those whose running
+            variance is not above ``eps``.
+        eps: What is added to a variance before the square root.
+    """
+
+    running_mean: FloatArray
+    running_var: FloatArray
+    batch_mean: FloatArray | None = None
+    batch_var: FloatArray | None = None
+    eval_mean: FloatArray | None = None
+    eval_var: FloatArray | None = None
+    gamma: FloatArray | None = None
+    beta: FloatArray | None = None
+    is_dead: npt.NDArray[np.bool_] | None = None
+    eps: float = 1e-5
+
+    def rows(self) -> npt.NDArray[np.float16]:
+        """Return the snapshot as it is stored: ``CHANNEL_ROWS`` by channels, float16."""
+        running_mean = np.asarray(self.running_mean, dtype=np.float64)
+        running_var = np.asarray(self.running_var, dtype=np.float64)
+        unknown = np.full(running_mean.shape, np.nan)
+
+        def shift(mean: FloatArray | None) -> FloatArray:
+            known = unknown if mean is None else np.asarray(mean, dtype=np.float64)
+            return shift_std(known, running_mean, running_var, self.eps)
+
+        def ratio(var: FloatArray | None) -> FloatArray:
+            known = unknown if var is None else np.asarray(var, dtype=np.float64)
+            return log_variance_ratio(known, running_var, self.eps)
+
+        # Poisoned statistics give NaN and overflowing ones Inf: both are meant to be seen.
+        with np.errstate(all="ignore"):
+            rows = {
+                "batch_shift_std": shift(self.batch_mean),
+                "batch_log_variance_ratio": ratio(self.batch_var),
+                "eval_shift_std": shift(self.eval_mean),
+                "eval_log_variance_ratio": ratio(self.eval_var),
+                "running_mean": running_mean,
+                "running_std": np.sqrt(running_var + self.eps),
+                "gamma": np.ones_like(unknown) if self.gamma is None else self.gamma,
+                "beta": np.zeros_like(unknown) if self.beta is None else self.beta,
+                "is_dead": running_var <= self.eps if self.is_dead is None else self.is_dead,
+            }
+            return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
 
 
 def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
@@ -115,208 +314,6 @@ def _cell(text: str) -> str:
     """Escape what Markdown or HTML would read as markup: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
-
-
-# Writes what the BatchNorm tab shows, into the event file of the user's own summary writer.
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelSnapshot:
-    """What is known of each channel of a layer at one step; arrays have shape ``(C,)``.
-
-    Attributes:
-        running_mean: Running mean.
-        running_var: Running variance.
-        batch_mean: Mean of the training batch; None where not observed, as for the others.
-        batch_var: Variance of the training batch.
-        eval_mean: Mean of what arrived in eval mode.
-        eval_var: Variance of what arrived in eval mode.
-        gamma: Scale; None without affine parameters.
-        beta: Offset.
-        is_dead: Which channels have no variance, as a rule sees it; None for those whose running
-            variance is not above ``eps``.
-        eps: What is added to a variance before the square root.
-    """
-
-    running_mean: FloatArray
-    running_var: FloatArray
-    batch_mean: FloatArray | None = None
-    batch_var: FloatArray | None = None
-    eval_mean: FloatArray | None = None
-    eval_var: FloatArray | None = None
-    gamma: FloatArray | None = None
-    beta: FloatArray | None = None
-    is_dead: npt.NDArray[np.bool_] | None = None
-    eps: float = 1e-5
-
-    def rows(self) -> npt.NDArray[np.float16]:
-        """Return the snapshot as it is stored: ``CHANNEL_ROWS`` by channels, float16."""
-        running_mean = np.asarray(self.running_mean, dtype=np.float64)
-        running_var = np.asarray(self.running_var, dtype=np.float64)
-        unknown = np.full(running_mean.shape, np.nan)
-
-        def shift(mean: FloatArray | None) -> FloatArray:
-            known = unknown if mean is None else np.asarray(mean, dtype=np.float64)
-            return shift_std(known, running_mean, running_var, self.eps)
-
-        def ratio(var: FloatArray | None) -> FloatArray:
-            known = unknown if var is None else np.asarray(var, dtype=np.float64)
-            return log_variance_ratio(known, running_var, self.eps)
-
-        # Poisoned statistics give NaN and overflowing ones Inf: both are meant to be seen.
-        with np.errstate(all="ignore"):
-            rows = {
-                "batch_shift_std": shift(self.batch_mean),
-                "batch_log_variance_ratio": ratio(self.batch_var),
-                "eval_shift_std": shift(self.eval_mean),
-                "eval_log_variance_ratio": ratio(self.eval_var),
-                "running_mean": running_mean,
-                "running_std": np.sqrt(running_var + self.eps),
-                "gamma": np.ones_like(unknown) if self.gamma is None else self.gamma,
-                "beta": np.zeros_like(unknown) if self.beta is None else self.beta,
-                "is_dead": running_var <= self.eps if self.is_dead is None else self.is_dead,
-            }
-            return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
-
-
-class BatchNormLog:
-    """Writes the log of one run: the statistics of every logged step, findings, channels.
-
-    Args:
-        writer: A ``SummaryWriter`` of torch or tensorboardX.
-        layers: Names of the layers in forward order.
-        metrics: What the rows of the statistics are; see ``metadata.standard_metrics``.
-        kinds: Class name of each layer, so that runs with other norms can be compared.
-    """
-
-    def __init__(
-        self,
-        writer: object,
-        layers: Sequence[str],
-        metrics: Sequence[Metric],
-        kinds: Sequence[str] = (),
-    ) -> None:
-        self._writer = writer
-        self._sink = EventSink(writer)
-        self._header = Header(layers=tuple(layers), metrics=tuple(metrics), kinds=tuple(kinds))
-        self._content = self._header.encode()
-        self._last_step: int | None = None
-        self._last_findings = encode_findings([])
-
-    def add_stats(self, values: npt.ArrayLike, step: int) -> None:
-        """Write one number a metric and layer; a step that was written already is passed over.
-
-        Args:
-            values: Shape ``(metrics, layers)``; NaN where something was not observed.
-            step: Training step.
-
-        Raises:
-            ValueError: The shape is another.
-        """
-        tensor = np.asarray(values, dtype=np.float32)
-        if tensor.shape != self._header.shape:
-            raise ValueError(
-                f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
-            )
-        # With gradient accumulation a step is logged once a micro-batch.
-        if step == self._last_step:
-            return
-        self._last_step = step
-        self._sink.add_array(STATS_TAG, tensor, step, self._content)
-
-    def add_findings(self, findings: Iterable[Mapping[str, Any]], step: int) -> None:
-        """Write all findings so far, where they differ from those written last.
-
-        They are written as Markdown text as well, for viewers without the tab.
-
-        Args:
-            findings: Records as in :mod:`bnguard.tensorboard.records`; what ``Finding.to_dict``
-                returns will do.
-            step: Training step.
-        """
-        records = list(findings)
-        text = encode_findings(records)
-        if text == self._last_findings:
-            return
-        self._last_findings = text
-        self._sink.add_string(FINDINGS_TAG, text, step)
-        add_text = getattr(self._writer, "add_text", None)
-        if add_text is not None:
-            markdown = findings_markdown(records)
-            with user_code(type(self._writer).__name__):
-                add_text(FINDINGS_TAG, markdown, step)
-
-    def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
-        """Write what is known of each channel of a layer."""
-        self._sink.add_array(CHANNELS_TAG + layer, snapshot.rows(), step, encode_rows(CHANNEL_ROWS))
-
-
-class ReportLog:
-    """Writes what a monitor observed, and what it found, through summary writers.
-
-    The layers are those of the first report; one that joins later is not shown.
-
-    Args:
-        writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
-        rules: The rules in force, whose limits the colours are anchored at.
-        subjects: What names the model and its data in the commands that are proposed.
-
-    Example:
-        A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
-        ``log.add(monitor.report(final=False), step)``.
-    """
-
-    def __init__(
-        self,
-        writers: Iterable[object],
-        rules: Iterable[Rule] = RULES,
-        subjects: str = SUBJECTS,
-    ) -> None:
-        self._writers = tuple(writers)
-        self._subjects = subjects
-        self._metrics = standard_metrics(rules)
-        self._names: tuple[str, ...] = ()
-        self._logs: list[BatchNormLog] = []
-
-    def add(self, report: Report, step: int) -> None:
-        """Write statistics and findings; those of a step that was written are passed over."""
-        layers = self._layers(report)
-        for log in self._logs:
-            log.add_stats(measured(layers, self._metrics), step)
-            log.add_findings(map(self._record, report.findings), step)
-
-    def add_channels(self, report: Report, step: int) -> None:
-        """Write what is known of each channel; worth it once an evaluation, not every step."""
-        layers = self._layers(report)
-        for log in self._logs:
-            for layer in layers:
-                snapshot = _snapshot(layer)
-                if snapshot is not None:
-                    log.add_channels(layer.name, snapshot, step)
-
-    def scalars(self, report: Report) -> dict[str, float]:
-        """Return a few quantiles over the layers of each metric, name to number, for any logger."""
-        return lean_scalars(self._metrics, measured(report.layers, self._metrics))
-
-    def _record(self, finding: Finding) -> Record:
-        command = repair_command(finding.fix.repair, self._subjects)
-        raw = finding.to_dict()
-        return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
-
-    def _layers(self, report: Report) -> Sequence[LayerHistory]:
-        """Return the layers in the order of the columns, which the first report sets."""
-        if not self._names and report.layers:
-            in_order = sorted(
-                report.layers,
-                key=lambda layer: len(report.layers) if layer.position is None else layer.position,
-            )
-            self._names = tuple(layer.name for layer in in_order)
-            kinds = [layer.kind for layer in in_order]
-            self._logs = [
-                BatchNormLog(writer, self._names, self._metrics, kinds) for writer in self._writers
-            ]
-        by_name = {layer.name: layer for layer in report.layers}
-        return [by_name.get(name, LayerHistory(name=name, channels=0)) for name in self._names]
 
 
 def _snapshot(layer: LayerHistory) -> ChannelSnapshot | None:

@@ -1,4 +1,4 @@
-"""The numbers that causes are told from, and what they say: what is worse, what is a cure."""
+"""The numbers that causes are told from, and the other statistics that they come from."""
 
 from __future__ import annotations
 
@@ -50,6 +50,9 @@ _FIRST_ALONE = 1.5
 _NEARER = 0.6
 # Noise explains a distance up to so many times the expected one: small batches have heavy tails.
 _MAX_NOISE = 4.0
+_RUNNING = ("reference", "evaluation", "stored")
+# The quantile of the absolute value of a normal variable that CHANNEL_QUANTILE is: 90 %.
+_NORMAL_QUANTILE = 1.645
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +247,6 @@ class Numbers:
         return all(0.0 <= each <= 1.0 for each in scores)
 
 
-_RUNNING = ("reference", "evaluation", "stored")
-
-
 def is_harmful(change: float, flipped_share: float) -> bool:
     """Return whether outputs changed more than they do between healthy statistics.
 
@@ -269,9 +269,6 @@ def _distance(row: Row) -> float:
 
 def _number_or_lowest(score: float | None) -> float:
     return -math.inf if score is None or math.isnan(score) else score
-
-
-# Statistics to try in place of the stored ones, computed from data.
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,13 +366,6 @@ def _mean(parts: Sequence[Moments]) -> RunningStatistics:
     mean = torch.stack([part.mean for part in parts]).mean(0)
     var = torch.stack([part.var_unbiased for part in parts]).mean(0)
     return RunningStatistics(mean=mean.numpy(), var=var.numpy(), updates=None)
-
-
-# What the training data tell of how the stored statistics came about.
-
-
-# The quantile of the absolute value of a normal variable that CHANNEL_QUANTILE is: 90 %.
-_NORMAL_QUANTILE = 1.645
 
 
 def read_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training:

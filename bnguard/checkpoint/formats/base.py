@@ -1,4 +1,7 @@
-"""What a format of checkpoints has to do: recognise a path, open it, copy it with changes."""
+"""What a format of checkpoints does: recognise a path, open it, copy it with changes.
+
+And what formats of several files share: a folder, a note in it, how it is copied.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,13 @@ from pathlib import Path
 from bnguard.checkpoint.contents import LONGEST_PROVENANCE_BYTES, Contents, parse_provenance
 from bnguard.checkpoint.files import Patch, first_bytes, unreadable
 from bnguard.checkpoint.unpickling import damaged
+
+# How names of checkpoints end; a file that is named is read whatever its name.
+ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
+# What transformers saves beside a model: no model is in these.
+_COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
+_PROVENANCE = "bnguard-provenance.json"
+CopyFile = Callable[[Path, Path, Sequence[Patch]], None]
 
 
 class Format(ABC):
@@ -48,18 +58,6 @@ class Format(ABC):
             CheckpointError: The checkpoint cannot be read or is damaged.
             OSError: The copy cannot be written.
         """
-
-
-# What checkpoints of several files have in common: a folder, a note in it, how it is copied.
-
-
-# How names of checkpoints end; a file that is named is read whatever its name.
-ENDINGS = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
-# What transformers saves beside a model: no model is in these.
-_COMPANIONS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
-_PROVENANCE = "bnguard-provenance.json"
-
-CopyFile = Callable[[Path, Path, Sequence[Patch]], None]
 
 
 def member(folder: Path, name: object) -> Path:

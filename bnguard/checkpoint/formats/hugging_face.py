@@ -1,4 +1,4 @@
-"""Hugging Face's folder of one file: the weights, and beside them what describes the model."""
+"""Folders as Hugging Face saves them: weights in one file or in shards, and their description."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from bnguard.checkpoint.formats.torch_zip import TorchZip
 from bnguard.checkpoint.unpickling import damaged, mapping_of
 from bnguard.errors import CheckpointError
 
-# Hugging Face's sharded checkpoints: a folder of files, and an index that says what is where.
-
-
 # transformers prefers safetensors where a folder has both.
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _SHARD_FORMATS: tuple[Format, ...] = (Safetensors(), TorchZip(), TorchLegacy())
 _LARGEST_INDEX_BYTES = 2**25
+_DESCRIPTION = "config.json"
+_SUFFIXES = (".safetensors", ".bin")
 
 
 class Sharded(Format):
@@ -107,10 +106,6 @@ def shard_format(shard: Path) -> Format:
             return candidate
     state = "cannot be read as one" if shard.exists() else "is missing"
     raise CheckpointError(f"{shard}: a shard of the checkpoint {state}; copy it again")
-
-
-_DESCRIPTION = "config.json"
-_SUFFIXES = (".safetensors", ".bin")
 
 
 class Pretrained(Format):

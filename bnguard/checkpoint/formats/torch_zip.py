@@ -32,9 +32,6 @@ from bnguard.checkpoint.stored_tensors import Storage, StoredTensor
 from bnguard.checkpoint.unpickling import TypedStorage, read_pickle, storage_dtype
 from bnguard.errors import CheckpointError, printable
 
-# Zip archives as torch writes them: records that are read, and checksummed, where they lie.
-
-
 LOCAL_MAGIC = b"PK\x03\x04"
 _DESCRIPTOR_MAGIC = b"PK\x07\x08"
 _LOCAL_HEADER_BYTES = 30
@@ -45,8 +42,13 @@ _HAS_DESCRIPTOR = 0x0008
 _IS_ENCRYPTED = 0x0001
 # About a million records.
 _LARGEST_DIRECTORY_BYTES = 2**26
-
 _MALFORMED = (BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error)
+_PICKLE = "data.pkl"
+_PROVENANCE = "bnguard/provenance.json"
+# What torch keeps for itself: nothing that a user saved.
+_BOOKKEEPING = frozenset(
+    {"version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,14 +168,6 @@ def _checksum_position(archive: Archive, record: ZipInfo, content: Source) -> in
     end = content.start + content.size
     has_magic = source.read(end - source.start, 4) == _DESCRIPTOR_MAGIC
     return end + len(_DESCRIPTOR_MAGIC) * has_magic
-
-
-_PICKLE = "data.pkl"
-_PROVENANCE = "bnguard/provenance.json"
-# What torch keeps for itself: nothing that a user saved.
-_BOOKKEEPING = frozenset(
-    {"version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
-)
 
 
 @dataclass(frozen=True, eq=False)
