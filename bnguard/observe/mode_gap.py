@@ -239,6 +239,7 @@ class GapProbe:
         self._device = "cpu" if not means or means[0] is None else means[0].device.type
         self._smallest: _Call | None = None
         self._largest: _Call | None = None
+        self._of_batch: _OfBatch | None = None
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
             if not self._layers
@@ -249,13 +250,21 @@ class GapProbe:
             keep = self._keeper(depth, _without_compilation(module))
             self.hooks.before(module, keep, with_kwargs=True)
 
+    @property
+    def has_batch(self) -> bool:
+        """Whether a batch was kept."""
+        return self._smallest is not None
+
     def close(self) -> None:
         """Take the hooks off and let the batch go."""
         self.hooks.close()
-        self._smallest = self._largest = None
+        self._smallest = self._largest = self._of_batch = None
 
     def measure(self) -> ModeGap | str:
-        """Return the mode gap on the batch kept, or why it could not be measured."""
+        """Return the mode gap on the batch kept, or why it could not be measured.
+
+        Once measured, it costs one forward to measure it again with other running statistics.
+        """
         if self._smallest is None or self._largest is None:
             return self._reason
         if _is_spread_over_ranks(self._layers):
@@ -268,9 +277,24 @@ class GapProbe:
                 preserve_buffers(self._model),
                 preserve_statistics(self._layers),
             ):
-                return _measured(self._smallest, self._largest, self._layers)
+                return self._compare(self._smallest, self._largest)
         except Exception as error:
             return f"the batch could not be run again: {type(error).__name__}: {error}"
+
+    def _compare(self, smallest: _Call, largest: _Call) -> ModeGap:
+        running = smallest.outputs()
+        scores = running if largest is smallest else largest.outputs()
+        if self._of_batch is None:
+            for layer in self._layers:
+                layer.module.training = True
+            self._of_batch = _run_on_batch_statistics(smallest, largest)
+        batch = self._of_batch
+        return ModeGap(
+            samples=smallest.samples,
+            relative_change=relative_change(*_compared(running, batch.outputs, smallest.samples)),
+            sampling_change=batch.sampling_change,
+            flipped_share=flipped_share(*_compared(scores, batch.scores, largest.samples)),
+        )
 
     def _keeper(self, depth: int, module: nn.Module) -> Callable[..., None]:
         def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -366,27 +390,27 @@ def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
     return is_synchronised and number_of_ranks() > 1
 
 
-def _measured(smallest: _Call, largest: _Call, layers: Sequence[BatchNormLayer]) -> ModeGap:
-    running = smallest.outputs()
-    scores_running = running if largest is smallest else largest.outputs()
-    for layer in layers:
-        layer.module.training = True
-    batch = smallest.outputs()
-    scores_batch = batch if largest is smallest else largest.outputs()
-    rows = places_of_rows([batch], [smallest.samples])
+@dataclass(frozen=True, eq=False)
+class _OfBatch:
+    """What comes out with the statistics of the batch, and how far sampling alone moves it."""
+
+    outputs: list[Tensor]
+    scores: list[Tensor]
+    sampling_change: float | None
+
+
+def _run_on_batch_statistics(smallest: _Call, largest: _Call) -> _OfBatch:
+    outputs = smallest.outputs()
+    scores = outputs if largest is smallest else largest.outputs()
+    rows = places_of_rows([outputs], [smallest.samples])
     sampling, half = None, smallest.samples // 2
     if rows and smallest.samples >= _MIN_SAMPLES_TO_HALVE:
         # Statistics of half a batch are as far from those of the whole as these are from the truth.
         of_half = smallest.outputs(half)
         sampling = relative_change(
-            [of_half[place] for place in rows], [batch[place][:half] for place in rows]
+            [of_half[place] for place in rows], [outputs[place][:half] for place in rows]
         )
-    return ModeGap(
-        samples=smallest.samples,
-        relative_change=relative_change(*_compared(running, batch, smallest.samples)),
-        sampling_change=sampling,
-        flipped_share=flipped_share(*_compared(scores_running, scores_batch, largest.samples)),
-    )
+    return _OfBatch(outputs, scores, sampling)
 
 
 def _compared(
