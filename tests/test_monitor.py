@@ -204,13 +204,14 @@ def test_what_changes_during_evaluation_is_no_batch_of_training():
 
 def test_eval_batches_says_how_many_first_calls_are_read():
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
-    values = torch.randn(5, 4, 2)
+    # Read are blocks of at least 32 samples, of however many calls.
+    values = torch.randn(5, 40, 2)
     with bnguard.watch(model, eval_batches=3) as monitor, monitor.evaluation():
         for part in values:
             model(part)
     (layer,) = monitor.report().layers
     expected = values[:3].reshape(-1, 2).double()
-    assert (layer.evaluated.count, layer.evaluated.batches) == (12, 3)
+    assert (layer.evaluated.count, layer.evaluated.batches) == (120, 3)
     assert torch.allclose(torch.tensor(layer.evaluated.mean), expected.mean(0))
     assert torch.allclose(torch.tensor(layer.evaluated.var_unbiased), expected.var(0))
 

@@ -124,7 +124,9 @@ class SampleProbe:
             return
         means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
         variances = torch.stack([batch.variance for batch in batches]).cpu().double().numpy()
-        yield _Summary(len(batches), means.mean(0), means.var(0, ddof=1), variances.mean(0))
+        with np.errstate(all="ignore"):  # The data may be infinite.
+            spread = means.var(0, ddof=1)
+        yield _Summary(len(batches), means.mean(0), spread, variances.mean(0))
 
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Take in what a batch brings to the model."""
@@ -253,9 +255,9 @@ def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
     if len(windows) < _MIN_WINDOWS:
         return np.empty(0)
     means = np.array([window.mean for window in windows])
-    chance = np.mean([window.spread / window.batches for window in windows], axis=0)
-    within = np.mean([window.variance + window.spread for window in windows], axis=0)
     with np.errstate(all="ignore"):
+        chance = np.mean([window.spread / window.batches for window in windows], axis=0)
+        within = np.mean([window.variance + window.spread for window in windows], axis=0)
         between = np.square(np.diff(means, axis=0)).mean(0) / 2
         between = np.where(between > _MIN_OVER_CHANCE * chance, between - chance, 0.0)
         share = between / (between + within)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from bnguard.layers.bn_layer import BatchNormLayer, adapter_of
@@ -180,7 +181,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _statistics_of(module: nn.Module) -> tuple[str, str] | None:
     """Return the names of a mean and a variance of as many channels that a module keeps."""
-    tensors = _tensors(module)
+    tensors = {name: value for name, value in _tensors(module).items() if not is_lazy(value)}
     pairs = (
         (mean, var)
         for mean in tensors

@@ -47,8 +47,8 @@ class CorrelatedBatches(ModelRule):
             batches of one scanner each more than 100.
         min_batches: Batches in the window before they are judged: 8.
         max_between_windows: Share of the variance between samples that lies between windows, the
-            median over numbers of a sample: 1.5 %, and twice what chance explains. Digits sorted by
-            class have 9 % and more, shuffled ones 0.
+            median over numbers of a sample: 0.015, and twice what chance explains. Digits sorted by
+            class have 0.09 and more, shuffled ones 0.
         max_label_run: Samples of one label in a row, in those of a random order: 4; and a quarter
             of a batch at least.
 
@@ -89,7 +89,7 @@ class CorrelatedBatches(ModelRule):
         if layer is None:
             return
         plan = history.run.plan
-        if plan.label_run is not None and plan.shuffled_label_run is not None:
+        if plan.label_run is not None and plan.shuffled_label_run:
             run = plan.label_run / plan.shuffled_label_run
             if run > self.max_label_run and 4 * plan.label_run >= (plan.batch_size or 0):
                 yield self._in_order(layer, plan.label_run, run)

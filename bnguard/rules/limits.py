@@ -64,7 +64,9 @@ def is_harmful(
     max_flipped_share: float = MAX_FLIPPED_SHARE,
 ) -> bool:
     """Return whether the two modes give different answers, by more than sampling explains."""
-    return is_told(gap) and _exceeds(gap, max_change, max_change_with_flips, max_flipped_share)
+    # Sampling does not make outputs NaN or infinite.
+    is_judged = is_told(gap) or not np.isfinite(gap.relative_change)
+    return is_judged and _exceeds(gap, max_change, max_change_with_flips, max_flipped_share)
 
 
 def is_told(gap: ModeGap) -> bool:

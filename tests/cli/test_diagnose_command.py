@@ -173,7 +173,10 @@ def test_a_plain_state_dict_with_functions(plain):
         (("--model", "mine:build", "--data", "mine:broken"), "disk on fire"),
         (("--model", "mine:build", "--data", "mine:loader", "--model.width", 9), "does not fit"),
         (("--model", "mine:build", "--data", "mine:loader", "--metric", "acc"), "validation_step"),
-        (("--model", "mine:build", "--data", "mine:loader", "--samples", 1), "--samples 1"),
+        (
+            ("--model", "mine:build", "--data", "mine:loader", "--samples", 1),
+            "samples 1 is",
+        ),
         (("--model", "mine:build", "--data", "mine:Data", "--split", "test"), "test_dataloader"),
     ],
 )

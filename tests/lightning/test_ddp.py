@@ -61,7 +61,8 @@ def test_each_rank_reads_its_own_batches_and_the_findings_are_merged(name, case)
     assert run.ranks[0]["plan"] == 2
     assert run.ranks[0]["findings"] == run.ranks[1]["findings"]
     codes = {finding["code"] for finding in run.ranks[0]["findings"]}
-    assert "BN303" in codes
+    # The broadcast statistics of rank 0 fit its evaluation, however few their updates were.
+    assert ("BN303" in codes) is (name == "apart")
     assert "BN203" not in codes
     assert ("BN210" in codes) is (name == "apart")
 

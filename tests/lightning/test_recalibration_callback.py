@@ -400,7 +400,7 @@ def test_options_of_recalibrate_are_passed_on(tiny, trainer_of):
 
 def test_a_pattern_that_matches_no_layer_is_reported(tiny, trainer_of):
     callback = BatchNormRecalibration(layers=["tail.*"], strict=True)
-    with pytest.raises(ConfigurationError, match=r"layers='tail\.\*' matches no BN layer"):
+    with pytest.raises(ConfigurationError, match=r"layers 'tail\.\*' matches no BN layer"):
         trainer_of(callback).fit(tiny())
 
 
@@ -429,7 +429,7 @@ def test_batches_that_are_not_finite_may_be_an_error(tiny, trainer_of):
 )
 def test_unknown_options(options):
     (option,) = options
-    with pytest.raises(ConfigurationError, match=f"^{option}="):
+    with pytest.raises(ConfigurationError, match=f"^{option}[ =]"):
         BatchNormRecalibration(**options)
 
 

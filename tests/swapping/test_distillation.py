@@ -80,7 +80,7 @@ def test_bad_statistics_are_recalibrated_before_they_teach(trained):
     broken[1].running_mean += 5.0
     kept = broken[1].running_mean.clone()
     result = swap(broken, "group", teacher_data=batches, steps=100, progress=False)
-    assert "did not fit teacher_data (the worst: 1)" in result.notes[0]
+    assert "did not fit these data (the worst: 1)" in result.notes[0]
     assert torch.equal(broken[1].running_mean, kept)
     assert accuracy(result.model) > accuracy(model) - 0.02 > accuracy(broken)
     assert swap(model, "group", teacher_data=batches, steps=1, progress=False).notes == ()
@@ -258,7 +258,7 @@ def test_a_generator_is_checked_and_measured_as_a_loader_is(trained):
     broken.load_state_dict(model.state_dict())
     broken[1].running_mean += 5.0
     result = swap(broken, "group", teacher_data=iter(batches), steps=1, progress=False)
-    assert "did not fit teacher_data" in result.notes[0]
+    assert "did not fit these data" in result.notes[0]
     assert result.output_change > 0.0
     assert result.replaced[0].positions == 1
 
