@@ -18,8 +18,9 @@ def infinite(layer):
 
 
 def enlarged(layer):
+    # A state dict does not hold eps: a gain of 15,811 with 1e-5, and of 1,581 with 1e-3.
     layer.running_var[1] = 1e-12
-    layer.weight[1] = 5.0
+    layer.weight[1] = 50.0
 
 
 def inspected(spoil):
