@@ -463,7 +463,7 @@ class _Reader:
         if self.values > _MOST_VALUES:
             raise CheckpointError(
                 f"{self.contents.path}: its running statistics have more than {_MOST_VALUES:,} "
-                "values together; these are no statistics of BN layers"
+                "values together; these are not statistics of BN layers"
             )
         return to_float64(tensor.read(), tensor.dtype)
 
@@ -472,7 +472,7 @@ class _Reader:
         if tensor is None:
             return None
         if tensor.is_meta or tensor.numel != 1 or tensor.dtype not in INTEGER | FLOATING:
-            self._note(group, f"{COUNTER} is no count (shape {tensor.shape}, {tensor.dtype})")
+            self._note(group, f"{COUNTER} is not a count (shape {tensor.shape}, {tensor.dtype})")
             return None
         if tensor.dtype in INTEGER:
             count = int(tensor.read().item())
@@ -480,11 +480,11 @@ class _Reader:
             # Whoever converts a whole state dict converts the counters too.
             stored = float(to_float64(tensor.read(), tensor.dtype).item())
             if not stored.is_integer():
-                self._note(group, f"{COUNTER} is {stored:g} ({tensor.dtype}), which is no count")
+                self._note(group, f"{COUNTER} is {stored:g} ({tensor.dtype}), which is not a count")
                 return None
             count = int(stored)
         if count < 0:
-            self._note(group, f"{COUNTER} is {count}, which is no count")
+            self._note(group, f"{COUNTER} is {count}, which is not a count")
             return None
         return count
 
@@ -563,7 +563,7 @@ def _numbers(noted: object) -> dict[str, float | None]:
 
 
 def _findings(noted: object) -> Iterator[NotedFinding]:
-    """Yield the findings of the training; what is no finding is left out."""
+    """Yield the findings of the training; what is not a finding is left out."""
     for record in noted[:_MOST_FINDINGS] if isinstance(noted, list) else ():
         given = mapping_of(record) or {}
         layer = given.get("layer")

@@ -6,9 +6,9 @@ averages the means of what it is given. The first forward of each part of the mo
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,30 +89,36 @@ class UnknownProbe:
 
     def _spy_on(self, parts: Iterable[nn.Module]) -> None:
         """Look at the calls of ``batch_norm`` in the first training forward of each part."""
+        parts = tuple(parts)
         waiting = {id(part) for part in parts}
-        open_spies: list[tuple[int, contextlib.ExitStack]] = []
+        is_looking = False
+
+        def look(part: nn.Module) -> None:
+            nonlocal is_looking
+            spying = ExitStack()
+
+            def end(*_: object) -> None:
+                nonlocal is_looking
+                handle.remove()
+                is_looking = False
+                spying.close()
+
+            # Not one of the probe's hooks: those may be paused or come off before the forward ends.
+            handle = part.register_forward_hook(end, always_call=True)
+            is_looking = True
+            spying.enter_context(_Spy(self._note_call))
 
         def begin(part: nn.Module) -> Callable[..., None]:
             def note(args: tuple[object, ...]) -> None:
                 if id(part) in waiting and part.training and torch.is_grad_enabled():
                     waiting.discard(id(part))
-                    if not open_spies:
-                        stack = contextlib.ExitStack()
-                        stack.enter_context(_Spy(self._note_call))
-                        open_spies.append((id(part), stack))
-
-            return note
-
-        def end(part: nn.Module) -> Callable[..., None]:
-            def note(args: tuple[object, ...], output: object) -> None:
-                if open_spies and open_spies[-1][0] == id(part):
-                    open_spies.pop()[1].close()
+                    if not is_looking:
+                        look(part)
 
             return note
 
         for part in parts:
             self.hooks.before(part, begin(part))
-            self.hooks.after(part, end(part))
 
     def _note_call(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
         """Note a call of ``batch_norm`` that normalises over the batch, by who made it."""

@@ -100,7 +100,7 @@ def test_one_problem_of_many_layers_is_one_line(tmp_path):
         layer.num_batches_tracked.fill_(100_000)
     torch.save({key: value.half() for key, value in model.state_dict().items()}, tmp_path / "a.pt")
     assert read_checkpoint(tmp_path / "a.pt").problems == (
-        "7 layers: num_batches_tracked is inf (float16), which is no count",
+        "7 layers: num_batches_tracked is inf (float16), which is not a count",
     )
 
 

@@ -343,7 +343,7 @@ def test_a_file_whose_layers_share_one_large_storage_is_refused(tmp_path):
     state = {}
     for number in range(100):
         state |= {f"{number}.running_mean": large, f"{number}.running_var": large}
-    with pytest.raises(CheckpointError, match="no statistics of BN layers"):
+    with pytest.raises(CheckpointError, match="not statistics of BN layers"):
         read_checkpoint(saved(state, tmp_path))
 
 

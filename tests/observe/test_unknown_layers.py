@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,3 +153,29 @@ def test_a_loader_in_order_says_how_long_a_label_stays():
     assert plan_training(loader(torch.zeros(10).long())).label_run is None
     assert plan_training(loader(torch.arange(10), shuffle=True)).label_run is None
     assert plan_training(loader(torch.rand(10))).label_run is None
+
+
+@pytest.mark.parametrize("event", ["closes", "raises", "pauses"])
+def test_no_function_mode_outlives_the_first_forward(event):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            if event == "closes":
+                monitor.close()
+            if event == "raises":
+                raise KeyError("of the user's")
+            if event == "pauses":
+                monitor._observer._unknown.hooks._is_paused = True
+            return self.norm(x)
+
+    model = Net()
+    monitor = bnguard.watch(model)
+    before = torch._C._len_torch_function_stack()
+    with contextlib.suppress(KeyError):
+        model(torch.randn(8, 3))
+    assert torch._C._len_torch_function_stack() == before
+    monitor.close()
+    assert not model._forward_hooks
