@@ -430,7 +430,10 @@ class _Machine:
             return self.line()
         layout = _SIZES.get(kind.n)
         if layout is None:
-            return kind.reader(self.stream)
+            value = kind.reader(self.stream)
+            if isinstance(value, int) and value.bit_length() > 8 * _LONGEST_INTEGER_BYTES:
+                raise ValueError("an integer that is too long")
+            return value
         (size,) = layout.unpack(self.bytes_of(layout.size))
         if opcode.name in ("LONG1", "LONG4"):
             if not 0 <= size <= _LONGEST_INTEGER_BYTES:

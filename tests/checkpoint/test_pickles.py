@@ -179,7 +179,7 @@ def test_nothing_is_imported(tmp_path):
         b"\x8b\xff\xff\xff\x7fabc.",
         b"\x8b\xff\xff\xff\xff.",
         b"I" + b"9" * 100_000 + b"\n.",
-        b"L" + b"9" * 5000 + b"\n.",
+        b"L" + b"9" * 4000 + b"\n.",
         b"Fnan?\n.",
         b"c" + b"x" * 100_000 + b"\nx\n.",
         b"cos\n\xff\n.",
