@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from hypothesis import HealthCheck, settings
 # there are, which is to be seen with two.
 torch.set_num_threads(int(os.environ.get("BNGUARD_TEST_THREADS", "1")))
 
+
+# Processes that tests start, in folders of their own, import modules of the tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would all that is started
 # from here.

@@ -65,6 +65,10 @@ def main(folder: Path, ranks: int) -> None:
     trainer.fit(module, DataLoader(data(), 8), DataLoader(data(), 8))
     by_callback = {name: (s.mean, s.var) for name, s in callback.result.after.items()}
     torch.save((module.state_dict(), by_callback), folder / f"{trainer.global_rank}.pt")
+    if torch.distributed.is_initialized():
+        # Else the threads of gloo may outlive what they use, and abort the process.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

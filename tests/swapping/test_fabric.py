@@ -97,6 +97,9 @@ RANKS = """
         (learnt.distance_before, learnt.distance, learnt.best_step, weights),
         f"{sys.argv[1]}/{rank}.pt",
     )
+    # Else the threads of gloo may outlive what they use, and abort the process.
+    fabric.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
