@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -61,7 +61,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
     parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument("--to", type=str, default="group", help=_TARGETS)
-    parser.add_argument("--groups", type=PositiveInt, default=32, help="groups of a layer, at most")
+    parser.add_argument(
+        "--groups",
+        type=Optional[PositiveInt],  # noqa: UP045 - PositiveInt is not a type to join with |
+        help="groups of a layer, at most; by default those that fit each layer best",
+    )
     parser.add_argument("--exclude", type=list[str], default=[], help="layers to leave")
     parser.add_argument(
         "--steps", type=NonNegativeInt, default=200, help="steps to learn at most; 0 only swaps"
@@ -74,7 +78,13 @@ def make_parser() -> ArgumentParser:
         default="32-true",
         help="as the Trainer names it",
     )
-    parser.add_argument("--metric", type=str, help="validation metric to show")
+    parser.add_argument("--metric", type=str, help="validation metric that decides")
+    parser.add_argument(
+        "--keep",
+        type=Literal["if-better", "always"],
+        default="if-better",
+        help="if-better writes nothing if the swapped model is clearly worse",
+    )
     parser.add_argument("--output", type=str, help="where to write; NAME-swapped by default")
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -99,14 +109,18 @@ def _swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     fabric = _fabric(model, device, values)
     validation = data.loader("val") if data.has("val") else None
     scorer = validation_score(request, model, validation, device)
-    # Before the work: a metric that does not exist must not cost its result.
-    before = _score(scorer, model)
-    result = _swapped(model, data, fabric, values)
+    result = _swapped(model, data, fabric, scorer, values)
+    if not result.is_kept:
+        if values.json:
+            show_document({**result.to_dict(), "action": "swap", "written": None})
+        else:
+            show(result)
+            say("not written: use --keep always to write it anyway")
+        return 1
     provenance = {"action": "swap", "to": result.to, "groups": result.groups}
     state_dict = result.model.state_dict()
     write_model(checkpoint, output, state_dict, provenance, force=values.force)
     code = _recipe(result, request.subjects["model"], values, loading_code(checkpoint, output))
-    after = _score(scorer, result.model)
 
     if values.json:
         document = {
@@ -114,17 +128,12 @@ def _swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
             "action": "swap",
             "written": str(output),
             "code": code,
-            "metric": None if scorer is None else scorer.name,
-            "score_before": before,
-            "score_after": after,
+            "metric": None if scorer is None else scorer.meaning,
         }
         show_document(document)
         return 0
     show(result)
-    if scorer is None:
-        say(NOT_SCORED)
-    else:
-        say(f"{scorer.name} {before:.4g} with BN, {after:.4g} swapped")
+    say(NOT_SCORED if scorer is None else f"the score is {scorer.meaning}")
     say(f"written: {output}; weights alone, so begin a new training rather than resume the old")
     say(f"the model that it fits:\n\n{code}")
     return 0
@@ -142,7 +151,9 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(model: nn.Module, data: Data, fabric: Any, values: Namespace) -> Swap:
+def _swapped(
+    model: nn.Module, data: Data, fabric: Any, scorer: ValidationScore | None, values: Namespace
+) -> Swap:
     from bnguard.cli.scoring import forward_of
     from bnguard.swapping.api import swap
 
@@ -159,6 +170,9 @@ def _swapped(model: nn.Module, data: Data, fabric: Any, values: Namespace) -> Sw
         teacher_data=loader if values.steps else None,
         steps=max(values.steps, 1),
         forward=forward_of(model),
+        # A copy, since a Trainer leaves itself in the module, which then cannot be copied.
+        score=None if scorer is None else lambda module: scorer(copy.deepcopy(module)),
+        keep=values.keep,
         fabric=fabric if values.steps else None,
         progress=not values.json,
     )
@@ -177,11 +191,6 @@ def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Any:
         raise ConfigurationError(
             f"--device {device} --precision {values.precision} cannot be used: {error}"
         ) from error
-
-
-def _score(scorer: ValidationScore | None, model: nn.Module) -> float | None:
-    # A copy, since a Trainer leaves itself in the module, which then cannot be copied.
-    return None if scorer is None else scorer.value(copy.deepcopy(model))
 
 
 def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:

@@ -32,8 +32,8 @@ from bnguard.lightning.scoring import (
     twin_of,
 )
 from bnguard.lightning.trainer import GuardedCallback, Split, guarded, is_fitting, unlogged
-from bnguard.recalibration.api import Keep, Method, check_options, recalibrate
-from bnguard.recalibration.options import patterns_of
+from bnguard.recalibration.api import Method, check_options, recalibrate
+from bnguard.recalibration.options import Keep, patterns_of
 from bnguard.recalibration.result import Recalibration
 from bnguard.recalibration.statistics import OnNonfinite
 

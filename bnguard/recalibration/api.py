@@ -33,9 +33,11 @@ from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, rea
 from bnguard.recalibration.exact import calibrate_exactly
 from bnguard.recalibration.memory import memory_limit
 from bnguard.recalibration.options import (
+    Keep,
     Score,
     SkippedLayer,
     as_number,
+    require_keep,
     require_samples,
     require_score,
     select_layers,
@@ -58,7 +60,6 @@ from bnguard.recalibration.statistics import (
 )
 
 Method = Literal["exact", "precise", "adapt"]
-Keep = Literal["if-better", "always"]
 
 METHODS: dict[Method, Callable[[Job], Calibration]] = {
     "exact": calibrate_exactly,
@@ -156,7 +157,7 @@ def recalibrate(
     _require_writable(selection.layers)
     saved = save_statistics(selection.layers)
     before = {layer.name: running_statistics(layer) for layer in selection.layers}
-    gate = _Gate(model, score, ranks)
+    gate = _Gate(model, score)
     share = _split_samples(samples, ranks)
     rows = SampledRows()
     batches = read_batches(loader, inner, forward, samples=share, device=device)
@@ -251,13 +252,13 @@ def check_options(
     """
     for option, value, known in (
         ("method", method, get_args(Method)),
-        ("keep", keep, get_args(Keep)),
         ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
     ):
         if value not in known:
             raise ConfigurationError(
                 f"{option} {value!r} does not exist: use {' or '.join(map(repr, known))}"
             )
+    require_keep(keep)
     require_samples(samples, 1)
     require_score(score)
     if not _is_finite(prior) or prior < 0 or (prior and method != "adapt"):
@@ -279,9 +280,9 @@ class _Gate:
         after: The score with the new ones.
     """
 
-    def __init__(self, model: nn.Module, score: Score | None, ranks: Ranks) -> None:
-        self._model, self._score, self._ranks = model, score, ranks
-        self.before = self._measure()
+    def __init__(self, model: nn.Module, score: Score | None) -> None:
+        self._model, self._score = model, score
+        self.before = None if score is None else measure_score(model, score)
         self.after: float | None = None
 
     @property
@@ -295,21 +296,23 @@ class _Gate:
 
     def measure_after(self) -> None:
         """Measure the score again."""
-        self.after = self._measure()
+        self.after = None if self._score is None else measure_score(self._model, self._score)
 
-    def _measure(self) -> float | None:
-        """Return the mean score of all ranks, in eval mode and without gradients."""
-        score = self._score
-        if score is None:
-            return None
-        with (
-            preserve_modes(self._model),
-            preserve_random_states(self._model),
-            preserve_statistics(find_layers(self._model)),
-            torch.no_grad(),
-        ):
-            self._model.eval()
-            return fmean(self._ranks.together(lambda: as_number(score(self._model))))
+
+def measure_score(model: nn.Module, score: Score) -> float:
+    """Return the mean score of all ranks, in eval mode and without gradients.
+
+    Raises:
+        ConfigurationError: The score is not a number.
+    """
+    with (
+        preserve_modes(model),
+        preserve_random_states(model),
+        preserve_statistics(find_layers(model)),
+        torch.no_grad(),
+    ):
+        model.eval()
+        return fmean(current_ranks().together(lambda: as_number(score(model))))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +15,7 @@ from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper, without_layers
 
 Score = Callable[[nn.Module], float]
+Keep = Literal["if-better", "always"]
 
 
 def is_whole(number: object, fewest: int) -> bool:
@@ -54,6 +56,17 @@ def require_score(score: object) -> None:
     """
     if score is not None and not callable(score):
         raise ConfigurationError(f"score={score!r} is not a function: score(model) gives a number")
+
+
+def require_keep(keep: object) -> None:
+    """Make sure that an option says when to keep a result.
+
+    Raises:
+        ConfigurationError: It says something else.
+    """
+    if keep not in get_args(Keep):
+        known = " or ".join(map(repr, get_args(Keep)))
+        raise ConfigurationError(f"keep {keep!r} does not exist: use {known}")
 
 
 def as_number(score: object) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
@@ -22,11 +23,19 @@ from bnguard.layers.bn_layer import (
 )
 from bnguard.layers.preserve import preserve_random_states
 from bnguard.observe.mode_gap import float_tensors, places_of_rows, relative_change
+from bnguard.recalibration.api import measure_score
 from bnguard.recalibration.batches import Batch, Forward, read_batches
 from bnguard.recalibration.layer_inputs import read_inputs
-from bnguard.recalibration.options import is_whole, patterns_of
-from bnguard.swapping.distillation import OwnDevice
-from bnguard.swapping.result import ReplacedLayer, Swap
+from bnguard.recalibration.options import (
+    Keep,
+    Score,
+    is_whole,
+    patterns_of,
+    require_keep,
+    require_score,
+)
+from bnguard.swapping.distillation import Distillation, OwnDevice, Pair
+from bnguard.swapping.result import HARMFUL_CHANGE_STD, ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
     SwapPlan,
     add_tail,
@@ -37,10 +46,8 @@ from bnguard.swapping.surgery import (
     replace_modules,
 )
 from bnguard.swapping.targets import (
-    DEFAULT_GROUPS,
     Factory,
     Groups,
-    GroupTarget,
     Target,
     find_target,
     measure_positions,
@@ -49,21 +56,24 @@ from bnguard.swapping.targets import (
 from bnguard.swapping.teacher import teach
 
 _SAMPLES_TO_COMPARE = 128
-_NO_NOTES: tuple[str, ...] = ()
+# What a swapped model may lose of its score, and how much a negative one, a loss, may grow.
+_MAX_SCORE_LOSS = 0.05
+_MAX_LOSS_GROWTH = 0.25
 
 
 def swap(
     model: nn.Module,
     to: str | Factory = "group",
     *,
-    groups: Groups = DEFAULT_GROUPS,
-    min_values_per_group: int = 16,
+    groups: Groups | None = None,
     layers: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     sample: object = None,
     teacher_data: Iterable[object] | None = None,
     steps: int = 200,
     forward: Forward | None = None,
+    score: Score | None = None,
+    keep: Keep = "if-better",
     fabric: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     in_place: bool = False,
@@ -82,20 +92,27 @@ def swap(
             ``"batch-renorm"`` (Ioffe 2017), ``"frozen"`` (running statistics as constants),
             ``"sync"`` (SyncBatchNorm), or a function that is given the BN module and returns the
             one to put in its place.
-        groups: Groups of a group norm at most; the largest divisor of the channels that leaves
-            enough values. Or exactly so many, by name or pattern of layers.
-        min_values_per_group: Values of one sample that a group should have.
+        groups: Groups of a group norm, at most; or exactly that many, by name or pattern of
+            layers. By default those whose output on ``teacher_data`` is nearest to BN's, layer by
+            layer; without data 32 at most, of four channels at least.
         layers: Names or patterns (``"backbone.*"``) of the layers to replace; all by default.
         exclude: Names or patterns of layers to leave.
         sample: A batch as a loader yields it: tells how many values arrive at each layer, and how
             far the outputs change. The first batch of ``teacher_data`` by default.
-        teacher_data: Batches, without labels or with labels that are not used, on which the swapped
-            model learns to give what the model gave. Statistics that do not fit these data are
-            recalibrated first, in a copy. All parameters learn, also those with
-            ``requires_grad=False``. Where ``torch.distributed`` is initialised every rank calls
+        teacher_data: Batches, with or without labels, on which the swapped model learns to give
+            what the model gave. Each group norm begins with the affine parameters that fit best.
+            Statistics that do not fit these data are recalibrated first, in a copy. If eval mode
+            still differs from batch statistics, the network teaches with the statistics of these
+            batches: use the batch size that it was trained with. All parameters learn, also those
+            with ``requires_grad=False``. With ``torch.distributed`` initialised every rank calls
             this, with ``fabric``.
         steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
+        score: ``score(model)`` says how good a model is, the higher the better; measured in eval
+            mode before and after. It also decides in which mode the network teaches.
+        keep: ``"if-better"`` returns the model as it was if the swapped one, once taught, is
+            clearly worse: by 5 % of the score (25 % of a negative one), or without a score if the
+            outputs are further than 0.5 σ from the teacher's. ``"always"`` returns it anyway.
         fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks
             the model learns; it has been launched, and every rank calls this with its own share of
             the data. The model then goes back to its device.
@@ -117,8 +134,8 @@ def swap(
         >>> swap(model, "group").model[1].num_groups
         32
     """
-    _check(model, steps)
-    target = find_target(to, groups, min_values_per_group)
+    _check(model, steps, score, keep)
+    target = find_target(to, groups)
     plan = plan_swap(model, target, layers, exclude)
     if isinstance(groups, Mapping):
         patterns_of("groups", groups, find_layers(model))
@@ -133,6 +150,7 @@ def swap(
     if fabric is not None and not hasattr(fabric, "all_reduce"):
         raise ConfigurationError(f"fabric takes a Fabric of Lightning, not {fabric!r}")
     data = None if teacher_data is None else make_repeatable(teacher_data)
+    score_before = None if score is None else measure_score(model, score)
     with preserve_random_states(model), as_written():
         batch = _read_sample(model, sample, data, forward)
         positions: Mapping[str, int] = {}
@@ -142,37 +160,65 @@ def swap(
         teacher = None if data is None else _copy_model(model)[0]
         subject, successors = (model, {}) if in_place else _copy_model(model)
         swapped = _replace_layers(subject, plan, target, positions)
-        with _roll_back_on_error(swapped):
+        learns = in_place and data is not None
+        weights = {p: p.detach().clone() for p in model.parameters()} if learns else {}
+        with _roll_back_on_error(swapped, weights):
             _check_nothing_left(swapped)
-            change, distillation, notes = None, None, _NO_NOTES
+            change, taught = None, None
             if batch is not None:
                 before = () if in_place else plan.layers
                 output = _run_swapped(swapped.model, forward, batch, before)
                 change = _distance(output, expected, batch.size)
             if data is not None and teacher is not None:
-                distillation, notes = teach(
+                taught = teach(
                     swapped.model,
                     teacher,
                     data,
                     pairs=swapped.pairs_with(teacher),
+                    chooses_groups=to == "group" and groups is None,
                     steps=steps,
                     forward=forward,
+                    score=score,
                     engine=OwnDevice(model) if fabric is None else fabric,
                     progress=progress,
                 )
-    if optimizer is not None:
+            score_after = None if score is None else measure_score(swapped.model, score)
+        score_before = score_before if taught is None or taught.score is None else taught.score
+        is_kept = (
+            keep == "always"
+            or taught is None
+            or not _is_clearly_worse(taught.distillation, score_before, score_after)
+        )
+        replaced = tuple(
+            _describe_replacement(layer, norm, positions.get(layer.name))
+            for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
+        )
+        if not is_kept and in_place:
+            _put_back(swapped, weights)
+    if optimizer is not None and is_kept:
         hand_over_parameters(optimizer, swapped.model, successors, swapped.parameters())
     return Swap(
-        model=swapped.model,
+        model=swapped.model if is_kept else model,
+        is_kept=is_kept,
         to=to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__),
-        replaced=tuple(
-            _describe_replacement(layer, norm, positions.get(layer.name), target)
-            for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
-        ),
+        replaced=replaced,
         skipped=plan.skipped,
         output_change=change,
-        distillation=distillation,
-        notes=notes,
+        distillation=None if taught is None else taught.distillation,
+        score_before=score_before,
+        score_after=score_after,
+        notes=() if taught is None else taught.notes,
+    )
+
+
+def _is_clearly_worse(
+    done: Distillation, score_before: float | None, score_after: float | None
+) -> bool:
+    if score_before is None or score_after is None:
+        return not done.distance <= HARMFUL_CHANGE_STD
+    allowed = _MAX_SCORE_LOSS if score_before > 0 else _MAX_LOSS_GROWTH
+    return not math.isnan(score_before) and not (
+        score_after >= score_before - allowed * abs(score_before)
     )
 
 
@@ -192,10 +238,13 @@ class _SwappedModel:
     norms: tuple[nn.Module, ...]
     replacements: Mapping[nn.Module, nn.Module]
 
-    def pairs_with(self, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-        """Return each new module with the BN module of the teacher that it replaces."""
-        taught = {layer.name: layer.module for layer in find_layers(teacher)}
-        return [(self.replacements[layer.module], taught[layer.name]) for layer in self.layers]
+    def pairs_with(self, teacher: nn.Module) -> list[Pair]:
+        """Return each BN layer of the teacher with what replaced it."""
+        in_teacher = {layer.name: layer for layer in find_layers(teacher)}
+        return [
+            Pair(in_teacher[layer.name], self.replacements[layer.module], norm)
+            for layer, norm in zip(self.layers, self.norms, strict=True)
+        ]
 
     def parameters(self) -> list[tuple[list[nn.Parameter], list[nn.Parameter]]]:
         """Return the parameters of each BN module with those of its replacement."""
@@ -205,8 +254,10 @@ class _SwappedModel:
         ]
 
 
-def _check(model: object, steps: object) -> None:
+def _check(model: object, steps: object, score: object, keep: str) -> None:
     require_module(model, "swap")
+    require_score(score)
+    require_keep(keep)
     if not is_whole(steps, 1):
         raise ConfigurationError(f"steps must be a whole number of at least 1, not {steps!r}")
 
@@ -268,23 +319,31 @@ def _check_nothing_left(swapped: _SwappedModel) -> None:
 
 
 @contextmanager
-def _roll_back_on_error(swapped: _SwappedModel) -> Iterator[None]:
+def _roll_back_on_error(
+    swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]
+) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
+        _put_back(swapped, weights)
         raise
 
 
+@torch.no_grad()
+def _put_back(swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]) -> None:
+    replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
+    for parameter, values in weights.items():
+        parameter.copy_(values)
+
+
 def _describe_replacement(
-    layer: BatchNormLayer, norm: nn.Module, positions: int | None, target: Target
+    layer: BatchNormLayer, norm: nn.Module, positions: int | None
 ) -> ReplacedLayer:
     return ReplacedLayer(
         name=layer.name,
         before=type(layer.module).__name__,
         after=type(norm).__name__,
         groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
-        groups_wanted=target.wanted(layer) if isinstance(target, GroupTarget) else None,
         positions=positions,
         channels=layer.channels,
     )

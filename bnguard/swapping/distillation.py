@@ -1,12 +1,13 @@
 """A network with BN teaches its copy that has another norm, on data without labels.
 
-Both networks run in eval mode, so that neither uses the statistics of a batch. The student learns
+The student begins where one forward can put it (:mod:`bnguard.swapping.warm_start`). It then learns
 to give the teacher's outputs, and the features behind each pair of layers; the weights of its best
-step are kept.
+step are kept. The student runs in eval mode, the teacher in whichever mode works.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.bn_layer import device_of
+from bnguard.layers.bn_layer import BatchNormLayer, device_of
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
 from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.observe.mode_gap import (
@@ -30,11 +31,20 @@ from bnguard.observe.mode_gap import (
     relative_change,
     spread,
 )
-from bnguard.recalibration.batches import Batch, Forward, call, read_batches
+from bnguard.recalibration.batches import (
+    Batch,
+    Forward,
+    call,
+    can_be_joined,
+    join_batches,
+    read_batches,
+)
+from bnguard.recalibration.layer_inputs import read_inputs
+from bnguard.swapping.warm_start import VALUES_PER_CHANNEL, fit_norms, normalise, pick_values
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
 _FEATURE_WEIGHT = 0.1
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 1e-3
 _WARM_UP_SHARE = 0.05
 _MAX_GRADIENT_NORM = 1.0
 # Neither network uses the statistics of a batch, so that gradients of small batches simply add up.
@@ -57,6 +67,8 @@ class Distillation:
         samples: Samples that the student saw, repetitions counted.
         distance_before: Root mean square difference of the outputs before, in standard deviations
             of the teacher's outputs.
+        distance_fitted: The same after each group norm was fitted to its BN layer, before the
+            first step.
         distance: The same for the weights that were kept.
     """
 
@@ -64,7 +76,23 @@ class Distillation:
     best_step: int
     samples: int
     distance_before: float
+    distance_fitted: float
     distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A BN layer of the teacher, and what replaced it in the student.
+
+    Attributes:
+        layer: The BN layer.
+        module: What replaced it: the norm, perhaps with an activation.
+        norm: What normalises in it.
+    """
+
+    layer: BatchNormLayer
+    module: nn.Module
+    norm: nn.Module
 
 
 class OwnDevice:
@@ -102,6 +130,10 @@ class OwnDevice:
         """Return the values, which are the mean over one rank."""
         return values
 
+    def broadcast(self, value: object) -> object:
+        """Return the value, which is that of the first rank."""
+        return value
+
     def clip_gradients(
         self, module: nn.Module, optimizer: Optimizer, *, max_norm: float, error_if_nonfinite: bool
     ) -> Tensor:
@@ -116,7 +148,8 @@ def distil(
     teacher: nn.Module,
     data: Iterable[object],
     *,
-    pairs: Sequence[tuple[nn.Module, nn.Module]],
+    pairs: Sequence[Pair],
+    chooses_groups: bool,
     steps: int,
     forward: Forward | None,
     engine: Any,
@@ -124,16 +157,18 @@ def distil(
 ) -> Distillation:
     """Train a student to give what its teacher gives, and keep its best weights.
 
-    Both run in eval mode. The loss is the mean squared difference of each output, and of the
-    features behind each pair of layers, over the variance of the teacher's; Adam minimises it with
-    a short warm-up and a cosine schedule. All parameters of the student learn, frozen ones too.
+    The student runs in eval mode, the teacher in the modes that it is in. The loss is the mean
+    squared difference of each output, and of the features behind each pair of layers, over the
+    variance of the teacher's; Adam minimises it with a short warm-up and a cosine schedule. All
+    parameters of the student learn, frozen ones too.
 
     Args:
         student: The network to train, on the device of the engine; its weights change, its modes
             and ``requires_grad`` stay.
-        teacher: The network to imitate, on the same device; stays as it is.
+        teacher: The network to imitate, on the same device; its weights stay as they are.
         data: Batches as for :func:`bnguard.recalibrate`; passed over again when it ends.
-        pairs: Layers of the student and the teacher whose outputs are to agree.
+        pairs: Layers of the teacher and the student whose outputs are to agree.
+        chooses_groups: Whether the numbers of groups of the student's group norms are chosen too.
         steps: Optimizer steps at most; fewer if nothing improves any more.
         forward: ``forward(model, batch)`` calls a model, where ``data`` yields anything else.
         engine: Lightning's ``Fabric``, or :class:`OwnDevice`: device, precision and ranks.
@@ -152,17 +187,15 @@ def distil(
     try:
         with (
             preserve_modes(student),
-            preserve_modes(teacher),
             preserve_random_states(student),
             _require_gradients(student),
         ):
             student.eval()
-            teacher.eval()
             with engine.autocast():
                 measured = _take(batches, _SAMPLES_TO_MEASURE)
                 imitation = _Imitation(student, teacher, pairs, forward, measured)
             training = _Training(student, imitation, batches, engine)
-            return training.run(steps, show_progress)
+            return training.run(steps, show_progress, chooses_groups=chooses_groups)
     except BaseException:
         _load_weights(student, start)
         raise
@@ -196,9 +229,12 @@ class _Training:
             torch.optim.Adam(_trainable(student), lr=_LEARNING_RATE)
         )
 
-    def run(self, steps: int, show_progress: Callable[[int, float], None]) -> Distillation:
-        """Take the steps, measure now and then, and leave the student with its best weights."""
-        before = best = self._distance()
+    def run(
+        self, steps: int, show_progress: Callable[[int, float], None], *, chooses_groups: bool
+    ) -> Distillation:
+        """Fit, take the steps, and leave the student with the best weights that were measured."""
+        before = self._distance()
+        fitted = best = self._fit_norms(before, chooses_groups=chooses_groups)
         best_weights = _copy_weights(self._student)
         step = best_step = samples = 0
         interval = max(steps // _MEASUREMENTS, 1)
@@ -217,8 +253,31 @@ class _Training:
             best_step=best_step,
             samples=samples,
             distance_before=before,
+            distance_fitted=fitted,
             distance=best,
         )
+
+    def _fit_norms(self, before: float, *, chooses_groups: bool) -> float:
+        """Fit the group norms to their BN layers unless that is no nearer; return the distance."""
+        norms = [pair.norm for pair in self._imitation.pairs if isinstance(pair.norm, nn.GroupNorm)]
+        groups, weights = [norm.num_groups for norm in norms], _copy_weights(self._student)
+        with self._engine.autocast():
+            self._imitation.fit_norms(choose_groups=chooses_groups)
+        # Each rank has other data.
+        found = [norm.num_groups for norm in norms], _copy_weights(self._student)
+        self._set_norms(norms, *self._engine.broadcast(found))
+        fitted = self._distance()
+        if fitted <= before:
+            return fitted
+        self._set_norms(norms, groups, weights)
+        return before
+
+    def _set_norms(
+        self, norms: Sequence[nn.GroupNorm], groups: Sequence[int], weights: dict[str, Tensor]
+    ) -> None:
+        for norm, number in zip(norms, groups, strict=True):
+            norm.num_groups = number
+        _load_weights(self._student, weights)
 
     def _distance(self) -> float:
         with self._engine.autocast():
@@ -321,8 +380,8 @@ class _Imitation:
     Args:
         student: The network that learns.
         teacher: The network to imitate.
-        pairs: Layers of the student and the teacher whose outputs are to agree.
-        forward: ``forward(model, batch)`` calls a model; None where the batch says how.
+        pairs: Layers of the teacher and the student whose outputs are to agree.
+        forward: ``forward(model, batch)`` calls a model; None if the batch says how.
         measured: Batches on which the distance is measured.
 
     Raises:
@@ -334,23 +393,41 @@ class _Imitation:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        pairs: Sequence[tuple[nn.Module, nn.Module]],
+        pairs: Sequence[Pair],
         forward: Forward | None,
         measured: Sequence[Batch],
     ) -> None:
+        self.pairs = pairs
         self._student = student
         self._teacher = teacher
-        self._student_layers = [layer for layer, _ in pairs]
-        self._teacher_layers = [layer for _, layer in pairs]
+        self._student_layers = [pair.module for pair in pairs]
+        self._teacher_layers = [pair.layer.module for pair in pairs]
         self._forward = forward
         self._measured = measured
         moments: list[list[Moments]] = [[] for _ in pairs]
+        # What the BN layers give, without the activation that some bring along: batch by batch.
+        self._normalised: list[dict[int, Tensor]] = []
 
         def measure(index: int, output: Tensor) -> None:
             moments[index].append(channel_moments(output))
 
-        with _calling_back(self._teacher_layers, measure), torch.no_grad():
-            outputs_of_teacher = [self._run(teacher, batch) for batch in measured]
+        values_per_sample = max(1, VALUES_PER_CHANNEL // sum(batch.size for batch in measured))
+
+        def keep(index: int, values: Tensor) -> None:
+            if index not in self._normalised[-1]:
+                given = normalise(pairs[index].layer, values)
+                self._normalised[-1][index] = pick_values(given, values_per_sample)
+
+        outputs_of_teacher = []
+        layers = [pair.layer for pair in pairs]
+        with (
+            _calling_back(self._teacher_layers, measure),
+            read_inputs(layers, keep),
+            torch.no_grad(),
+        ):
+            for batch in measured:
+                self._normalised.append({})
+                outputs_of_teacher.append(self._run(teacher, batch))
         rows = places_of_rows(outputs_of_teacher, [batch.size for batch in measured])
         self._places = rows or range(len(outputs_of_teacher[0]))
         self._outputs_of_teacher = _join([self._select(each) for each in outputs_of_teacher])
@@ -367,6 +444,25 @@ class _Imitation:
         # Of all that is measured: one small batch has hardly any spread to scale by.
         self._output_scales = [spread(each) or 1.0 for each in self._outputs_of_teacher]
         self._feature_scales = [_mean_variance(parts) for parts in moments]
+
+    def fit_norms(self, *, choose_groups: bool) -> None:
+        """Fit each group norm to its BN layer, on as many batches as go through as one."""
+        first = self._measured[0]
+        joined = [can_be_joined(first, batch) for batch in self._measured]
+        joined[0] = True
+        kept = [each for each, is_joined in zip(self._normalised, joined, strict=True) if is_joined]
+        whole = join_batches(list(itertools.compress(self._measured, joined)))
+        fit_norms(
+            [pair.norm for pair in self.pairs],
+            {
+                index: torch.cat([each[index] for each in kept])
+                for index in range(len(self.pairs))
+                if all(index in each for each in kept)
+            },
+            lambda: self._run(self._student, whole),
+            choose_groups=choose_groups,
+        )
+        self._normalised.clear()
 
     @torch.no_grad()
     def distance(self) -> float:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-# A network whose outputs stay further off, in standard deviations, has lost points of accuracy.
+# A network whose outputs stay further off, in standard deviations, has lost points of accuracy, ...
 _FAR_OFF_STD = 0.25
+# ... and one as far off as this is another network.
+HARMFUL_CHANGE_STD = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class ReplacedLayer:
         before: Class of the BN layer.
         after: Class of what normalises in its place.
         groups: Groups of a group norm; None for other norms.
-        groups_wanted: Groups that it would have, had each enough values; None for other norms.
         positions: Values per channel and sample that reach the layer; None without a sample.
         channels: C, the number of channels.
     """
@@ -40,7 +41,6 @@ class ReplacedLayer:
     before: str
     after: str
     groups: int | None
-    groups_wanted: int | None
     positions: int | None
     channels: int
 
@@ -57,22 +57,29 @@ class Swap:
     """What :func:`bnguard.swap` did.
 
     Attributes:
-        model: The model with the other norm, a plain module.
+        model: The model with the other norm, a plain module; the model as it was if not kept.
+        is_kept: Whether the swapped model is kept; False if it was clearly worse once taught.
         to: What BN was swapped for.
         replaced: The layers replaced, in the order of the model.
         skipped: BN layers that were not replaced, and why.
         output_change: Root mean square change of the outputs in eval mode by the swap alone, in
             standard deviations of the outputs; None without a sample.
         distillation: How the distillation went; None without one.
-        notes: What a reader should know besides, a sentence each.
+        score_before: What ``score`` gave for the teacher, in the mode in which it taught; None
+            without a score.
+        score_after: What ``score`` gave for the swapped model.
+        notes: What else a reader should know, a sentence each.
     """
 
     model: nn.Module
+    is_kept: bool
     to: str
     replaced: tuple[ReplacedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
     output_change: float | None
     distillation: Distillation | None
+    score_before: float | None
+    score_after: float | None
     notes: tuple[str, ...]
 
     @property
@@ -89,6 +96,9 @@ class Swap:
             "schema": SCHEMA,
             "bnguard": __version__,
             "to": self.to,
+            "kept": self.is_kept,
+            "score_before": self.score_before,
+            "score_after": self.score_after,
             "replaced": [
                 {
                     "name": layer.name,
@@ -123,9 +133,14 @@ class Swap:
         lines = [f"left  {layer.name} {layer.reason}" for layer in self.skipped]
         lines.append(_describe_outputs(self))
         if self.distillation is not None and self.distillation.distance > _FAR_OFF_STD:
-            lines.append(f"still far off, so measure it before use: {_advice(self)}")
+            lines.append("still far off, so measure it before use: more steps bring it nearer")
+        if self.score_before is not None and self.score_after is not None:
+            lines.append(f"score {self.score_before:.4g} → {self.score_after:.4g}")
+        if not self.is_kept:
+            lines.append("not kept, since it is clearly worse: use keep='always' to keep it anyway")
         lines += self.notes
-        return Group(Text(_heading(self), style="bold"), table, *map(Text, lines))
+        style = "bold" if self.is_kept else "bold yellow"
+        return Group(Text(_heading(self), style=style), table, *map(Text, lines))
 
     def __str__(self) -> str:
         from bnguard.report.terminal import as_text
@@ -134,7 +149,8 @@ class Swap:
 
 
 def _heading(swap: Swap) -> str:
-    parts = [f"swapped ({swap.to})", counted(len(swap.replaced), "BN layer")]
+    done = "swapped" if swap.is_kept else "not swapped"
+    parts = [f"{done} ({swap.to})", counted(len(swap.replaced), "BN layer")]
     if swap.skipped:
         parts.append(f"{len(swap.skipped)} left")
     if swap.distillation is not None:
@@ -148,11 +164,7 @@ def _describe_norm(layer: ReplacedLayer) -> str:
     size = counted(layer.channels // layer.groups, "channel")
     values = layer.values_per_group
     known = "" if values is None else f", {values:,} values"
-    fewer = ""
-    if layer.groups_wanted is not None and layer.groups < layer.groups_wanted:
-        would = "could" if values is None else "would"
-        fewer = f" ({layer.groups_wanted} groups {would} have too few values)"
-    return f"{layer.after}, {counted(layer.groups, 'group')} of {size}{known}{fewer}"
+    return f"{layer.after}, {counted(layer.groups, 'group')} of {size}{known}"
 
 
 def _describe_outputs(swap: Swap) -> str:
@@ -160,19 +172,9 @@ def _describe_outputs(swap: Swap) -> str:
     if done is not None:
         return (
             f"outputs off by {done.distance_before:.3g} σ after the swap, "
+            f"{done.distance_fitted:.3g} σ once fitted, "
             f"{done.distance:.3g} σ after step {done.best_step}"
         )
     if swap.output_change is None:
         return "outputs not compared: give a sample or teacher_data"
     return f"outputs off by {swap.output_change:.3g} σ"
-
-
-def _advice(swap: Swap) -> str:
-    """Return what brings the outputs of a distilled network nearer."""
-    alone = sum(1 < layer.channels == layer.groups for layer in swap.replaced)
-    if not alone:
-        return "more steps bring it nearer"
-    return (
-        f"{counted(alone, 'layer')} with one channel per group, where the means of the channels "
-        "are lost: try fewer groups, or 'layer'"
-    )

@@ -1,26 +1,44 @@
-"""The original network teaches the swapped one: where, and with which running statistics."""
+"""The original network teaches the swapped one: on which device, and in which mode."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import device_of, find_layers
-from bnguard.layers.preserve import preserve_modes
-from bnguard.recalibration.api import recalibrate
+from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
+from bnguard.recalibration.api import measure_score, recalibrate
 from bnguard.recalibration.batches import Forward
-from bnguard.swapping.distillation import Distillation, distil
+from bnguard.recalibration.options import Score
+from bnguard.swapping.distillation import Distillation, Pair, distil
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
 # Healthy networks of the benchmark stay below 0.2.
 _MAX_STATISTICS_DISTANCE = 1.5
+# Change of the outputs between the modes, sampling taken off: healthy networks stay below 0.18.
+_MAX_MODE_GAP = 0.25
 _SAMPLES_TO_CHECK = 256
 _MIN_SAMPLES_TO_CHECK = 32
+
+
+@dataclass(frozen=True)
+class Taught:
+    """How the teaching went.
+
+    Attributes:
+        distillation: How the distillation went.
+        notes: What else a reader should know, a sentence each.
+        score: Score of the teacher in the mode in which it taught; None without a score.
+    """
+
+    distillation: Distillation
+    notes: tuple[str, ...]
+    score: float | None
 
 
 def teach(
@@ -28,68 +46,123 @@ def teach(
     teacher: nn.Module,
     data: Iterable[object],
     *,
-    pairs: Sequence[tuple[nn.Module, nn.Module]],
+    pairs: Sequence[Pair],
+    chooses_groups: bool,
     steps: int,
     forward: Forward | None,
+    score: Score | None,
     engine: Any,
     progress: bool,
-) -> tuple[Distillation, tuple[str, ...]]:
-    """Distil a network into its swapped copy, from running statistics that fit the data.
+) -> Taught:
+    """Distil a network into its swapped copy, in the mode in which the network works.
 
     Args:
         student: The swapped network; its weights change.
         teacher: A copy of the original, whose statistics may be recalibrated.
         data: Batches, which can be read more than once.
-        pairs: Layers of the student and the teacher whose outputs are to agree.
+        pairs: Layers of the teacher and the student whose outputs are to agree.
+        chooses_groups: Whether the numbers of groups of group norms are chosen too.
         steps: Optimizer steps at most.
         forward: ``forward(model, batch)`` calls a model; None if the batch says how.
+        score: ``score(model)``, the higher the better, tells which mode works; None if unknown.
         engine: Lightning's ``Fabric``, or :class:`~bnguard.swapping.distillation.OwnDevice`.
         progress: Whether to show a progress bar.
 
-    Returns:
-        How it went, and what a reader should know besides.
     """
     with _on_device_of(engine, student):
         engine.to_device(teacher)
-        notes = _fit_statistics(teacher, data, forward)
-        if notes:
-            _copy_statistics(pairs)
+        teacher.eval()
+        notes = _choose_mode(teacher, data, forward, score)
+        score_of_teacher = None if score is None else measure_score(teacher, score)
+        _copy_statistics(pairs)
         with _progress_bar(steps, is_shown=progress and engine.is_global_zero) as show_progress:
             distillation = distil(
                 student,
                 teacher,
                 data,
                 pairs=pairs,
+                chooses_groups=chooses_groups,
                 steps=steps,
                 forward=forward,
                 engine=engine,
                 show_progress=show_progress,
             )
-    return distillation, notes
+    return Taught(distillation, notes, score_of_teacher)
 
 
-def _fit_statistics(
-    teacher: nn.Module, data: Iterable[object], forward: Forward | None
+def _choose_mode(
+    teacher: nn.Module, data: Iterable[object], forward: Forward | None, score: Score | None
 ) -> tuple[str, ...]:
-    """Recalibrate a teacher whose running statistics do not fit the data, and say so."""
-    if not any(layer.is_tracking for layer in find_layers(teacher)):
+    """Put a teacher in eval mode into the mode in which it works, and say what was done.
+
+    Running statistics that do not fit the data are recalibrated. If the outputs still differ from
+    those with batch statistics, the network learnt to work with the statistics of small batches:
+    then its BN layers stay in train mode, unless a score says that eval mode is better.
+    """
+    layers = [layer for layer in find_layers(teacher) if layer.is_tracking]
+    if not layers:
         return ()
-    with preserve_modes(teacher):
-        teacher.eval()
-        try:
-            found = recalibrate(
-                teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
-            )
-        except CalibrationError as error:
-            return (f"the running statistics of the teacher could not be checked: {error}",)
-    worst = max(found.layers, key=lambda layer: layer.distance)
-    if worst.distance <= _MAX_STATISTICS_DISTANCE or found.samples < _MIN_SAMPLES_TO_CHECK:
+    try:
+        found = recalibrate(
+            teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
+        )
+    except CalibrationError as error:
+        return (f"the running statistics of the teacher could not be checked: {error}",)
+    if found.samples < _MIN_SAMPLES_TO_CHECK:
         found.undo()
         return ()
-    return (
-        f"the running statistics did not fit these data (the worst: {worst.name}), so they "
-        "were recalibrated before the model taught",
-    )
+    notes = []
+    worst = max(found.layers, key=lambda layer: layer.distance)
+    if worst.distance <= _MAX_STATISTICS_DISTANCE:
+        found.undo()
+    else:
+        notes.append(
+            f"the running statistics did not fit these data (the worst: {worst.name}), so they "
+            "were recalibrated before the model taught"
+        )
+    gap = found.mode_gap_after
+    if isinstance(gap, str) or gap.relative_change - (gap.sampling_change or 0.0) <= _MAX_MODE_GAP:
+        return tuple(notes)
+    in_eval_mode = None if score is None else measure_score(teacher, score)
+    undo = _use_batch_statistics(layers)
+    if score is None or in_eval_mode is None:
+        why = (
+            f"eval mode changes the outputs by {gap.relative_change:.2g} σ, also with recalibrated "
+            "statistics (pass a score to check)"
+        )
+    else:
+        scored = measure_score(teacher, score)
+        if in_eval_mode >= scored:
+            undo()
+            return tuple(notes)
+        why = f"the score is {scored:.4g} with them and {in_eval_mode:.4g} in eval mode"
+    notes.append(f"the model taught with the statistics of each batch: {why}")
+    return tuple(notes)
+
+
+def _use_batch_statistics(layers: Sequence[BatchNormLayer]) -> Callable[[], None]:
+    """Let BN layers use the statistics of the batch in either mode; return what undoes it."""
+
+    def enter(module: nn.Module, args: object) -> None:
+        module.train()
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        module.eval()
+
+    handles = [
+        handle
+        for layer in layers
+        for handle in (
+            layer.module.register_forward_pre_hook(enter, prepend=True),
+            layer.module.register_forward_hook(leave, always_call=True),
+        )
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 @contextmanager
@@ -105,11 +178,11 @@ def _on_device_of(engine: Any, model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _copy_statistics(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+def _copy_statistics(pairs: Sequence[Pair]) -> None:
     """Give the student's layers that keep running statistics those of their teacher."""
-    for layer, taught_by in pairs:
+    for pair in pairs:
         for name in ("running_mean", "running_var"):
-            own, other = getattr(layer, name, None), getattr(taught_by, name, None)
+            own, other = getattr(pair.norm, name, None), getattr(pair.layer, name, None)
             if own is not None and other is not None:
                 own.copy_(other)
 

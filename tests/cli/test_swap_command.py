@@ -43,10 +43,12 @@ def assert_weights(model, state_dict):
 
 def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint, capsys, of_demo):
     original = checkpoint.read_bytes()
-    done = bnguard(checkpoint.parent, "swap", checkpoint, "--to", "group", *of_demo, "--steps", 2)
+    done = bnguard(
+        checkpoint.parent, "swap", checkpoint, "--to", "group", *of_demo, "--keep", "always"
+    )
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_bytes() == original
-    assert "swapped (group) · 7 BN layers · 2 steps" in done.stdout
+    assert "swapped (group) · 7 BN layers · " in done.stdout
     assert "val_accuracy" in done.stdout
     output = checkpoint.with_name("last-swapped.ckpt")
     saved = torch.load(output, weights_only=True)
@@ -65,6 +67,16 @@ def test_the_checkpoint_and_the_lines_printed_make_the_swapped_model(checkpoint,
     assert "exists already; move it away, or force it" in capsys.readouterr().err
     assert main(["swap", str(checkpoint), *of_demo, "--steps", "0", "--force"]) == 0
     assert not list(checkpoint.parent.glob(".bnguard-*"))
+
+
+def test_a_model_that_is_clearly_worse_is_not_written(checkpoint, of_demo):
+    """A network of two channels, which one step cannot teach."""
+    folder = checkpoint.parent
+    done = bnguard(folder, "swap", checkpoint, "--to", "layer", *of_demo, "--steps", 1)
+    assert done.returncode == 1, done.stderr
+    assert "not swapped (layer) · 7 BN layers" in done.stdout
+    assert "use --keep always to write it anyway" in done.stdout
+    assert list(folder.iterdir()) == [checkpoint]
 
 
 def note_in(path):

@@ -48,22 +48,12 @@ def test_a_swapped_network_learns_what_it_knew(trained):
     assert naive < accuracy(model) - 0.1
     assert accuracy(result.model) > accuracy(model) - 0.015
     assert result.distillation.distance < 0.3 * result.distillation.distance_before
+    assert result.distillation.distance <= result.distillation.distance_fitted
     assert result.distillation.samples >= 32 * result.distillation.steps
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert [p.grad for p in result.model.parameters()] == [None] * 10
     assert f"{result.distillation.distance:.3g} σ after step" in str(result)
     assert "still far off" not in str(result)
-    assert "more steps bring" in str(swap(model, "layer", teacher_data=batches, steps=1))
-
-
-def test_groups_of_one_channel_are_blamed_where_a_network_stays_far_off():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv1d(2, 7, 3), nn.BatchNorm1d(7), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten()
-    ).eval()
-    batches = torch.randn(64, 2, 18).split(8)
-    text = str(swap(model, "group", teacher_data=batches, steps=1)).replace("\n", " ")
-    assert "1 layer with one channel per group" in text
 
 
 def test_batches_of_one_teach_as_well_as_large_ones(trained):
