@@ -13,14 +13,19 @@ from bnguard.checkpoint.comparing import (
     LayerDifference,
     compare,
 )
-from bnguard.checkpoint.model_files import loading_code, write_model
+from bnguard.checkpoint.formats import OpenCheckpoint, register_format
 from bnguard.checkpoint.reading import (
     find_checkpoints,
     load_state_dict,
     name_beside,
     read_checkpoint,
 )
-from bnguard.checkpoint.rewriting import replace_statistics, write_statistics
+from bnguard.checkpoint.writing import (
+    loading_code,
+    replace_statistics,
+    write_model,
+    write_statistics,
+)
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +34,7 @@ __all__ = [
     "CheckpointModel",
     "EntryDifference",
     "LayerDifference",
+    "OpenCheckpoint",
     "check_backup",
     "check_output",
     "compare",
@@ -38,6 +44,7 @@ __all__ = [
     "name_beside",
     "original_of",
     "read_checkpoint",
+    "register_format",
     "replace_statistics",
     "write_model",
     "write_statistics",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeGuard
 
-from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.stored_tensors import FLOATING, INTEGER, StoredTensor, to_float64
+from bnguard.checkpoint.contents import Entry, entries
+from bnguard.checkpoint.formats import OpenCheckpoint
+from bnguard.checkpoint.storage import FLOATING, INTEGER, StoredTensor
 from bnguard.checkpoint.unpickling import InertObject, NotPlainError, mapping_of, plain
 from bnguard.errors import CheckpointError, nearest_name, printable
 from bnguard.layers.distances import FloatArray
@@ -294,7 +295,7 @@ def _layer_name(prefix: str) -> str:
     return without_wrappers(prefix[:-1])
 
 
-def describe(contents: Contents) -> Checkpoint:
+def describe(contents: OpenCheckpoint) -> Checkpoint:
     """Read the BN layers of an opened checkpoint, and what it says about its training.
 
     Raises:
@@ -358,7 +359,7 @@ class TensorGroup:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
-def groups_by_model(contents: Contents) -> dict[str, list[TensorGroup]]:
+def groups_by_model(contents: OpenCheckpoint) -> dict[str, list[TensorGroup]]:
     """Return the groups of tensors with running statistics, by the prefix of their model.
 
     Raises:
@@ -386,7 +387,7 @@ def _place(group: TensorGroup) -> tuple[int, int] | None:
     return id(mean.pieces[0].storage), mean.pieces[0].start
 
 
-def _foreign_state(contents: Contents) -> str | None:
+def _foreign_state(contents: OpenCheckpoint) -> str | None:
     """Return what BN state of other libraries is, where torch's names or tensors are missing."""
     saved = mapping_of(contents.root) or {"": contents.root}
     for value in saved.values():
@@ -403,7 +404,7 @@ def _foreign_state(contents: Contents) -> str | None:
     return None
 
 
-def _candidates(contents: Contents) -> Iterator[Entry]:
+def _candidates(contents: OpenCheckpoint) -> Iterator[Entry]:
     count = 0
     for entry in entries(contents):
         if not isinstance(entry.value, StoredTensor) or not entry.path:
@@ -423,7 +424,7 @@ def _candidates(contents: Contents) -> Iterator[Entry]:
 class _Reader:
     """Reads groups of tensors as layers, and notes why one cannot be."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: OpenCheckpoint) -> None:
         self.contents = contents
         self.layers_by_problem: dict[str, list[str]] = {}
         self.values = 0
@@ -465,7 +466,7 @@ class _Reader:
                 f"{self.contents.path}: its running statistics have more than {_MOST_VALUES:,} "
                 "values together; these are not statistics of BN layers"
             )
-        return to_float64(tensor.read(), tensor.dtype)
+        return tensor.to_float64()
 
     def _counter(self, group: TensorGroup) -> int | None:
         tensor = group.tensors.get(COUNTER)
@@ -478,7 +479,7 @@ class _Reader:
             count = int(tensor.read().item())
         else:
             # Whoever converts a whole state dict converts the counters too.
-            stored = float(to_float64(tensor.read(), tensor.dtype).item())
+            stored = float(tensor.to_float64().item())
             if not stored.is_integer():
                 self._note(group, f"{COUNTER} is {stored:g} ({tensor.dtype}), which is not a count")
                 return None

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from bnguard.checkpoint.bn_entries import STATISTICS, Checkpoint, CheckpointLayer, CheckpointModel
-from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.reading import open_contents
-from bnguard.checkpoint.stored_tensors import StoredTensor
+from bnguard.checkpoint.contents import Entry, entries
+from bnguard.checkpoint.formats import OpenCheckpoint
+from bnguard.checkpoint.reading import open_checkpoint
+from bnguard.checkpoint.storage import StoredTensor
 from bnguard.checkpoint.unpickling import Blob, TypedStorage
 from bnguard.errors import CheckpointError
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
@@ -118,7 +119,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
         for stem in (prefix, without_wrappers(prefix))
         for attribute in STATISTICS
     }
-    with open_contents(a.path) as before, open_contents(b.path) as after:
+    with open_checkpoint(a.path) as before, open_checkpoint(b.path) as after:
         if all(pair.is_alike for pair in pairs):
             values = _everything(before), _everything(after)
             if before.format == after.format:
@@ -224,16 +225,16 @@ def _layer_pairs(pair: _Pair) -> Iterator[LayerDifference]:
             yield LayerDifference(layer, other)
 
 
-def _everything(contents: Contents) -> dict[str, object]:
+def _everything(contents: OpenCheckpoint) -> dict[str, object]:
     """Return all that a checkpoint holds by dotted name, without what wrappers put before a key."""
     return {entry.prefix + _own_key(entry): entry.value for entry in entries(contents)}
 
 
-def _extras(contents: Contents) -> dict[str, object]:
+def _extras(contents: OpenCheckpoint) -> dict[str, object]:
     return {f"<{name}>": value for name, value in contents.extras.items()}
 
 
-def _of_model(contents: Contents, prefix: str, stem: str, name: str) -> dict[str, object]:
+def _of_model(contents: OpenCheckpoint, prefix: str, stem: str, name: str) -> dict[str, object]:
     """Return the tensors of one model below a stem, under the name that another one has for it."""
     found = ((entry.key_in(prefix), entry.value) for entry in entries(contents))
     own = {without_wrappers(key): value for key, value in found if key is not None}
@@ -283,10 +284,9 @@ def _difference(a: object, b: object) -> str | None:
 
 def _chunks(value: object) -> Iterator[bytes] | None:
     if isinstance(value, Blob):
-        return value.place.chunks(0, value.place.size)
+        return value.place.chunks()
     if isinstance(value, TypedStorage):
-        source = value.storage.source
-        return source.chunks(0, source.size)
+        return value.storage.find_source().chunks()
     return None
 
 

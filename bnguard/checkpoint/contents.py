@@ -1,13 +1,12 @@
-"""An opened checkpoint of any format, as the rest of the package sees it."""
+"""All values in an open checkpoint, each with the keys that lead to it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from bnguard.checkpoint.formats import OpenCheckpoint
 from bnguard.checkpoint.unpickling import (
     ATOMS,
     InertObject,
@@ -16,8 +15,6 @@ from bnguard.checkpoint.unpickling import (
     mapping_of,
 )
 from bnguard.errors import CheckpointError
-
-LONGEST_PROVENANCE_BYTES = 2**20
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.
 _MOST_ENTRIES = 1_500_000
@@ -33,31 +30,6 @@ _ATOM_TYPES = frozenset(ATOMS)
 # A pickled module keeps its tensors and its children in these, which no key of its state dict
 # mentions. Tensors anywhere else in it are in no state dict.
 _TRANSPARENT = ("_parameters", "_buffers", "_modules")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Contents:
-    """What a checkpoint holds, while its files are open.
-
-    Attributes:
-        path: The file or folder.
-        format: Name of its format.
-        root: The object that was saved: containers and atoms, with ``StoredTensor`` and
-            inert stand-ins for everything else.
-        extras: What the format keeps beside the object, by name.
-        provenance: What bnguard noted when it wrote the checkpoint; None where it did not.
-    """
-
-    path: Path
-    format: str
-    root: object
-    extras: Mapping[str, object] = field(default_factory=dict)
-    provenance: Mapping[str, object] | None = None
-
-    @property
-    def is_lightning(self) -> bool:
-        """Whether a Lightning Trainer saved it."""
-        return "pytorch-lightning_version" in (mapping_of(self.root) or {})
 
 
 class Entry(NamedTuple):
@@ -95,7 +67,7 @@ class Entry(NamedTuple):
         return self.key.removeprefix(prefix) if is_inside else None
 
 
-def entries(contents: Contents) -> Iterator[Entry]:
+def entries(checkpoint: OpenCheckpoint) -> Iterator[Entry]:
     """Yield all that a checkpoint holds, in the order in which it was saved.
 
     Branches may be shared; one that contains itself is followed once.
@@ -104,7 +76,7 @@ def entries(contents: Contents) -> Iterator[Entry]:
         CheckpointError: It is too large or too deeply nested.
     """
     count, array_bytes = 0, 0
-    branches = [_Branch(0, iter([_Node((), None, contents.root, None)]))]
+    branches = [_Branch(0, iter([_Node((), None, checkpoint.root, None)]))]
     above: set[int] = set()
     while branches:
         node = next(branches[-1].children, None)
@@ -117,18 +89,18 @@ def entries(contents: Contents) -> Iterator[Entry]:
                 node = node._replace(value=array)
                 array_bytes += min(array.pieces[0].storage.nbytes, _LARGEST_ARRAY_IN_MEMORY)
             if array_bytes > _MOST_ARRAY_BYTES:
-                raise _too_much(contents.path, "holds too many NumPy arrays")
+                raise _too_much(checkpoint.path, "holds too many NumPy arrays")
         children = _children(node.value)
         atoms = len(node.value) if children is None and isinstance(node.value, (list, tuple)) else 0
         count += 1 + atoms // _ATOMS_PER_ENTRY
         if count > _MOST_ENTRIES:
-            raise _too_much(contents.path, f"holds more than {_MOST_ENTRIES:,} values")
+            raise _too_much(checkpoint.path, f"holds more than {_MOST_ENTRIES:,} values")
         if children is None:
             home = _home(node.path) if node.module_at is None else node.module_at
             yield Entry(node.path, home, node.value, node.owner)
         elif id(node.value) not in above:
             if len(branches) > _MOST_NESTED:
-                raise _too_much(contents.path, f"is nested more than {_MOST_NESTED} levels deep")
+                raise _too_much(checkpoint.path, f"is nested more than {_MOST_NESTED} levels deep")
             above.add(id(node.value))
             branches.append(_Branch(id(node.value), _below(node, children)))
 
@@ -242,12 +214,3 @@ def _home(path: tuple[str, ...]) -> int:
     if path and "." in path[-1]:
         return len(path) - 1
     return 1 if len(path) > 2 else 0
-
-
-def parse_provenance(text: bytes | str) -> Mapping[str, object]:
-    """Return a provenance record; an empty one where it cannot be read."""
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
