@@ -6,7 +6,6 @@ Reading imports no torch, so that an inspection answers at once; writing and loa
 from __future__ import annotations
 
 from bnguard.checkpoint.atomic_writing import check_backup, check_output, original_of
-from bnguard.checkpoint.bn_entries import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.comparing import (
     CheckpointDifference,
     EntryDifference,
@@ -20,6 +19,7 @@ from bnguard.checkpoint.reading import (
     name_beside,
     read_checkpoint,
 )
+from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.writing import (
     loading_code,
     replace_statistics,

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bnguard.checkpoint.bn_entries import STATISTICS, Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.bn_entries import STATISTICS
 from bnguard.checkpoint.contents import Entry, entries
 from bnguard.checkpoint.formats import OpenCheckpoint
 from bnguard.checkpoint.reading import open_checkpoint
+from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.storage import StoredTensor
 from bnguard.checkpoint.unpickling import Blob, TypedStorage
 from bnguard.errors import CheckpointError

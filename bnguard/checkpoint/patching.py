@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.checkpoint.bn_entries import STATISTICS, attribute_of
+from bnguard.checkpoint.bn_entries import STATISTICS
 from bnguard.checkpoint.contents import entries
 from bnguard.checkpoint.formats import OpenCheckpoint
 from bnguard.checkpoint.storage import FLOATING, Patch, Piece, StoredTensor, carrier, torch_dtype
@@ -92,10 +92,9 @@ class _Change:
 
     def is_same_statistic(self, key: str, dtype: str, piece: Piece) -> bool:
         """Return whether an entry is another name of this running statistic."""
-        own = (attribute_of(self.key), self.dtype, self.piece.start)
-        return own == (attribute_of(key), dtype, piece.start) and (
-            (self.piece.shape, self.piece.stride) == (piece.shape, piece.stride)
-        )
+        own, other = self.piece, piece
+        is_same = (own.start, own.shape, own.stride) == (other.start, other.shape, other.stride)
+        return is_same and (_attribute(self.key), self.dtype) == (_attribute(key), dtype)
 
 
 def _changes(key: str, found: Sequence[StoredTensor], tensor: Tensor) -> Iterator[_Change]:
@@ -104,7 +103,7 @@ def _changes(key: str, found: Sequence[StoredTensor], tensor: Tensor) -> Iterato
     Raises:
         ValueError: It cannot be changed, or the tensor does not fit.
     """
-    if attribute_of(key) not in STATISTICS:
+    if _attribute(key) not in STATISTICS:
         raise ValueError(f"{key!r} is not a running statistic; bnguard changes nothing else")
     if len(found) != 1:
         state = "holds several entries" if found else "has no entry"
@@ -177,6 +176,10 @@ def _check_neighbours(
                     f"{checkpoint.path}: {change.key!r} shares its bytes with {key!r}, which must "
                     "not change; save clones of the tensors"
                 )
+
+
+def _attribute(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _byte_positions(piece: Piece, dtype: str) -> npt.NDArray[np.int64]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint, describe, groups_by_model
+from bnguard.checkpoint.bn_entries import describe, groups_by_model
 from bnguard.checkpoint.contents import entries
 from bnguard.checkpoint.formats import (
     FORMATS,
@@ -24,6 +24,7 @@ from bnguard.checkpoint.formats.hugging_face import INDEX_SUFFIXES, Pretrained, 
 from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
+from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.storage import StoredTensor, first_bytes, torch_dtype, unreadable
 from bnguard.errors import CheckpointError, NoBatchNormError
 from bnguard.layers.names import without_wrappers

@@ -19,9 +19,9 @@ from bnguard.checkpoint.atomic_writing import (
     temporary_beside,
     write_errors,
 )
-from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.patching import statistics_patches
 from bnguard.checkpoint.reading import checkpoint_at, open_checkpoint
+from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.storage import open_source
 from bnguard.checkpoint.unpickling import mapping_of
 from bnguard.errors import CheckpointError
