@@ -20,6 +20,7 @@ from bnguard.checkpoint.reading import (
     read_checkpoint,
 )
 from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.storage import StoredTensor
 from bnguard.checkpoint.writing import (
     loading_code,
     replace_statistics,
@@ -35,6 +36,7 @@ __all__ = [
     "EntryDifference",
     "LayerDifference",
     "OpenCheckpoint",
+    "StoredTensor",
     "check_backup",
     "check_output",
     "compare",

@@ -57,6 +57,21 @@ FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 INTEGER = frozenset(name for name, code in CARRIERS.items() if code[0] == "i" or name == "uint8")
 
 
+@dataclass(frozen=True)
+class Patch:
+    """New bytes for a place in a file, which keeps its length.
+
+    Attributes:
+        path: The file.
+        position: Where they begin in the file.
+        data: The new bytes.
+    """
+
+    path: Path
+    position: int
+    data: bytes
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A range of bytes in an open file.
@@ -97,6 +112,20 @@ class Source:
         stop = self.size if size is None else offset + size
         for position in range(offset, stop, CHUNK_BYTES):
             yield self.read(position, min(CHUNK_BYTES, stop - position))
+
+    def patched(self, patches: Iterable[Patch]) -> Iterator[bytearray]:
+        """Yield all bytes with the patches applied, in pieces that fit the memory."""
+        patches = list(patches)
+        start = self.start
+        for chunk in self.chunks():
+            changed, stop = bytearray(chunk), start + len(chunk)
+            for patch in patches:
+                low, high = max(patch.position, start), min(patch.position + len(patch.data), stop)
+                if low < high:
+                    new = patch.data[low - patch.position : high - patch.position]
+                    changed[low - start : high - start] = new
+            yield changed
+            start = stop
 
     def window(self, offset: int, size: int) -> Source:
         """Return a part of this range.
@@ -188,37 +217,6 @@ def first_bytes(path: Path, size: int) -> bytes:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return the error for a file that the system cannot read."""
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
-
-
-@dataclass(frozen=True)
-class Patch:
-    """New bytes for a place in a file, which keeps its length.
-
-    Attributes:
-        path: The file.
-        position: Where they begin in the file.
-        data: The new bytes.
-    """
-
-    path: Path
-    position: int
-    data: bytes
-
-
-def patched(source: Source, patches: Iterable[Patch]) -> Iterator[bytearray]:
-    """Yield the bytes of a source with the patches applied, in pieces that fit the memory."""
-    patches = list(patches)
-    start = source.start
-    for chunk in source.chunks():
-        stop = start + len(chunk)
-        changed = bytearray(chunk)
-        for patch in patches:
-            low, high = max(patch.position, start), min(patch.position + len(patch.data), stop)
-            if low < high:
-                new = patch.data[low - patch.position : high - patch.position]
-                changed[low - start : high - start] = new
-        yield changed
-        start = stop
 
 
 def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
@@ -363,6 +361,11 @@ class StoredTensor:
         stride = _contiguous_stride(shape) if stride is None else stride
         piece = Piece(storage, start, shape, stride, (0,) * len(shape))
         return cls(dtype, shape, lambda: (piece,))
+
+    @classmethod
+    def at(cls, place: Source, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Return a tensor whose elements follow each other, little-endian, in a range of a file."""
+        return cls.viewing(Storage(place.size, "little", lambda: place), dtype, shape)
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnguard.checkpoint import storage
-from bnguard.checkpoint.storage import Patch, Source, patched
+from bnguard.checkpoint.storage import Patch, Source
 
 PATH = Path("file")
 
@@ -26,5 +26,5 @@ def test_patches_across_pieces(data):
         expected[patch.position : patch.position + len(patch.data)] = patch.data
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(storage, "CHUNK_BYTES", data.draw(st.integers(1, 60)))
-        pieces = list(patched(source, reversed(patches)))
+        pieces = list(source.patched(reversed(patches)))
     assert b"".join(pieces) == bytes(expected[start : start + source.size])

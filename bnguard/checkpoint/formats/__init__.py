@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from bnguard.checkpoint.storage import Patch, first_bytes, unreadable
+from bnguard.checkpoint.storage import Patch, Source, first_bytes, open_source, unreadable
 from bnguard.checkpoint.unpickling import damaged, mapping_of
 
 LONGEST_PROVENANCE_BYTES = 2**20
@@ -55,6 +55,14 @@ class OpenCheckpoint(ABC):
     def __init__(self, path: Path, files: ExitStack) -> None:
         self.path = path
         self.files = files
+
+    def open_file(self, path: Path) -> Source:
+        """Open a file until the checkpoint is closed.
+
+        Raises:
+            CheckpointError: It cannot be opened.
+        """
+        return self.files.enter_context(open_source(path))
 
     @classmethod
     @abstractmethod

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bnguard.checkpoint.formats import OpenFolder, member
 from bnguard.checkpoint.formats.torch_zip import Archive, TorchZip
-from bnguard.checkpoint.storage import Patch, Piece, Source, StoredTensor, open_source, patched
+from bnguard.checkpoint.storage import Patch, Piece, Source, StoredTensor, open_source
 from bnguard.checkpoint.unpickling import (
     Reference,
     as_sizes,
@@ -90,7 +90,7 @@ class Distributed(OpenFolder):
             if place.path == path and any(patch.position in reach for patch in patches):
                 changes += Archive.read(self._source(place)).checksum_patches(patches)
         with copy.open("wb") as handle:
-            handle.writelines(patched(self._sources[path], changes))
+            handle.writelines(self._sources[path].patched(changes))
 
     def _add_place(self, index: dict[Any, Any], info: dict[Any, Any]) -> None:
         if info.get("transform_descriptors"):
@@ -138,7 +138,7 @@ class Distributed(OpenFolder):
     def _source(self, place: _Place) -> Source:
         """Return the bytes of an archive, in a file that is opened once."""
         if place.path not in self._sources:
-            self._sources[place.path] = self.files.enter_context(open_source(place.path))
+            self._sources[place.path] = self.open_file(place.path)
         return self._sources[place.path].window(place.offset, place.size)
 
 

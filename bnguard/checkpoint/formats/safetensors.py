@@ -13,16 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bnguard.checkpoint.formats import OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import (
-    CARRIERS,
-    Patch,
-    Source,
-    Storage,
-    StoredTensor,
-    carrier,
-    open_source,
-    patched,
-)
+from bnguard.checkpoint.storage import CARRIERS, Patch, Source, StoredTensor, carrier
 from bnguard.checkpoint.unpickling import as_sizes, damaged
 
 _LENGTH_BYTES = 8
@@ -61,7 +52,7 @@ class Safetensors(OpenCheckpoint):
 
     def __init__(self, path: Path, files: ExitStack) -> None:
         super().__init__(path, files)
-        self._header, self._data = _read_header(files.enter_context(open_source(path)))
+        self._header, self._data = _read_header(self.open_file(path))
         metadata = self._header.pop(_METADATA, None)
         self._metadata = metadata if isinstance(metadata, dict) else {}
         tensors = {
@@ -97,7 +88,7 @@ class Safetensors(OpenCheckpoint):
         text += b" " * (-len(text) % _ALIGNMENT)
         with target.open("wb") as handle:
             handle.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-            handle.writelines(patched(self._data, patches))
+            handle.writelines(self._data.patched(patches))
 
 
 def _read_header(source: Source) -> tuple[dict[str, object], Source]:
@@ -127,7 +118,7 @@ def _tensor(name: str, description: object, data: Source) -> StoredTensor:
     except ValueError as error:
         raise damaged(data.path, f"its header does not describe {name}") from error
     place = data.window(first, stop - first)
-    tensor = StoredTensor.viewing(Storage(place.size, "little", lambda: place), dtype, sizes)
+    tensor = StoredTensor.at(place, dtype, sizes)
     if dtype in CARRIERS and tensor.numel * carrier(dtype).itemsize != place.size:
         raise damaged(data.path, f"the size of {name} does not fit its shape")
     return tensor

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bnguard.checkpoint.formats import LONGEST_PROVENANCE_BYTES, OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import Patch, Source, Storage, open_source, patched
+from bnguard.checkpoint.storage import Patch, Source, Storage
 from bnguard.checkpoint.unpickling import damaged, read_pickle
 
 # The number at the beginning of each file, as a pickle writes it: LONG1, ten bytes, STOP.
@@ -28,7 +28,7 @@ class TorchLegacy(OpenCheckpoint):
 
     def __init__(self, path: Path, files: ExitStack) -> None:
         super().__init__(path, files)
-        source = files.enter_context(open_source(path))
+        source = self.open_file(path)
         storages: dict[str, Storage] = {}
         # Where the storages are is known once all pickles are read.
         places: dict[str, Source] = {}
@@ -62,5 +62,5 @@ class TorchLegacy(OpenCheckpoint):
     def copy(self, target: Path, patches: Sequence[Patch], provenance: str) -> None:
         """Copy the file byte for byte, and append the note to it."""
         with target.open("wb") as handle:
-            handle.writelines(patched(self._content, patches))
+            handle.writelines(self._content.patched(patches))
             handle.write(_NOTE_MAGIC + provenance.encode())

@@ -18,7 +18,7 @@ from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from bnguard.checkpoint.formats import LONGEST_PROVENANCE_BYTES, OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import Patch, Source, Storage, StoredTensor, open_source, patched
+from bnguard.checkpoint.storage import Patch, Source, Storage, StoredTensor
 from bnguard.checkpoint.unpickling import read_pickle
 from bnguard.errors import CheckpointError, printable
 
@@ -149,7 +149,7 @@ class Archive:
             if bisect_left(positions, content.start) == bisect_left(positions, end):
                 continue
             crc = 0
-            for chunk in patched(content, patches):
+            for chunk in content.patched(patches):
                 crc = zlib.crc32(chunk, crc)
             in_record = source.start + record.header_offset + _CRC_IN_LOCAL_HEADER
             if record.flag_bits & _HAS_DESCRIPTOR:
@@ -173,7 +173,7 @@ class TorchZip(OpenCheckpoint):
 
     def __init__(self, path: Path, files: ExitStack) -> None:
         super().__init__(path, files)
-        self._archive = Archive.read(files.enter_context(open_source(path)))
+        self._archive = Archive.read(self.open_file(path))
         self.root = self._archive.read_object()
         self.extras = dict(self._extras())
         note = self._archive.records.get(self._archive.folder + _PROVENANCE)
@@ -198,7 +198,7 @@ class TorchZip(OpenCheckpoint):
             )
         changes = [*patches, *archive.checksum_patches(patches)]
         with target.open("wb") as handle:
-            handle.writelines(patched(archive.source, changes))
+            handle.writelines(archive.source.patched(changes))
         name = archive.folder + _PROVENANCE
         with ZipFile(target, "a") as copy:
             old_note = copy.NameToInfo.pop(name, None)
