@@ -10,15 +10,12 @@ lists the opcodes of protocols 0 to 5 and what follows them.
 from __future__ import annotations
 
 import io
-import math
 import pickletools
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from bnguard.checkpoint.storage import CARRIERS, Source, Storage, StoredTensor, carrier
 from bnguard.errors import CheckpointError, printable
@@ -180,63 +177,6 @@ def _plain(value: object, budget: Iterator[int], depth: int) -> object:
         )
     keys = [key if isinstance(key, ATOMS) else str(key) for key in mapping]
     return dict(zip(keys, each(mapping.values()), strict=True))
-
-
-# Types of NumPy by their codes, which torch's names share but for what only torch has.
-_NUMPY_DTYPES = {"b1": "bool"} | {
-    code: name for name, code in CARRIERS.items() if np.dtype(code).name == name
-}
-
-
-def array_as_tensor(made: InertObject) -> StoredTensor | None:
-    """Return a pickled NumPy array or scalar of numbers as a tensor; None for anything else.
-
-    Only arrays in C order with their bytes in the pickle are read.
-    """
-    function = made.made_by
-    if not isinstance(function, Reference):
-        return None
-    if not function.module.startswith(("numpy.core.", "numpy._core.")):
-        return None
-    match function.name, made.args, made.state:
-        case "_reconstruct", _, (_, shape, dtype, False, data):
-            pass
-        case "scalar", (dtype, data), _:
-            shape = ()
-        case "_frombuffer", (data, dtype, shape, "C"), _:
-            pass
-        case _:
-            return None
-    match dtype:
-        case InertObject(
-            Reference("numpy", "dtype"),
-            (str(code), *_),
-            (_, "<" | ">" | "|" | "=" as order, *_),
-        ) if code in _NUMPY_DTYPES:
-            content = _bytes_of_array(data)
-        case _:
-            return None
-    try:
-        sizes = as_sizes(shape)
-    except ValueError:
-        return None
-    if content is None or math.prod(sizes) * np.dtype(code).itemsize != content.size:
-        return None
-    byteorder = "big" if order == ">" else "little"
-    storage = Storage(content.size, byteorder, lambda: content, is_replaceable=False)
-    return StoredTensor.viewing(storage, _NUMPY_DTYPES[code], sizes)
-
-
-def _bytes_of_array(data: object) -> Source | None:
-    """Return the bytes of an array; before protocol 3 they are text, a character each."""
-    match data:
-        case Blob(place):
-            return place
-        case InertObject(Reference("_codecs", "encode"), (str(text), "latin1" | "latin-1")):
-            if not text.isascii() and max(text) > "\xff":
-                return None
-            data = text.encode("latin-1")
-    return Source(Path(), io.BytesIO(data), 0, len(data)) if isinstance(data, bytes) else None
 
 
 def call(made_by: object, args: object) -> object:
