@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # Large enough to copy at the speed of the disk, small enough not to show in the memory.
 CHUNK_BYTES = 8 * 2**20
 _LONGEST_LINE_BYTES = 4096
-# The directory of an archive of about a million records.
-_LARGEST_READ_BYTES = 2**26
 # A tensor expanded from few stored elements is read in full up to here: a file of a hundred bytes
 # must not ask for a terabyte.
 _MOST_EXPANDED_BYTES = 2**26
@@ -138,8 +136,12 @@ class Source:
         return Source(self.path, self.handle, self.start + offset, size)
 
     def stream(self) -> io.BufferedReader:
-        """Return the bytes as a file of its own, which refuses to read unreasonable amounts."""
-        return _BoundedReader(_Stream(self))
+        """Return the bytes as a file of its own."""
+        return _BoundedLines(self.raw_stream())
+
+    def raw_stream(self) -> io.RawIOBase:
+        """Return the bytes as an unbuffered file of its own."""
+        return _Stream(self)
 
     def truncated(self) -> CheckpointError:
         """Return the error for bytes that are missing."""
@@ -148,16 +150,11 @@ class Source:
         )
 
 
-class _BoundedReader(io.BufferedReader):
-    """Believes no size that a file claims: pickles have short lines, archives small directories."""
+class _BoundedLines(io.BufferedReader):
+    """Bytes with no longer lines than a pickle has."""
 
     def readline(self, size: int | None = -1, /) -> bytes:
         return super().readline(_LONGEST_LINE_BYTES)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _LARGEST_READ_BYTES:
-            raise ValueError("more bytes at once than bnguard reads")
-        return super().read(size)
 
 
 class _Stream(io.RawIOBase):

@@ -306,10 +306,10 @@ class _Machine:
 
     def run(self) -> object:
         for _ in range(_MOST_OPCODES):
-            code = self.read(1)
+            code = self.stream.read(1)
             opcode = _OPCODES.get(code)
             if opcode is None:
-                raise ValueError(f"opcode {code!r}")
+                raise ValueError(f"opcode {code!r}") if code else self.source.truncated()
             name, argument = opcode.name, self.argument(opcode)
             if name in _PUSHES:
                 self.stack.append(argument)

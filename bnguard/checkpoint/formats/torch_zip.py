@@ -7,6 +7,7 @@ The provenance note is appended as a record of its own.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from bisect import bisect_left
@@ -30,6 +31,8 @@ _CRC_IN_LOCAL_HEADER = 14
 _CRC_IN_DIRECTORY_ENTRY = 16
 _HAS_DESCRIPTOR = 0x0008
 _IS_ENCRYPTED = 0x0001
+# About a million records.
+_LARGEST_DIRECTORY_BYTES = 2**26
 _MALFORMED = (BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error)
 _PICKLE = "data.pkl"
 _PROVENANCE = "bnguard/provenance.json"
@@ -37,6 +40,15 @@ _PROVENANCE = "bnguard/provenance.json"
 _BOOKKEEPING = frozenset(
     {"version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
 )
+
+
+class _SmallReads(io.BufferedReader):
+    """Bytes of an archive, without trust in the size that a file gives for its directory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST_DIRECTORY_BYTES:
+            raise BadZipFile("a directory of more records than bnguard reads")
+        return super().read(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +73,7 @@ class Archive:
             CheckpointError: It has none, or it is damaged.
         """
         try:
-            with ZipFile(source.stream()) as archive:
+            with ZipFile(_SmallReads(source.raw_stream())) as archive:
                 return cls(source, tuple(archive.infolist()), archive.start_dir)
         except _MALFORMED as error:
             raise source.truncated() from error
