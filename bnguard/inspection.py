@@ -1,4 +1,4 @@
-"""What can be told of BN layers that do not train: the static rules on models and checkpoints."""
+"""Inspecting BN layers that do not train: the static rules on models and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bnguard.checkpoint import Checkpoint, CheckpointLayer, read_checkpoint
 from bnguard.configuration import Configuration, read_configuration
 from bnguard.errors import CheckpointError, ConfigurationError, NoBatchNormError
 from bnguard.layers.distances import DEFAULT_MOMENTUM
+from bnguard.layers.names import without_wrappers
 from bnguard.observe.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import Rule
@@ -19,7 +20,7 @@ from bnguard.rules.engine import diagnose
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# What PyTorch's classes start from; a state dict does not hold what a layer really has.
+# PyTorch's default; a state dict does not hold the eps of a layer.
 _DEFAULT_EPS = 1e-5
 
 
@@ -33,22 +34,22 @@ def inspect(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[Rule] | None = None,
 ) -> Report:
-    """Tell what is wrong with the BN layers of a model or a checkpoint, without running it.
+    """Report what is wrong with the BN layers of a model or a checkpoint, without running it.
 
-    A checkpoint file is read without torch and without running code that it may hold. A state dict
-    does not hold momentum and eps: they are those of a reference that is a model;
-    without one PyTorch's defaults are assumed, and the report says so where that decides anything.
+    A checkpoint file is read without torch and without running code in it. A state dict does not
+    hold momentum and eps: they are taken from a reference that is a model. Without one, PyTorch's
+    defaults are assumed, and the report says so if a finding depends on them.
 
     Args:
         subject: A model, what its ``state_dict()`` returns, or the path of a checkpoint.
         reference: The model, or its state dict, that the subject was averaged, pruned, rounded or
             copied from. Reports weights that changed while the statistics did not. Not with a path.
         select: The rules that run, by code, name or prefix of a code (``"BN3"``). This and the
-            next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says, as in
+            next three override ``[tool.bnguard]`` of ``pyproject.toml``, as in
             :func:`bnguard.watch`.
-        ignore: Those that do not run, also where they are selected.
-        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
-        limits: Limits that differ from those of the rules, by rule, then by name.
+        ignore: Rules that do not run, even if they are selected.
+        per_layer_ignores: Rules that skip some layers, by glob of the layers' names.
+        limits: Limits that replace those of the rules, by rule, then by name.
         rules: The rules to choose from; those that need a training are left out.
 
     Raises:
@@ -77,7 +78,7 @@ def inspect(
 
     _check_subject("inspect takes a model, a state dict or a path", subject)
     if isinstance(subject, torch.jit.ScriptModule):
-        # Its modules cannot be read, but what it saves can.
+        # Its modules cannot be read, but its state dict can.
         subject = subject.state_dict()
     layers: Iterable[LayerHistory] = (
         _layers_of_model(subject)
@@ -87,7 +88,7 @@ def inspect(
     run = Run()
     if reference is not None:
         _check_subject("reference has to be a model or a state dict", reference)
-        layers, run = _beside(layers, subject, reference)
+        layers, run = _add_reference(layers, subject, reference)
     return _report(layers, rules, configuration, run)
 
 
@@ -96,30 +97,27 @@ def inspect_checkpoint(
     configuration: Configuration | None = None,
     rules: Iterable[Rule] | None = None,
 ) -> Report:
-    """Tell what is wrong with the BN layers of a checkpoint that was read.
+    """Report what is wrong with the BN layers of a checkpoint that was read.
 
     Args:
         checkpoint: What :func:`bnguard.checkpoint.read_checkpoint` returned.
-        configuration: Which of the rules run, on which layers, with which limits.
+        configuration: Which rules run, on which layers, with which limits.
         rules: The rules to choose from; those that need a training are left out.
 
     Raises:
         CheckpointError: It holds no BN layers.
     """
     if not checkpoint.layers:
-        if checkpoint.problems:
-            raise CheckpointError(
-                f"{checkpoint.path}: nothing to inspect: {checkpoint.problems[0]}"
-            )
-        raise NoBatchNormError(
-            f"{checkpoint.path}: nothing to inspect: it has no BN layers with running statistics"
-        )
+        kind = CheckpointError if checkpoint.problems else NoBatchNormError
+        why = (*checkpoint.problems, "it has no BN layers with running statistics")[0]
+        raise kind(f"{checkpoint.path}: nothing to inspect: {why}")
     has_several = len(checkpoint.models) > 1
     run = Run(stored_steps=checkpoint.global_step)
     recalibrated = _recalibrated_keys(checkpoint.provenance)
     layers = [
         dataclasses.replace(
-            _layer_of_checkpoint(checkpoint, layer, f"{model.name}: " if has_several else ""),
+            _layer_of_checkpoint(checkpoint, layer),
+            name=f"{model.name}: {layer.name}" if has_several else layer.name,
             is_recalibrated=layer.key("running_mean") in recalibrated,
             run=run,
         )
@@ -129,12 +127,12 @@ def inspect_checkpoint(
     return _report(layers, rules, configuration or Configuration(), run)
 
 
-# Their result holds nothing of the statistics from before, but for a prior.
+# Their result does not depend on the statistics from before, unless there is a prior.
 _METHODS = ("exact", "precise", "adapt")
 
 
 def _recalibrated_keys(provenance: Mapping[str, object] | None) -> set[str]:
-    """Return the entries that a recalibration has written, as far as it forgot those before."""
+    """Return the entries that a recalibration computed without those from before."""
     keys: set[str] = set()
     while isinstance(provenance, Mapping):
         replaced = provenance.get("replaced")
@@ -165,15 +163,14 @@ def _is_statistic(key: object) -> bool:
     return str(key).endswith(("running_mean", "running_var"))
 
 
-def _beside(
+def _add_reference(
     layers: Iterable[LayerHistory],
     subject: nn.Module | Mapping[str, Tensor],
     reference: nn.Module | Mapping[str, Tensor],
 ) -> tuple[list[LayerHistory], Run]:
-    """Return the layers and the run with what a reference tells of them."""
+    """Return the layers and the run, compared with a reference."""
     from torch import nn
 
-    from bnguard.layers.names import without_wrappers
     from bnguard.observe.model_state import statistics_of, tensors_of, weight_change
 
     if isinstance(reference, nn.Module) and not isinstance(subject, nn.Module):
@@ -189,8 +186,7 @@ def _beside(
 
 
 def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Iterator[LayerHistory]:
-    """Yield the layers of a state dict with what it does not hold, as a model has it."""
-    from bnguard.layers.names import without_wrappers
+    """Yield the layers of a state dict with eps and momentum as a model has them."""
     from bnguard.observe.model_state import describe_layers
 
     described = describe_layers(model)
@@ -226,8 +222,8 @@ def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
 
     from bnguard.observe.model_state import describe_layers
 
-    # An average of counters, rounded down each time, counts nothing; and where buffers are not
-    # averaged they are copied, or written by update_bn, whose plain average forgets the rest.
+    # An average of counters, rounded down each time, is not a count. Buffers that are not averaged
+    # are copied, or written by update_bn, whose plain average forgets the rest.
     is_counting = not isinstance(model, AveragedModel)
     for layer in describe_layers(model).values():
         if is_counting or layer.running is None or layer.running.is_initial:
@@ -261,26 +257,21 @@ def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHis
             gamma=gamma,
             beta=beta,
             statistics_dtype=str(mean.dtype).removeprefix("torch."),
-            running=running_statistics(
-                mean,
-                var,
-                state_dict.get(f"{prefix}num_batches_tracked"),
-            ),
+            running=running_statistics(mean, var, state_dict.get(f"{prefix}num_batches_tracked")),
         )
 
 
-def _layer_of_checkpoint(
-    checkpoint: Checkpoint, layer: CheckpointLayer, model: str
-) -> LayerHistory:
-    momenta, eps = checkpoint.momenta, checkpoint.eps
-    noted_eps = layer.eps if layer.eps is not None else eps.get(layer.name)
-    noted_momentum = momenta.get(layer.name, DEFAULT_MOMENTUM)
+def _layer_of_checkpoint(checkpoint: Checkpoint, layer: CheckpointLayer) -> LayerHistory:
+    momenta = checkpoint.momenta
+    eps = layer.eps if layer.eps is not None else checkpoint.eps.get(layer.name)
     return LayerHistory(
-        name=model + layer.name,
+        name=layer.name,
         channels=layer.channels,
-        eps=_DEFAULT_EPS if noted_eps is None else noted_eps,
-        is_eps_known=noted_eps is not None,
-        momentum=layer.momentum if layer.is_momentum_known else noted_momentum,
+        eps=_DEFAULT_EPS if eps is None else eps,
+        is_eps_known=eps is not None,
+        momentum=(
+            layer.momentum if layer.is_momentum_known else momenta.get(layer.name, DEFAULT_MOMENTUM)
+        ),
         is_momentum_known=layer.is_momentum_known or layer.name in momenta,
         gamma=layer.weight,
         beta=layer.bias,

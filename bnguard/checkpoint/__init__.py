@@ -6,21 +6,27 @@ Reading imports no torch, so that an inspection answers at once; writing and loa
 from __future__ import annotations
 
 from bnguard.checkpoint.atomic_writing import check_backup, check_output, original_of
-from bnguard.checkpoint.bn_entries import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.comparing import (
     CheckpointDifference,
     EntryDifference,
     LayerDifference,
     compare,
 )
-from bnguard.checkpoint.model_files import loading_code, write_model
+from bnguard.checkpoint.formats import OpenCheckpoint, register_format
 from bnguard.checkpoint.reading import (
     find_checkpoints,
     load_state_dict,
     name_beside,
     read_checkpoint,
 )
-from bnguard.checkpoint.rewriting import replace_statistics, write_statistics
+from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.storage import StoredTensor
+from bnguard.checkpoint.writing import (
+    loading_code,
+    replace_statistics,
+    write_model,
+    write_statistics,
+)
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +35,8 @@ __all__ = [
     "CheckpointModel",
     "EntryDifference",
     "LayerDifference",
+    "OpenCheckpoint",
+    "StoredTensor",
     "check_backup",
     "check_output",
     "compare",
@@ -38,6 +46,7 @@ __all__ = [
     "name_beside",
     "original_of",
     "read_checkpoint",
+    "register_format",
     "replace_statistics",
     "write_model",
     "write_statistics",

@@ -1,6 +1,6 @@
 """Giving a complete file or folder its name, at once and without losing what had it before.
 
-What stands in the way of an output (:func:`check_output`) is found out before the work begins.
+Obstacles to an output (:func:`check_output`) are found before the work begins.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bnguard.checkpoint.formats import FORMATS, checkpoint_at, format_of
+from bnguard.checkpoint.formats import FORMATS
 from bnguard.checkpoint.formats.hugging_face import Pretrained, weights_in
+from bnguard.checkpoint.reading import checkpoint_at, format_of
 from bnguard.errors import CheckpointError
 
 _PREFIX, _SUFFIX = ".bnguard-", ".tmp"
@@ -27,13 +28,13 @@ def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) ->
 
     Args:
         output: The name.
-        source: The checkpoint that it comes from, which is never written over.
+        source: The original, which is never overwritten.
         is_folder: Whether a folder is to be written.
-        force: Whether something that has the name may be replaced.
+        force: Whether a file or folder of that name may be replaced.
 
     Raises:
-        CheckpointError: It is the original or inside it, something that may not be replaced has
-            it, or it is in a folder that does not exist or that nothing can be written into.
+        CheckpointError: It is the original or inside it, it is taken, or its folder does not exist
+            or cannot be written into.
     """
     with write_errors(output):
         if output.exists():
@@ -49,8 +50,8 @@ def check_backup(original: Path, *, force: bool) -> None:
     """Refuse a checkpoint that cannot be replaced in place, with the original as a backup.
 
     Raises:
-        CheckpointError: It is a folder of several files; the backup exists, or nothing can be
-            written into the folder.
+        CheckpointError: It is a folder of several files; the backup exists, or the folder cannot
+            be written into.
     """
     if original.is_dir():
         raise CheckpointError(
@@ -60,17 +61,17 @@ def check_backup(original: Path, *, force: bool) -> None:
     backup = backup_of(original)
     with write_errors(backup):
         if backup.exists() and not force:
-            raise exists(backup)
+            raise _exists(backup)
         _check_folder(backup)
 
 
 def original_of(path: str | Path) -> Path:
-    """Return what is replaced in place of a checkpoint: a file where only one changes.
+    """Return the file that is replaced when a checkpoint is changed in place.
 
-    Where the path is a link, that is what it leads to.
+    That is the target of a link, and the only file of weights in a folder.
     """
     source = checkpoint_at(path)
-    if isinstance(format_of(source), Pretrained):
+    if format_of(source) is Pretrained:
         source = weights_in(source)
     has_name = source.name not in ("", "..")
     return source if has_name and not source.is_symlink() else source.resolve()
@@ -87,9 +88,9 @@ def backup_of(original: Path) -> Path:
 
 @contextmanager
 def temporary_beside(path: Path, *, like: Path) -> Iterator[Path]:
-    """Make an empty file or folder beside ``path``, of the kind that ``like`` is.
+    """Make an empty file or folder next to ``path``, of the kind that ``like`` is.
 
-    Whatever still has its temporary name at the end is removed, also after an exception.
+    If it still has its temporary name at the end, it is removed, also after an exception.
     """
     if like.is_dir():
         made = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, path.parent))
@@ -103,42 +104,26 @@ def temporary_beside(path: Path, *, like: Path) -> Iterator[Path]:
         _remove(made)
 
 
-def settle(copy: Path, original: Path) -> None:
-    """Give a copy the permissions of the original, and bring it to the disk."""
-    for path in (*copy.rglob("*"), copy):
-        if path.is_symlink():  # one that leads nowhere
-            continue
-        counterpart = original / path.relative_to(copy) if path != copy else original
-        if counterpart.exists():
-            shutil.copymode(counterpart, path)
-        _sync(path)
+def publish(copy: Path, name: Path, *, like: Path, force: bool) -> None:
+    """Give a complete copy its name.
 
+    A file replaces another one in one step. A replaced folder has a temporary name between two
+    renamings.
 
-def publish(copy: Path, name: Path) -> None:
-    """Give a complete copy a name that nothing has.
+    Args:
+        copy: The copy.
+        name: The name.
+        like: The original, whose permissions the copy gets.
+        force: Whether to replace a file or folder of that name.
 
     Raises:
         CheckpointError: Something has the name by now.
-        OSError: The system does not let us.
+        OSError: The system refuses; the name leads to what it led to before.
     """
-    if name.exists():
-        raise exists(name)
-    copy.rename(name)
-    _sync(name.parent)
-
-
-def replace(copy: Path, name: Path) -> None:
-    """Give a complete copy the name of something else, which is removed.
-
-    A file is replaced in one step. A folder has a temporary name for the moment between two
-    renamings.
-
-    Raises:
-        OSError: The system does not let us; the name leads to what it led to before.
-    """
-    if not copy.is_dir():
-        copy.replace(name)
-    else:
+    _bring_to_disk(copy, like)
+    if name.exists() and not force:
+        raise _exists(name)
+    if copy.is_dir() and name.exists():
         aside = name.rename(name.with_name(f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"))
         try:
             copy.rename(name)
@@ -146,17 +131,21 @@ def replace(copy: Path, name: Path) -> None:
             aside.rename(name)
             raise
         _remove(aside)
+    else:
+        copy.replace(name)
     _sync(name.parent)
 
 
-def replace_with_backup(copy: Path, name: Path, backup: Path) -> None:
+def replace_with_backup(copy: Path, name: Path) -> None:
     """Give a complete copy the name of a file, which is kept under the name of the backup.
 
     The file has its old or its new content at any moment. An older backup is replaced.
 
     Raises:
-        OSError: The system does not let us; the file is as it was.
+        OSError: The system refuses; the file is as it was.
     """
+    _bring_to_disk(copy, name)
+    backup = backup_of(name)
     with temporary_beside(backup, like=name) as second:
         shutil.copy2(name, second)
         _sync(second)
@@ -169,27 +158,9 @@ def replace_with_backup(copy: Path, name: Path, backup: Path) -> None:
     _sync(name.parent)
 
 
-def save(content: object, path: Path) -> None:
-    """Save with torch; what the system says against it is raised as it is.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    import torch
-
-    try:
-        with path.open("wb") as handle:
-            torch.save(content, handle)
-    except RuntimeError as error:
-        # torch complains of what came of a write that failed, or that Ctrl-C stopped.
-        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
-            raise error.__context__ from None
-        raise
-
-
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing into one line.
+    """Turn errors of the system into one line.
 
     Raises:
         CheckpointError: The block raised an ``OSError``.
@@ -198,7 +169,7 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if not path.parent.is_dir():
-            raise no_folder(path) from error
+            raise _no_folder(path) from error
         space = "free some space or " if error.errno in _FULL else ""
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror or error}; the original is untouched, "
@@ -206,8 +177,7 @@ def write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def no_folder(path: Path) -> CheckpointError:
-    """Return the error for a name in a folder that does not exist."""
+def _no_folder(path: Path) -> CheckpointError:
     state = "is a file" if path.parent.exists() else "does not exist"
     return CheckpointError(
         f"{path}: cannot be written, because the folder {path.parent} {state}; "
@@ -215,11 +185,21 @@ def no_folder(path: Path) -> CheckpointError:
     )
 
 
-def exists(path: Path) -> CheckpointError:
-    """Return the error for a name that is taken."""
+def _exists(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path}: exists already; move it away, or force it to be replaced (--force)"
     )
+
+
+def _bring_to_disk(copy: Path, original: Path) -> None:
+    """Give a copy the permissions of the original, and bring it to the disk."""
+    for path in (*copy.rglob("*"), copy):
+        if path.is_symlink():  # a broken one
+            continue
+        counterpart = original / path.relative_to(copy) if path != copy else original
+        if counterpart.exists():
+            shutil.copymode(counterpart, path)
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -242,10 +222,10 @@ def _remove(path: Path) -> None:
 
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
-        raise no_folder(path)
+        raise _no_folder(path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{path}: cannot be written, because nothing may be written into {path.parent}; "
+            f"{path}: cannot be written, because {path.parent} is not writable; "
             "choose another output"
         )
 
@@ -259,10 +239,10 @@ def _check_replaceable(output: Path, source: Path, is_folder: bool, force: bool)
         is_, be = ("a file", "a folder") if is_folder else ("a folder", "a file")
         raise CheckpointError(f"{output}: is {is_}, and {be} is to be written; name {be}")
     if not force:
-        raise exists(output)
+        raise _exists(output)
     # A folder goes with all that is in it: it may be somebody's home.
-    if output.is_dir() and not any(known.recognises(output) for known in FORMATS):
+    if output.is_dir() and not any(known.recognises(output, b"") for known in FORMATS):
         raise CheckpointError(
-            f"{output}: is a folder, and no checkpoint, so it is not replaced; "
+            f"{output}: is a folder and not a checkpoint, so it is not replaced; "
             "choose another output"
         )

@@ -1,4 +1,4 @@
-"""Comparing two checkpoints: how far running statistics moved, and whether more than they did."""
+"""Comparing two checkpoints: how far running statistics moved, and what else changed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bnguard.checkpoint.bn_entries import STATISTICS, Checkpoint, CheckpointLayer, CheckpointModel
-from bnguard.checkpoint.contents import Contents, Entry, entries
-from bnguard.checkpoint.reading import open_contents
-from bnguard.checkpoint.stored_tensors import StoredTensor
+from bnguard.checkpoint.bn_entries import STATISTICS
+from bnguard.checkpoint.contents import entries
+from bnguard.checkpoint.formats import OpenCheckpoint
+from bnguard.checkpoint.reading import open_checkpoint
+from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
+from bnguard.checkpoint.storage import StoredTensor
 from bnguard.checkpoint.unpickling import Blob, TypedStorage
 from bnguard.errors import CheckpointError
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
@@ -88,9 +90,9 @@ class CheckpointDifference:
         before: Path of the first.
         after: Path of the second.
         layers: BN layers that both have with as many channels, in the order of the first.
-        entries: Every other entry that is not bit-identical: none where only running statistics
-            changed. Of models under different prefixes the tensors of the models alone; of
-            different formats without what only the one or the other can hold.
+        entries: Every other entry that is not bit-identical. Of models under different prefixes,
+            only the tensors of the models are compared; of different formats, only what both can
+            hold.
     """
 
     before: Path
@@ -102,13 +104,13 @@ class CheckpointDifference:
 def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
     """Compare two checkpoints layer by layer, and everything else bit by bit.
 
-    Models are matched by their prefix; where each checkpoint has one model only, whatever its
-    prefix, and also where the one is a part of the other. To compare two models of one file, pass
+    Models are matched by their prefix; if each checkpoint has only one model, whatever its prefix,
+    and also if one is a part of the other. To compare two models of one file, pass
     ``checkpoint.only(name)`` for each.
 
     Raises:
-        CheckpointError: One of the files cannot be read any more, or it has several models, none
-            of which has a counterpart by name.
+        CheckpointError: One of the files cannot be read any more, or it has several models, and
+            the other none of the same names.
     """
     pairs = _model_pairs(a, b)
     layers = [(pair.first.prefix, d) for pair in pairs for d in _layer_pairs(pair)]
@@ -118,7 +120,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
         for stem in (prefix, without_wrappers(prefix))
         for attribute in STATISTICS
     }
-    with open_contents(a.path) as before, open_contents(b.path) as after:
+    with open_checkpoint(a.path) as before, open_checkpoint(b.path) as after:
         if all(pair.is_alike for pair in pairs):
             values = _everything(before), _everything(after)
             if before.format == after.format:
@@ -139,10 +141,10 @@ class _Pair:
     """Two models to compare.
 
     Attributes:
-        first: The one.
-        second: The other.
-        first_stem: What stands before the names of the layers in the one, and not in the other.
-        second_stem: What stands before them in the other, and not in the one.
+        first: The first.
+        second: The second.
+        first_stem: The modules around all layers in the first that the second does not have.
+        second_stem: The modules around all layers in the second that the first does not have.
     """
 
     first: CheckpointModel
@@ -172,7 +174,7 @@ def _only_model(checkpoint: Checkpoint) -> CheckpointModel:
         names = ", ".join(repr(model.name) for model in checkpoint.models)
         raise CheckpointError(
             f"{checkpoint.path} holds several models, {names}, and the other checkpoint none of "
-            "that name: choose one of each with --weights FIRST SECOND ('' is a bare state dict)"
+            "these: choose one of each with --weights FIRST SECOND ('' is a bare state dict)"
         )
     return checkpoint.main
 
@@ -182,7 +184,7 @@ def _names(model: CheckpointModel) -> set[str]:
 
 
 def _stems(first: CheckpointModel, second: CheckpointModel) -> tuple[str, str]:
-    """Return what stands before the layers' names in each model where one is a part of the other.
+    """Return the modules around the layers in each model, if one is a part of the other.
 
     A network may be saved alone, and as the attribute of a larger one, or of two.
     """
@@ -224,28 +226,27 @@ def _layer_pairs(pair: _Pair) -> Iterator[LayerDifference]:
             yield LayerDifference(layer, other)
 
 
-def _everything(contents: Contents) -> dict[str, object]:
-    """Return all that a checkpoint holds by dotted name, without what wrappers put before a key."""
-    return {entry.prefix + _own_key(entry): entry.value for entry in entries(contents)}
+def _everything(checkpoint: OpenCheckpoint) -> dict[str, object]:
+    """Return all values of a checkpoint by dotted name, without the prefixes of wrappers."""
+    return {
+        entry.prefix + without_wrappers(".".join(entry.path[entry.home :])): entry.value
+        for entry in entries(checkpoint)
+    }
 
 
-def _extras(contents: Contents) -> dict[str, object]:
-    return {f"<{name}>": value for name, value in contents.extras.items()}
+def _extras(checkpoint: OpenCheckpoint) -> dict[str, object]:
+    return {f"<{name}>": value for name, value in checkpoint.extras.items()}
 
 
-def _of_model(contents: Contents, prefix: str, stem: str, name: str) -> dict[str, object]:
+def _of_model(checkpoint: OpenCheckpoint, prefix: str, stem: str, name: str) -> dict[str, object]:
     """Return the tensors of one model below a stem, under the name that another one has for it."""
-    found = ((entry.key_in(prefix), entry.value) for entry in entries(contents))
+    found = ((entry.key_in(prefix), entry.value) for entry in entries(checkpoint))
     own = {without_wrappers(key): value for key, value in found if key is not None}
     return {
         name + key.removeprefix(stem): value
         for key, value in own.items()
         if isinstance(value, StoredTensor) and key.startswith(stem)
     }
-
-
-def _own_key(entry: Entry) -> str:
-    return without_wrappers(".".join(entry.path[entry.home :]))
 
 
 def _entry_differences(
@@ -263,12 +264,12 @@ def _entry_differences(
 
 
 def _is_bookkeeping(key: str, value: object) -> bool:
-    """Whether an entry is what torch's dictionary of weights carries, and a plain one does not."""
+    """Return whether an entry is what torch's state dict has in addition to a plain dictionary."""
     return _VERSIONS in key.split(".") or value == _ORDERED
 
 
 def _difference(a: object, b: object) -> str | None:
-    """Return what differs between two values; None where nothing does."""
+    """Return what differs between two values; None if nothing does."""
     if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"{a.dtype} {a.shape} against {b.dtype} {b.shape}"
@@ -283,10 +284,9 @@ def _difference(a: object, b: object) -> str | None:
 
 def _chunks(value: object) -> Iterator[bytes] | None:
     if isinstance(value, Blob):
-        return value.place.chunks(0, value.place.size)
+        return value.place.chunks()
     if isinstance(value, TypedStorage):
-        source = value.storage.source
-        return source.chunks(0, source.size)
+        return value.storage.find_source().chunks()
     return None
 
 

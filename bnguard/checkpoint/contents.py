@@ -1,23 +1,26 @@
-"""An opened checkpoint of any format, as the rest of the package sees it."""
+"""All values in an open checkpoint, each with the keys that lead to it."""
 
 from __future__ import annotations
 
-import json
+import io
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from bnguard.checkpoint.formats import OpenCheckpoint
+from bnguard.checkpoint.storage import CARRIERS, Source, Storage, StoredTensor
 from bnguard.checkpoint.unpickling import (
     ATOMS,
+    Blob,
     InertObject,
     Reference,
-    array_as_tensor,
+    as_sizes,
     mapping_of,
 )
 from bnguard.errors import CheckpointError
-
-LONGEST_PROVENANCE_BYTES = 2**20
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.
 _MOST_ENTRIES = 1_500_000
@@ -35,31 +38,6 @@ _ATOM_TYPES = frozenset(ATOMS)
 _TRANSPARENT = ("_parameters", "_buffers", "_modules")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Contents:
-    """What a checkpoint holds, while its files are open.
-
-    Attributes:
-        path: The file or folder.
-        format: Name of its format.
-        root: The object that was saved: containers and atoms, with ``StoredTensor`` and
-            inert stand-ins for everything else.
-        extras: What the format keeps beside the object, by name.
-        provenance: What bnguard noted when it wrote the checkpoint; None where it did not.
-    """
-
-    path: Path
-    format: str
-    root: object
-    extras: Mapping[str, object] = field(default_factory=dict)
-    provenance: Mapping[str, object] | None = None
-
-    @property
-    def is_lightning(self) -> bool:
-        """Whether a Lightning Trainer saved it."""
-        return "pytorch-lightning_version" in (mapping_of(self.root) or {})
-
-
 class Entry(NamedTuple):
     """A value in a checkpoint: a tensor, an atom, or a list of atoms.
 
@@ -67,7 +45,7 @@ class Entry(NamedTuple):
         path: The keys that lead to it from the root.
         home: How many of these keys lead to the model that it belongs to.
         value: The value.
-        owner: The pickled module that it is a part of; None where there is none.
+        owner: The pickled module that it is a part of; None in a state dict.
     """
 
     path: tuple[str, ...]
@@ -82,11 +60,11 @@ class Entry(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What stands in ``key`` before the key in the model's own state dict."""
+        """The part of ``key`` that is not in the model's own state dict."""
         return "".join(f"{part}." for part in self.path[: self.home])
 
     def key_in(self, prefix: str) -> str | None:
-        """Return the key in the state dict of a model or of a part of it; None where not in it.
+        """Return the key in the state dict of a model or a part of it; None outside of it.
 
         >>> Entry(("state_dict", "encoder_q.bn.weight"), 1, None).key_in("state_dict.encoder_q.")
         'bn.weight'
@@ -95,8 +73,8 @@ class Entry(NamedTuple):
         return self.key.removeprefix(prefix) if is_inside else None
 
 
-def entries(contents: Contents) -> Iterator[Entry]:
-    """Yield all that a checkpoint holds, in the order in which it was saved.
+def entries(checkpoint: OpenCheckpoint) -> Iterator[Entry]:
+    """Yield all values of a checkpoint, in the order in which they were saved.
 
     Branches may be shared; one that contains itself is followed once.
 
@@ -104,56 +82,51 @@ def entries(contents: Contents) -> Iterator[Entry]:
         CheckpointError: It is too large or too deeply nested.
     """
     count, array_bytes = 0, 0
-    branches = [_Branch(0, iter([_Node((), None, contents.root, None)]))]
+    branches = [(0, iter([_Node((), None, checkpoint.root, None)]))]
     above: set[int] = set()
     while branches:
-        node = next(branches[-1].children, None)
+        identity, siblings = branches[-1]
+        node = next(siblings, None)
         if node is None:
-            above.discard(branches.pop().identity)
+            above.discard(identity)
+            branches.pop()
             continue
         if isinstance(node.value, InertObject):
-            array = array_as_tensor(node.value)
+            array = _array_as_tensor(node.value)
             if array is not None:
                 node = node._replace(value=array)
                 array_bytes += min(array.pieces[0].storage.nbytes, _LARGEST_ARRAY_IN_MEMORY)
             if array_bytes > _MOST_ARRAY_BYTES:
-                raise _too_much(contents.path, "holds too many NumPy arrays")
+                raise _too_much(checkpoint.path, "holds too many NumPy arrays")
         children = _children(node.value)
         atoms = len(node.value) if children is None and isinstance(node.value, (list, tuple)) else 0
         count += 1 + atoms // _ATOMS_PER_ENTRY
         if count > _MOST_ENTRIES:
-            raise _too_much(contents.path, f"holds more than {_MOST_ENTRIES:,} values")
+            raise _too_much(checkpoint.path, f"holds more than {_MOST_ENTRIES:,} values")
         if children is None:
             home = _home(node.path) if node.module_at is None else node.module_at
             yield Entry(node.path, home, node.value, node.owner)
         elif id(node.value) not in above:
             if len(branches) > _MOST_NESTED:
-                raise _too_much(contents.path, f"is nested more than {_MOST_NESTED} levels deep")
+                raise _too_much(checkpoint.path, f"is nested more than {_MOST_NESTED} levels deep")
             above.add(id(node.value))
-            branches.append(_Branch(id(node.value), _below(node, children)))
+            branches.append((id(node.value), _below(node, children)))
 
 
 class _Node(NamedTuple):
     """A value on the way through a checkpoint.
 
     Attributes:
-        path: The keys that led to it.
-        module_at: How many of these led to the outermost module around it.
+        path: The keys that lead to it.
+        module_at: How many of these lead to the outermost pickled module around it.
         value: The value.
-        owner: The innermost module around it.
+        owner: The innermost pickled module around it.
     """
 
     path: tuple[str, ...]
     module_at: int | None
     value: object
     owner: InertObject | None
-
-
-class _Branch(NamedTuple):
-    """A container on the way, and those of its values that are still to come."""
-
-    identity: int
-    children: Iterator[_Node]
 
 
 def _below(node: _Node, children: Iterator[tuple[str, object]]) -> Iterator[_Node]:
@@ -169,7 +142,7 @@ def _too_much(path: Path, what: str) -> CheckpointError:
 
 
 def _children(node: object) -> Iterator[tuple[str, object]] | None:
-    """Return what a node contains, by name; None where it is a leaf."""
+    """Return what a node contains, by name; None for a leaf."""
     if isinstance(node, dict) and node:
         return ((_name(key), value) for key, value in node.items())
     if isinstance(node, (list, tuple)) and not _ATOM_TYPES.issuperset(map(type, node)):
@@ -211,12 +184,15 @@ def _children_of_module(state: Mapping[object, object]) -> Iterator[tuple[str, o
 
 
 def _members(stored: object) -> frozenset[str]:
-    """Return the names in a set, which old protocols make of a list and new ones add to."""
-    if not isinstance(stored, InertObject):
-        return frozenset()
-    made_of = stored.args[0] if isinstance(stored.args, tuple) and stored.args else ()
-    listed = made_of if isinstance(made_of, (list, tuple)) else ()
-    return frozenset(item for item in (*listed, *(stored.items or ())) if isinstance(item, str))
+    """Return the names in a set, which old protocols build from a list and new ones add to."""
+    match stored:
+        case InertObject(args=(list() | tuple() as listed, *_), items=added):
+            names = [*listed, *(added or ())]
+        case InertObject(items=added):
+            names = added or []
+        case _:
+            names = []
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _name(key: object) -> str:
@@ -226,7 +202,7 @@ def _name(key: object) -> str:
 
 
 def _is_module(node: InertObject) -> bool:
-    """Whether an object is a pickled module, or one of TorchScript."""
+    """Return whether an object is a pickled module, or one of TorchScript."""
     if not isinstance(node.state, dict):
         return False
     is_script = isinstance(node.made_by, Reference) and node.made_by.module.startswith("__torch__")
@@ -236,18 +212,66 @@ def _is_module(node: InertObject) -> bool:
 def _home(path: tuple[str, ...]) -> int:
     """Return how many parts of a path lead to the state dict that holds its last part.
 
-    The keys of a state dict are dotted names. Where the last part is a bare one, the dictionaries
-    stand for the modules, and only the first of several can be the name of the model.
+    The keys of a state dict are dotted names. If the last part is a bare one, the dictionaries
+    are the modules, and only the first of several can be the name of the model.
     """
     if path and "." in path[-1]:
         return len(path) - 1
     return 1 if len(path) > 2 else 0
 
 
-def parse_provenance(text: bytes | str) -> Mapping[str, object]:
-    """Return a provenance record; an empty one where it cannot be read."""
+# Types of NumPy by their codes, which torch's names share but for what only torch has.
+_NUMPY_DTYPES = {"b1": "bool"} | {
+    code: name for name, code in CARRIERS.items() if np.dtype(code).name == name
+}
+
+
+def _array_as_tensor(made: InertObject) -> StoredTensor | None:
+    """Return a pickled NumPy array or scalar of numbers as a tensor; None for anything else.
+
+    Only arrays in C order with their bytes in the pickle are read.
+    """
+    function = made.made_by
+    if not isinstance(function, Reference):
+        return None
+    if not function.module.startswith(("numpy.core.", "numpy._core.")):
+        return None
+    match function.name, made.args, made.state:
+        case "_reconstruct", _, (_, shape, dtype, False, data):
+            pass
+        case "scalar", (dtype, data), _:
+            shape = ()
+        case "_frombuffer", (data, dtype, shape, "C"), _:
+            pass
+        case _:
+            return None
+    match dtype:
+        case InertObject(
+            Reference("numpy", "dtype"),
+            (str(code), *_),
+            (_, "<" | ">" | "|" | "=" as order, *_),
+        ) if code in _NUMPY_DTYPES:
+            content = _bytes_of_array(data)
+        case _:
+            return None
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        sizes = as_sizes(shape)
+    except ValueError:
+        return None
+    if content is None or math.prod(sizes) * np.dtype(code).itemsize != content.size:
+        return None
+    byteorder = "big" if order == ">" else "little"
+    storage = Storage(content.size, byteorder, lambda: content, is_replaceable=False)
+    return StoredTensor.viewing(storage, _NUMPY_DTYPES[code], sizes)
+
+
+def _bytes_of_array(data: object) -> Source | None:
+    """Return the bytes of an array; before protocol 3 they are text, a character each."""
+    match data:
+        case Blob(place):
+            return place
+        case InertObject(Reference("_codecs", "encode"), (str(text), "latin1" | "latin-1")):
+            if not text.isascii() and max(text) > "\xff":
+                return None
+            data = text.encode("latin-1")
+    return Source(Path(), io.BytesIO(data), 0, len(data)) if isinstance(data, bytes) else None

@@ -4,100 +4,169 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint, describe, groups_by_model
-from bnguard.checkpoint.contents import Contents, entries
-from bnguard.checkpoint.formats import FOLDER_FORMATS, checkpoint_at, format_of
-from bnguard.checkpoint.formats.base import ENDINGS, is_checkpoint_name, listed
-from bnguard.checkpoint.stored_tensors import StoredTensor, torch_dtype
-from bnguard.errors import CheckpointError
+from bnguard.checkpoint.bn_entries import describe, groups_by_model
+from bnguard.checkpoint.contents import entries
+from bnguard.checkpoint.formats import (
+    FORMATS,
+    OpenCheckpoint,
+    checkpoints_in,
+    endings,
+    is_checkpoint_name,
+    register_format,
+    sort_folder,
+)
+from bnguard.checkpoint.formats.distributed import METADATA, Distributed
+from bnguard.checkpoint.formats.hugging_face import INDEX_SUFFIXES, Pretrained, Sharded
+from bnguard.checkpoint.formats.safetensors import Safetensors
+from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
+from bnguard.checkpoint.formats.torch_zip import TorchZip
+from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
+from bnguard.checkpoint.storage import StoredTensor, first_bytes, torch_dtype, unreadable
+from bnguard.errors import CheckpointError, NoBatchNormError
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What torch.optim.swa_utils.AveragedModel keeps beside the model that it wraps.
+# The last one is asked first. The files in folders of the others could be taken for a Pretrained.
+for _built_in in (Pretrained, Sharded, Distributed, Safetensors, TorchLegacy, TorchZip):
+    register_format(_built_in)
+
+# Enough to recognise a format, and to tell whether a file is text.
+_START_BYTES = 4096
+# What torch.optim.swa_utils.AveragedModel keeps next to the model that it wraps.
 _AVERAGED_MODELS_OWN = "n_averaged"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the BN layers of a checkpoint, and what it says about its training.
 
-    Nothing in the file is executed, and no class that it mentions is imported; torch is not
-    imported either. Of the tensors, those of BN layers alone are read.
+    Nothing in the file is executed, no class that it mentions is imported, and torch is not
+    imported either. Of the tensors, only those of BN layers are read.
 
     Args:
         path: A file, or the folder of a sharded or distributed checkpoint.
 
     Raises:
-        CheckpointError: It cannot be read, is damaged, or is of no format that bnguard knows.
+        CheckpointError: It cannot be read, is damaged, or its format is unknown.
     """
-    with open_contents(checkpoint_at(path)) as contents:
-        return describe(contents)
+    with open_checkpoint(path) as checkpoint:
+        return describe(checkpoint)
 
 
 def load_state_dict(path: str | Path, model: str | None = None) -> dict[str, Tensor]:
     """Load the state dict of one model in a checkpoint, on the CPU, as safely as it is inspected.
 
-    Keys are those of the model's own ``state_dict()``: what wrappers (``DataParallel``,
-    ``torch.compile``) put before all of them is taken off, but for Lightning, which does so
-    itself. Entries that are no tensors stay out.
+    Keys are those of the model's own ``state_dict()``, without what wrappers (``DataParallel``,
+    ``torch.compile``) put before all of them; Lightning removes that itself. Entries that are not
+    tensors are left out.
 
     Args:
         path: A file, or the folder of a sharded or distributed checkpoint.
         model: Prefix of the model (:attr:`CheckpointModel.prefix`) or of a part of it; not
-            needed where the checkpoint has one, or is Lightning's.
+            needed if the checkpoint has one, or is Lightning's.
 
     Raises:
         CheckpointError: It cannot be read, has no such model, or several to choose from.
     """
-    with open_contents(checkpoint_at(path)) as contents:
-        prefix = _chosen(contents, model)
-        stored = {
-            key: entry.value
-            for entry in entries(contents)
+    with open_checkpoint(path) as checkpoint:
+        prefix = _choose_model(checkpoint, model)
+        loaded = {
+            key: _load(entry.value)
+            for entry in entries(checkpoint)
             if isinstance(entry.value, StoredTensor) and (key := entry.key_in(prefix)) is not None
         }
-        loaded = {key: _load(value) for key, value in stored.items()}
-        return loaded if contents.is_lightning else _without_common_wrappers(loaded)
+        return loaded if checkpoint.is_lightning else _without_common_wrappers(loaded)
 
 
 @contextmanager
-def open_contents(path: Path) -> Iterator[Contents]:
+def open_checkpoint(path: str | Path) -> Iterator[OpenCheckpoint]:
     """Open a checkpoint; tensors in it can be read until it is closed.
 
     Raises:
-        CheckpointError: It cannot be read, is damaged, or is of no format that bnguard knows.
+        CheckpointError: It cannot be read, is damaged, or its format is unknown.
     """
-    with format_of(path).open(path) as contents:
-        yield contents
+    path = checkpoint_at(path)
+    with ExitStack() as files:
+        yield format_of(path)(path, files)
 
 
-def _chosen(contents: Contents, model: str | None) -> str:
-    groups = groups_by_model(contents)
-    prefixes = list(groups)
-    names = ", ".join(repr(prefix) for prefix in prefixes)
-    is_there = model in prefixes or any(
-        model is not None and model.startswith(prefix) and group.prefix.startswith(model)
-        for prefix in prefixes
-        for group in groups[prefix]
+def checkpoint_at(path: str | Path) -> Path:
+    """Return the checkpoint that a path names: the folder if it names the description of one."""
+    path = Path(path)
+    is_description = path.name == METADATA or path.name.endswith(INDEX_SUFFIXES)
+    return path.parent if is_description else path
+
+
+def format_of(path: Path) -> type[OpenCheckpoint]:
+    """Return the format of a checkpoint.
+
+    Raises:
+        CheckpointError: There is no such file, or its format is unknown.
+    """
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not is_there:
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    start = first_bytes(path, _START_BYTES)
+    for candidate in FORMATS:
+        if candidate.recognises(path, start):
+            return candidate
+    if path.is_dir():
+        raise _not_a_checkpoint(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
+    # Text of its own, as SpeechBrain's counters are, and not a pointer of Git LFS.
+    is_text = not start.startswith(b"version https://git-lfs") and all(
+        byte in b"\t\n\r" or 32 <= byte < 127 for byte in start
     )
-    if model is not None and not is_there:
-        raise CheckpointError(
-            f"{contents.path}: has no model {model!r} with BN layers; it has {names or 'none'}"
+    raise (NoBatchNormError if is_text else CheckpointError)(
+        f"{path}: not a checkpoint of a known format; give a file that torch, Lightning or "
+        "safetensors wrote"
+    )
+
+
+def _not_a_checkpoint(folder: Path) -> CheckpointError:
+    files = checkpoints_in(folder)
+    if not files:
+        *known, last = endings()
+        return CheckpointError(
+            f"{folder}: a folder without a checkpoint: nothing in it ends in {', '.join(known)} or "
+            f"{last}; name the file"
         )
-    if model is None and not prefixes:
-        raise CheckpointError(f"{contents.path}: has no BN layers; nothing to do here")
+    others = f", or one of {len(files) - 1} more" if len(files) > 1 else ""
+    return CheckpointError(f"{folder}: a folder; name the checkpoint in it: {files[0]}{others}")
+
+
+def _choose_model(checkpoint: OpenCheckpoint, model: str | None) -> str:
+    groups = groups_by_model(checkpoint)
+    names = ", ".join(map(repr, groups))
     if model is not None:
-        return model
-    if contents.is_lightning and LIGHTNING_PREFIX in prefixes:
+        is_part = any(
+            model.startswith(prefix) and group.prefix.startswith(model)
+            for prefix, inside in groups.items()
+            for group in inside
+        )
+        if model in groups or is_part:
+            return model
+        raise CheckpointError(
+            f"{checkpoint.path}: has no model {model!r} with BN layers; it has {names or 'none'}"
+        )
+    if not groups:
+        raise CheckpointError(f"{checkpoint.path}: has no BN layers; nothing to do here")
+    if checkpoint.is_lightning and LIGHTNING_PREFIX in groups:
         return LIGHTNING_PREFIX
-    if len(prefixes) > 1:
-        raise CheckpointError(f"{contents.path}: has several models, {names}; name one of them")
-    return prefixes[0]
+    if len(groups) > 1:
+        raise CheckpointError(f"{checkpoint.path}: has several models, {names}; name one of them")
+    return next(iter(groups))
 
 
 def _load(tensor: StoredTensor) -> Tensor:
@@ -121,16 +190,16 @@ def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
     """Return the checkpoints that files, folders and patterns name, each once.
 
     A folder stands for all checkpoints in it and below; one that is a checkpoint itself (sharded,
-    distributed, or saved by transformers) stands for that, and those in folders below it. What does
-    not exist, and a folder without checkpoints, is returned as it is: reading it says what is
-    wrong, and the others are still read.
+    distributed, or saved by transformers) for that, and those in folders below it. What does not
+    exist, and a folder without checkpoints, is returned as it is: reading it raises the error that
+    says what is wrong, and the others are still read.
     """
-    found = (checkpoint for path in paths for checkpoint in _named(str(path)))
+    found = (checkpoint for path in paths for checkpoint in _expand(str(path)))
     return tuple(dict.fromkeys(found))
 
 
 def name_beside(checkpoint: Path, word: str) -> Path:
-    """Return the name of a copy beside a checkpoint, a file or a folder.
+    """Return the name of a copy next to a checkpoint, a file or a folder.
 
     >>> name_beside(Path("runs/last.pth.tar"), "recalibrated").name
     'last-recalibrated.pth.tar'
@@ -138,18 +207,15 @@ def name_beside(checkpoint: Path, word: str) -> Path:
     'epoch=3-loss=0.25-swapped'
     """
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
-    return path.with_name(f"{path.name.removesuffix(_ending(path))}-{word}{_ending(path)}")
-
-
-def _ending(path: Path) -> str:
-    """Return what stands behind the name: nothing for a folder, and no digits of a number."""
+    ending = next((ending for ending in endings() if path.name.endswith(ending)), "")
     if path.is_dir():
-        return ""
-    known = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
-    return known or (path.suffix if path.suffix[1:].isalpha() else "")
+        ending = ""
+    elif not ending and path.suffix[1:].isalpha():  # and not the digits of a number
+        ending = path.suffix
+    return path.with_name(f"{path.name.removesuffix(ending)}-{word}{ending}")
 
 
-def _named(name: str) -> Iterator[Path]:
+def _expand(name: str) -> Iterator[Path]:
     # Path.glob takes no absolute pattern.
     matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
     is_pattern = matches and not Path(name).exists()
@@ -162,10 +228,10 @@ def _named(name: str) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    is_one = any(candidate.recognises(folder) for candidate in FOLDER_FORMATS)
+    is_one = any(candidate.recognises(folder, b"") for candidate in FORMATS)
     if is_one:
         yield folder
-    for path in listed(folder):
+    for path in sort_folder(folder):
         if path.is_dir() and not path.is_symlink():
             yield from _below(path)
         elif not is_one and is_checkpoint_name(path.name):

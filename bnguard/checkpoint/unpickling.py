@@ -1,16 +1,15 @@
 """A pickle machine that executes nothing: it runs the opcodes, never what they ask for.
 
-Python's own unpickler can be told which classes to find, yet leaves doors open: a cache of
-extension codes, state set on whatever lies on the stack, a memo as large as a number in the file.
-This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for everybody's
-objects. It is not recursive, and what it keeps is bounded. ``pickletools`` of the standard library
-says which opcodes there are in protocols 0 to 5, and reads what follows them.
+Python's own unpickler can be restricted in the classes that it finds, yet leaves doors open: a
+cache of extension codes, state set on whatever is on the stack, a memo as large as a number in the
+file. This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for all other
+objects. It is not recursive, and its memory is bounded. ``pickletools`` of the standard library
+lists the opcodes of protocols 0 to 5 and what follows them.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import pickletools
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -18,31 +17,44 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from bnguard.checkpoint.files import Source
-from bnguard.checkpoint.stored_tensors import (
-    CARRIERS,
-    STORAGE_DTYPES,
-    NumpyStorage,
-    Storage,
-    StoredTensor,
-)
+from bnguard.checkpoint.storage import CARRIERS, Source, Storage, StoredTensor, carrier
 from bnguard.errors import CheckpointError, printable
 
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
-_COPYREG = ("copyreg", "copy_reg")
+# The most opcodes of one pickle: each keeps some 100 bytes at most, and a checkpoint has some 50 a
+# tensor.
+_MOST_OPCODES = 10_000_000
+# A longer text stays in the file; so do all others once those in memory are this long together.
+_LONGEST_TEXT_BYTES = 2**16
+_MOST_TEXT_BYTES = 2**27
+_LONGEST_INTEGER_BYTES = 1024
 _MOST_DIMENSIONS = 64
 _LARGEST_SIZE = 2**60
 _MOST_NESTED = 64
 _MOST_PLAIN_VALUES = 1_000_000
 
+# The classes of torch's typed storages, whose names imply the type of the elements.
+_STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The name of a class or function that a pickle mentions; it is never imported.
+    """The name of a class or function in a pickle; it is never imported.
 
     >>> str(Reference("os", "system"))
     'os.system'
@@ -57,14 +69,14 @@ class Reference:
 
 @dataclass(eq=False, repr=False, slots=True)
 class InertObject:
-    """An object that a pickle describes; nothing of it exists.
+    """An object that a pickle describes, and that nobody creates.
 
     Attributes:
         made_by: What would have been called: a :class:`Reference`, or another inert object.
-        args: What it would have been called with.
-        state: What the object would have been given as its state.
-        items: What would have been appended or added to it; None where nothing was.
-        pairs: What would have been set in it by key; None where nothing was.
+        args: The arguments of the call.
+        state: The state that the object would have received.
+        items: What would have been appended or added to it; None if nothing.
+        pairs: What would have been set in it by key; None if nothing.
     """
 
     made_by: object
@@ -78,9 +90,14 @@ class InertObject:
         """Dotted name of the class or function."""
         made_by: object = self
         for _ in range(_MOST_NESTED):
-            if not isinstance(made_by, InertObject):
-                break
-            made_by = _class_for_copyreg(made_by) or made_by.made_by
+            match made_by:
+                # copyreg gets the class as its first argument.
+                case InertObject(Reference("copyreg" | "copy_reg"), (made_by, *_)):
+                    pass
+                case InertObject(made_by):
+                    pass
+                case _:
+                    break
         return str(made_by) if isinstance(made_by, Reference) else "an unnamed object"
 
     # A generated one would follow whatever the object refers to, without end.
@@ -88,15 +105,9 @@ class InertObject:
         return f"<{self.class_name}>"
 
 
-def _class_for_copyreg(made: InertObject) -> object:
-    """Return the class of an object that copyreg would have built: its first argument."""
-    is_copyreg = isinstance(made.made_by, Reference) and made.made_by.module in _COPYREG
-    return made.args[0] if is_copyreg and isinstance(made.args, tuple) and made.args else None
-
-
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """A text or byte string too long to keep; its place in the file is."""
+    """A text or byte string that is too long for the memory, and stays in the file."""
 
     place: Source
 
@@ -109,175 +120,16 @@ class TypedStorage:
     dtype: str | None
 
 
-def storage_dtype(storage_class: object) -> str | None:
-    """Return the element type that the name of a storage's class implies; None for untyped ones."""
-    name = storage_class.name if isinstance(storage_class, Reference) else ""
-    return STORAGE_DTYPES.get(name)
-
-
-def call(made_by: object, args: object) -> object:
-    """Return what a pickle's call makes: a tensor, a container, or an inert object.
-
-    Raises:
-        ValueError: A tensor is described by something that cannot be one.
-        TypeError: Likewise.
-    """
-    rebuild = _REBUILDS.get(str(made_by)) if isinstance(made_by, Reference) else None
-    if rebuild is None or not isinstance(args, tuple):
-        return InertObject(made_by, args)
-    return rebuild(*args)
-
-
-def _rebuild_tensor(
-    storage: object, start: object, shape: object, stride: object, *_: object
-) -> object:
-    if not isinstance(storage, TypedStorage) or storage.dtype is None:
-        raise ValueError("a tensor without a storage")
-    return _viewing(storage.storage, storage.dtype, start, shape, stride)
-
-
-def _rebuild_tensor_v3(
-    storage: object,
-    start: object,
-    shape: object,
-    stride: object,
-    requires_grad: object,
-    hooks: object,
-    dtype: object,
-    *_: object,
-) -> object:
-    if not isinstance(storage, TypedStorage) or not isinstance(dtype, Reference):
-        raise ValueError("a tensor without a storage")
-    return _viewing(storage.storage, dtype.name, start, shape, stride)
-
-
-def _rebuild_meta_tensor(dtype: object, shape: object, *_: object) -> object:
-    if not isinstance(dtype, Reference) or dtype.name not in CARRIERS:
-        raise ValueError("a tensor without a type")
-    return StoredTensor(dtype.name, _sizes(shape), tuple)
-
-
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
-def _rebuild_from_type(function: object, cls: object, args: object, state: object) -> object:
-    """Return a tensor of a class of its own, or with attributes, as a plain one."""
-    is_tensor = str(function).startswith("torch._utils._rebuild_tensor")
-    return call(function, args) if is_tensor else InertObject(cls, (function, args), state)
-
-
-def _ordered_dict(*args: object) -> object:
-    pairs = {}
-    for pair in args[0] if args and isinstance(args[0], (list, tuple)) else ():
-        key, value = pair
-        pairs[as_key(key)] = value
-    return InertObject(Reference("collections", "OrderedDict"), pairs=pairs)
-
-
-def _size(*args: object) -> object:
-    return _sizes(args[0]) if args else ()
-
-
-# Every other name in a pickle stays a name.
-_REBUILDS: dict[str, Callable[..., object]] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_meta_tensor_no_storage": _rebuild_meta_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_parameter,
-    "torch._tensor._rebuild_from_type": _rebuild_from_type,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-    "collections.OrderedDict": _ordered_dict,
-    "torch.Size": _size,
-}
-
-
-def _viewing(
-    storage: Storage, dtype: str, start: object, shape: object, stride: object
-) -> StoredTensor:
-    if dtype not in CARRIERS:
-        raise ValueError(f"a tensor of unknown type {dtype}")
-    sizes, steps = _sizes(shape), _sizes(stride)
-    (first,) = _sizes((start,))
-    if len(sizes) != len(steps):
-        raise ValueError("a tensor whose shape and strides differ in length")
-    return StoredTensor.viewing(storage, dtype, sizes, first, steps)
-
-
-def _sizes(values: object) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) > _MOST_DIMENSIONS:
-        raise ValueError("a shape that is none")
-    if not all(type(value) is int and 0 <= value < _LARGEST_SIZE for value in values):
-        raise ValueError("a shape that is none")
-    return tuple(values)
-
-
-def as_key(key: object) -> object:
-    """Return what can stand for the key of a dictionary, without hashing anything deep.
-
-    The hash of a tuple visits all it contains, which a few bytes of pickle can make endless.
-    """
-    if isinstance(key, (*ATOMS, Reference, InertObject, Blob)):
-        return key
-    if isinstance(key, tuple) and len(key) < 16 and all(isinstance(k, ATOMS) for k in key):
-        return key
-    return InertObject(Reference("builtins", type(key).__name__), (key,))
-
-
-_ARRAY_MODULES = ("numpy.core.", "numpy._core.")
-# Types of NumPy by their codes, which torch's names share but for what only torch has.
-_NUMPY_DTYPES = {"b1": "bool"} | {
-    code: name for name, code in CARRIERS.items() if np.dtype(code).name == name
-}
-
-
-def array_as_tensor(made: InertObject) -> StoredTensor | None:
-    """Return a pickled NumPy array or scalar of numbers as a tensor; None for anything else.
-
-    Only what lies in C order with its bytes in the pickle is read.
-    """
-    function, args, state = made.made_by, made.args, made.state
-    if not isinstance(function, Reference) or not function.module.startswith(_ARRAY_MODULES):
+def mapping_of(value: object) -> dict[object, object] | None:
+    """Return the pairs of a dictionary, of an inert object that is one, or of a namespace."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, InertObject):
         return None
-    match function.name, args, state:
-        case "_reconstruct", _, (_, shape, dtype, False, data):
-            pass
-        case "scalar", (dtype, data), _:
-            shape = ()
-        case "_frombuffer", (data, dtype, shape, "C"), _:
-            pass
-        case _:
-            return None
-    if not isinstance(dtype, InertObject) or str(dtype.made_by) != "numpy.dtype":
-        return None
-    match dtype.args, dtype.state:
-        case (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_) if code in _NUMPY_DTYPES:
-            name = _NUMPY_DTYPES[code]
-        case _:
-            return None
-    content = _bytes_of(data)
-    try:
-        sizes = _sizes(shape)
-    except ValueError:
-        return None
-    if content is None or math.prod(sizes) * np.dtype(code).itemsize != content.size:
-        return None
-    byteorder = "big" if order == ">" else "little"
-    return StoredTensor.viewing(NumpyStorage(content.size, byteorder, content), name, sizes)
-
-
-def _bytes_of(data: object) -> Source | None:
-    """Return the bytes of an array; before protocol 3 they are text, a character each."""
-    if isinstance(data, Blob):
-        return data.place
-    if isinstance(data, InertObject) and str(data.made_by) == "_codecs.encode":
-        match data.args:
-            case (str(text), "latin1" | "latin-1") if text.isascii() or max(text) <= "\xff":
-                data = text.encode("latin-1")
-    return Source(Path(), io.BytesIO(data), 0, len(data)) if isinstance(data, bytes) else None
+    if value.class_name.endswith(".Namespace") and isinstance(value.state, dict):
+        return value.state
+    is_mapping = value.pairs is not None or value.class_name.endswith("Dict")
+    return value.pairs or {} if is_mapping and not value.items else None
 
 
 class NotPlainError(Exception):
@@ -287,7 +139,7 @@ class NotPlainError(Exception):
 def plain(value: object) -> object:
     """Return a value as plain data: atoms, lists, tuples and dictionaries.
 
-    Dictionaries of other classes become dictionaries, namespaces too, paths become strings.
+    Dictionaries of other classes and namespaces become dictionaries, paths become strings.
 
     Raises:
         NotPlainError: It holds an object of another class; the argument names that.
@@ -311,90 +163,142 @@ def _plain(value: object, budget: Iterator[int], depth: int) -> object:
         return each(value)
     if isinstance(value, tuple):
         return tuple(each(value))
-    if isinstance(value, Reference) and value.module == "torch":
-        return str(value)
+    if isinstance(value, Reference):
+        if value.module == "torch":
+            return str(value)
+        raise NotPlainError(str(value))
     if isinstance(value, InertObject) and value.class_name.startswith("pathlib."):
-        return str(PurePosixPath(*(str(part) for part in each(_as_sequence(value.args)))))
+        parts = value.args if isinstance(value.args, (list, tuple)) else ()
+        return str(PurePosixPath(*map(str, each(parts))))
     mapping = mapping_of(value)
     if mapping is None:
-        raise NotPlainError(_class_of(value))
+        raise NotPlainError(
+            value.class_name if isinstance(value, InertObject) else type(value).__name__
+        )
     keys = [key if isinstance(key, ATOMS) else str(key) for key in mapping]
     return dict(zip(keys, each(mapping.values()), strict=True))
 
 
-def mapping_of(value: object) -> dict[object, object] | None:
-    """Return the pairs of a dictionary, of an inert object that is one, or of a namespace."""
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, InertObject):
-        return None
-    if value.class_name.endswith(".Namespace") and isinstance(value.state, dict):
-        return value.state
-    is_mapping = value.pairs is not None or value.class_name.endswith("Dict")
-    return value.pairs or {} if is_mapping and not value.items else None
+def call(made_by: object, args: object) -> object:
+    """Return the result of a call in a pickle: a tensor, a container, or an inert object.
+
+    Raises:
+        ValueError: The description of a tensor or its shape makes no sense.
+    """
+    match str(made_by) if isinstance(made_by, Reference) else None, args:
+        case (
+            "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
+            (TypedStorage(storage, str(dtype)), start, shape, stride, *_),
+        ):
+            return _view(storage, dtype, start, shape, stride)
+        case (
+            "torch._utils._rebuild_tensor_v3",
+            (TypedStorage(storage), start, shape, stride, _, _, Reference(name=dtype), *_),
+        ):
+            return _view(storage, dtype, start, shape, stride)
+        case (
+            "torch._utils._rebuild_meta_tensor_no_storage",
+            (Reference(name=dtype), shape, *_),
+        ) if dtype in CARRIERS:
+            return StoredTensor(dtype, as_sizes(shape), tuple)
+        case (
+            "torch._utils._rebuild_parameter"
+            | "torch._utils._rebuild_parameter_with_state"
+            | "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+            (data, *_),
+        ):
+            return data
+        case (
+            "torch._tensor._rebuild_from_type" | "torch._tensor._rebuild_from_type_v2",
+            (function, cls, arguments, state),
+        ):
+            # A tensor of a class of its own, or with attributes, is read as a plain one.
+            is_tensor = str(function).startswith("torch._utils._rebuild_tensor")
+            if is_tensor:
+                return call(function, arguments)
+            return InertObject(cls, (function, arguments), state)
+        case "torch.Size", tuple(sizes):
+            return as_sizes(sizes[0]) if sizes else ()
+        case "collections.OrderedDict", tuple(given):
+            pairs: Any = given[0] if given and isinstance(given[0], (list, tuple)) else ()
+            return InertObject(made_by, pairs={as_key(key): value for key, value in pairs})
+        case str(name), _ if name.startswith("torch._utils._rebuild_tensor"):
+            raise ValueError("a tensor without a storage or a type")
+    return InertObject(made_by, args)
 
 
-def _as_sequence(value: object) -> Iterable[object]:
-    return value if isinstance(value, (tuple, list)) else ()
+def _view(
+    storage: Storage, dtype: str, start: object, shape: object, stride: object
+) -> StoredTensor:
+    sizes, steps, (first,) = as_sizes(shape), as_sizes(stride), as_sizes((start,))
+    if dtype not in CARRIERS or len(sizes) != len(steps):
+        raise ValueError("a tensor of an unknown type, or without a stride for each dimension")
+    return StoredTensor.viewing(storage, dtype, sizes, first, steps)
 
 
-def _class_of(value: object) -> str:
-    if isinstance(value, InertObject):
-        return value.class_name
-    return str(value) if isinstance(value, Reference) else type(value).__name__
+def as_sizes(values: object) -> tuple[int, ...]:
+    """Return a shape, a stride or a position.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(values, (tuple, list)) or len(values) > _MOST_DIMENSIONS:
+        raise ValueError("not a shape")
+    if not all(type(value) is int and 0 <= value < _LARGEST_SIZE for value in values):
+        raise ValueError("not a shape")
+    return tuple(values)
 
 
-# The most opcodes one pickle may have: each keeps some 100 bytes at most, and a checkpoint has
-# some 50 a tensor.
-_MOST_OPCODES = 10_000_000
-# A longer text stays in the file; so does every one once the texts kept are this much together.
-_LONGEST_TEXT_BYTES = 2**16
-_MOST_TEXT_BYTES = 2**27
-_LONGEST_INTEGER_BYTES = 1024
+def as_key(key: object) -> object:
+    """Return what can be the key of a dictionary, without hashing anything deep.
 
-_MALFORMED = (LookupError, TypeError, ValueError, OverflowError, struct.error)
+    The hash of a tuple visits all it contains, which a few bytes of pickle can make endless.
+    """
+    if isinstance(key, (*ATOMS, Reference, InertObject, Blob)):
+        return key
+    if isinstance(key, tuple) and len(key) < 16 and all(isinstance(k, ATOMS) for k in key):
+        return key
+    return InertObject(Reference("builtins", type(key).__name__), (key,))
+
+
+def _no_storage(name: str, nbytes: int) -> Storage:
+    raise ValueError("a storage that no file holds")
 
 
 def read_pickle(
-    source: Source,
-    stream: BinaryIO,
-    resolve_storage: Callable[[tuple[object, ...]], object],
+    source: Source, stream: BinaryIO, find_storage: Callable[[str, int], Storage] = _no_storage
 ) -> object:
-    """Read one pickle from where the stream stands; the stream is left behind its end.
+    """Read one pickle from the position of the stream, which ends up behind it.
 
     Args:
-        source: Where the stream comes from, for messages and for texts too long to keep.
-        stream: The bytes.
-        resolve_storage: Returns what a persistent identifier of torch stands for.
+        source: The bytes of the stream, for messages and for texts too long to keep.
+        stream: The stream.
+        find_storage: Returns the storage of a name, and as many bytes as the pickle says.
 
     Raises:
-        CheckpointError: It is no pickle, is damaged, or is too large.
+        CheckpointError: It is not a pickle, is damaged, or is too large.
     """
-    machine = _Machine(source, stream, resolve_storage)
     try:
-        return machine.run()
-    except _MALFORMED as error:
+        return _Machine(source, stream, find_storage).run()
+    except (LookupError, TypeError, ValueError, OverflowError, struct.error) as error:
         raise damaged(source.path, str(error)) from error
 
 
 def damaged(path: Path, detail: str) -> CheckpointError:
-    """Return the error for a file whose pickle makes no sense."""
+    """Return the error for a file whose content makes no sense."""
     # A detail may quote the file; a short piece of it is enough.
-    return CheckpointError(f"{path}: damaged, or no checkpoint ({printable(detail[:80])})")
+    return CheckpointError(f"{path}: damaged, or not a checkpoint ({printable(detail[:80])})")
 
 
 class _Machine:
     """The stack, the marks and the memo of a pickle that is being read."""
 
     def __init__(
-        self,
-        source: Source,
-        stream: BinaryIO,
-        resolve_storage: Callable[[tuple[object, ...]], object],
+        self, source: Source, stream: BinaryIO, find_storage: Callable[[str, int], Storage]
     ) -> None:
         self.source = source
         self.stream = stream
-        self.resolve_storage = resolve_storage
+        self.find_storage = find_storage
         self.stack: list[object] = []
         self.below_marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
@@ -403,46 +307,103 @@ class _Machine:
     def run(self) -> object:
         for _ in range(_MOST_OPCODES):
             code = self.stream.read(1)
-            if not code:
-                raise self.source.truncated()
             opcode = _OPCODES.get(code)
             if opcode is None:
-                raise ValueError(f"opcode {code!r}")
-            if opcode.name == "STOP":
+                raise ValueError(f"opcode {code!r}") if code else self.source.truncated()
+            name, argument = opcode.name, self.argument(opcode)
+            if name in _PUSHES:
+                self.stack.append(argument)
+            elif name in _RESULTS:
+                count, make = _RESULTS[name]
+                result = make(*self.take(count))
+                self.stack.append(result)
+            elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+                self.memo[argument] = self.stack[-1]
+            elif name == "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            elif name in ("BINGET", "LONG_BINGET", "GET"):
+                self.stack.append(self.memo[argument])
+            elif name == "MARK":
+                self.below_marks.append(self.stack)
+                self.stack = []
+            elif name == "BINPERSID":
+                self.stack.append(self.persistent(self.stack.pop()))
+            elif name == "INST":
+                args = self.take(_MARKED)
+                self.stack.append(InertObject(argument, tuple(args)))
+            elif name == "DUP":
+                self.stack.append(self.stack[-1])
+            elif name in ("POP", "POP_MARK"):
+                self.take(1 if self.stack and name == "POP" else _MARKED)
+            elif name == "STOP":
                 return self.stack.pop()
-            _OPERATIONS[opcode.name](self, self.argument(opcode))
+            # Framing says where the bytes are, not what they mean.
+            elif name not in ("PROTO", "FRAME"):
+                raise ValueError("an opcode that no checkpoint has")
         raise CheckpointError(
             f"{self.source.path}: its pickle has more than {_MOST_OPCODES:,} opcodes, more than "
             "bnguard reads; save the state dict alone"
         )
 
+    def take(self, count: int) -> list[object]:
+        """Remove as many values from the stack, or all above the last mark, and return them."""
+        if count > len(self.stack):
+            raise IndexError("an empty stack")
+        if count >= 0:
+            taken = self.stack[len(self.stack) - count :]
+            del self.stack[len(self.stack) - count :]
+            return taken
+        taken, self.stack = self.stack, self.below_marks.pop()
+        return [self.stack.pop(), *taken] if count == _MARKED_AND_BELOW else taken
+
+    def persistent(self, identifier: object) -> object:
+        """Return what torch keeps outside of the pickle."""
+        match identifier:
+            case "module", cls, *_:
+                return cls  # saved with its source code
+            case "storage", Reference(name=kind), str(name), _, int(count), *view if count >= 0:
+                if view not in ([], [None]):
+                    raise ValueError("a storage that views another one")
+                dtype = _STORAGE_DTYPES.get(kind)
+                nbytes = count * carrier(dtype or "uint8").itemsize
+                return TypedStorage(self.find_storage(name, nbytes), dtype)
+        raise ValueError("a persistent identifier that is not a storage")
+
     def argument(self, opcode: pickletools.OpcodeInfo) -> Any:
         """Read what follows an opcode; a text that is too long stays in the file."""
-        kind = opcode.arg
+        kind, name = opcode.arg, opcode.name
         if kind is None:
             return None
-        # What pickletools would read as Python 3 has it: Python 2 wrote any encoding, any escape.
-        if opcode.name == "STRING":
-            return _quoted(self.line())
-        if opcode.name in ("GLOBAL", "INST"):
-            return self.line(), self.line()
-        if opcode.name == "PERSID":
-            return self.line()
-        layout = _SIZES.get(kind.n)
-        if layout is None:
+        # pickletools reads these as Python 3 writes them: Python 2 wrote any encoding, any escape.
+        if name in ("GLOBAL", "INST"):
+            return Reference(self.line(), self.line())
+        if name == "STRING":
+            return _unquoted(self.line())
+        if kind.n not in _SIZE_BYTES:
             value = kind.reader(self.stream)
             if isinstance(value, int) and value.bit_length() > 8 * _LONGEST_INTEGER_BYTES:
                 raise ValueError("an integer that is too long")
             return value
-        (size,) = layout.unpack(self.bytes_of(layout.size))
-        if opcode.name in ("LONG1", "LONG4"):
-            if not 0 <= size <= _LONGEST_INTEGER_BYTES:
+        size = int.from_bytes(self.read(_SIZE_BYTES[kind.n]), "little")
+        if name in ("LONG1", "LONG4"):
+            if size > _LONGEST_INTEGER_BYTES:
                 raise ValueError("an integer that is too long")
-            return int.from_bytes(self.bytes_of(size), "little", signed=True)
-        data = self.data(size)
-        if isinstance(data, Blob) or "BYTE" in opcode.name:
+            return int.from_bytes(self.read(size), "little", signed=True)
+        if size > _LONGEST_TEXT_BYTES or self.text_bytes + size > _MOST_TEXT_BYTES:
+            blob = Blob(self.source.window(self.stream.tell(), size))
+            self.stream.seek(size, io.SEEK_CUR)
+            return blob
+        self.text_bytes += size
+        data = self.read(size)
+        if "BYTE" in name:
             return data
-        return data.decode("utf-8", "surrogatepass" if "UNICODE" in opcode.name else "replace")
+        return data.decode("utf-8", "surrogatepass" if "UNICODE" in name else "replace")
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        if len(data) < size:
+            raise self.source.truncated()
+        return data
 
     def line(self) -> str:
         line = self.stream.readline()
@@ -450,214 +411,91 @@ class _Machine:
             raise ValueError("a line that is too long")
         return line[:-1].decode("utf-8")
 
-    def bytes_of(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        if len(data) < size:
-            raise self.source.truncated()
-        return data
 
-    def data(self, size: int) -> bytes | Blob:
-        if size < 0:
-            raise self.source.truncated()
-        if size > _LONGEST_TEXT_BYTES or self.text_bytes + size > _MOST_TEXT_BYTES:
-            blob = Blob(self.source.window(self.stream.tell(), size))
-            self.stream.seek(size, io.SEEK_CUR)
-            return blob
-        self.text_bytes += size
-        return self.bytes_of(size)
-
-    # The stack.
-
-    def push(self, value: object) -> None:
-        self.stack.append(value)
-
-    def mark(self) -> None:
-        self.below_marks.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> list[object]:
-        items = self.stack
-        self.stack = self.below_marks.pop()
-        return items
-
-    def pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
-            self.pop_mark()
-
-    def duplicate(self) -> None:
-        self.push(self.stack[-1])
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def memoize(self) -> None:
-        self.put(len(self.memo))
-
-    def get(self, index: int) -> None:
-        self.push(self.memo[index])
-
-    # Containers.
-
-    def tuple_of(self, size: int) -> None:
-        items = tuple(self.stack[-size:])
-        if len(items) < size:
-            raise IndexError("an empty stack")
-        self.stack[-size:] = [items]
-
-    def push_dict(self) -> None:
-        items = self.pop_mark()
-        self.push({})
-        self.set_pairs(items)
-
-    def add(self, items: list[object]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, InertObject):
-            if target.items is None:
-                target.items = []
-            target = target.items
-        if not isinstance(target, list):
-            raise TypeError("items for something that is no list")
-        target.extend(items)
-
-    def append(self) -> None:
-        item = self.stack.pop()
-        self.add([item])
-
-    def set_pairs(self, items: list[object]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, InertObject):
-            if target.pairs is None:
-                target.pairs = {}
-            target = target.pairs
-        if not isinstance(target, dict):
-            raise TypeError("pairs for something that is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[as_key(key)] = value
-
-    def set_pair(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_pairs([key, value])
-
-    # Objects: described, never made.
-
-    def reference(self, module: object, name: object) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name that is no text")
-        self.push(Reference(module, name))
-
-    def stack_global(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.reference(module, name)
-
-    def reduce(self) -> None:
-        args, made_by = self.stack.pop(), self.stack.pop()
-        self.push(call(made_by, args))
-
-    def new_object(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        self.push(InertObject(cls, args))
-
-    def new_object_with_keywords(self) -> None:
-        keywords, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.push(InertObject(cls, (args, keywords)))
-
-    def new_instance(self, module: str, name: str) -> None:
-        self.push(InertObject(Reference(module, name), tuple(self.pop_mark())))
-
-    def new_instance_from_stack(self) -> None:
-        cls, *args = self.pop_mark()
-        self.push(InertObject(cls, tuple(args)))
-
-    def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        # The state of anything else, a tensor's attributes say, holds nothing that is looked for.
-        if isinstance(target, InertObject):
-            target.state = state
-
-    def new_set(self) -> None:
-        self.push(InertObject(_SET))
-
-    def new_frozenset(self) -> None:
-        items = self.pop_mark()
-        self.push(InertObject(_FROZENSET, items=items))
-
-    def persistent(self, identifier: object) -> None:
-        if not isinstance(identifier, tuple):
-            raise TypeError("a persistent identifier that is no tuple")
-        self.push(self.resolve_storage(identifier))
-
-
-def _quoted(text: str) -> str:
+def _unquoted(text: str) -> str:
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         raise ValueError("a text without quotes")
     return text[1:-1]
 
 
-_SET, _FROZENSET = Reference("builtins", "set"), Reference("builtins", "frozenset")
+def _reference(module: object, name: object) -> Reference:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError("a name that is not text")
+    return Reference(module, name)
+
+
+def _add(target: object, *items: object) -> object:
+    if isinstance(target, InertObject):
+        present = target.items = [] if target.items is None else target.items
+    elif isinstance(target, list):
+        present = target
+    else:
+        raise TypeError("items for something that is not a list")
+    present.extend(items)
+    return target
+
+
+def _set(target: object, *keys_and_values: object) -> object:
+    pairs = target
+    if isinstance(target, InertObject):
+        pairs = target.pairs = {} if target.pairs is None else target.pairs
+    if not isinstance(pairs, dict):
+        raise TypeError("pairs for something that is not a dictionary")
+    for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
+        pairs[as_key(key)] = value
+    return target
+
+
+def _build(target: object, state: object) -> object:
+    # The state of anything else, such as a tensor's attributes, holds nothing of interest.
+    if isinstance(target, InertObject):
+        target.state = state
+    return target
+
+
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
-# How the length of a text is stored, by where pickletools takes it from.
-_SIZES = {
-    pickletools.TAKEN_FROM_ARGUMENT1: struct.Struct("<B"),
-    pickletools.TAKEN_FROM_ARGUMENT4: struct.Struct("<i"),
-    pickletools.TAKEN_FROM_ARGUMENT4U: struct.Struct("<I"),
-    pickletools.TAKEN_FROM_ARGUMENT8U: struct.Struct("<Q"),
+# How many bytes hold the length of a text, by where pickletools takes it from.
+_SIZE_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
-_PUSH = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+# The opcodes that put their argument on the stack.
+_PUSHES = frozenset(
+    {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        *("BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "GLOBAL"),
+    }
 )
-
-
-def _refuse(machine: _Machine, argument: object) -> None:
-    raise ValueError("an opcode that no checkpoint has")
-
-
-# By the name of an opcode, what it does with its argument, which most do without.
-_OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
-    **{opcode.name: _refuse for opcode in pickletools.opcodes},
-    **dict.fromkeys(_PUSH, _Machine.push),
-    # Framing says where the bytes lie, not what they mean.
-    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
-    "MARK": lambda m, _: m.mark(),
-    "POP": lambda m, _: m.pop(),
-    "POP_MARK": lambda m, _: m.pop_mark(),
-    "DUP": lambda m, _: m.duplicate(),
-    "NONE": lambda m, _: m.push(None),
-    "NEWTRUE": lambda m, _: m.push(True),
-    "NEWFALSE": lambda m, _: m.push(False),
-    # Containers.
-    "EMPTY_TUPLE": lambda m, _: m.push(()),
-    "EMPTY_LIST": lambda m, _: m.push([]),
-    "EMPTY_DICT": lambda m, _: m.push({}),
-    "EMPTY_SET": lambda m, _: m.new_set(),
-    "FROZENSET": lambda m, _: m.new_frozenset(),
-    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
-    "TUPLE1": lambda m, _: m.tuple_of(1),
-    "TUPLE2": lambda m, _: m.tuple_of(2),
-    "TUPLE3": lambda m, _: m.tuple_of(3),
-    "LIST": lambda m, _: m.push(m.pop_mark()),
-    "DICT": lambda m, _: m.push_dict(),
-    "APPEND": lambda m, _: m.append(),
-    "APPENDS": lambda m, _: m.add(m.pop_mark()),
-    "ADDITEMS": lambda m, _: m.add(m.pop_mark()),
-    "SETITEM": lambda m, _: m.set_pair(),
-    "SETITEMS": lambda m, _: m.set_pairs(m.pop_mark()),
-    # The memo.
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "MEMOIZE": lambda m, _: m.memoize(),
-    # Objects.
-    "GLOBAL": lambda m, names: m.reference(*names),
-    "STACK_GLOBAL": lambda m, _: m.stack_global(),
-    "REDUCE": lambda m, _: m.reduce(),
-    "NEWOBJ": lambda m, _: m.new_object(),
-    "NEWOBJ_EX": lambda m, _: m.new_object_with_keywords(),
-    "INST": lambda m, names: m.new_instance(*names),
-    "OBJ": lambda m, _: m.new_instance_from_stack(),
-    "BUILD": lambda m, _: m.build(),
-    "PERSID": lambda m, identifier: m.persistent((identifier,)),
-    "BINPERSID": lambda m, _: m.persistent(m.stack.pop()),
+# All values above the last mark, and these with the one below the mark.
+_MARKED, _MARKED_AND_BELOW = -1, -2
+# The opcodes that put a result in place of some values: how many, and how it is made from them.
+_RESULTS: dict[str, tuple[int, Callable[..., object]]] = {
+    "NONE": (0, lambda: None),
+    "NEWTRUE": (0, lambda: True),
+    "NEWFALSE": (0, lambda: False),
+    "EMPTY_TUPLE": (0, tuple),
+    "EMPTY_LIST": (0, list),
+    "EMPTY_DICT": (0, dict),
+    "EMPTY_SET": (0, lambda: InertObject(Reference("builtins", "set"))),
+    "TUPLE1": (1, lambda *items: items),
+    "TUPLE2": (2, lambda *items: items),
+    "TUPLE3": (3, lambda *items: items),
+    "TUPLE": (_MARKED, lambda *items: items),
+    "LIST": (_MARKED, lambda *items: [*items]),
+    "DICT": (_MARKED, lambda *items: _set({}, *items)),
+    "FROZENSET": (_MARKED, lambda *i: InertObject(Reference("builtins", "frozenset"), items=[*i])),
+    "APPEND": (2, _add),
+    "APPENDS": (_MARKED_AND_BELOW, _add),
+    "ADDITEMS": (_MARKED_AND_BELOW, _add),
+    "SETITEM": (3, _set),
+    "SETITEMS": (_MARKED_AND_BELOW, _set),
+    "STACK_GLOBAL": (2, _reference),
+    "REDUCE": (2, call),
+    "NEWOBJ": (2, InertObject),
+    "NEWOBJ_EX": (3, lambda cls, args, keywords: InertObject(cls, (args, keywords))),
+    "OBJ": (_MARKED, lambda cls, *args: InertObject(cls, args)),
+    "BUILD": (2, _build),
 }

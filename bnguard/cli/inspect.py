@@ -26,7 +26,7 @@ from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
-    from bnguard.checkpoint.bn_entries import NotedFinding
+    from bnguard.checkpoint.result import NotedFinding
 
 _HELP = """
 --json prints one document:

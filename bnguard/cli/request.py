@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
-from bnguard.checkpoint.formats import checkpoint_at
+from bnguard.checkpoint.reading import checkpoint_at
 from bnguard.cli.model_and_data import (
     OPTIONS,
     Data,

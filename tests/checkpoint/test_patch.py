@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnguard.checkpoint import files as sources
-from bnguard.checkpoint.files import Patch, Source, patched
+from bnguard.checkpoint import storage
+from bnguard.checkpoint.storage import Patch, Source
 
 PATH = Path("file")
 
@@ -25,6 +25,6 @@ def test_patches_across_pieces(data):
     for patch in patches:
         expected[patch.position : patch.position + len(patch.data)] = patch.data
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sources, "CHUNK_BYTES", data.draw(st.integers(1, 60)))
-        pieces = list(patched(source, reversed(patches)))
+        monkeypatch.setattr(storage, "CHUNK_BYTES", data.draw(st.integers(1, 60)))
+        pieces = list(source.patched(reversed(patches)))
     assert b"".join(pieces) == bytes(expected[start : start + source.size])

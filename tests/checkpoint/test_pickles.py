@@ -18,20 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnguard.checkpoint import read_checkpoint
-from bnguard.checkpoint.files import Source
+from bnguard.checkpoint.storage import Source
 from bnguard.checkpoint.unpickling import Blob, InertObject, Reference, plain, read_pickle
 from bnguard.errors import CheckpointError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 
-def no_storage(identifier):
-    raise ValueError("no storages here")
-
-
 def read(data):
     source = Source(Path("pickle"), io.BytesIO(data), 0, len(data))
-    return read_pickle(source, source.stream(), no_storage)
+    return read_pickle(source, source.stream())
 
 
 def same(a, b):

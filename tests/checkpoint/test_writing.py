@@ -35,8 +35,8 @@ def path(network, tmp_path):
     [
         ({}, "no statistics to write"),
         ({"missing.running_mean": torch.zeros(6)}, "has no entry 'missing.running_mean'"),
-        ({"head.weight": torch.zeros(4, 6)}, "'head.weight' is no running statistic"),
-        ({"stem.1.weight": torch.zeros(6)}, "'stem.1.weight' is no running statistic"),
+        ({"head.weight": torch.zeros(4, 6)}, "'head.weight' is not a running statistic"),
+        ({"stem.1.weight": torch.zeros(6)}, "'stem.1.weight' is not a running statistic"),
         ({"stem.1.running_mean": torch.zeros(7)}, r"has shape \(6,\), its new value \(7,\)"),
         ({"stem.1.running_mean": torch.zeros(6, 1)}, r"has shape \(6,\), its new value \(6, 1\)"),
     ],
@@ -65,7 +65,7 @@ def test_two_entries_of_one_name_are_refused(tmp_path):
 
 
 def test_a_provenance_that_is_no_plain_data_is_refused(path, tmp_path):
-    with pytest.raises(CheckpointError, match="no plain data"):
+    with pytest.raises(CheckpointError, match="not plain data"):
         write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {"model": nn.ReLU()})
 
 
@@ -236,7 +236,7 @@ def test_a_folder_without_rights_leaves_the_original(is_in_place):
             error = process.communicate()[1].strip()
             assert process.returncode == 1
             assert error.startswith(str(output))
-            assert f"nothing may be written into {folder}; choose another output" in error
+            assert f"because {folder} is not writable; choose another output" in error
             assert sha256(path.read_bytes()).hexdigest() == digest
             assert [p.name for p in folder.iterdir()] == ["small.pt"]
         finally:

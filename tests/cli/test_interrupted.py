@@ -100,7 +100,7 @@ def test_a_folder_that_nothing_may_be_written_into_is_said_before_the_work(folde
             line = is_one_line_error(bnguard(closed, *COMMANDS[command], prepare=no_rights))
         finally:
             closed.chmod(0o755)
-        assert "cannot be written, because nothing may be written into ." in line
+        assert "cannot be written, because . is not writable" in line
         assert state_of(closed) == before
 
 

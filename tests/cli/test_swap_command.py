@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnguard as library
-from bnguard.checkpoint.reading import open_contents
+from bnguard.checkpoint.reading import open_checkpoint
 from bnguard.cli.main import main
 from bnguard.demo import DigitsData, DigitsNet
 from tests.cli.running import DEMO, bnguard
@@ -81,7 +81,7 @@ def test_a_model_that_is_clearly_worse_is_not_written(checkpoint, of_demo):
 
 def note_in(path):
     """What bnguard noted in a file; it has no BN layers any more, so it is read as a format."""
-    with open_contents(path) as contents:
+    with open_checkpoint(path) as contents:
         return contents.provenance
 
 

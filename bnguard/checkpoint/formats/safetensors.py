@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from bnguard.checkpoint.contents import Contents, parse_provenance
-from bnguard.checkpoint.files import Patch, Source, first_bytes, open_source, patched, write_all
-from bnguard.checkpoint.formats.base import Format
-from bnguard.checkpoint.stored_tensors import CARRIERS, PlainStorage, StoredTensor, carrier
-from bnguard.checkpoint.unpickling import damaged
+from bnguard.checkpoint.formats import OpenCheckpoint, parse_provenance
+from bnguard.checkpoint.storage import CARRIERS, Patch, Source, StoredTensor, carrier
+from bnguard.checkpoint.unpickling import as_sizes, damaged
 
-_LENGTH = struct.Struct("<Q")
+_LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _PROVENANCE = "bnguard"
 _ALIGNMENT = 8
@@ -47,100 +44,81 @@ _DTYPES = {
 }
 
 
-class Safetensors(Format):
+class Safetensors(OpenCheckpoint):
     """A file of the safetensors format."""
 
-    name = "safetensors"
+    format = "safetensors"
+    endings = (".safetensors",)
 
-    def recognises(self, path: Path) -> bool:
-        """Whether the file begins with a plausible length and the brace of a header."""
-        start = first_bytes(path, _LENGTH.size + 1)
-        if len(start) <= _LENGTH.size or start[_LENGTH.size :] != b"{":
-            return False
-        return bool(_LENGTH.unpack_from(start)[0] < path.stat().st_size)
+    def __init__(self, path: Path, files: ExitStack) -> None:
+        super().__init__(path, files)
+        self._header, self._data = _read_header(self.open_file(path))
+        metadata = self._header.pop(_METADATA, None)
+        self._metadata = metadata if isinstance(metadata, dict) else {}
+        tensors = {
+            name: _tensor(name, description, self._data)
+            for name, description in self._header.items()
+        }
+        places = [tensor.pieces[0].storage.find_source() for tensor in tensors.values()]
+        places.sort(key=lambda place: (place.start, place.size))
+        if any(low.start + low.size > high.start for low, high in itertools.pairwise(places)):
+            raise damaged(path, "its tensors overlap")
+        self.root = tensors
+        self.extras = {
+            f"metadata {name}": value
+            for name, value in self._metadata.items()
+            if name not in (_PROVENANCE, "format")
+        }
+        if _PROVENANCE in self._metadata:
+            self.provenance = parse_provenance(str(self._metadata[_PROVENANCE]))
 
-    @contextmanager
-    def open(self, path: Path) -> Iterator[Contents]:
-        """Open a file of this format."""
-        with open_source(path) as source:
-            header, data = _read_header(source)
-            metadata = _metadata(header)
-            note = metadata.get(_PROVENANCE)
-            yield Contents(
-                path=path,
-                format=self.name,
-                root=_tensors(path, header, data),
-                extras={
-                    f"metadata {name}": value
-                    for name, value in metadata.items()
-                    if name not in (_PROVENANCE, "format")
-                },
-                provenance=None if note is None else parse_provenance(str(note)),
-            )
+    @classmethod
+    def recognises(cls, path: Path, start: bytes) -> bool:
+        """Return whether a file begins with a plausible length and the brace of a header."""
+        size = int.from_bytes(start[:_LENGTH_BYTES], "little")
+        return start[_LENGTH_BYTES:].startswith(b"{") and size < path.stat().st_size
 
-    def copy(self, path: Path, target: Path, patches: Sequence[Patch], provenance: str) -> None:
-        """Copy the data byte for byte behind a header that has the note in its metadata."""
-        with open_source(path) as source, target.open("wb") as handle:
-            header, data = _read_header(source)
-            # transformers takes a file without metadata for torch's, one whose metadata names no
-            # format for nobody's.
-            metadata = dict(_metadata(header)) or {"format": "pt"}
-            metadata[_PROVENANCE] = provenance
-            rest = {name: value for name, value in header.items() if name != _METADATA}
-            text = json.dumps({_METADATA: metadata} | rest, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % _ALIGNMENT)
-            handle.write(_LENGTH.pack(len(text)) + text)
-            write_all(handle, patched(data, patches))
+    def copy(self, target: Path, patches: Sequence[Patch], provenance: str) -> None:
+        """Copy the data byte for byte, behind a header with the note in its metadata."""
+        # transformers takes a file without metadata for torch's, and refuses one whose metadata
+        # do not name a format.
+        metadata = {**(self._metadata or {"format": "pt"}), _PROVENANCE: provenance}
+        header = {_METADATA: metadata, **self._header}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        with target.open("wb") as handle:
+            handle.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+            handle.writelines(self._data.patched(patches))
 
 
-def _read_header(source: Source) -> tuple[Mapping[str, object], Source]:
+def _read_header(source: Source) -> tuple[dict[str, object], Source]:
     """Return the header, and the bytes of the tensors."""
-    (size,) = _LENGTH.unpack(source.read(0, _LENGTH.size))
+    size = int.from_bytes(source.read(0, _LENGTH_BYTES), "little")
     if size > _LARGEST_HEADER_BYTES:
         raise damaged(source.path, "its header is too long")
     try:
-        header = json.loads(source.read(_LENGTH.size, size))
+        header = json.loads(source.read(_LENGTH_BYTES, size))
     except (ValueError, RecursionError) as error:
-        raise damaged(source.path, "its header is no JSON") from error
+        raise damaged(source.path, "its header is not JSON") from error
     if not isinstance(header, dict):
-        raise damaged(source.path, "its header is no object")
-    start = _LENGTH.size + size
+        raise damaged(source.path, "its header is not an object")
+    start = _LENGTH_BYTES + size
     return header, source.window(start, source.size - start)
 
 
-def _metadata(header: Mapping[str, object]) -> Mapping[str, object]:
-    metadata = header.get(_METADATA)
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _tensors(path: Path, header: Mapping[str, object], data: Source) -> dict[str, StoredTensor]:
-    tensors = {
-        name: _tensor(path, name, description, data)
-        for name, description in header.items()
-        if name != _METADATA
-    }
-    places = [piece.storage.source for tensor in tensors.values() for piece in tensor.pieces]
-    places.sort(key=lambda place: (place.start, place.size))
-    if any(low.start + low.size > high.start for low, high in itertools.pairwise(places)):
-        raise damaged(path, "its tensors overlap")
-    return tensors
-
-
-def _tensor(path: Path, name: str, description: object, data: Source) -> StoredTensor:
+def _tensor(name: str, description: object, data: Source) -> StoredTensor:
+    match description:
+        case {"dtype": str(written), "shape": shape, "data_offsets": [first, stop]}:
+            dtype = _DTYPES.get(written, written)
+        case _:
+            raise damaged(data.path, f"its header does not describe {name}")
     try:
-        assert isinstance(description, dict)
-        first, stop = description["data_offsets"]
-        shape = tuple(description["shape"])
-        written = description["dtype"]
-        dtype = _DTYPES.get(written, written)
-        is_valid = all(type(value) is int and value >= 0 for value in (first, stop, *shape))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"its header does not describe {name}") from error
-    if not is_valid or not isinstance(dtype, str):
-        raise damaged(path, f"its header does not describe {name}")
-    tensor = StoredTensor.viewing(
-        PlainStorage(stop - first, "little", data.window(first, stop - first)), dtype, shape
-    )
-    if dtype in CARRIERS and tensor.numel * carrier(dtype).itemsize != stop - first:
-        raise damaged(path, f"the size of {name} does not fit its shape")
+        sizes = as_sizes(shape)
+        first, stop = as_sizes([first, stop])
+    except ValueError as error:
+        raise damaged(data.path, f"its header does not describe {name}") from error
+    place = data.window(first, stop - first)
+    tensor = StoredTensor.at(place, dtype, sizes)
+    if dtype in CARRIERS and tensor.numel * carrier(dtype).itemsize != place.size:
+        raise damaged(data.path, f"the size of {name} does not fit its shape")
     return tensor
