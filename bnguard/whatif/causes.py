@@ -16,7 +16,7 @@ from bnguard.whatif.evidence import (
     Numbers,
     is_harmful,
 )
-from bnguard.whatif.result import Cause, Row
+from bnguard.whatif.result import Row, Verdict
 
 _RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
 _ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'
@@ -31,14 +31,14 @@ _DIAGNOSE_WITH_REFERENCE = "print(bnguard.diagnose(model, loader, reference=trai
 _DIAGNOSE_TRAINING = "print(bnguard.diagnose(model, train_loader, score=train_score))"
 
 
-def name_cause(numbers: Numbers) -> Cause:
+def name_cause(numbers: Numbers) -> Verdict:
     """Return the cause that the numbers name."""
     return next(cause for find in CAUSES if (cause := find(numbers)) is not None)
 
 
-def no_statistics(layers: Sequence[BatchNormLayer]) -> Cause:
+def no_statistics(layers: Sequence[BatchNormLayer]) -> Verdict:
     """Return that there are no running statistics to try others in place of."""
-    return Cause(
+    return Verdict(
         name="no-statistics",
         message="no BN layer has running statistics (track_running_stats=False), so there are no "
         "others to try: each batch is normalised by its own, in eval mode too",
@@ -50,11 +50,11 @@ def no_statistics(layers: Sequence[BatchNormLayer]) -> Cause:
     )
 
 
-def poisoned_statistics(numbers: Numbers) -> Cause | None:
+def poisoned_statistics(numbers: Numbers) -> Verdict | None:
     """NaN or Inf in the stored statistics: nothing else needs to be asked."""
     if not numbers.poisoned:
         return None
-    return Cause(
+    return Verdict(
         name="poisoned-statistics",
         message="NaN or Inf has entered the running statistics, and averaging never takes it out",
         evidence=(
@@ -67,13 +67,13 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def unconverged_statistics(numbers: Numbers) -> Cause | None:
+def unconverged_statistics(numbers: Numbers) -> Verdict | None:
     """The initial statistics are still there, and recalibration is a cure."""
     is_cured = numbers.is_cured_by_training or numbers.training is None
     if not (numbers.is_harmed and is_cured and numbers.initial_weight > MAX_INITIAL_WEIGHT):
         return None
     if numbers.untouched:
-        return Cause(
+        return Verdict(
             name="unconverged-statistics",
             message="the running statistics are the initial mean 0 and variance 1: they were lost "
             "when the weights were saved or loaded, or never updated",
@@ -86,7 +86,7 @@ def unconverged_statistics(numbers: Numbers) -> Cause | None:
             next_step=_RECALIBRATE,
             cured_by=numbers.fresh,
         )
-    return Cause(
+    return Verdict(
         name="unconverged-statistics",
         message="the running statistics still hold a part of the initial mean 0 and variance 1: "
         "too few updates for the momentum",
@@ -97,7 +97,7 @@ def unconverged_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def batches_alone(numbers: Numbers) -> Cause | None:
+def batches_alone(numbers: Numbers) -> Verdict | None:
     """No running statistics do as well as those of each batch."""
     names = [name for name in numbers.rows if name.startswith("batches")]
     scored = [name for name in names if numbers.rows[name].score is not None]
@@ -113,7 +113,7 @@ def batches_alone(numbers: Numbers) -> Cause | None:
     compared = numbers.compared("stored", numbers.best, name)
     shuffled = numbers.rows.get("shuffled batches")
     if name != "batches" or shuffled is None or not _is_moved_by_shuffling(numbers):
-        return Cause(
+        return Verdict(
             name="small-batch-noise",
             message="only the statistics of small batches do well: the network has learnt with "
             "their noise, and no running statistics can stand in for it",
@@ -121,7 +121,7 @@ def batches_alone(numbers: Numbers) -> Cause | None:
             advice="train on with larger batches, or with another norm in place of BN",
             next_step=_SWAP,
         )
-    return Cause(
+    return Verdict(
         name="correlated-batches",
         message="only the statistics of each batch do well, and only in the order in which "
         "the batches come: they are sorted or grouped, and BN has learnt to rely on it",
@@ -131,7 +131,7 @@ def batches_alone(numbers: Numbers) -> Cause | None:
     )
 
 
-def sorted_training(numbers: Numbers) -> Cause | None:
+def sorted_training(numbers: Numbers) -> Verdict | None:
     """Training batches that are sorted, and stored statistics that are those of such batches."""
     training = numbers.training
     if training is None or training.order is None or not training.is_sorted:
@@ -140,7 +140,7 @@ def sorted_training(numbers: Numbers) -> Cause | None:
         return None
     order, flipped = training.order, training.flipped_share
     moved = f"changes the outputs by {training.change:.3g} σ"
-    return Cause(
+    return Verdict(
         name="correlated-batches",
         message="the network was trained on batches that are sorted or grouped: it relies on what "
         "a batch has in common, and its statistics describe no data that ever were",
@@ -157,13 +157,13 @@ def sorted_training(numbers: Numbers) -> Cause | None:
     )
 
 
-def other_preprocessing(numbers: Numbers) -> Cause | None:
+def other_preprocessing(numbers: Numbers) -> Verdict | None:
     """Training and evaluation data alike miss the stored statistics, and only at the input."""
     if not (numbers.is_cured_by_training and numbers.is_off_at_input_alone):
         return None
     if numbers.training is None or numbers.training.is_stored:
         return None
-    return Cause(
+    return Verdict(
         name="other-preprocessing",
         message="the training data and the evaluation data both miss the stored statistics at the "
         "first BN layer, and later layers fit once that is set right: the first suspicion is that "
@@ -181,7 +181,7 @@ def other_preprocessing(numbers: Numbers) -> Cause | None:
     )
 
 
-def small_training_batches(numbers: Numbers) -> Cause | None:
+def small_training_batches(numbers: Numbers) -> Verdict | None:
     """Stored statistics that the noise of small training batches explains."""
     training = numbers.training
     if training is None or not numbers.is_cured_by_training:
@@ -189,7 +189,7 @@ def small_training_batches(numbers: Numbers) -> Cause | None:
     is_biased = training.is_stored and numbers.loss("averaged", "reference") > 0.0
     if not (is_biased or training.is_noisy):
         return None
-    return Cause(
+    return Verdict(
         name="small-batch-noise",
         message=f"training batches of {training.batch_size} are so small that the running "
         "statistics, which average over theirs, misstate the data",
@@ -204,7 +204,7 @@ def small_training_batches(numbers: Numbers) -> Cause | None:
     )
 
 
-def stale_statistics(numbers: Numbers) -> Cause | None:
+def stale_statistics(numbers: Numbers) -> Verdict | None:
     """Statistics of training data do better: the stored ones are not those of these weights."""
     if numbers.is_cured_by_training:
         message = (
@@ -219,7 +219,7 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
         )
     else:
         return None
-    return Cause(
+    return Verdict(
         name="stale-statistics",
         message=message,
         evidence=(numbers.compared("stored", numbers.fresh), *_input_drift(numbers)),
@@ -229,11 +229,11 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def data_shift(numbers: Numbers) -> Cause | None:
+def data_shift(numbers: Numbers) -> Verdict | None:
     """Statistics of the evaluation data do better than those of training data."""
     if numbers.training is None or not numbers.is_harmed or _is_chance(numbers):
         return None
-    return Cause(
+    return Verdict(
         name="data-shift",
         message="the evaluation data differ from the training data: preprocessing, or domain",
         evidence=(
@@ -246,11 +246,11 @@ def data_shift(numbers: Numbers) -> Cause | None:
     )
 
 
-def unfit_statistics(numbers: Numbers) -> Cause | None:
+def unfit_statistics(numbers: Numbers) -> Verdict | None:
     """The stored statistics do not fit, and only training data can tell why."""
     if numbers.training is not None or not numbers.is_harmed:
         return None
-    return Cause(
+    return Verdict(
         name="unfit-statistics",
         message="the running statistics do not fit the evaluation data: "
         + (
@@ -266,12 +266,12 @@ def unfit_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def poor_weights(numbers: Numbers) -> Cause | None:
+def poor_weights(numbers: Numbers) -> Verdict | None:
     """All statistics do equally badly, by what the user expects."""
     expected, best = numbers.expected_score, numbers.rows[numbers.best].score
     if expected is None or best is None or best >= expected:
         return None
-    return Cause(
+    return Verdict(
         name="weights",
         message="no statistics bring the score that is expected: the weights are to blame, the "
         "data or their labels, and not BN",
@@ -285,7 +285,7 @@ def poor_weights(numbers: Numbers) -> Cause | None:
     )
 
 
-def harmless(numbers: Numbers) -> Cause | None:
+def harmless(numbers: Numbers) -> Verdict | None:
     """Something is off, and other statistics do no better on these data."""
     is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
     # What is left of the initial statistics explains how far these are off.
@@ -311,7 +311,7 @@ def harmless(numbers: Numbers) -> Cause | None:
         return None
     is_off = numbers.is_off_training or is_off_stored
     loaders = ("loader",) if numbers.training is None else ("loader", "train_loader")
-    return Cause(
+    return Verdict(
         name="harmless",
         message=f"{'; '.join(found)}. {_no_better(numbers).capitalize()}",
         evidence=(
@@ -328,9 +328,9 @@ def harmless(numbers: Numbers) -> Cause | None:
     )
 
 
-def no_fault(numbers: Numbers) -> Cause:
+def no_fault(numbers: Numbers) -> Verdict:
     """No other statistics do better."""
-    return Cause(
+    return Verdict(
         name="none",
         message=_no_better(numbers),
         evidence=(numbers.compared("stored", numbers.fresh, "evaluation"),),
@@ -341,7 +341,7 @@ def no_fault(numbers: Numbers) -> Cause:
     )
 
 
-CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
+CAUSES: tuple[Callable[[Numbers], Verdict | None], ...] = (
     poisoned_statistics,
     unconverged_statistics,
     batches_alone,

@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cause:
+class Verdict:
     """What the rows name as the cause.
 
     Attributes:
@@ -117,7 +117,7 @@ class Diagnosis:
     """
 
     rows: tuple[Row, ...] = ()
-    cause: Cause
+    cause: Verdict
     layers: tuple[LayerShare, ...] = ()
     skipped: tuple[SkippedLayer, ...] = ()
     samples: int = 0
@@ -204,7 +204,7 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     )
 
 
-def _cause_view(cause: Cause) -> RenderableType:
+def _cause_view(cause: Verdict) -> RenderableType:
     style = "bold yellow" if cause.is_fault else "bold"
     lines = Text()
     verdict = cause.name if cause.is_fault else _VERDICTS.get(cause.name, cause.name)
@@ -231,7 +231,7 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
     return Group(table, *(more if rest > 0 else []))
 
 
-def _next_step(cause: Cause) -> list[RenderableType]:
+def _next_step(cause: Verdict) -> list[RenderableType]:
     return [Text(f"→ {cause.advice}:"), _Command(cause.next_step)]
 
 
