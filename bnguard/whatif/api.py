@@ -34,14 +34,12 @@ from bnguard.recalibration.options import (
 )
 from bnguard.recalibration.statistics import running_statistics
 from bnguard.whatif.blame import blame_layers
-from bnguard.whatif.causes import name_cause, no_statistics
+from bnguard.whatif.causes import no_statistics, reach_verdict
+from bnguard.whatif.cures import Cure, average_over_batches, compute_cure
 from bnguard.whatif.evidence import (
     MAX_STORED_DRIFT,
-    Cure,
     Numbers,
-    Training,
-    average_over_batches,
-    compute_cure,
+    read_dropout,
     read_training,
 )
 from bnguard.whatif.result import Diagnosis
@@ -135,15 +133,26 @@ def diagnose(
         bench = _without_left_out(bench, by_evaluation)
         stored = {layer.name: running_statistics(layer) for layer in layers}
         cures: dict[str, Cure] = {}
-        told: Training | None = None
+        shown, on_data = None, bench
         if training is not None and by_training is not None:
-            on_training = replace(bench, score=None, samples=training)
-            cures, told = _from_training(on_training, by_training, stored)
+            on_data = replace(bench, score=None, samples=training)
+            on_data = _without_left_out(on_data, by_training)
+            averaged = average_over_batches(on_data, stored)
+            cures["reference"] = by_training
+            if averaged.changes:
+                cures["averaged"] = averaged
+            shown = read_training(on_data, by_training, averaged)
         cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measure_table(bench, stored, statistics, batch_sizes)
         fresh = cures.get("reference", by_evaluation)
-        cause = name_cause(_numbers(bench, table, stored, fresh, told, expected_score))
+        numbers = replace(
+            _numbers(bench, table, stored, fresh),
+            training=shown,
+            dropout=read_dropout(on_data, stored),
+            expected_score=expected_score,
+        )
+        cause = reach_verdict(numbers)
         blamed = () if cause.cured_by is None else blame_layers(bench, cures[cause.cured_by])
     return Diagnosis(
         rows=tuple(table.rows.values()),
@@ -174,41 +183,14 @@ def _without_left_out(bench: Bench, cure: Cure) -> Bench:
     return bench.without_nonfinite_batches(cure.statistics) if cure.left_out else bench
 
 
-def _from_training(
-    bench: Bench, cure: Cure, stored: Statistics
-) -> tuple[dict[str, Cure], Training]:
-    """Return the cures from the training data, by the name of their row, and what else they tell.
-
-    Args:
-        bench: The model on the training data.
-        cure: The statistics of all of them.
-        stored: The statistics that the model has.
-    """
-    bench = _without_left_out(bench, cure)
-    averaged = average_over_batches(bench, stored)
-    cures = {"reference": cure}
-    if averaged.changes:
-        cures["averaged"] = averaged
-    return cures, read_training(bench, cure, averaged)
-
-
-def _numbers(
-    bench: Bench,
-    table: Table,
-    stored: Statistics,
-    fresh: Cure,
-    training: Training | None,
-    expected_score: float | None,
-) -> Numbers:
-    """Return what the cause is told from.
+def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Numbers:
+    """Return what was measured on the evaluation data.
 
     Args:
         bench: The model on the evaluation data.
-        table: What was measured on it.
+        table: The rows.
         stored: The statistics that it has.
         fresh: Those of the training data, or of the evaluation data without any.
-        training: What the training data tell.
-        expected_score: What the user expects of the score.
     """
     reached = table.measured["stored"].arrived
     changes = [fresh.changes[name] for name in reached if name in fresh.changes]
@@ -223,7 +205,7 @@ def _numbers(
         rows=table.rows,
         samples=len(bench.samples),
         changed_share=table.changed_share,
-        training=training,
+        orders=table.orders,
         poisoned=tuple(
             name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
         ),
@@ -235,7 +217,6 @@ def _numbers(
         )
         * (not fits),
         drifts=drifts,
-        expected_score=expected_score,
     )
 
 
@@ -256,7 +237,7 @@ def _notes(
     for row, name in names.items():
         if row in cures:
             yield from (f"{name}: {note}" for note in cures[row].notes)
-    order = evaluation.order
+    order = evaluation.order()
     if order is not None and order.is_sorted:
         yield (
             f"evaluation batches differ {order.variance_ratio:.3g} times as much as independent "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bnguard.whatif.evidence import Cure
+from bnguard.whatif.cures import Cure
 from bnguard.whatif.result import LayerShare
 from bnguard.whatif.table import Bench
 

@@ -20,7 +20,7 @@ from bnguard.recalibration.layer_inputs import OnInput, read_inputs
 from bnguard.recalibration.options import Score, as_number
 from bnguard.whatif.model_outputs import LayerInput, Outputs, collect_inputs, collect_outputs
 from bnguard.whatif.result import Row
-from bnguard.whatif.samples import Samples
+from bnguard.whatif.samples import MIN_BATCHES, BatchOrder, Samples
 from bnguard.whatif.statistics import BatchStatistics, Statistics, use_statistics
 
 # As many channels of a layer have to be within a limit, as for BN301.
@@ -97,15 +97,15 @@ class Bench:
         with self._batch_statistics(size).in_use():
             return collect_outputs(self.inner, self.forward, batches)
 
-    def arrive_in_batches(self, arrive: OnInput) -> None:
-        """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
+    def read_inputs_in_batches(self, on_input: OnInput) -> None:
+        """Call ``on_input`` with each layer's inputs while batches have their own statistics.
 
         Args:
-            arrive: Is given the index of the layer, and the values.
+            on_input: Takes the index of the layer, and the inputs.
         """
-        # Which rows a sample is takes a forward of its own, that nobody is to see.
+        # Counting the rows of a sample takes a forward, which must not reach the hooks.
         parts = self._batch_statistics(None)
-        with parts.in_use(), read_inputs(self.layers, arrive):
+        with parts.in_use(), read_inputs(self.layers, on_input):
             collect_outputs(self.inner, self.forward, self.samples.batches)
 
     def outputs_in_shuffled_batches(self) -> Outputs | None:
@@ -253,12 +253,14 @@ class Table:
         measured: What each row, but that of shuffled batches, was measured from.
         changed_share: Share of the predictions that differ from those with the statistics of the
             evaluation data, ties included, by the name of the row.
+        orders: Whether the batches of a row are sorted, by the name of the row.
         notes: Rows that could not be measured, and why.
     """
 
     rows: Mapping[str, Row]
     measured: Mapping[str, Measured]
     changed_share: Mapping[str, float]
+    orders: Mapping[str, BatchOrder]
     notes: tuple[str, ...]
 
 
@@ -280,15 +282,18 @@ def measure_table(
     measured |= {name: bench.with_statistics(statistics) for name, statistics in cures.items()}
     labels = {name: _LABELS[name] for name in measured}
     own, notes = bench.samples.batch_size, []
+    orders: dict[str, BatchOrder | None] = {}
     for size in (own, *sorted(set(batch_sizes) - {own})):
         reason = bench.why_not_in_batches(size)
         if reason is not None:
             notes.append(f"no row for batches of {size}: {reason}")
         elif size == own:
             measured["batches"] = bench.with_batches(None)
+            orders["batches"] = bench.samples.order() or bench.samples.order(_part(bench.samples))
             labels["batches"] = f"of each batch, as they come ({own})"
         else:
             measured[f"batches of {size}"] = bench.with_batches(size)
+            orders[f"batches of {size}"] = bench.samples.order(size)
             labels[f"batches of {size}"] = f"of each batch of {size}"
     outputs = {name: each.outputs for name, each in measured.items()}
     if "batches" in measured and (shuffled := bench.outputs_in_shuffled_batches()) is not None:
@@ -311,7 +316,13 @@ def measure_table(
     }
     expected = outputs["evaluation"]
     changed = {name: each.changed_share(expected) for name, each in outputs.items()}
-    return Table(rows, measured, changed, tuple(notes))
+    known = {name: order for name, order in orders.items() if order is not None}
+    return Table(rows, measured, changed, known, tuple(notes))
+
+
+def _part(samples: Samples) -> int:
+    """Return the size of parts of batches that are enough to be compared."""
+    return max(2, samples.batch_size * len(samples.batches) // (2 * MIN_BATCHES))
 
 
 def _row(
