@@ -1,4 +1,4 @@
-"""The what-if table: one model under other statistics, and what that says of its BN layers."""
+"""`diagnose`: measure one model under other statistics, and find the cause."""
 
 from __future__ import annotations
 
@@ -60,34 +60,33 @@ def diagnose(
     expected_score: float | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Try the model with other BN statistics, and name the cause that the results point to.
+    """Try the model with other BN statistics, and name the cause that the results show.
 
-    The model runs in eval mode with the statistics that it has; with statistics recalibrated on
-    the training data and on the evaluation data; and with each batch normalised by its own, at
-    several batch sizes. Where one of these is a cure, bisection finds the layers that need it. The
-    model is left untouched, also after an exception.
+    The model runs in eval mode with its own statistics, with statistics recalibrated on the
+    training data and on the evaluation data, and with each batch normalised by its own, at several
+    batch sizes. If one of these is a cure, bisection finds the layers that need it. The model is
+    left untouched, also after an exception.
 
     Args:
         model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
             and keep their statistics throughout.
-        loader: The evaluation data: tensors; tuples or lists, of which the first item goes in; or
-            mappings, of which the entries go in that the forward has parameters for. It is read
-            once, and what is read is kept.
-        reference: The training data, in the batches that training uses; tells statistics that
-            are stale from data that differ.
-        score: ``score(model)`` says how good the model is on the evaluation data, the higher the
-            better. Without it outputs are compared with those that the statistics of the
-            evaluation data give.
+        loader: The evaluation data: tensors; tuples or lists, whose first item is the input; or
+            mappings, whose entries that the forward has parameters for are the input. It is read
+            once.
+        reference: The training data, in the batches of training; distinguishes stale statistics
+            from data that differ.
+        score: ``score(model)`` returns how good the model is on the evaluation data, the higher the
+            better. Without it, outputs are compared with those under the statistics of the
+            evaluation data.
         samples: Samples to use at most, of each loader.
-        forward: ``forward(model, batch)`` calls the model, where the loaders yield anything else.
-        batch_sizes: Sizes at which batches are normalised by their own statistics, besides that
-            of the loader's batches.
-        expected_score: What the score should be, that of training perhaps: below it the model is
-            to blame where no statistics help.
-        progress: Show a progress bar while recalibrating, where there is a terminal.
+        forward: ``forward(model, batch)`` calls the model if the loaders yield anything else.
+        batch_sizes: Further sizes at which batches are normalised by their own statistics.
+        expected_score: What the score should be, for example that of training: if no statistics
+            reach it, the model is to blame.
+        progress: Show a progress bar in a terminal while recalibrating.
 
     Returns:
-        The table, the cause, the layers to blame, and what to do next. It prints itself.
+        The table, the verdict, the layers to blame, and what to do next. It prints itself.
 
     Raises:
         CalibrationError: There are no BN layers, no data, or the model fails on them.
@@ -192,7 +191,7 @@ def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Num
         stored: The statistics that it has.
         fresh: Those of the training data, or of the evaluation data without any.
     """
-    reached = table.measured["stored"].arrived
+    reached = table.measured["stored"].inputs
     changes = [fresh.changes[name] for name in reached if name in fresh.changes]
     drifts = [
         measure_drift(
@@ -221,7 +220,7 @@ def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Num
 
 
 def _initial_weight(layer: BatchNormLayer, stored: Statistics) -> float:
-    """Return the weight that (0, 1) still has; 0 where the statistics came another way."""
+    """Return the weight that (0, 1) still has; 0 if the counter cannot tell."""
     given = stored[layer.name]
     if given.is_initial:
         return 1.0
@@ -245,8 +244,8 @@ def _notes(
         )
     if training is None:
         yield (
-            "without reference data there is no row for the training data, which tells statistics "
-            "that are stale from data that differ"
+            "without reference data there is no row for the training data, which distinguishes "
+            "stale statistics from data that differ"
         )
 
 
