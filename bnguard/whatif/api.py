@@ -238,10 +238,7 @@ def _notes(
             yield from (f"{name}: {note}" for note in cures[row].notes)
     order = evaluation.order()
     if order is not None and order.is_sorted:
-        yield (
-            f"evaluation batches differ {order.variance_ratio:.3g} times as much as independent "
-            "samples: they are sorted, and the first ones may not stand for all"
-        )
+        yield f"evaluation batches {order}: they are sorted, and later ones may differ"
     if training is None:
         yield (
             "without reference data there is no row for the training data, which distinguishes "

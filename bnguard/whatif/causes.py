@@ -126,10 +126,10 @@ def batches_alone(numbers: Numbers) -> Verdict | None:
     return Verdict(
         name="correlated-batches",
         message="only the statistics of each batch do well, and the samples of a batch are alike: "
-        "data that are sorted or grouped, or that come in several streams, which BN has learnt to "
-        "tell apart by their batches",
+        "the data are sorted or grouped, or come in several streams, and BN normalises each batch "
+        "by what its samples share",
         evidence=(compared, alike),
-        advice=f"{_MIX}: running statistics describe all of them at once",
+        advice=_MIX,
         next_step=_SHUFFLE,
     )
 
@@ -141,7 +141,7 @@ def sorted_training(numbers: Numbers) -> Verdict | None:
         return None
     if not training.is_stored:
         return None
-    order, flipped = training.order, training.flipped_share
+    flipped = training.flipped_share
     moved = f"changes the outputs by {training.change:.3g} σ"
     return Verdict(
         name="correlated-batches",
@@ -149,8 +149,7 @@ def sorted_training(numbers: Numbers) -> Verdict | None:
         "streams: it relies on what a batch has in common, and its running statistics describe "
         "none of the data",
         evidence=(
-            f"training batches differ {order.variance_ratio:.3g} times as much as independent "
-            f"samples (limit {order.limit:.2g})",
+            f"training batches {training.order}",
             "shuffling them "
             + (moved if flipped is None else f"flips {flipped:.1%} of their predictions"),
             numbers.compared("stored", "reference"),
@@ -409,10 +408,7 @@ def _what_batches_share(numbers: Numbers, name: str) -> str:
     order = numbers.orders.get(name)
     if order is None or not order.is_sorted:
         return ""
-    return (
-        f"{numbers.rows[name].label}: they differ {order.variance_ratio:.3g} times as much as "
-        f"independent samples (limit {order.limit:.2g})"
-    )
+    return f"evaluation batches {order}"
 
 
 def _shuffling(row: Row, shuffled: Row) -> str:

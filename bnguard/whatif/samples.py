@@ -92,6 +92,8 @@ class Samples:
         Args:
             size: Samples in each of the parts that are compared; None for batches as they come.
         """
+        if size is not None and self.must_be_joined(size) and self.whole is None:
+            return None
         inputs = [
             next((t for t in batch.tensors() if t.is_floating_point() and t.dim() > 1), None)
             for batch in (self.batches if size is None else self.of_size(size))
@@ -126,6 +128,12 @@ class BatchOrder:
     def limit(self) -> float:
         """The limit that independent samples stay below; see BN203."""
         return max(2.0, 1.0 + 5.0 * math.sqrt(2.0 / (self.batches - 1)))
+
+    def __str__(self) -> str:
+        return (
+            f"differ {self.variance_ratio:.3g} times as much as independent samples "
+            f"(limit {self.limit:.2g})"
+        )
 
     @property
     def is_sorted(self) -> bool:
