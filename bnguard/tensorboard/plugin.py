@@ -74,7 +74,7 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 self._cache,
             )
             try:
-                content = answer(reader, defaultdict(str, request.args))
+                content = answer(reader, defaultdict(str, request.args.to_dict()))
             except LogError as error:
                 return _respond(request, str(error), "text/plain", code=404)
             if isinstance(content, Series):
