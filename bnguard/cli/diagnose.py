@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnguard.lightning.scoring import ValidationScore
-    from bnguard.whatif.result import Cause
+    from bnguard.whatif.result import Verdict
 
 _REFERENCE = """\
   --reference PACKAGE:function
@@ -190,7 +190,7 @@ class _Commands:
     checkpoint: str
     arguments: tuple[str, ...]
 
-    def of_module(self, cause: Cause, split: str) -> Cause:
+    def of_module(self, cause: Verdict, split: str) -> Verdict:
         """Return the cause with a command for the splits of a data module."""
         recalibrate = f"bnguard recalibrate {self._named('data')} --split"
         if cause.name == "correlated-batches":
@@ -206,7 +206,7 @@ class _Commands:
             return replace(cause, next_step=step)
         return cause
 
-    def of_functions(self, cause: Cause) -> Cause:
+    def of_functions(self, cause: Verdict) -> Verdict:
         """Return the cause with a command for functions that give a loader each."""
         if cause.name == "unfit-statistics":
             advice = "give the training data, which tells the two apart"

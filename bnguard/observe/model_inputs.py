@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +108,7 @@ class SampleProbe:
             for here in groups
             if np.count_nonzero(here) >= enough
         ]
-        window = min(of_places, key=_usual_ratio, default=newest)
+        window = min(of_places, key=usual_ratio, default=newest)
         if window is None or not has_one_place:
             return window
         windows = [*self._windows, *self._summary()]
@@ -240,7 +240,23 @@ class _Summary:
     variance: FloatArray
 
 
-def _usual_ratio(window: InputWindow) -> float:
+def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
+    """Return how much batches differ that come one after another; None if that cannot be told."""
+    found = [features for batch in batches if (features := _features(batch)) is not None]
+    if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
+        return None
+    moments = (mean_and_biased_var(features) for features in found)
+    means, variances = (
+        torch.stack(part).cpu().double().numpy() for part in zip(*moments, strict=True)
+    )
+    varies = np.isfinite(means + variances).all(0) & (variances > 0.0).any(0)
+    steps = np.arange(len(found), dtype=np.float64)
+    sizes = np.array([len(features) for features in found], dtype=np.float64)
+    return _of_place(means[:, varies], variances[:, varies], steps, sizes)
+
+
+def usual_ratio(window: InputWindow) -> float:
+    """Return the median ratio over the features; infinite if none is finite."""
     ratio = window.variance_ratio[np.isfinite(window.variance_ratio)]
     return float(np.median(ratio)) if ratio.size else math.inf
 

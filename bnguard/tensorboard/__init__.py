@@ -1,6 +1,6 @@
-"""A BatchNorm tab in the stock TensorBoard: what is written, what is read, and the page itself.
+"""A BatchNorm tab in the stock TensorBoard.
 
-``summary`` writes into the user's own event files, ``loader`` and ``plugin`` serve the tab,
-``page`` puts the same page into one file. Nothing but ``summary`` needs the training library that
-wrote the log, and nothing here imports torch.
+``writer`` writes into the user's event files, ``loader`` and ``plugin`` serve the tab, and
+``log_report`` puts the same page into one file. Reading a log needs neither
+torch nor the library that wrote it.
 """

@@ -1,6 +1,7 @@
-"""Puts tensors into event files, through the file writer that somebody's summary writer has.
+"""Writes tensors into event files through the file writer of the user's summary writer.
 
-No TensorFlow and no second event file: the protocol buffers are those of the writer's own package.
+This needs no TensorFlow and no second event file: the protocol buffers are those of the writer's
+own package.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _DT_STRING = 7
 _DT_OF = {"float32": 1, "float16": 19}
 
 # Field 4 of SummaryMetadata, data_class, set to DATA_CLASS_TENSOR. The class of some writers lacks
-# the field; without it TensorBoard's readers pass the data over.
+# the field; without it TensorBoard's readers ignore the data.
 _DATA_CLASS_TENSOR = b"\x20\x02"
 
 
@@ -30,7 +31,7 @@ class _Summary(Protocol):
 
 
 class _FileWriter(Protocol):
-    """What writes the event file of a summary writer."""
+    """The writer of an event file."""
 
     def add_summary(self, summary: _Summary, global_step: int) -> object: ...
 
@@ -38,7 +39,7 @@ class _FileWriter(Protocol):
 class EventSink:
     """Sends tensors to the event file of a ``SummaryWriter`` of torch or tensorboardX.
 
-    Anything else, such as the stand-in that Lightning has on other ranks, is written to in vain.
+    Anything else, such as the placeholder that Lightning uses on other ranks, is ignored.
     """
 
     def __init__(self, writer: object) -> None:
@@ -52,7 +53,7 @@ class EventSink:
         step: int,
         description: bytes = b"",
     ) -> None:
-        """Send an array; the description goes with the first one of each tag."""
+        """Send an array; the first one of each tag carries the description."""
         data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         self._add(
             tag,
@@ -66,7 +67,7 @@ class EventSink:
         )
 
     def add_string(self, tag: str, text: bytes, step: int) -> None:
-        """Send a text, as a tensor that holds one string."""
+        """Send a text as a tensor with one string."""
         self._add(tag, {"dtype": _DT_STRING, "string_val": [text]}, step, b"")
 
     def _add(self, tag: str, tensor: dict[str, Any], step: int, description: bytes) -> None:
@@ -91,8 +92,8 @@ class EventSink:
 def summary_writers(loggers: Iterable[object]) -> tuple[object, ...]:
     """Return the summary writers of the loggers that log to TensorBoard.
 
-    The classes of the two Lightning packages are unrelated, so they are told by name; the
-    ``experiment`` of any other logger is not touched, since reading it may start something.
+    The classes of the two Lightning packages are unrelated, so the name decides. Reading the
+    ``experiment`` of other loggers is avoided, because that may start a run.
     """
     return tuple(
         logger.experiment  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What TensorBoard loads at its start: must be quick, and must not fail, or TensorBoard does."""
+"""Loads the tab when TensorBoard starts: must be quick, and must not fail."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class BatchNormLoader(base_plugin.TBLoader):  # type: ignore[misc]
     """Loads the BatchNorm tab into TensorBoard."""
 
     def fix_flags(self, flags: argparse.Namespace) -> None:
-        """Have TensorBoard keep enough steps for a picture; what the user asked for comes first."""
+        """Let TensorBoard keep enough steps for a plot, unless the user set a number."""
         samples = getattr(flags, "samples_per_plugin", None)
         if isinstance(samples, dict):
             samples.setdefault(_PLUGIN_NAME, _STEPS_KEPT)
 
     def load(self, context: base_plugin.TBContext) -> base_plugin.TBPlugin | None:
-        """Return the plugin, or None where it cannot be had: TensorBoard goes on without it."""
+        """Return the plugin, or None if it fails to load: TensorBoard continues without it."""
         try:
             from bnguard.tensorboard.plugin import BatchNormPlugin
 

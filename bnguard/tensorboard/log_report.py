@@ -1,4 +1,4 @@
-"""Event files without TensorBoard: the findings of the runs in a folder, and the tab as a page."""
+"""Shows the runs in a folder without TensorBoard: their findings, and the tab as one HTML page."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bnguard.tensorboard.records import Record
 
 _SEVERITIES = ("error", "warning", "info")
 _LAYERS_SHOWN = 5
-# What a picture can show; an attachment should stay small.
+# As many as a plot can show; an attachment should stay small.
 _MOST_STEPS = 600
 _MOST_SNAPSHOTS = 12
-# A module that stands in a data: address has no folder, so its imports are given bare names.
+# A module at a data: address has no folder, so its imports need bare names.
 _IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
 _START = """
 import { start } from "bnguard/app.js";
@@ -44,17 +44,17 @@ start(document.body, new EmbeddedSource(data));
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """The last report of a run, as its event files hold it; ``str()`` shows it.
+    """The last report of a run in its event files; ``str()`` shows it.
 
     Attributes:
-        name: Folder of the run, seen from the one that was read.
+        name: Folder of the run, relative to the one that was read.
         layers: Names in forward order.
         first_step: First training step logged.
         last_step: Newest training step logged.
         findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first, and root
-            causes before what they explain, as they were told.
-        problem: Why it cannot be shown; empty where it can.
-        remarks: What of it could not be read, a line each.
+            causes before what they explain.
+        problem: Why the run cannot be shown; empty if it can.
+        remarks: What could not be read, a line each.
     """
 
     name: str
@@ -67,7 +67,7 @@ class LoggedRun:
 
     @property
     def worst_severity(self) -> str | None:
-        """``error``, ``warning`` or ``info``; None where nothing was found."""
+        """``error``, ``warning`` or ``info``; None without findings."""
         return self.findings[0]["severity"] if self.findings else None
 
     def __str__(self) -> str:
@@ -89,15 +89,15 @@ class LoggedRun:
 
 
 def open_log(folder: Path) -> LogReader:
-    """Return a reader of the event files in a folder and those below it.
+    """Return a reader of the event files in a folder and its subfolders.
 
     Raises:
-        LogError: There is no such folder, or no run in it that bnguard logged.
+        LogError: The folder does not exist, or bnguard logged no run in it.
     """
     if not folder.is_dir():
         raise LogError(f"{folder} is not a folder: name the one that TensorBoard is started on")
     multiplexer = plugin_event_multiplexer.EventMultiplexer(
-        # 0 would keep everything; of what others logged, nothing is needed.
+        # 0 would keep everything; data of other plugins are not needed.
         size_guidance=dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1),
         tensor_size_guidance={PLUGIN_NAME: 0},
     )
@@ -117,10 +117,10 @@ def open_log(folder: Path) -> LogReader:
 
 
 def _load(accumulator: event_accumulator.EventAccumulator, folder: Path) -> str:
-    """Read the event files of a run, as far as they can be; return why no further, if so."""
+    """Read the event files of a run as far as possible; return what stopped it, if anything."""
     try:
         accumulator.Reload()
-    except Exception as error:  # Of a record that is whole and holds no event.
+    except Exception as error:  # A complete record that holds no event.
         return f"an event file is damaged ({in_one_line(error)}): what follows there is not shown"
     for file in sorted(folder.iterdir()):
         if "tfevents" in file.name and file.is_file() and _is_cut(file):
@@ -142,10 +142,10 @@ def _is_cut(file: Path) -> bool:
 
 
 def logged_runs(folder: Path) -> tuple[LoggedRun, ...]:
-    """Return the last report of every run below a folder, in the order of names.
+    """Return the last report of every run below a folder, sorted by name.
 
     Raises:
-        LogError: There is no such folder, or no run in it that bnguard logged.
+        LogError: The folder does not exist, or bnguard logged no run in it.
     """
     reader = open_log(folder)
     return tuple(_logged(reader, entry["name"]) for entry in reader.runs())
@@ -195,7 +195,7 @@ def _group_text(group: list[Record]) -> str:
 
 
 def _excess(finding: Record) -> float:
-    """Return how far the evidence is towards its limit, or beyond it; 0 where not known."""
+    """Return the evidence relative to its limit; 0 if unknown."""
     evidence = finding["evidence"]
     value, limit = evidence["value"], evidence["limit"]
     if value in ("NaN", "Infinity"):
@@ -217,7 +217,7 @@ def _number(value: float | str | None) -> str:
 def write_page(folder: Path, file: Path) -> None:
     """Write the page of all runs below a folder as one self-contained HTML file.
 
-    Long runs are thinned to what a picture can show; a peak of a single step survives.
+    Long runs are thinned to what a plot can show; a peak of a single step survives.
 
     Raises:
         LogError: No run there can be shown, or the file cannot be written.
@@ -230,10 +230,10 @@ def write_page(folder: Path, file: Path) -> None:
 
 
 def page_html(reader: LogReader) -> str:
-    """Return the page of all runs that can be shown, with its data in it.
+    """Return the page of all runs that can be shown, with their data.
 
     Raises:
-        LogError: None can; the message says why.
+        LogError: No run can be shown; the message says why.
     """
     runs, problems = [], []
     for entry in reader.runs():
@@ -243,7 +243,7 @@ def page_html(reader: LogReader) -> str:
             problems.append(f"{entry['name']}: {error}")
     if not runs:
         raise LogError(f"no run can be shown: {problems[0]}")
-    # The page shows the remarks of a run; what has no run of its own is said with each.
+    # The page shows remarks per run, so each run names those that cannot be shown.
     for embedded in runs:
         embedded["run"]["problems"] += [f"not shown: run {problem}" for problem in problems]
     data = json.dumps({"runs": runs, "rules": rule_pages()})
@@ -297,14 +297,14 @@ def _packed(series: Series, most_steps: int) -> str:
 
 
 def _snapshots(series: Series) -> str:
-    # The newest are kept: merged, a snapshot would be of no step.
+    # Keep the newest: a merged snapshot would belong to no step.
     newest = slice(-_MOST_SNAPSHOTS, None)
     kept = Series(series.steps[newest], series.values[newest], series.names)
     return base64.b64encode(kept.pack()).decode()
 
 
 def _modules() -> dict[str, str]:
-    """Return the modules of the tab, each by a bare name, as data: addresses."""
+    """Return the modules of the tab as data: addresses, by bare name."""
     modules = {}
     for name in STATIC_FILES:
         if posixpath.splitext(name)[1] == ".js" and name != "index.js":
@@ -315,12 +315,12 @@ def _modules() -> dict[str, str]:
 
 
 def _inert(text: str) -> str:
-    """Return JSON or a script without anything that ends a script element."""
+    """Return JSON or a script that cannot end its script element."""
     return text.replace("<", "\\u003c")
 
 
 def _policy(scripts: Iterable[str]) -> str:
-    """Return a policy under which nothing runs but what stands here, and nothing is loaded."""
+    """Return a policy that runs only these scripts, and loads nothing."""
     digests = (hashlib.sha256(_inert(script).encode()).digest() for script in scripts)
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src data: {allowed}"

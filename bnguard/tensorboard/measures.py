@@ -1,4 +1,4 @@
-"""What the metrics of the tab are of a layer that was observed."""
+"""Computes the metrics of the tab from the history of a layer."""
 
 from __future__ import annotations
 
@@ -20,26 +20,20 @@ _CHANNEL_QUANTILE = 0.9
 dead_channels = DeadChannels().dead
 
 
-def measured(layers: Sequence[LayerHistory], metrics: Sequence[Metric]) -> npt.NDArray[np.float32]:
-    """Return the metrics of layers, shape ``(metrics, layers)``; NaN where not observed."""
+def compute_metrics(
+    layers: Sequence[LayerHistory], metrics: Sequence[Metric]
+) -> npt.NDArray[np.float32]:
+    """Return the metrics of layers, shape ``(metrics, layers)``; NaN if not observed."""
     with np.errstate(all="ignore"):
         rows = [[MEASURES[metric.key](layer) for layer in layers] for metric in metrics]
     return np.array(rows, dtype=np.float32).reshape(len(metrics), len(layers))
-
-
-def _eval_shift_std(layer: LayerHistory) -> float:
-    return _typical(layer.eval_shift_std)
-
-
-def _eval_log_variance_ratio(layer: LayerHistory) -> float:
-    return _typical(layer.eval_log_variance_ratio)
 
 
 def _batch_shift_std(layer: LayerHistory) -> float:
     if layer.window is None or layer.running is None:
         return math.nan
     running = layer.running
-    return _typical(shift_std(layer.window.mean, running.mean, running.var, layer.eps))
+    return abs(_typical(shift_std(layer.window.mean, running.mean, running.var, layer.eps)))
 
 
 def _batch_log_variance_ratio(layer: LayerHistory) -> float:
@@ -57,11 +51,6 @@ def _variance_kept(layer: LayerHistory) -> float:
     return float(np.nanmedian(share)) if np.isfinite(share).any() else math.nan
 
 
-def _values_per_channel(layer: LayerHistory) -> float:
-    n = layer.typical_values_per_channel
-    return math.nan if n is None else float(n)
-
-
 def _gain(layer: LayerHistory) -> float:
     if layer.running is None or layer.running.var.size == 0:
         return math.nan
@@ -74,24 +63,8 @@ def _dead_channel_share(layer: LayerHistory) -> float:
     return math.nan if is_dead is None else float(is_dead.mean())
 
 
-def _batch_mean(layer: LayerHistory) -> float:
-    return math.nan if layer.window is None else _average(layer.window.mean)
-
-
-def _running_mean(layer: LayerHistory) -> float:
-    return math.nan if layer.running is None else _average(layer.running.mean)
-
-
-def _batch_std(layer: LayerHistory) -> float:
-    return math.nan if layer.window is None else _average(np.sqrt(layer.window.var_unbiased))
-
-
-def _running_std(layer: LayerHistory) -> float:
-    return math.nan if layer.running is None else _average(np.sqrt(layer.running.var))
-
-
 def _typical(values: FloatArray | None) -> float:
-    """Return the value that nine of ten channels are within, with the sign of the furthest."""
+    """Return the absolute value that nine of ten channels stay below, signed as the furthest."""
     if values is None or values.size == 0:
         return math.nan
     size = float(np.quantile(np.abs(values), _CHANNEL_QUANTILE))
@@ -101,21 +74,25 @@ def _typical(values: FloatArray | None) -> float:
     return math.copysign(size, finite[np.argmax(np.abs(finite))])
 
 
-def _average(values: FloatArray) -> float:
-    return float(np.mean(values)) if values.size else math.nan
+def _average(values: FloatArray | None) -> float:
+    return math.nan if values is None or not values.size else float(np.mean(values))
 
 
 MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {
-    "eval_shift_std": lambda layer: abs(_eval_shift_std(layer)),
-    "eval_log_variance_ratio": _eval_log_variance_ratio,
-    "batch_shift_std": lambda layer: abs(_batch_shift_std(layer)),
+    "eval_shift_std": lambda layer: abs(_typical(layer.eval_shift_std)),
+    "eval_log_variance_ratio": lambda layer: _typical(layer.eval_log_variance_ratio),
+    "batch_shift_std": _batch_shift_std,
     "batch_log_variance_ratio": _batch_log_variance_ratio,
     "variance_kept": _variance_kept,
-    "values_per_channel": _values_per_channel,
+    "values_per_channel": lambda layer: float(layer.typical_values_per_channel or math.nan),
     "gain": _gain,
     "dead_channel_share": _dead_channel_share,
-    "batch_mean": _batch_mean,
-    "running_mean": _running_mean,
-    "batch_std": _batch_std,
-    "running_std": _running_std,
+    "batch_mean": lambda layer: _average(None if layer.window is None else layer.window.mean),
+    "running_mean": lambda layer: _average(None if layer.running is None else layer.running.mean),
+    "batch_std": lambda layer: _average(
+        None if layer.window is None else np.sqrt(layer.window.var_unbiased)
+    ),
+    "running_std": lambda layer: _average(
+        None if layer.running is None else np.sqrt(layer.running.var)
+    ),
 }

@@ -1,4 +1,4 @@
-"""What stands in an event file: the tags, the metrics, and the header that describes the tensors.
+"""The content of an event file: tags, metrics, and the header that describes the tensors.
 
 =========================== ======================================= =======================
 tag                         tensor                                  when
@@ -11,7 +11,7 @@ tag                         tensor                                  when
                                                                     finding fires
 =========================== ======================================= =======================
 
-A value of NaN was not observed; an infinite one was measured, and is not finite.
+NaN means not observed; an infinite value was measured.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ STATS_TAG = "bnguard/stats"
 FINDINGS_TAG = "bnguard/findings"
 CHANNELS_TAG = "bnguard/channels/"
 
-# Derived numbers, not raw moments: in half precision a shift of 0.1 σ survives beside a mean of
-# 1000, where the difference of two means would not.
+# Derived numbers, not raw moments: half precision keeps a shift of 0.1 σ next to a mean of 1000,
+# but not the difference of two means.
 CHANNEL_ROWS = (
     "batch_shift_std",
     "batch_log_variance_ratio",
@@ -57,24 +57,23 @@ LimitSide = Literal["above", "below", "either"]
 
 
 class LogError(BNGuardError):
-    """A log directory that holds nothing of bnguard's, or something that cannot be shown."""
+    """A log directory without bnguard data, or with data that cannot be shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number a layer and logged step.
+    """One number per layer and logged step.
 
     Attributes:
         key: Name in tags and links.
         name: Name for people.
         unit: Unit of the values, ``""`` for a plain number.
         description: What it is, in one sentence.
-        panel: Title of the chart in which its curve stands, together with those it belongs to.
-        limit: Where a rule begins to object; None where no rule does.
-        limit_side: On which side of the limit the fault is; ``either`` is for the absolute value.
-        rules: Codes of the rules that judge by it.
-        has_quantiles: Whether its quantiles over the layers mean something, so that viewers
-            without the tab are given them as scalars.
+        panel: Title of the chart that shows its curve, with related ones.
+        limit: Limit of a rule, if any.
+        limit_side: The faulty side of the limit; ``either`` is for the absolute value.
+        rules: Codes of the rules that use it.
+        has_quantiles: Whether its quantiles over the layers are written as scalars.
 
     Example:
         >>> shift = Metric(key="s", name="Shift", unit="σ", description="", panel="", limit=1.0)
@@ -93,7 +92,7 @@ class Metric:
     has_quantiles: bool = True
 
     def is_over(self, values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.bool_]:
-        """Return where the values are on the wrong side of the limit; nowhere without one."""
+        """Return which values are on the wrong side of the limit; none without one."""
         if self.limit is None:
             return np.zeros(values.shape, dtype=bool)
         if self.limit_side == "below":
@@ -102,7 +101,7 @@ class Metric:
 
 
 def standard_metrics(rules: Iterable[Rule] = RULES) -> tuple[Metric, ...]:
-    """Return the metrics that bnguard logs, with the limits of the rules that are in force.
+    """Return the metrics that bnguard logs, with the limits of the rules in force.
 
     >>> [metric.limit for metric in standard_metrics() if metric.key == "eval_shift_std"]
     [1.0]
@@ -121,8 +120,8 @@ _METRICS = (
         key="eval_shift_std",
         name="Eval shift",
         unit="σ",
-        description="How far the mean that arrives in eval mode is from the running mean, in "
-        "running standard deviations; nine of ten channels are below.",
+        description="Distance of the mean in eval mode from the running mean, in running "
+        "standard deviations; nine of ten channels are below.",
         panel="Shift of the mean",
         rules=("BN301", "BN305"),
     ),
@@ -130,8 +129,8 @@ _METRICS = (
         key="eval_log_variance_ratio",
         name="Eval log-variance ratio",
         unit="",
-        description="Logarithm of the variance that arrives in eval mode over the running "
-        "variance; 0 is equal, 0.69 is twice.",
+        description="Logarithm of the variance in eval mode over the running variance; "
+        "0 is equal, 0.69 is twice.",
         panel="Log-variance ratio",
         limit_side="either",
         rules=("BN301", "BN305"),
@@ -140,8 +139,8 @@ _METRICS = (
         key="batch_shift_std",
         name="Batch shift",
         unit="σ",
-        description="How far the mean of the training batch is from the running mean, in running "
-        "standard deviations.",
+        description="Distance of the mean of the training batch from the running mean, in "
+        "running standard deviations.",
         panel="Shift of the mean",
         rules=("BN202", "BN203"),
     ),
@@ -240,12 +239,12 @@ _LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What describes the tensors of a run, written once.
+    """Describes the tensors of a run; written once.
 
     Attributes:
         layers: Names in forward order: the columns of a tensor.
         metrics: The rows of a tensor.
-        kinds: Class name of each layer; empty where that is not told.
+        kinds: Class name of each layer; empty if not logged.
     """
 
     layers: tuple[str, ...]
@@ -263,10 +262,10 @@ class Header:
 
     @classmethod
     def decode(cls, content: bytes) -> Header:
-        """Return the header that stands in the first event of a run.
+        """Return the header from the first event of a run.
 
         Raises:
-            LogError: It is none, of another schema version, or beyond all measure.
+            LogError: It is not readable, of another schema version, or too large.
 
         Example:
             >>> header = Header(layers=("bn1",), metrics=standard_metrics())
@@ -302,7 +301,7 @@ class Header:
 
 
 def encode_rows(rows: Iterable[str]) -> bytes:
-    """Return the names of the rows of a channel snapshot as JSON, which its first event carries."""
+    """Return the names of the rows of a channel snapshot as JSON, for its first event."""
     return json.dumps({"schema": SCHEMA, "rows": list(rows)}).encode()
 
 

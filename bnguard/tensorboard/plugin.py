@@ -1,11 +1,13 @@
-"""The BatchNorm tab of TensorBoard: what its page asks for, over HTTP; never imports torch."""
+"""The BatchNorm tab of TensorBoard: serves the page and its data; never imports torch."""
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import werkzeug
@@ -15,31 +17,17 @@ from tensorboard.plugins import base_plugin
 
 from bnguard.rules import installed_rules
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
-from bnguard.tensorboard.reader import LogReader, SeriesCache
+from bnguard.tensorboard.reader import LogReader, Series, SeriesCache
 
-# Nothing but these is served or embedded.
+_STATIC = importlib.resources.files("bnguard.tensorboard").joinpath("static")
+_KINDS = {".js": "text/javascript", ".css": "text/css"}
+# Only these are served or embedded: the content type of each file.
 STATIC_FILES: Mapping[str, str] = {
-    "app.js": "text/javascript",
-    "channels.js": "text/javascript",
-    "curves.js": "text/javascript",
-    "dom.js": "text/javascript",
-    "empty.js": "text/javascript",
-    "findings.js": "text/javascript",
-    "heatmap.js": "text/javascript",
-    "host.js": "text/javascript",
-    "index.js": "text/javascript",
-    "layer.js": "text/javascript",
-    "overview.js": "text/javascript",
-    "plot.js": "text/javascript",
-    "scale.js": "text/javascript",
-    "signal.js": "text/javascript",
-    "source.js": "text/javascript",
-    "state.js": "text/javascript",
-    "style.css": "text/css",
-    "toolbar.js": "text/javascript",
+    name: kind
+    for name in sorted(file.name for file in _STATIC.iterdir())
+    if (kind := _KINDS.get(Path(name).suffix))
 }
 _App = Callable[..., Any]
-_Answer = tuple[str | bytes, str]
 
 
 class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
@@ -52,29 +40,30 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self._cache = SeriesCache()
 
     def get_plugin_apps(self) -> dict[str, _App]:
-        """Return what answers each route."""
-        data = {
-            "/runs": _runs,
-            "/run": _run,
-            "/stats": _stats,
-            "/layer": _layer,
-            "/channels": _channels,
-            "/rules": _rules,
+        """Return the handler of each route."""
+        apps = {
+            "/runs": self._app(lambda reader, _: reader.runs()),
+            "/run": self._app(lambda reader, asked: reader.run(asked["run"])),
+            "/stats": self._app(lambda reader, asked: reader.stats(asked["run"], asked["metric"])),
+            "/layer": self._app(lambda reader, asked: reader.layer(asked["run"], asked["layer"])),
+            "/channels": self._app(
+                lambda reader, asked: reader.channels(asked["run"], asked["layer"])
+            ),
+            "/rules": self._app(lambda _reader, _asked: rule_pages()),
         }
-        apps = {route: self._app(answer) for route, answer in data.items()}
         return apps | {
             f"/static/{name}": _static_app(name, kind) for name, kind in STATIC_FILES.items()
         }
 
     def is_active(self) -> bool:
-        """Leave it to TensorBoard, which enables the tab once a run has data of ours."""
+        """Return False: TensorBoard enables the tab itself once a run has bnguard data."""
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         """Return the tab's name and its entry module."""
         return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="BatchNorm")
 
-    def _app(self, answer: Callable[[LogReader, Mapping[str, str]], _Answer]) -> _App:
+    def _app(self, answer: Callable[[LogReader, Mapping[str, str]], object]) -> _App:
         @werkzeug.Request.application
         def app(request: werkzeug.Request) -> werkzeug.Response:
             environ = request.environ
@@ -85,10 +74,12 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 self._cache,
             )
             try:
-                content, kind = answer(reader, request.args)
+                content = answer(reader, defaultdict(str, request.args.to_dict()))
             except LogError as error:
                 return _respond(request, str(error), "text/plain", code=404)
-            return _respond(request, content, kind)
+            if isinstance(content, Series):
+                return _respond(request, content.pack(), "application/octet-stream")
+            return _respond(request, json.dumps(content), "application/json")
 
         return app
 
@@ -102,8 +93,7 @@ def static_text(name: str) -> str:
     """
     if name not in STATIC_FILES:
         raise KeyError(name)
-    folder = importlib.resources.files("bnguard.tensorboard").joinpath("static")
-    return folder.joinpath(name).read_text("utf-8")
+    return _STATIC.joinpath(name).read_text("utf-8")
 
 
 def rule_pages() -> dict[str, str]:
@@ -113,33 +103,6 @@ def rule_pages() -> dict[str, str]:
     'BN301 statistic-drift'
     """
     return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in installed_rules()}
-
-
-def _runs(reader: LogReader, _: Mapping[str, str]) -> _Answer:
-    return json.dumps(reader.runs()), "application/json"
-
-
-def _run(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
-    return json.dumps(reader.run(arguments.get("run", ""))), "application/json"
-
-
-def _stats(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
-    series = reader.stats(arguments.get("run", ""), arguments.get("metric", ""))
-    return series.pack(), "application/octet-stream"
-
-
-def _layer(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
-    series = reader.layer(arguments.get("run", ""), arguments.get("layer", ""))
-    return series.pack(), "application/octet-stream"
-
-
-def _channels(reader: LogReader, arguments: Mapping[str, str]) -> _Answer:
-    series = reader.channels(arguments.get("run", ""), arguments.get("layer", ""))
-    return series.pack(), "application/octet-stream"
-
-
-def _rules(_: LogReader, __: Mapping[str, str]) -> _Answer:
-    return json.dumps(rule_pages()), "application/json"
 
 
 def _static_app(name: str, kind: str) -> _App:

@@ -1,6 +1,6 @@
-"""Reads runs through TensorBoard's data provider: what the tab and the page in one file show.
+"""Reads runs through TensorBoard's data provider, for the tab and the one-file page.
 
-Events become arrays in the order of steps; what does not fit is refused.
+Events become arrays in the order of steps; events that do not fit are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,10 +45,10 @@ class LogReader:
 
     Attributes:
         provider: TensorBoard's data provider.
-        context: Its request context, which may hold who asks.
+        context: Its request context, which may hold the user's identity.
         experiment: Its experiment id.
         cache: Outlives the request.
-        damages: What of a run cannot be read, by its name, as far as the caller knows.
+        damages: What the caller could not read, by the name of the run.
     """
 
     provider: Any
@@ -71,10 +71,10 @@ class LogReader:
         return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
 
     def run(self, name: str) -> dict[str, Any]:
-        """Return what a run is: layers, metrics, steps, findings, which channels are known.
+        """Return layers, metrics, steps and findings of a run, and the layers with channels.
 
         Raises:
-            LogError: There is no such run, or it cannot be shown; as for the other methods.
+            LogError: The run does not exist or cannot be shown; so do the other methods.
         """
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
@@ -88,7 +88,7 @@ class LogReader:
             "layers": header.layers,
             "kinds": header.kinds,
             "metrics": [
-                {**asdict(metric), **_standing(metric, series.values[:, row])}
+                {**asdict(metric), **_state(metric, series.values[:, row])}
                 for row, metric in enumerate(header.metrics)
             ],
             "steps": len(series.steps),
@@ -158,15 +158,15 @@ class LogReader:
 
     def _events(self, name: str, tag: str) -> list[Event]:
         try:
-            return [_Datum.of(*event) for event in self._raw_events(name, tag)]
+            return [Event.decode(*event) for event in self._raw_events(name, tag)]
         except Exception:  # Another provider, or another version of one.
             return self._converted_events(name, tag)
 
     def _raw_events(self, name: str, tag: str) -> Iterable[tuple[int, float, Any]]:
-        """Yield step, time and protocol buffer of each event, which no provider gives in public.
+        """Yield step, time and protocol buffer of each event, from private attributes.
 
-        ``read_tensors`` makes arrays of all of them or, if one is broken, of none; and as large as
-        an event says that it is.
+        The public ``read_tensors`` fails on all events if one is broken, and allocates whatever
+        size an event claims.
         """
         multiplexer = getattr(self.provider, "_multiplexer", None)
         if multiplexer is not None:
@@ -196,7 +196,10 @@ class LogReader:
         except (TypeError, ValueError, LookupError, MemoryError, OverflowError) as error:
             # What a tensor that contradicts itself leads to.
             raise LogError(f"a tensor of {tag} in run {name} is broken: {error}") from None
-        return list(read.get(name, {}).get(tag, []))
+        return [
+            Event(event.step, event.wall_time, event.numpy)
+            for event in read.get(name, {}).get(tag, [])
+        ]
 
 
 class SeriesCache:
@@ -207,7 +210,7 @@ class SeriesCache:
         self._series: dict[_Key, Series] = {}
 
     def get(self, key: _Key, read: Callable[[], Series]) -> Series:
-        """Return the series of the key, and read it where it is not kept."""
+        """Return the series of the key; read it if it is not kept."""
         with self._lock:
             if key in self._series:
                 self._series[key] = self._series.pop(key)
@@ -220,20 +223,29 @@ class SeriesCache:
         return series
 
 
-class Event(Protocol):
-    """One event of a tag, as TensorBoard's data provider hands it out."""
+@dataclass(frozen=True, eq=False)
+class Event:
+    """One event of a tag.
 
-    @property
-    def step(self) -> int:
-        """Training step."""
+    Attributes:
+        step: Training step.
+        wall_time: When it was written, in seconds since the epoch.
+        numpy: The tensor; an empty array, which fits nothing, if it cannot be read.
+    """
 
-    @property
-    def wall_time(self) -> float:
-        """When it was written, in seconds since the epoch."""
+    step: int
+    wall_time: float
+    numpy: npt.NDArray[Any]
 
-    @property
-    def numpy(self) -> npt.NDArray[Any]:
-        """The tensor."""
+    @classmethod
+    def decode(cls, step: int, wall_time: float, tensor: Any) -> Event:
+        """Return the event of a protocol buffer."""
+        try:
+            if math.prod(dim.size for dim in tensor.tensor_shape.dim) > MOST_VALUES_A_STEP:
+                return cls(step, wall_time, np.zeros(0))
+            return cls(step, wall_time, np.asarray(tensor_util.make_ndarray(tensor)))
+        except Exception:  # Whatever a strange type, or a false shape, leads to.
+            return cls(step, wall_time, np.zeros(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +255,8 @@ class Series:
     Attributes:
         steps: Ascending, each once; shape ``(S,)``, float64.
         values: Shape ``(S, …)``, float32.
-        names: What the rows of a step are, where they have names of their own.
-        left_out: Why events are missing here; empty where none is.
+        names: Names of the rows of a step, if they have any.
+        left_out: Why events are missing; empty if none is.
     """
 
     steps: npt.NDArray[np.float64]
@@ -253,7 +265,7 @@ class Series:
     left_out: str = ""
 
     def pack(self) -> bytes:
-        """Return the series as bytes, in which NaN and Inf survive.
+        """Return the series as bytes that keep NaN and Inf.
 
         Little-endian: a uint32 with the length of the JSON that follows (``shape``, ``names``;
         padded, so that 8 divides what precedes the numbers), the steps as float64, the values as
@@ -310,9 +322,9 @@ def newest_findings(events: Iterable[Event]) -> tuple[list[Record], str]:
 
 
 def thinned(series: Series, most_steps: int) -> Series:
-    """Return at most so many steps: each stands for a bin, with its largest absolute values.
+    """Return at most this many steps: each is a bin, with its largest absolute values.
 
-    A peak of a single step survives; NaN stands only where a whole bin is NaN.
+    A peak of a single step survives; a value is NaN only if its whole bin is NaN.
 
     >>> series = Series(np.arange(4.0), np.array([[0.0], [-9.0], [1.0], [2.0]], dtype=np.float32))
     >>> thinned(series, 2).values.ravel().tolist()
@@ -366,24 +378,6 @@ def _shown(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-@dataclass(frozen=True, eq=False)
-class _Datum:
-    """An event; of one that cannot be read the array is empty, which fits nothing."""
-
-    step: int
-    wall_time: float
-    numpy: np.ndarray[Any, Any]
-
-    @classmethod
-    def of(cls, step: int, wall_time: float, tensor: Any) -> _Datum:
-        try:
-            if math.prod(dim.size for dim in tensor.tensor_shape.dim) > MOST_VALUES_A_STEP:
-                return cls(step, wall_time, np.zeros(0))
-            return cls(step, wall_time, np.asarray(tensor_util.make_ndarray(tensor)))
-        except Exception:  # Whatever a tensor of a strange type, or a false shape, leads to.
-            return cls(step, wall_time, np.zeros(0))
-
-
 def _listed(name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
     try:
         _header(tags)
@@ -409,8 +403,8 @@ def _place(name: str, names: list[str] | tuple[str, ...], what: str) -> int:
     return names.index(name)
 
 
-def _standing(metric: Metric, values: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, Any]:
-    """Return how a metric stands over all steps and layers: how many layers are, or were, over."""
+def _state(metric: Metric, values: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, Any]:
+    """Return the state of a metric over all steps: how many layers are, or were, over the limit."""
     over = metric.is_over(values)
     finite = np.abs(values[np.isfinite(values)])
     known = values[-1][~np.isnan(values[-1])]

@@ -1,4 +1,4 @@
-"""Findings as they stand in an event file: plain records, normalised on the way in and out.
+"""Findings in an event file: plain records, normalised when written and when read.
 
 A record has the keys ``code``, ``name``, ``severity`` (``info``, ``warning`` or ``error``),
 ``layer`` (null for the whole model), ``layers``, ``channels``, ``step``, ``message``, ``evidence``
@@ -17,7 +17,7 @@ from bnguard.report.json_document import json_float
 Record = dict[str, Any]
 
 _SEVERITIES = ("info", "warning", "error")
-# Names the model and its data in a command, where nobody knows them.
+# Placeholders for the model and its data in a command.
 SUBJECTS = "--model PACKAGE.CLASS --data PACKAGE.CLASS"
 _COMMANDS = ("recalibrate", "swap")
 _LONGEST_TEXT = 2_000
@@ -26,10 +26,9 @@ _MOST_ITEMS = 4_096
 
 
 def finding_record(raw: Mapping[str, Any]) -> Record:
-    """Return a finding with every key of a record and values of the right type.
+    """Return a finding, as from ``Finding.to_dict``, with all keys and values of the right type.
 
-    What ``Finding.to_dict`` returns will do. Nothing is refused, since a finding that is shown
-    badly is better than one that is not shown: what has the wrong type becomes empty.
+    Values of the wrong type become empty, because a finding shown badly is better than none.
 
     >>> record = finding_record({"code": "BN301", "evidence": {"measure": "shift", "value": 2.5}})
     >>> record["severity"], record["evidence"]["name"], record["evidence"]["above"]
@@ -65,10 +64,10 @@ def encode_findings(findings: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def decode_findings(text: bytes) -> list[Record]:
-    """Return the records of a JSON list, from a file that nobody vouches for.
+    """Return the records of a JSON list from an untrusted file.
 
     Raises:
-        ValueError: It is no JSON list.
+        ValueError: It is not a JSON list.
 
     Example:
         >>> decode_findings(encode_findings([{"code": "BN301"}]))[0]["code"]
@@ -84,7 +83,7 @@ def decode_findings(text: bytes) -> list[Record]:
 
 
 def repair_command(repair: object, subjects: str = SUBJECTS) -> str:
-    """Return the command that does a repair on a checkpoint; none where no command does.
+    """Return the command that repairs a checkpoint; empty if there is none.
 
     >>> repair_command("swap", "--model my.Net --data my.Data")
     'bnguard swap CKPT --model my.Net --data my.Data'
@@ -104,7 +103,7 @@ def _text(value: object) -> str:
 
 
 def json_number(value: object) -> float | str | None:
-    """Return a number that JSON can hold: one that is not finite stands as a word."""
+    """Return a number for JSON, as a word if it is not finite; None if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -117,7 +116,7 @@ def json_number(value: object) -> float | str | None:
 def _is_maximum(
     evidence: Mapping[str, Any], value: float | str | None, limit: float | str | None
 ) -> bool:
-    """Return whether the fault lies above the limit, where nothing says so on which side it is."""
+    """Return whether the limit is a maximum, from the values if the record does not say."""
     if "is_minimum" in evidence:
         return not evidence["is_minimum"]
     is_below = isinstance(value, float) and isinstance(limit, float) and value < limit

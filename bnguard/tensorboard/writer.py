@@ -1,6 +1,6 @@
-"""Writes the reports of a monitor into event files, for the tab and for viewers without it.
+"""Writes the reports of a monitor into event files.
 
-Viewers without the tab are given a few scalars per metric, and the findings as Markdown.
+Viewers without the tab get a few scalars per metric, and the findings as Markdown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bnguard.observe.history import LayerHistory
 from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.events import EventSink
-from bnguard.tensorboard.measures import dead_channels, measured
+from bnguard.tensorboard.measures import compute_metrics, dead_channels
 from bnguard.tensorboard.metadata import (
     CHANNEL_ROWS,
     CHANNELS_TAG,
@@ -43,14 +43,14 @@ _QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 
 
 class ReportLog:
-    """Writes what a monitor observed, and what it found, through summary writers.
+    """Writes the metrics and findings of a monitor through summary writers.
 
-    The layers are those of the first report; one that joins later is not shown.
+    The layers are those of the first report; layers that join later are not shown.
 
     Args:
         writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
-        rules: The rules in force, whose limits the colours are anchored at.
-        subjects: What names the model and its data in the commands that are proposed.
+        rules: The rules in force; their limits set the colours.
+        subjects: Options that name the model and its data in the proposed commands.
 
     Example:
         A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
@@ -70,14 +70,14 @@ class ReportLog:
         self._logs: list[BatchNormLog] = []
 
     def add(self, report: Report, step: int) -> None:
-        """Write statistics and findings; those of a step that was written are passed over."""
+        """Write metrics and findings, unless those of this step have been written."""
         layers = self._layers(report)
         for log in self._logs:
-            log.add_stats(measured(layers, self._metrics), step)
+            log.add_stats(compute_metrics(layers, self._metrics), step)
             log.add_findings(map(self._record, report.findings), step)
 
     def add_channels(self, report: Report, step: int) -> None:
-        """Write what is known of each channel; worth it once an evaluation, not every step."""
+        """Write channel snapshots; once per evaluation is enough."""
         layers = self._layers(report)
         for log in self._logs:
             for layer in layers:
@@ -86,8 +86,8 @@ class ReportLog:
                     log.add_channels(layer.name, snapshot, step)
 
     def scalars(self, report: Report) -> dict[str, float]:
-        """Return a few quantiles over the layers of each metric, name to number, for any logger."""
-        return lean_scalars(self._metrics, measured(report.layers, self._metrics))
+        """Return quantiles over the layers of each metric by name, for any logger."""
+        return lean_scalars(self._metrics, compute_metrics(report.layers, self._metrics))
 
     def _record(self, finding: Finding) -> Record:
         command = repair_command(finding.fix.repair, self._subjects)
@@ -95,7 +95,7 @@ class ReportLog:
         return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
 
     def _layers(self, report: Report) -> Sequence[LayerHistory]:
-        """Return the layers in the order of the columns, which the first report sets."""
+        """Return the layers in the column order that the first report sets."""
         if not self._names and report.layers:
             in_order = sorted(
                 report.layers,
@@ -116,8 +116,8 @@ class BatchNormLog:
     Args:
         writer: A ``SummaryWriter`` of torch or tensorboardX.
         layers: Names of the layers in forward order.
-        metrics: What the rows of the statistics are; see ``metadata.standard_metrics``.
-        kinds: Class name of each layer, so that runs with other norms can be compared.
+        metrics: The rows of the statistics; see ``metadata.standard_metrics``.
+        kinds: Class name of each layer, to compare runs with other norms.
     """
 
     def __init__(
@@ -135,30 +135,28 @@ class BatchNormLog:
         self._last_findings = encode_findings([])
 
     def add_stats(self, values: npt.ArrayLike, step: int) -> None:
-        """Write one number a metric and layer; a step that was written already is passed over.
+        """Write one number per metric and layer, unless this step has been written.
 
         Args:
-            values: Shape ``(metrics, layers)``; NaN where something was not observed.
+            values: Shape ``(metrics, layers)``; NaN if not observed.
             step: Training step.
 
         Raises:
-            ValueError: The shape is another.
+            ValueError: The shape does not match the header.
         """
         tensor = np.asarray(values, dtype=np.float32)
         if tensor.shape != self._header.shape:
             raise ValueError(
                 f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
             )
-        # With gradient accumulation a step is logged once a micro-batch.
+        # With gradient accumulation a step is logged once per micro-batch.
         if step == self._last_step:
             return
         self._last_step = step
         self._sink.add_array(STATS_TAG, tensor, step, self._content)
 
     def add_findings(self, findings: Iterable[Mapping[str, Any]], step: int) -> None:
-        """Write all findings so far, where they differ from those written last.
-
-        They are written as Markdown text as well, for viewers without the tab.
+        """Write all findings so far if they changed, as Markdown text too.
 
         Args:
             findings: Records as in :mod:`bnguard.tensorboard.records`; what ``Finding.to_dict``
@@ -178,26 +176,26 @@ class BatchNormLog:
                 add_text(FINDINGS_TAG, markdown, step)
 
     def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
-        """Write what is known of each channel of a layer."""
+        """Write the channel snapshot of a layer."""
         self._sink.add_array(CHANNELS_TAG + layer, snapshot.rows(), step, encode_rows(CHANNEL_ROWS))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChannelSnapshot:
-    """What is known of each channel of a layer at one step; arrays have shape ``(C,)``.
+    """The statistics of each channel of a layer at one step; arrays have shape ``(C,)``.
 
     Attributes:
         running_mean: Running mean.
         running_var: Running variance.
-        batch_mean: Mean of the training batch; None where not observed, as for the others.
+        batch_mean: Mean of the training batch; None if not observed, as for the others.
         batch_var: Variance of the training batch.
-        eval_mean: Mean of what arrived in eval mode.
-        eval_var: Variance of what arrived in eval mode.
+        eval_mean: Mean of the inputs in eval mode.
+        eval_var: Variance of the inputs in eval mode.
         gamma: Scale; None without affine parameters.
         beta: Offset.
-        is_dead: Which channels have no variance, as a rule sees it; None for those whose running
-            variance is not above ``eps``.
-        eps: What is added to a variance before the square root.
+        is_dead: Channels without variance; None for those whose running variance is not above
+            ``eps``.
+        eps: Added to a variance before the square root.
     """
 
     running_mean: FloatArray
@@ -213,17 +211,14 @@ class ChannelSnapshot:
 
     def rows(self) -> npt.NDArray[np.float16]:
         """Return the snapshot as it is stored: ``CHANNEL_ROWS`` by channels, float16."""
-        running_mean = np.asarray(self.running_mean, dtype=np.float64)
-        running_var = np.asarray(self.running_var, dtype=np.float64)
-        unknown = np.full(running_mean.shape, np.nan)
+        mean, var = (np.asarray(a, np.float64) for a in (self.running_mean, self.running_var))
+        unknown = np.full(mean.shape, np.nan)
 
-        def shift(mean: FloatArray | None) -> FloatArray:
-            known = unknown if mean is None else np.asarray(mean, dtype=np.float64)
-            return shift_std(known, running_mean, running_var, self.eps)
+        def shift(other: FloatArray | None) -> FloatArray:
+            return shift_std(unknown if other is None else other, mean, var, self.eps)
 
-        def ratio(var: FloatArray | None) -> FloatArray:
-            known = unknown if var is None else np.asarray(var, dtype=np.float64)
-            return log_variance_ratio(known, running_var, self.eps)
+        def ratio(other: FloatArray | None) -> FloatArray:
+            return log_variance_ratio(unknown if other is None else other, var, self.eps)
 
         # Poisoned statistics give NaN and overflowing ones Inf: both are meant to be seen.
         with np.errstate(all="ignore"):
@@ -232,11 +227,11 @@ class ChannelSnapshot:
                 "batch_log_variance_ratio": ratio(self.batch_var),
                 "eval_shift_std": shift(self.eval_mean),
                 "eval_log_variance_ratio": ratio(self.eval_var),
-                "running_mean": running_mean,
-                "running_std": np.sqrt(running_var + self.eps),
+                "running_mean": mean,
+                "running_std": np.sqrt(var + self.eps),
                 "gamma": np.ones_like(unknown) if self.gamma is None else self.gamma,
                 "beta": np.zeros_like(unknown) if self.beta is None else self.beta,
-                "is_dead": running_var <= self.eps if self.is_dead is None else self.is_dead,
+                "is_dead": var <= self.eps if self.is_dead is None else self.is_dead,
             }
             return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
 
@@ -244,11 +239,11 @@ class ChannelSnapshot:
 def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
     """Return quantiles over the layers, and the worst layer, of each metric that has them.
 
-    At most four a metric, however many layers: 5 %, 50 %, 95 %, and ``max``, or ``min`` where the
-    fault lies below the limit. Values that are not finite are left out.
+    At most four per metric: 5 %, 50 %, 95 %, and ``max``, or ``min`` if the limit is a minimum.
+    Values that are not finite are left out.
 
     Args:
-        metrics: What the rows are.
+        metrics: The metric of each row.
         values: Shape ``(metrics, layers)``.
 
     Example:
@@ -273,9 +268,7 @@ def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, 
 
 
 def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
-    """Return findings as a Markdown table, in which nothing but the table is markup.
-
-    Findings of one rule and severity share a row, so that one cause does not fill the page.
+    """Return findings as a Markdown table, a row per rule and severity; their text is escaped.
 
     >>> print(findings_markdown([]))
     Nothing is wrong.
@@ -311,7 +304,7 @@ def _amount(value: float | str | None, unit: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escape what Markdown or HTML would read as markup: names come from anywhere."""
+    """Escape Markdown and HTML: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
 

@@ -1,1 +1,1 @@
-"""What would happen with other statistics: the table, the cause that it names, who is to blame."""
+"""`diagnose`: the model under other statistics, the cause, and the layers to blame."""

@@ -1,4 +1,4 @@
-"""The what-if table: one model under other statistics, and what that says of its BN layers."""
+"""`diagnose`: measure one model under other statistics, and find the cause."""
 
 from __future__ import annotations
 
@@ -34,14 +34,12 @@ from bnguard.recalibration.options import (
 )
 from bnguard.recalibration.statistics import running_statistics
 from bnguard.whatif.blame import blame_layers
-from bnguard.whatif.causes import name_cause, no_statistics
+from bnguard.whatif.causes import no_statistics, reach_verdict
+from bnguard.whatif.cures import Cure, average_over_batches, compute_cure
 from bnguard.whatif.evidence import (
     MAX_STORED_DRIFT,
-    Cure,
     Numbers,
-    Training,
-    average_over_batches,
-    compute_cure,
+    read_dropout,
     read_training,
 )
 from bnguard.whatif.result import Diagnosis
@@ -62,34 +60,33 @@ def diagnose(
     expected_score: float | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Try the model with other BN statistics, and name the cause that the results point to.
+    """Try the model with other BN statistics, and name the cause that the results show.
 
-    The model runs in eval mode with the statistics that it has; with statistics recalibrated on
-    the training data and on the evaluation data; and with each batch normalised by its own, at
-    several batch sizes. Where one of these is a cure, bisection finds the layers that need it. The
-    model is left untouched, also after an exception.
+    The model runs in eval mode with its own statistics, with statistics recalibrated on the
+    training data and on the evaluation data, and with each batch normalised by its own, at several
+    batch sizes. If one of these is a cure, bisection finds the layers that need it. The model is
+    left untouched, also after an exception.
 
     Args:
         model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
             and keep their statistics throughout.
-        loader: The evaluation data: tensors; tuples or lists, of which the first item goes in; or
-            mappings, of which the entries go in that the forward has parameters for. It is read
-            once, and what is read is kept.
-        reference: The training data, in the batches that training uses; tells statistics that
-            are stale from data that differ.
-        score: ``score(model)`` says how good the model is on the evaluation data, the higher the
-            better. Without it outputs are compared with those that the statistics of the
-            evaluation data give.
+        loader: The evaluation data: tensors; tuples or lists, whose first item is the input; or
+            mappings, whose entries that the forward has parameters for are the input. It is read
+            once.
+        reference: The training data, in the batches of training; distinguishes stale statistics
+            from data that differ.
+        score: ``score(model)`` returns how good the model is on the evaluation data, the higher the
+            better. Without it, outputs are compared with those under the statistics of the
+            evaluation data.
         samples: Samples to use at most, of each loader.
-        forward: ``forward(model, batch)`` calls the model, where the loaders yield anything else.
-        batch_sizes: Sizes at which batches are normalised by their own statistics, besides that
-            of the loader's batches.
-        expected_score: What the score should be, that of training perhaps: below it the model is
-            to blame where no statistics help.
-        progress: Show a progress bar while recalibrating, where there is a terminal.
+        forward: ``forward(model, batch)`` calls the model if the loaders yield anything else.
+        batch_sizes: Further sizes at which batches are normalised by their own statistics.
+        expected_score: What the score should be, for example that of training: if no statistics
+            reach it, the model is to blame.
+        progress: Show a progress bar in a terminal while recalibrating.
 
     Returns:
-        The table, the cause, the layers to blame, and what to do next. It prints itself.
+        The table, the verdict, the layers to blame, and what to do next. It prints itself.
 
     Raises:
         CalibrationError: There are no BN layers, no data, or the model fails on them.
@@ -135,15 +132,26 @@ def diagnose(
         bench = _without_left_out(bench, by_evaluation)
         stored = {layer.name: running_statistics(layer) for layer in layers}
         cures: dict[str, Cure] = {}
-        told: Training | None = None
+        shown, on_data = None, bench
         if training is not None and by_training is not None:
-            on_training = replace(bench, score=None, samples=training)
-            cures, told = _from_training(on_training, by_training, stored)
+            on_data = replace(bench, score=None, samples=training)
+            on_data = _without_left_out(on_data, by_training)
+            averaged = average_over_batches(on_data, stored)
+            cures["reference"] = by_training
+            if averaged.changes:
+                cures["averaged"] = averaged
+            shown = read_training(on_data, by_training, averaged)
         cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measure_table(bench, stored, statistics, batch_sizes)
         fresh = cures.get("reference", by_evaluation)
-        cause = name_cause(_numbers(bench, table, stored, fresh, told, expected_score))
+        numbers = replace(
+            _numbers(bench, table, stored, fresh),
+            training=shown,
+            dropout=read_dropout(on_data, stored),
+            expected_score=expected_score,
+        )
+        cause = reach_verdict(numbers)
         blamed = () if cause.cured_by is None else blame_layers(bench, cures[cause.cured_by])
     return Diagnosis(
         rows=tuple(table.rows.values()),
@@ -174,43 +182,16 @@ def _without_left_out(bench: Bench, cure: Cure) -> Bench:
     return bench.without_nonfinite_batches(cure.statistics) if cure.left_out else bench
 
 
-def _from_training(
-    bench: Bench, cure: Cure, stored: Statistics
-) -> tuple[dict[str, Cure], Training]:
-    """Return the cures from the training data, by the name of their row, and what else they tell.
-
-    Args:
-        bench: The model on the training data.
-        cure: The statistics of all of them.
-        stored: The statistics that the model has.
-    """
-    bench = _without_left_out(bench, cure)
-    averaged = average_over_batches(bench, stored)
-    cures = {"reference": cure}
-    if averaged.changes:
-        cures["averaged"] = averaged
-    return cures, read_training(bench, cure, averaged)
-
-
-def _numbers(
-    bench: Bench,
-    table: Table,
-    stored: Statistics,
-    fresh: Cure,
-    training: Training | None,
-    expected_score: float | None,
-) -> Numbers:
-    """Return what the cause is told from.
+def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Numbers:
+    """Return what was measured on the evaluation data.
 
     Args:
         bench: The model on the evaluation data.
-        table: What was measured on it.
+        table: The rows.
         stored: The statistics that it has.
         fresh: Those of the training data, or of the evaluation data without any.
-        training: What the training data tell.
-        expected_score: What the user expects of the score.
     """
-    reached = table.measured["stored"].arrived
+    reached = table.measured["stored"].inputs
     changes = [fresh.changes[name] for name in reached if name in fresh.changes]
     drifts = [
         measure_drift(
@@ -223,7 +204,7 @@ def _numbers(
         rows=table.rows,
         samples=len(bench.samples),
         changed_share=table.changed_share,
-        training=training,
+        orders=table.orders,
         poisoned=tuple(
             name for name, given in stored.items() if given.bad_channels or (given.var < 0.0).any()
         ),
@@ -235,12 +216,11 @@ def _numbers(
         )
         * (not fits),
         drifts=drifts,
-        expected_score=expected_score,
     )
 
 
 def _initial_weight(layer: BatchNormLayer, stored: Statistics) -> float:
-    """Return the weight that (0, 1) still has; 0 where the statistics came another way."""
+    """Return the weight that (0, 1) still has; 0 if the counter cannot tell."""
     given = stored[layer.name]
     if given.is_initial:
         return 1.0
@@ -256,16 +236,13 @@ def _notes(
     for row, name in names.items():
         if row in cures:
             yield from (f"{name}: {note}" for note in cures[row].notes)
-    order = evaluation.order
+    order = evaluation.order()
     if order is not None and order.is_sorted:
-        yield (
-            f"evaluation batches differ {order.variance_ratio:.3g} times as much as independent "
-            "samples: they are sorted, and the first ones may not stand for all"
-        )
+        yield f"evaluation batches {order}: they are sorted, and later ones may differ"
     if training is None:
         yield (
-            "without reference data there is no row for the training data, which tells statistics "
-            "that are stale from data that differ"
+            "without reference data there is no row for the training data, which distinguishes "
+            "stale statistics from data that differ"
         )
 
 

@@ -1,7 +1,7 @@
-"""From the numbers to the cause that they name; pure.
+"""From the numbers to a verdict; pure.
 
-Each cause is a function that returns what it concludes, or None; the first that concludes anything
-is the answer. They stand in the order of trust: what is certain, then what explains most.
+Each cause is a function that returns its verdict, or None if it does not apply; the first verdict
+is the answer. They are in the order of trust: what is certain, then what explains most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bnguard.whatif.evidence import (
     Numbers,
     is_harmful,
 )
-from bnguard.whatif.result import Cause, Row
+from bnguard.whatif.result import Row, Verdict
 
 _RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
 _ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'
@@ -29,19 +29,23 @@ _SHUFFLE = (
 _WATCH = "monitor = bnguard.watch(model, optimizer=optimizer)"
 _DIAGNOSE_WITH_REFERENCE = "print(bnguard.diagnose(model, loader, reference=train_loader))"
 _DIAGNOSE_TRAINING = "print(bnguard.diagnose(model, train_loader, score=train_score))"
+_MIX = (
+    "shuffle the training data, put what a step forwards separately (domains, real and generated "
+    "samples) into one batch, and train on"
+)
 
 
-def name_cause(numbers: Numbers) -> Cause:
-    """Return the cause that the numbers name."""
-    return next(cause for find in CAUSES if (cause := find(numbers)) is not None)
+def reach_verdict(numbers: Numbers) -> Verdict:
+    """Return the verdict of the first cause that applies."""
+    return next(verdict for find in CAUSES if (verdict := find(numbers)) is not None)
 
 
-def no_statistics(layers: Sequence[BatchNormLayer]) -> Cause:
-    """Return that there are no running statistics to try others in place of."""
-    return Cause(
+def no_statistics(layers: Sequence[BatchNormLayer]) -> Verdict:
+    """Return the verdict on a model without running statistics."""
+    return Verdict(
         name="no-statistics",
-        message="no BN layer has running statistics (track_running_stats=False), so there are no "
-        "others to try: each batch is normalised by its own, in eval mode too",
+        message="no BN layer has running statistics (track_running_stats=False), so there is "
+        "nothing to compare: each batch is normalised by its own statistics, in eval mode too",
         evidence=(f"without running statistics: {_layers([layer.name for layer in layers])}",),
         is_fault=False,
         advice="predictions depend on the rest of their batch; if they must not, replace BN and "
@@ -50,13 +54,13 @@ def no_statistics(layers: Sequence[BatchNormLayer]) -> Cause:
     )
 
 
-def poisoned_statistics(numbers: Numbers) -> Cause | None:
-    """NaN or Inf in the stored statistics: nothing else needs to be asked."""
+def poisoned_statistics(numbers: Numbers) -> Verdict | None:
+    """NaN or Inf in the stored statistics."""
     if not numbers.poisoned:
         return None
-    return Cause(
+    return Verdict(
         name="poisoned-statistics",
-        message="NaN or Inf has entered the running statistics, and averaging never takes it out",
+        message="NaN or Inf has entered the running statistics, and averaging never removes it",
         evidence=(
             f"not finite: {_layers(numbers.poisoned)}",
             numbers.compared("stored", numbers.fresh),
@@ -67,121 +71,134 @@ def poisoned_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def unconverged_statistics(numbers: Numbers) -> Cause | None:
-    """The initial statistics are still there, and recalibration is a cure."""
-    is_cured = numbers.is_cured_by_training or numbers.training is None
-    if not (numbers.is_harmed and is_cured and numbers.initial_weight > MAX_INITIAL_WEIGHT):
+def unconverged_statistics(numbers: Numbers) -> Verdict | None:
+    """The initial statistics are still there, and recalibration helps."""
+    if not (numbers.is_cured and numbers.is_unconverged):
         return None
     if numbers.untouched:
-        return Cause(
-            name="unconverged-statistics",
-            message="the running statistics are the initial mean 0 and variance 1: they were lost "
-            "when the weights were saved or loaded, or never updated",
-            evidence=(
-                f"initial: {_layers(numbers.untouched)}",
-                numbers.compared("stored", numbers.fresh),
-            ),
-            advice="load the state dict that holds the buffers too, or recalibrate on training "
-            "data",
-            next_step=_RECALIBRATE,
-            cured_by=numbers.fresh,
+        message = (
+            "the running statistics are the initial mean 0 and variance 1: they were lost when the "
+            "weights were saved or loaded, or never updated"
         )
-    return Cause(
+        evidence = f"initial: {_layers(numbers.untouched)}"
+        advice = "load the state dict that holds the buffers too, or recalibrate on training data"
+    else:
+        message = (
+            "the running statistics still hold a part of the initial mean 0 and variance 1: too "
+            "few updates for the momentum"
+        )
+        evidence = _initial_weight(numbers)
+        advice = "recalibrate on training data, and train on with a larger momentum"
+    return Verdict(
         name="unconverged-statistics",
-        message="the running statistics still hold a part of the initial mean 0 and variance 1: "
-        "too few updates for the momentum",
-        evidence=(_initial_weight(numbers), numbers.compared("stored", numbers.fresh)),
-        advice="recalibrate on training data, and train on with a larger momentum",
+        message=message,
+        evidence=(evidence, numbers.compared("stored", numbers.fresh)),
+        advice=advice,
         next_step=_RECALIBRATE,
         cured_by=numbers.fresh,
     )
 
 
-def batches_alone(numbers: Numbers) -> Cause | None:
+def batches_alone(numbers: Numbers) -> Verdict | None:
     """No running statistics do as well as those of each batch."""
     names = [name for name in numbers.rows if name.startswith("batches")]
     scored = [name for name in names if numbers.rows[name].score is not None]
     if not scored:
         return None
     name = numbers.best_of(scored)
-    # Parts of batches do as well as these by chance, and do not tell what they have in common.
+    # Parts of batches do as well by chance, and do not show what a batch has in common.
     if "batches" in scored and numbers.loss("batches", name) == 0.0:
         name = "batches"
     lost = numbers.loss(numbers.best, name)
     if lost <= max(numbers.chance(name), numbers.gain("stored", numbers.best)):
         return None
     compared = numbers.compared("stored", numbers.best, name)
-    shuffled = numbers.rows.get("shuffled batches")
-    if name != "batches" or shuffled is None or not _is_moved_by_shuffling(numbers):
-        return Cause(
+    alike = _what_batches_share(numbers, name)
+    if not alike:
+        return Verdict(
             name="small-batch-noise",
             message="only the statistics of small batches do well: the network has learnt with "
-            "their noise, and no running statistics can stand in for it",
+            "their noise, which running statistics do not have",
             evidence=(compared,),
             advice="train on with larger batches, or with another norm in place of BN",
             next_step=_SWAP,
         )
-    return Cause(
+    return Verdict(
         name="correlated-batches",
-        message="only the statistics of each batch do well, and only in the order in which "
-        "the batches come: they are sorted or grouped, and BN has learnt to rely on it",
-        evidence=(compared, _shuffling(numbers.rows["batches"], shuffled)),
-        advice="shuffle the training data and train on: no running statistics can stand in",
+        message="only the statistics of each batch do well, and the samples of a batch are alike: "
+        "the data are sorted or grouped, or come in several streams, and BN normalises each batch "
+        "by what its samples share",
+        evidence=(compared, alike),
+        advice=_MIX,
         next_step=_SHUFFLE,
     )
 
 
-def sorted_training(numbers: Numbers) -> Cause | None:
+def sorted_training(numbers: Numbers) -> Verdict | None:
     """Training batches that are sorted, and stored statistics that are those of such batches."""
     training = numbers.training
     if training is None or training.order is None or not training.is_sorted:
         return None
     if not training.is_stored:
         return None
-    order, flipped = training.order, training.flipped_share
+    flipped = training.flipped_share
     moved = f"changes the outputs by {training.change:.3g} σ"
-    return Cause(
+    return Verdict(
         name="correlated-batches",
-        message="the network was trained on batches that are sorted or grouped: it relies on what "
-        "a batch has in common, and its statistics describe no data that ever were",
+        message="the network was trained on batches that are sorted, grouped, or of several "
+        "streams: it relies on what a batch has in common, and its running statistics describe "
+        "none of the data",
         evidence=(
-            f"training batches differ {order.variance_ratio:.3g} times as much as independent "
-            f"samples (limit {order.limit:.2g})",
+            f"training batches {training.order}",
             "shuffling them "
             + (moved if flipped is None else f"flips {flipped:.1%} of their predictions"),
             numbers.compared("stored", "reference"),
         ),
-        advice="shuffle the training data and train on; recalibrate then",
+        advice=f"{_MIX}; recalibrate then",
         next_step=_SHUFFLE,
         cured_by="reference" if numbers.is_cured_by_training else None,
     )
 
 
-def other_preprocessing(numbers: Numbers) -> Cause | None:
-    """Training and evaluation data alike miss the stored statistics, and only at the input."""
+def dropout_before(numbers: Numbers) -> Verdict | None:
+    """Stored statistics that are those of the data with dropout active."""
+    if not (numbers.is_cured and numbers.has_dropout_stored):
+        return None
+    return Verdict(
+        name="dropout-before-bn",
+        message=f"{_dropout_message(numbers)}, and the outputs suffer",
+        evidence=(numbers.compared("stored", numbers.fresh), *_dropout_evidence(numbers)),
+        advice="move dropout behind the last BN layer and train on; until then recalibrate",
+        next_step=_RECALIBRATE,
+        cured_by=numbers.fresh,
+    )
+
+
+def other_preprocessing(numbers: Numbers) -> Verdict | None:
+    """Training and evaluation data both miss the stored statistics, and only at the input."""
     if not (numbers.is_cured_by_training and numbers.is_off_at_input_alone):
         return None
     if numbers.training is None or numbers.training.is_stored:
         return None
-    return Cause(
+    return Verdict(
         name="other-preprocessing",
         message="the training data and the evaluation data both miss the stored statistics at the "
-        "first BN layer, and later layers fit once that is set right: the first suspicion is that "
-        "both loaders prepare the data otherwise than training did (scale, offset, order of the "
-        "channels, normalisation)",
+        "first BN layer, and later layers fit once that is corrected: either both loaders prepare "
+        "the data differently from training (scale, offset, order of the channels, normalisation), "
+        "or other data updated the statistics (validation without eval(), a dry run, a second "
+        "stream)",
         evidence=(
             numbers.compared("stored", "reference"),
             *_input_drift(numbers),
             _drifts(numbers),
         ),
         advice="compare what the loaders yield with what training was given; recalibrating would "
-        "hide a wrong preprocessing, and is right only where the weights before that layer have "
-        "changed",
+        "hide a wrong preprocessing, and is right if the data are prepared as in training",
         next_step=_look_at("loader", "train_loader"),
     )
 
 
-def small_training_batches(numbers: Numbers) -> Cause | None:
+def small_training_batches(numbers: Numbers) -> Verdict | None:
     """Stored statistics that the noise of small training batches explains."""
     training = numbers.training
     if training is None or not numbers.is_cured_by_training:
@@ -189,7 +206,7 @@ def small_training_batches(numbers: Numbers) -> Cause | None:
     is_biased = training.is_stored and numbers.loss("averaged", "reference") > 0.0
     if not (is_biased or training.is_noisy):
         return None
-    return Cause(
+    return Verdict(
         name="small-batch-noise",
         message=f"training batches of {training.batch_size} are so small that the running "
         "statistics, which average over theirs, misstate the data",
@@ -198,28 +215,28 @@ def small_training_batches(numbers: Numbers) -> Cause | None:
             f"log-variance ratio of the stored statistics to those of training batches "
             f"{training.from_batches:.2g} (by noise {training.from_batches_by_noise:.2g})",
         ),
-        advice="recalibrate on training data; larger batches, or another norm, cure it for good",
+        advice="recalibrate on training data; larger batches, or another norm, fix it for good",
         next_step=_RECALIBRATE,
         cured_by="reference",
     )
 
 
-def stale_statistics(numbers: Numbers) -> Cause | None:
-    """Statistics of training data do better: the stored ones are not those of these weights."""
+def stale_statistics(numbers: Numbers) -> Verdict | None:
+    """Statistics of training data do better: the stored ones do not fit weights and data."""
     if numbers.is_cured_by_training:
         message = (
-            "the running statistics are not those of the weights: averaged, loaded or pruned "
-            "weights, fast ones that the running average lags behind, or updates by other data "
-            "than those of training"
+            "the running statistics do not fit the weights: weights that were averaged, loaded or "
+            "pruned, or that change faster than the running average; or other data updated the "
+            "statistics (a forward in train mode outside training, a second stream)"
         )
     elif numbers.training is None and numbers.is_harmed and numbers.has_known_input:
         message = (
-            "data arrive at the first BN layer as they did in training, and the statistics of "
-            "later layers are not those of the weights"
+            "the evaluation data match the running statistics of the first BN layer, and those of "
+            "later layers do not fit the weights"
         )
     else:
         return None
-    return Cause(
+    return Verdict(
         name="stale-statistics",
         message=message,
         evidence=(numbers.compared("stored", numbers.fresh), *_input_drift(numbers)),
@@ -229,35 +246,35 @@ def stale_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def data_shift(numbers: Numbers) -> Cause | None:
+def data_shift(numbers: Numbers) -> Verdict | None:
     """Statistics of the evaluation data do better than those of training data."""
     if numbers.training is None or not numbers.is_harmed or _is_chance(numbers):
         return None
-    return Cause(
+    return Verdict(
         name="data-shift",
         message="the evaluation data differ from the training data: preprocessing, or domain",
         evidence=(
             numbers.compared("stored", "reference", "evaluation"),
             *_input_drift(numbers),
         ),
-        advice="make the preprocessing the same; where the data themselves differ, adapt to them",
+        advice="make the preprocessing the same; if the data themselves differ, adapt to them",
         next_step=_ADAPT,
         cured_by="evaluation",
     )
 
 
-def unfit_statistics(numbers: Numbers) -> Cause | None:
+def unfit_statistics(numbers: Numbers) -> Verdict | None:
     """The stored statistics do not fit, and only training data can tell why."""
     if numbers.training is not None or not numbers.is_harmed:
         return None
-    return Cause(
+    return Verdict(
         name="unfit-statistics",
-        message="the running statistics do not fit the evaluation data: "
+        message="the running statistics do not fit the evaluation data"
         + (
-            "at the first BN layer, and later ones fit once that is set right; the first suspicion "
-            "is a preprocessing that is not that of training"
+            " at the first BN layer, and later layers fit once that is corrected: a preprocessing "
+            "that differs from training, or statistics that other data updated"
             if numbers.is_off_at_input_alone
-            else "either they are stale, or the data differ from those of training"
+            else ": either they are stale, or the data differ from those of training"
         ),
         evidence=(numbers.compared("stored", "evaluation"), *_input_drift(numbers)),
         advice="give the training data as reference=, which tells the two apart",
@@ -266,15 +283,15 @@ def unfit_statistics(numbers: Numbers) -> Cause | None:
     )
 
 
-def poor_weights(numbers: Numbers) -> Cause | None:
-    """All statistics do equally badly, by what the user expects."""
+def poor_weights(numbers: Numbers) -> Verdict | None:
+    """No statistics reach the score that the user expects."""
     expected, best = numbers.expected_score, numbers.rows[numbers.best].score
     if expected is None or best is None or best >= expected:
         return None
-    return Cause(
+    return Verdict(
         name="weights",
-        message="no statistics bring the score that is expected: the weights are to blame, the "
-        "data or their labels, and not BN",
+        message="no statistics reach the expected score: the weights, the data or their labels are "
+        "at fault, and not BN",
         evidence=(
             f"best score {best:.4g} (expected {expected:.4g})",
             numbers.compared("stored", numbers.fresh, "evaluation"),
@@ -285,37 +302,35 @@ def poor_weights(numbers: Numbers) -> Cause | None:
     )
 
 
-def harmless(numbers: Numbers) -> Cause | None:
+def harmless(numbers: Numbers) -> Verdict | None:
     """Something is off, and other statistics do no better on these data."""
-    is_unconverged = numbers.initial_weight > MAX_INITIAL_WEIGHT
-    # What is left of the initial statistics explains how far these are off.
-    is_off_stored = numbers.is_off_stored and not is_unconverged
+    has_dropout = numbers.is_off_stored and numbers.has_dropout_stored
+    # What is left of the initial statistics explains how far they are off, as does dropout.
+    is_off_stored = numbers.is_off_stored and not (numbers.is_unconverged or has_dropout)
+    is_off = numbers.is_off_training or is_off_stored
     found = []
-    if is_unconverged:
+    if numbers.is_unconverged:
         found.append(
             "the running statistics still hold a part of the initial mean 0 and variance 1"
         )
-    if numbers.is_off_training and is_off_stored:
+    elif has_dropout:
+        found.append(_dropout_message(numbers))
+    if numbers.is_off_training:
         found.append(
-            "the first BN layer gets other values from the evaluation data than from the training "
-            "data, and than its statistics say"
-        )
-    elif numbers.is_off_training:
-        found.append(
-            "the first BN layer gets other values from the training data than from the evaluation "
-            "data, which its statistics fit"
+            "the evaluation data differ from the training data at the first BN layer"
+            + (", and from its statistics" if is_off_stored else ", and fit its statistics")
         )
     elif is_off_stored:
-        found.append("the first BN layer gets other values from these data than its statistics say")
+        found.append("these data differ from the statistics of the first BN layer")
     if not found:
         return None
-    is_off = numbers.is_off_training or is_off_stored
     loaders = ("loader",) if numbers.training is None else ("loader", "train_loader")
-    return Cause(
+    return Verdict(
         name="harmless",
         message=f"{'; '.join(found)}. {_no_better(numbers).capitalize()}",
         evidence=(
-            *((_initial_weight(numbers),) if is_unconverged else ()),
+            *((_initial_weight(numbers),) if numbers.is_unconverged else ()),
+            *(_dropout_evidence(numbers) if has_dropout else ()),
             *(_input_drift(numbers) if numbers.is_off_training or numbers.is_off_stored else ()),
             numbers.compared("stored", numbers.fresh, "evaluation"),
         ),
@@ -323,29 +338,30 @@ def harmless(numbers: Numbers) -> Cause | None:
         advice="compare what the loaders yield with what training was given, before these data are "
         "used to recalibrate"
         if is_off
-        else "recalibrate all the same: other data may need it",
+        else "recalibrate anyway: other data may need it",
         next_step=_look_at(*loaders) if is_off else _RECALIBRATE,
     )
 
 
-def no_fault(numbers: Numbers) -> Cause:
+def no_fault(numbers: Numbers) -> Verdict:
     """No other statistics do better."""
-    return Cause(
+    return Verdict(
         name="none",
         message=_no_better(numbers),
         evidence=(numbers.compared("stored", numbers.fresh, "evaluation"),),
         is_fault=False,
-        advice="where it does badly, look at weights, data and labels; BN can be watched when it "
-        "is trained next",
+        advice="if the network does badly, look at weights, data and labels; BN can be watched "
+        "when it is trained next",
         next_step=_WATCH,
     )
 
 
-CAUSES: tuple[Callable[[Numbers], Cause | None], ...] = (
+CAUSES: tuple[Callable[[Numbers], Verdict | None], ...] = (
     poisoned_statistics,
     unconverged_statistics,
     batches_alone,
     sorted_training,
+    dropout_before,
     other_preprocessing,
     small_training_batches,
     stale_statistics,
@@ -366,6 +382,44 @@ def _initial_weight(numbers: Numbers) -> str:
     return f"initial statistics left {numbers.initial_weight:.0%} (limit {MAX_INITIAL_WEIGHT:.0%})"
 
 
+def _dropout_message(numbers: Numbers) -> str:
+    assert numbers.dropout is not None
+    return (
+        f"{numbers.dropout.kind} comes before BN layers and acts in training alone: their running "
+        "variances include what it adds, which the inputs in eval mode do not have"
+    )
+
+
+def _dropout_evidence(numbers: Numbers) -> tuple[str, ...]:
+    assert numbers.dropout is not None
+    return (
+        f"log-variance ratio of the data to the stored statistics {numbers.dropout.inactive:.2g}, "
+        f"with dropout active {numbers.dropout.active:.2g}",
+    )
+
+
+def _what_batches_share(numbers: Numbers, name: str) -> str:
+    """Return what shows that the samples of a batch are alike; empty if nothing does."""
+    row, shuffled = numbers.rows[name], numbers.rows.get("shuffled batches")
+    if name == "batches" and shuffled is not None:
+        flipped = (row.flipped_share or 0.0) - (shuffled.flipped_share or 0.0)
+        if is_harmful(row.change - shuffled.change, flipped):
+            return _shuffling(row, shuffled)
+    order = numbers.orders.get(name)
+    if order is None or not order.is_sorted:
+        return ""
+    return f"evaluation batches {order}"
+
+
+def _shuffling(row: Row, shuffled: Row) -> str:
+    if row.flipped_share is None or shuffled.flipped_share is None:
+        return f"outputs changed: {row.change:.3g} σ as they come, {shuffled.change:.3g} σ shuffled"
+    return (
+        f"predictions flipped: {row.flipped_share:.1%} as they come, "
+        f"{shuffled.flipped_share:.1%} shuffled"
+    )
+
+
 def _is_chance(numbers: Numbers) -> bool:
     """Return whether the data look alike, and chance explains what other statistics gain."""
     scores = [numbers.rows[name].score for name in ("reference", numbers.best)]
@@ -377,18 +431,20 @@ def _is_chance(numbers: Numbers) -> bool:
 
 def _no_better(numbers: Numbers) -> str:
     """Return that no other statistics do better, and by how much they would have to."""
-    if numbers.rows["stored"].score is None or numbers.rows[numbers.best].score is None:
+    scored = [name for name, row in numbers.rows.items() if row.score is not None]
+    if "stored" not in scored or numbers.best not in scored:
         return "no other statistics change the outputs by more than they do in healthy networks"
-    if numbers.gain("stored", numbers.best) <= 0.0:
+    best = numbers.best_of(scored)
+    if numbers.gain("stored", best) <= 0.0:
         return "no other statistics do better than the stored ones"
     return (
         "no other statistics do better than the stored ones by more than chance "
-        f"(±{numbers.tolerance:.2g} on {numbers.samples} samples)"
+        f"(±{numbers.tolerance(best):.2g} on {numbers.samples} samples)"
     )
 
 
 def _input_drift(numbers: Numbers) -> tuple[str, ...]:
-    """Return how far evaluation data are off at the first BN layer, as the table has it."""
+    """Return how far evaluation data are off at the first BN layer, as in the table."""
     limits = {"stored": MAX_STORED_DRIFT, "reference": MAX_INPUT_DRIFT}
     rows = [numbers.rows[name] for name in limits if name in numbers.rows]
     drifts = [
@@ -396,17 +452,15 @@ def _input_drift(numbers: Numbers) -> tuple[str, ...]:
         for row in rows
         if row.input_drift is not None
     ]
-    if not drifts:
-        return ()
-    return (f"drift at the first BN layer, evaluation data: {', '.join(drifts)}",)
+    return (f"drift at the first BN layer, evaluation data: {', '.join(drifts)}",) * bool(drifts)
 
 
 def _drifts(numbers: Numbers) -> str:
     first, *later = numbers.drifts
     most = f", of later ones at most {_figure(max(later))}" if later else ""
     return (
-        "drift of training data from the stored statistics, where those of the layers before are "
-        f"right: of the first BN layer {_figure(first)}{most}"
+        "drift of training data from the stored statistics if earlier layers are corrected: of the "
+        f"first BN layer {_figure(first)}{most}"
     )
 
 
@@ -423,19 +477,4 @@ def _look_at(*loaders: str) -> str:
         "    inputs = batch[0] if isinstance(batch, (list, tuple)) else batch\n"
         "    channels = inputs.float().transpose(0, 1).flatten(1)\n"
         "    print(channels.amin(1), channels.amax(1), channels.mean(1), channels.std(1))"
-    )
-
-
-def _is_moved_by_shuffling(numbers: Numbers) -> bool:
-    row, shuffled = numbers.rows["batches"], numbers.rows["shuffled batches"]
-    flipped = (row.flipped_share or 0.0) - (shuffled.flipped_share or 0.0)
-    return is_harmful(row.change - shuffled.change, flipped)
-
-
-def _shuffling(row: Row, shuffled: Row) -> str:
-    if row.flipped_share is None or shuffled.flipped_share is None:
-        return f"outputs changed: {row.change:.3g} σ as they come, {shuffled.change:.3g} σ shuffled"
-    return (
-        f"predictions flipped: {row.flipped_share:.1%} as they come, "
-        f"{shuffled.flipped_share:.1%} shuffled"
     )

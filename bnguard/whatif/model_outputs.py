@@ -1,4 +1,4 @@
-"""What a model returns for the samples, condensed so that many rows of it can be held."""
+"""Collect the outputs of a model, and the inputs of its layers, for all samples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from bnguard.observe.mode_gap import (
 from bnguard.recalibration.batches import Batch, Forward, call
 from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
 
-# Of an image as output so many numbers are kept; class scores are kept whole.
+# Numbers that are kept of an output with positions, as an image; class scores are kept whole.
 _MAX_NUMBERS_A_SAMPLE = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a model returned for all samples.
+    """The outputs of a model for all samples.
 
     Attributes:
-        tensors: The numbers kept of all batches, with a row per sample, of each tensor that has
-            one, by its place in what the model returns; of all tensors where none has.
-        samples: How many samples there are, if each is a row of the tensors; else None.
+        tensors: Each returned tensor that has a row per sample, by its place in the output, over
+            all batches; all returned tensors if none has.
+        samples: Number of samples if each is a row of the tensors, else None.
     """
 
     tensors: Mapping[int, Tensor]
@@ -41,14 +41,14 @@ class Outputs:
 
     @property
     def are_finite(self) -> bool:
-        """Whether none is NaN or Inf."""
+        """Whether all values are finite."""
         return all(bool(tensor.isfinite().all()) for tensor in self.tensors.values())
 
     def change_from(self, expected: Outputs) -> float:
-        """Return the root mean square change, in standard deviations of what is expected.
+        """Return the root mean square change, in standard deviations of the expected outputs.
 
         Raises:
-            CalibrationError: The outputs are of another shape.
+            CalibrationError: The shapes differ.
         """
         mine, wanted = self._shared_with(expected)
         if not wanted or [t.shape for t in mine] != [t.shape for t in wanted]:
@@ -67,7 +67,7 @@ class Outputs:
         return flipped_share(*self._shared_with(expected), max_tie=0.0) or 0.0
 
     def _shared_with(self, expected: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        # What has a row a sample by chance, in batches of one size, may not have it in others.
+        # A tensor that has a row per sample by chance, at one batch size, may not at others.
         places = sorted(self.tensors.keys() & expected.tensors.keys())
         return (
             [self.tensors[place] for place in places],
@@ -75,10 +75,10 @@ class Outputs:
         )
 
     def in_order(self, order: Sequence[int]) -> Outputs | None:
-        """Return the outputs of shuffled samples in the order from before; None without rows.
+        """Return the outputs of shuffled samples in their original order; None without rows.
 
         Args:
-            order: Which sample was put in each place.
+            order: The sample in each place.
         """
         if self.samples is None:
             return None
@@ -90,10 +90,10 @@ class Outputs:
 
 
 def collect_outputs(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
-    """Put batches through a model, and keep what it returns.
+    """Run a model on batches, and return its outputs.
 
     Raises:
-        CalibrationError: The forward failed, or returns nothing that can be compared.
+        CalibrationError: The forward failed, or its outputs cannot be compared.
     """
     returned, sizes = [], []
     for batch in batches:
@@ -117,12 +117,12 @@ def collect_outputs(model: nn.Module, forward: Forward | None, batches: Iterable
 
 @dataclass(frozen=True, eq=False)
 class LayerInput:
-    """What arrived at a layer in eval mode.
+    """The inputs of a layer in eval mode.
 
     Attributes:
-        moments: Moments of all of it that was finite; None where nothing was.
-        rows: Rows of its input that one sample is.
-        values_per_sample: Values per channel that one sample is.
+        moments: Moments of all batches that were finite; None if none was.
+        rows: Rows per sample.
+        values_per_sample: Values per channel and sample.
     """
 
     moments: Moments | None
@@ -136,7 +136,7 @@ def collect_inputs(
     forward: Forward | None,
     batches: Iterable[Batch],
 ) -> tuple[dict[str, LayerInput], Outputs]:
-    """Return what arrives at each layer that is reached, in the order of their first calls."""
+    """Return the inputs of each layer, in the order of first calls, and the outputs."""
     parts: dict[str, list[Moments]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     size = 1
@@ -170,7 +170,7 @@ def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[T
 
 
 def _thinned(tensor: Tensor) -> Tensor:
-    """Return evenly spaced positions of an output with many."""
+    """Return evenly spaced positions of an output that has many."""
     if tensor.dim() < 3:
         return tensor
     positions = tensor.flatten(2)

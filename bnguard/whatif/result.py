@@ -1,4 +1,4 @@
-"""What a diagnosis found: a row for each way to normalise, the cause, and the layers to blame."""
+"""The result of a diagnosis: a row for each way to normalise, the verdict, the layers to blame."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from bnguard.recalibration.options import SkippedLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How the model does when it normalises in one way.
+    """How the model does with one way to normalise.
 
     Attributes:
         name: ``"stored"``, ``"reference"``, ``"averaged"``, ``"evaluation"``, ``"batches"``,
             ``"batches of 8"`` or ``"shuffled batches"``.
         label: The same in words.
-        score: What ``score`` gave; None without one, or where its batches are too small.
+        score: Result of ``score``; None without one, or if its batches are too small.
         change: How far the outputs are from those with the statistics of the evaluation data:
             root mean square, in standard deviations of these.
-        flipped_share: Share of the predictions that differ from those; None where the outputs are
-            no class scores.
-        gap: How far the outputs are from those with the statistics of each batch, as ``change``;
-            None where batches have none.
+        flipped_share: Share of the predictions that differ from those; None if the outputs are not
+            class scores.
+        gap: The change from the outputs with the statistics of each batch, as ``change``; None if
+            batches have none.
         drift_std: How far the evaluation data are from the statistics, in their standard
-            deviations: the shift of the mean that nine channels of ten stay below, at the worst
-            layer; None where there are no running statistics.
+            deviations: the shift of the mean that 90 % of the channels stay below, at the worst
+            layer; None without running statistics.
         drift_log_variance: The same of the logarithm of the variance ratio, without its sign.
         drift_layer: That layer.
         input_drift: The larger of the two at the first BN layer, whose input no other layer has
@@ -59,18 +59,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cause:
-    """What the rows name as the cause.
+class Verdict:
+    """What the rows show to be the cause.
 
     Attributes:
-        name: A name that stays the same; ``"none"`` where nothing is wrong, ``"harmless"`` where
-            something is off that does no harm on these data.
-        message: What is wrong, and why the rows say so.
-        evidence: The numbers that speak for it, a line each.
-        is_fault: Whether there is anything to mend.
+        name: A stable name; ``"none"`` if nothing is wrong, ``"harmless"`` if something is off that
+            does no harm on these data.
+        message: What is wrong, and why the rows show it.
+        evidence: The numbers, a line each.
+        is_fault: Whether there is anything to fix.
         advice: What to do next.
-        next_step: The same as code, or as a command, to be pasted.
-        cured_by: Name of the row whose statistics are the cure; None where none are.
+        next_step: The same as code, or as a command, to paste.
+        cured_by: Name of the row whose statistics are the cure, if any.
     """
 
     name: str
@@ -84,14 +84,14 @@ class Cause:
 
 @dataclass(frozen=True)
 class LayerShare:
-    """What one layer has to do with it.
+    """The part of one layer in the harm.
 
     Attributes:
         name: Dotted name of the layer.
-        share: Share of the harm that its stored statistics do; 0 where they do none, or make up
-            for others. None where it was not measured.
+        share: Share of the harm that its stored statistics do; 0 if they do none, or offset
+            others. None if not measured.
         shift_std: Largest shift from the stored mean to that of the cure, in stored standard
-            deviations; None where the stored statistics are not finite.
+            deviations; None if the stored statistics are not finite.
         log_variance_ratio: The log-variance ratio of the two that is furthest from 0.
     """
 
@@ -103,21 +103,21 @@ class LayerShare:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Diagnosis:
-    """What :func:`bnguard.diagnose` found; prints itself.
+    """The result of :func:`bnguard.diagnose`; prints itself.
 
     Attributes:
         rows: A row for each way to normalise, the stored statistics first; none for a model without
             running statistics, which is not run.
-        cause: The cause that they name, with what to do next.
-        layers: The layers to blame, the worst first; none where there is no cure to swap in.
+        cause: The verdict, with what to do next.
+        layers: The layers to blame, the worst first; none without a cure to swap in.
         skipped: BN layers whose statistics were left as they are, and why.
         samples: Evaluation samples that were used.
         reference_samples: Training samples that were used; 0 without a reference.
-        notes: What a reader should know besides, a sentence each.
+        notes: What else a reader should know, a sentence each.
     """
 
     rows: tuple[Row, ...] = ()
-    cause: Cause
+    cause: Verdict
     layers: tuple[LayerShare, ...] = ()
     skipped: tuple[SkippedLayer, ...] = ()
     samples: int = 0
@@ -125,7 +125,7 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row | None:
-        """Return the row of a name; None where there is none."""
+        """Return the row with a name; None if there is none."""
         return next((row for row in self.rows if row.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Diagnosis:
         return as_text(self)
 
 
-# Diagnoses as rich draws them: they fit 80 columns, and stay readable without colour.
+# The view fits 80 columns, and is readable without colour.
 _MOST_LAYERS_SHOWN = 5
 _VERDICTS = {
     "none": "no fault found",
@@ -204,7 +204,7 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     )
 
 
-def _cause_view(cause: Cause) -> RenderableType:
+def _cause_view(cause: Verdict) -> RenderableType:
     style = "bold yellow" if cause.is_fault else "bold"
     lines = Text()
     verdict = cause.name if cause.is_fault else _VERDICTS.get(cause.name, cause.name)
@@ -231,7 +231,7 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
     return Group(table, *(more if rest > 0 else []))
 
 
-def _next_step(cause: Cause) -> list[RenderableType]:
+def _next_step(cause: Verdict) -> list[RenderableType]:
     return [Text(f"→ {cause.advice}:"), _Command(cause.next_step)]
 
 
@@ -244,7 +244,7 @@ class _Command:
 
 
 def _in_lines(code: str, width: int) -> str:
-    """Return a command that is wider with an option a line, which a shell takes as it is."""
+    """Return a command that is too wide with one option per line, as a shell accepts it."""
     if len(code) <= width or not code.startswith("bnguard "):
         return code
     words = [shlex.quote(word) for word in shlex.split(code)]
@@ -260,7 +260,7 @@ def _distance(value: float | None) -> str:
 
 
 def _share(value: float | None, digits: int = 1) -> str:
-    # What rounds to nothing has no sign.
+    # -0.0 is shown without its sign.
     return "–" if value is None else f"{round(value, digits + 2) + 0.0:.{digits}%}"
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mode
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.moments import Moments, channel_moments, merge_moments
+from bnguard.observe.model_inputs import compare_batches, usual_ratio
 from bnguard.recalibration.batches import Batch, Forward, can_be_joined, join_batches, read_batches
 
-# Numbers of a sample that tell whether the batches are sorted, and as few batches as tell nothing.
-_MAX_FEATURES = 64
-_MIN_BATCHES = 8
+# Fewer batches cannot show whether they are sorted.
+MIN_BATCHES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +41,20 @@ class Samples:
         return mode(batch.size for batch in self.batches)
 
     def fresh_payloads(self) -> Iterator[object]:
-        """Yield copies of what the loader yields, for a forward may write to its input."""
+        """Yield copies of what the loader yields, because a forward may write to its input."""
         for payload in self.payloads:
             yield copy.deepcopy(payload)
 
     @cached_property
     def whole(self) -> Batch | None:
-        """All samples as one batch; None where they do not fit together."""
+        """All samples as one batch; None if they do not fit together."""
         first, *others = self.batches
         if not all(can_be_joined(first, other) for other in others):
             return None
         return join_batches(self.batches) if first.can_be_cut else None
 
     def of_size(self, size: int) -> tuple[Batch, ...]:
-        """Return batches that fall into parts of this size, joined where they have to be."""
+        """Return batches that fall into parts of this size, joined if they have to be."""
         if not self.must_be_joined(size):
             return self.batches
         assert self.whole is not None
@@ -69,7 +67,7 @@ class Samples:
     def shuffled(self) -> tuple[list[int], tuple[Batch, ...]] | None:
         """Return batches of the same size with other neighbours, and which sample is where.
 
-        None where there is nothing to shuffle, or the samples do not fit together.
+        None if there is nothing to shuffle, or the samples do not fit together.
         """
         whole = self.whole
         if whole is None or len(self.batches) < 2:
@@ -88,15 +86,29 @@ class Samples:
             count += batch.size
         return tuple(chosen)
 
-    @property
-    def order(self) -> BatchOrder | None:
-        """How far the batches differ from one another; None where there are too few to tell."""
-        features = [_features(batch) for batch in self.batches]
-        parts = [channel_moments(each) for each in features if each is not None]
-        if len(parts) < _MIN_BATCHES or len({part.mean.shape for part in parts}) > 1:
+    def order(self, size: int | None = None) -> BatchOrder | None:
+        """Return how far the batches differ from one another; None if that cannot be told.
+
+        Args:
+            size: Samples in each of the parts that are compared; None for batches as they come.
+        """
+        if size is not None and self.must_be_joined(size) and self.whole is None:
             return None
-        ratio = _variance_ratio(parts)
-        return None if ratio is None else BatchOrder(ratio, len(parts))
+        inputs = [
+            next((t for t in batch.tensors() if t.is_floating_point() and t.dim() > 1), None)
+            for batch in (self.batches if size is None else self.of_size(size))
+        ]
+        parts = [
+            [part]
+            for values in inputs
+            if values is not None
+            for part in torch.split(values, size or max(1, len(values)))
+        ]
+        window = compare_batches(parts)
+        if window is None or window.batches < MIN_BATCHES:
+            return None
+        ratio = usual_ratio(window)
+        return None if math.isinf(ratio) else BatchOrder(ratio, window.batches)
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class BatchOrder:
     """Whether the samples of a batch are more alike than those of different batches.
 
     Attributes:
-        variance_ratio: The variance between batches over that of independent samples, 1 where
-            the samples are shuffled: the F ratio of an analysis of variance.
+        variance_ratio: The variance between batches over that of independent samples, 1 if the
+            samples are shuffled: the F ratio of an analysis of variance.
         batches: Batches that were compared.
     """
 
@@ -114,8 +126,14 @@ class BatchOrder:
 
     @property
     def limit(self) -> float:
-        """What independent samples stay below, and where harm begins; see BN203."""
+        """The limit that independent samples stay below; see BN203."""
         return max(2.0, 1.0 + 5.0 * math.sqrt(2.0 / (self.batches - 1)))
+
+    def __str__(self) -> str:
+        return (
+            f"differ {self.variance_ratio:.3g} times as much as independent samples "
+            f"(limit {self.limit:.2g})"
+        )
 
     @property
     def is_sorted(self) -> bool:
@@ -135,16 +153,16 @@ def read_samples(
     """Read the first samples of a loader, and keep them.
 
     Raises:
-        CalibrationError: There are none, or the loader yields what the model does not take.
+        CalibrationError: There are none, or the model does not take what the loader yields.
     """
     payloads: list[object] = []
 
-    def kept() -> Iterator[object]:
+    def keep() -> Iterator[object]:
         for payload in loader:
             payloads.append(payload)
             yield payload
 
-    batches = tuple(read_batches(kept(), model, forward, samples=samples, device=device))
+    batches = tuple(read_batches(keep(), model, forward, samples=samples, device=device))
     if not batches:
         raise CalibrationError(
             f"the {name} is empty: an iterator that can be read only once may have been read"
@@ -153,28 +171,8 @@ def read_samples(
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:
-    """Yield parts of at least this size; the last takes what is left over."""
+    """Yield parts of at least this size; the last takes the remainder."""
     count = max(1, batch.size // size)
     for number in range(count):
         stop = batch.size if number == count - 1 else (number + 1) * size
         yield batch.rows(number * size, stop)
-
-
-def _features(batch: Batch) -> Tensor | None:
-    """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
-    for tensor in batch.tensors():
-        if tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() and len(tensor) > 1:
-            flat = tensor.flatten(1)
-            return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
-    return None
-
-
-def _variance_ratio(parts: Sequence[Moments]) -> float | None:
-    """Return the median F ratio over the features; None where no feature varies."""
-    whole = merge_moments(parts)
-    within = torch.stack([part.squares for part in parts]).sum(0)
-    between = (whole.squares - within) / (len(parts) - 1)
-    spread = within / (whole.count - len(parts))
-    ratio = (between / spread)[spread > 0.0].cpu().numpy()
-    ratio = ratio[np.isfinite(ratio)]
-    return float(np.median(ratio)) if ratio.size else None

@@ -1,4 +1,4 @@
-"""Other statistics for a while: given ones, or those of each batch; the model's own put back."""
+"""Normalise with other statistics for a while: given ones, or those of each batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Statistics = Mapping[str, RunningStatistics]
 
 @contextmanager
 def use_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> Iterator[None]:
-    """Let layers normalise with these statistics; those that have none among them keep theirs."""
+    """Let layers normalise with these statistics; layers not among them keep theirs."""
     with preserve_statistics(layers):
         for layer in layers:
             if layer.name in statistics:
@@ -32,16 +32,15 @@ def use_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> 
 
 @dataclass(eq=False)
 class BatchStatistics:
-    """Lets layers normalise by the statistics of so many samples at a time, whoever calls them.
+    """Lets layers normalise a fixed number of samples at a time by their own statistics.
 
-    A larger batch is normalised in parts, in its order: so a score can be measured at any batch
-    size up to that of its own batches. Samples are counted at each layer, by the rows that one
-    sample is there.
+    A larger batch is normalised in parts, so that a score can be measured at any batch size up to
+    that of its own batches. Each layer counts samples by the rows that one sample has there.
 
     Attributes:
-        layers: The layers; each goes on as it was otherwise, in eval mode.
-        rows: Rows of a layer's input that one sample is, by the layer's name.
-        size: Samples a part; None for batches as they come.
+        layers: The layers, in eval mode.
+        rows: Rows per sample in a layer's input, by the layer's name.
+        size: Samples per part; None for batches as they come.
         largest_part: Samples in the largest part so far.
     """
 
@@ -52,7 +51,7 @@ class BatchStatistics:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Normalise so for a while."""
+        """Normalise this way for a while."""
         with preserve_statistics(self.layers), ExitStack() as replaced:
             for layer in self.layers:
                 replaced.enter_context(self._replaced_forward(layer))

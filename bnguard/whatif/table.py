@@ -20,27 +20,27 @@ from bnguard.recalibration.layer_inputs import OnInput, read_inputs
 from bnguard.recalibration.options import Score, as_number
 from bnguard.whatif.model_outputs import LayerInput, Outputs, collect_inputs, collect_outputs
 from bnguard.whatif.result import Row
-from bnguard.whatif.samples import Samples
+from bnguard.whatif.samples import MIN_BATCHES, BatchOrder, Samples
 from bnguard.whatif.statistics import BatchStatistics, Statistics, use_statistics
 
-# As many channels of a layer have to be within a limit, as for BN301.
+# Share of a layer's channels that must be within a limit, as for BN301.
 CHANNEL_QUANTILE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """What was measured of one way to normalise.
+    """The model with one way to normalise.
 
     Attributes:
-        outputs: What the model returned.
-        score: What the score gave; None without one, or where its batches are too small.
-        arrived: What arrived at each layer that was reached, in the order of their first calls;
-            nothing where batches have statistics of their own.
+        outputs: Outputs of the model.
+        score: Result of the score; None without one, or if its batches are too small.
+        inputs: Inputs of each layer that was reached, in the order of first calls; empty if
+            batches have statistics of their own.
     """
 
     outputs: Outputs
     score: float | None
-    arrived: Mapping[str, LayerInput]
+    inputs: Mapping[str, LayerInput]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,12 +48,12 @@ class Bench:
     """A model on some samples.
 
     Attributes:
-        model: The model that the user has, which the score is given.
+        model: The user's model, which is scored.
         inner: The same without wrappers, in eval mode.
-        layers: The layers whose statistics are changed.
-        untracked: Layers that normalise each batch by itself in any case.
-        forward: How the model is called.
-        score: How good the model is, the higher the better.
+        layers: The layers whose statistics change.
+        untracked: Layers that always use the statistics of each batch.
+        forward: Calls the model.
+        score: Returns how good the model is, the higher the better.
         samples: The samples.
     """
 
@@ -68,16 +68,15 @@ class Bench:
     def with_statistics(self, statistics: Statistics) -> Measured:
         """Measure the model with given statistics."""
         with use_statistics(self.layers, statistics):
-            arrived, outputs = collect_inputs(
+            inputs, outputs = collect_inputs(
                 self.layers, self.inner, self.forward, self.samples.batches
             )
-            return Measured(outputs=outputs, score=self._scored(), arrived=arrived)
+            return Measured(outputs=outputs, score=self._scored(), inputs=inputs)
 
     def with_batches(self, size: int | None) -> Measured:
-        """Measure the model where each layer normalises so many samples by their own statistics.
+        """Measure the model with each ``size`` samples normalised by their own statistics.
 
-        Args:
-            size: How many samples; None for batches as they come.
+        Batches are used as they come if it is None.
         """
         batches = self.samples.batches if size is None else self.samples.of_size(size)
         outputs = self.outputs_in_batches(batches, size)
@@ -85,7 +84,7 @@ class Bench:
         with parts.in_use():
             score = self._scored()
         is_full = size is None or parts.largest_part >= size
-        return Measured(outputs=outputs, score=score if is_full else None, arrived={})
+        return Measured(outputs=outputs, score=score if is_full else None, inputs={})
 
     def outputs_with(self, statistics: Statistics, batches: Iterable[Batch]) -> Outputs:
         """Return the outputs for some batches with given statistics."""
@@ -93,23 +92,23 @@ class Bench:
             return collect_outputs(self.inner, self.forward, batches)
 
     def outputs_in_batches(self, batches: Iterable[Batch], size: int | None = None) -> Outputs:
-        """Return the outputs where so many samples are normalised by their own statistics."""
+        """Return the outputs with each ``size`` samples normalised by their own statistics."""
         with self._batch_statistics(size).in_use():
             return collect_outputs(self.inner, self.forward, batches)
 
-    def arrive_in_batches(self, arrive: OnInput) -> None:
-        """Call ``arrive`` with what arrives at each layer where batches have their own statistics.
+    def read_inputs_in_batches(self, on_input: OnInput) -> None:
+        """Call ``on_input`` with each layer's inputs while batches have their own statistics.
 
         Args:
-            arrive: Is given the index of the layer, and the values.
+            on_input: Takes the index of the layer, and the inputs.
         """
-        # Which rows a sample is takes a forward of its own, that nobody is to see.
+        # Counting the rows of a sample takes a forward, which must not reach the hooks.
         parts = self._batch_statistics(None)
-        with parts.in_use(), read_inputs(self.layers, arrive):
+        with parts.in_use(), read_inputs(self.layers, on_input):
             collect_outputs(self.inner, self.forward, self.samples.batches)
 
     def outputs_in_shuffled_batches(self) -> Outputs | None:
-        """Return the same with other neighbours in each batch; None where that cannot be."""
+        """Return the same with other neighbours in each batch; None if that is impossible."""
         shuffled = self.samples.shuffled()
         if shuffled is None:
             return None
@@ -117,12 +116,12 @@ class Bench:
         return self.outputs_in_batches(batches).in_order(order)
 
     def why_not_in_batches(self, size: int) -> str | None:
-        """Return why samples cannot be normalised so many at a time; None where they can."""
+        """Return why batches cannot have this size; None if they can."""
         if size > len(self.samples):
             number = len(self.samples)
             return "there is 1 sample" if number == 1 else f"there are {number} samples"
         if self.samples.must_be_joined(size):
-            # It would take what is left over, and be of another size.
+            # The one batch would take the remainder, and be of another size.
             if size != len(self.samples) < 2 * size:
                 return f"{len(self.samples)} samples make only one"
             if self.samples.whole is None:
@@ -136,13 +135,13 @@ class Bench:
 
     @property
     def values_per_sample(self) -> Mapping[str, int]:
-        """Values per channel that a sample is at each layer that is reached."""
-        return {name: seen.values_per_sample for name, seen in self._arrived.items()}
+        """Values per channel and sample at each layer that is reached."""
+        return {name: seen.values_per_sample for name, seen in self._layer_inputs.items()}
 
     @property
     def order_of_calls(self) -> Sequence[str]:
         """Names of the layers that are reached, in the order of their first calls."""
-        return list(self._arrived)
+        return list(self._layer_inputs)
 
     def without_nonfinite_batches(self, statistics: Statistics) -> Bench:
         """Return the same without the samples whose outputs are NaN or Inf with these statistics.
@@ -162,18 +161,18 @@ class Bench:
         return replace(self, samples=Samples(batches, self.samples.payloads))
 
     @property
-    def _arrived(self) -> Mapping[str, LayerInput]:
+    def _layer_inputs(self) -> Mapping[str, LayerInput]:
         return self._one_batch[0]
 
     @cached_property
     def _one_batch(self) -> tuple[Mapping[str, LayerInput], Outputs]:
-        """What a batch brings to each layer, to tell how many rows a sample is there."""
+        """Inputs of the layers and outputs for one batch, which show the rows per sample."""
         layers = (*self.layers, *self.untracked)
         return collect_inputs(layers, self.inner, self.forward, self.samples.batches[:1])
 
     def _batch_statistics(self, size: int | None) -> BatchStatistics:
         layers = [layer for layer in (*self.layers, *self.untracked) if layer.has_modes]
-        rows = {name: seen.rows for name, seen in self._arrived.items()}
+        rows = {name: seen.rows for name, seen in self._layer_inputs.items()}
         return BatchStatistics(layers, rows, size)
 
     def _scored(self) -> float | None:
@@ -189,12 +188,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far what arrives at a layer is from its statistics.
+    """How far the inputs of a layer are from its statistics.
 
     Attributes:
         layer: Dotted name of the layer.
-        shift_std: Shift of the mean in standard deviations of the statistics, without its sign:
-            what nine channels of ten stay below.
+        shift_std: Absolute shift of the mean that 90 % of the channels stay below, in standard
+            deviations of the statistics.
         log_variance_ratio: The same of the logarithm of the variance ratio.
     """
 
@@ -209,15 +208,15 @@ class LayerDrift:
 
 
 def measure_drifts(
-    layers: Iterable[BatchNormLayer], arrived: Mapping[str, LayerInput], statistics: Statistics
+    layers: Iterable[BatchNormLayer], inputs: Mapping[str, LayerInput], statistics: Statistics
 ) -> list[LayerDrift]:
-    """Return how far each layer's statistics are from what arrived there, in forward order."""
+    """Return how far each layer's inputs are from its statistics, in forward order."""
     eps = {layer.name: layer.eps for layer in layers}
     return [
         measure_drift(
             name, seen.moments.mean.numpy(), seen.moments.var_unbiased.numpy(), given, eps[name]
         )
-        for name, seen in arrived.items()
+        for name, seen in inputs.items()
         if (given := statistics.get(name)) is not None and seen.moments is not None
     ]
 
@@ -246,26 +245,28 @@ _LABELS = {
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows, and what they were measured from.
+    """The rows, and what they were computed from.
 
     Attributes:
         rows: The rows by name, the stored statistics first.
-        measured: What each row, but that of shuffled batches, was measured from.
+        measured: The outputs of each row except that of shuffled batches.
         changed_share: Share of the predictions that differ from those with the statistics of the
             evaluation data, ties included, by the name of the row.
-        notes: Rows that could not be measured, and why.
+        orders: Whether the batches of a row are sorted, by the name of the row.
+        notes: Why rows are missing.
     """
 
     rows: Mapping[str, Row]
     measured: Mapping[str, Measured]
     changed_share: Mapping[str, float]
+    orders: Mapping[str, BatchOrder]
     notes: tuple[str, ...]
 
 
 def measure_table(
     bench: Bench, stored: Statistics, cures: Mapping[str, Statistics], batch_sizes: Iterable[int]
 ) -> Table:
-    """Measure the model as it is, with other statistics, and with those of its batches.
+    """Measure the model with its own statistics, with others, and with those of batches.
 
     Args:
         bench: The model on its samples.
@@ -274,28 +275,31 @@ def measure_table(
         batch_sizes: Sizes at which batches are normalised by their own statistics.
 
     Raises:
-        CalibrationError: The model fails, or returns what cannot be compared.
+        CalibrationError: The model fails, or its outputs cannot be compared.
     """
     measured = {"stored": bench.with_statistics({})}
     measured |= {name: bench.with_statistics(statistics) for name, statistics in cures.items()}
     labels = {name: _LABELS[name] for name in measured}
     own, notes = bench.samples.batch_size, []
+    orders: dict[str, BatchOrder | None] = {}
     for size in (own, *sorted(set(batch_sizes) - {own})):
         reason = bench.why_not_in_batches(size)
         if reason is not None:
             notes.append(f"no row for batches of {size}: {reason}")
         elif size == own:
             measured["batches"] = bench.with_batches(None)
+            orders["batches"] = bench.samples.order() or bench.samples.order(_part(bench.samples))
             labels["batches"] = f"of each batch, as they come ({own})"
         else:
             measured[f"batches of {size}"] = bench.with_batches(size)
+            orders[f"batches of {size}"] = bench.samples.order(size)
             labels[f"batches of {size}"] = f"of each batch of {size}"
     outputs = {name: each.outputs for name, each in measured.items()}
     if "batches" in measured and (shuffled := bench.outputs_in_shuffled_batches()) is not None:
         outputs["shuffled batches"] = shuffled
         labels["shuffled batches"] = f"of each batch of {own}, shuffled"
     drifting = {
-        name: measure_drifts(bench.layers, measured[name].arrived, statistics)
+        name: measure_drifts(bench.layers, measured[name].inputs, statistics)
         for name, statistics in {"stored": stored, **cures}.items()
     }
     rows = {
@@ -311,7 +315,13 @@ def measure_table(
     }
     expected = outputs["evaluation"]
     changed = {name: each.changed_share(expected) for name, each in outputs.items()}
-    return Table(rows, measured, changed, tuple(notes))
+    known = {name: order for name, order in orders.items() if order is not None}
+    return Table(rows, measured, changed, known, tuple(notes))
+
+
+def _part(samples: Samples) -> int:
+    """Return the size of parts of batches that are enough to be compared."""
+    return max(2, samples.batch_size * len(samples.batches) // (2 * MIN_BATCHES))
 
 
 def _row(

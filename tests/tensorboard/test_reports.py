@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
 from bnguard.tensorboard.log_report import logged_runs, open_log
-from bnguard.tensorboard.measures import MEASURES, measured
+from bnguard.tensorboard.measures import MEASURES, compute_metrics
 from bnguard.tensorboard.metadata import CHANNEL_ROWS, standard_metrics
 from bnguard.tensorboard.writer import ReportLog
 from tests.networks import conv_net, train
@@ -34,7 +34,7 @@ def test_what_was_observed_is_what_is_read(tmp_path):
         log.add_channels(report, 57)
 
     metrics = standard_metrics()
-    values = measured(report.layers, metrics)
+    values = compute_metrics(report.layers, metrics)
     by_key = dict(zip([metric.key for metric in metrics], values, strict=True))
     assert by_key["values_per_channel"].tolist() == [4096, 1024, 256]
     assert np.isfinite(by_key["eval_shift_std"]).all()
@@ -61,7 +61,7 @@ def test_channels_are_as_dead_as_the_rule_finds_them(tmp_path):
     (finding,) = [found for found in report.findings if found.code == "BN204"]
     assert finding.channels == (2, 3)
     (metric,) = [metric for metric in standard_metrics() if metric.key == "dead_channel_share"]
-    assert measured(report.layers, [metric]).item() == 0.5
+    assert compute_metrics(report.layers, [metric]).item() == 0.5
     series = open_log(tmp_path).channels(".", "")
     assert series.values[-1, CHANNEL_ROWS.index("is_dead")].tolist() == [0.0, 0.0, 1.0, 1.0]
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from bnguard.whatif.causes import name_cause
-from bnguard.whatif.evidence import Numbers, Training
+from bnguard.whatif.causes import reach_verdict
+from bnguard.whatif.evidence import Dropout, Numbers, Training
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import BatchOrder
 
@@ -60,8 +60,8 @@ def numbers(
 
 
 def test_statistics_that_were_lost_are_told_from_those_with_too_few_updates():
-    few = name_cause(numbers(0.6, 0.95, 0.95, initial_weight=0.3))
-    lost = name_cause(numbers(0.6, 0.95, 0.95, initial_weight=1.0, untouched=("a", "b")))
+    few = reach_verdict(numbers(0.6, 0.95, 0.95, initial_weight=0.3))
+    lost = reach_verdict(numbers(0.6, 0.95, 0.95, initial_weight=1.0, untouched=("a", "b")))
     assert few.name == lost.name == "unconverged-statistics"
     assert "momentum" in few.message
     assert "momentum" not in lost.message + lost.advice
@@ -125,7 +125,7 @@ def test_statistics_that_were_lost_are_told_from_those_with_too_few_updates():
     ],
 )
 def test_the_numbers_name_the_cause(given, name, cured_by):
-    cause = name_cause(given)
+    cause = reach_verdict(given)
     assert (cause.name, cause.cured_by) == (name, cured_by)
     assert cause.is_fault is (name not in {"none", "harmless"})
     assert cause.evidence
@@ -140,7 +140,7 @@ def test_batches_that_do_well_only_as_they_come_are_correlated():
     rows["shuffled batches"] = Row(
         name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
     )
-    cause = name_cause(Numbers(rows=rows, samples=1000, training=training()))
+    cause = reach_verdict(Numbers(rows=rows, samples=1000, training=training()))
     assert cause.name == "correlated-batches"
 
 
@@ -152,8 +152,44 @@ def test_parts_of_correlated_batches_that_do_a_little_better_do_not_hide_them():
     rows["shuffled batches"] = Row(
         name="shuffled batches", label="shuffled", change=0.05, flipped_share=0.01
     )
-    cause = name_cause(Numbers(rows=rows, samples=1000, training=training()))
+    cause = reach_verdict(Numbers(rows=rows, samples=1000, training=training()))
     assert cause.name == "correlated-batches"
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_better"),
+    [
+        ((0.94, 0.95, 0.945), True),
+        ((0.94, 0.94, 0.94, 0.945), True),
+        ((0.94, 0.9, 0.9, 0.9), False),
+    ],
+    ids=["of the running statistics", "of each batch", "none is better"],
+)
+def test_a_better_score_in_the_table_is_said_to_be_chance(scores, is_better):
+    cause = reach_verdict(numbers(*scores))
+    assert cause.name == "none"
+    assert ("by more than chance (±" in cause.message) is is_better
+
+
+def test_samples_of_a_batch_that_are_alike_are_not_the_noise_of_small_batches():
+    given = numbers(0.3, 0.5, 0.5, 0.95)
+    assert reach_verdict(given).name == "small-batch-noise"
+    shuffled = dataclasses.replace(given, orders={"batches": SHUFFLED})
+    assert reach_verdict(shuffled).name == "small-batch-noise"
+    alike = dataclasses.replace(given, orders={"batches": SORTED})
+    assert reach_verdict(alike).name == "correlated-batches"
+
+
+@pytest.mark.parametrize(
+    ("stored", "active", "name"),
+    [(0.3, 0.1, "dropout-before-bn"), (0.3, 0.9, "other-preprocessing"), (0.95, 0.1, "harmless")],
+)
+def test_dropout_is_named_if_the_stored_statistics_are_those_with_it(stored, active, name):
+    dropout = Dropout("Dropout", active, 1.0)
+    given = numbers(stored, 0.95, 0.95, dropout=dropout, drifts=(4.0, 0.1), stored_drift=4.0)
+    cause = reach_verdict(given)
+    assert cause.name == name
+    assert ("Dropout" in cause.message) is (active < 0.5)
 
 
 @pytest.mark.parametrize(
@@ -175,5 +211,5 @@ def test_without_a_score_the_outputs_tell(change, flipped, name):
         "averaged": Row(name="averaged", label="c", change=0.01, flipped_share=0.0),
         "evaluation": Row(name="evaluation", label="d", change=0.0, flipped_share=0.0),
     }
-    cause = name_cause(Numbers(rows=rows, samples=100, training=training()))
+    cause = reach_verdict(Numbers(rows=rows, samples=100, training=training()))
     assert cause.name == name

@@ -134,7 +134,7 @@ def test_both_loaders_prepared_otherwise_are_not_stale_statistics(prepare, score
 def test_a_reference_prepared_otherwise_is_said_where_it_does_no_harm(prepare):
     diagnosis = diagnosed(trained.healthy(), reference=prepare(REFERENCE))
     assert (diagnosis.cause.name, diagnosis.cause.is_fault) == ("harmless", False)
-    assert "than from the evaluation data" in diagnosis.cause.message
+    assert "and fit its statistics" in diagnosis.cause.message
     assert "no fault found" not in str(diagnosis)
 
 
@@ -281,6 +281,52 @@ def test_batches_that_have_something_in_common_are_named(group, score):
         (as_they_come,) = scores(diagnosis, "batches")
         assert as_they_come > 0.9
         assert max(scores(diagnosis, "stored", "reference", "evaluation")) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("group", "reference"),
+    [(128, REFERENCE), (32, REFERENCE), (32, None), (8, None)],
+    ids=["whole batches", "parts of batches", "parts, alone", "small parts, alone"],
+)
+def test_several_streams_are_not_the_noise_of_small_batches(group, reference):
+    diagnosis = diagnosed(
+        trained.of_two_streams(),
+        images=trained.in_turn(IMAGES, group),
+        reference=None if reference is None else trained.in_turn(reference, 32),
+    )
+    assert diagnosis.cause.name == "correlated-batches"
+    assert "streams" in diagnosis.cause.message
+    assert "into one batch" in diagnosis.cause.advice
+
+
+@pytest.mark.parametrize("score", [True, False], ids=["score", "no score"])
+@pytest.mark.parametrize("reference", [None, REFERENCE], ids=["alone", "with training data"])
+def test_dropout_before_bn_is_not_another_preprocessing(score, reference):
+    diagnosis = diagnosed(trained.with_dropout(), score=score, reference=reference)
+    assert diagnosis.cause.name == "dropout-before-bn"
+    assert diagnosis.cause.message.startswith("Dropout comes before BN layers")
+    assert "with dropout active" in diagnosis.cause.evidence[1]
+    model = copy.deepcopy(trained.with_dropout())
+    before = trained.accuracy(IMAGES)(model)
+    bnguard.recalibrate(model, REFERENCE.split(32))
+    assert trained.accuracy(IMAGES)(model) > before + 0.02
+
+
+def test_dropout_behind_the_last_bn_layer_is_not_named():
+    model = copy.deepcopy(trained.averaged())
+    model.insert(len(model) - 1, nn.Dropout(0.5))
+    assert diagnosed(model.eval()).cause.name == "stale-statistics"
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_a_dry_run_in_train_mode_is_named_as_what_may_have_updated_statistics(steps):
+    torch.manual_seed(0)
+    model = copy.deepcopy(trained.healthy()).train()
+    for _ in range(steps):
+        model(torch.randn(32, 1, 8, 8))
+    diagnosis = diagnosed(model.eval())
+    assert diagnosis.cause.is_fault
+    assert "other data updated the statistics" in diagnosis.cause.message
 
 
 def test_a_sorted_training_loader_is_no_fault_of_a_healthy_network():

@@ -292,3 +292,21 @@ def test_a_model_without_running_statistics_has_nothing_to_compare():
     assert (diagnosis.cause.name, diagnosis.cause.is_fault) == ("no-statistics", False)
     assert "no BN layer has running statistics" in str(diagnosis).replace("\n", " ")
     assert diagnosis.to_dict()["rows"] == []
+
+
+def test_batches_that_cannot_be_joined_are_compared_with_a_score():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 4), Transposed(), nn.BatchNorm1d(4), Pooled())
+    batches = [torch.randint(16, (8, 3 + index % 5)) for index in range(20)]
+    diagnosis = bnguard.diagnose(model, batches, score=lambda model: 0.5, batch_sizes=())
+    assert diagnosis.row("batches").score == 0.5
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        return x.mean(2)

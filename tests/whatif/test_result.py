@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard.whatif.result import Cause, Diagnosis, LayerShare, Row
+from bnguard.whatif.result import Diagnosis, LayerShare, Row, Verdict
 
 
 def diagnosis(**changes):
-    cause = Cause(
+    cause = Verdict(
         name="stale-statistics",
         message="the running statistics are not those of the weights",
         evidence=("score 0.5 as they are, 0.9 recalibrated on training data",),
@@ -88,5 +88,5 @@ def test_a_real_one_is_strict_json_with_its_schema():
 
 @pytest.mark.parametrize("is_fault", [True, False])
 def test_the_cause_is_named_where_there_is_one(is_fault):
-    cause = Cause(name="none", message="m", is_fault=is_fault, advice="a", next_step="b")
+    cause = Verdict(name="none", message="m", is_fault=is_fault, advice="a", next_step="b")
     assert ("no fault found: m" in str(diagnosis(cause=cause))) is not is_fault

@@ -116,6 +116,39 @@ def _one_scanner(images):
     return images * (0.3 + 1.7 * torch.rand(1)) + 2.0 * torch.randn(1)
 
 
+@functools.cache
+def of_two_streams():
+    """Each step forwards the images and their negatives, in batches of their own."""
+    torch.manual_seed(0)
+    images, labels = digits()
+    model = conv_net().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(4):
+        for batch in torch.randperm(1200).split(32):
+            if len(batch) == 32:
+                optimizer.zero_grad()
+                for inputs in (images[batch], 1.0 - images[batch]):
+                    F.cross_entropy(model(inputs), labels[batch]).backward()
+                optimizer.step()
+    return model.eval()
+
+
+def in_turn(images, size):
+    """Return images, every other group of which is negative."""
+    groups = images.split(size)
+    return torch.cat([1.0 - group if i % 2 else group for i, group in enumerate(groups)])
+
+
+@functools.cache
+def with_dropout():
+    """Dropout before each of three BN layers."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten()]
+    for inputs in (64, 32, 32):
+        layers += [nn.Linear(inputs, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.ReLU()]
+    return fitted(nn.Sequential(*layers, nn.Linear(32, 10)), epochs=4)
+
+
 class Residual(nn.Module):
     """A block that changes its input a little, with a BN layer."""
 
