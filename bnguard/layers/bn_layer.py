@@ -303,10 +303,10 @@ def require_module(model: object, caller: str) -> None:
         raise ConfigurationError(f"{caller} takes a torch.nn.Module, not {what}")
 
 
-def without_layers(model: nn.Module) -> str:
+def explain_missing_layers(model: nn.Module) -> str:
     """Return why no BN layers are found in a model.
 
-    >>> without_layers(nn.Linear(2, 2))
+    >>> explain_missing_layers(nn.Linear(2, 2))
     'Linear has no BN layers'
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -336,7 +336,7 @@ def is_wrapper(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Module) for inner in held)
 
 
-def as_written() -> AbstractContextManager[object]:
+def run_uncompiled() -> AbstractContextManager[object]:
     """Run what ``torch.compile`` made of a model as it was written.
 
     Compiled code sees neither a hook nor a forward that was put in place after it was made, and

@@ -18,6 +18,7 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
+from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
     BadValueOrigin,
     BatchWindow,
@@ -25,7 +26,6 @@ from bnguard.observe.windows import (
     EvalWindow,
     InputWindow,
     ModeGap,
-    Plan,
     RunningStatistics,
     Stream,
     UnknownLayer,

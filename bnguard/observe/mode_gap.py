@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bnguard.distributed import number_of_ranks
-from bnguard.layers.bn_layer import BatchNormLayer, as_written, is_wrapper
+from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper, run_uncompiled
 from bnguard.layers.moments import wide
 from bnguard.layers.preserve import (
     preserve_buffers,
@@ -271,7 +271,7 @@ class GapProbe:
             return "the batch of a SyncBatchNorm is spread over the ranks"
         try:
             with (
-                as_written(),
+                run_uncompiled(),
                 preserve_modes(self._model),
                 preserve_random_states(self._model),
                 preserve_buffers(self._model),

@@ -28,8 +28,8 @@ from bnguard.observe.model_state import (
 )
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.running_buffers import BufferReading
+from bnguard.observe.training_plan import Plan
 from bnguard.observe.unknown_layers import UnknownProbe
-from bnguard.observe.windows import Plan
 
 # Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
 _MAX_EARLIER_GAPS = 4

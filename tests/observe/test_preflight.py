@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 import bnguard
-from bnguard.observe.windows import Plan, plan_training
+from bnguard.observe.training_plan import Plan, plan_training
 from tests.networks import mlp
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
 from bnguard.layers.bn_layer import _ADAPTERS
-from bnguard.observe.windows import plan_training
+from bnguard.observe.training_plan import plan_training
 
 
 class OfOldValue(nn.Module):

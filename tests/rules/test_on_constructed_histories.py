@@ -22,7 +22,7 @@ from bnguard.observe.history import (
     Run,
     RunningStatistics,
 )
-from bnguard.observe.windows import Plan
+from bnguard.observe.training_plan import Plan
 from bnguard.rules import RULES, rule_named
 from bnguard.rules.engine import diagnose
 
