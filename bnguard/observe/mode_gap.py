@@ -68,6 +68,9 @@ _ROUNDING = 1e-12
 # Fewer samples cannot be halved into batches with statistics of their own.
 _MIN_SAMPLES_TO_HALVE = 4
 
+# Change of the outputs in eval mode, without the rest of the batch, up to which rows are samples.
+_MAX_DEPENDENCE = 0.01
+
 
 def relative_change(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """Return the root mean square change, in standard deviations of the reference.
@@ -191,7 +194,9 @@ def _probabilities(scores: Tensor) -> Tensor:
 class _Call:
     """A call of a module during evaluation, and the settings that it ran under.
 
-    ``depth`` is larger the deeper the module lies in the model.
+    Attributes:
+        depth: Larger the deeper the module lies in the model.
+        first_rows: Rows of the first batch, if several were joined.
     """
 
     depth: int
@@ -202,25 +207,39 @@ class _Call:
     is_autocast: bool
     autocast_dtype: torch.dtype
     is_inference: bool
+    first_rows: int | None = None
 
     @property
-    def samples(self) -> int:
-        """The size that the first dimension of the inputs shares; 0 where it does not."""
+    def rows(self) -> int:
+        """The size that the first dimension of all inputs shares; 0 if they differ."""
         sizes = {len(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.dim()}
         return sizes.pop() if len(sizes) == 1 else 0
 
-    def outputs(self, samples: int | None = None) -> list[Tensor]:
-        """Return the floating-point tensors that the module gives, for the first samples or all."""
-        inputs = (self.args, self.kwargs)
-        if samples is not None:
-            inputs = tree_map(
-                lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-                inputs,
-            )
-        args, kwargs = inputs
+    def outputs(self) -> list[Tensor]:
+        """Run the module on a copy of the inputs and return its floating-point tensors."""
+        args, kwargs = _copy((self.args, self.kwargs))
         mode = torch.inference_mode() if self.is_inference else torch.no_grad()
         with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
             return list(float_tensors(self.module(*args, **kwargs)))
+
+    def first(self, rows: int) -> _Call:
+        """Return the call for the first rows alone."""
+        args, kwargs = tree_map(
+            lambda leaf: leaf[:rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+            (self.args, self.kwargs),
+        )
+        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=None)
+
+    def joined_with(self, other: _Call) -> _Call:
+        """Return one call for the rows of both; this one if their inputs do not fit together."""
+        if 0 in (self.rows, other.rows) or self.is_inference != other.is_inference:
+            return self
+        try:
+            args, kwargs = tree_map(_join, (self.args, self.kwargs), (other.args, other.kwargs))
+        except (RuntimeError, ValueError):
+            return self
+        first_rows = self.first_rows or self.rows
+        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=first_rows)
 
 
 class GapProbe:
@@ -265,7 +284,8 @@ class GapProbe:
 
         Once measured, it costs one forward to measure it again with other running statistics.
         """
-        if self._smallest is None or self._largest is None:
+        smallest, largest = self._smallest, self._largest
+        if smallest is None or largest is None:
             return self._reason
         if _is_spread_over_ranks(self._layers):
             return "the batch of a SyncBatchNorm is spread over the ranks"
@@ -277,23 +297,28 @@ class GapProbe:
                 preserve_buffers(self._model),
                 preserve_statistics(self._layers),
             ):
-                return self._compare(self._smallest, self._largest)
+                return self._compare(smallest, largest)
         except Exception as error:
-            return f"the batch could not be run again: {type(error).__name__}: {error}"
+            if smallest.rows == 1:
+                return "1 sample of evaluation is too few for batch statistics"
+            return f"the model raised {type(error).__name__} when the batch was run again"
 
     def _compare(self, smallest: _Call, largest: _Call) -> ModeGap:
-        running = smallest.outputs()
-        scores = running if largest is smallest else largest.outputs()
+        is_one = largest is smallest
+        smallest, running = _run(smallest)
+        largest, scores = (smallest, running) if is_one else _run(largest)
+        self._smallest, self._largest = smallest, largest
         if self._of_batch is None:
+            are_samples = _has_independent_rows(smallest, running)
             for layer in self._layers:
                 layer.module.training = True
-            self._of_batch = _run_on_batch_statistics(smallest, largest)
+            self._of_batch = _run_on_batch_statistics(smallest, largest, are_samples=are_samples)
         batch = self._of_batch
         return ModeGap(
-            samples=smallest.samples,
-            relative_change=relative_change(*_compared(running, batch.outputs, smallest.samples)),
+            samples=batch.samples,
+            relative_change=relative_change(*_compared(running, batch.outputs, smallest.rows)),
             sampling_change=batch.sampling_change,
-            flipped_share=flipped_share(*_compared(scores, batch.scores, largest.samples)),
+            flipped_share=flipped_share(*_compared(scores, batch.scores, largest.rows)),
         )
 
     def _keeper(self, depth: int, module: nn.Module) -> Callable[..., None]:
@@ -305,16 +330,16 @@ class GapProbe:
                 for call in (self._smallest, self._largest)
                 if call is not None and call.depth == depth
             ]
-            is_small = any(0 < call.samples < _ENOUGH_SAMPLES for call in kept)
+            is_small = any(0 < call.rows < _ENOUGH_SAMPLES for call in kept)
             if not (is_smallest or is_largest or is_small) or any(map(_IS_TRAINING, self._layers)):
                 return
-            size = sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
+            size = sum(map(_bytes, _tensors((args, kwargs))))
             if size > MAX_CAPTURED_BYTES:
                 self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
                 return
-            call = _kept(depth, module, args, kwargs, self._device)
+            call = _copied(depth, module, args, kwargs, self._device)
             if is_small:
-                call = _together(kept[0], call)
+                call = kept[0].joined_with(call)
                 is_smallest, is_largest = (
                     kept[0] is own for own in (self._smallest, self._largest)
                 )
@@ -324,17 +349,14 @@ class GapProbe:
         return keep
 
 
-def _kept(
+def _copied(
     depth: int,
     module: nn.Module,
     args: tuple[object, ...],
     kwargs: dict[str, object],
     device: str,
 ) -> _Call:
-    # Copies, because a forward may write to its input.
-    args, kwargs = tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-    )
+    args, kwargs = _copy((args, kwargs))
     return _Call(
         depth=depth,
         module=module,
@@ -347,22 +369,29 @@ def _kept(
     )
 
 
-def _together(first: _Call, second: _Call) -> _Call:
-    """Return one call for the samples of both; the first where their inputs do not fit together."""
-    samples = first.samples, second.samples
+def _copy(
+    inputs: tuple[tuple[object, ...], dict[str, object]],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Copy the tensors, because a forward may write to its inputs."""
+    args, kwargs = tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs
+    )
+    return args, kwargs
 
-    def joined(one: object, other: object) -> object:
-        if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
-            return one
-        return torch.cat([one, other])
 
-    if 0 in samples or (first.is_inference != second.is_inference):
-        return first
-    try:
-        args, kwargs = tree_map(joined, (first.args, first.kwargs), (second.args, second.kwargs))
-    except (RuntimeError, ValueError):
-        return first
-    return dataclasses.replace(first, args=args, kwargs=kwargs)
+def _join(one: object, other: object) -> object:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
+        return one
+    if one.layout is not torch.strided:
+        raise ValueError("the rows of sparse tensors cannot be taken apart again")
+    return torch.cat([one, other])
+
+
+def _bytes(tensor: Tensor) -> int:
+    if tensor.layout is torch.strided:
+        return tensor.nbytes
+    # A sparse tensor has no nbytes: its values, and an index per value and dimension.
+    return tensor._nnz() * (tensor.itemsize + 8 * tensor.dim())
 
 
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:
@@ -392,31 +421,66 @@ def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _OfBatch:
-    """What comes out with the statistics of the batch, and how far sampling alone moves it."""
+    """The outputs with batch statistics, and how far sampling alone moves them."""
 
     outputs: list[Tensor]
     scores: list[Tensor]
+    samples: int
     sampling_change: float | None
 
 
-def _run_on_batch_statistics(smallest: _Call, largest: _Call) -> _OfBatch:
+def _run(call: _Call) -> tuple[_Call, list[Tensor]]:
+    """Return a call and its outputs; the call of the first batch if the joined rows do not run.
+
+    The nodes of two graphs can be joined, but not their adjacency matrices.
+    """
+    try:
+        return call, call.outputs()
+    except Exception:
+        if call.first_rows is None:
+            raise
+    first = call.first(call.first_rows)
+    return first, first.outputs()
+
+
+def _change_of_half(call: _Call, outputs: Sequence[Tensor]) -> float | None:
+    """Return the change when the first half of the rows runs alone; None if it cannot be told."""
+    half, places = call.rows // 2, places_of_rows([outputs], [call.rows])
+    if not places or call.rows < _MIN_SAMPLES_TO_HALVE:
+        return None
+    alone = call.first(half).outputs()
+    return relative_change(
+        [alone[place] for place in places], [outputs[place][:half] for place in places]
+    )
+
+
+def _has_independent_rows(call: _Call, outputs: Sequence[Tensor]) -> bool:
+    """Return whether the outputs in eval mode for half the rows do not depend on the other half.
+
+    Those of the nodes of a graph do: nodes are not samples.
+    """
+    try:
+        change = _change_of_half(call, outputs)
+    except Exception:  # half a graph does not fit the other inputs
+        return False
+    return change is None or change <= _MAX_DEPENDENCE or not math.isfinite(change)
+
+
+def _run_on_batch_statistics(smallest: _Call, largest: _Call, *, are_samples: bool) -> _OfBatch:
     outputs = smallest.outputs()
-    scores = outputs if largest is smallest else largest.outputs()
-    rows = places_of_rows([outputs], [smallest.samples])
-    sampling, half = None, smallest.samples // 2
-    if rows and smallest.samples >= _MIN_SAMPLES_TO_HALVE:
+    return _OfBatch(
+        outputs=outputs,
+        scores=outputs if largest is smallest else largest.outputs(),
+        samples=smallest.rows if are_samples else 0,
         # Statistics of half a batch are as far from those of the whole as these are from the truth.
-        of_half = smallest.outputs(half)
-        sampling = relative_change(
-            [of_half[place] for place in rows], [outputs[place][:half] for place in rows]
-        )
-    return _OfBatch(outputs, scores, sampling)
+        sampling_change=_change_of_half(smallest, outputs) if are_samples else None,
+    )
 
 
 def _compared(
-    outputs: Sequence[Tensor], reference: Sequence[Tensor], samples: int
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    places = places_of_rows([reference], [samples]) or range(len(reference))
+    places = places_of_rows([reference], [rows]) or range(len(reference))
     return [outputs[place] for place in places], [reference[place] for place in places]
 
 

@@ -281,7 +281,8 @@ class ModeGap:
     """How far the outputs for one batch differ between the two modes, all else in eval mode.
 
     Attributes:
-        samples: Samples in the batch; 0 where its inputs do not share a first dimension.
+        samples: Samples in the batch; 0 if the rows of the inputs are not independent samples, as
+            the nodes of a graph.
         relative_change: Root mean square difference between the outputs under running and under
             batch statistics, in standard deviations of the latter; infinite where not finite.
         sampling_change: The same between statistics of half the batch and of the whole: what

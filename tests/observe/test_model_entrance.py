@@ -43,12 +43,12 @@ def test_the_outermost_call_counts_once_whatever_is_called():
     assert seen(model, lambda: (model.loss(batch), model(batch))) == [[(16, 4)]] * 2
 
 
-def test_keywords_are_seen_and_what_is_no_number_is_not():
+def test_keywords_and_whole_numbers_are_seen():
     model, batch = Module(), torch.randn(16, 4)
     call = lambda: model(inputs=batch, scale=torch.tensor(2.0))  # noqa: E731
     assert seen(model, call) == [[(16, 4), ()]]
     labels = nn.Sequential(nn.Embedding(5, 4), nn.BatchNorm1d(4))
-    assert seen(labels, lambda: labels(torch.tensor([0, 1, 2]))) == [[]]
+    assert seen(labels, lambda: labels(torch.tensor([0, 1, 2]))) == [[(3,)]]
 
 
 def test_evaluation_and_no_grad_are_not_seen():

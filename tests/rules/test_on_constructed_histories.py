@@ -143,7 +143,7 @@ def test_bn302_is_info_where_all_layers_were_frozen():
     assert [f.severity for f in found("BN302", frozen)] == [Severity.INFO]
 
 
-@pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "first dimension")])
+@pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "not independent samples")])
 def test_bn302_does_not_judge_a_gap_that_sampling_may_explain(samples, reason):
     gap = dataclasses.replace(HARM, samples=samples, sampling_change=None)
     judged = diagnose(
