@@ -24,10 +24,13 @@ class Hooks:
         self._is_paused = False
         self._error: Exception | None = None
 
-    def before(self, module: nn.Module, note: Note, *, with_kwargs: bool = False) -> None:
+    def before(
+        self, module: nn.Module, note: Note, *, with_kwargs: bool = False
+    ) -> RemovableHandle:
         """Call ``note`` with the arguments of each forward of the module, before it."""
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        return self._handles[-1]
 
     def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
         """Call ``note`` with arguments and keywords of each forward that none of these calls.
@@ -51,9 +54,10 @@ class Hooks:
             self.before(module, enter, with_kwargs=True)
             self.after(module, leave)
 
-    def after(self, module: nn.Module, note: Note) -> None:
+    def after(self, module: nn.Module, note: Note) -> RemovableHandle:
         """Call ``note`` with arguments and output of each forward, also one that raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
+        return self._handles[-1]
 
     def after_loading(self, module: nn.Module, note: Note) -> None:
         """Call ``note`` after each ``load_state_dict`` that reaches the module."""
