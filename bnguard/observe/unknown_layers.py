@@ -98,8 +98,6 @@ class UnknownProbe:
 
     def _spy_on(self, parts: Iterable[nn.Module]) -> None:
         """Watch the calls of ``batch_norm`` in the first training forward of each part."""
-        parts = tuple(parts)
-        waiting = {id(part) for part in parts}
         is_looking = False
 
         def look(part: nn.Module) -> None:
@@ -117,17 +115,17 @@ class UnknownProbe:
             is_looking = True
             spying.enter_context(_Spy(self._note_call))
 
-        def begin(part: nn.Module) -> Callable[..., None]:
+        def watch(part: nn.Module) -> None:
             def note(args: tuple[object, ...]) -> None:
-                if id(part) in waiting and part.training and torch.is_grad_enabled():
-                    waiting.discard(id(part))
+                if part.training and torch.is_grad_enabled():
+                    handle.remove()
                     if not is_looking:
                         look(part)
 
-            return note
+            handle = self.hooks.before(part, note)
 
         for part in parts:
-            self.hooks.before(part, begin(part))
+            watch(part)
 
     def _note_call(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
         """Note a call of ``batch_norm`` that normalises over the batch, and its caller."""
