@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +11,16 @@ from bnguard.layers.distances import FloatArray
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What loader, trainer and launcher say of a training before its first batch.
+    """The sizes of a training, as loader, trainer and launcher give them; None if unknown.
 
     Attributes:
-        batch_size: Samples a batch on this rank; None where not known.
-        samples: Samples an epoch on this rank; None where not known.
+        batch_size: Samples per batch on this rank.
+        samples: Samples per epoch on this rank.
         drops_last: Whether the last, smaller batch of an epoch is left out.
-        ranks: How many processes train together.
-        accumulated_batches: Batches whose gradients are added before a step of the optimizer.
-        label_run: Samples of one label that follow each other, on average, where samples are drawn
-            in the order of the dataset; None where they are not, or labels are not known.
-        shuffled_label_run: The same if they were shuffled.
+        ranks: Processes that train together.
+        accumulated_batches: Batches per step of the optimizer.
+        label_run: Mean number of samples of one label in a row, if the loader does not shuffle.
+        shuffled_label_run: The same in a random order.
     """
 
     batch_size: int | None = None
@@ -35,7 +33,7 @@ class Plan:
 
     @property
     def last_batch_size(self) -> int | None:
-        """Samples in the last batch of an epoch; None where not known.
+        """Samples in the last batch of an epoch.
 
         >>> Plan(batch_size=32, samples=65).last_batch_size
         1
@@ -50,22 +48,21 @@ class Plan:
 
     @property
     def smallest_batch_size(self) -> int | None:
-        """Samples in the smallest batch of an epoch; None where not known."""
+        """Samples in the smallest batch of an epoch."""
         return self.batch_size if self.last_batch_size is None else self.last_batch_size
 
 
 def plan_training(
     loader: object | None = None, *, ranks: int = 1, accumulated_batches: int = 1
 ) -> Plan:
-    """Return what a loader says about its batches, without drawing one.
+    """Return the plan of a training, without drawing a batch.
 
-    The sampler knows the share of a rank; a batch sampler of the user's own knows its own sizes,
-    and nothing is assumed of it.
+    The sampler knows the share of a rank. Nothing is assumed of a batch sampler of the user's own.
 
     Args:
-        loader: A ``DataLoader``, or anything with its attributes; others say nothing.
-        ranks: How many processes train together.
-        accumulated_batches: Batches whose gradients are added before a step of the optimizer.
+        loader: A ``DataLoader``, or any object with its attributes.
+        ranks: Processes that train together.
+        accumulated_batches: Batches per step of the optimizer.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -91,23 +88,21 @@ def plan_training(
 
 
 def _length(sampler: object) -> int | None:
-    """Return how many samples a sampler draws; None where it cannot tell."""
-    if not isinstance(sampler, Sized):
-        return None
+    """Return the number of samples that a sampler draws; None if it does not know."""
     try:
-        return len(sampler)
-    except Exception:  # a sampler of the user's own may raise whatever it likes
+        return len(sampler)  # type: ignore[arg-type]
+    except Exception:  # a sampler of the user's own may raise anything
         return None
 
 
 def _label_runs(dataset: object) -> tuple[float, float] | None:
-    """Return the mean length of runs of a label in a dataset, and that in a random order.
+    """Return the mean length of runs of a label in a dataset, and in a random order.
 
-    None where the dataset does not hold its labels as a list of whole numbers.
+    None if the dataset does not hold its labels as whole numbers in one array.
     """
     try:
         labels = _labels(dataset)
-    except Exception:  # a dataset of the user's own may raise whatever it likes
+    except Exception:  # a dataset of the user's own may raise anything
         return None
     if labels is None or labels.ndim != 1 or labels.size < 2 or labels.dtype.kind not in "iub":
         return None
