@@ -1,4 +1,4 @@
-"""Forward hooks that leave no trace: in copies, under ``torch.compile``, or after close."""
+"""Forward hooks that leave no trace in copies, under ``torch.compile``, or after closing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Note = Callable[..., None]
 
 
 class Hooks:
-    """The forward hooks of one probe, which come off together.
+    """The hooks of one probe, removed together.
 
-    An error in a note does not end the forward that it is called from: it waits for
-    :meth:`raise_error`, and nothing more is noted.
+    An error in a note does not end the user's forward: :meth:`raise_error` raises it later, and the
+    notes stop.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class Hooks:
     def before(
         self, module: nn.Module, note: Note, *, with_kwargs: bool = False
     ) -> RemovableHandle:
-        """Call ``note`` with the arguments of each forward of the module, before it."""
+        """Call ``note`` with the arguments before each forward of the module."""
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
         return self._handles[-1]
 
     def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
-        """Call ``note`` with arguments and keywords of each forward that none of these calls.
+        """Call ``note`` with arguments and keywords of each call from outside these modules.
 
-        Lightning lets DDP call a module whose training step then calls the module again.
+        In Lightning, DDP calls a module whose training step calls the module again.
         """
         depth = 0
 
@@ -47,7 +47,7 @@ class Hooks:
 
         def leave(args: tuple[object, ...], output: object) -> None:
             nonlocal depth
-            # Not below 0, where a hook of somebody else's raised before ours had counted.
+            # Not below 0: another hook may have raised before ours could count.
             depth = max(0, depth - 1)
 
         for module in modules:
@@ -55,7 +55,7 @@ class Hooks:
             self.after(module, leave)
 
     def after(self, module: nn.Module, note: Note) -> RemovableHandle:
-        """Call ``note`` with arguments and output of each forward, also one that raised."""
+        """Call ``note`` with arguments and output after each forward, even if it raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
         return self._handles[-1]
 
@@ -66,12 +66,12 @@ class Hooks:
         self._handles.append(handle)
 
     def raise_error(self) -> None:
-        """Raise what a note has raised, if one has."""
+        """Raise the error of a note, if there was one."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -79,7 +79,7 @@ class Hooks:
 
 @contextmanager
 def paused(*probes: Hooks) -> Iterator[None]:
-    """Note nothing inside: what runs there is not the user's training."""
+    """Pause hooks while something other than the user's training runs."""
     before = [hooks._is_paused for hooks in probes]
     for hooks in probes:
         hooks._is_paused = True
@@ -91,18 +91,14 @@ def paused(*probes: Hooks) -> Iterator[None]:
 
 
 class _Hook:
-    """A hook that stays behind when its module is copied or pickled.
-
-    A copy of a watched model (an averaged one, a checkpoint of the whole module) is not watched,
-    and must not carry the monitor along.
-    """
+    """A hook that is inert in a copied or pickled module: copies are not watched."""
 
     def __init__(self, hooks: Hooks, note: Note) -> None:
         self._hooks = hooks
         self._note = note
 
     def __call__(self, module: nn.Module, *call: object) -> None:
-        # Under torch.compile this is a constant: the hook leaves nothing in the graph.
+        # A constant under torch.compile: the hook adds nothing to the graph.
         if torch.compiler.is_compiling() or self._hooks._is_paused:
             return
         if self._hooks._error is None:

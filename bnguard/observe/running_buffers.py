@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide, wide_dtype
+from bnguard.observe.call_statistics import InputProbe
 from bnguard.observe.history import BatchWindow, RunningStatistics
 
 # Steps whose buffers wait for the arithmetic to be done for all of them at once, since what small
@@ -104,14 +105,14 @@ class BufferRow:
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics."""
-        self._condense({})
+        self._condense()
         self._window = Window(self._old.values.view(2, -1)[0])
         self._weight_squares = torch.zeros_like(self._updates)
         self._blends = torch.zeros_like(self._updates)
 
     def take_as_old(self) -> None:
         """Take the buffers as they are now as the old ones, whatever changed them."""
-        self._condense({})
+        self._condense()
         self._old = self._snapshot(self._old.step)
 
     def use_repeats(self, repeats: Mapping[str, int]) -> None:
@@ -119,19 +120,19 @@ class BufferRow:
         self._repeats = dict(repeats)
         self._use_momenta(self._momenta)
 
-    def read(self, step: int, sources: Mapping[str, BatchSource]) -> None:
-        """Note the buffers after a step."""
+    def read(self, step: int, calls: InputProbe) -> None:
+        """Read the buffers after a step, and at the calls of layers whose buffers are coarse."""
         momenta = self._current_momenta()
         if momenta != self._momenta:
-            self._condense({})
+            self._condense()
             self._use_momenta(momenta)
         self._pending.append(self._snapshot(step))
-        if len(self._pending) >= self._max_pending or self._restore_poisoned or sources:
-            self._condense(sources)
+        if len(self._pending) >= self._max_pending or self._restore_poisoned or calls.layers:
+            self._condense(calls)
 
     def readings(self) -> dict[str, BufferReading]:
         """Return what was read, by layer name, in one transfer from the device."""
-        self._condense({})
+        self._condense()
         channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
         layers = torch.stack(
             [
@@ -200,8 +201,8 @@ class BufferRow:
         self._blend_factor = (1.0 - kept) / (1.0 + kept)
 
     @torch.no_grad()
-    def _condense(self, sources: Mapping[str, BatchSource]) -> None:
-        """Turn the snapshots that wait into batches, and these into the window."""
+    def _condense(self, calls: InputProbe | None = None) -> None:
+        """Turn the pending snapshots into batches, and add these to the window."""
         if not self._pending:
             return
         snapshots = [self._old, *self._pending]
@@ -214,7 +215,8 @@ class BufferRow:
         weights, weight_squares = self._weights(rises, counters[1:])
         weights = weights.to(self._dtype).index_select(1, self._layer_of_channel)
         batches = (new - old).div_(weights.unsqueeze(1)).add_(old)
-        self._put_in(batches[-1], weight_squares[-1], sources)
+        if calls is not None:
+            self._put_in(batches[-1], weight_squares[-1], calls)
         self._window.add(batches)
         self._updates += rises.sum(0)
         self._weight_squares += torch.where(rises > 0, weight_squares, 0.0).sum(0)
@@ -241,17 +243,14 @@ class BufferRow:
         exponential = self._blend_factor * (1.0 + kept) / (1.0 - kept)
         return weights, torch.where(self._is_plain, self._repeated / rises, exponential)
 
-    def _put_in(
-        self, batch: Tensor, weight_squares: Tensor, sources: Mapping[str, BatchSource]
-    ) -> None:
-        """Put in the statistics of the layers that are read elsewhere; NaN where none came."""
-        for name, source in sources.items():
+    def _put_in(self, batch: Tensor, weight_squares: Tensor, calls: InputProbe) -> None:
+        """Put in the statistics of the layers that are read at their calls; NaN without a call."""
+        for name in calls.layers:
             index = self._index.get(name)
-            if index is None:
-                continue
-            values, count = source.take(name) or (torch.tensor(math.nan), 1)
-            batch[:, self._slices[index]] = values.to(batch)
-            weight_squares[index] = 1.0 / count
+            if index is not None:
+                values, count = calls.take(name) or (torch.tensor(math.nan), 1)
+                batch[:, self._slices[index]] = values.to(batch)
+                weight_squares[index] = 1.0 / count
 
     def _note_poison(self, new: Tensor) -> None:
         """Remember the first step after which statistics of a layer are not finite."""
@@ -314,17 +313,6 @@ class BufferReading:
             poisoned_step=next((step for step in steps if step is not None), None),
             restored_updates=earlier.restored_updates + self.restored_updates,
         )
-
-
-class BatchSource(Protocol):
-    """Where the batch statistics of a layer come from when its buffers do not tell them."""
-
-    def take(self, layer: str) -> tuple[Tensor, int] | None:
-        """Return what came since the last call; None where nothing did.
-
-        That is the average of the means and of the unbiased variances, shape ``(2, C)``, and of
-        how many batches it is one.
-        """
 
 
 class Window:
