@@ -1,37 +1,34 @@
 """How far two ways to normalise disagree: the one definition of change and flips, and the mode gap.
 
 The *change* between two outputs for the same samples is the root mean square of their difference,
-in units of the reference's standard deviation: its variance is taken per feature, about the mean
+in units of the reference's standard deviation. Its variance is taken per feature, about the mean
 over the rows (dimension 0), and averaged over the features, so that a constant offset between
-features is no spread. Each output tensor counts alike. Tensors that are the same in every row are
-left out, as they have no spread; if all are, their own root mean square is the unit. Only tensors
-with a row per sample are compared, if there are any. Outputs without rows that fit one below the
-other (images of several sizes, a loss per batch), and a single row, have the variance over all
-their values.
+features does not count. All output tensors count alike, except those that are the same in every
+row; if all are, the unit is their own root mean square. If some tensors have a row per sample, only
+these are compared. Outputs whose rows do not fit together (images of several sizes, a loss per
+batch), and a single row, have the variance over all their values.
 
-A *flip* is a prediction (the class with the highest score, for the first output of shape
-``(rows, classes)``) that changes, unless the probabilities of the two classes lie within 0.05 in
-both outputs: a network that has hardly learnt decides by next to nothing. Scores that are already
-probabilities are used as they are.
+A *flip* is a changed prediction (the class with the highest score, for the first output of shape
+``(rows, classes)``), unless the probabilities of the two classes are within 0.05 in both outputs:
+an undecided network flips by chance. Scores that are probabilities are used as they are.
 
-The *mode gap* is the change, and the flips, between running statistics and those of the batch,
-everything else in eval mode; the outputs with batch statistics are the reference. ``watch``,
-``recalibrate``, ``diagnose`` and ``swap`` all use the functions of this module.
+The *mode gap* is the change, and the flips, between running and batch statistics, everything else
+in eval mode; the outputs with batch statistics are the reference. ``watch``, ``recalibrate``,
+``diagnose`` and ``swap`` all use the functions of this module.
 
-While a model is watched, the smallest module that holds all BN layers and is called during
-evaluation is run again on a batch that it was called with, once in each mode, and so is the
-largest, for the flips, if it is another. No user step function is called, and no label is needed.
-The user's forward hooks do run again: pruning, weight normalisation and offloading work through
-them, so that without them another model would be measured.
+While a model is watched, the smallest module that holds all BN layers and is called in evaluation
+runs again on a batch of it, once in each mode, and so does the largest, for the flips. This needs
+no label and no step function of the user. Forward hooks of the user do run again, because pruning,
+weight normalisation and offloading work through them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,25 +44,21 @@ from bnguard.layers.preserve import (
     preserve_statistics,
 )
 from bnguard.observe.history import ModeGap
-from bnguard.observe.hooks import Hooks
+from bnguard.observe.hooks import Hooks, paused
 
-_IS_TRAINING = operator.attrgetter("is_training")
-
-# What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured. Two
-# are kept at most: what the smallest module was called with, and what the largest was.
+# Largest batch that is kept, in bytes; two at most, of the smallest and the largest module.
 MAX_CAPTURED_BYTES = 128 * 2**20
 
-# Samples up to which batches of an evaluation are put together: statistics of fewer are noise.
+# Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
 _ENOUGH_SAMPLES = 32
 
 # Difference of the probabilities of two classes up to which they tie.
 _MAX_TIE = 0.05
 
-# Variance over mean square up to which a float32 tensor that is the same in every row gets by
-# rounding.
+# Variance over mean square that rounding gives a float32 tensor with equal rows.
 _ROUNDING = 1e-12
 
-# Fewer samples cannot be halved into batches with statistics of their own.
+# Fewer samples are not halved into batches with statistics of their own.
 _MIN_SAMPLES_TO_HALVE = 4
 
 # Change of the outputs in eval mode, without the rest of the batch, up to which rows are samples.
@@ -73,14 +66,14 @@ _MAX_DEPENDENCE = 0.01
 
 
 def relative_change(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Return the root mean square change, in standard deviations of the reference.
+    """Return the change between outputs, in standard deviations of the reference.
 
-    0 is the same output, about 1.4 an unrelated one of the same spread; infinite if an output is
-    not finite. See the module's docstring for the definition.
+    0 for the same output, about 1.4 for an unrelated one of the same spread; infinite if an output
+    is not finite. The module's docstring has the definition.
 
     Args:
         outputs: The tensors that the model returned, with a row per sample.
-        reference: The same for the way to normalise that they are compared with.
+        reference: The same for the other way to normalise.
 
     Example:
         >>> import torch
@@ -118,11 +111,11 @@ def spread(reference: Tensor) -> float:
 def flipped_share(
     outputs: Sequence[Tensor], reference: Sequence[Tensor], *, max_tie: float = _MAX_TIE
 ) -> float | None:
-    """Return the share of predictions that change, ties left out; None without class scores.
+    """Return the share of predictions that change, without ties; None without class scores.
 
     Args:
         outputs: The tensors that the model returned, with a row per sample.
-        reference: The same for the way to normalise that they are compared with.
+        reference: The same for the other way to normalise.
         max_tie: Difference of probability up to which two classes tie; 0 counts every change.
 
     Example:
@@ -138,13 +131,13 @@ def flipped_share(
                 (p.gather(1, classes[0]) - p.gather(1, classes[1])).abs()
                 for p in map(_probabilities, (output, expected))
             ]
-            # Negated, so that predictions that are not finite count.
+            # Negated, so that NaN counts as a flip.
             return (~(torch.maximum(*margins) <= max_tie)).float().mean().item()
     return None
 
 
 def float_tensors(output: object) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in an output, in order: containers and dataclasses too."""
+    """Yield the floating-point tensors in an output, also inside containers and dataclasses."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -160,9 +153,9 @@ def float_tensors(output: object) -> Iterator[Tensor]:
 
 
 def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[int]:
-    """Return which tensors have a row per sample, in what a model returned for batches.
+    """Return the indices of the output tensors with a row per sample, in every batch.
 
-    A loss that is returned next to the scores belongs to a batch, and not to its samples.
+    A loss next to the scores, say, belongs to the batch.
 
     Example:
         >>> import torch
@@ -177,14 +170,14 @@ def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all batches; the values, one after the other, if rows differ in shape."""
+    """Return the rows of all batches; the flattened values if rows differ in shape."""
     if parts[0].dim() > 0 and len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(list(parts))
     return torch.cat([part.flatten() for part in parts])
 
 
 def _probabilities(scores: Tensor) -> Tensor:
-    """Return class probabilities: the scores themselves, where they are, or else their softmax."""
+    """Return the scores if they are probabilities, else their softmax."""
     scores = wide(scores)
     are_probabilities = (scores >= 0.0).all() and (scores.sum(1) - 1.0).abs().max() < 1e-2
     return scores if are_probabilities else scores.softmax(1)
@@ -195,11 +188,9 @@ class _Call:
     """A call of a module during evaluation, and the settings that it ran under.
 
     Attributes:
-        depth: Larger the deeper the module lies in the model.
         first_rows: Rows of the first batch, if several were joined.
     """
 
-    depth: int
     module: nn.Module
     args: tuple[object, ...]
     kwargs: dict[str, object]
@@ -243,7 +234,7 @@ class _Call:
 
 
 class GapProbe:
-    """Keeps one batch of an evaluation, and measures the mode gap on it.
+    """Keeps a batch of an evaluation, and measures the mode gap on it.
 
     Args:
         model: The model.
@@ -256,8 +247,8 @@ class GapProbe:
         self._layers = [layer for layer in layers if layer.is_tracking and layer.has_modes]
         means = [layer.running_mean for layer in self._layers]
         self._device = "cpu" if not means or means[0] is None else means[0].device.type
-        self._smallest: _Call | None = None
-        self._largest: _Call | None = None
+        # By the depth of the module in the model: the largest and the smallest that is called.
+        self._kept: dict[int, _Call] = {}
         self._of_batch: _OfBatch | None = None
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
@@ -266,31 +257,32 @@ class GapProbe:
             "under torch.compile, watch what torch.compile returned)"
         )
         for depth, module in enumerate(_holders(model, self._layers)):
-            keep = self._keeper(depth, _without_compilation(module))
+            keep = partial(self._keep, depth, _without_compilation(module))
             self.hooks.before(module, keep, with_kwargs=True)
 
     @property
     def has_batch(self) -> bool:
         """Whether a batch was kept."""
-        return self._smallest is not None
+        return bool(self._kept)
 
     def close(self) -> None:
-        """Take the hooks off and let the batch go."""
+        """Remove the hooks and drop the batch."""
         self.hooks.close()
-        self._smallest = self._largest = self._of_batch = None
+        self._kept, self._of_batch = {}, None
 
     def measure(self) -> ModeGap | str:
-        """Return the mode gap on the batch kept, or why it could not be measured.
+        """Return the mode gap on the batch, or why it was not measured.
 
-        Once measured, it costs one forward to measure it again with other running statistics.
+        A second call, with other running statistics, costs one forward.
         """
-        smallest, largest = self._smallest, self._largest
-        if smallest is None or largest is None:
+        if not self._kept:
             return self._reason
         if _is_spread_over_ranks(self._layers):
             return "the batch of a SyncBatchNorm is spread over the ranks"
+        smallest, largest = max(self._kept), min(self._kept)
         try:
             with (
+                paused(self.hooks),
                 run_uncompiled(),
                 preserve_modes(self._model),
                 preserve_random_states(self._model),
@@ -299,74 +291,55 @@ class GapProbe:
             ):
                 return self._compare(smallest, largest)
         except Exception as error:
-            if smallest.rows == 1:
+            if self._kept[smallest].rows == 1:
                 return "1 sample of evaluation is too few for batch statistics"
             return f"the model raised {type(error).__name__} when the batch was run again"
 
-    def _compare(self, smallest: _Call, largest: _Call) -> ModeGap:
-        is_one = largest is smallest
-        smallest, running = _run(smallest)
-        largest, scores = (smallest, running) if is_one else _run(largest)
-        self._smallest, self._largest = smallest, largest
+    def _compare(self, smallest: int, largest: int) -> ModeGap:
+        inner, running = _run(self._kept[smallest])
+        outer, scores = (inner, running) if largest == smallest else _run(self._kept[largest])
+        self._kept = {smallest: inner, largest: outer}
         if self._of_batch is None:
-            are_samples = _has_independent_rows(smallest, running)
+            are_samples = _has_independent_rows(inner, running)
             for layer in self._layers:
                 layer.module.training = True
-            self._of_batch = _run_on_batch_statistics(smallest, largest, are_samples=are_samples)
+            self._of_batch = _run_on_batch_statistics(inner, outer, are_samples=are_samples)
         batch = self._of_batch
         return ModeGap(
             samples=batch.samples,
-            relative_change=relative_change(*_compared(running, batch.outputs, smallest.rows)),
+            relative_change=relative_change(*_compared(running, batch.outputs, inner.rows)),
             sampling_change=batch.sampling_change,
-            flipped_share=flipped_share(*_compared(scores, batch.scores, largest.rows)),
+            flipped_share=flipped_share(*_compared(scores, batch.scores, outer.rows)),
         )
 
-    def _keeper(self, depth: int, module: nn.Module) -> Callable[..., None]:
-        def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            is_smallest = self._smallest is None or depth > self._smallest.depth
-            is_largest = self._largest is None or depth < self._largest.depth
-            kept = [
-                call
-                for call in (self._smallest, self._largest)
-                if call is not None and call.depth == depth
-            ]
-            is_small = any(0 < call.rows < _ENOUGH_SAMPLES for call in kept)
-            if not (is_smallest or is_largest or is_small) or any(map(_IS_TRAINING, self._layers)):
-                return
-            size = sum(map(_bytes, _tensors((args, kwargs))))
-            if size > MAX_CAPTURED_BYTES:
-                self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
-                return
-            call = _copied(depth, module, args, kwargs, self._device)
-            if is_small:
-                call = kept[0].joined_with(call)
-                is_smallest, is_largest = (
-                    kept[0] is own for own in (self._smallest, self._largest)
-                )
-            self._smallest = call if is_smallest else self._smallest
-            self._largest = call if is_largest else self._largest
-
-        return keep
-
-
-def _copied(
-    depth: int,
-    module: nn.Module,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    device: str,
-) -> _Call:
-    args, kwargs = _copy((args, kwargs))
-    return _Call(
-        depth=depth,
-        module=module,
-        args=args,
-        kwargs=kwargs,
-        device=device,
-        is_autocast=torch.is_autocast_enabled(device),
-        autocast_dtype=torch.get_autocast_dtype(device),
-        is_inference=torch.is_inference_mode_enabled(),
-    )
+    def _keep(
+        self,
+        depth: int,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> None:
+        kept = self._kept.get(depth)
+        if kept is None:
+            is_wanted = not self._kept or not min(self._kept) < depth < max(self._kept)
+        else:
+            is_wanted = 0 < kept.rows < _ENOUGH_SAMPLES
+        if not is_wanted or any(layer.is_training for layer in self._layers):
+            return
+        size = sum(map(_bytes, _tensors((args, kwargs))))
+        if size > MAX_CAPTURED_BYTES:
+            self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
+            return
+        call = _Call(
+            module,
+            *_copy((args, kwargs)),
+            device=self._device,
+            is_autocast=torch.is_autocast_enabled(self._device),
+            autocast_dtype=torch.get_autocast_dtype(self._device),
+            is_inference=torch.is_inference_mode_enabled(),
+        )
+        self._kept[depth] = call if kept is None else kept.joined_with(call)
+        self._kept = {depth: self._kept[depth] for depth in (min(self._kept), max(self._kept))}
 
 
 def _copy(
@@ -397,7 +370,7 @@ def _bytes(tensor: Tensor) -> int:
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:
     """Yield the modules that hold all the layers, the model first, deeper ones later.
 
-    Wrappers are left out, but for compiled modules: what these hold is called where no hook sees.
+    Without wrappers other than compiled modules, inside which hooks do not run.
     """
     inside = {id(layer.module) for layer in layers}
     if not inside:
@@ -444,7 +417,7 @@ def _run(call: _Call) -> tuple[_Call, list[Tensor]]:
 
 
 def _change_of_half(call: _Call, outputs: Sequence[Tensor]) -> float | None:
-    """Return the change when the first half of the rows runs alone; None if it cannot be told."""
+    """Return the change if the first half of the rows runs alone; None if it is unknown."""
     half, places = call.rows // 2, places_of_rows([outputs], [call.rows])
     if not places or call.rows < _MIN_SAMPLES_TO_HALVE:
         return None
