@@ -345,8 +345,8 @@ class History:
         unseen = [layer.name for layer in self.layers if layer.unseen_calls]
         if unseen:
             notes.append(
-                f"{_layers(unseen)} called where no hook sees, as under torch.compile: values per "
-                "channel, streams and eval moments not known"
+                f"{_layers(unseen)} called without hooks, as under torch.compile: values per "
+                "channel, streams and eval statistics are unknown"
             )
         if not self.run.steps and any(layer.calls.in_training for layer in self.layers):
             notes.append("no training step was noticed: call monitor.step() after each one")
@@ -371,7 +371,7 @@ class History:
             where = _layers([layer.name for layer in lost])
             notes.append(
                 f"{names} of {where} are not in the state dict, so saving loses them: "
-                "register_buffer"
+                "use register_buffer"
             )
         notes += self._notes_on_momentum()
         return tuple(notes)

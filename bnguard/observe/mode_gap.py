@@ -253,8 +253,8 @@ class GapProbe:
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
             if not self._layers
-            else "no module that holds all BN layers was seen in eval mode (where the model runs "
-            "under torch.compile, watch what torch.compile returned)"
+            else "no module that holds all BN layers was seen in eval mode (if it runs under "
+            "torch.compile, watch the compiled model)"
         )
         for depth, module in enumerate(_holders(model, self._layers)):
             keep = partial(self._keep, depth, _without_compilation(module))

@@ -245,11 +245,11 @@ def _advice(
 ) -> str:
     """Return how to make a call of ``batch_norm`` visible."""
     if made is not None:
-        return f"make the {type(made).__name__} in __init__: made in forward, it learns nothing"
+        return f"make the {type(made).__name__} in __init__: one made in forward does not learn"
     names = {id(value): name for name, value in _tensors(inside).items()}
     if mean is None or id(mean) not in names or id(var) not in names:
         return "call a torch.nn.BatchNorm module in place of F.batch_norm"
     return (
         f'bnguard.register_layer({type(inside).__name__}, mean="{names[id(mean)]}", '
-        f'var="{names[id(var)]}") where it does nothing but normalise'
+        f'var="{names[id(var)]}") if it only normalises'
     )

@@ -1,4 +1,4 @@
-"""What a batch brings to the model is seen, whichever module the training step calls."""
+"""The inputs of the model are seen, whichever module the training step calls."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("is_forward_called", [True, False])
-def test_a_nan_in_the_data_is_told_from_the_weights_that_it_ruins(is_forward_called):
+def test_nan_in_the_data_is_distinguished_from_the_weights_that_it_ruins(is_forward_called):
     torch.manual_seed(0)
     model = Module()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

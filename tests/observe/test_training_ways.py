@@ -305,7 +305,7 @@ def test_half_precision_buffers_are_read_from_the_inputs():
 
 
 @pytest.mark.parametrize("is_without_grad", [True, False])
-def test_where_autograd_saved_nothing_the_input_is_read(is_without_grad):
+def test_the_input_is_read_if_autograd_saved_nothing(is_without_grad):
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.0, affine=False))
     oracle = Oracle(model[0])
     mode = torch.no_grad() if is_without_grad else contextlib.nullcontext()
@@ -318,7 +318,7 @@ def test_where_autograd_saved_nothing_the_input_is_read(is_without_grad):
     check_window(layer.window, oracle)
 
 
-def test_the_calls_of_a_step_are_told_apart():
+def test_the_calls_of_a_step_have_separate_streams():
     """A discriminator that is given real samples and then others, a forward each."""
     model = nn.Sequential(nn.BatchNorm1d(3))
     with watched(model, every_n_steps=4) as monitor:
@@ -344,7 +344,7 @@ class Siamese(nn.Module):
         return self.norm(left) - self.norm(right)
 
 
-def test_the_calls_of_a_forward_are_told_apart_and_blended_in_the_window():
+def test_the_calls_of_a_forward_have_separate_streams_and_blend_in_the_window():
     model = Siamese()
     oracle = Oracle(model.norm)
     with watched(model, every_n_steps=4) as monitor:
@@ -372,7 +372,7 @@ def test_images_of_every_size_do_not_fill_the_memory():
     assert layer.values_per_channel[6] == 1
 
 
-def test_a_batch_of_one_is_told_before_torch_refuses_it():
+def test_a_batch_of_one_is_reported_before_torch_rejects_it():
     model = nn.Sequential(nn.BatchNorm1d(3))
     with watched(model) as monitor:
         model(torch.randn(4, 3))
@@ -431,7 +431,7 @@ class TestCompiled:
             assert layer.updates_seen == layer.unseen_calls == 10
             assert layer.window.batches.max() > 0
             assert layer.values_per_channel == {}
-        assert "called where no hook sees, as under torch.compile" in " ".join(str(report).split())
+        assert "called without hooks, as under torch.compile" in " ".join(str(report).split())
         assert len(report.history.notes) == 1
         gap = report.history.run.mode_gap
         assert (gap is not None) is order.startswith("after")
