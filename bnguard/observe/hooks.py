@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Note = Callable[..., None]
+
+_CALL = nn.Module.__call__.__code__
 
 
 class Hooks:
@@ -38,21 +42,30 @@ class Hooks:
         In Lightning, DDP calls a module whose training step calls the module again.
         """
         depth = 0
+        outermost: nn.Module | None = None
 
-        def enter(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                note(args, kwargs)
+        def watch(module: nn.Module) -> None:
+            def enter(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                nonlocal depth, outermost
+                # After KeyboardInterrupt, torch does not call the hooks that should have left.
+                if outermost is module and not _calls_itself(module):
+                    depth = 0
+                depth += 1
+                if depth == 1:
+                    outermost = module
+                    note(args, kwargs)
 
-        def leave(args: tuple[object, ...], output: object) -> None:
-            nonlocal depth
-            # Not below 0: another hook may have raised before ours could count.
-            depth = max(0, depth - 1)
-
-        for module in modules:
             self.before(module, enter, with_kwargs=True)
             self.after(module, leave)
+
+        def leave(args: tuple[object, ...], output: object) -> None:
+            nonlocal depth, outermost
+            # Not below 0: another hook may have raised before ours could count.
+            depth = max(0, depth - 1)
+            outermost = outermost if depth else None
+
+        for module in modules:
+            watch(module)
 
     def after(self, module: nn.Module, note: Note) -> RemovableHandle:
         """Call ``note`` with arguments and output after each forward, even if it raised."""
@@ -88,6 +101,16 @@ def paused(*probes: Hooks) -> Iterator[None]:
     finally:
         for hooks, was_paused in zip(probes, before, strict=True):
             hooks._is_paused = was_paused
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Return whether the current call of a module comes from another call of it."""
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return calls > 1
 
 
 class _Hook:

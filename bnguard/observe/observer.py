@@ -105,6 +105,7 @@ class Observer:
     def step(self, step: int) -> None:
         """Read the buffers after training step number ``step``."""
         self._raise_errors()
+        self._unknown.end_look()
         self._step = step
         self.steps += 1
         is_in_eval_mode = not self._model.training
@@ -262,6 +263,7 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks; the observations stay."""
         self._is_closed = True
+        self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
 

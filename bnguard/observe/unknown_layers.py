@@ -47,6 +47,7 @@ class UnknownProbe:
         self._known = {id(layer.module) for layer in layers}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._found: dict[tuple[str, str], UnknownLayer] = {}
+        self._spying = ExitStack()
         for module in model.modules():
             names = _statistics_of(module)
             if names is not None and id(module) not in self._known and not adapter_of(type(module)):
@@ -57,6 +58,10 @@ class UnknownProbe:
     def found(self) -> tuple[UnknownLayer, ...]:
         """Return what was found so far, each place once."""
         return tuple(self._found.values())
+
+    def end_look(self) -> None:
+        """Stop watching calls; after KeyboardInterrupt, torch does not call the hook that does."""
+        self._spying.close()
 
     def _note(self, module: nn.Module, place: str, registration: str) -> None:
         name = without_wrappers(self._names.get(id(module), ""))
@@ -102,18 +107,17 @@ class UnknownProbe:
 
         def look(part: nn.Module) -> None:
             nonlocal is_looking
-            spying = ExitStack()
 
-            def end(*_: object) -> None:
+            def end() -> None:
                 nonlocal is_looking
-                handle.remove()
                 is_looking = False
-                spying.close()
 
-            # Not one of the probe's hooks, which may be paused or removed before the forward ends.
-            handle = part.register_forward_hook(end, always_call=True)
             is_looking = True
-            spying.enter_context(_Spy(self._note_call))
+            self._spying.callback(end)
+            self._spying.enter_context(_Spy(self._note_call))
+            # Not one of the probe's hooks, which may be paused or removed before the forward ends.
+            handle = part.register_forward_hook(lambda *_: self.end_look(), always_call=True)
+            self._spying.callback(handle.remove)
 
         def watch(part: nn.Module) -> None:
             def note(args: tuple[object, ...]) -> None:

@@ -451,3 +451,52 @@ class TestCompiled:
         (layer,) = monitor.report().layers
         near(layer.window.mean, expected.double().mean(0).numpy(), 10.0)
         assert self.counted() == ({}, 1)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_training_goes_on_after_an_interrupted_forward(first):
+    """Torch calls no hook after KeyboardInterrupt, with which a notebook's cell is stopped."""
+
+    class Interrupted(nn.Module):
+        def forward(self, values):
+            if interrupts:
+                raise KeyboardInterrupt
+            return values
+
+    interrupts = False
+    model = nn.Sequential(nn.Linear(4, 8), Interrupted(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    modes = torch._C._len_torch_function_stack()
+    monitor = bnguard.watch(model, on_findings=lambda group: None, strict=True)
+
+    def step():
+        model(torch.randn(16, 4)).sum().backward()
+        monitor.step()
+
+    for _ in range(first):
+        step()
+    interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(16, 4))
+    interrupts = False
+    for _ in range(8):
+        step()
+    report = monitor.report()
+    assert report.history.run.inputs.batches > first + 2
+    monitor.close()
+    assert torch._C._len_torch_function_stack() == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_closing_after_an_interrupted_first_forward_leaves_no_trace():
+    class Interrupted(nn.BatchNorm1d):
+        def forward(self, values):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 8), Interrupted(8))
+    modes = torch._C._len_torch_function_stack()
+    monitor = bnguard.watch(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(16, 4))
+    monitor.close()
+    assert torch._C._len_torch_function_stack() == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
