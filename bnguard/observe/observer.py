@@ -302,6 +302,7 @@ class Observer:
         start = self._at_start.get(layer.name)
         described_at_start = self._described_at_start.get(layer.name)
         is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
+        was_frozen = None if described_at_start is None else described_at_start.is_affine_frozen
         # Never called in training, but gamma changes without learning: something writes to it.
         is_written = (
             not counts
@@ -314,7 +315,7 @@ class Observer:
         return dataclasses.replace(
             described,
             is_affine_frozen=is_affine_frozen,
-            is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
+            is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
@@ -337,14 +338,6 @@ class Observer:
             is_following=layer in self._followers,
             run=run,
         )
-
-    def _was_affine_frozen(
-        self, layer: BatchNormLayer, described: LayerHistory | None
-    ) -> bool | None:
-        """Return whether gamma and beta could not learn when watching began."""
-        if self._trained_by.left_out_at_start(layer):
-            return True
-        return None if described is None else described.is_affine_frozen
 
     def _held_in_eval_mode(self) -> set[str]:
         """Return the layers that the newest training step called in eval mode only."""
@@ -382,9 +375,9 @@ class Observer:
 
     def _is_as_at_start(self, layer: BatchNormLayer) -> bool:
         """Return whether a layer without training calls has the statistics of the start."""
-        start, calls = self._at_start.get(layer.name), self._shapes.records[layer.name]
+        start, record = self._at_start.get(layer.name), self._shapes.records[layer.name]
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-        if start is None or running is None or calls.values_per_channel():
+        if start is None or running is None or record.values_per_channel():
             return False
         return bool(
             np.array_equal(start.running.mean, running.mean)
@@ -418,7 +411,7 @@ class Observer:
             self._origin = OriginProbe(self._model, self._step + 1)
 
     def _watch_broadcasts(self) -> None:
-        """On ranks other than 0, where DDP writes the buffers before the forward, discard that."""
+        """Ignore, on ranks other than 0, what DDP writes to the buffers before a forward."""
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             inner = next(module for module in self._model.modules() if not is_wrapper(module))
             self._broadcasts.before_outermost(

@@ -335,3 +335,15 @@ def test_outputs_that_are_the_same_in_every_row_are_measured_against_their_size(
     assert relative_change([constant * 1.1, varied], [constant, varied]) == 0.0
     assert relative_change([constant], [constant]) == 0.0
     assert relative_change([varied], [varied * torch.nan]) == float("inf")
+
+
+def test_random_numbers_in_eval_mode_do_not_make_rows_dependent():
+    class Sampled(nn.Sequential):
+        def forward(self, inputs):
+            values = super().forward(inputs)
+            return values + 0.1 * torch.randn_like(values) + 0.1 * torch.randn_like(values)
+
+    model = Sampled(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()
+    gap = measured(model, torch.randn(64, 4))
+    assert gap.samples == 64
+    assert gap.sampling_change > 0.1
