@@ -66,6 +66,10 @@ def test_nodes_are_not_judged_as_samples(links, graphs):
     assert " 0 samples" not in shown
 
     batches = [batch_of_graphs(links, graphs) for _ in range(4)]
-    shown = str(bnguard.recalibrate(model, batches, progress=False, forward=lambda m, b: m(*b)))
-    assert "mat1" not in shown
-    assert "0 samples" not in shown.replace("20 samples", "").replace("80 samples", "")
+    for work in (bnguard.recalibrate, bnguard.diagnose):
+        if links == "csr" and work is bnguard.diagnose:
+            continue  # it copies batches by deepcopy, which torch does not have for this layout
+        shown = str(work(model, batches, progress=False, forward=lambda m, b: m(*b)))
+        assert "mat1" not in shown
+        assert "Error" not in shown
+        assert " 0 samples" not in shown
