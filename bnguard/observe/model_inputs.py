@@ -297,11 +297,9 @@ def _have_relations(tensors: Sequence[Tensor]) -> bool:
     if len(tensors) == 1:
         return False
     rows = {len(tensor) for tensor in tensors if tensor.dim()}
-    return len(rows) > 1 or any(
-        tensor.layout is not torch.strided or tensor.shape == (len(tensor), len(tensor))
-        for tensor in tensors
-        if tensor.dim()
-    )
+    are_square = {t.shape == (len(t), len(t)) for t in tensors if t.dim() > 1}
+    is_sparse = any(tensor.layout is not torch.strided for tensor in tensors)
+    return len(rows) > 1 or is_sparse or len(are_square) > 1
 
 
 def _has_numbers(values: Tensor) -> bool:

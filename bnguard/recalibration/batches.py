@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether every tensor has a row per sample; a sparse or square one may link nodes."""
+        """Whether every tensor has a row per sample, and none is sparse or links the others."""
         tensors = list(self.tensors())
         is_listed = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
         return (
@@ -51,7 +51,8 @@ class Batch:
             and not is_listed
             and all(t.dim() > 0 and len(t) == self.size for t in tensors)
             and all(t.layout is torch.strided for t in tensors)
-            and (len(tensors) == 1 or all(t.shape != (self.size, self.size) for t in tensors))
+            # A square matrix next to other rows links them, as the nodes of a graph.
+            and len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) < 2
         )
 
     def rows(self, start: int, stop: int) -> Batch:
