@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 Note = Callable[..., None]
 
-_CALL = nn.Module.__call__.__code__
+_CALL = nn.Module._call_impl.__code__
 
 
 class Hooks:
