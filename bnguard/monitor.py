@@ -20,10 +20,10 @@ from bnguard.configuration import Configuration, read_configuration
 from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
-from bnguard.layers.bn_layer import require_module, without_layers
+from bnguard.layers.bn_layer import explain_missing_layers, require_module
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.observer import Observer
-from bnguard.observe.windows import Plan, plan_training
+from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.rules import Rule
@@ -118,7 +118,7 @@ def watch(
     """
     require_module(model, "watch")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigurationError(f"{without_layers(model)}: nothing to watch")
+        raise ConfigurationError(f"{explain_missing_layers(model)}: nothing to watch")
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -139,7 +139,7 @@ def watch(
     )
     if not monitor.has_layers:
         warnings.warn(
-            f"bnguard: {without_layers(model)}, so there is nothing to watch",
+            f"bnguard: {explain_missing_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
     elif monitor._has_shards:
@@ -327,7 +327,7 @@ class Monitor:
 
         To be called by all ranks, as :meth:`report_of_all_ranks`.
         """
-        return self._exchange.merged(tuple(mine), merge_findings)
+        return self._exchange.merge(tuple(mine), merge_findings)
 
     def _leave(self) -> None:
         """Let the other ranks bring together what they have without this one, from now on."""

@@ -264,8 +264,7 @@ def test_a_loop_that_tells_of_no_step_is_told_so():
     report = monitor.report()
     assert "BN304" not in {finding.code for finding in report.findings}
     assert (
-        "no step was told of: call monitor.step() after each step of training"
-        in report.history.notes
+        "no training step was noticed: call monitor.step() after each one" in report.history.notes
     )
 
 

@@ -25,7 +25,7 @@ from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.scoring import (
     ValidationScore,
-    drawn_samples,
+    draw_samples,
     plain_forward,
     split_samples,
     transferred,
@@ -319,7 +319,7 @@ class BatchNormRecalibration(GuardedCallback):
         data, samples = self._data, self._samples
         if data == "train" or data == "validation":
             return split_samples(trainer, data, samples, instead="pass data=loader")
-        return drawn_samples(data, samples, trainer.global_rank)
+        return draw_samples(data, samples, trainer.global_rank)
 
     def _make_score(
         self, trainer: Trainer, module: LightningModule

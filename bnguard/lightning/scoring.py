@@ -372,7 +372,7 @@ _BATCH_SIZE = 32
 def split_samples(
     trainer: Trainer, split: Split, samples: int, *, instead: str
 ) -> Iterable[object]:
-    """Return batches of samples of a split, drawn as :func:`drawn_samples` does.
+    """Return batches of samples of a split, drawn as :func:`draw_samples` does.
 
     Of several validation loaders the first one gives them, unless the trainer puts a batch of each
     together: then this does.
@@ -399,7 +399,7 @@ def split_samples(
         raise ConfigurationError(f"the trainer has {found} {split} loaders: {instead}")
 
     def drawn(loader: Iterable[object]) -> Iterable[object]:
-        return drawn_samples(
+        return draw_samples(
             loader, samples, trainer.global_rank, most_batches(trainer, split, loader)
         )
 
@@ -408,7 +408,7 @@ def split_samples(
     return (batch for batch, *_ in CombinedLoader(tree_map(drawn, loaders), mode))
 
 
-def drawn_samples(
+def draw_samples(
     loader: Iterable[object], samples: int, rank: int, most_batches: float = math.inf
 ) -> Iterable[object]:
     """Return batches of samples that are drawn at random, always the same, and a share a rank.

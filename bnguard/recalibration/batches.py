@@ -43,13 +43,16 @@ class Batch:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether every tensor in it has a row a sample."""
+        """Whether every tensor has a row per sample, and none is sparse or links the others."""
         tensors = list(self.tensors())
         is_listed = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
         return (
             bool(tensors)
             and not is_listed
             and all(t.dim() > 0 and len(t) == self.size for t in tensors)
+            and all(t.layout is torch.strided for t in tensors)
+            # A square matrix next to other rows links them, as the nodes of a graph.
+            and len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) < 2
         )
 
     def rows(self, start: int, stop: int) -> Batch:

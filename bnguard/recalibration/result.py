@@ -269,7 +269,8 @@ def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
     change = f"{first} → {after.relative_change:.3g} σ of the outputs"
     noise = after.sampling_change
     alone = "" if noise is None else f" (sampling alone: {noise:.2g})"
-    return Text(f"mode gap {change}{alone}, on {counted(after.samples, 'sample')}")
+    batch = counted(after.samples, "sample") if after.samples else "1 batch"
+    return Text(f"mode gap {change}{alone}, on {batch}")
 
 
 def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:

@@ -100,7 +100,9 @@ class CorrelatedBatches(ModelRule):
         ratio = np.empty(0) if inputs is None else inputs.variance_ratio
         ratio = ratio[np.isfinite(ratio)]
         if inputs is None or not ratio.size:
-            yield self._skipped(layer, "the model was not called with batches of numbers")
+            yield self._skipped(
+                layer, "no input of the model has a row of numbers per sample (as with graphs)"
+            )
             return
         if inputs.batches < self.min_batches:
             yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")

@@ -40,8 +40,9 @@ class ModesDisagree(ExplainedRule):
         of half the batch and of the whole); and, for class scores, the share of predictions that
         flip: where many do, a smaller change is harm already. A flip counts where one of the modes
         finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
-        decides by next to nothing. Fewer samples, or inputs whose first dimensions differ (graphs,
-        packed sequences), do not tell what sampling explains, and are not judged. ``info`` where no
+        decides by next to nothing. With fewer samples, or rows that are not independent samples
+        (nodes of graphs, packed sequences), what sampling explains is unknown, and the gap is not
+        judged. ``info`` where no
         layer was trained, while training goes on and fewer than four evaluations in a row
         have shown it, or few predictions flip; and where the evaluation is sorted (BN301), so that
         its first batch is unlike the rest, and no drift was found. The cause is that of the layer
@@ -138,8 +139,8 @@ def _why_not_told(gap: ModeGap) -> str:
     change = f"the modes differ by {gap.relative_change:.3g} σ"
     if not gap.samples:
         return (
-            f"{change}, and the inputs differ in their first dimension, so that the part that "
-            "sampling explains is unknown"
+            f"{change}, and the rows of the inputs are not independent samples (as in graphs or "
+            "packed sequences), so the part that sampling explains is unknown"
         )
     return (
         f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to tell the part "
