@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser, show, show_document
+from bnguard.cli.output import command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.layers.distances import largest
 from bnguard.version import __version__
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     after = _read(values.after or values.before, names[-1])
     difference = compare(before, after)
     if values.json:
-        show_document(difference_document(difference))
+        show_json(difference_document(difference))
     else:
         show(difference_view(difference, is_verbose=values.verbose))
     return int(bool(difference.entries))

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.output import command_parser, print_error, show, show_document
+from bnguard.cli.output import command_parser, print_error, show, show_json
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
         errors |= passed_over
         passed_over = {}
     if values.json:
-        show_document(inspection_document(inspected, errors))
+        show_json(inspection_document(inspected, errors))
     else:
         for checkpoint, report in inspected:
             show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))

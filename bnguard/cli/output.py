@@ -163,9 +163,11 @@ def say(text: str) -> None:
     print(text, file=output())
 
 
-def show_document(document: Mapping[str, object]) -> None:
-    """Print a document as JSON."""
-    say(json.dumps(document, indent=2))
+def show_json(document: Mapping[str, object]) -> None:
+    """Print a document as strict JSON."""
+    from bnguard.report.json_document import strict_json
+
+    say(json.dumps(strict_json(document), indent=2, allow_nan=False))
 
 
 def show(renderable: RenderableType) -> None:

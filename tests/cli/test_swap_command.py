@@ -95,6 +95,19 @@ def test_json_is_one_document(checkpoint, capsys, of_demo):
     assert_weights(built(document["code"]), saved["state_dict"])
 
 
+def refuse(word):
+    raise AssertionError(f"JSON has no {word}")
+
+
+def test_a_score_that_is_not_finite_is_strict_json(checkpoint, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["classifier.bias"].fill_(torch.nan)
+    torch.save(content, checkpoint)
+    assert main(["swap", str(checkpoint), *QUICK, "--metric=val_loss", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert document["score_before"] == "NaN"
+
+
 @pytest.mark.parametrize("key", ["model", None])
 def test_a_plain_state_dict_stays_one(tmp_path, key, capsys):
     state_dict = DigitsNet(width=2).state_dict()
