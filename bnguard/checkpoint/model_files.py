@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnguard import __version__
 from bnguard.checkpoint import atomic_writing as publishing
 from bnguard.checkpoint.atomic_writing import check_output, temporary_beside, write_errors
 from bnguard.checkpoint.bn_entries import LIGHTNING_PREFIX, Checkpoint
@@ -14,7 +15,6 @@ from bnguard.checkpoint.formats import format_of
 from bnguard.checkpoint.reading import open_contents
 from bnguard.checkpoint.unpickling import mapping_of
 from bnguard.errors import CheckpointError
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor

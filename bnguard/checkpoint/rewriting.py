@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from bnguard import __version__
 from bnguard.checkpoint import atomic_writing as publishing
 from bnguard.checkpoint.atomic_writing import (
     backup_of,
@@ -39,7 +40,6 @@ from bnguard.checkpoint.stored_tensors import (
     torch_dtype,
 )
 from bnguard.errors import CheckpointError
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.output import command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.layers.distances import largest
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference

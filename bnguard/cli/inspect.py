@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.output import command_parser, print_error, show, show_json
 from bnguard.configuration import read_configuration
@@ -22,7 +23,6 @@ from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.report import Report
 from bnguard.report.json_document import SCHEMA
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer

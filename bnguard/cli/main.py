@@ -17,6 +17,7 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from bnguard import __version__
 from bnguard.cli.output import (
     STANDARD_ERROR,
     STANDARD_OUTPUT,
@@ -25,7 +26,6 @@ from bnguard.cli.output import (
     print_error,
 )
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
-from bnguard.version import __version__
 
 # A command's module is imported, and torch with it, only when the command is called.
 COMMANDS = {
