@@ -1,9 +1,8 @@
 """The command line: arguments become calls, and what they return becomes an exit status.
 
-0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as of other
-programs, 130 where Ctrl-C was pressed, and 141 where the reader of the output, ``head`` say, stops
-before its end.
-Standard output carries what the command says, and nothing that the user's code prints.
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; 130: Ctrl-C was
+pressed; 141: the reader of the output, such as ``head``, stopped before its end.
+Standard output carries what the command prints, and nothing that the user's code prints.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _status(list(arguments))
     status = _status(sys.argv[1:])
-    # What the user's code prints when the process ends is not the command's output either. This is
-    # registered last, so it is called first.
+    # What the user's code prints when the process ends is not the command's output either.
+    # Registered last, this is called first.
     atexit.register(os.dup2, STANDARD_ERROR, STANDARD_OUTPUT)
     return status
 
@@ -62,16 +61,12 @@ def _status(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read the output has enough of it, as `head` has; what is left goes nowhere.
-        is_of_process = sys.stdout is sys.__stdout__
-        if is_of_process:
+        # The reader, such as `head`, has enough; the rest goes nowhere.
+        if sys.stdout is sys.__stdout__:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell says of a process that SIGPIPE ended
-    except ArgumentError as error:
-        print_error(in_a_line(error))
-        return 2
-    except BNGuardError as error:
-        print_error(str(error))
+        return 141  # a shell's status of a process that SIGPIPE ended
+    except (ArgumentError, BNGuardError) as error:
+        print_error(in_a_line(error) if isinstance(error, ArgumentError) else str(error))
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interruption(error):
@@ -81,7 +76,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Return whether Ctrl-C was pressed; a Trainer makes the end of the process of that."""
+    """Return whether Ctrl-C was pressed, which a Trainer turns into the end of the process."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
@@ -102,7 +97,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _overview() -> ArgumentParser:
-    """Return a parser that shows the commands, without what it would take to run them."""
+    """Return a parser that shows the commands without importing them."""
     parser = ArgumentParser(
         prog="bnguard",
         description="Tells what is wrong with the batch normalisation of networks and repairs it.",
