@@ -180,7 +180,7 @@ def read_configuration(path: Path | None = None) -> Configuration:
         path: The file; by default that of the working directory or of the nearest one above it.
 
     Raises:
-        ConfigurationError: The file cannot be read, or names a key, rule or limit that does not exist.
+        ConfigurationError: The file cannot be read, or names an unknown key, rule or limit.
     """
     path = _nearest_project_file(Path.cwd()) if path is None else path
     if path is None:

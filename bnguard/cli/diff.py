@@ -59,9 +59,7 @@ def make_parser() -> ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
-    parser.add_argument(
-        "after", type=str, nargs="?", help="the second; the first again where it is left out"
-    )
+    parser.add_argument("after", type=str, nargs="?", help="the second; by default the first again")
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(

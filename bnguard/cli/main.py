@@ -29,12 +29,12 @@ from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 # A command's module is imported, and torch with it, only when the command is called.
 COMMANDS = {
     "demo": "train, break, name and repair a small network on real digits",
-    "inspect": "tell what is wrong with the BN layers of checkpoints",
+    "inspect": "find problems of the BN layers in checkpoints",
     "diff": "compare two checkpoints",
-    "diagnose": "tell from other statistics what is wrong, and which layers are to blame",
-    "recalibrate": "write a checkpoint with new running statistics beside it",
-    "swap": "swap BN for another norm, and write a checkpoint that has learnt to do without",
-    "report": "print what a log directory says of BN layers, or write it as one page",
+    "diagnose": "try other statistics: what is wrong, and which layers are to blame",
+    "recalibrate": "write a checkpoint with new running statistics",
+    "swap": "replace BN by another norm, distil, and write the checkpoint",
+    "report": "print the reports in a log directory, or write them as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",
 }

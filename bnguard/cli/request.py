@@ -31,9 +31,9 @@ the model and its data:
                           --config and the checkpoint's hyper-parameters
   --data PACKAGE.Class    class of a data module, or function that gives a
                           loader, its arguments as --data.NAME; not needed
-                          where the model has loaders itself
-  --config FILE           what LightningCLI saved, found beside the checkpoint
-                          by itself; where it names no class, --model does
+                          if the model has loaders itself
+  --config FILE           what LightningCLI saved; by default that next to the
+                          checkpoint; --model names the class if it does not
 """
 
 
@@ -291,7 +291,7 @@ def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None)
 
 
 def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
-    """Give BN layers the momentum and eps of a pickled module, and say where they had others."""
+    """Give BN layers the momentum and eps of a pickled module; return a line for each change."""
     from bnguard.layers.bn_layer import find_layers
 
     in_file = {layer.name: layer for layer in stored.layers}
@@ -319,7 +319,7 @@ def _listed(models: Iterable[CheckpointModel]) -> str:
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load the weights.
+    """Load the weights into the model.
 
     Raises:
         CheckpointError: They do not fit the model.
