@@ -74,8 +74,8 @@ def note_in(path):
 
 
 @pytest.mark.parametrize("to", ["layer", "instance", "batch-renorm", "frozen", "sync"])
-def test_every_target_can_be_built_again(checkpoint, to, capsys):
-    assert main(["swap", str(checkpoint), "--to", to, *QUICK, "--json"]) == 0
+def test_every_target_can_be_built_again(checkpoint, to, capsys, of_demo):
+    assert main(["swap", str(checkpoint), "--to", to, *of_demo, "--steps=0", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     saved = torch.load(document["written"], weights_only=True)
     assert_weights(built(document["code"]), saved["state_dict"])
@@ -163,7 +163,7 @@ def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path
         trainer().fit(model, data, ckpt_path=output)
 
 
-def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys):
+def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys, of_demo):
     seen = {}
 
     def swap(model, to, **options):
@@ -172,7 +172,7 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys)
 
     monkeypatch.setattr("bnguard.swapping.api.swap", swap)
     options = ("--precision", "bf16-mixed", "--steps", "5")
-    assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
+    assert main(["swap", str(checkpoint), *of_demo, *options]) == 0
     assert seen["fabric"]._precision.precision == "bf16-mixed"
     assert isinstance(seen["teacher_data"], torch.utils.data.DataLoader)
 
