@@ -62,7 +62,8 @@ def _status(arguments: list[str]) -> int:
         return status
     except BrokenPipeError:
         # The reader, such as `head`, has enough; the rest goes nowhere.
-        if sys.stdout is sys.__stdout__:
+        is_of_process = sys.stdout is sys.__stdout__
+        if is_of_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # a shell's status of a process that SIGPIPE ended
     except (ArgumentError, BNGuardError) as error:
