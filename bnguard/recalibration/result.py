@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from bnguard import __version__
 from bnguard.errors import CalibrationError
 from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -29,9 +29,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bnguard import __version__
 from bnguard.layers.distances import largest
 from bnguard.observe.history import LayerHistory
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.report import Report

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from bnguard import __version__
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.swapping.distillation import Distillation
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
