@@ -222,12 +222,18 @@ class InputWindow:
         between_windows: Variance between neighbouring windows beyond what their batches explain,
             as a share of that between samples, a value for each of the numbers; 0 for independent
             samples, and nearly so where data change slowly. Empty where there are too few windows.
+        neighbour_change: Half the mean squared change from a batch to the next over the variance of
+            the batch means (von Neumann's ratio), of the first batches of the run: 1 in random
+            order, less where neighbours are alike, 2 where two kinds take turns.
+        neighbour_excess_std: Its distance from 1, in standard deviations of a random order.
     """
 
     batches: int
     variance_ratio: FloatArray
     windows: int = 1
     between_windows: FloatArray = field(default_factory=lambda: np.empty(0))
+    neighbour_change: float = 1.0
+    neighbour_excess_std: float = 0.0
 
 
 @dataclass(frozen=True)
