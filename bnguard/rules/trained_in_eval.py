@@ -83,7 +83,12 @@ class TrainedInEval(Rule):
                 f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
                 "training steps: BN uses fixed statistics, and dropout is off",
                 self._evidence(run),
-                Fix("model.train() at the start of every epoch, and after each validation"),
+                Fix(
+                    "model.train() after each validation, also in the middle of an epoch; without "
+                    "it every step until the next model.train() is in eval mode"
+                    if run.steps_in_eval_mode < run.steps
+                    else "model.train() at the start of every epoch, and after each validation"
+                ),
             )
 
     def _is_model_in_eval(self, run: Run) -> bool:
