@@ -133,6 +133,31 @@ class Finding:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class PastFinding:
+    """A warning or error that was announced; it may hold no longer.
+
+    Attributes:
+        code: Code of the rule.
+        name: Name of the rule.
+        severity: How bad it was: ``warning`` or ``error``.
+        layer: Dotted name of the layer; None for the whole model.
+        message: What was wrong, in one sentence.
+        evidence: The number that said so, in words.
+        first_step: First step at which it held.
+        last_step: Last step at which it held.
+    """
+
+    code: str
+    name: str
+    severity: str
+    layer: str | None
+    message: str
+    evidence: str
+    first_step: int
+    last_step: int
+
+
 @dataclass(frozen=True)
 class FindingGroup:
     """Findings of one rule and severity on one or more layers, root causes or consequences.

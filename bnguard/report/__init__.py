@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bnguard.findings import (
     Finding,
     FindingGroup,
+    PastFinding,
     Severity,
     Skipped,
     counted,
@@ -27,6 +28,7 @@ class Report:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
         skipped: What could not be told, and why.
+        over: What was announced while training went on, and is no longer true.
         failure: The error of bnguard's own that ended the watching early; None if there was none.
 
     Example:
@@ -42,6 +44,7 @@ class Report:
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...]
     failure: str | None = None
+    over: tuple[PastFinding, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:

@@ -35,8 +35,8 @@ class StaleStatistics(ModelRule):
         statistics are folded, from others. Or the
         layer was called in train mode, and nothing entered its statistics, as where a function
         runs on copies of the buffers; an ``error`` where they are exactly (0, 1) after training, as
-        where a callback resets them and sets momentum to 0 for a while. Or weights were written between the newest training step
-        and the evaluation, or into a copy of the model that is watched beside it, and what arrives
+        where a callback resets them and sets momentum to 0 for a while. Or weights were written
+        between the newest training step and the evaluation, or into a copy of the model that is watched beside it, and what arrives
         has drifted from the running statistics. So it has in a teacher or target network, which no
         optimizer trains and no batch updates: its weights follow those of the network that trains,
         and its statistics are still those of the beginning; it is watched as a part of the model,
