@@ -224,11 +224,15 @@ class Monitor:
         """Read what the training step just taken left in the buffers.
 
         Args:
-            step: Number of the step, as it should stand in findings; counted from 1 by default.
+            step: Number of the optimizer step, for findings; counted from 1 by default. Batches
+                that are accumulated may each be reported, under the number of their step.
         """
+        steps = self._observer.steps
         self._step = self._step + 1 if step is None else step
         self._checked = None
         self._guard(self._observer.step, self._step)
+        if self._observer.steps == steps:
+            return
         if self._observer.steps == 1:
             self.check()
         if self._observer.steps % self._every_n_steps == 0:

@@ -434,3 +434,29 @@ def test_a_finding_dates_from_when_its_value_was_beyond_the_limit_though_only_in
                     layer(5.0 + torch.randn(64, 4))
         (drift,) = [f for f in monitor.report().findings if f.code == "BN301"]
     assert drift.step == 40
+
+
+def test_batches_without_gradients_after_the_last_step_are_said_to_come_after_it():
+    layer = nn.BatchNorm1d(4)
+    with bnguard.watch(layer) as monitor:
+        for _ in range(20):
+            layer(torch.randn(16, 4)).sum().backward()
+            monitor.step()
+        with torch.no_grad():
+            for _ in range(9):
+                layer(torch.randn(16, 4))
+        (finding,) = [f for f in monitor.report().findings if f.code == "BN206"]
+    assert "9 batches" in finding.message
+    assert "all after the last step" in finding.message
+
+
+def test_the_batches_of_one_step_are_counted_as_one():
+    layer = nn.BatchNorm1d(4)
+    with bnguard.watch(layer, accumulated_batches=8) as monitor:
+        for batch in range(80):
+            layer(torch.randn(16, 4))
+            monitor.step(1 + batch // 8)
+        report = monitor.report()
+    assert report.to_dict()["steps"] == 10
+    assert report.layers[0].updates_seen == 80
+    assert not report.findings

@@ -31,6 +31,7 @@ class Calls:
         between_steps: How many ran under ``torch.no_grad`` between two steps, where none in eval
             mode did: an evaluation without eval().
         steps_with_some_between: Steps before which there were some.
+        since_training: How many ran under ``torch.no_grad`` since the newest call of training.
         estimating: Those that estimated the statistics anew, as ``update_bn`` does; they count
             nowhere else.
         in_evaluation: Those inside an evaluation; they count nowhere else.
@@ -51,6 +52,7 @@ class Calls:
     recomputed: int = 0
     between_steps: int = 0
     steps_with_some_between: int = 0
+    since_training: int = 0
     estimating: int = 0
     in_evaluation: int = 0
     is_in_eval_mode: bool = False

@@ -51,7 +51,7 @@ class NonFiniteBatch(ModelRule):
 
     code: ClassVar[str] = "BN401"
     name: ClassVar[str] = "non-finite-batch"
-    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN204", "BN402", "BN302")
 
     max_bad_batches: int = 0
     max_normalised_std: float = 100.0

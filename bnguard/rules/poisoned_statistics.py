@@ -52,7 +52,7 @@ class PoisonedStatistics(Rule):
     code: ClassVar[str] = "BN402"
     name: ClassVar[str] = "poisoned-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN302", "BN204")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN204", "BN302")
 
     max_bad_channels: int = 0
 

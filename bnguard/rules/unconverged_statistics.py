@@ -193,6 +193,9 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
     if run.planned_steps is None or run.steps == 0:
         return None
     updates_per_step = layer.updates_seen / run.steps
+    if updates_per_step >= 1.0:
+        # The rest of the batches of this step may be still to come.
+        updates_per_step = max(updates_per_step, run.plan.accumulated_batches)
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
 
 

@@ -151,12 +151,20 @@ class UpdateOutsideTraining(Rule):
             if other is None
             else "a missing eval(), since they are unlike the batches of training"
         )
+        steps, after = calls.steps_without_grad, calls.since_training
+        if after:
+            steps -= 1
+        if not steps:
+            when = "all after the last step"
+        else:
+            when = f"in {steps} of {layer.run.steps} steps" + (
+                f" and {after} of them after the last" if after else ""
+            )
         counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
             severity,
-            f"{calls.without_grad} batches went into the statistics under no_grad, in "
-            f"{calls.steps_without_grad} of {layer.run.steps} steps: {what}",
+            f"{calls.without_grad} batches went into the statistics under no_grad, {when}: {what}",
             other or counted,
             _EVAL,
             reasons=() if other is None else (counted,),
