@@ -74,7 +74,7 @@ class Fix:
     Attributes:
         summary: The next step in one sentence.
         repair: The command that does it on a checkpoint, ``"recalibrate"`` or ``"swap"``, which
-            is the name of the function, too; None where the user's own code has to change.
+            is the name of the function, too; None if the user's own code has to change.
     """
 
     summary: str
@@ -89,13 +89,13 @@ class Finding:
         code: Code of the rule, as in ``BN301``.
         name: Name of the rule, as in ``statistic-drift``.
         severity: How bad it is.
-        layer: Dotted name of the layer; None where the finding is about the whole model.
+        layer: Dotted name of the layer; None if the finding is about the whole model.
         message: What is wrong, in one sentence.
         evidence: The number that says so.
         reasons: The numbers that speak for the cause that the message names, where it names one.
         fix: What to do about it.
         channels: Indices of the channels concerned, worst first; empty where it is all of them.
-        step: Training step at which it first showed, None where there was no training.
+        step: Training step at which it first showed, None if there was no training.
         cause: Code of a finding of the same report that explains this one; None for a root cause.
     """
 
@@ -175,7 +175,7 @@ class FindingGroup:
 
     @property
     def step(self) -> int | None:
-        """The first step in which one of the findings showed; None where there was no training."""
+        """The first step in which one of the findings showed; None if there was no training."""
         return min((f.step for f in self.findings if f.step is not None), default=None)
 
     @property
@@ -197,7 +197,7 @@ class FindingGroup:
 def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
     """Return the findings of each rule and severity together, in the order given.
 
-    What another finding explains stands apart from what none does.
+    What another finding explains is kept apart from root causes.
     """
     groups: dict[tuple[str, Severity, bool], list[Finding]] = {}
     for finding in findings:

@@ -27,7 +27,7 @@ class Report:
     Attributes:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
-        skipped: What could not be told, and why.
+        skipped: What is unknown, and why.
         over: What was announced while training went on, and is no longer true.
         failure: The error of bnguard's own that ended the watching early; None if there was none.
 
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def worst_severity(self) -> Severity | None:
-        """The highest severity among the findings; None where there are none."""
+        """The highest severity among the findings; None if there are none."""
         return max((finding.severity for finding in self.findings), default=None)
 
     def to_dict(self) -> dict[str, Any]:

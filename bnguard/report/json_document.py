@@ -16,7 +16,7 @@ Schema version 1, the keys of a report:
   ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
   were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
   the channels).
-* ``skipped``: a list of what could not be told; each with ``code``, ``layer``, ``reason``.
+* ``skipped``: a list of what is unknown; each with ``code``, ``layer``, ``reason``.
 * ``notes``: lines on what was read in another way than usual, or could not be seen.
 
 Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,

@@ -78,7 +78,7 @@ def past_findings(report: Report) -> Iterator[str]:
 def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do.
 
-    What another finding explains is told in short, under it: what mends the one mends the other.
+    What another finding explains is short and under it: one fix mends both.
     """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)

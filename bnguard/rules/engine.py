@@ -64,7 +64,7 @@ class Conclusions:
     Attributes:
         findings: The worst first, each root cause before what it explains; among equals in the
             order of codes, then the furthest towards or beyond the limit first.
-        skipped: What could not be told, and why.
+        skipped: What is unknown, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -125,7 +125,7 @@ class Explanations:
     def _cause(self, symptom: _Symptom) -> Finding | None:
         """Return the nearest cause.
 
-        Of several that is one that explains no other of them, so that a chain is told in full; of
+        Of several that is one that explains no other of them, so that a chain is shown in full; of
         several such the one with the highest code, since what was measured in evaluation, or is
         not finite, knows more of a symptom than a setting does.
         """
@@ -150,10 +150,10 @@ class Explanations:
             return False
         if cause.layer is None:
             return True
-        told_by = self._rules.get(symptom.code)
-        if told_by is not None and told_by.is_local and symptom.layer is not None:
+        symptom_rule = self._rules.get(symptom.code)
+        if symptom_rule is not None and symptom_rule.is_local and symptom.layer is not None:
             return cause.layer == symptom.layer
-        if isinstance(told_by, ExplainedRule):
+        if isinstance(symptom_rule, ExplainedRule):
             if not self._has_done_harm(rule, cause.layer):
                 return False
         elif None not in (cause.step, symptom.step) and cause.step != symptom.step:
@@ -170,13 +170,13 @@ class Explanations:
         return self._layers[layer].position if layer in self._layers else None
 
     def _moment(self, finding: Finding) -> int | None:
-        """Return the step of a finding; what is told of the model is of the newest evaluation."""
+        """Return the step of a finding; of the model, that of the newest evaluation."""
         is_of_model = finding.layer is None and finding.step is None
         return self._newest_evaluation if is_of_model else finding.step
 
 
 class Announcements:
-    """Remembers the findings of a training and its resumptions: their steps, and which were told.
+    """Remembers the findings of a training and its resumptions: steps, and which were announced.
 
     Args:
         records: Findings of the training that this one goes on from, as :attr:`records` has them.
@@ -268,7 +268,7 @@ class Announcements:
     def resume(self, state: Iterable[dict[str, Any]], records: Iterable[Mapping[str, Any]]) -> None:
         """Go on from where :meth:`state` was taken; errors are announced anew.
 
-        A run that goes on from what is broken is told so, and stopped if it is to be.
+        A run that goes on from what is broken is warned again, and stopped if it is to be.
         """
         self._remember(records)
         for record in state:
@@ -328,7 +328,7 @@ def _causes_first(findings: list[Finding], explanations: Explanations) -> list[F
 
     def place(chain: list[Finding]) -> tuple[int, str, int, int, str, tuple[float, float]]:
         finding = chain[-1]
-        # What is only good to know never stands before a fault.
+        # What is only good to know never comes before a fault.
         is_info = finding.severity is Severity.INFO
         severity = finding.severity if is_info else worst[chain[0].code]
         root = chain[0].code

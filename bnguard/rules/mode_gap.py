@@ -17,8 +17,8 @@ from bnguard.rules.limits import (
     MAX_FLIPPED_SHARE,
     excess_change,
     is_harmful,
+    is_known,
     is_lasting,
-    is_told,
     left_when_evaluated,
 )
 
@@ -30,7 +30,7 @@ class ModesDisagree(ExplainedRule):
     Why it matters:
         Only BN differs between the two runs, so that the whole gap is its doing: what was trained
         is not what is evaluated. This is harm measured at the output, where a distribution test
-        at a layer (BN301) only suspects it. The cause, where a rule found one, stands before it.
+        at a layer (BN301) only suspects it. The cause, where a rule found one, comes first.
 
     Evidence:
         On the first batches of the newest evaluation that hold 32 samples together, everything
@@ -88,8 +88,8 @@ class ModesDisagree(ExplainedRule):
             yield self._skipped(None, run.mode_gap_reason)
             return
         # Sampling does not make outputs NaN or infinite.
-        if not is_told(gap) and math.isfinite(gap.relative_change):
-            yield self._skipped(None, _why_not_told(gap))
+        if not is_known(gap) and math.isfinite(gap.relative_change):
+            yield self._skipped(None, _why_unknown(gap))
             return
         reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
         left = next(filter(None, reasons), None)
@@ -107,7 +107,7 @@ class ModesDisagree(ExplainedRule):
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
         # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
         cause = cause_of_gap(history) if found is None or found.reasons else Cause.of(found)
-        # A drift that was found is no matter of which batches were looked at.
+        # A drift that was found does not depend on which batches were looked at.
         doubt = doubt_of_gap(history, cause) if found is None else None
         cause = doubt or cause
         excess = excess_change(gap)
@@ -134,7 +134,7 @@ class ModesDisagree(ExplainedRule):
         )
 
 
-def _why_not_told(gap: ModeGap) -> str:
+def _why_unknown(gap: ModeGap) -> str:
     change = f"the modes differ by {gap.relative_change:.3g} σ"
     if not gap.samples:
         return (

@@ -147,7 +147,7 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     index = layers.index(layer)
     if index == 0:
         return (
-            "it is the first BN layer, so the data or what stands before it",
+            "it is the first BN layer, so the data or what comes before it",
             Fix("check the batch of that step for NaN and Inf, then the layers before the first"),
         )
     before = layers[index - 1].name

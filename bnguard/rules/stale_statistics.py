@@ -36,15 +36,15 @@ class StaleStatistics(ModelRule):
         layer was called in train mode, and nothing entered its statistics, as where a function
         runs on copies of the buffers; an ``error`` where they are exactly (0, 1) after training, as
         where a callback resets them and sets momentum to 0 for a while. Or weights were written
-        between the newest training step and the evaluation, or into a copy of the model that is watched beside it, and what arrives
-        has drifted from the running statistics. So it has in a teacher or target network, which no
-        optimizer trains and no batch updates: its weights follow those of the network that trains,
-        and its statistics are still those of the beginning; it is watched as a part of the model,
-        or next to it. Or, without any run, the statistics are those of a reference, and the
-        weights are not::
+        between the newest training step and the evaluation, or into a copy of the model that is
+        watched, and inputs in eval mode have drifted from the running statistics. The same holds
+        for a teacher or target network, which no optimizer trains and no batch updates: its weights
+        follow those of the network that trains, its statistics are those of the beginning. It is
+        watched as a part of the model, or next to it. Or, without any run, the statistics are those
+        of a reference, and the weights are not::
 
             bnguard.inspect(averaged, reference=model)
-            beside = bnguard.watch(averaged)    # beside.step(), with beside.evaluation(): ...
+            copy = bnguard.watch(averaged)    # copy.step(), with copy.evaluation(): ...
 
     Limits:
         min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.

@@ -22,7 +22,7 @@ from bnguard.rules.limits import (
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticDrift(ExplainedRule):
-    """Running statistics do not describe what arrives in eval mode.
+    """Inputs in eval mode do not match the running statistics.
 
     Why it matters:
         In eval mode the running statistics stand in for those of the batch. Where they are off,
@@ -37,7 +37,7 @@ class StatisticDrift(ExplainedRule):
         gap was measured and shows no harm, where training called the layer in eval mode too, and
         while training goes on and fewer than four evaluations in a row have shown harm: fast
         weights leave the average behind, and let it catch up later.
-        A cause that another rule has found stands before it, and lends it its numbers and its fix
+        A cause that another rule has found comes first, and lends it its numbers and its fix
         (BN303 too few updates, BN304 other weights, BN305 other data, BN207 streams, BN203 sorted
         and BN202 small batches). Otherwise the newest batches of training tell. Where they agree
         with evaluation, being nearer to it by far, the average is at fault: it lags behind the
@@ -45,7 +45,7 @@ class StatisticDrift(ExplainedRule):
         batches. Where they do not, dropout before the layer (where the variance
         is smaller in evaluation), noisy small batches, other data (at the first layer) or
         something between the layers that acts otherwise in eval mode is. What begins at one layer
-        is told of those after it.
+        is reported of those after it.
         Only some batches of an evaluation are looked at: the first few, and then each whose number
         doubles. Where they differ among each other by more than 15 % of the variance between
         samples they do not stand for the rest, and it is ``info`` unless the shift is more than
@@ -112,7 +112,7 @@ class StatisticDrift(ExplainedRule):
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
     def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
-        """Return how far the layer has drifted, None where within the limits, or why not known."""
+        """Return how far the layer has drifted, None if within the limits, or why not known."""
         seen = layer.evaluated
         if seen is None:
             return self._skipped(layer, "the layer was not seen in eval mode")
@@ -130,7 +130,7 @@ class StatisticDrift(ExplainedRule):
         cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
         evidence = drift.distance.worst
         assert evidence is not None
-        message = "what arrives in eval mode is not what the running statistics say"
+        message = "inputs in eval mode do not match the running statistics"
         return self._finding(
             drift.layer,
             Severity.INFO if doubt is not None else _severity(drift.layer),
