@@ -94,8 +94,8 @@ class Finding:
         evidence: The number that says so.
         reasons: The numbers that speak for the cause that the message names, where it names one.
         fix: What to do about it.
-        channels: Indices of the channels concerned, worst first; empty where it is all of them.
-        step: Training step at which it first showed, None if there was no training.
+        channels: Indices of the channels concerned, worst first; empty if it is all of them.
+        step: First step from which the value is beyond its limit, None if there was no training.
         cause: Code of a finding of the same report that explains this one; None for a root cause.
     """
 
@@ -118,19 +118,10 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as plain data; see :mod:`bnguard.report.json_document`."""
-        return {
-            "code": self.code,
-            "name": self.name,
-            "severity": str(self.severity),
-            "layer": self.layer,
-            "message": self.message,
-            "evidence": dataclasses.asdict(self.evidence),
-            "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
-            "fix": {"summary": self.fix.summary, "repair": self.fix.repair},
-            "channels": list(self.channels),
-            "step": self.step,
-            "cause": self.cause,
-        }
+        content = dataclasses.asdict(self)
+        for key in ("reasons", "channels"):
+            content[key] = list(content[key])
+        return {**content, "severity": str(self.severity)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,14 @@ class CorrelatedBatches(ModelRule):
         if plan.label_run is not None and plan.shuffled_label_run:
             run = plan.label_run / plan.shuffled_label_run
             if run > self.max_label_run and 4 * plan.label_run >= (plan.batch_size or 0):
-                yield self._in_order(layer, plan.label_run, run)
+                yield self._finding(
+                    layer,
+                    Severity.WARNING,
+                    f"the loader does not shuffle: {plan.label_run:,.0f} samples of one label "
+                    "follow each other in the dataset",
+                    Evidence("run of a label over that of a random order", run, self.max_label_run),
+                    _SHUFFLE,
+                )
                 return
         if not layer.calls.in_training:
             return
@@ -181,16 +188,6 @@ class CorrelatedBatches(ModelRule):
         with np.errstate(all="ignore"):
             share = (seen.var_unbiased - window.var_unbiased) / window.var_of_means_successive
         return float(np.median(share)) > self.min_mixed_share
-
-    def _in_order(self, layer: LayerHistory, samples: float, run: float) -> Finding:
-        return self._finding(
-            layer,
-            Severity.WARNING,
-            f"the loader draws samples in the order of the dataset, where {samples:,.0f} of one "
-            "label follow each other: it does not shuffle",
-            Evidence("run of a label over that of a random order", run, self.max_label_run),
-            _SHUFFLE,
-        )
 
 
 _RATIO = "variance of batch means over the expected"

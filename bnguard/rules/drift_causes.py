@@ -232,9 +232,10 @@ def noisy_average(drift: Drift) -> Cause | None:
     shift = drift.distance.worst
     if shift is None or shift.unit != "σ" or not shift.value <= _NOISE_FACTOR * uncertainty:
         return None
+    samples = "" if layer.samples is None else f" of {layer.samples} samples"
     return Cause(
-        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches "
-        f"{_of_samples(layer)}, which leaves the mean uncertain by {uncertainty:.2g} σ",
+        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches"
+        f"{samples}, which leaves the mean uncertain by {uncertainty:.2g} σ",
         Fix("recalibrate; a smaller momentum or larger batches for the next run", "recalibrate"),
         (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
     )
@@ -419,7 +420,3 @@ def _noise_std(window: BatchWindow) -> float:
     """Return the spread of the batch means in σ, the median over channels; NaN if not known."""
     known = window.noise_std[np.isfinite(window.noise_std)]
     return float(np.median(known)) if known.size else math.nan
-
-
-def _of_samples(layer: LayerHistory) -> str:
-    return "" if layer.samples is None else f"of {layer.samples} samples"

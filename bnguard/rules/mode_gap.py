@@ -33,18 +33,18 @@ class ModesDisagree(ExplainedRule):
         at a layer (BN301) only suspects it. The cause, where a rule found one, comes first.
 
     Evidence:
-        On the first batches of the newest evaluation that hold 32 samples together, everything
-        else in eval mode, as are layers that training called in eval mode too: the root mean square
-        change of the outputs between running and batch statistics, in standard deviations of the
-        outputs, without the part that sampling explains (twice the change between the statistics
-        of half the batch and of the whole); and, for class scores, the share of predictions that
-        flip: where many do, a smaller change is harm already. A flip counts where one of the modes
-        finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
-        decides by next to nothing. Fewer samples, or inputs whose first dimensions differ (graphs,
-        packed sequences), do not tell what sampling explains, and are not judged. ``info`` where no
-        layer was trained, while training goes on and fewer than four evaluations in a row
-        have shown it, or few predictions flip; and where the evaluation is sorted (BN301), so that
-        its first batch is unlike the rest, and no drift was found. The cause is that of the layer
+        The first batches of the newest evaluation that hold 32 samples together run twice, with
+        running and with batch statistics, everything else in eval mode, as are layers that training
+        called in eval mode too. Two numbers count. The root mean square change of the outputs, in
+        their standard deviations, without the part that sampling explains (twice the change
+        between the statistics of half the batch and of the whole). And, for class scores, the
+        share of predictions that flip; if many do, a smaller change is harm already. A flip counts
+        if one of the modes finds the two classes more than 0.05 of probability apart.
+
+        Fewer samples, or inputs whose first dimensions differ (graphs, packed sequences), are not
+        judged, since the part of sampling is unknown. It is ``info`` if no layer was trained; while
+        training goes on, until four evaluations in a row show it, or if few predictions flip; and
+        if the evaluation is sorted (BN301) and no drift was found. The cause is that of the layer
         that fits worst.
 
     Limits:
