@@ -290,9 +290,10 @@ def _neighbour_change(batches: Sequence[_Batch]) -> tuple[float, float]:
     means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
     if not np.isfinite(means).all():
         return 1.0, 0.0
-    rest = _without_trend(means, np.arange(len(means)))
+    rest = _without_trend(means, np.arange(len(means), dtype=float))
     scores, scale, _ = np.linalg.svd(rest, full_matrices=False)
-    kept = min(_MAX_COMPONENTS, len(means) // 4, np.count_nonzero(scale > 1e-9 * scale[0]))
+    rank = int(np.count_nonzero(scale > 1e-9 * scale[0]))
+    kept = min(_MAX_COMPONENTS, len(means) // 4, rank)
     if not kept:
         return 1.0, 0.0
     changes = np.square(np.diff(scores[:, :kept], axis=0)).mean(0) / (2 * scores[:, :kept].var(0))
