@@ -63,7 +63,7 @@ class BatchNormCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Read what a batch left in the buffers whose gradients are accumulated."""
-        self._guard(self._step, state.global_step)
+        self._guard(self._step, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -108,7 +108,7 @@ class BatchNormCallback(TrainerCallback):
             # accelerate wraps it.
             optimizer=getattr(optimizer, "optimizer", optimizer),
             every_n_steps=self._every_n_steps,
-            planned_steps=state.max_steps * args.gradient_accumulation_steps,
+            planned_steps=state.max_steps,
             loader=loader,
             accumulated_batches=args.gradient_accumulation_steps,
             on_findings=tell,

@@ -22,7 +22,7 @@ from bnguard.lightning.trainer import (
     is_rehearsal,
     log_folder,
     logged_step,
-    planned_batches,
+    planned_steps,
     unlogged,
 )
 from bnguard.monitor import Monitor, watch
@@ -149,7 +149,7 @@ class BatchNormMonitor(GuardedCallback):
         before, self._before = self._before, None
         self._announcements = Announcements(() if before is None else self._announcements.records)
         self._batches, self._untold = 0, []
-        monitor = self._watch(trainer, pl_module, planned_batches(trainer))
+        monitor = self._watch(trainer, pl_module, planned_steps(trainer))
         if monitor is None:
             return
         if before is not None:

@@ -24,18 +24,18 @@ _Self = TypeVar("_Self", bound="GuardedCallback")
 _Result = TypeVar("_Result")
 
 
-def planned_batches(trainer: Trainer) -> int | None:
-    """Return how many training batches are still to come; None where nobody can know."""
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps are still to come; None if that is not known."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if is_rehearsal(trainer) or math.isinf(batches):
         return None
     by_epochs = math.inf
     if epochs is not None and epochs >= 0:
-        by_epochs = max(0, epochs - trainer.current_epoch) * batches
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        by_epochs = max(0, epochs - trainer.current_epoch) * steps
     by_steps = math.inf
     if trainer.max_steps >= 0:
-        remaining = max(0, trainer.max_steps - trainer.global_step)
-        by_steps = remaining * trainer.accumulate_grad_batches
+        by_steps = max(0, trainer.max_steps - trainer.global_step)
     planned = min(by_epochs, by_steps)
     return None if math.isinf(planned) else int(planned)
 

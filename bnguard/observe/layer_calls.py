@@ -214,18 +214,18 @@ class ShapeRecord:
         """Count a call under ``torch.no_grad`` in this step."""
         if step != self._step_without_grad:
             self.calls.steps_without_grad += 1
-            self._step_without_grad, self._waiting = step, 0
+            self._step_without_grad, self.calls.since_training = step, 0
         self.calls.without_grad += 1
-        self._waiting += 1
+        self.calls.since_training += 1
 
     def count_with_grad(self, step: int) -> None:
         """Count the calls under ``torch.no_grad`` before a training call in this step."""
-        if self._waiting and step == self._step_without_grad != self._step_in_eval_mode:
+        if self.calls.since_training and step == self._step_without_grad != self._step_in_eval_mode:
             # Before the first step, such a call may initialise a lazy layer.
             if step > 1:
-                self.calls.between_steps += self._waiting
+                self.calls.between_steps += self.calls.since_training
                 self.calls.steps_with_some_between += 1
-            self._waiting = 0
+            self.calls.since_training = 0
 
     def note_eval_mode(self, step: int, *, is_evaluating: bool) -> None:
         """Note a call in eval mode, which shows that earlier ones in this step are no mistake."""

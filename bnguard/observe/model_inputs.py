@@ -21,7 +21,7 @@ from bnguard.observe.history import InputWindow
 from bnguard.observe.hooks import Hooks
 
 # Numbers read per sample, evenly spaced, and batches per window: few enough to cost next to
-# nothing. After the first steps, one in four is read.
+# nothing. After the first steps of a run and of a window, one in four is read.
 _MAX_FEATURES = 64
 _MAX_BATCHES = 64
 _FIRST_STEPS = 8
@@ -36,6 +36,9 @@ _MIN_WINDOWS = 4
 _MIN_OVER_CHANCE = 2.0
 # Batches from which a slow trend is removed, as in what a generator feeds a discriminator.
 _MIN_BATCHES_OF_TREND = 16
+# Of the first batches of a run, which are compared with their neighbours.
+_MIN_BATCHES_OF_ORDER = 8
+_MAX_COMPONENTS = 8
 # Sums that wait on the device until they are checked.
 _MAX_WAITING = 256
 # Receives all tensors of a call.
@@ -61,7 +64,8 @@ class SampleProbe:
         self._newest_count = 0
         self._windows: list[_Summary] = []
         self._batches: list[_Batch] = []
-        self._steps = 0
+        self._first: list[_Batch] = []
+        self._steps = self._steps_of_run = 0
         self._is_read = True
         self._place = 0
 
@@ -74,8 +78,10 @@ class SampleProbe:
     def start_step(self) -> None:
         """Count the next calls to the next step."""
         self._steps += 1
+        self._steps_of_run += 1
         self._place = 0
-        self._is_read = self._steps < _FIRST_STEPS or self._steps % _ONE_IN == 0
+        is_early = self._steps < _FIRST_STEPS or self._steps_of_run < _MAX_BATCHES
+        self._is_read = is_early or self._steps % _ONE_IN == 0
 
     def window(self) -> InputWindow | None:
         """Return the newest window with at least half the batches of the last full one."""
@@ -106,8 +112,13 @@ class SampleProbe:
         if window is None or not has_one_place:
             return window
         windows = [*self._windows, *self._summarise()]
+        change, excess = _neighbour_change(self._first)
         return dataclasses.replace(
-            window, windows=len(windows), between_windows=_between_windows(windows)
+            window,
+            windows=len(windows),
+            between_windows=_between_windows(windows),
+            neighbour_change=change,
+            neighbour_excess_std=excess,
         )
 
     def _means_and_variances(self) -> tuple[FloatArray, FloatArray]:
@@ -136,8 +147,10 @@ class SampleProbe:
         with torch.no_grad():
             mean, variance = mean_and_biased_var(features)
         if self._batches and self._batches[0].mean.shape != mean.shape:
-            self._batches, self._windows = [], []
+            self._batches, self._windows, self._first = [], [], []
         self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
+        if len(self._first) < min(self._steps_of_run + 1, _MAX_BATCHES):
+            self._first.append(self._batches[-1])
 
 
 class FinitenessProbe:
@@ -276,14 +289,44 @@ def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
     return np.asarray(share[np.isfinite(share)])
 
 
+def _neighbour_change(batches: Sequence[_Batch]) -> tuple[float, float]:
+    """Return the change between batches that follow each other, and how unlikely it is by chance.
+
+    The former is von Neumann's ratio of the principal components of the batch means, or of the one
+    that says most: an augmentation of whole batches is few components, sorted data are many. The
+    latter is its distance from 1 in standard deviations.
+    """
+    if len(batches) < _MIN_BATCHES_OF_ORDER:
+        return 1.0, 0.0
+    means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
+    if not np.isfinite(means).all():
+        return 1.0, 0.0
+    rest = _without_trend(means, np.arange(len(means), dtype=float))
+    scores, scale, _ = np.linalg.svd(rest, full_matrices=False)
+    rank = int(np.count_nonzero(scale > 1e-9 * scale[0]))
+    kept = min(_MAX_COMPONENTS, len(means) // 4, rank)
+    if not kept:
+        return 1.0, 0.0
+    changes = np.square(np.diff(scores[:, :kept], axis=0)).mean(0) / (2 * scores[:, :kept].var(0))
+    candidates = [(float(changes.mean()), kept), *((float(change), 1) for change in changes)]
+    excesses = [abs(change - 1.0) * math.sqrt(n * len(means)) for change, n in candidates]
+    clearest = int(np.argmax(excesses))
+    return candidates[clearest][0], excesses[clearest]
+
+
+def _without_trend(means: FloatArray, steps: FloatArray) -> FloatArray:
+    """Return what is left of batch means; of many of them next to a parabola in time."""
+    powers = 3 if len(means) >= _MIN_BATCHES_OF_TREND else 1
+    times = np.vander(np.interp(steps, (steps[0], steps[-1]), (-1.0, 1.0)), powers)
+    return np.asarray(means - times @ np.linalg.lstsq(times, means, rcond=None)[0])
+
+
 def _compare_moments(
     means: FloatArray, variances: FloatArray, steps: FloatArray, sizes: FloatArray
 ) -> InputWindow:
     """Return how much batches differ, after a parabola in time is removed if there are many."""
-    powers = 3 if len(means) >= _MIN_BATCHES_OF_TREND else 1
-    times = np.vander(np.interp(steps, (steps[0], steps[-1]), (-1.0, 1.0)), powers)
-    rest = means - times @ np.linalg.lstsq(times, means, rcond=None)[0]
-    freedom = len(means) - powers
+    rest = _without_trend(means, steps)
+    freedom = len(means) - (3 if len(means) >= _MIN_BATCHES_OF_TREND else 1)
     between = sizes.mean() * np.square(rest).sum(0) / freedom
     within = variances.mean(0) * sizes.sum() / (sizes.sum() - len(sizes))
     with np.errstate(all="ignore"):

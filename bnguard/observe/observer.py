@@ -106,12 +106,14 @@ class Observer:
         """Read the buffers after training step number ``step``."""
         self._raise_errors()
         self._unknown.end_look()
+        # The batches of a step, whose gradients are accumulated, have one number.
+        if step != self._step or not self.steps:
+            self.steps += 1
+            is_in_eval_mode = not self._model.training
+            self._steps_in_eval_mode += is_in_eval_mode
+            self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
+            self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._step = step
-        self.steps += 1
-        is_in_eval_mode = not self._model.training
-        self._steps_in_eval_mode += is_in_eval_mode
-        self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
-        self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1

@@ -26,6 +26,7 @@ class Calls:
         between_steps: Those under ``torch.no_grad`` between two steps without a call in eval mode:
             an evaluation without eval().
         steps_with_some_between: Steps that such calls preceded.
+        since_training: Those under ``torch.no_grad`` since the newest training call.
         estimating: Calls that estimate the statistics anew, as ``update_bn`` does; counted only
             here.
         in_evaluation: Calls inside an evaluation; counted only here.
@@ -45,6 +46,7 @@ class Calls:
     recomputed: int = 0
     between_steps: int = 0
     steps_with_some_between: int = 0
+    since_training: int = 0
     estimating: int = 0
     in_evaluation: int = 0
     is_in_eval_mode: bool = False
@@ -208,12 +210,18 @@ class InputWindow:
         windows: Windows compared.
         between_windows: Variance between neighbouring windows beyond that of their batches, as a
             share of that between samples, for each number; empty if there are too few windows.
+        neighbour_change: Half the mean squared change from a batch to the next over the variance of
+            the batch means (von Neumann's ratio), of the first batches of the run: 1 in random
+            order, less where neighbours are alike, 2 where two kinds take turns.
+        neighbour_excess_std: Its distance from 1, in standard deviations of a random order.
     """
 
     batches: int
     variance_ratio: FloatArray
     windows: int = 1
     between_windows: FloatArray = field(default_factory=lambda: np.empty(0))
+    neighbour_change: float = 1.0
+    neighbour_excess_std: float = 0.0
 
 
 @dataclass(frozen=True)

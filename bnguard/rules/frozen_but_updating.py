@@ -26,7 +26,7 @@ class FrozenButUpdating(Rule):
     Evidence:
         Updates of the running statistics while every affine parameter of the layer is frozen:
         ``requires_grad`` is False, or the parameters stand still and are in none of the
-        optimizers that bnguard was told of. The message says which, and how far a mean has moved,
+        optimizers that bnguard was given. The message says which, and how far a mean has moved,
         in σ. Where those optimizers hold no parameter of the model at all (they were built for
         another, or before its parameters were replaced) it says so, since nothing learns.
         Of severity ``info`` where every training-mode call ran under ``torch.no_grad``: a teacher

@@ -31,7 +31,7 @@ class InputShift(ModelRule):
         standard deviations or log-variance ratio, the quantile over channels; the smaller of the
         two distances counts. Where weights move, the newest batches lag behind them: the limits are
         so many times larger as the batch means spread wider over the window than from one batch to
-        the next. A variance that is smaller in evaluation counts for nothing where dropout stands
+        the next. A variance that is smaller in evaluation counts for nothing if there is dropout
         before the layer. ``info`` where the mode gap was measured and shows no harm.
 
     Limits:
@@ -73,7 +73,7 @@ class InputShift(ModelRule):
     max_initial_weight: float = 0.05
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold what arrives at the first layer against what it was trained on."""
+        """Compare the inputs of the first layer in evaluation with those of training."""
         layer = history.first_trained
         if layer is None:
             return

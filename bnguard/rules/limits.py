@@ -65,11 +65,11 @@ def is_harmful(
 ) -> bool:
     """Return whether the two modes give different answers, by more than sampling explains."""
     # Sampling does not make outputs NaN or infinite.
-    is_judged = is_told(gap) or not np.isfinite(gap.relative_change)
+    is_judged = is_known(gap) or not np.isfinite(gap.relative_change)
     return is_judged and _exceeds(gap, max_change, max_change_with_flips, max_flipped_share)
 
 
-def is_told(gap: ModeGap) -> bool:
+def is_known(gap: ModeGap) -> bool:
     """Return whether it is known how much of a gap sampling explains."""
     return gap.sampling_change is not None and gap.samples >= MIN_GAP_SAMPLES
 
@@ -109,10 +109,10 @@ def what_is_left(
     weight: float | None,
     max_weight: float,
 ) -> str | None:
-    """Return what these running statistics still hold of the initial ones; None where too little.
+    """Return what these running statistics still hold of the initial ones; None if too little.
 
-    A small weight of the initial mean 0 is a large shift where the mean is far from it. That is not
-    told of a checkpoint: its statistics may be a plain average, of which nothing is initial.
+    A small weight of the initial mean 0 is a large shift where the mean is far from it. A
+    checkpoint does not show that: its statistics may be a plain average, without an initial part.
     """
     if running is None or not weight:
         return None
@@ -175,7 +175,7 @@ class Distance:
 
     @property
     def measured(self) -> tuple[Evidence, Evidence] | None:
-        """Shift and ratio at the quantile, each with its limit; None where none is finite."""
+        """Shift and ratio at the quantile, each with its limit; None if none is finite."""
         judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
         if not judged.any():
             return None
@@ -189,7 +189,7 @@ class Distance:
 
     @property
     def worst(self) -> Evidence | None:
-        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+        """The one of the two that lies furthest beyond its limit; None if none is finite."""
         return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)
 
     @property

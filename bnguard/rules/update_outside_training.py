@@ -24,13 +24,12 @@ class UpdateOutsideTraining(Rule):
         profile) leaves its zeros there.
 
     Evidence:
-        Calls inside ``monitor.evaluation()``, or inside Lightning's validation, that used batch
-        statistics. Outside of it: calls under ``no_grad`` between two training steps, where none
-        in eval mode came, as after a re-estimation on purpose. Others under ``no_grad`` in a small
-        part of the training steps, those at the end of the training among them, are ``info``,
-        since they may be such a one. They are a ``warning``, in every step too, where their batches
-        differ from those of training and evaluation does not fit the running statistics: so are
-        repeated passes for the uncertainty of new samples (Monte Carlo dropout).
+        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
+        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
+        Other calls under ``no_grad``, in a small part of the steps or after the last, may be a
+        re-estimation on purpose: ``info``. They are a ``warning``, in every step too, if they
+        differ from the batches of training and evaluation does not match the running statistics;
+        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls.
         ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
         networks that run under ``no_grad`` in every step (a teacher, a generator while the
         discriminator learns).
@@ -151,12 +150,20 @@ class UpdateOutsideTraining(Rule):
             if other is None
             else "a missing eval(), since they are unlike the batches of training"
         )
+        steps, after = calls.steps_without_grad, calls.since_training
+        if after:
+            steps -= 1
+        if not steps:
+            when = "all after the last step"
+        else:
+            when = f"in {steps} of {layer.run.steps} steps" + (
+                f" and {after} of them after the last" if after else ""
+            )
         counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
             severity,
-            f"{calls.without_grad} batches went into the statistics under no_grad, in "
-            f"{calls.steps_without_grad} of {layer.run.steps} steps: {what}",
+            f"{calls.without_grad} batches went into the statistics under no_grad, {when}: {what}",
             other or counted,
             _EVAL,
             reasons=() if other is None else (counted,),

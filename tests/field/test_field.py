@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from tests.field import train_forgotten_mid_epoch
+from tests.field import augmentation_per_batch, train_forgotten_mid_epoch
 from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
 
 SITUATIONS = dict(situations())
@@ -37,3 +37,12 @@ def test_a_situation_names_its_public_source(name):
 def test_a_forgotten_train_after_a_validation_in_mid_epoch_is_named():
     torch.manual_seed(0)
     assert train_forgotten_mid_epoch.named().accusations[:1] == ("BN209",)
+
+
+@pytest.mark.parametrize("augmentation", ["scale", "erased_square", "shift"])
+def test_an_augmentation_of_whole_batches_is_not_accused_and_sorted_data_are(augmentation):
+    augment = getattr(augmentation_per_batch, augmentation)
+    torch.manual_seed(0)
+    healthy = augmentation_per_batch.train(augment)
+    assert healthy.accusations == healthy.announced == ()
+    assert augmentation_per_batch.train(augment, is_sorted=True).accusations[:1] == ("BN203",)
