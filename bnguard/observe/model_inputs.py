@@ -64,6 +64,7 @@ class SampleProbe:
         self._newest_count = 0
         self._windows: list[_Summary] = []
         self._batches: list[_Batch] = []
+        self._shape: torch.Size | None = None
         self._steps = 0
         self._is_read = True
         self._place = 0
@@ -133,14 +134,15 @@ class SampleProbe:
         place, self._place = self._place, self._place + 1
         if not self._is_read or len(self._batches) >= _MAX_BATCHES:
             return
-        features = _features(inputs)
-        if features is None:
+        samples = _samples(inputs)
+        if samples is None:
             return
+        # The same place in samples of another shape is another number.
+        if samples.shape[1:] != self._shape:
+            self._shape, self._batches, self._windows = samples.shape[1:], [], []
         with torch.no_grad():
-            mean, variance = mean_and_biased_var(features)
-        if self._batches and self._batches[0].mean.shape != mean.shape:
-            self._batches, self._windows = [], []
-        self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
+            mean, variance = mean_and_biased_var(_features(samples))
+        self._batches.append(_Batch((place, self._steps, len(samples)), mean, variance))
 
 
 class FinitenessProbe:
@@ -278,15 +280,16 @@ def _of_place(
         return InputWindow(batches=1 + freedom, variance_ratio=np.asarray(between / within))
 
 
-def _features(inputs: Sequence[Tensor]) -> Tensor | None:
-    """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
-    for values in inputs:
-        if values.dim() > 1:
-            if len(values) < 2 or not values.numel():
-                return None
-            flat = values.detach().flatten(1)
-            return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
-    return None
+def _samples(inputs: Sequence[Tensor]) -> Tensor | None:
+    """Return the first input that has samples; None where there is none, or a single sample."""
+    values = next((values for values in inputs if values.dim() > 1), None)
+    return None if values is None or len(values) < 2 or not values.numel() else values
+
+
+def _features(samples: Tensor) -> Tensor:
+    """Return some numbers of each sample, shape ``(N, F)``."""
+    flat = samples.detach().flatten(1)
+    return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
 
 
 def _around(inner: nn.Module, model: nn.Module) -> Iterator[nn.Module]:

@@ -159,7 +159,7 @@ def evaluate(watch: Watch, images: torch.Tensor, labels: torch.Tensor, batch: in
 
 
 def shuffled(size: int, count: int = 1200) -> Callable[[], Iterable[Tensor]]:
-    """Return a function that deals out the first samples anew at each call, as batches of indices."""
+    """Return a function that deals out the first samples as batches of indices, anew each time."""
     return lambda: torch.randperm(count).split(size)
 
 
@@ -169,7 +169,7 @@ def train(
     loss: Callable[[Tensor], Tensor] | None = None,
     images: Tensor | None = None,
     validation: Tensor | None = None,
-    batches: Callable[[], Iterable[Tensor]] = shuffled(64),
+    batches: Callable[[], Iterable[Tensor]] | None = None,
     epochs: int = 4,
     lr: float = 0.05,
     watch: Watch | None = None,
@@ -180,6 +180,7 @@ def train(
 
     Args:
         loss: Loss of a batch of indices; the cross-entropy of ``images`` where it is None.
+        batches: Deals out the batches of an epoch; shuffled, of 64 samples, where it is None.
         start: Called at the start of each epoch in place of ``model.train()``.
     """
     own, labels = digits()
@@ -191,7 +192,7 @@ def train(
     watch = watch or Watch(model, {"optimizer": optimizer})
     for _ in range(epochs):
         (start or model.train)()
-        for batch in batches():
+        for batch in (batches or shuffled(64))():
             optimizer.zero_grad()
             loss(batch).backward()
             optimizer.step()
