@@ -339,10 +339,14 @@ class History:
     def first_trained(self) -> LayerHistory | None:
         """The layer called first of those that batches of training reached; else of all.
 
-        A frozen teacher in front says nothing of the data that the network is trained on.
+        A teacher in front says nothing of the data that the network is trained on.
         """
         called = self.layers_in_order
-        trained = (layer for layer in called if layer.updates_seen or layer.window is not None)
+        trained = (
+            layer
+            for layer in called
+            if (layer.updates_seen or layer.window is not None) and not layer.calls.are_without_grad
+        )
         return next(trained, next(iter(called), None))
 
     @property

@@ -62,6 +62,11 @@ class Calls:
     most_per_step: int = 0
 
     @property
+    def are_without_grad(self) -> bool:
+        """Whether training called the layer under ``torch.no_grad`` alone, as a teacher is."""
+        return 0 < self.in_training == self.without_grad
+
+    @property
     def may_be_of_several_sources(self) -> bool:
         """Whether batches may be unlike each other by what calls the layer.
 

@@ -80,6 +80,8 @@ class InputShift(ModelRule):
         seen = layer.evaluated
         if seen is None or layer.window is None:
             yield self._skipped(layer, "the first layer was not seen in both modes")
+        elif layer.calls.are_without_grad:
+            yield self._skipped(layer, "no layer learns, so that there are no training data")
         elif seen.count < self.min_values:
             yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
         elif left_when_evaluated(layer, self.max_initial_weight):
