@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tests.field.situation import Run, Situation, train
-from tests.networks import digits
 
 
 class Recurrent(nn.Module):
