@@ -1,4 +1,4 @@
-"""A batch from one data set, then one from the next: SimonVandenhende/Multi-Task-Learning-PyTorch#28.
+"""One data set a batch, the next in the next: SimonVandenhende/Multi-Task-Learning-PyTorch#28.
 
 Each batch has the statistics of its own data set, and evaluation the average of all.
 lorenmt/mtan#28 sees the metrics change with the size of the batches of the test.
