@@ -39,7 +39,8 @@ class InputShift(ModelRule):
         so many times larger as the batch means spread wider over the window than from one batch to
         the next. A variance that is smaller in evaluation counts for nothing where dropout stands
         before the layer. Not judged where what stands before the layer changes from batch to batch
-        and the data do not, as the paths of a supernet do. ``info`` where the mode gap was measured and shows no harm.
+        and the data do not, as the paths of a supernet do. ``info`` where the mode gap was measured
+        and shows no harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation

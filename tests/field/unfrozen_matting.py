@@ -44,5 +44,5 @@ SITUATION = Situation(
     faulty=partial(_train, freezes_each_epoch=False),
     cause="BN208",
     repaired=lambda: _train(freezes_each_epoch=True).accuracy,
-    expected_failure="BN203 comes first: layers frozen before watching begins count as never frozen",
+    expected_failure="BN203 comes first: layers frozen before watching count as never frozen",
 )
