@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.field.situation import Run, Situation, Watch, accuracy, evaluate, train
-from tests.networks import mlp, digits
+from tests.networks import digits, mlp
 
 
 def _data() -> tuple[torch.Tensor, torch.Tensor]:
