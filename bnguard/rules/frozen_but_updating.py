@@ -69,7 +69,7 @@ class FrozenButUpdating(Rule):
     def has_done_harm(self, layer: LayerHistory) -> bool:
         """Return whether the statistics of a teacher no longer fit; others follow their batches."""
         distance = distance_of(layer) if layer.calls.are_without_grad else None
-        return distance is not None and distance.excess > 1.0
+        return distance is not None and distance.is_beyond
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the updates seen in training with what a frozen layer may have."""

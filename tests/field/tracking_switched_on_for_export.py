@@ -5,7 +5,6 @@ The way around an exporter that knows no such layers leaves mean 0 and variance 
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 import bnguard
