@@ -63,7 +63,7 @@ class Calls:
 
     @property
     def are_without_grad(self) -> bool:
-        """Whether training called the layer under ``torch.no_grad`` alone, as a teacher is."""
+        """Whether training called the layer only under ``torch.no_grad``, like a teacher."""
         return 0 < self.in_training == self.without_grad
 
     @property

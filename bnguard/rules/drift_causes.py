@@ -263,7 +263,7 @@ def changing_network(drift: Drift) -> Cause | None:
     if jump is None:
         return None
     return Cause(
-        "because what stands before it changes from batch to batch, as the paths of a supernet do: "
+        "because the network in front of it changes from batch to batch, as a supernet does: "
         f"the mean of a batch jumps by {jump:.2g} σ, and the data do not",
         Fix("recalibrate for what is evaluated, with each path on its own", "recalibrate"),
         (Evidence("spread of the batch means", jump, _MIN_NOISE_STD, "σ"),),

@@ -38,9 +38,9 @@ class InputShift(ModelRule):
         two distances counts. Where weights move, the newest batches lag behind them: the limits are
         so many times larger as the batch means spread wider over the window than from one batch to
         the next. A variance that is smaller in evaluation counts for nothing where dropout stands
-        before the layer. Not judged where what stands before the layer changes from batch to batch
-        and the data do not, as the paths of a supernet do. ``info`` where the mode gap was measured
-        and shows no harm.
+        before the layer. Not judged where the network in front of it changes from batch to batch, as a
+        supernet does, and the data do not. ``info`` where the mode gap was measured and shows no
+        harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
@@ -91,7 +91,7 @@ class InputShift(ModelRule):
         elif layer.calls.are_without_grad:
             yield self._skipped(layer, "no layer learns, so that there are no training data")
         elif jump_of_network(layer) is not None:
-            yield self._skipped(layer, "what stands before it changes from batch to batch")
+            yield self._skipped(layer, "the network in front of it changes from batch to batch")
         elif seen.count < self.min_values:
             yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
         elif left_when_evaluated(layer, self.max_initial_weight):

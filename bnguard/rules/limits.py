@@ -266,14 +266,14 @@ def fits(layer: LayerHistory) -> bool:
     return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
 
 
-# From how many times its sampling error the mean of a batch jumps, and up to which ratio of the
-# variances the data do not (BN203): what stands between changes from batch to batch.
+# The network in front of a layer changes from batch to batch where batch means jump by more than
+# this many sampling errors, and the data vary by no more than this variance ratio (BN203).
 _JUMP_FACTOR = 3.0
 _MAX_INPUT_RATIO = 2.0
 
 
 def jump_of_network(layer: LayerHistory) -> float | None:
-    """Return how far batch means jump, in σ, where the network makes it and the data do not."""
+    """Return how far batch means jump, in σ, where the network causes it and not the data."""
     window, inputs = layer.window, layer.run.inputs
     if window is None or inputs is None or not layer.samples:
         return None

@@ -26,10 +26,6 @@ class Supernet(nn.Module):
         self.head = nn.Linear(32, 10)
         self.path = (0, 3)
 
-    def draw(self) -> None:
-        """Draw the path of the next step."""
-        self.path = tuple(torch.randint(4, (2,)).tolist())
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         first, second = self.path
         hidden = self.norms[0](self.first[first](images)).relu()
@@ -45,7 +41,7 @@ def _run(*, draws: bool) -> tuple[Supernet, Run]:
         model.train()
         for batch in shuffled(64)():
             if draws:
-                model.draw()
+                model.path = tuple(torch.randint(4, (2,)).tolist())
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()

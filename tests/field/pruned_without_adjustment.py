@@ -15,8 +15,8 @@ from tests.networks import conv_net, digits
 
 def _pruned(share: float) -> Watch:
     model = conv_net()
+    train(model)
     watch = Watch(model)
-    train(model, watch=watch)
     with torch.no_grad():
         for layer in (model[3], model[6]):
             layer.weight.mul_(layer.weight.abs() >= layer.weight.abs().quantile(share))

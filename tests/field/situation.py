@@ -168,15 +168,13 @@ def train(
     *,
     loss: Callable[[Tensor], Tensor] | None = None,
     images: Tensor | None = None,
-    validation: Tensor | None = None,
     batches: Callable[[], Iterable[Tensor]] | None = None,
     epochs: int = 4,
     lr: float = 0.05,
     watch: Watch | None = None,
     start: Callable[[], object] | None = None,
-    after_step: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Train under the eyes of a monitor, and evaluate on 597 digits after each epoch.
+    """Train on 1,200 watched digits, and evaluate on the other 597 after each epoch.
 
     Args:
         loss: Loss of a batch of indices; the cross-entropy of ``images`` where it is None.
@@ -185,7 +183,6 @@ def train(
     """
     own, labels = digits()
     images = own if images is None else images
-    validation = images[1200:] if validation is None else validation
     loss = loss or (lambda batch: F.cross_entropy(model(images[batch]), labels[batch]))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
@@ -196,7 +193,6 @@ def train(
             optimizer.zero_grad()
             loss(batch).backward()
             optimizer.step()
-            after_step()
             watch.monitor.step()
-        last = evaluate(watch, validation, labels[1200:])
+        last = evaluate(watch, images[1200:], labels[1200:])
     return watch.end(last)
