@@ -38,9 +38,9 @@ class InputShift(ModelRule):
         two distances counts. Where weights move, the newest batches lag behind them: the limits are
         so many times larger as the batch means spread wider over the window than from one batch to
         the next. A variance that is smaller in evaluation counts for nothing where dropout stands
-        before the layer. Not judged where the network in front of it changes from batch to batch, as a
-        supernet does, and the data do not. ``info`` where the mode gap was measured and shows no
-        harm.
+        before the layer. Not judged where the network in front of it changes from batch to batch,
+        as a supernet does, and the data do not. ``info`` where the mode gap was measured and shows
+        no harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation

@@ -7,16 +7,25 @@ openvinotoolkit/nncf#46 has the figures of such an adaptation.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 import bnguard
-from tests.field.situation import Run, Situation, Watch, accuracy, evaluate, train
+from tests.field.situation import Run, Situation, Watch, accuracy, evaluate, shuffled
 from tests.networks import conv_net, digits
 
 
 def _pruned(share: float) -> Watch:
-    model = conv_net()
-    train(model)
-    watch = Watch(model)
+    model, (images, labels) = conv_net(), digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    watch = Watch(model, {"optimizer": optimizer})
+    for _ in range(4):
+        model.train()
+        for batch in shuffled(64)():
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            watch.monitor.step()
+    model.eval()
     with torch.no_grad():
         for layer in (model[3], model[6]):
             layer.weight.mul_(layer.weight.abs() >= layer.weight.abs().quantile(share))

@@ -171,7 +171,6 @@ def train(
     batches: Callable[[], Iterable[Tensor]] | None = None,
     epochs: int = 4,
     lr: float = 0.05,
-    watch: Watch | None = None,
     start: Callable[[], object] | None = None,
 ) -> Run:
     """Train on 1,200 watched digits, and evaluate on the other 597 after each epoch.
@@ -186,7 +185,7 @@ def train(
     loss = loss or (lambda batch: F.cross_entropy(model(images[batch]), labels[batch]))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    watch = watch or Watch(model, {"optimizer": optimizer})
+    watch = Watch(model, {"optimizer": optimizer})
     for _ in range(epochs):
         (start or model.train)()
         for batch in (batches or shuffled(64))():
