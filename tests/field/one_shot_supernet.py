@@ -37,7 +37,7 @@ def _run(*, draws: bool) -> tuple[Supernet, Run]:
     watch = Watch(model)
     images, labels = digits()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(8):
+    for _ in range(14):
         model.train()
         for batch in shuffled(64)():
             if draws:
