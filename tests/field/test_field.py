@@ -24,7 +24,7 @@ def _cases() -> Iterator[object]:
         yield pytest.param(name, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", list(_cases()))
 def test_a_situation_is_judged_rightly(name):
     verdict = judge(SITUATIONS[name])
     assert verdict.healthy.accusations == ()
