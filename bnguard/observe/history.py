@@ -328,10 +328,14 @@ class History:
     def first_trained(self) -> LayerHistory | None:
         """The first called layer that training batches reached; else the first of all.
 
-        A frozen teacher in front says nothing about the training data.
+        A teacher in front says nothing about the data that the network is trained on.
         """
         called = self.layers_in_order
-        trained = (layer for layer in called if layer.updates_seen or layer.window is not None)
+        trained = (
+            layer
+            for layer in called
+            if (layer.updates_seen or layer.window is not None) and not layer.calls.are_without_grad
+        )
         return next(trained, next(iter(called), None))
 
     @property

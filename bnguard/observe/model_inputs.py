@@ -65,6 +65,7 @@ class SampleProbe:
         self._windows: list[_Summary] = []
         self._batches: list[_Batch] = []
         self._first: list[_Batch] = []
+        self._shape: torch.Size | None = None
         self._steps = self._steps_of_run = 0
         self._is_read = True
         self._place = 0
@@ -141,14 +142,16 @@ class SampleProbe:
         place, self._place = self._place, self._place + 1
         if not self._is_read or len(self._batches) >= _MAX_BATCHES:
             return
-        features = _select_features(tensors)
-        if features is None:
+        samples = _select_samples(tensors)
+        if samples is None:
             return
-        with torch.no_grad():
-            mean, variance = mean_and_biased_var(features)
-        if self._batches and self._batches[0].mean.shape != mean.shape:
+        # The same place in samples of another shape is another number.
+        if samples.shape[1:] != self._shape:
+            self._shape = samples.shape[1:]
             self._batches, self._windows, self._first = [], [], []
-        self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
+        with torch.no_grad():
+            mean, variance = mean_and_biased_var(_select_features(samples))
+        self._batches.append(_Batch((place, self._steps, len(samples)), mean, variance))
         if len(self._first) < min(self._steps_of_run + 1, _MAX_BATCHES):
             self._first.append(self._batches[-1])
 
@@ -251,7 +254,8 @@ class _Summary:
 
 def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
     """Return how much batches differ that come one after another; None if that cannot be told."""
-    found = [features for batch in batches if (features := _select_features(batch)) is not None]
+    samples = [_select_samples(batch) for batch in batches]
+    found = [_select_features(each) for each in samples if each is not None]
     if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
         return None
     moments = (mean_and_biased_var(features) for features in found)
@@ -333,12 +337,17 @@ def _compare_moments(
         return InputWindow(batches=1 + freedom, variance_ratio=np.asarray(between / within))
 
 
-def _select_features(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return some numbers of each sample, shape ``(N, F)``; None if no input has samples."""
+def _select_samples(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the first input that has samples; None if there is none, or a single sample."""
     values = next((t for t in tensors if t.dim() > 1 and _has_numbers(t)), None)
     if values is None or len(values) < 2 or not values.numel() or _have_relations(tensors):
         return None
-    flat = values.detach().flatten(1)
+    return values
+
+
+def _select_features(samples: Tensor) -> Tensor:
+    """Return some numbers of each sample, shape ``(N, F)``."""
+    flat = samples.detach().flatten(1)
     return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
 
 

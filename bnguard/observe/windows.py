@@ -58,6 +58,11 @@ class Calls:
     most_per_step: int = 0
 
     @property
+    def are_without_grad(self) -> bool:
+        """Whether training called the layer only under ``torch.no_grad``, like a teacher."""
+        return 0 < self.in_training == self.without_grad
+
+    @property
     def may_be_of_several_sources(self) -> bool:
         """Whether different callers may give the layer different data.
 

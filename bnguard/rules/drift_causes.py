@@ -25,6 +25,7 @@ from bnguard.rules.limits import (
     distance_of,
     is_representative,
     is_sampling,
+    jump_of_network,
 )
 
 # Share of a drift that the newest batches have to show too where moving weights make it: those of
@@ -257,6 +258,19 @@ def initial_values(drift: Drift) -> Cause | None:
     )
 
 
+def changing_network(drift: Drift) -> Cause | None:
+    """Each batch takes another path to the layer, and the running average mixes them."""
+    jump = jump_of_network(drift.layer)
+    if jump is None:
+        return None
+    return Cause(
+        "because the network in front of it changes from batch to batch, as a supernet does: "
+        f"the mean of a batch jumps by {jump:.2g} σ, and the data do not",
+        Fix("recalibrate for what is evaluated, with each path on its own", "recalibrate"),
+        (Evidence("spread of the batch means", jump, _MIN_NOISE_STD, "σ"),),
+    )
+
+
 def lag(drift: Drift) -> Cause | None:
     """The weights have moved on, and the average has not followed: the newest batches fit."""
     batches = drift.from_batches()
@@ -381,6 +395,7 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     sorted_evaluation,
     noisy_average,
     initial_values,
+    changing_network,
     lag,
     dropout,
     moving_weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -263,6 +264,25 @@ def fits(layer: LayerHistory) -> bool:
         return False
     distance = distance_of(layer)
     return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
+
+
+# The network in front of a layer changes from batch to batch where batch means jump by more than
+# this many sampling errors, and the data vary by no more than this variance ratio (BN203).
+_JUMP_FACTOR = 3.0
+_MAX_INPUT_RATIO = 2.0
+
+
+def jump_of_network(layer: LayerHistory) -> float | None:
+    """Return how far batch means jump, in σ, where the network causes it and not the data."""
+    window, inputs = layer.window, layer.run.inputs
+    if window is None or inputs is None or not layer.samples:
+        return None
+    jump, ratio = (
+        float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+        for values in (window.noise_std, inputs.variance_ratio)
+    )
+    is_made = jump > _JUMP_FACTOR / math.sqrt(layer.samples) and ratio <= _MAX_INPUT_RATIO
+    return jump if is_made else None
 
 
 def drift(

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.limits import fits
+from bnguard.rules.limits import distance_of, fits
 from bnguard.rules.several_streams import distances
 
 
@@ -29,7 +29,8 @@ class UpdateOutsideTraining(Rule):
         Other calls under ``no_grad``, in a small part of the steps or after the last, may be a
         re-estimation on purpose: ``info``. They are a ``warning``, in every step too, if they
         differ from the batches of training and evaluation does not match the running statistics;
-        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls.
+        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls,
+        and so are dummy forwards of a network that was not trained while it was watched.
         ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
         networks that run under ``no_grad`` in every step (a teacher, a generator while the
         discriminator learns).
@@ -86,6 +87,18 @@ class UpdateOutsideTraining(Rule):
             yield self._in_evaluation(layer)
         elif (other := self._of_other_data(layer)) is not None:
             yield self._without_grad(layer, Severity.WARNING, other)
+        elif self._was_moved_without_training(layer):
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"{layer.calls.without_grad} batches went into the running statistics under "
+                "no_grad without a step of training, and evaluation does not fit them: dummy "
+                "forwards, or a missing eval()",
+                Evidence(
+                    "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
+                ),
+                _EVAL,
+            )
         elif self._is_unusual(layer):
             is_evaluation = layer.calls.between_steps > self.max_calls_without_grad
             yield (
@@ -106,6 +119,13 @@ class UpdateOutsideTraining(Rule):
         by_var = Evidence("|log variance ratio| to training", ratio, self.max_log_variance_ratio)
         worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
         return worst if worst.value > worst.limit else None
+
+    def _was_moved_without_training(self, layer: LayerHistory) -> bool:
+        if layer.run.steps or not layer.calls.are_without_grad:
+            return False
+        distance = distance_of(layer)
+        has_some = layer.calls.without_grad > self.max_calls_without_grad
+        return has_some and distance is not None and distance.is_beyond
 
     def _is_unusual(self, layer: LayerHistory) -> bool:
         """Return whether some calls ran under ``no_grad``, and most of the steps had none."""
