@@ -31,7 +31,14 @@ from bnguard.lightning.scoring import (
     transferred,
     twin_of,
 )
-from bnguard.lightning.trainer import GuardedCallback, Split, guarded, is_fitting, unlogged
+from bnguard.lightning.trainer import (
+    CHECKPOINT_ENTRY,
+    GuardedCallback,
+    Split,
+    guarded,
+    is_fitting,
+    unlogged,
+)
 from bnguard.recalibration.api import Keep, Method, check_options, recalibrate
 from bnguard.recalibration.options import patterns_of
 from bnguard.recalibration.result import Recalibration
@@ -49,7 +56,8 @@ class _ForCheckpoint:
 
     content: _Content
     statistics: dict[str, Tensor]
-    state: dict[str, Any]
+    before: SavedStatistics
+    after: SavedStatistics
 
 
 class BatchNormRecalibration(GuardedCallback):
@@ -149,34 +157,33 @@ class BatchNormRecalibration(GuardedCallback):
         self._after: SavedStatistics = {}
         self._newest: _ForCheckpoint | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Key that distinguishes this callback from others of its class in a checkpoint."""
-        return f"{type(self).__qualname__}[when={self._when!r}]"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the statistics of training, which the model does not have just then."""
-        return {"before": self._before, "after": self._after}
-
-    @guarded
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the statistics of training, to be restored before the next batch."""
-        self._before, self._after = state_dict["before"], state_dict["after"]
-
     @guarded
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Recalibrate a copy that has the weights of the checkpoint, averaged ones perhaps."""
-        if self._when != "checkpoint" or not is_fitting(trainer):
-            return
-        saved = checkpoint["state_dict"]
-        content = _content(trainer, pl_module, saved)
-        if self._newest is None or self._newest.content != content:
-            self._newest = self._recalibrate_copy(trainer, pl_module, saved, content)
-        saved.update(self._newest.statistics)
-        # A run that goes on from here goes on with its own.
-        checkpoint.setdefault("callbacks", {})[self.state_key] = self._newest.state
+        """Save the statistics of training, to be restored before the next batch.
+
+        With ``when="checkpoint"``, recalibrate a copy that has the weights of the checkpoint.
+        """
+        before, after = self._before, self._after
+        if self._when == "checkpoint" and is_fitting(trainer):
+            saved = checkpoint["state_dict"]
+            content = _content(trainer, pl_module, saved)
+            if self._newest is None or self._newest.content != content:
+                self._newest = self._recalibrate_copy(trainer, pl_module, saved, content)
+            saved.update(self._newest.statistics)
+            before, after = self._newest.before, self._newest.after
+        states = checkpoint.setdefault(CHECKPOINT_ENTRY, {}).setdefault("recalibration", {})
+        states[self._when] = {"before": before, "after": after}
+
+    @guarded
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load the statistics of training."""
+        states = checkpoint.get(CHECKPOINT_ENTRY, {}).get("recalibration", {})
+        if self._when in states:
+            self._before, self._after = states[self._when]["before"], states[self._when]["after"]
 
     @guarded
     def on_train_batch_start(
@@ -271,8 +278,9 @@ class BatchNormRecalibration(GuardedCallback):
             for key, buffer in twin.named_buffers(remove_duplicate=False)
             if key in saved and not torch.equal(buffer, saved[key].to(buffer.device))
         }
-        state, self._before, self._after = self.state_dict(), {}, {}
-        return _ForCheckpoint(content, statistics, state)
+        newest = _ForCheckpoint(content, statistics, self._before, self._after)
+        self._before, self._after = {}, {}
+        return newest
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
         found = find_layers(module)

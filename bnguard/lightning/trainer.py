@@ -19,6 +19,11 @@ from bnguard.findings import show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
 
 Split = Literal["train", "validation"]
+
+# Entry of a checkpoint. Of a callback's own ``state_dict`` Lightning would warn in a run that is
+# resumed without the callback.
+CHECKPOINT_ENTRY = "bnguard"
+
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")
 _Result = TypeVar("_Result")

@@ -1,6 +1,6 @@
-"""Writes the reports of a monitor into event files, for the tab and for viewers without it.
+"""Writes statistics, channels and findings into event files, as the tab reads them.
 
-Viewers without the tab are given a few scalars per metric, and the findings as Markdown.
+Viewers without the tab get the findings as Markdown.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.errors import user_code
-from bnguard.findings import Finding
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
-from bnguard.observe.history import LayerHistory
-from bnguard.report import Report
-from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.events import EventSink
-from bnguard.tensorboard.measures import dead_channels, measured
 from bnguard.tensorboard.metadata import (
     CHANNEL_ROWS,
     CHANNELS_TAG,
@@ -29,85 +23,12 @@ from bnguard.tensorboard.metadata import (
     Header,
     Metric,
     encode_rows,
-    standard_metrics,
 )
 from bnguard.tensorboard.records import (
-    SUBJECTS,
     Record,
     encode_findings,
     finding_record,
-    repair_command,
 )
-
-_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
-
-
-class ReportLog:
-    """Writes what a monitor observed, and what it found, through summary writers.
-
-    The layers are those of the first report; one that joins later is not shown.
-
-    Args:
-        writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
-        rules: The rules in force, whose limits the colours are anchored at.
-        subjects: What names the model and its data in the commands that are proposed.
-
-    Example:
-        A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
-        ``log.add(monitor.report(final=False), step)``.
-    """
-
-    def __init__(
-        self,
-        writers: Iterable[object],
-        rules: Iterable[Rule] = RULES,
-        subjects: str = SUBJECTS,
-    ) -> None:
-        self._writers = tuple(writers)
-        self._subjects = subjects
-        self._metrics = standard_metrics(rules)
-        self._names: tuple[str, ...] = ()
-        self._logs: list[BatchNormLog] = []
-
-    def add(self, report: Report, step: int) -> None:
-        """Write statistics and findings; those of a step that was written are passed over."""
-        layers = self._layers(report)
-        for log in self._logs:
-            log.add_stats(measured(layers, self._metrics), step)
-            log.add_findings(map(self._record, report.findings), step)
-
-    def add_channels(self, report: Report, step: int) -> None:
-        """Write what is known of each channel; worth it once an evaluation, not every step."""
-        layers = self._layers(report)
-        for log in self._logs:
-            for layer in layers:
-                snapshot = _snapshot(layer)
-                if snapshot is not None:
-                    log.add_channels(layer.name, snapshot, step)
-
-    def scalars(self, report: Report) -> dict[str, float]:
-        """Return a few quantiles over the layers of each metric, name to number, for any logger."""
-        return lean_scalars(self._metrics, measured(report.layers, self._metrics))
-
-    def _record(self, finding: Finding) -> Record:
-        command = repair_command(finding.fix.repair, self._subjects)
-        raw = finding.to_dict()
-        return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
-
-    def _layers(self, report: Report) -> Sequence[LayerHistory]:
-        """Return the layers in the order of the columns, which the first report sets."""
-        if not self._names and report.layers:
-            in_order = sorted(
-                report.layers,
-                key=lambda layer: len(report.layers) if layer.position is None else layer.position,
-            )
-            self._names = tuple(layer.name for layer in in_order)
-            kinds = [layer.kind for layer in in_order]
-            self._logs = [
-                BatchNormLog(writer, self._names, self._metrics, kinds) for writer in self._writers
-            ]
-        by_name = {layer.name: layer for layer in report.layers}
-        return [by_name.get(name, LayerHistory(name=name, channels=0)) for name in self._names]
 
 
 class BatchNormLog:
@@ -173,9 +94,7 @@ class BatchNormLog:
         self._sink.add_string(FINDINGS_TAG, text, step)
         add_text = getattr(self._writer, "add_text", None)
         if add_text is not None:
-            markdown = findings_markdown(records)
-            with user_code(type(self._writer).__name__):
-                add_text(FINDINGS_TAG, markdown, step)
+            add_text(FINDINGS_TAG, findings_markdown(records), step)
 
     def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
         """Write what is known of each channel of a layer."""
@@ -241,37 +160,6 @@ class ChannelSnapshot:
             return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
 
 
-def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
-    """Return quantiles over the layers, and the worst layer, of each metric that has them.
-
-    At most four a metric, however many layers: 5 %, 50 %, 95 %, and ``max``, or ``min`` where the
-    fault lies below the limit. Values that are not finite are left out.
-
-    Args:
-        metrics: What the rows are.
-        values: Shape ``(metrics, layers)``.
-
-    Example:
-        >>> shift = Metric(key="shift", name="Shift", unit="σ", description="", panel="")
-        >>> lean_scalars([shift], [[1.0, 3.0]])["bnguard/shift/max"]
-        3.0
-    """
-    scalars: dict[str, float] = {}
-    for metric, row in zip(metrics, np.asarray(values, dtype=np.float64), strict=True):
-        known = row[np.isfinite(row)]
-        if not metric.has_quantiles or known.size == 0:
-            continue
-        if metric.limit_side == "either":
-            known = np.abs(known)
-        for name, quantile in _QUANTILES.items():
-            scalars[f"bnguard/{metric.key}/{name}"] = float(np.quantile(known, quantile))
-        if metric.limit_side == "below":
-            scalars[f"bnguard/{metric.key}/min"] = float(known.min())
-        else:
-            scalars[f"bnguard/{metric.key}/max"] = float(known.max())
-    return scalars
-
-
 def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
     """Return findings as a Markdown table, in which nothing but the table is markup.
 
@@ -314,21 +202,3 @@ def _cell(text: str) -> str:
     """Escape what Markdown or HTML would read as markup: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
-
-
-def _snapshot(layer: LayerHistory) -> ChannelSnapshot | None:
-    if layer.running is None or layer.running.mean.size == 0:
-        return None
-    window, evaluated = layer.window, layer.evaluated
-    return ChannelSnapshot(
-        running_mean=layer.running.mean,
-        running_var=layer.running.var,
-        batch_mean=None if window is None else window.mean,
-        batch_var=None if window is None else window.var_unbiased,
-        eval_mean=None if evaluated is None else evaluated.mean,
-        eval_var=None if evaluated is None else evaluated.var_unbiased,
-        gamma=layer.gamma,
-        beta=layer.beta,
-        is_dead=dead_channels(layer),
-        eps=layer.eps,
-    )
