@@ -46,13 +46,13 @@ from bnguard.recalibration.statistics import OnNonfinite
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 
-# Number of the batch, and the norm of each weight: what a checkpoint holds, at no memory.
+# Number of the batch, and the norm of each weight: identifies the weights of a checkpoint.
 _Content = tuple[int, list[float]]
 
 
 @dataclass(frozen=True)
 class _ForCheckpoint:
-    """What a checkpoint is given, and the next ones of the same weights: the best, and the last."""
+    """New statistics for all checkpoints of the same weights, and those of training."""
 
     content: _Content
     statistics: dict[str, Tensor]
@@ -63,15 +63,15 @@ class _ForCheckpoint:
 class BatchNormRecalibration(GuardedCallback):
     """Recompute the running statistics from data before they are used, and keep the better ones.
 
-    Training continues with its own statistics: these are restored before the next training batch.
-    Until then the model has the new ones, so that the checkpoint that is saved for a validation
-    holds what the validation used. Averaged weights that a callback evaluates get statistics of
-    their own, and keep them. Layers that are held in eval mode in training stay as they are.
+    Training continues with its own statistics, which are restored before the next training batch:
+    a checkpoint that is saved for a validation holds what the validation used. Averaged weights
+    that a callback evaluates get statistics of their own. Layers that are in eval mode during
+    training stay as they are.
 
     Args:
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
-            checkpoint is saved, which alone gets the new statistics (not one of weights alone,
-            which Lightning does not report to callbacks; averaging callbacks come before this one);
+            checkpoint is saved, which alone gets the new statistics (with ``save_weights_only``
+            Lightning calls no callback; averaging callbacks come before this one);
             ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
             checkpoints and the report of ``fit`` are written by then, and
             ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
@@ -83,14 +83,13 @@ class BatchNormRecalibration(GuardedCallback):
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
         prior: For ``"adapt"``: how many samples the statistics from before count as.
         memory: What may be held at once: ``"2GiB"``, or a share of what is free.
-        on_nonfinite: What to do about batches that bring NaN or Inf to a layer: ``"skip"`` or
+        on_nonfinite: What to do about batches with NaN or Inf at a layer: ``"skip"`` or
             ``"error"``.
         keep: ``"if-better"`` rolls back if the module is worse with the new statistics.
             ``"always"`` does not compare, which saves two passes over as many validation samples.
-        score: ``score(module)`` says how good the module is, the higher the better. By default
-            a copy of the module runs its ``validation_step`` on validation samples, and what
-            it logs is caught: what a checkpoint callback monitors counts, else what is named
-            like an accuracy, else the loss.
+        score: ``score(module)`` returns how good the module is, the higher the better. By default
+            that is what a copy of the module logs in a validation: what a checkpoint callback
+            monitors, else what is named like an accuracy, else the loss.
         forward: ``forward(module, batch)`` calls the module; by default its ``forward`` is given
             the batch, or what comes before the targets.
         strict: Raise errors; by default they are printed, and the callback turns off.
@@ -144,7 +143,8 @@ class BatchNormRecalibration(GuardedCallback):
         self._every_n_epochs = max(1, every_n_epochs)
         self._samples = samples
         self._method = method
-        self._layers = ("*",) if layers is None else _as_patterns(layers)
+        patterns = "*" if layers is None else layers
+        self._layers = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         self._prior = prior
         self._memory = memory
         self._on_nonfinite = on_nonfinite
@@ -156,6 +156,8 @@ class BatchNormRecalibration(GuardedCallback):
         self._before: SavedStatistics = {}
         self._after: SavedStatistics = {}
         self._newest: _ForCheckpoint | None = None
+        # Moment and verdict of each recalibration of the run.
+        self._verdicts: list[tuple[str, bool]] = []
 
     @guarded
     def on_save_checkpoint(
@@ -226,30 +228,17 @@ class BatchNormRecalibration(GuardedCallback):
     ) -> None:
         """Recalibrate before the first batch."""
         if self._when == "test" and batch_idx == 0 and dataloader_idx == 0:
-            self._recalibrate(trainer, pl_module, "before test")
+            moment = "before predict" if trainer.predicting else "before test"
+            self._recalibrate(trainer, pl_module, moment)
 
-    @guarded
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Recalibrate before the first batch."""
-        if self._when == "test" and batch_idx == 0 and dataloader_idx == 0:
-            self._recalibrate(trainer, pl_module, "before predict")
+    on_predict_batch_start = on_test_batch_start
 
     @guarded
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the statistics from before."""
         self._restore(trainer, pl_module)
 
-    @guarded
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the statistics from before."""
-        self._restore(trainer, pl_module)
+    on_predict_end = on_test_end
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,6 +250,13 @@ class BatchNormRecalibration(GuardedCallback):
                     "bnguard: no checkpoint that fit saved has these statistics: "
                     "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
                 )
+        verdicts, self._verdicts = self._verdicts, []
+        if len(verdicts) > 1 and trainer.is_global_zero:
+            kept = sum(is_kept for _, is_kept in verdicts)
+            show(
+                f"bnguard: BN layers recalibrated {len(verdicts)} times {verdicts[0][0]}, new "
+                f"statistics kept {counted(kept, 'time')}"
+            )
         self._before, self._after = {}, {}
 
     def _recalibrate_copy(
@@ -320,8 +316,11 @@ class BatchNormRecalibration(GuardedCallback):
             self._before = {layer.name: before[layer.name] for layer in changed}
             self._after = save_statistics(changed)
         self.result = result
-        if trainer.is_global_zero:
+        verdict = (moment, result.is_kept)
+        # A line an epoch would be too many.
+        if trainer.is_global_zero and verdict not in self._verdicts[-1:]:
             show(f"bnguard: {_describe(result, score, moment)}")
+        self._verdicts.append(verdict)
 
     def _batches(self, trainer: Trainer) -> Iterable[object]:
         data, samples = self._data, self._samples
@@ -388,7 +387,3 @@ def _describe(result: Recalibration, score: object, moment: str) -> str:
     verdict = "kept" if result.is_kept else "no better, so rolled back"
     before, after = sign * result.score_before, sign * result.score_after
     return f"{what}: {name} {before:.4g} → {after:.4g}, {verdict}"
-
-
-def _as_patterns(layers: str | Iterable[str]) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)

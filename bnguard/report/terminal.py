@@ -70,7 +70,7 @@ def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -85,7 +85,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_jupyter=False,
     )
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from bnguard.lightning import BatchNormMonitor
+from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 
 
 @pytest.fixture
@@ -168,6 +170,18 @@ def test_a_resumed_run_goes_on(tiny, trainer_of, capsys):
     assert {int(layer.window.batches.max()) for layer in second.report.layers} == {6}
     saved = torch.load(path, weights_only=True)["bnguard"]["monitor"]["state"]
     assert set(saved["windows"]) == {"backbone.1", "head.1"}
+
+
+def test_a_run_is_resumed_without_the_callbacks_in_silence(tiny, trainer_of):
+    callbacks = BatchNormMonitor(strict=True), BatchNormRecalibration(strict=True)
+    trainer = trainer_of(*callbacks, max_epochs=1, enable_checkpointing=True)
+    trainer.fit(tiny())
+    resumed = trainer_of(max_epochs=2, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.fit(tiny(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert resumed.current_epoch == 2
+    assert not any("Please add the following callbacks" in str(one.message) for one in caught)
 
 
 def test_a_run_resumed_from_what_is_broken_is_told_so_and_stopped(tiny, trainer_of, capsys):
