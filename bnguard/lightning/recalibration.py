@@ -159,6 +159,11 @@ class BatchNormRecalibration(GuardedCallback):
         # Moment and verdict of each recalibration of the run.
         self._verdicts: list[tuple[str, bool]] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run before."""
+        super().setup(trainer, pl_module, stage)
+        self._verdicts = []
+
     @guarded
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -250,7 +255,7 @@ class BatchNormRecalibration(GuardedCallback):
                     "bnguard: no checkpoint that fit saved has these statistics: "
                     "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
                 )
-        verdicts, self._verdicts = self._verdicts, []
+        verdicts = self._verdicts
         if len(verdicts) > 1 and trainer.is_global_zero:
             kept = sum(is_kept for _, is_kept in verdicts)
             show(

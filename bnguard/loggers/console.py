@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bnguard.findings import FindingGroup, notice, show
+from bnguard.findings import FindingGroup, show
 from bnguard.loggers.reporter import Reporter
 from bnguard.report import Report
-from bnguard.report.terminal import as_terminal_text
+from bnguard.report.terminal import as_terminal_text, notice_view
 
 
 class Console(Reporter):
@@ -16,7 +16,7 @@ class Console(Reporter):
     def log_findings(self, groups: Sequence[FindingGroup], step: int) -> None:
         """Print two lines for the findings of each rule."""
         for group in groups:
-            show(notice(group))
+            show(as_terminal_text(notice_view(group)))
 
     def log_report(self, report: Report, step: int) -> None:
         """Print the report."""

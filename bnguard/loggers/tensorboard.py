@@ -61,10 +61,11 @@ class TensorBoard(Reporter):
                 self._add_channels(layer, step)
 
     def log_report(self, report: Report, step: int) -> None:
-        """Write the channels of layers that no evaluation has shown."""
+        """Write the channels of layers that no evaluation has shown, and all that is buffered."""
         for layer in self._layers(report):
             if layer.name not in self._shown:
                 self._add_channels(layer, step)
+        self._writer.flush()
 
     def _add_channels(self, layer: LayerHistory, step: int) -> None:
         if self._log is None or layer.running is None or layer.running.mean.size == 0:

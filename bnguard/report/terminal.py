@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.findings import FindingGroup, Severity, counted
+from bnguard.findings import FindingGroup, Severity, counted, notice
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.limits import distance_of
 
@@ -64,6 +64,15 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
         block = _consequence(group) if group.causes else _root(group)
         table.add_row(Text(str(severity), style=_STYLES[severity]), block)
     return table
+
+
+def notice_view(group: FindingGroup) -> RenderableType:
+    """Return findings in two lines, in the colours of a report; no line is wrapped."""
+    heading, explanation = notice(group).split("\n", 1)
+    lines = Text(no_wrap=True, overflow="ignore")
+    lines.append(heading, _STYLES[group.worst.severity])
+    # Of a text alone rich forgets that it is not to be wrapped.
+    return Group(lines.append(f"\n{explanation}"))
 
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
