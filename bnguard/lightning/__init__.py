@@ -1,8 +1,4 @@
-"""Callbacks for a Lightning ``Trainer``: thin adapters over monitor and fixes.
-
-They serve ``pytorch_lightning`` and ``lightning.pytorch`` alike, and import neither until a
-callback is asked for.
-"""
+"""Callbacks for the ``Trainer`` of ``pytorch_lightning`` and ``lightning.pytorch``."""
 
 from __future__ import annotations
 

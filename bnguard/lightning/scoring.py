@@ -162,11 +162,9 @@ class TrainerScore(ValidationScore):
     Args:
         batches: The loader to validate on.
         device: Where the module is afterwards.
-        accelerator: Passed to the ``Trainer``, like ``devices`` and ``precision``.
-        devices: See above.
-        precision: See above.
         metric: Name of the metric; None chooses it at the first call.
         monitored: What the callbacks of the training monitored.
+        options: Options of the ``Trainer``: accelerator, devices, precision.
     """
 
     _way_out = "--keep always does not compare"
@@ -176,18 +174,14 @@ class TrainerScore(ValidationScore):
         batches: Iterable[object],
         *,
         device: torch.device,
-        accelerator: str,
-        devices: list[int] | int,
-        precision: str,
         metric: str | None,
         monitored: Monitored,
+        **options: Any,
     ) -> None:
         super().__init__(None, (), metric)
         self._loader = batches
         self._device = device
-        self._accelerator = accelerator
-        self._devices = devices
-        self._precision = precision
+        self._options = options
         self._of_training = monitored
 
     def _monitored(self) -> Monitored:
@@ -207,9 +201,7 @@ class TrainerScore(ValidationScore):
 
         with quiet_lightning():
             self._trainer = package.Trainer(
-                accelerator=self._accelerator,
-                devices=self._devices,
-                precision=self._precision,
+                **self._options,
                 callbacks=[Listener()],
                 # For steps that log pictures.
                 logger=_dummy_logger(package.__name__),

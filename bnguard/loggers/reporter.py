@@ -1,4 +1,4 @@
-"""The protocol that everything implements to which results of a run are written."""
+"""The protocol of everything that the results of a run are written to."""
 
 from __future__ import annotations
 

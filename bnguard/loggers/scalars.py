@@ -1,12 +1,12 @@
 """The numbers that every logger gets: five by default, under a name that sorts behind the user's.
 
-============================== ==================================================================
-``zz_bnguard/shift``           shift of the mean in eval mode, at the worst layer (BN301)
-``zz_bnguard/variance``        log-variance ratio in eval mode, at the worst layer (BN301)
-``zz_bnguard/mode_gap``        change of the outputs between the modes, beyond sampling (BN302)
+================================= ===============================================================
+``zz_bnguard/shift``              shift of the mean in eval mode, at the worst layer (BN301)
+``zz_bnguard/variance``           log-variance ratio in eval mode, at the worst layer (BN301)
+``zz_bnguard/mode_gap``           change of the outputs between the modes, beyond sampling (BN302)
 ``zz_bnguard/values_per_channel`` values per channel, at the layer that has the fewest (BN201)
-``zz_bnguard/findings``        number of findings of severity ``warning`` or ``error``
-============================== ==================================================================
+``zz_bnguard/findings``           number of findings of severity ``warning`` or ``error``
+================================= ===============================================================
 
 The first four are relative to the limit of their rule: above 1 is beyond it. What was not measured,
 as before the first validation, or has no limit, since its rule does not run, is not logged.
