@@ -365,6 +365,9 @@ class Monitor:
             {name: _window_of(window) for name, window in state["windows"].items()}
         )
 
+    def _repr_html_(self) -> str:
+        return self.report(final=False)._repr_html_()
+
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
         self._observer.close()

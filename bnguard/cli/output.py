@@ -177,7 +177,7 @@ def show(renderable: RenderableType) -> None:
     is_terminal = stream.isatty()
     console = Console(file=stream, width=None if is_terminal else UNLIMITED_WIDTH)
     with console.capture() as capture:
-        console.print(_Printable(renderable))
+        console.print(_Printable(renderable), crop=False)
     drawn = capture.get()
     if not is_terminal:
         drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())

@@ -17,6 +17,7 @@ from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
+from bnguard.report.notebook import NotebookView
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +74,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Recalibration:
+class Recalibration(NotebookView):
     """What :func:`bnguard.recalibrate` did.
 
     Attributes:

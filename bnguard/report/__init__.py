@@ -15,13 +15,14 @@ from bnguard.findings import (
     group_findings,
 )
 from bnguard.observe.history import History, LayerHistory
+from bnguard.report.notebook import NotebookView
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(NotebookView):
     """What was observed of a model, and what is wrong with it; prints itself.
 
     Attributes:

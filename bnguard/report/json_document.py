@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bnguard import __version__
@@ -82,9 +81,9 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     return cast("dict[str, Any]", strict_json(document))
 
 
-def write_document(report: Report, path: Path) -> None:
-    """Write a report as JSON."""
-    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+def json_text(report: Report) -> str:
+    """Return a report as JSON."""
+    return json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def _layer(layer: LayerHistory) -> dict[str, Any]:

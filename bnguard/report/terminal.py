@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.findings import FindingGroup, PastFinding, Severity, counted
+from bnguard.findings import FindingGroup, PastFinding, Severity, counted, notice
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.limits import distance_of
 
@@ -90,11 +90,20 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     return table
 
 
+def notice_view(group: FindingGroup) -> RenderableType:
+    """Return findings in two lines, in the colours of a report; no line is wrapped."""
+    heading, explanation = notice(group).split("\n", 1)
+    lines = Text(no_wrap=True, overflow="ignore")
+    lines.append(heading, _STYLES[group.worst.severity])
+    # Of a text alone rich forgets that it is not to be wrapped.
+    return Group(lines.append(f"\n{explanation}"))
+
+
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -109,7 +118,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_jupyter=False,
     )
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
