@@ -115,6 +115,7 @@ class BatchNormCallback(TrainerCallback):
             # The edge to the run is here.
             strict=True,
         )
+        self._monitor._expect_calls()
 
     def _step(self, step: int) -> None:
         if self._monitor is not None:

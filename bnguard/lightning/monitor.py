@@ -330,6 +330,7 @@ class BatchNormMonitor(GuardedCallback):
             # The edge to the run is here.
             strict=True,
         )
+        self._monitor._expect_calls()
         return self._monitor
 
     def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._before: list[tuple[nn.Module, _Hook, bool]] = []
         self._is_paused = False
         self._error: Exception | None = None
 
@@ -28,6 +29,15 @@ class Hooks:
         """Call ``note`` with the arguments of each forward of the module, before it."""
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        self._before.append((module, hook, with_kwargs))
+
+    def catch_up(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Call the notes that were added in the midst of the hooks before a forward."""
+        for own, hook, with_kwargs in tuple(self._before):
+            if own is module:
+                hook(module, args, kwargs) if with_kwargs else hook(module, args)
 
     def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
         """Call ``note`` with arguments and keywords of each forward that none of these calls.
@@ -67,10 +77,13 @@ class Hooks:
             raise self._error
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off; what is called all the same, by a forward under way, does nothing."""
         for handle in self._handles:
             handle.remove()
+        for _, hook, _ in self._before:
+            hook.is_removed = True
         self._handles.clear()
+        self._before.clear()
 
 
 @contextmanager
@@ -96,12 +109,13 @@ class _Hook:
     def __init__(self, hooks: Hooks, note: Note) -> None:
         self._hooks = hooks
         self._note = note
+        self.is_removed = False
 
     def __call__(self, module: nn.Module, *call: object) -> None:
         # Under torch.compile this is a constant: the hook leaves nothing in the graph.
         if torch.compiler.is_compiling() or self._hooks._is_paused:
             return
-        if self._hooks._error is None:
+        if self._hooks._error is None and not self.is_removed:
             try:
                 self._note(*call)
             except Exception as error:

@@ -215,7 +215,11 @@ class WeightProbe:
 
         That is a sum of numbers that rise whenever a parameter is written to in place.
         """
-        self._version = sum(map(_VERSION, self._counting))
+        self._version = self.version_now()
+
+    def version_now(self) -> int:
+        """Return a number that rises with each write to a weight."""
+        return sum(map(_VERSION, self._counting))
 
     def start_anew(self) -> None:
         """Take the weights as they are now for those that watching began with."""
@@ -227,7 +231,7 @@ class WeightProbe:
 
     def have_changed(self) -> bool:
         """Return whether the weights are others than those of the newest step."""
-        if sum(map(_VERSION, self._counting)) != self._version:
+        if self.version_now() != self._version:
             return True
         # A swap of averaged weights through .data leaves the versions as they are. What is sharded
         # may be here at one time and not at the other, and tells nothing.

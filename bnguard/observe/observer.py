@@ -49,6 +49,7 @@ class Observer:
         on_batch_of_one: Called before a layer meets its first batch with one value per channel.
 
     Attributes:
+        model: The model.
         layers: The BN layers that the model has now.
         steps: Training steps observed.
     """
@@ -68,7 +69,7 @@ class Observer:
         self.steps = 0
         self._is_closed = False
         self._is_loaded = False
-        self._model = model
+        self.model = model
         self._eval_batches = eval_batches
         self._planned_steps = planned_steps
         self._plan = plan
@@ -109,7 +110,7 @@ class Observer:
         self._raise_errors()
         self._step = step
         self.steps += 1
-        is_in_eval_mode = not self._model.training
+        is_in_eval_mode = not self.model.training
         self._steps_in_eval_mode += is_in_eval_mode
         self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
         self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
@@ -133,7 +134,7 @@ class Observer:
         if self._is_closed:
             return
         self._weights.follow_model()
-        layers = find_layers(self._model)
+        layers = find_layers(self.model)
         places = _places_of(layers)
         if places != self._places:
             self.layers, self._places = layers, places
@@ -164,10 +165,10 @@ class Observer:
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
-        moments = EvalProbe(self._model, self.layers, self._eval_batches)
+        moments = EvalProbe(self.model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         held = self._held_in_eval_mode()
-        gap = GapProbe(self._model, [layer for layer in self.layers if layer.name not in held])
+        gap = GapProbe(self.model, [layer for layer in self.layers if layer.name not in held])
         self._evaluation_hooks = (moments.hooks, gap.hooks)
         self._weights.start_evaluation()
         self._shapes.is_evaluating = True
@@ -178,9 +179,7 @@ class Observer:
             self._has_new_weights = self.steps > 0 and (
                 self._weights.have_changed()
                 # Those of a copy beside the model are written while the model trains.
-                or (
-                    bool(self._is_bystander) and self._weights.have_changed_since_start(self._model)
-                )
+                or (bool(self._is_bystander) and self._weights.have_changed_since_start(self.model))
             )
             moments.hooks.close()
             gap.hooks.close()
@@ -198,6 +197,13 @@ class Observer:
             gap.close()
             self._batches.forget_changes()
 
+    def catch_up(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Read the call of a module in the midst of which an evaluation began."""
+        for hooks in self._evaluation_hooks:
+            hooks.catch_up(module, args, kwargs)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Note nothing inside, and take the buffers as they are at the end."""
@@ -208,6 +214,18 @@ class Observer:
     def forget_changes(self) -> None:
         """Take the buffers as they are now, whatever changed them since the newest step."""
         self._batches.forget_changes()
+
+    def state_now(self) -> tuple[object, ...]:
+        """Return what changes with any weight, or any statistic of the BN layers, cheaply."""
+        tensors = [
+            tensor
+            for layer in self.layers
+            if not layer.is_sharded
+            for tensor in (*layer.affine, layer.running_mean, layer.running_var)
+            if tensor is not None and not tensor.is_inference() and not tensor.is_meta
+        ]
+        versions = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+        return (self._weights.version_now(), versions)
 
     def windows(self) -> dict[str, BatchWindow]:
         """Return the window of batch statistics that each layer is judged by."""
@@ -250,9 +268,9 @@ class Observer:
             has_new_weights_in_evaluation=self._has_new_weights,
             unknown=self._unknown.found(),
             is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
-            is_optimized=self._trained_by.trains(self._model) if owned else None,
+            is_optimized=self._trained_by.trains(self.model) if owned else None,
         )
-        described = describe_layers(self._model)
+        described = describe_layers(self.model)
         self._following.update(self._follower_probe.windows(self._step))
         return History(
             layers=tuple(
@@ -362,7 +380,7 @@ class Observer:
 
     def _was_never_called(self) -> bool:
         """Return whether no batch of training reached the model, as one that others write to."""
-        return not self._trained_by.trains(self._model) and all(
+        return not self._trained_by.trains(self.model) and all(
             self._shapes.records[layer.name].position is None for layer in self.layers
         )
 
@@ -373,11 +391,11 @@ class Observer:
         """
         if not self.steps:
             return
-        parts = list(self._trained_by.untrained_parts(self._model))
+        parts = list(self._trained_by.untrained_parts(self.model))
         calls = [self._shapes.records[layer.name].calls for layer in self.layers]
         is_optimizer_known = bool(self._trained_by.owned_parameters())
         if not is_optimizer_known and not any(call.in_eval_mode_with_grad for call in calls):
-            parts = [self._model]
+            parts = [self.model]
         for part in parts:
             modules = set(part.modules())
             layers = [layer for layer in self.layers if layer.module in modules]
@@ -399,7 +417,7 @@ class Observer:
         """Read anew what the followers are given while others train."""
         self._following.update(self._follower_probe.windows(self._step))
         self._follower_probe.hooks.close()
-        self._follower_probe = EvalProbe(self._model, self._followers, self._eval_batches)
+        self._follower_probe = EvalProbe(self.model, self._followers, self._eval_batches)
 
     def _choose_sources(self) -> None:
         """Let the calls that were seen decide where the batch statistics of a layer are read."""
@@ -419,7 +437,7 @@ class Observer:
         if self._is_closed or self._origin is not None:
             return
         if any(reading.poisoned_step is not None for reading in readings.values()):
-            self._origin = OriginProbe(self._model, self._step + 1)
+            self._origin = OriginProbe(self.model, self._step + 1)
 
     def _note_loading(self, layer: BatchNormLayer) -> None:
         """Take what was loaded into a layer as it is: it is no update of training."""
