@@ -258,6 +258,11 @@ class Monitor:
         return self._observer.model
 
     @property
+    def rank(self) -> int:
+        """The number of this process among those that train together."""
+        return self._exchange.rank
+
+    @property
     def _has_shards(self) -> bool:
         """Whether parameters are spread over the ranks, and are not looked at."""
         return any(layer.is_sharded for layer in self._observer.layers)
@@ -338,6 +343,24 @@ class Monitor:
             else:
                 error = RuntimeError("weights or statistics were exchanged")
                 self._guard(observed.__exit__, type(error), error, None)
+
+    def _follow_script(
+        self,
+        on_checked: Callable[[Report, int], None],
+        on_collected: Callable[[Report], None],
+    ) -> None:
+        """Begin after the first step of a script; pass on what is checked, and the last report.
+
+        The last report is passed on when the model is gone.
+        """
+        self._step = 1
+        self._on_checked = on_checked
+        self._on_collected = on_collected
+
+    def _follow_optimizer(self, optimizer: Optimizer) -> None:
+        """Notice the steps of an optimizer that trains the model from now on."""
+        self._observer.follow_optimizer(optimizer)
+        self._loop.follow(optimizer)
 
     def _expect_calls(self) -> None:
         """Notice nothing: the caller reports all steps and evaluations."""

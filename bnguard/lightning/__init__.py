@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bnguard.lightning.monitor import REPORT_FILE, BatchNormMonitor
+    from bnguard.lightning.monitor import BatchNormMonitor
     from bnguard.lightning.recalibration import BatchNormRecalibration
+    from bnguard.report.json_document import REPORT_FILE
 
 __all__ = ["REPORT_FILE", "BatchNormMonitor", "BatchNormRecalibration"]
 
 _HOMES = {
-    "REPORT_FILE": "bnguard.lightning.monitor",
+    "REPORT_FILE": "bnguard.report.json_document",
     "BatchNormMonitor": "bnguard.lightning.monitor",
     "BatchNormRecalibration": "bnguard.lightning.recalibration",
 }

@@ -27,14 +27,13 @@ from bnguard.lightning.trainer import (
 )
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.json_document import write_document
+from bnguard.report.json_document import REPORT_FILE, write_document
 from bnguard.report.terminal import as_terminal_text
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements
 from bnguard.tensorboard.events import summary_writers
 from bnguard.tensorboard.writer import ReportLog
 
-REPORT_FILE = "bnguard-report.json"
 _STOP_LEVELS = (None, "error", "warning")
 _REPORTS = ("terminal", "file", "both", "none")
 

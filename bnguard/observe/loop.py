@@ -148,7 +148,7 @@ class LoopProbe:
                     self._steps_at_gradients = _OptimizerSteps.number
 
             self._parameter = parameter
-            handle = parameter.register_post_accumulate_grad_hook(note)
+            handle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
             self._optimizer_handles.append(handle)
             return
 

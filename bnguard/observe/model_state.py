@@ -111,6 +111,12 @@ class OptimizerProbe:
         for layer in layers:
             self.note_start(layer, owned)
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Count this optimizer in, in the place of those that have parameters of its own."""
+        new = parameters_of(optimizer)
+        others = (other for other in self._optimizers if not new & parameters_of(other))
+        self._optimizers = (*others, optimizer)
+
     def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
         """Take gamma and beta as they are now for those that training starts from."""
         # Only those that no optimizer has may be frozen by standing still.
@@ -119,12 +125,7 @@ class OptimizerProbe:
 
     def owned_parameters(self) -> set[int]:
         """Return the identities of the parameters that an optimizer has."""
-        return {
-            id(parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        return {key for optimizer in self._optimizers for key in parameters_of(optimizer)}
 
     def trains(self, model: nn.Module) -> bool:
         """Return whether an optimizer has any parameter of the model."""
@@ -183,6 +184,11 @@ class OptimizerProbe:
             if _are_owned(group["params"], own)
         ]
         return max(decays, default=None)
+
+
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """Return the identities of the parameters that an optimizer has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 class WeightProbe:

@@ -105,6 +105,10 @@ class Observer:
         self._choose_sources()
         self._follow_entrance()
 
+    def follow_optimizer(self, optimizer: Optimizer) -> None:
+        """Count in an optimizer that trains the model from now on."""
+        self._trained_by.follow(optimizer)
+
     def step(self, step: int) -> None:
         """Read what the training step just taken, number ``step``, left in the buffers."""
         self._raise_errors()

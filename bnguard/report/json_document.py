@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bnguard.whatif.result import Diagnosis
 
 SCHEMA = 1
+REPORT_FILE = "bnguard-report.json"
 
 
 def report_document(report: Report) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""The callback that is added to each Trainer of a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bnguard.lightning.framework import LightningModule, Trainer
+from bnguard.lightning.monitor import BatchNormMonitor
+from bnguard.lightning.trainer import log_folder
+from bnguard.report import Report
+
+# The callbacks that watch: those added, or the user's own in their place.
+watching: list[BatchNormMonitor] = []
+
+
+class AddedMonitor(BatchNormMonitor):
+    """A :class:`BatchNormMonitor` that makes way for one that the user has added.
+
+    Attributes:
+        folder: The folder of the trainer's logger; None without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder: Path | None = None
+        self._is_needed = False
+
+    @property
+    def state_key(self) -> str:
+        """Name the state as the user's own callback does, once there is none.
+
+        Two callbacks of one key would be refused, before this one knows of the other.
+        """
+        return BatchNormMonitor.__qualname__ if self._is_needed else type(self).__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer if it has another callback that watches."""
+        others = [c for c in trainer.callbacks if isinstance(c, BatchNormMonitor) and c is not self]
+        self._is_needed = not others
+        if others:
+            # A new list: Lightning is iterating over this one.
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+        watching.extend(callback for callback in others or [self] if callback not in watching)
+        super().setup(trainer, pl_module, stage)
+
+    def _present(self, trainer: Trainer, report: Report) -> None:
+        self.folder = log_folder(trainer)
+        super()._present(trainer, report)
