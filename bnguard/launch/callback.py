@@ -35,11 +35,12 @@ class AddedMonitor(BatchNormMonitor):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer if it has another callback that watches."""
-        others = [c for c in trainer.callbacks if isinstance(c, BatchNormMonitor) and c is not self]
+        callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, BatchNormMonitor) and c is not self]
         self._is_needed = not others
         if others:
             # A new list: Lightning is iterating over this one.
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+            trainer.callbacks = [c for c in callbacks if c is not self]  # type: ignore[attr-defined]
         watching.extend(callback for callback in others or [self] if callback not in watching)
         super().setup(trainer, pl_module, stage)
 

@@ -30,7 +30,7 @@ def loader(**options):
 def network(momentum=0.001, outputs=1):
     return nn.Sequential(
         nn.Linear(8, 16, bias=False),
-        nn.BatchNorm1d(16, momentum),
+        nn.BatchNorm1d(16, momentum=momentum),
         nn.ReLU(),
         nn.Linear(16, outputs),
     )
