@@ -320,7 +320,8 @@ class Monitor:
                 return
             self._end_noticed()
         steps = self._observer.steps - self._steps_at_evaluation
-        if self._evaluations and steps < min(self._evaluations, self._every_n_steps):
+        is_recent = self._evaluations and steps < min(self._evaluations, self._every_n_steps)
+        if is_recent or self._observer.is_dropping():
             return
         self._evaluations += 1
         self._evaluated_state = state

@@ -51,7 +51,7 @@ class EvalProbe:
             self.hooks.before(layer.module, self._ordered(record))
             self.hooks.before(layer.module, _noted(layer, record, first_blocks))
         for module in model.modules():
-            if _drops(module):
+            if drops_values(module):
                 self.hooks.before(module, self._dropped(module))
 
     def _ordered(self, record: _Record) -> Note:
@@ -222,10 +222,10 @@ def _noted(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
     return note
 
 
-def _drops(module: nn.Module) -> bool:
+def drops_values(module: nn.Module) -> bool:
     """Return whether a module drops values, or paths, in training, as other people's do as well.
 
-    >>> [_drops(module) for module in (nn.Dropout(0.5), nn.Dropout2d(0.0), nn.ReLU())]
+    >>> [drops_values(module) for module in (nn.Dropout(0.5), nn.Dropout2d(0.0), nn.ReLU())]
     [True, False, False]
     """
     is_named = any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))

@@ -25,10 +25,18 @@ class Hooks:
         self._is_paused = False
         self._error: Exception | None = None
 
-    def before(self, module: nn.Module, note: Note, *, with_kwargs: bool = False) -> None:
+    def before(
+        self,
+        module: nn.Module,
+        note: Note,
+        *,
+        with_kwargs: bool = False,
+        prepend: bool = False,
+    ) -> None:
         """Call ``note`` with the arguments of each forward of the module, before it."""
         hook = _Hook(self, note)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=prepend)
+        self._handles.append(handle)
         self._before.append((module, hook, with_kwargs))
 
     def catch_up(

@@ -91,7 +91,8 @@ class LoopProbe:
         def note(args: Arguments, kwargs: Keywords) -> None:
             self._note_forward(not inner.training, model, args, kwargs)
 
-        self.hooks.before(model, note, with_kwargs=True)
+        # Before what other probes note of the same forward.
+        self.hooks.before(model, note, with_kwargs=True, prepend=True)
         for layer in _first_of_each_part(inner, layers):
             self._follow_layer(inner, layer)
 
@@ -163,7 +164,7 @@ class LoopProbe:
             is_in_eval_mode = not is_training and (has_trained or not model.training)
             self._note_forward(is_in_eval_mode, layer.module, args, kwargs)
 
-        self.hooks.before(layer.module, note, with_kwargs=True)
+        self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
 
     def _note_forward(
         self, is_in_eval_mode: bool, module: nn.Module, args: Arguments, kwargs: Keywords

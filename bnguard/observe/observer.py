@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.observe.batch_statistics import BatchProbe, StreamProbe, fitting
-from bnguard.observe.eval_statistics import EvalProbe
+from bnguard.observe.eval_statistics import EvalProbe, drops_values
 from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
@@ -218,6 +218,10 @@ class Observer:
     def forget_changes(self) -> None:
         """Take the buffers as they are now, whatever changed them since the newest step."""
         self._batches.forget_changes()
+
+    def is_dropping(self) -> bool:
+        """Return whether dropout acts, as when several passes measure the uncertainty."""
+        return any(module.training for module in self.model.modules() if drops_values(module))
 
     def state_now(self) -> tuple[object, ...]:
         """Return what changes with any weight, or any statistic of the BN layers, cheaply."""
