@@ -200,6 +200,7 @@ class Monitor:
         self._is_evaluating = False
         self._noticed = ExitStack()
         self._evaluated_state: object = None
+        self._has_gone_on = False
         self._notices_evaluations = True
         self._evaluations = 0
         self._steps_at_evaluation = 0
@@ -223,7 +224,7 @@ class Monitor:
             optimizers,
             on_step=self._note_step,
             on_evaluation=self._note_evaluation,
-            on_training=self._end_noticed,
+            on_training=self._note_training,
         )
         _open.add(self)
         self._is_asked = False
@@ -292,6 +293,7 @@ class Monitor:
     def _read_step(self, step: int) -> None:
         self._step = step
         self._checked = None
+        self._has_gone_on = False
         self._guard(self._observer.step, step)
         if self._observer.steps == 1:
             self.check()
@@ -302,6 +304,12 @@ class Monitor:
     def _note_step(self) -> None:
         self._guard(self._loop.hooks.raise_error)
         self._read_step(self._step + 1)
+
+    def _note_training(self) -> None:
+        if self._evaluated_state is None and self._observer.steps and not self._has_gone_on:
+            self._observer.note_training()
+        self._has_gone_on = True
+        self._end_noticed()
 
     def _note_evaluation(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]

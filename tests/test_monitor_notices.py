@@ -228,7 +228,8 @@ def test_a_loop_that_acts_in_eval_mode_is_read_now_and_then():
         optimizer.zero_grad()
         backward(model, number % 30)
         optimizer.step()
-    assert monitor._evaluations < 30
+    assert 0 < monitor._evaluations < 30
+    monitor.report()
 
 
 def test_watching_leaves_weights_bit_identical():
@@ -247,6 +248,7 @@ def test_watching_leaves_weights_bit_identical():
                 with torch.no_grad():
                     model(IMAGES[1200:])
         if monitor is not None:
+            monitor.report()
             monitor.close()
             assert not any(module._forward_pre_hooks for module in model.modules())
             assert not optimizer._optimizer_step_post_hooks
@@ -289,3 +291,21 @@ def test_the_report_is_printed_at_exit_unless_it_was_asked_for(end, reports, tmp
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.stdout == ""
     assert done.stderr.count("1 BN layer · 7 steps") == reports, done.stderr
+
+
+def test_what_a_loop_writes_after_each_step_is_part_of_it():
+    student, teacher = mlp(), mlp()
+    model = nn.ModuleDict({"student": student, "teacher": teacher})
+    optimizer = sgd(student)
+    monitor = watched(model, optimizer)
+    for _ in range(2):
+        student.train()
+        for number in range(10):
+            optimizer.zero_grad()
+            backward(lambda images: student(images.flatten(1)), number)
+            optimizer.step()
+            teacher.load_state_dict(student.state_dict())
+        student.eval()
+        with torch.no_grad():
+            student(IMAGES[1200:].flatten(1))
+    assert not monitor.report().history.run.has_new_weights_in_evaluation

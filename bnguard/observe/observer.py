@@ -219,6 +219,10 @@ class Observer:
         """Take the buffers as they are now, whatever changed them since the newest step."""
         self._batches.forget_changes()
 
+    def note_training(self) -> None:
+        """Note that the loop goes on after a step, without an evaluation between."""
+        self._weights.note_training()
+
     def is_dropping(self) -> bool:
         """Return whether dropout acts, as when several passes measure the uncertainty."""
         return any(module.training for module in self.model.modules() if drops_values(module))
