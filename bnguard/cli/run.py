@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.cli.output import command_parser
-from bnguard.errors import BNGuardError, ConfigurationError
+from bnguard.errors import ConfigurationError
 from bnguard.findings import Severity
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _conclude(
 
             write_page(logs, page)
             tell_user(f"bnguard: page written to {_short(page)}")
-    except (BNGuardError, OSError, ValueError) as error:
+    except Exception as error:  # the script ends as it would alone, whatever fails here
         tell_user(f"bnguard: the report is incomplete: {error}")
     return max((severity for severity in severities if severity is not None), default=None)
 
