@@ -27,10 +27,12 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
     sys.argv = [path, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # Python 3.11
         sys.path[0] = str(Path(path).resolve().parent)
+    file_name = str(Path(path).absolute())
     main = _new_main()
-    main.__file__ = path
-    main.__loader__ = SourceFileLoader("__main__", path)
-    exec(compile(source, path, "exec", dont_inherit=True), vars(main))
+    main.__file__ = file_name
+    main.__loader__ = SourceFileLoader("__main__", file_name)
+    vars(main)["__cached__"] = None
+    exec(compile(source, file_name, "exec", dont_inherit=True), vars(main))
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:
