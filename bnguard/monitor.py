@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +24,8 @@ from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
 from bnguard.observe.history import BatchWindow, History, Run
+from bnguard.observe.hooks import paused
+from bnguard.observe.loop import LoopProbe
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.report import Report
@@ -36,6 +40,12 @@ logger = logging.getLogger("bnguard")
 
 # The ranks of a training make the same monitors, one after another.
 _numbers = itertools.count()
+
+# Monitors that have not been closed, and those that notice steps by themselves.
+_open: weakref.WeakSet[Monitor] = weakref.WeakSet()
+_silent: weakref.WeakSet[Monitor] = weakref.WeakSet()
+# Reports of monitors whose model is gone, as when the function that trained it returned.
+_last_reports: list[Report] = []
 
 
 def log_findings(group: FindingGroup) -> None:
@@ -70,17 +80,21 @@ def watch(
 ) -> Monitor:
     """Watch the BN layers of a model while it trains.
 
-    Call :meth:`Monitor.step` after each optimizer step, and run validation inside
-    :meth:`Monitor.evaluation`. The model is left as it is, but for a hook a layer that reads the
-    shape of its input; :meth:`Monitor.close` takes the hooks off.
+    With ``optimizer`` this is the only line needed: steps are noticed through the optimizer's own
+    hook, and evaluations by the forwards in eval mode without gradients. If no report was asked
+    for, it is printed when the process ends. A loop can also be explicit, without ``optimizer``
+    it has to be: call :meth:`Monitor.step` after each optimizer step, and run validation inside
+    :meth:`Monitor.evaluation`. Nothing is counted twice.
+
+    The model is left as it is, but for hooks; :meth:`Monitor.close` removes them.
 
     Where several processes train, each watches its own batches: :meth:`Monitor.report` tells what
     this one saw, and :meth:`Monitor.report_of_all_ranks` what all of them did.
 
     Args:
         model: The model; one without BN layers is warned about once, and watched in vain.
-        optimizer: What trains the model, one or several: a layer whose parameters none of them
-            owns, and that stand still, counts as frozen.
+        optimizer: What trains the model, one or several; their steps are noticed. A layer whose
+            parameters none of them owns, and do not change, counts as frozen.
         every_n_steps: How often the rules run, in steps.
         eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
             As many batches of fewer than 32 samples count as one as have 32 together.
@@ -109,12 +123,14 @@ def watch(
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8))
-        >>> with watch(model) as monitor:
-        ...     for _ in range(30):
-        ...         _ = model(torch.randn(16, 4))
-        ...         monitor.step()
-        >>> monitor.report().findings
-        ()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = watch(model, optimizer=optimizer)
+        >>> for _ in range(30):
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> monitor.report()
+        Report(1 BN layer, 30 steps, no findings)
     """
     require_module(model, "watch")
     if isinstance(model, torch.jit.ScriptModule):
@@ -182,17 +198,44 @@ class Monitor:
         self._exchange = Exchange(f"monitor {next(_numbers)}")
         self._step = 0
         self._is_evaluating = False
+        self._noticed = ExitStack()
+        self._evaluated_state: object = None
+        self._has_gone_on = False
+        self._notices_evaluations = True
+        self._evaluations = 0
+        self._steps_at_evaluation = 0
         self._announcements = Announcements()
         self._checked: Report | None = None
+        self._on_checked: Callable[[Report, int], None] | None = None
+        self._on_collected: Callable[[Report], None] = _last_reports.append
+        optimizers = _optimizers(optimizer)
         self._observer = Observer(
             model,
-            optimizers=_optimizers(optimizer),
+            optimizers=optimizers,
             eval_batches=eval_batches,
             planned_steps=planned_steps,
             plan=plan,
             restore_poisoned=restore_poisoned,
             on_batch_of_one=self._announce_batch_of_one,
         )
+        self._loop = LoopProbe(
+            model,
+            self._observer.layers,
+            optimizers,
+            on_step=self._note_step,
+            on_evaluation=self._note_evaluation,
+            on_training=self._note_training,
+        )
+        _open.add(self)
+        self._is_asked = False
+        if optimizers:
+            _silent.add(self)
+
+    def __del__(self) -> None:
+        # The model is gone after this, and with it what the report at exit would be made from.
+        with suppress(Exception):
+            if self._loop.has_steps and not self._is_asked:
+                self._on_collected(self._known())
 
     def __enter__(self) -> Monitor:
         return self
@@ -211,6 +254,16 @@ class Monitor:
         return bool(self._observer.layers)
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is watched."""
+        return self._observer.model
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together."""
+        return self._exchange.rank
+
+    @property
     def _has_shards(self) -> bool:
         """Whether parameters are spread over the ranks, and are not looked at."""
         return any(layer.is_sharded for layer in self._observer.layers)
@@ -223,14 +276,27 @@ class Monitor:
     def step(self, step: int | None = None) -> None:
         """Read what the training step just taken left in the buffers.
 
+        A loop that calls this reports all of its steps: they are no longer noticed.
+
         Args:
             step: Number of the optimizer step, for findings; counted from 1 by default. Batches
                 that are accumulated may each be reported, under the number of their step.
         """
+        self._end_noticed()
+        is_counted = self._loop.take_over()
+        if not self._notices_evaluations:
+            self._loop.close()
+        if is_counted:
+            self._step = self._step if step is None else step
+        else:
+            self._read_step(self._step + 1 if step is None else step)
+
+    def _read_step(self, step: int) -> None:
         steps = self._observer.steps
-        self._step = self._step + 1 if step is None else step
+        self._step = step
         self._checked = None
-        self._guard(self._observer.step, self._step)
+        self._has_gone_on = False
+        self._guard(self._observer.step, step)
         if self._observer.steps == steps:
             return
         if self._observer.steps == 1:
@@ -238,6 +304,82 @@ class Monitor:
         if self._observer.steps % self._every_n_steps == 0:
             self.check()
             self._guard(self._observer.start_window)
+
+    def _note_step(self) -> None:
+        self._guard(self._loop.hooks.raise_error)
+        self._read_step(self._step + 1)
+
+    def _note_training(self) -> None:
+        if self._evaluated_state is None and self._observer.steps and not self._has_gone_on:
+            self._observer.note_training()
+        self._has_gone_on = True
+        self._end_noticed()
+
+    def _note_evaluation(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Begin an evaluation with this forward, unless it belongs to one.
+
+        Early ones are all read, later ones only as often as the rules run: a loop that acts in
+        eval mode between its steps must not become slow.
+        """
+        is_noticed = self._notices_evaluations and self._observer.steps > 0
+        if self._is_evaluating or not is_noticed:
+            return
+        state = self._observer.state_now()
+        if self._evaluated_state is not None:
+            if state == self._evaluated_state:
+                return
+            self._end_noticed()
+        steps = self._observer.steps - self._steps_at_evaluation
+        is_recent = self._evaluations and steps < min(self._evaluations, self._every_n_steps)
+        if is_recent or self._observer.is_dropping():
+            return
+        self._evaluations += 1
+        self._evaluated_state = state
+        with paused(self._loop.hooks):
+            self._guard(self._noticed.enter_context, self._observer.evaluation())
+        self._guard(self._observer.catch_up, module, args, kwargs)
+
+    def _end_noticed(self) -> None:
+        """End the evaluation that was noticed; drop it if weights or statistics are others now."""
+        state, self._evaluated_state = self._evaluated_state, None
+        if state is None:
+            return
+        self._steps_at_evaluation = self._observer.steps
+        self._checked = None
+        observed = self._noticed.pop_all()
+        with paused(self._loop.hooks):
+            if state == self._observer.state_now():
+                self._guard(observed.close)
+                self.check()
+            else:
+                error = RuntimeError("weights or statistics were exchanged")
+                self._guard(observed.__exit__, type(error), error, None)
+
+    def _follow_script(
+        self,
+        on_checked: Callable[[Report, int], None],
+        on_collected: Callable[[Report], None],
+    ) -> None:
+        """Begin after the first step of a script; pass on what is checked, and the last report.
+
+        The last report is passed on when the model is gone.
+        """
+        self._step = 1
+        self._on_checked = on_checked
+        self._on_collected = on_collected
+
+    def _follow_optimizer(self, optimizer: Optimizer) -> None:
+        """Notice the steps of an optimizer that trains the model from now on."""
+        self._observer.follow_optimizer(optimizer)
+        self._loop.follow(optimizer)
+
+    def _expect_calls(self) -> None:
+        """Notice nothing: the caller reports all steps and evaluations."""
+        self._notices_evaluations = False
+        self._loop.take_over()
+        self._loop.close()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -249,6 +391,9 @@ class Monitor:
         if self._is_evaluating:
             yield
             return
+        self._end_noticed()
+        self._loop.flush()
+        self._notices_evaluations = False
         self._is_evaluating = True
         self._checked = None
         observed = ExitStack()
@@ -269,13 +414,14 @@ class Monitor:
 
         The running statistics that it leaves behind are where training goes on from.
         """
-        paused = ExitStack()
-        self._guard(paused.enter_context, self._observer.paused())
+        observer = ExitStack()
+        self._guard(observer.enter_context, self._observer.paused())
         try:
-            yield
+            with paused(self._loop.hooks):
+                yield
         finally:
             self._checked = None
-            self._guard(paused.close)
+            self._guard(observer.close)
 
     def forget_changes(self) -> None:
         """Take the running statistics as they are now, whatever changed them since the last step.
@@ -295,11 +441,13 @@ class Monitor:
         """
         # A loop that reports no step may have done anything since.
         if self._checked is None or not self._observer.steps:
-            self._checked = self.report(final=False)
+            self._checked = self._known(final=False)
             if self._guard.failure is None:
                 self._announcements.note(self._checked.findings, self._step)
                 for group in self._announcements.new(self._checked.findings):
                     self._on_findings(group)
+            if self._on_checked is not None:
+                self._on_checked(self._checked, self._step)
         return self._checked
 
     def report(self, *, final: bool = True) -> Report:
@@ -309,6 +457,12 @@ class Monitor:
             final: Judge the running statistics as they are now, as if training ended here; else
                 what the updates still to come will mend is not held against them.
         """
+        self._is_asked = self._is_asked or final
+        return self._known(final=final)
+
+    def _known(self, *, final: bool = True) -> Report:
+        self._end_noticed()
+        self._loop.flush()
         try:
             # Also after an error, which leaves what was observed before it.
             known = self._judge(final=final)
@@ -370,6 +524,10 @@ class Monitor:
 
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
+        self._end_noticed()
+        self._loop.flush()
+        _open.discard(self)
+        self._loop.close()
         self._observer.close()
 
     def _judge(self, *, final: bool) -> Report:
@@ -387,6 +545,23 @@ class Monitor:
         """Run the rules in the middle of a step: PyTorch is about to refuse the batch."""
         self._checked = None
         self.check()
+
+
+def watched_models() -> Iterator[nn.Module]:
+    """Yield the models that are being watched."""
+    for monitor in tuple(_open):
+        yield monitor.model
+
+
+@atexit.register
+def _print_reports() -> None:
+    """Print the reports that nobody asked for, on standard error."""
+    from bnguard.report.terminal import as_terminal_text
+
+    unasked = [m for m in _silent if m._loop.has_steps and not m._is_asked]
+    for report in [*_last_reports, *(monitor.report() for monitor in unasked)]:
+        with suppress(OSError, ValueError):
+            print(as_terminal_text(report), file=sys.stderr)
 
 
 def _window_of(state: dict[str, Any]) -> BatchWindow:

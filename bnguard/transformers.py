@@ -135,6 +135,7 @@ class BatchNormCallback(TrainerCallback):
             on_findings=announce,
             strict=True,  # The guard of the callback handles errors.
         )
+        self._monitor._expect_calls()
         reporters: Sequence[Reporter] = ()
         if state.is_world_process_zero:
             folder = os.getenv("TENSORBOARD_LOGGING_DIR")

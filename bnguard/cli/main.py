@@ -28,6 +28,7 @@ from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 
 # A command's module is imported, and torch with it, only when the command is called.
 COMMANDS = {
+    "run": "watch what an unchanged training script trains",
     "demo": "train, break, name and repair a small network on real digits",
     "inspect": "find problems of the BN layers in checkpoints",
     "diff": "compare two checkpoints",
@@ -42,13 +43,28 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["run"]:
+        return _run_script(given[1:])
     if arguments is not None:
-        return _status(list(arguments))
-    status = _status(sys.argv[1:])
+        return _status(given)
+    status = _status(given)
     # What the user's code prints when the process ends is not the command's output either.
     # Registered last, this is called first.
     atexit.register(os.dup2, STANDARD_ERROR, STANDARD_OUTPUT)
     return status
+
+
+def _run_script(arguments: list[str]) -> int:
+    """Run the user's script, of which neither output nor errors are touched."""
+    from bnguard.cli.run import prepare
+
+    try:
+        script = prepare(arguments)
+    except (ArgumentError, BNGuardError) as error:
+        print_error(in_a_line(error) if isinstance(error, ArgumentError) else str(error))
+        return 2
+    return script()
 
 
 def _status(arguments: list[str]) -> int:

@@ -360,6 +360,7 @@ class BatchNormMonitor(GuardedCallback):
             strict=True,  # The guard of the callback handles errors.
             **self._options,
         )
+        self._monitor._expect_calls()
         return self._monitor
 
     def _write(self, monitor: Monitor, step: int) -> None:

@@ -25,16 +25,27 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._before: list[tuple[nn.Module, _Hook, bool]] = []
         self._is_paused = False
         self._error: Exception | None = None
 
     def before(
-        self, module: nn.Module, note: Note, *, with_kwargs: bool = False
+        self, module: nn.Module, note: Note, *, with_kwargs: bool = False, prepend: bool = False
     ) -> RemovableHandle:
         """Call ``note`` with the arguments before each forward of the module."""
         hook = _Hook(self, note)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
-        return self._handles[-1]
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=prepend)
+        self._handles.append(handle)
+        self._before.append((module, hook, with_kwargs))
+        return handle
+
+    def catch_up(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Call the notes that were added while the hooks before a forward ran."""
+        for own, hook, with_kwargs in tuple(self._before):
+            if own is module:
+                hook(module, args, kwargs) if with_kwargs else hook(module, args)
 
     def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
         """Call ``note`` with arguments and keywords of each call from outside these modules.
@@ -84,10 +95,13 @@ class Hooks:
             raise self._error
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; those that a current forward still calls do nothing."""
         for handle in self._handles:
             handle.remove()
+        for _, hook, _ in self._before:
+            hook.is_removed = True
         self._handles.clear()
+        self._before.clear()
 
 
 @contextmanager
@@ -119,12 +133,13 @@ class _Hook:
     def __init__(self, hooks: Hooks, note: Note) -> None:
         self._hooks = hooks
         self._note = note
+        self.is_removed = False
 
     def __call__(self, module: nn.Module, *call: object) -> None:
         # A constant under torch.compile: the hook adds nothing to the graph.
         if torch.compiler.is_compiling() or self._hooks._is_paused:
             return
-        if self._hooks._error is None:
+        if self._hooks._error is None and not self.is_removed:
             try:
                 self._note(*call)
             except Exception as error:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
 from bnguard.observe.batch_statistics import BatchProbe, fitting
 from bnguard.observe.call_statistics import StreamProbe
-from bnguard.observe.eval_statistics import EvalProbe
+from bnguard.observe.eval_statistics import EvalProbe, drops_values
 from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
@@ -46,7 +46,8 @@ class Observer:
         on_batch_of_one: Called before a layer's first batch with one value per channel.
 
     Attributes:
-        layers: The BN layers of the model.
+        model: The model.
+        layers: Its BN layers.
         steps: Training steps observed.
     """
 
@@ -65,7 +66,7 @@ class Observer:
         self.steps = 0
         self._is_closed = False
         self._is_loaded = False
-        self._model = model
+        self.model = model
         self._eval_batches = eval_batches
         self._planned_steps = planned_steps
         self._plan = plan
@@ -102,6 +103,10 @@ class Observer:
         self._choose_sources()
         self._follow_entrance()
 
+    def follow_optimizer(self, optimizer: Optimizer) -> None:
+        """Count in an optimizer that trains the model from now on."""
+        self._trained_by.follow(optimizer)
+
     def step(self, step: int) -> None:
         """Read the buffers after training step number ``step``."""
         self._raise_errors()
@@ -109,7 +114,7 @@ class Observer:
         # The batches of a step, whose gradients are accumulated, have one number.
         if step != self._step or not self.steps:
             self.steps += 1
-            is_in_eval_mode = not self._model.training
+            is_in_eval_mode = not self.model.training
             self._steps_in_eval_mode += is_in_eval_mode
             self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
             self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
@@ -134,7 +139,7 @@ class Observer:
         if self._is_closed:
             return
         self._weights.follow_model()
-        layers = find_layers(self._model)
+        layers = find_layers(self.model)
         places = _places_of(layers)
         if places != self._places:
             self.layers, self._places = layers, places
@@ -165,10 +170,10 @@ class Observer:
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
-        moments = EvalProbe(self._model, self.layers, self._eval_batches)
+        moments = EvalProbe(self.model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         held = self._held_in_eval_mode()
-        gap = GapProbe(self._model, [layer for layer in self.layers if layer.name not in held])
+        gap = GapProbe(self.model, [layer for layer in self.layers if layer.name not in held])
         self._evaluation_hooks = (moments.hooks, gap.hooks)
         self._weights.start_evaluation()
         self._shapes.is_evaluating = True
@@ -179,9 +184,7 @@ class Observer:
             self._has_new_weights = self.steps > 0 and (
                 self._weights.have_changed()
                 # The weights of a copy are written while the model trains.
-                or (
-                    bool(self._is_bystander) and self._weights.have_changed_since_start(self._model)
-                )
+                or (bool(self._is_bystander) and self._weights.have_changed_since_start(self.model))
             )
             moments.hooks.close()
             gap.hooks.close()
@@ -199,6 +202,13 @@ class Observer:
             gap.close()
             self._batches.forget_changes()
 
+    def catch_up(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Read the call of a module in the midst of which an evaluation began."""
+        for hooks in self._evaluation_hooks:
+            hooks.catch_up(module, args, kwargs)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Observe nothing inside; changes of the buffers do not count as updates."""
@@ -209,6 +219,26 @@ class Observer:
     def forget_changes(self) -> None:
         """Do not count changes of the buffers since the newest step as updates."""
         self._batches.forget_changes()
+
+    def note_training(self) -> None:
+        """Note that the loop goes on after a step, without an evaluation between."""
+        self._weights.note_training()
+
+    def is_dropping(self) -> bool:
+        """Return whether dropout acts, as when several passes measure the uncertainty."""
+        return any(module.training for module in self.model.modules() if drops_values(module))
+
+    def state_now(self) -> tuple[object, ...]:
+        """Return what changes with any weight, or any statistic of the BN layers, cheaply."""
+        tensors = [
+            tensor
+            for layer in self.layers
+            if not layer.is_sharded
+            for tensor in (*layer.affine, layer.running_mean, layer.running_var)
+            if tensor is not None and not tensor.is_inference() and not tensor.is_meta
+        ]
+        versions = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+        return (self._weights.version_now(), versions)
 
     def windows(self) -> dict[str, BatchWindow]:
         """Return the window of batch statistics by which each layer is judged."""
@@ -247,9 +277,9 @@ class Observer:
             has_new_weights_in_evaluation=self._has_new_weights,
             unknown=self._unknown.found(),
             is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
-            is_optimized=self._trained_by.trains(self._model) if owned else None,
+            is_optimized=self._trained_by.trains(self.model) if owned else None,
         )
-        described = describe_layers(self._model)
+        described = describe_layers(self.model)
         self._following.update(self._follower_probe.windows(self._step))
         return History(
             layers=tuple(
@@ -353,7 +383,7 @@ class Observer:
 
     def _was_never_called(self) -> bool:
         """Return whether no training batch reached the model, as if it were a copy of another."""
-        return not self._trained_by.trains(self._model) and all(
+        return not self._trained_by.trains(self.model) and all(
             self._shapes.records[layer.name].position is None for layer in self.layers
         )
 
@@ -364,11 +394,11 @@ class Observer:
         """
         if not self.steps:
             return
-        parts = list(self._trained_by.untrained_parts(self._model))
+        parts = list(self._trained_by.untrained_parts(self.model))
         calls = [self._shapes.records[layer.name].calls for layer in self.layers]
         is_optimizer_known = bool(self._trained_by.owned_parameters())
         if not is_optimizer_known and not any(call.in_eval_mode_with_grad for call in calls):
-            parts = [self._model]
+            parts = [self.model]
         for part in parts:
             modules = set(part.modules())
             layers = [layer for layer in self.layers if layer.module in modules]
@@ -390,7 +420,7 @@ class Observer:
         """Start a new window of the inputs of followers while other parts train."""
         self._following.update(self._follower_probe.windows(self._step))
         self._follower_probe.hooks.close()
-        self._follower_probe = EvalProbe(self._model, self._followers, self._eval_batches)
+        self._follower_probe = EvalProbe(self.model, self._followers, self._eval_batches)
 
     def _choose_sources(self) -> None:
         """Choose from the calls seen so far where the batch statistics of a layer are read."""
@@ -410,12 +440,12 @@ class Observer:
         if self._is_closed or self._origin is not None:
             return
         if any(reading.poisoned_step is not None for reading in readings.values()):
-            self._origin = OriginProbe(self._model, self._step + 1)
+            self._origin = OriginProbe(self.model, self._step + 1)
 
     def _watch_broadcasts(self) -> None:
         """Ignore, on ranks other than 0, what DDP writes to the buffers before a forward."""
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-            inner = next(module for module in self._model.modules() if not is_wrapper(module))
+            inner = next(module for module in self.model.modules() if not is_wrapper(module))
             self._broadcasts.before_outermost(
                 [inner], lambda args, kwargs: self._batches.forget_changes()
             )

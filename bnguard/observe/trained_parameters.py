@@ -30,6 +30,12 @@ class OptimizerProbe:
         for layer in layers:
             self.note_start(layer, owned)
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Add an optimizer; it replaces those that have some of its parameters."""
+        new = parameters_of(optimizer)
+        others = (other for other in self._optimizers if not new & parameters_of(other))
+        self._optimizers = (*others, optimizer)
+
     def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
         """Take the current gamma and beta as those that training starts from."""
         # Parameters that no optimizer has are frozen if they do not change.
@@ -38,12 +44,7 @@ class OptimizerProbe:
 
     def owned_parameters(self) -> set[int]:
         """Return the ids of the parameters that an optimizer has."""
-        return {
-            id(parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        return {key for optimizer in self._optimizers for key in parameters_of(optimizer)}
 
     def trains(self, model: nn.Module) -> bool:
         """Return whether an optimizer has any parameter of the model."""
@@ -103,6 +104,11 @@ class OptimizerProbe:
         return max(decays, default=None)
 
 
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 class WeightProbe:
     """Finds out whether something other than a training step wrote to the weights.
 
@@ -112,6 +118,7 @@ class WeightProbe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._version = 0
+        self._usual_writes = 0
         self._trained: list[Tensor] = []
         self.follow_model()
         self._norms_at_start: dict[int, float] = self._norms(model)
@@ -130,7 +137,15 @@ class WeightProbe:
 
         Cheap enough for every step: a sum of counters that rise with each in-place write.
         """
-        self._version = sum(map(_VERSION, self._counting))
+        self._version = self.version_now()
+
+    def note_training(self) -> None:
+        """Take the writes since the step as part of each step, as those to an averaged teacher."""
+        self._usual_writes = max(self._usual_writes, self.version_now() - self._version)
+
+    def version_now(self) -> int:
+        """Return a number that rises with each in-place write to a weight."""
+        return sum(map(_VERSION, self._counting))
 
     def start_anew(self) -> None:
         """Take the current weights as those at the start."""
@@ -142,7 +157,7 @@ class WeightProbe:
 
     def have_changed(self) -> bool:
         """Return whether the weights differ from those of the newest step."""
-        if sum(map(_VERSION, self._counting)) != self._version:
+        if not 0 <= self.version_now() - self._version <= self._usual_writes:
             return True
         # A swap of averaged weights through .data does not change the counters. Sharded parameters
         # may be here at one time only and are not compared.

@@ -1,0 +1,182 @@
+"""``bnguard run``: an unchanged script, watched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from time import strftime
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from bnguard.cli.output import command_parser
+from bnguard.errors import ConfigurationError
+from bnguard.findings import Severity
+
+if TYPE_CHECKING:
+    from bnguard.launch.watching import Watching
+    from bnguard.report import Report
+
+_HELP = """
+The report goes to standard error, and to --log-dir as bnguard-report.json and
+as a TensorBoard log. Options of bnguard come before the script.
+
+exit status: that of the script; 1 if it succeeded and --fail-on is met
+
+examples:
+  bnguard run train.py --lr 0.1
+  bnguard run -m package.train --config config.yaml
+  torchrun --nproc_per_node 2 -m bnguard run train.py
+"""
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Return what runs the script that the arguments name, and returns the exit status.
+
+    Raises:
+        ConfigurationError: No script is named, or it cannot be read.
+    """
+    own, target = _split(arguments)
+    values = make_parser().parse_args(own)
+    if not target:
+        raise ConfigurationError("no script is named: bnguard run SCRIPT.py, or -m MODULE")
+    is_module = target[0] == "-m"
+    name = target[1] if is_module and len(target) > 1 else target[0]
+    if name == "-m":
+        raise ConfigurationError("-m needs the name of a module")
+    if not is_module and not Path(name).is_file():
+        raise ConfigurationError(f"{name} is not a file: name a script, or a module with -m")
+    return partial(_run, name, target[2 if is_module else 1 :], values, is_module=is_module)
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command."""
+    parser = command_parser(
+        "run",
+        "Run a training script as python would, and watch the BN layers of each model that it "
+        "trains.",
+        _HELP,
+        "[options] (SCRIPT.py | -m MODULE) [arguments of the script]",
+    )
+    parser.add_argument(
+        "--log-dir", type=str, help="folder for reports and logs; bnguard-runs/SCRIPT-TIME"
+    )
+    parser.add_argument("--html", type=str, help="file to write the report to as one page")
+    parser.add_argument(
+        "--fail-on",
+        type=Literal["error", "warning", "never"],
+        default="never",
+        help="exit with status 1 if there is a finding so severe",
+    )
+    return parser
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return bnguard's options, and what follows them: a script or ``-m``, and its arguments.
+
+    >>> _split(["--html", "bn.html", "train.py", "--html", "x"])
+    (['--html', 'bn.html'], ['train.py', '--html', 'x'])
+    """
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("-"):
+        argument = arguments[place]
+        if argument == "-m":
+            break
+        place += 1 if "=" in argument or argument in ("-h", "--help") else 2
+    return arguments[:place], arguments[place:]
+
+
+def _run(name: str, arguments: list[str], values: Namespace, *, is_module: bool) -> int:
+    from bnguard.launch.script import hide_own_frames, run_module, run_script
+    from bnguard.launch.watching import Watching
+
+    label = name if is_module else Path(name).stem
+    folder = Path(values.log_dir or f"bnguard-runs/{label}-{strftime('%Y%m%d-%H%M%S')}").absolute()
+    page = None if values.html is None else Path(values.html).absolute()
+    process = os.getpid()
+    # Trainers of Lightning add their callback then, in the processes that they start as well.
+    os.environ["BNGUARD"] = "1"
+    watching = Watching(folder)
+    is_complete = False
+    try:
+        (run_module if is_module else run_script)(name, arguments)
+        status, is_complete = 0, True
+    except SystemExit as end:
+        status = _status_of(end)
+        is_complete = status == 0
+    except BaseException:
+        hide_own_frames()
+        raise
+    finally:
+        # A process that the script forked may come here as well.
+        worst = None
+        if os.getpid() == process:
+            worst = _conclude(watching, folder, page, is_complete=is_complete)
+    if values.fail_on != "never" and status == 0 and worst is not None:
+        return int(worst >= Severity[values.fail_on.upper()])
+    return status
+
+
+def _status_of(end: SystemExit) -> int:
+    """Return the exit status that ``python`` makes of the end of a script."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _conclude(
+    watching: Watching, folder: Path, page: Path | None, *, is_complete: bool
+) -> Severity | None:
+    """Print and write the reports; return the highest severity in them."""
+    from bnguard.launch.watching import tell_user
+    from bnguard.report.terminal import as_terminal_text
+
+    severities: list[Severity | None] = []
+    logs = folder
+    try:
+        sys.stdout.flush()
+        reports = list(watching.conclude(is_complete=is_complete))
+        for place, report in reports:
+            _write(place, report)
+            tell_user(as_terminal_text(report))
+            severities.append(report.worst_severity)
+        for number, (report, own_folder) in enumerate(_reports_of_callbacks(), start=1):
+            place = folder if not reports and number == 1 else folder / f"trainer-{number}"
+            _write(place, report)
+            severities.append(report.worst_severity)
+            logs = logs if reports else own_folder or logs
+        if severities:
+            tell_user(f"bnguard: report written to {_short(folder)}")
+        elif watching.is_first_rank:
+            tell_user(f"bnguard: {watching.why_nothing}")
+        if page is not None and severities:
+            from bnguard.tensorboard.log_report import write_page
+
+            write_page(logs, page)
+            tell_user(f"bnguard: page written to {_short(page)}")
+    except Exception as error:  # the script ends as it would alone, whatever fails here
+        tell_user(f"bnguard: the report is incomplete: {error}")
+    return max((severity for severity in severities if severity is not None), default=None)
+
+
+def _reports_of_callbacks() -> Iterable[tuple[Report, Path | None]]:
+    """Yield what callbacks of Lightning reported, with the folder of the Trainer's logger."""
+    callback = sys.modules.get("bnguard.launch.callback")
+    for monitor in () if callback is None else callback.watching:
+        if monitor.report is not None:
+            yield monitor.report, getattr(monitor, "folder", None)
+
+
+def _write(folder: Path, report: Report) -> None:
+    from bnguard.loggers import JSON
+
+    folder.mkdir(parents=True, exist_ok=True)
+    JSON(folder).log_report(report, 0)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,1 @@
+"""``bnguard run``: runs a script that was not changed, and watches what it trains."""

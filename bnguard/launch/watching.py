@@ -1,0 +1,245 @@
+"""Finds the models that a script trains, by its optimizers, and watches each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from bnguard.errors import Guard
+from bnguard.findings import FindingGroup, above_bars, notice
+from bnguard.layers.bn_layer import find_layers, is_wrapper
+from bnguard.loggers import RunLog, TensorBoard
+from bnguard.monitor import Monitor, watch, watched_models
+from bnguard.observe.trained_parameters import parameters_of
+from bnguard.report import Report
+from bnguard.rules import RULES
+
+
+class Watching:
+    """Watches all models whose optimizers take a step, from the first step on.
+
+    Args:
+        folder: Where reports and logs go; made when there is something to write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._models: list[_WatchedModel] = []
+        self._has_steps = False
+        self._guard = Guard(
+            strict=False,
+            let_go=self._stop,
+            tell=tell_user,
+            consequence="no further model is watched, and the script goes on",
+        )
+        self._handle = register_optimizer_step_post_hook(self._note)
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process speaks for those that torchrun started with it."""
+        return os.environ.get("RANK", "0") == "0"
+
+    @property
+    def why_nothing(self) -> str:
+        """Why there is no report."""
+        if not self._has_steps:
+            return "no optimizer took a step, so nothing was watched"
+        return "no model with BN layers was trained, so nothing was watched"
+
+    def conclude(self, *, is_complete: bool) -> Iterator[tuple[Path, Report]]:
+        """Stop, and yield the report of each model, with the folder that it belongs in.
+
+        Args:
+            is_complete: Whether the script ended as it should; if not, other ranks may never come
+                here, and are not waited for.
+        """
+        self._stop()
+        for model in self._models:
+            report = model.conclude(is_complete=is_complete)
+            if report is not None:
+                yield model.folder, report
+
+    def _stop(self) -> None:
+        self._handle.remove()
+
+    def _note(self, optimizer: Optimizer, *_: object) -> None:
+        if optimizer not in self._seen:
+            self._seen.add(optimizer)
+            self._has_steps = True
+            self._guard(self._watch, optimizer)
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        owned = parameters_of(optimizer)
+        for model in self._models:
+            monitor = model.monitor()
+            if monitor is not None and _held(monitor.model) & owned:
+                monitor._follow_optimizer(optimizer)
+                return
+        if any(_held(model) & owned for model in watched_models()):
+            return  # by the script itself, or by a callback
+        for root in find_roots(owned):
+            if find_layers(root):
+                self._models.append(
+                    _WatchedModel.begin(root, optimizer, self._folder, len(self._models) + 1)
+                )
+
+
+@dataclass
+class _WatchedModel:
+    """A model of the script; it is not kept alive, and leaves its report when it is gone."""
+
+    folder: Path
+    monitor: weakref.ref[Monitor]
+    log: _Log
+    report: Report | None = None
+
+    @classmethod
+    def begin(
+        cls, root: nn.Module, optimizer: Optimizer, folder: Path, number: int
+    ) -> _WatchedModel:
+        """Begin to watch a model, the ``number``-th of the script, after its first step."""
+        inner = next((part for part in root.modules() if not is_wrapper(part)), root)
+        if number > 1:
+            folder = folder / f"{type(inner).__name__}-{number}"
+
+        def tell(group: FindingGroup) -> None:
+            if monitor.rank == 0:
+                tell_user(notice(group))
+
+        monitor = watch(root, optimizer=_optimizers_of(root, optimizer), on_findings=tell)
+        log = _Log(folder if monitor.rank == 0 else None)
+        model = cls(folder, weakref.ref(monitor), log)
+        monitor._follow_script(log.add, model._keep)
+        return model
+
+    def conclude(self, *, is_complete: bool) -> Report | None:
+        """Return the report; None on ranks whose report another rank shows."""
+        monitor = self.monitor()
+        if monitor is not None:
+            self.report = monitor.report_of_all_ranks() if is_complete else monitor.report()
+            monitor._leave()
+            monitor.close()
+            if monitor.rank > 0 and is_complete:
+                return None
+        if self.report is not None:
+            self.log.conclude(self.report)
+        return self.report
+
+    def _keep(self, report: Report) -> None:
+        self.report = report
+
+
+class _Log:
+    """The TensorBoard log of one model, begun with its first report; None writes nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._log = RunLog((), ())
+        self._step = 0
+
+    def add(self, report: Report, step: int) -> None:
+        """Write a report."""
+        self._step = step
+        if self._folder is not None and self._writer is None:
+            self._begin(self._folder)
+        self._log.write(report, step)
+
+    def conclude(self, report: Report) -> None:
+        """Write the last report, down to each channel, and close the log."""
+        self.add(report, self._step)
+        self._log.conclude(report, self._step)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _begin(self, folder: Path) -> None:
+        try:
+            # Importing it takes a second.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+        except Exception as error:
+            tell_user(f"bnguard: no TensorBoard log is written: {error}")
+            self._folder = None
+        else:
+            self._log = RunLog([TensorBoard(self._writer)], RULES)
+
+
+def find_roots(parameters: set[int]) -> list[nn.Module]:
+    """Return the outermost modules alive that hold these parameters, named by identity.
+
+    Of several that hold the same, as a model and what wraps it in another way, one is returned.
+    """
+    is_module: dict[type, bool] = {}
+    modules: list[nn.Module] = []
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind not in is_module:
+            is_module[kind] = issubclass(kind, nn.Module)
+        # One that is being made has no parts yet.
+        if is_module[kind] and "_modules" in vars(thing):
+            modules.append(thing)
+    parents: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in modules:
+        for child in module._modules.values():
+            parents[id(child)].append(module)
+    waiting = [
+        module
+        for module in modules
+        if any(id(part) in parameters for part in module._parameters.values())
+    ]
+    climbed: set[int] = set()
+    roots: list[nn.Module] = []
+    while waiting:
+        module = waiting.pop()
+        if id(module) in climbed:
+            continue
+        climbed.add(id(module))
+        waiting.extend(parents[id(module)])
+        if not parents[id(module)]:
+            roots.append(module)
+    found: list[nn.Module] = []
+    missing = set(parameters)
+    for root in sorted(roots, key=lambda root: -len(_held(root) & parameters)):
+        if _held(root) & missing:
+            missing -= _held(root)
+            found.append(root)
+    return found
+
+
+def _held(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
+
+
+def _optimizers_of(model: nn.Module, optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizer and those of the model's other parameters.
+
+    Optimizers that wrap another own the same parameters, and are left out.
+    """
+    found, missing = [optimizer], _held(model) - parameters_of(optimizer)
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing):
+            own = parameters_of(thing)
+            if own & missing:
+                missing -= own
+                found.append(thing)
+    return found
+
+
+def tell_user(text: str) -> None:
+    """Print lines on standard error; standard output is the script's."""
+    if sys.stderr is not None:
+        with above_bars(sys.stderr):
+            print(text, file=sys.stderr)

@@ -1,0 +1,220 @@
+"""Notices the steps and the evaluations of a training loop that reports neither."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper
+from bnguard.observe.hooks import Hooks
+
+Arguments = tuple[object, ...]
+Keywords = dict[str, object]
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers in the process, from the first probe on."""
+
+    number = 0
+    is_counting = False
+
+    @classmethod
+    def count(cls) -> None:
+        if not cls.is_counting:
+            cls.is_counting = True
+            register_optimizer_step_post_hook(cls._note)
+
+    @classmethod
+    def _note(cls, *_: object) -> None:
+        cls.number += 1
+
+
+class LoopProbe:
+    """Notices steps through the optimizers' hooks, and evaluations by the forwards of a model.
+
+    A step ends when each optimizer that took part in the last one has stepped, or, without any
+    step of an optimizer, when a forward follows gradients that were cleared: a gradient scaler
+    skipped the step, or a closure is evaluated again. The first step is reported when the next
+    forward begins: a loop that reports its steps itself has done so by then.
+
+    An evaluation begins with a forward in eval mode without gradients, and ends with the next
+    forward that has gradients. Forwards in train mode without gradients do neither.
+
+    Args:
+        model: The model, wrapped or not.
+        layers: Its BN layers.
+        optimizers: What trains it.
+        on_step: Called after each step.
+        on_evaluation: Called with module, arguments and keywords before each forward of an
+                evaluation.
+        on_training: Called before each forward with gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[BatchNormLayer],
+        optimizers: Iterable[Optimizer],
+        *,
+        on_step: Callable[[], None],
+        on_evaluation: Callable[[nn.Module, Arguments, Keywords], None],
+        on_training: Callable[[], None],
+    ) -> None:
+        self.hooks = Hooks()
+        self._on_step = on_step
+        self._on_evaluation = on_evaluation
+        self._on_training = on_training
+        self._optimizer_handles: list[RemovableHandle] = []
+        self._last_participants: set[int] = set()
+        self._participants: set[int] = set()
+        self._parameter: Tensor | None = None
+        self._has_gradients = False
+        self._steps_at_gradients = 0
+        # Unknown under torch.compile, where no hook sees a forward.
+        self._has_trained: bool | None = None
+        self._is_due = False
+        self._is_confirmed = False
+        for optimizer in optimizers:
+            self.follow(optimizer)
+        if not self._optimizer_handles:
+            return
+        _OptimizerSteps.count()
+        self._follow_gradients(layers)
+        inner = next((part for part in model.modules() if not is_wrapper(part)), model)
+
+        def note(args: Arguments, kwargs: Keywords) -> None:
+            self._note_forward(not inner.training, model, args, kwargs)
+
+        # Before what other probes note of the same forward.
+        self.hooks.before(model, note, with_kwargs=True, prepend=True)
+        for layer in _first_of_each_part(inner, layers):
+            self._follow_layer(inner, layer)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step was noticed that nobody reported."""
+        return self._is_confirmed or self._is_due
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Notice the steps of this optimizer as well."""
+        # accelerate and Fabric wrap optimizers, and step what they wrap.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not hasattr(optimizer, "register_step_post_hook"):
+            return
+        key = id(optimizer)
+        self._last_participants.add(key)
+        probe = weakref.ref(self)
+
+        def note(*_: object) -> None:
+            if (self := probe()) is not None:
+                self._note_optimizer_step(key)
+
+        self._optimizer_handles.append(optimizer.register_step_post_hook(note))
+
+    def take_over(self) -> bool:
+        """Leave the steps to the caller; return whether the newest was reported already."""
+        is_counted = self._is_confirmed and not self._has_trained
+        self._is_due = self._is_confirmed = False
+        for handle in self._optimizer_handles:
+            handle.remove()
+        self._optimizer_handles.clear()
+        return is_counted
+
+    def flush(self) -> None:
+        """Report the first step, if it waits for the next forward."""
+        if self._is_due:
+            self._is_due, self._is_confirmed = False, True
+            self._on_step()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self.hooks.close()
+        for handle in self._optimizer_handles:
+            handle.remove()
+
+    def _follow_gradients(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Note when a backward ends, by a parameter of the first BN layer that learns."""
+        for parameter in (part for layer in layers for part in layer.affine if part.requires_grad):
+            probe = weakref.ref(self)
+
+            def note(parameter: Tensor, probe: weakref.ref[LoopProbe] = probe) -> None:
+                if (self := probe()) is not None:
+                    self._has_gradients = True
+                    self._steps_at_gradients = _OptimizerSteps.number
+
+            self._parameter = parameter
+            handle = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+            self._optimizer_handles.append(handle)
+            return
+
+    def _follow_layer(self, model: nn.Module, layer: BatchNormLayer) -> None:
+        """Notice forwards that call parts of the model, as an encoder and a decoder."""
+        has_trained = False
+
+        def note(args: Arguments, kwargs: Keywords) -> None:
+            nonlocal has_trained
+            is_training = layer.is_training
+            has_trained = has_trained or (is_training and torch.is_grad_enabled())
+            is_in_eval_mode = not is_training and (has_trained or not model.training)
+            self._note_forward(is_in_eval_mode, layer.module, args, kwargs)
+
+        self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
+
+    def _note_forward(
+        self, is_in_eval_mode: bool, module: nn.Module, args: Arguments, kwargs: Keywords
+    ) -> None:
+        if torch.is_grad_enabled():
+            self._on_training()
+            self.flush()
+            if self._is_step_skipped():
+                self._end_step()
+            self._has_trained = True
+        elif is_in_eval_mode:
+            self.flush()
+            self._on_evaluation(module, args, kwargs)
+
+    def _is_step_skipped(self) -> bool:
+        return (
+            self._has_gradients
+            and bool(self._optimizer_handles)
+            and self._steps_at_gradients == _OptimizerSteps.number
+            and self._parameter is not None
+            and self._parameter.grad is None
+        )
+
+    def _note_optimizer_step(self, optimizer: int) -> None:
+        if self._has_trained is False:
+            return  # a second optimizer of the same step, or what wraps the first
+        if optimizer in self._participants:
+            self._last_participants = self._participants
+        self._participants = self._participants | {optimizer}
+        if self._participants >= self._last_participants:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._participants = set()
+        self._has_gradients = False
+        if self._has_trained:
+            self._has_trained = False
+        self.flush()
+        if self._is_confirmed:
+            self._on_step()
+        else:
+            self._is_due = True
+
+
+def _first_of_each_part(
+    model: nn.Module, layers: Iterable[BatchNormLayer]
+) -> Iterator[BatchNormLayer]:
+    """Yield the first BN layer of each child of the model."""
+    by_module = {layer.module: layer for layer in layers}
+    for child in model.children():
+        first = next((module for module in child.modules() if module in by_module), None)
+        if first is not None:
+            yield by_module[first]
