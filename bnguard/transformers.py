@@ -81,10 +81,14 @@ class BatchNormCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Read what a batch left in the buffers whose gradients are accumulated."""
+        """Read the buffers after a batch whose gradients are accumulated."""
         self._guard(self._step, state.global_step + 1)
 
-    on_step_end = on_substep_end
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Read the buffers after the last batch of a step; it is counted by now."""
+        self._guard(self._step, state.global_step)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
