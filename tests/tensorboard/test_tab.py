@@ -152,7 +152,9 @@ def test_two_runs_stand_side_by_side(tab):
     rows = tab.frame.locator(".comparison tbody tr").all_inner_texts()
     shift = next(row for row in rows if row.startswith("Eval shift")).split()
     assert int(shift[2]) > int(shift[6])
-    assert tab.frame.locator(".series", has_text="B Eval shift").count() == 1
+    both = tab.frame.locator(".series", has_text="B Eval shift")
+    both.wait_for()
+    assert both.count() == 1
 
 
 def test_a_channel_is_looked_at_by_itself(tab):
