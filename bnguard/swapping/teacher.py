@@ -71,7 +71,6 @@ def teach(
     """
     with _on_device_of(engine, student):
         engine.to_device(teacher)
-        teacher.eval()
         notes = _choose_mode(teacher, data, forward, score)
         score_of_teacher = None if score is None else measure_score(teacher, score)
         _copy_statistics(pairs)
@@ -93,49 +92,56 @@ def teach(
 def _choose_mode(
     teacher: nn.Module, data: Iterable[object], forward: Forward | None, score: Score | None
 ) -> tuple[str, ...]:
-    """Put a teacher in eval mode into the mode in which it works, and say what was done.
+    """Put a teacher into the mode in which it works, and return what a reader should know of it.
 
     Running statistics that do not fit the data are recalibrated. If the outputs still differ from
     those with batch statistics, the network learnt to work with the statistics of small batches:
-    then its BN layers stay in train mode, unless a score says that eval mode is better.
+    then its BN layers use those. A score, if there is one, decides both.
     """
-    layers = [layer for layer in find_layers(teacher) if layer.is_tracking]
-    if not layers:
+    if not any(layer.is_tracking for layer in find_layers(teacher)):
+        teacher.eval()
         return ()
+    score_as_is = None if score is None else measure_score(teacher, score)
     try:
+        # In the modes of the model: layers that are frozen in it stay as they are.
         found = recalibrate(
             teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
         )
     except CalibrationError as error:
         return (f"the running statistics of the teacher could not be checked: {error}",)
+    finally:
+        teacher.eval()
     if found.samples < _MIN_SAMPLES_TO_CHECK:
         found.undo()
         return ()
     notes = []
     worst = max(found.layers, key=lambda layer: layer.distance)
-    if worst.distance <= _MAX_STATISTICS_DISTANCE:
-        found.undo()
-    else:
+    is_better = score is None or score_as_is is None or measure_score(teacher, score) > score_as_is
+    if worst.distance > _MAX_STATISTICS_DISTANCE and is_better:
         notes.append(
             f"the running statistics did not fit these data (the worst: {worst.name}), so they "
             "were recalibrated before the model taught"
         )
+    else:
+        found.undo()
     gap = found.mode_gap_after
     if isinstance(gap, str) or gap.relative_change - (gap.sampling_change or 0.0) <= _MAX_MODE_GAP:
         return tuple(notes)
-    in_eval_mode = None if score is None else measure_score(teacher, score)
-    undo = _use_batch_statistics(layers)
-    if score is None or in_eval_mode is None:
+    score_in_eval_mode = None if score is None else measure_score(teacher, score)
+    undo = _use_batch_statistics([layer for layer in find_layers(teacher) if layer.is_tracking])
+    if score is None or score_in_eval_mode is None:
         why = (
             f"eval mode changes the outputs by {gap.relative_change:.2g} σ, also with recalibrated "
             "statistics (pass a score to check)"
         )
     else:
-        scored = measure_score(teacher, score)
-        if in_eval_mode >= scored:
+        score_of_batches = measure_score(teacher, score)
+        if score_in_eval_mode >= score_of_batches:
             undo()
             return tuple(notes)
-        why = f"the score is {scored:.4g} with them and {in_eval_mode:.4g} in eval mode"
+        why = (
+            f"the score is {score_of_batches:.4g} with them, {score_in_eval_mode:.4g} in eval mode"
+        )
     notes.append(f"the model taught with the statistics of each batch: {why}")
     return tuple(notes)
 

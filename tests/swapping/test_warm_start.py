@@ -179,3 +179,50 @@ def test_a_model_that_is_clearly_worse_is_not_kept(generator, in_place, is_score
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert swap(model, "layer", **options, keep="always").is_kept
+
+
+@pytest.fixture(scope="module")
+def trained_on_pretrained():
+    torch.manual_seed(0)
+    images, labels = digits()
+    backbone = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 64)
+    )
+    norm = backbone[1]
+    with torch.no_grad():
+        # Of other data, which it was pretrained on.
+        norm.running_mean.uniform_(-1.0, 1.0)
+        norm.running_var.uniform_(0.01, 4.0)
+    model = nn.Sequential(backbone, nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(4):
+        for batch in torch.randperm(1000).split(32):
+            model.train()
+            norm.eval()
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def accuracy(network):
+        mode = network.training
+        found = network.eval()(images[1200:]).argmax(1) == labels[1200:]
+        network.train(mode)
+        norm.eval()
+        return found.float().mean().item()
+
+    return model, images, accuracy
+
+
+def test_statistics_that_are_frozen_on_purpose_teach(trained_on_pretrained):
+    """A backbone in eval mode, on data that its statistics do not fit, and a head trained on it."""
+    model, images, accuracy = trained_on_pretrained
+    before = accuracy(model)
+    assert before > 0.8
+    for options in ({}, {"score": accuracy}):
+        subject = model if not options else copy.deepcopy(model).eval()
+        result = swap(
+            subject, teacher_data=images[:512].split(32), steps=30, progress=False, **options
+        )
+        assert accuracy(result.model) > before - 0.08
+        assert result.is_kept
