@@ -202,7 +202,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
-    """Return the numpy type that carries the elements of a torch type.
+    """Return the numpy type that carries the elements of a known torch type.
 
     >>> carrier("bfloat16").itemsize, carrier("float32").itemsize
     (2, 4)
@@ -296,7 +296,11 @@ class Piece:
         return view.astype(code.newbyteorder("="))
 
     def carrier(self, dtype: str) -> np.dtype[Any]:
-        """Return the numpy type that carries the elements; raise if torch's type is unknown."""
+        """Return the numpy type that carries the elements.
+
+        Raises:
+            CheckpointError: Torch's type is unknown.
+        """
         if dtype not in CARRIERS:
             path = self.storage.find_source().path
             raise CheckpointError(

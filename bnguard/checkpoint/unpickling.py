@@ -176,7 +176,11 @@ def _plain(value: object, budget: Iterator[int], depth: int) -> object:
 
 
 def call(made_by: object, args: object) -> object:
-    """Return the result of a call in a pickle: a tensor, a container, or an inert object."""
+    """Return the result of a call in a pickle: a tensor, a container, or an inert object.
+
+    Raises:
+        ValueError: The description of a tensor or its shape makes no sense.
+    """
     match str(made_by) if isinstance(made_by, Reference) else None, args:
         case (
             "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
@@ -228,7 +232,7 @@ def _view(
 
 
 def as_sizes(values: object) -> tuple[int, ...]:
-    """Return a shape, a stride or positions; raise ``ValueError`` for anything else."""
+    """Return a shape, a stride or a position; raise ``ValueError`` for anything else."""
     if not isinstance(values, (tuple, list)) or len(values) > _MOST_DIMENSIONS:
         raise ValueError("not a shape")
     if not all(type(value) is int and 0 <= value < _LARGEST_SIZE for value in values):
@@ -344,7 +348,7 @@ class _Machine:
         return [self.stack.pop(), *taken] if count == _MARKED_AND_BELOW else taken
 
     def persistent(self, identifier: object) -> object:
-        """Return the storage that torch keeps outside of the pickle."""
+        """Return what torch keeps outside of the pickle."""
         match identifier:
             case "module", cls, *_:
                 return cls  # saved with its source code
