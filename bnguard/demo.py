@@ -1,7 +1,4 @@
-"""A small network and real data for ``bnguard demo``: handwritten digits, and a fault to find.
-
-The digits are scikit-learn's, 1,797 images of 8x8 pixels, which it ships itself.
-"""
+"""A small network with a fault to find, and the handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ class DigitsNet(LightningModule):
 
     Args:
         width: Channels of the first block; they double three times.
-        momentum: Momentum of the BN layers, the weight of the *new* value. The default is the
-            fault of the demo: so small a momentum, meant to smooth the noise of small batches,
-            takes 598 updates to forget the initial statistics.
+        momentum: Momentum of the BN layers. The default is the fault of the demo: meant to smooth
+            the noise of small batches, it takes 598 updates to forget the initial statistics.
         lr: Learning rate of SGD with momentum 0.9.
     """
 
@@ -48,17 +44,17 @@ class DigitsNet(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch, and log it with the accuracy."""
-        return self._step(batch, "train")
+        return self._log_step(batch, "train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log cross-entropy and accuracy of a batch."""
-        self._step(batch, "val")
+        self._log_step(batch, "val")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum 0.9."""
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
-    def _step(self, batch: Batch, stage: str) -> Tensor:
+    def _log_step(self, batch: Batch, stage: str) -> Tensor:
         images, labels = batch
         scores = self(images)
         loss = F.cross_entropy(scores, labels)
@@ -68,12 +64,7 @@ class DigitsNet(LightningModule):
 
 
 class DigitsData(LightningDataModule):
-    """The handwritten digits of scikit-learn: 1,200 to train, 597 to validate.
-
-    Args:
-        batch_size: Samples a batch.
-        seed: Seed of the split.
-    """
+    """Handwritten digits, 8x8 pixels: 1,200 to train in batches of a size, 597 to validate."""
 
     def __init__(self, batch_size: int = 16, seed: int = 0) -> None:
         super().__init__()
@@ -81,11 +72,7 @@ class DigitsData(LightningDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        """Load the digits and split them; the split depends on the seed alone.
-
-        Raises:
-            ConfigurationError: scikit-learn is not installed.
-        """
+        """Load the digits and split them by the seed; needs scikit-learn."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from bnguard.checkpoint.formats import FORMATS
 from bnguard.checkpoint.formats.hugging_face import Pretrained, weights_in
 from bnguard.checkpoint.reading import checkpoint_at, format_of
+from bnguard.checkpoint.storage import OpenFiles
 from bnguard.errors import CheckpointError
 
 _PREFIX, _SUFFIX = ".bnguard-", ".tmp"
@@ -71,8 +72,9 @@ def original_of(path: str | Path) -> Path:
     That is the target of a link, and the only file of weights in a folder.
     """
     source = checkpoint_at(path)
-    if format_of(source) is Pretrained:
-        source = weights_in(source)
+    with OpenFiles() as files:
+        if format_of(source, files) is Pretrained:
+            source = weights_in(source)
     has_name = source.name not in ("", "..")
     return source if has_name and not source.is_symlink() else source.resolve()
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bnguard.checkpoint.formats import OpenCheckpoint
-from bnguard.checkpoint.storage import CARRIERS, Source, Storage, StoredTensor
+from bnguard.checkpoint.storage import NUMPY_TYPES, Source, Storage, StoredTensor
 from bnguard.checkpoint.unpickling import (
     ATOMS,
     Blob,
@@ -220,10 +220,8 @@ def _home(path: tuple[str, ...]) -> int:
     return 1 if len(path) > 2 else 0
 
 
-# Types of NumPy by their codes, which torch's names share but for what only torch has.
-_NUMPY_DTYPES = {"b1": "bool"} | {
-    code: name for name, code in CARRIERS.items() if np.dtype(code).name == name
-}
+# By their codes in a pickle: float32 is f4.
+_NUMPY_DTYPES = {np.dtype(name).str[1:]: name for name in NUMPY_TYPES}
 
 
 def _array_as_tensor(made: InertObject) -> StoredTensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
 from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
-from bnguard.checkpoint.storage import StoredTensor, first_bytes, torch_dtype, unreadable
+from bnguard.checkpoint.storage import OpenFiles, StoredTensor, torch_dtype, unreadable
 from bnguard.errors import CheckpointError, NoBatchNormError
 from bnguard.layers.names import without_wrappers
 
@@ -74,13 +74,17 @@ def load_state_dict(path: str | Path, model: str | None = None) -> dict[str, Ten
         CheckpointError: It cannot be read, has no such model, or several to choose from.
     """
     with open_checkpoint(path) as checkpoint:
-        prefix = _choose_model(checkpoint, model)
-        loaded = {
-            key: _load(entry.value)
-            for entry in entries(checkpoint)
-            if isinstance(entry.value, StoredTensor) and (key := entry.key_in(prefix)) is not None
-        }
-        return loaded if checkpoint.is_lightning else _without_common_wrappers(loaded)
+        return load_model(checkpoint, _choose_model(checkpoint, model))
+
+
+def load_model(checkpoint: OpenCheckpoint, prefix: str) -> dict[str, Tensor]:
+    """Load the state dict of a model in an open checkpoint, as :func:`load_state_dict` does."""
+    loaded = {
+        key: _load(entry.value)
+        for entry in entries(checkpoint)
+        if isinstance(entry.value, StoredTensor) and (key := entry.key_in(prefix)) is not None
+    }
+    return loaded if checkpoint.is_lightning else _without_common_wrappers(loaded)
 
 
 @contextmanager
@@ -91,8 +95,8 @@ def open_checkpoint(path: str | Path) -> Iterator[OpenCheckpoint]:
         CheckpointError: It cannot be read, is damaged, or its format is unknown.
     """
     path = checkpoint_at(path)
-    with ExitStack() as files:
-        yield format_of(path)(path, files)
+    with OpenFiles() as files:
+        yield format_of(path, files)(path, files)
 
 
 def checkpoint_at(path: str | Path) -> Path:
@@ -102,7 +106,7 @@ def checkpoint_at(path: str | Path) -> Path:
     return path.parent if is_description else path
 
 
-def format_of(path: Path) -> type[OpenCheckpoint]:
+def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
     """Return the format of a checkpoint.
 
     Raises:
@@ -114,7 +118,7 @@ def format_of(path: Path) -> type[OpenCheckpoint]:
         raise unreadable(path, error) from error
     if not is_there:
         raise CheckpointError(f"{path}: no such file or folder; check the path")
-    start = first_bytes(path, _START_BYTES)
+    start = files.first_bytes(path, _START_BYTES)
     for candidate in FORMATS:
         if candidate.recognises(path, start):
             return candidate

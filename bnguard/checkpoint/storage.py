@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,48 +22,35 @@ if TYPE_CHECKING:
 
 # Large enough to copy at the speed of the disk, small enough not to show in the memory.
 CHUNK_BYTES = 8 * 2**20
+# No pickle has a longer line, and no archive a larger directory: that is about a million records.
 _LONGEST_LINE_BYTES = 4096
+_LARGEST_READ_BYTES = 2**26
 # A tensor expanded from few stored elements is read in full up to here: a file of a hundred bytes
 # must not ask for a terabyte.
 _MOST_EXPANDED_BYTES = 2**26
 
+# The types that NumPy has too, under the same names.
+NUMPY_TYPES = (
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
 # The numpy type that carries the elements of a torch type.
-CARRIERS = {
-    "bool": "?",
-    "uint8": "u1",
-    "int8": "i1",
-    "int16": "i2",
-    "int32": "i4",
-    "int64": "i8",
-    "uint16": "u2",
-    "uint32": "u4",
-    "uint64": "u8",
-    "float16": "f2",
-    "float32": "f4",
-    "float64": "f8",
-    "bfloat16": "u2",
-    "float8_e4m3fn": "u1",
-    "float8_e4m3fnuz": "u1",
-    "float8_e5m2": "u1",
-    "float8_e5m2fnuz": "u1",
-    "float8_e8m0fnu": "u1",
-    "complex32": "u4",
-    "complex64": "c8",
-    "complex128": "c16",
+CARRIERS = {name: name for name in NUMPY_TYPES} | {
+    "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
+    "float8_e4m3fnuz": "uint8",
+    "float8_e5m2": "uint8",
+    "float8_e5m2fnuz": "uint8",
+    "float8_e8m0fnu": "uint8",
+    "complex32": "uint32",
 }
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
-INTEGER = frozenset(name for name, code in CARRIERS.items() if code[0] == "i" or name == "uint8")
+INTEGER = frozenset({"uint8", "int8", "int16", "int32", "int64"})
 
 
 @dataclass(frozen=True)
 class Patch:
-    """New bytes for a place in a file, which keeps its length.
-
-    Attributes:
-        path: The file.
-        position: Where they begin in the file.
-        data: The new bytes.
-    """
+    """New bytes from a position in a file on, which keeps its length."""
 
     path: Path
     position: int
@@ -72,16 +59,10 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A range of bytes in an open file.
+    """A range of bytes in an open file: ``size`` bytes from the position ``start``.
 
     The file is read, not mapped: a training run may overwrite a checkpoint while it is inspected,
     and a mapped file that shrinks kills the process.
-
-    Attributes:
-        path: The file, for messages.
-        handle: The open file.
-        start: Position of the first byte in the file.
-        size: Number of bytes.
     """
 
     path: Path
@@ -137,11 +118,7 @@ class Source:
 
     def stream(self) -> io.BufferedReader:
         """Return the bytes as a file of its own."""
-        return _BoundedLines(self.raw_stream())
-
-    def raw_stream(self) -> io.RawIOBase:
-        """Return the bytes as an unbuffered file of its own."""
-        return _Stream(self)
+        return _BoundedReader(_Stream(self))
 
     def truncated(self) -> CheckpointError:
         """Return the error for bytes that are missing."""
@@ -150,8 +127,13 @@ class Source:
         )
 
 
-class _BoundedLines(io.BufferedReader):
-    """Bytes with no longer lines than a pickle has."""
+class _BoundedReader(io.BufferedReader):
+    """Bytes, without trust in the sizes that a file gives."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST_READ_BYTES:
+            raise ValueError("more bytes at once than bnguard reads")
+        return super().read(size)
 
     def readline(self, size: int | None = -1, /) -> bytes:
         return super().readline(_LONGEST_LINE_BYTES)
@@ -173,9 +155,6 @@ class _Stream(io.RawIOBase):
         self._position = base[whence] + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     # typeshed's own type of the buffer is wider, and has no name in the standard library.
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         size = max(0, min(len(buffer), self._source.size - self._position))
@@ -184,30 +163,36 @@ class _Stream(io.RawIOBase):
         return size
 
 
-@contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Open a file to read it by position.
+class OpenFiles(ExitStack):
+    """The files of a checkpoint, each opened once; all are closed together."""
 
-    Raises:
-        CheckpointError: It cannot be opened.
-    """
-    try:
-        handle = path.open("rb")
-    except OSError as error:
-        raise unreadable(path, error) from error
-    with handle:
-        yield Source(path, handle, 0, handle.seek(0, io.SEEK_END))
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: dict[Path, Source] = {}
 
+    def open(self, path: Path) -> Source:
+        """Open a file to read it by position.
 
-def first_bytes(path: Path, size: int) -> bytes:
-    """Return the first bytes of a file, fewer if it is shorter; none of a folder or a pipe.
+        Raises:
+            CheckpointError: It cannot be opened.
+        """
+        if path not in self._sources:
+            try:
+                handle = self.enter_context(path.open("rb"))
+            except OSError as error:
+                raise unreadable(path, error) from error
+            self._sources[path] = Source(path, handle, 0, handle.seek(0, io.SEEK_END))
+        return self._sources[path]
 
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    if not path.is_file():
-        return b""
-    with open_source(path) as source:
+    def first_bytes(self, path: Path, size: int) -> bytes:
+        """Return the first bytes of a file, fewer if it is shorter; none of a folder or a pipe.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        if not path.is_file():
+            return b""
+        source = self.open(path)
         return source.read(0, min(size, source.size))
 
 
@@ -217,10 +202,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
-    """Return the numpy type that carries the elements of a torch type.
-
-    Raises:
-        KeyError: No such type is known.
+    """Return the numpy type that carries the elements of a known torch type.
 
     >>> carrier("bfloat16").itemsize, carrier("float32").itemsize
     (2, 4)
@@ -249,7 +231,7 @@ class Storage:
     """Bytes in a file that one or more tensors view.
 
     Attributes:
-        nbytes: Number of bytes.
+        nbytes: Their number.
         byteorder: ``"little"`` or ``"big"``.
         find_source: Finds the bytes; called when they are needed.
         is_replaceable: Whether a copy of the file can have other bytes there. Those of a NumPy
@@ -300,11 +282,7 @@ class Piece:
         return self.start * itemsize, stop * itemsize
 
     def read(self, dtype: str) -> npt.NDArray[Any]:
-        """Return the elements in the type that carries them, native byte order.
-
-        Raises:
-            CheckpointError: As for :meth:`byte_span`, or the block is expanded beyond measure.
-        """
+        """Return the elements, as :meth:`StoredTensor.read` does."""
         first, stop = self.byte_span(dtype)
         code, source = self.carrier(dtype), self.storage.find_source()
         if math.prod(self.shape) * code.itemsize > max(self.storage.nbytes, _MOST_EXPANDED_BYTES):
@@ -318,10 +296,10 @@ class Piece:
         return view.astype(code.newbyteorder("="))
 
     def carrier(self, dtype: str) -> np.dtype[Any]:
-        """Return the numpy type that carries the elements as they are stored.
+        """Return the numpy type that carries the elements.
 
         Raises:
-            CheckpointError: The type is unknown.
+            CheckpointError: Torch's type is unknown.
         """
         if dtype not in CARRIERS:
             path = self.storage.find_source().path
@@ -333,12 +311,12 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file; its values are read when they are asked for.
+    """A tensor in a file; its values are read when they are needed.
 
     Attributes:
         dtype: Element type as torch names it.
         shape: Shape.
-        find_pieces: Finds the blocks that cover the tensor; called once, when they are needed.
+        find_pieces: Finds the blocks that cover the tensor; called once.
     """
 
     dtype: str
@@ -387,7 +365,8 @@ class StoredTensor:
         """Return the elements in the type that carries them, native byte order.
 
         Raises:
-            CheckpointError: Elements lie outside their storage, or are of an unknown type.
+            CheckpointError: Elements lie outside their storage, are of an unknown type, or far
+                more than are stored.
         """
         if self._is_one_piece:
             return self.pieces[0].read(self.dtype)
@@ -409,13 +388,11 @@ class StoredTensor:
             return carried.astype(np.float64)
 
     def byte_chunks(self) -> Iterator[bytes]:
-        """Yield the bytes of the elements in order, in pieces of one size but for the last.
-
-        A contiguous tensor is never held in memory at once, however large it is.
-        """
+        """Yield the bytes of the elements in order, in pieces of one size but for the last."""
         if self.is_meta or self.numel == 0:
             return
         piece = self.pieces[0]
+        # A contiguous tensor is never held in memory at once, however large it is.
         if self._is_one_piece and piece.is_contiguous and piece.storage.byteorder == "little":
             first, stop = piece.byte_span(self.dtype)
             yield from piece.storage.find_source().chunks(first, stop - first)

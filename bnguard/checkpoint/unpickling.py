@@ -1,10 +1,9 @@
 """A pickle machine that executes nothing: it runs the opcodes, never what they ask for.
 
-Python's own unpickler can be restricted in the classes that it finds, yet leaves doors open: a
-cache of extension codes, state set on whatever is on the stack, a memo as large as a number in the
-file. This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for all other
-objects. It is not recursive, and its memory is bounded. ``pickletools`` of the standard library
-lists the opcodes of protocols 0 to 5 and what follows them.
+Python's own unpickler leaves doors open even if the classes that it finds are restricted: a cache
+of extension codes, state set on whatever is on the stack, a memo as large as a number in the file.
+This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for all other
+objects. It is not recursive, and its memory is bounded.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from bnguard.errors import CheckpointError, printable
 # What a plain value may consist of besides lists, tuples and dictionaries.
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
-# The most opcodes of one pickle: each keeps some 100 bytes at most, and a checkpoint has some 50 a
-# tensor.
+# Each opcode keeps at most some 100 bytes; a checkpoint has some 50 per tensor.
 _MOST_OPCODES = 10_000_000
-# A longer text stays in the file; so do all others once those in memory are this long together.
+# A longer text stays in the file, as do all others once those in memory are this long together.
 _LONGEST_TEXT_BYTES = 2**16
 _MOST_TEXT_BYTES = 2**27
 _LONGEST_INTEGER_BYTES = 1024
@@ -114,7 +112,7 @@ class Blob:
 
 @dataclass(frozen=True, eq=False)
 class TypedStorage:
-    """A storage and the element type that its class implies; None for untyped ones."""
+    """A storage and the element type that its class implies; None if that is untyped."""
 
     storage: Storage
     dtype: str | None
@@ -137,9 +135,7 @@ class NotPlainError(Exception):
 
 
 def plain(value: object) -> object:
-    """Return a value as plain data: atoms, lists, tuples and dictionaries.
-
-    Dictionaries of other classes and namespaces become dictionaries, paths become strings.
+    """Return a value as atoms, lists, tuples and dictionaries; paths become strings.
 
     Raises:
         NotPlainError: It holds an object of another class; the argument names that.
@@ -213,8 +209,7 @@ def call(made_by: object, args: object) -> object:
             (function, cls, arguments, state),
         ):
             # A tensor of a class of its own, or with attributes, is read as a plain one.
-            is_tensor = str(function).startswith("torch._utils._rebuild_tensor")
-            if is_tensor:
+            if str(function).startswith("torch._utils._rebuild_tensor"):
                 return call(function, arguments)
             return InertObject(cls, (function, arguments), state)
         case "torch.Size", tuple(sizes):
@@ -237,11 +232,7 @@ def _view(
 
 
 def as_sizes(values: object) -> tuple[int, ...]:
-    """Return a shape, a stride or a position.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Return a shape, a stride or a position; raise ``ValueError`` for anything else."""
     if not isinstance(values, (tuple, list)) or len(values) > _MOST_DIMENSIONS:
         raise ValueError("not a shape")
     if not all(type(value) is int and 0 <= value < _LARGEST_SIZE for value in values):
@@ -346,7 +337,7 @@ class _Machine:
         )
 
     def take(self, count: int) -> list[object]:
-        """Remove as many values from the stack, or all above the last mark, and return them."""
+        """Remove values from the stack, that many or all above the last mark, and return them."""
         if count > len(self.stack):
             raise IndexError("an empty stack")
         if count >= 0:

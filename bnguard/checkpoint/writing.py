@@ -23,12 +23,13 @@ from bnguard.checkpoint.atomic_writing import (
 from bnguard.checkpoint.patching import statistics_patches
 from bnguard.checkpoint.reading import checkpoint_at, open_checkpoint
 from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
-from bnguard.checkpoint.storage import open_source
 from bnguard.checkpoint.unpickling import mapping_of
 from bnguard.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bnguard.checkpoint.storage import Source
 
 _SAFETENSORS = ".safetensors"
 _LIGHTNING_VERSION = "pytorch-lightning_version"
@@ -111,8 +112,8 @@ def _copy(
     with write_errors(output), temporary_beside(output, like=source) as copy:
         with open_checkpoint(source) as checkpoint:
             patches = statistics_patches(checkpoint, statistics)
-            changed = {patch.path.name: patch.path for patch in patches}
-            sums = {name: _sha256(path) for name, path in sorted(changed.items())}
+            changed = sorted({patch.path for patch in patches})
+            sums = {path.name: _sha256(checkpoint.open_file(path)) for path in changed}
             note = {
                 **provenance,
                 "bnguard_version": __version__,
@@ -130,11 +131,10 @@ def _copy(
         yield copy
 
 
-def _sha256(path: Path) -> str:
+def _sha256(source: Source) -> str:
     digest = hashlib.sha256()
-    with open_source(path) as source:
-        for chunk in source.chunks():
-            digest.update(chunk)
+    for chunk in source.chunks():
+        digest.update(chunk)
     return digest.hexdigest()
 
 

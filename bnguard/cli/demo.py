@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -61,59 +62,45 @@ def _tell_story(folder: Path, seed: int) -> None:
     console = rich.get_console()
     if not console.is_terminal:
         console.width = UNLIMITED_WIDTH
-
-    def show_title(text: str) -> None:
-        rich.print(f"\n[bold]{text}[/bold]")
-
     lightning = package_of(None)
     lightning.seed_everything(seed, verbose=False)
     net, data = DigitsNet(), DigitsData()
+    make_trainer = partial(
+        Trainer, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+    )
 
-    show_title("1. Train: handwritten digits, batches of 16, BN momentum 0.005, 3 epochs")
+    _show_title("1. Train: handwritten digits, batches of 16, BN momentum 0.005, 3 epochs")
     logger = lightning.loggers.TensorBoardLogger(folder, name="logs")
     checkpoint = folder / f"digits-{logger.version}.ckpt"
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        callbacks=[
-            BatchNormMonitor(),
-            lightning.callbacks.ModelCheckpoint(folder, checkpoint.stem),
-        ],
-        logger=logger,
-        log_every_n_steps=25,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    saving = lightning.callbacks.ModelCheckpoint(folder, checkpoint.stem)
+    callbacks = [BatchNormMonitor(), saving]
+    trainer = make_trainer(max_epochs=3, callbacks=callbacks, logger=logger, log_every_n_steps=25)
     trainer.fit(net, data)
 
-    show_title("2. Repair the checkpoint with the training images; no label is read")
-    command = [
-        "recalibrate",
-        str(checkpoint),
-        *("--model", "bnguard.demo.DigitsNet"),
-        *("--data", "bnguard.demo.DigitsData"),
-        *("--split", "train"),
-    ]
-    print(f"$ bnguard {shlex.join(command)}")
-    recalibrate.run(command[1:])
-    repaired = checkpoint.with_stem(f"{checkpoint.stem}-recalibrated")
+    _show_title("2. Repair the checkpoint with the training images; no label is read")
+    arguments = [str(checkpoint), "--model", "bnguard.demo.DigitsNet"]
+    arguments += ["--data", "bnguard.demo.DigitsData", "--split", "train"]
+    print(f"$ bnguard recalibrate {shlex.join(arguments)}")
+    recalibrate.run(arguments)
 
-    show_title("3. Prove it on the 597 validation images, which neither step has used")
-
-    def accuracy(checkpoint: Path) -> float:
-        """Return the accuracy on the validation data, by the Trainer's own loop."""
-        net = DigitsNet.load_from_checkpoint(checkpoint, weights_only=True)
-        validator = Trainer(
-            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
-        )
+    _show_title("3. Prove it on the 597 validation images, which neither step has used")
+    accuracies = []
+    for path in (checkpoint, checkpoint.with_stem(f"{checkpoint.stem}-recalibrated")):
+        net = DigitsNet.load_from_checkpoint(path, weights_only=True)
+        validator = make_trainer(logger=False, enable_checkpointing=False)
         (metrics,) = validator.validate(net, DigitsData(), verbose=False)
-        return metrics["val_accuracy"]
-
-    before, after = accuracy(checkpoint), accuracy(repaired)
+        accuracies.append(metrics["val_accuracy"])
+    before, after = accuracies
     rich.print(f"accuracy in eval mode: {before:.1%} before, [bold]{after:.1%}[/bold] after")
 
-    show_title("What to do next")
+    _show_title("What to do next")
     print(f"tensorboard --logdir {folder / 'logs'}")
     print(f"bnguard inspect {checkpoint}")
     print("bnguard explain BN303")
     print("and in your own code: Trainer(callbacks=[bnguard.lightning.BatchNormMonitor()])")
+
+
+def _show_title(text: str) -> None:
+    import rich
+
+    rich.print(f"\n[bold]{text}[/bold]")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from bnguard.cli.model_and_data import Data
 from bnguard.cli.output import show, show_json
-from bnguard.cli.request import Option, Request, model_command_parser, run_request
+from bnguard.cli.request import Request, model_command_parser, run_request
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from bnguard.lightning.scoring import ValidationScore
     from bnguard.whatif.result import Verdict
 
@@ -93,18 +91,15 @@ def _diagnose_checkpoint(request: Request) -> int:
         samples=values.samples,
         forward=forward_of(model),
         batch_sizes=values.batch_sizes,
-        expected_score=_expected(model, scorer, values),
+        # Its sign is known once the scorer has chosen a metric.
+        expected_score=None
+        if scorer is None or values.expected is None
+        else lambda: scorer.sign * values.expected,
         progress=not values.json,
-    )
-    commands = _Commands(str(request.checkpoint.path), request.options)
-    cause = (
-        commands.of_module(diagnosis.cause, values.split)
-        if data.is_module
-        else commands.of_functions(diagnosis.cause)
     )
     diagnosis = replace(
         diagnosis,
-        cause=cause,
+        cause=_propose_command(diagnosis.cause, request, is_module=data.is_module),
         notes=(*_score_notes(scorer), *request.notes, *notes, *diagnosis.notes),
     )
     if values.json:
@@ -135,71 +130,49 @@ def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, l
         return None, [f"no training data: {error}"]
 
 
-def _expected(model: nn.Module, scorer: ValidationScore | None, values: Namespace) -> float | None:
-    """Return the expected score, negative if lower is better."""
-    expected: float | None = values.expected
-    if expected is None or scorer is None:
-        return None
-    scorer(model)  # chooses the metric, and so the sign
-    return -expected if scorer.sign < 0 else expected
-
-
 def _score_notes(scorer: ValidationScore | None) -> tuple[str, ...]:
     if scorer is None:
         return ("not scored: that takes a validation_step, and a data module",)
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
-@dataclass(frozen=True)
-class _Commands:
-    """Replaces the code that a cause proposes by commands, if one does it.
+def _propose_command(cause: Verdict, request: Request, *, is_module: bool) -> Verdict:
+    """Return the cause with a command in place of the code that it proposes, if one does it.
 
-    Attributes:
-        checkpoint: The checkpoint.
-        options: Those of the command that found the cause.
+    Args:
+        cause: The cause.
+        request: What the command line says.
+        is_module: Whether the data have splits, rather than a function for each loader.
     """
-
-    checkpoint: str
-    options: Sequence[Option]
-
-    def of_module(self, cause: Verdict, split: str) -> Verdict:
-        """Return the cause with a command for the splits of a data module."""
-        recalibrate = f"bnguard recalibrate {self._named('data')} --split"
-        if cause.name == "correlated-batches":
-            return cause
-        if cause.name == "unfit-statistics":
+    split = request.values.split
+    match cause.name, cause.cured_by:
+        case "unfit-statistics", _ if is_module:
             advice = "recalibrate on these data; data with a training split would tell why"
-            return replace(cause, advice=advice, next_step=f"{recalibrate} {split}")
-        if cause.cured_by is not None:
-            on = "train" if cause.cured_by == "reference" else split
-            return replace(cause, next_step=f"{recalibrate} {on}")
-        if cause.name == "weights":
-            step = f"bnguard diagnose {self._named('data')} --split train"
-            return replace(cause, next_step=step)
-        return cause
-
-    def of_functions(self, cause: Verdict) -> Verdict:
-        """Return the cause with a command for functions that give a loader each."""
-        if cause.name == "unfit-statistics":
+            step = _command("recalibrate", request, "--split", split)
+        case "unfit-statistics", _:
             advice = "give the training data, which tells the two apart"
-            step = f"bnguard diagnose {self._named('data')} --reference PACKAGE:function"
-            return replace(cause, advice=advice, next_step=step)
-        if cause.cured_by is None or cause.name == "correlated-batches":
+            step = _command("diagnose", request, "--reference", "PACKAGE:function")
+        case "weights", _ if is_module:
+            advice, step = cause.advice, _command("diagnose", request, "--split", "train")
+        case ("correlated-batches", _) | (_, None):
             return cause
-        if cause.cured_by == "reference":
-            return replace(cause, next_step=f"bnguard recalibrate {self._named('reference')}")
-        advice = cause.advice
-        if not any(option.section == "reference" for option in self.options):
-            advice += " (--data takes a function that gives the training loader, too)"
-        step = f"bnguard recalibrate {self._named('data')}"
-        return replace(cause, advice=advice, next_step=step)
+        case _, cured_by if is_module:
+            on = "train" if cured_by == "reference" else split
+            advice, step = cause.advice, _command("recalibrate", request, "--split", on)
+        case _, "reference":
+            advice, step = cause.advice, _command("recalibrate", request, data="reference")
+        case _:
+            advice, step = cause.advice, _command("recalibrate", request)
+            if "reference" not in request.factories:
+                advice += " (--data takes a function that gives the training loader, too)"
+    return replace(cause, advice=advice, next_step=step)
 
-    def _named(self, data: str) -> str:
-        """Return the words that name the checkpoint and its model, and an option as ``--data``."""
-        words = [self.checkpoint]
-        for option in self.options:
-            if option.section in {"model", "config", "weights", data}:
-                first, *value = option.words
-                in_place = re.sub(rf"^--{data}(?=$|[.=])", "--data", first)
-                words += [in_place, *value]
-        return shlex.join(words)
+
+def _command(name: str, request: Request, *more: str, data: str = "data") -> str:
+    """Return a command on the same checkpoint and model, with the data that an option names."""
+    words = ["bnguard", name, str(request.checkpoint.path)]
+    for option in request.options:
+        if option.section in {"model", "config", "weights", data}:
+            first, *value = option.words
+            words += [re.sub(rf"^--{data}(?=$|[.=])", "--data", first), *value]
+    return shlex.join([*words, *more])

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser, show, show_json
+from bnguard.cli.output import command_parser, layer_table, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.layers.distances import largest
 
@@ -73,25 +72,29 @@ def make_parser() -> ArgumentParser:
 
 def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> RenderableType:
     """Return the layers, the furthest moved first, and what else differs."""
-    moved = [layer for layer in difference.layers if not layer.is_identical]
+    layers, entries = difference.layers, difference.entries
+    moved = [layer for layer in layers if not layer.is_identical]
     moved.sort(key=_distance, reverse=True)
-    most = len(moved) if is_verbose else _MOST_SHOWN
-    parts: list[RenderableType] = [_heading(difference, len(moved))]
+    most = None if is_verbose else _MOST_SHOWN
+    differ = "entry differs" if len(entries) == 1 else "entries differ"
+    heading = (
+        f"{len(moved)} of {len(layers)} BN layers have other statistics · "
+        f"{len(entries) or 'no'} other {differ}"
+    )
+    parts: list[RenderableType] = [Text(heading, style="bold")]
     if moved:
         parts.append(_layers_view(moved[:most]))
-    if len(moved) > most:
-        parts.append(Text(f"and {len(moved) - most} more layers (--verbose shows all)"))
-    if difference.layers and not moved and difference.entries:
-        parts.append(Text("the statistics are the same and other entries are not: do they fit?"))
-    most = len(difference.entries) if is_verbose else _MOST_SHOWN
-    if not difference.layers:
-        parts.append(
-            Text("no BN layer is in both, by name and channels: are they the same network?")
-        )
-    parts += [Text(f"{entry.key}: {entry.detail}") for entry in difference.entries[:most]]
-    if len(difference.entries) > most:
-        parts.append(Text(f"and {len(difference.entries) - most} more entries"))
-    return Group(*parts)
+    lines = []
+    if len(moved[:most]) < len(moved):
+        lines.append(f"and {len(moved) - _MOST_SHOWN} more layers (--verbose shows all)")
+    if layers and not moved and entries:
+        lines.append("the statistics are the same and other entries are not: do they fit?")
+    if not layers:
+        lines.append("no BN layer is in both, by name and channels: are they the same network?")
+    lines += [f"{entry.key}: {entry.detail}" for entry in entries[:most]]
+    if len(entries[:most]) < len(entries):
+        lines.append(f"and {len(entries) - _MOST_SHOWN} more entries")
+    return Group(*parts, *map(Text, lines))
 
 
 def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
@@ -119,29 +122,19 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
     }
 
 
-def _heading(difference: CheckpointDifference, moved: int) -> Text:
-    others = len(difference.entries)
-    parts = [
-        f"{moved} of {len(difference.layers)} BN layers have other statistics",
-        f"{others or 'no'} other {'entry differs' if others == 1 else 'entries differ'}",
-    ]
-    return Text(" · ".join(parts), style="bold")
-
-
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    for heading in ("updates before", "after", "shift, σ", "|log var ratio|"):
-        table.add_column(heading, justify="right")
-    for layer in layers:
-        table.add_row(
-            Text(layer.name),
+    headings = ("updates before", "after", "shift, σ", "|log var ratio|")
+    rows = (
+        (
+            layer.name,
             _number(layer.before.counter),
             _number(layer.after.counter),
             _number(largest(layer.shift_std)),
             _number(largest(layer.log_variance_ratio)),
         )
-    return table
+        for layer in layers
+    )
+    return layer_table(headings, rows)
 
 
 def _distance(layer: LayerDifference) -> float:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.output import command_parser, print_error, show, show_json
+from bnguard.cli.output import command_parser, layer_table, print_error, show, show_json
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
@@ -183,13 +182,10 @@ def _reported_lines(reported: Iterable[NotedFinding]) -> Iterator[str]:
 
 
 def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    for heading in ("C", "updates", "|mean| max", "var min", "var max", "dtype"):
-        table.add_column(heading, justify="right")
-    for layer in layers:
-        table.add_row(
-            Text(layer.name),
+    headings = ("C", "updates", "|mean| max", "var min", "var max", "dtype")
+    rows = (
+        (
+            layer.name,
             str(layer.channels),
             "–" if layer.counter is None else f"{layer.counter:,}",
             f"{np.max(np.abs(layer.running_mean), initial=0.0):.3g}",
@@ -197,7 +193,9 @@ def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
             f"{np.max(layer.running_var, initial=0.0):.3g}",
             layer.dtype,
         )
-    return table
+        for layer in layers
+    )
+    return layer_table(headings, rows)
 
 
 def _codes(given: str | None) -> list[str] | None:

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +19,7 @@ from bnguard.errors import ConfigurationError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
 
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
@@ -182,6 +183,20 @@ def show(renderable: RenderableType) -> None:
     if not is_terminal:
         drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
     stream.write(drawn)
+
+
+def layer_table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of BN layers, a row each: its name, then numbers under the headings."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, *numbers in rows:
+        table.add_row(Text(name), *numbers)
+    return table
 
 
 @dataclass(frozen=True)

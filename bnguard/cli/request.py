@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
-from bnguard.checkpoint.reading import checkpoint_at
+from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint
+from bnguard.checkpoint.bn_entries import describe
+from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
 from bnguard.cli.output import command_parser
 from bnguard.cli.stored_arguments import StoredArguments
@@ -134,6 +136,7 @@ class Request:
 
     Attributes:
         checkpoint: The checkpoint.
+        opened: The same, open until the weights are loaded.
         factories: What makes the model and the data, by ``"model"``, ``"data"``, ``"reference"``.
         values: All parsed arguments.
         options: The options as they were typed.
@@ -142,6 +145,7 @@ class Request:
     """
 
     checkpoint: Checkpoint
+    opened: OpenCheckpoint
     factories: Mapping[str, Factory]
     values: Namespace
     options: Sequence[Option]
@@ -156,8 +160,8 @@ class Request:
         """
         model = self.factories["model"].make_model(self.values)
         stored = _choose_weights(self.checkpoint, model, self.values.weights)
-        path = self.checkpoint.path
-        _load_weights(model, load_state_dict(path, stored.prefix), path)
+        _load_weights(model, load_model(self.opened, stored.prefix), self.checkpoint.path)
+        self.opened.files.close()  # The command may replace the file.
         self.notes.extend(_take_settings(model, stored))
         return model, stored
 
@@ -205,18 +209,21 @@ def run_request(
     # Imports torch and Lightning, for which help does not wait.
     from bnguard.lightning.scoring import quiet_lightning
 
-    with quiet_lightning():
-        return work(_read_request(parser, arguments, sections))
+    with quiet_lightning(), ExitStack() as files:
+        return work(_read_request(parser, arguments, sections, files))
 
 
-def _read_request(parser: ArgumentParser, arguments: list[str], sections: Sequence[str]) -> Request:
+def _read_request(
+    parser: ArgumentParser, arguments: list[str], sections: Sequence[str], files: ExitStack
+) -> Request:
     known = parser._option_string_actions
     flags = {typed for typed, action in known.items() if action.nargs == 0}
     positional, options = split_arguments(arguments, flags)
     if not positional:
         raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
-    checkpoint = read_checkpoint(source)
+    opened = files.enter_context(open_checkpoint(source))
+    checkpoint = describe(opened)
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(
@@ -250,14 +257,14 @@ def _read_request(parser: ArgumentParser, arguments: list[str], sections: Sequen
     for factory in factories.values():
         factory.check_given(parser, given)
     rest = [word for option in options if option.name not in apart for word in option.words]
-    files = {f.config.path for f in factories.values() if f.config is not None}
+    configs = {f.config.path for f in factories.values() if f.config is not None}
     here = Path.cwd()
     notes = [
         f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
-        for path in sorted(files)
+        for path in sorted(configs)
     ]
     values = parser.parse_args([*rest, "--", *positional])
-    return Request(checkpoint, factories, values, options, notes)
+    return Request(checkpoint, opened, factories, values, options, notes)
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,7 +57,7 @@ def diagnose(
     samples: int = 1024,
     forward: Forward | None = None,
     batch_sizes: Sequence[int] = (2, 8, 32),
-    expected_score: float | None = None,
+    expected_score: float | Callable[[], float] | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Try the model with other BN statistics, and name the cause that the results show.
@@ -82,7 +82,7 @@ def diagnose(
         forward: ``forward(model, batch)`` calls the model if the loaders yield anything else.
         batch_sizes: Further sizes at which batches are normalised by their own statistics.
         expected_score: What the score should be, for example that of training: if no statistics
-            reach it, the model is to blame.
+            reach it, the model is to blame. A function is called once the model has been scored.
         progress: Show a progress bar in a terminal while recalibrating.
 
     Returns:
@@ -149,7 +149,7 @@ def diagnose(
             _numbers(bench, table, stored, fresh),
             training=shown,
             dropout=read_dropout(on_data, stored),
-            expected_score=expected_score,
+            expected_score=expected_score() if callable(expected_score) else expected_score,
         )
         cause = reach_verdict(numbers)
         blamed = () if cause.cured_by is None else blame_layers(bench, cures[cause.cured_by])
@@ -255,7 +255,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _check_options(
-    samples: int, batch_sizes: Sequence[int], score: Score | None, expected_score: float | None
+    samples: int, batch_sizes: Sequence[int], score: Score | None, expected_score: object
 ) -> None:
     require_samples(samples, 2)
     require_score(score)

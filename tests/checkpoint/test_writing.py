@@ -69,6 +69,18 @@ def test_a_provenance_that_is_no_plain_data_is_refused(path, tmp_path):
         write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {"model": nn.ReLU()})
 
 
+def test_a_file_is_opened_once_to_be_read_and_once_to_be_copied(path, tmp_path, monkeypatch):
+    opened, statistics = [], new_statistics(path)
+    open_path = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *mode: opened.append(self) or open_path(self, *mode)
+    )
+    read_checkpoint(path)
+    assert opened.count(path) == 1
+    write_statistics(path, tmp_path / "copy.pt", statistics, {})
+    assert opened.count(path) == 2
+
+
 def test_the_hash_is_that_of_the_original(path, tmp_path):
     expected = sha256(path.read_bytes()).hexdigest()
     copy = write_statistics(path, tmp_path / "copy.pt", new_statistics(path), {})

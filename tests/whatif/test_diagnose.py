@@ -366,6 +366,19 @@ def test_a_score_below_what_is_expected_is_the_fault_of_the_weights():
     assert diagnosis.layers == ()
 
 
+def test_an_expected_score_may_depend_on_the_scoring():
+    scores = []
+
+    def score(model):
+        scores.append(1.0)
+        return scores[-1]
+
+    images, reference = IMAGES.split(16), REFERENCE.split(32)
+    model, expected = trained.healthy(), lambda: 1.0 + scores[-1]
+    diagnosis = bnguard.diagnose(model, images, reference, score, expected_score=expected)
+    assert diagnosis.cause.name == "weights"
+
+
 def test_scores_that_are_losses_are_judged_alike():
     images, labels = IMAGES, trained.digits()[1][trained.EVALUATE]
 

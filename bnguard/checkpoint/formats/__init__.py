@@ -9,11 +9,10 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from bnguard.checkpoint.storage import Patch, Source, first_bytes, open_source, unreadable
+from bnguard.checkpoint.storage import OpenFiles, Patch, Source, unreadable
 from bnguard.checkpoint.unpickling import damaged, mapping_of
 
 LONGEST_PROVENANCE_BYTES = 2**20
@@ -30,7 +29,7 @@ class OpenCheckpoint(ABC):
 
     Args:
         path: The file or folder.
-        files: Closes the files that the format opens.
+        files: Opens the files, each once, and closes them.
 
     Attributes:
         format: Name of the format.
@@ -52,7 +51,7 @@ class OpenCheckpoint(ABC):
     extras: Mapping[str, object] = {}
     provenance: Mapping[str, object] | None = None
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         self.path = path
         self.files = files
 
@@ -62,7 +61,7 @@ class OpenCheckpoint(ABC):
         Raises:
             CheckpointError: It cannot be opened.
         """
-        return self.files.enter_context(open_source(path))
+        return self.files.open(path)
 
     @classmethod
     @abstractmethod
@@ -100,11 +99,11 @@ class OpenCheckpoint(ABC):
 class OpenFolder(OpenCheckpoint):
     """A checkpoint of several files, with the note in a file of its own."""
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         note = path / _NOTE
         if note.exists():
-            self.provenance = parse_provenance(first_bytes(note, LONGEST_PROVENANCE_BYTES))
+            self.provenance = parse_provenance(files.first_bytes(note, LONGEST_PROVENANCE_BYTES))
 
     def copy(self, target: Path, patches: Sequence[Patch], provenance: str) -> None:
         """Copy all that is in the folder, and leave a note.

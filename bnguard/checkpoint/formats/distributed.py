@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnguard.checkpoint.formats import OpenFolder, member
 from bnguard.checkpoint.formats.torch_zip import Archive, TorchZip
-from bnguard.checkpoint.storage import Patch, Piece, Source, StoredTensor, open_source
+from bnguard.checkpoint.storage import OpenFiles, Patch, Piece, Source, StoredTensor
 from bnguard.checkpoint.unpickling import (
     Reference,
     as_sizes,
@@ -47,12 +46,11 @@ class Distributed(OpenFolder):
 
     format = "torch distributed"
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
-        self._sources: dict[Path, Source] = {}
         metadata = path / METADATA
-        with open_source(metadata) as source:
-            described: Any = read_pickle(source, source.stream())
+        source = self.open_file(metadata)
+        described: Any = read_pickle(source, source.stream())
         try:
             fields = _fields(described)
             # By the flat name of the entry, and by the corner of a block of a tensor.
@@ -90,7 +88,7 @@ class Distributed(OpenFolder):
             if place.path == path and any(patch.position in reach for patch in patches):
                 changes += Archive.read(self._source(place)).checksum_patches(patches)
         with copy.open("wb") as handle:
-            handle.writelines(self._sources[path].patched(changes))
+            handle.writelines(self.open_file(path).patched(changes))
 
     def _add_place(self, index: dict[Any, Any], info: dict[Any, Any]) -> None:
         if info.get("transform_descriptors"):
@@ -136,10 +134,8 @@ class Distributed(OpenFolder):
         return Piece(piece.storage, piece.start, piece.shape, piece.stride, corner)
 
     def _source(self, place: _Place) -> Source:
-        """Return the bytes of an archive, in a file that is opened once."""
-        if place.path not in self._sources:
-            self._sources[place.path] = self.open_file(place.path)
-        return self._sources[place.path].window(place.offset, place.size)
+        """Return the bytes of an archive."""
+        return self.open_file(place.path).window(place.offset, place.size)
 
 
 def _put(root: dict[object, object], keys: Sequence[object], name: str, value: object) -> None:

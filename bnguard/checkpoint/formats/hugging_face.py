@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from bnguard.checkpoint.formats import (
@@ -17,7 +16,7 @@ from bnguard.checkpoint.formats import (
 from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
-from bnguard.checkpoint.storage import Patch, first_bytes
+from bnguard.checkpoint.storage import OpenFiles, Patch
 from bnguard.checkpoint.unpickling import damaged, mapping_of
 from bnguard.errors import CheckpointError
 
@@ -32,7 +31,7 @@ _SUFFIXES = (".safetensors", ".bin")
 class _OpenShards(OpenFolder):
     """A folder whose files of weights are checkpoints of their own."""
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         self.shards: dict[Path, OpenCheckpoint] = {}
 
@@ -43,7 +42,7 @@ class _OpenShards(OpenFolder):
             CheckpointError: It is missing or damaged.
         """
         if shard not in self.shards:
-            start = first_bytes(shard, 64)
+            start = self.files.first_bytes(shard, 64)
             fitting = [each for each in _SHARD_FORMATS if each.recognises(shard, start)]
             if not fitting:
                 state = "cannot be read as one" if shard.exists() else "is missing"
@@ -61,10 +60,10 @@ class Sharded(_OpenShards):
 
     format = "sharded"
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         root = {}
-        for name, shard in _weight_map(path).items():
+        for name, shard in _weight_map(path, files).items():
             tensors = mapping_of(self.open_shard(shard).root) or {}
             if name not in tensors:
                 raise damaged(path, f"{name} is not in {shard.name}")
@@ -87,7 +86,7 @@ class Pretrained(_OpenShards):
 
     format = "pretrained"
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         opened = self.open_shard(weights_in(path))
         self.root, self.extras = opened.root, opened.extras
@@ -113,12 +112,12 @@ def _find_index(folder: Path) -> Path | None:
     return min(indices, key=lambda path: path.name.endswith(INDEX_SUFFIXES[1]), default=None)
 
 
-def _weight_map(folder: Path) -> Mapping[str, Path]:
+def _weight_map(folder: Path, files: OpenFiles) -> Mapping[str, Path]:
     """Return which shard has which tensor."""
     index = _find_index(folder)
     assert index is not None
     try:
-        content = json.loads(first_bytes(index, _LARGEST_INDEX_BYTES))
+        content = json.loads(files.first_bytes(index, _LARGEST_INDEX_BYTES))
     except (ValueError, RecursionError) as error:
         raise damaged(index, "it is not JSON") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from bnguard.checkpoint.formats import OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import CARRIERS, Patch, Source, StoredTensor, carrier
+from bnguard.checkpoint.storage import CARRIERS, OpenFiles, Patch, Source, StoredTensor, carrier
 from bnguard.checkpoint.unpickling import as_sizes, damaged
 
 _LENGTH_BYTES = 8
@@ -50,7 +49,7 @@ class Safetensors(OpenCheckpoint):
     format = "safetensors"
     endings = (".safetensors",)
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         self._header, self._data = _read_header(self.open_file(path))
         metadata = self._header.pop(_METADATA, None)

@@ -7,11 +7,10 @@ checksums. torch ignores what follows the last storage, and the provenance note 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from bnguard.checkpoint.formats import LONGEST_PROVENANCE_BYTES, OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import Patch, Source, Storage
+from bnguard.checkpoint.storage import OpenFiles, Patch, Source, Storage
 from bnguard.checkpoint.unpickling import damaged, read_pickle
 
 # The number at the beginning of each file, as a pickle writes it: LONG1, ten bytes, STOP.
@@ -26,7 +25,7 @@ class TorchLegacy(OpenCheckpoint):
 
     format = "torch legacy"
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         source = self.open_file(path)
         storages: dict[str, Storage] = {}

@@ -7,19 +7,17 @@ The provenance note is appended as a record of its own.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from bnguard.checkpoint.formats import LONGEST_PROVENANCE_BYTES, OpenCheckpoint, parse_provenance
-from bnguard.checkpoint.storage import Patch, Source, Storage, StoredTensor
+from bnguard.checkpoint.storage import OpenFiles, Patch, Source, Storage, StoredTensor
 from bnguard.checkpoint.unpickling import read_pickle
 from bnguard.errors import CheckpointError, printable
 
@@ -31,8 +29,6 @@ _CRC_IN_LOCAL_HEADER = 14
 _CRC_IN_DIRECTORY_ENTRY = 16
 _HAS_DESCRIPTOR = 0x0008
 _IS_ENCRYPTED = 0x0001
-# About a million records.
-_LARGEST_DIRECTORY_BYTES = 2**26
 _MALFORMED = (BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error)
 _PICKLE = "data.pkl"
 _PROVENANCE = "bnguard/provenance.json"
@@ -40,15 +36,6 @@ _PROVENANCE = "bnguard/provenance.json"
 _BOOKKEEPING = frozenset(
     {"version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
 )
-
-
-class _SmallReads(io.BufferedReader):
-    """Bytes of an archive, without trust in the size that a file gives for its directory."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _LARGEST_DIRECTORY_BYTES:
-            raise BadZipFile("a directory of more records than bnguard reads")
-        return super().read(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +60,7 @@ class Archive:
             CheckpointError: It has none, or it is damaged.
         """
         try:
-            with ZipFile(_SmallReads(source.raw_stream())) as archive:
+            with ZipFile(source.stream()) as archive:
                 return cls(source, tuple(archive.infolist()), archive.start_dir)
         except _MALFORMED as error:
             raise source.truncated() from error
@@ -183,7 +170,7 @@ class TorchZip(OpenCheckpoint):
     format = "torch zip"
     endings = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin")
 
-    def __init__(self, path: Path, files: ExitStack) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         super().__init__(path, files)
         self._archive = Archive.read(self.open_file(path))
         self.root = self._archive.read_object()
