@@ -31,12 +31,12 @@ from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
-from bnguard.recalibration.memory import memory_limit
 from bnguard.recalibration.options import (
     Keep,
     Score,
     SkippedLayer,
     as_number,
+    memory_limit,
     require_keep,
     require_samples,
     require_score,

@@ -1,4 +1,4 @@
-"""The exact statistics in one forward: every chunk stops at each layer until all are there."""
+"""The exact statistics in one forward: every chunk pauses at each layer until all are there."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ from torch import Tensor
 from bnguard.layers.moments import Moments
 from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import (
-    DivergingError,
-    IrregularError,
-    input_moments,
-    on_host,
-    read_inputs,
-    set_statistics,
-)
-from bnguard.recalibration.memory import Chunk
+from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
 from bnguard.recalibration.statistics import Job
 from bnguard.recalibration.trial_forward import (
     ForwardTraits,
@@ -43,6 +35,14 @@ class ForwardCancelled(BaseException):
 
 class StuckError(Exception):
     """A forward neither pauses nor ends, or cannot start."""
+
+
+class IrregularError(Exception):
+    """The chunks cannot go through the layers side by side; says why."""
+
+
+class DivergingError(IrregularError):
+    """Batches call other layers than those they are joined to, so each has to run alone."""
 
 
 class PausableForward:
@@ -201,7 +201,7 @@ _TIMEOUT_FORWARDS = 5
 
 
 def lockstep(
-    job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None, samples: int
+    job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None, samples: int
 ) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
@@ -228,8 +228,8 @@ def lockstep(
             ) is not None:
                 if index in parts:
                     raise IrregularError(f"{job.layers[index].name} is called several times")
-                parts[index] = set_statistics(
-                    job, index, [position.inputs for position in positions], samples
+                parts[index] = job.set_statistics(
+                    index, [position.inputs for position in positions], samples
                 )
                 forwards.mark_done(index)
     finally:
@@ -281,7 +281,7 @@ def _common_layer(positions: Sequence[_Positions]) -> int | None:
 class _Forwards:
     """The forwards of this rank's chunks."""
 
-    def __init__(self, job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None) -> None:
+    def __init__(self, job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None) -> None:
         self._job = job
         self._chunks = chunks
         self._done: list[int] = []
@@ -290,7 +290,7 @@ class _Forwards:
         self._trouble: str | None = None
 
         seconds = 0.0 if traits is None else traits.seconds_per_sample
-        largest = max((chunk.samples for chunk in chunks), default=0)
+        largest = max((chunk.size for chunk in chunks), default=0)
         self._timeout = _TIMEOUT_SECONDS + _TIMEOUT_FORWARDS * largest * seconds
 
         self._threads = torch.get_num_threads()
@@ -299,9 +299,9 @@ class _Forwards:
         context = ThreadContext(self._threads // self._width)
         self._forwards = [
             PausableForward(
-                partial(job.run, chunk.whole),
+                partial(job.run, chunk),
                 context,
-                RandomStream(chunk.whole.index, job.device),
+                RandomStream(chunk.index, job.device),
             )
             for chunk in chunks
         ]
@@ -315,7 +315,7 @@ class _Forwards:
             return
         self._reached[paused] = (index, input_moments(values))
         if self._witness is not None and paused is self._forwards[0]:
-            share = len(values) * self._witness.size // self._chunks[0].samples
+            share = len(values) * self._witness.size // self._chunks[0].size
             self._met_by_witness[index] = input_moments(values[:share])
         self._job.progress.advance(len(values))
         paused.stop()
@@ -370,8 +370,8 @@ class _Forwards:
         alone = observe(job, self._witness)
         if not self._differs(alone, tuple(self._done), self._met_by_witness):
             return _Comparison(is_disturbed=False, is_parted_by_joining=False)
-        share = self._witness.size / chunk.samples
-        joined = observe(job, chunk.whole, lambda values: values[: round(len(values) * share)])
+        share = self._witness.size / chunk.size
+        joined = observe(job, chunk, lambda values: values[: round(len(values) * share)])
         return _Comparison(
             is_disturbed=True,
             is_parted_by_joining=self._differs(alone, joined.calls, joined.moments),
@@ -383,9 +383,8 @@ class _Forwards:
         return alone.calls != calls or bool(find_disturbed_layers(self._job, alone.moments, met))
 
 
-def _choose_witness(chunks: Sequence[Chunk], traits: ForwardTraits | None) -> Batch | None:
+def _choose_witness(chunks: Sequence[Batch], traits: ForwardTraits | None) -> Batch | None:
     """Return the first samples, or all of a chunk that must stay whole; None without others."""
     if traits is None or len(chunks) < 2:
         return None
-    whole = chunks[0].whole
-    return whole.rows(0, _WITNESSES) if traits.takes_rows else whole
+    return chunks[0].rows(0, _WITNESSES) if traits.takes_rows else chunks[0]

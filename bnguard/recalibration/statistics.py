@@ -23,6 +23,7 @@ from bnguard.layers.preserve import (
 )
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
+from bnguard.recalibration.layer_inputs import is_finite
 
 OnNonfinite = Literal["skip", "error"]
 
@@ -32,7 +33,7 @@ _MOST_PARTS = 64
 
 
 def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
-    """Return the statistics that a layer has now, on the host in float64."""
+    """Return a copy of a layer's statistics, on the host in float64."""
     mean, var = current_statistics(layer)
     return RunningStatistics(
         mean=mean.cpu().double().numpy().copy(),
@@ -50,9 +51,9 @@ def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
 
 
 def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
-    """Let a layer normalise with these statistics, through new tensors of its buffers' dtype.
+    """Replace a layer's buffers with new tensors of their dtype that have these values.
 
-    New tensors and not new values, because a forward that calls autograd may hold the old ones.
+    A forward that calls autograd may still need the old tensors.
 
     Raises:
         CalibrationError: The dtype cannot hold the values.
@@ -87,9 +88,9 @@ def fit_to_buffer(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
 def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
     """Prepare a model for calibration, and leave it as it was found.
 
-    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers have
-    copies of their statistics to write to, so that the originals do not change before the result
-    is known to be good.
+    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers use
+    copies of their statistics, without NaN or Inf, so that the originals stay until the result is
+    known to be good.
     """
     with (
         preserve_modes(model),
@@ -117,17 +118,6 @@ def _reset_nonfinite_statistics(layer: BatchNormLayer) -> None:
     )
 
 
-@contextmanager
-def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
-    """Give a layer other statistics for a while, each channel others."""
-    mean, var = current_statistics(layer)
-    # Not all in proportion: a later normalisation would take that out again.
-    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
-    with preserve_statistics([layer]):
-        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
-        yield
-
-
 class CalibrationProgress(Protocol):
     """Receives how far a calibration is, from any thread."""
 
@@ -150,7 +140,7 @@ class NoProgress:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Statistics that a layer is to have.
+    """Statistics for a layer.
 
     Attributes:
         mean: Shape ``(C,)``, float64.
@@ -167,23 +157,77 @@ class Estimate:
 Estimator = Callable[[BatchNormLayer, Moments, int], Estimate]
 
 
+def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+    """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
+
+    Raises:
+        CalibrationError: There are fewer than two values per channel.
+    """
+    if moments.count < 2:
+        raise CalibrationError(
+            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
+            "samples"
+        )
+    return Estimate(moments.mean, moments.var_unbiased, moments.count)
+
+
+class NonFiniteError(Exception):
+    """There is NaN or Inf in the inputs of a layer.
+
+    Attributes:
+        index: Index of the layer.
+        chunks: Numbers of this rank's chunks that bring it; empty if only other ranks' do.
+    """
+
+    def __init__(self, index: int, chunks: frozenset[int]) -> None:
+        super().__init__(index, chunks)
+        self.index = index
+        self.chunks = chunks
+
+
+class Pool:
+    """Moments of the inputs of each layer, in at most 64 parts; more are merged in pairs.
+
+    Attributes:
+        parts: The moments, by the index of the layer.
+        samples: Samples that they come from.
+        batches: Batches that they come from.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[int, list[Moments]] = {}
+        self.samples = self.batches = 0
+
+    def add(
+        self, inputs: Mapping[int, Iterable[Moments]], samples: int = 0, batches: int = 0
+    ) -> None:
+        """Add moments, by the index of the layer."""
+        self.samples += samples
+        self.batches += batches
+        for index, moments in inputs.items():
+            parts = self.parts.setdefault(index, [])
+            parts.extend(moments)
+            while len(parts) > _MOST_PARTS:
+                parts[:] = [merge_moments(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
     """A calibration to do.
 
     Attributes:
         model: The model, in eval mode, with statistics that may be written to.
-        device: Where it is.
-        noise: How far sums in another order come out different, as a share of their terms.
+        device: The device of the model.
+        noise: How far sums differ in another order, as a share of their terms.
         layers: The layers to compute.
         batches: This rank's share of the data.
-        samples: How many samples that is at most.
-        forward: How the model is called; None for the way that most loaders mean.
-        estimate: What becomes a layer's statistics.
+        samples: The most samples in that share.
+        forward: Calls the model; None for the way that most loaders mean.
+        estimate: Turns moments into a layer's statistics.
         on_nonfinite: What to do about a batch with NaN or Inf at a layer.
         memory: Bytes that the set may take at once.
         tolerance: Stop at this standard error, as a share of the standard deviation.
-        ranks: Who takes part.
+        ranks: The ranks that take part.
         progress: Receives how far it is.
     """
 
@@ -205,6 +249,31 @@ class Job:
         """Put a copy of a batch through the model, which may write to it."""
         call(self.model, self.forward, batch.copied())
 
+    def set_statistics(
+        self, index: int, inputs: Sequence[Mapping[int, Moments]], samples: int
+    ) -> tuple[Moments, ...]:
+        """Give a layer the statistics of its inputs on all ranks; return their moments in parts.
+
+        Args:
+            index: Index of the layer.
+            inputs: Moments of its inputs: an entry per rank, by the number of the rank's chunk.
+            samples: Samples on all ranks.
+
+        Raises:
+            NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
+            CalibrationError: The layer cannot hold the statistics, or has too few values.
+        """
+        parts = tuple(moments for on_rank in inputs for moments in on_rank.values())
+        merged = merge_moments(parts)
+        if not is_finite(merged):
+            mine = inputs[self.ranks.rank]
+            bad = frozenset(number for number, moments in mine.items() if not is_finite(moments))
+            raise NonFiniteError(index, bad)
+        layer = self.layers[index]
+        estimate = self.estimate(layer, merged, samples)
+        write_statistics(layer, estimate.mean, estimate.var)
+        return parts
+
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
         """Raise if batches with NaN or Inf are an error.
 
@@ -217,17 +286,26 @@ class Job:
                 "data, or skip such batches"
             )
 
+    def estimate_from(self, pool: Pool) -> dict[str, Estimate]:
+        """Return the statistics of each layer that was reached, by its name."""
+        return {
+            self.layers[index].name: self.estimate(
+                self.layers[index], merge_moments(parts), pool.samples
+            )
+            for index, parts in pool.parts.items()
+        }
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration:
     """The result of a job, over all ranks.
 
     Attributes:
-        estimates: What the layers that were reached are to have, by name.
+        estimates: Statistics for the layers that were reached, by name.
         samples: Samples used.
         batches: Batches used.
-        virtual_batches: As how many virtual batches they ran; 1 is exact.
-        left_out: Batches left out since they had NaN or Inf.
+        virtual_batches: Number of virtual batches that they ran as; 1 is exact.
+        left_out: Batches left out because of NaN or Inf.
         is_within_tolerance: Whether the standard errors came below the tolerance.
     """
 
@@ -236,45 +314,7 @@ class Calibration:
     batches: int
     virtual_batches: int
     left_out: int
-    is_within_tolerance: bool = False
-
-
-def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
-    """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
-
-    Raises:
-        CalibrationError: There are fewer than two values a channel.
-    """
-    if moments.count < 2:
-        raise CalibrationError(
-            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
-            "samples"
-        )
-    return Estimate(moments.mean, moments.var_unbiased, moments.count)
-
-
-class Pool:
-    """Moments of the inputs of each layer, in at most 64 parts; more are merged in pairs."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, list[Moments]] = {}
-
-    def add(self, inputs: Mapping[int, Iterable[Moments]]) -> None:
-        """Add moments, by the index of the layer."""
-        for index, moments in inputs.items():
-            parts = self._parts.setdefault(index, [])
-            parts.extend(moments)
-            while len(parts) > _MOST_PARTS:
-                parts[:] = [merge_moments(parts[i : i + 2]) for i in range(0, len(parts), 2)]
-
-    @property
-    def parts(self) -> Mapping[int, Sequence[Moments]]:
-        """Moments of the inputs in parts, by the index of the layer."""
-        return self._parts
-
-    def merged(self) -> dict[int, Moments]:
-        """Return the moments of all inputs of each layer, by its index."""
-        return {index: merge_moments(parts) for index, parts in self._parts.items()}
+    is_within_tolerance: bool
 
 
 def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
@@ -292,9 +332,9 @@ def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> boo
 
 
 def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
-    """Return the standard errors of mean and variance, as seen in how parts of a sample scatter.
+    """Estimate the standard errors of mean and variance from how parts of a sample scatter.
 
-    The parts are clusters, so that values that belong together, as the pixels of an image do, do
+    The parts are clusters, so that values that belong together, like the pixels of an image, do
     not count as independent: the linearised variance of a ratio of cluster totals (Cochran,
     "Sampling Techniques", 3rd edition 1977, section 6.4).
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
+from bnguard.recalibration.replay import perturb_statistics
 from bnguard.recalibration.statistics import (
     current_statistics,
     fit_to_buffer,
-    perturb_statistics,
     prepare_for_calibration,
     write_statistics,
 )
