@@ -34,11 +34,11 @@ class ForwardCancelled(BaseException):
 
 
 class StuckError(Exception):
-    """A forward neither pauses nor ends, or cannot start."""
+    """A forward neither pauses nor ends, or its thread cannot start."""
 
 
 class IrregularError(Exception):
-    """The chunks cannot go through the layers side by side; says why."""
+    """The chunks cannot go through the layers side by side."""
 
 
 class DivergingError(IrregularError):
@@ -46,7 +46,7 @@ class DivergingError(IrregularError):
 
 
 class PausableForward:
-    """A forward in a thread of its own, which pauses where :meth:`stop` is called.
+    """A forward in a thread of its own, which pauses where it calls :meth:`stop`.
 
     Attributes:
         stream: Random numbers of its own.
@@ -70,14 +70,14 @@ class PausableForward:
 
     @staticmethod
     def current() -> PausableForward | None:
-        """Return the forward that runs in the current thread; None if there is none."""
+        """Return the forward that runs in the current thread, if any."""
         return getattr(_running, "forward", None)
 
     def resume(self, stops: SimpleQueue[PausableForward]) -> None:
         """Let the forward continue; it puts itself into ``stops`` when it pauses or ends.
 
         Raises:
-            StuckError: There can be no more threads.
+            StuckError: The thread cannot start.
         """
         if self._thread.ident is None:
             try:
@@ -125,7 +125,7 @@ def advance_in_parallel(forwards: Sequence[PausableForward], width: int, timeout
     """Let every forward continue to its next stop or its end, ``width`` at a time.
 
     Raises:
-        StuckError: None of those that run stops within the timeout, in seconds.
+        StuckError: No running forward stops within the timeout, in seconds.
     """
     stops: SimpleQueue[PausableForward] = SimpleQueue()
     for count, paused in enumerate(forwards):
@@ -137,7 +137,7 @@ def advance_in_parallel(forwards: Sequence[PausableForward], width: int, timeout
 
 
 def advance_in_turn(forwards: Sequence[PausableForward], timeout: float) -> None:
-    """Let every forward continue to its next stop or its end, one by one, on its random numbers.
+    """Let every forward continue to its next stop or its end, one by one, with its random numbers.
 
     Raises:
         StuckError: A forward does not stop within the timeout, in seconds.
@@ -157,10 +157,10 @@ def _await_stop(stops: SimpleQueue[PausableForward], timeout: float) -> None:
 
 
 class ThreadContext:
-    """Settings that PyTorch keeps for each thread: read where this is made, set in another one.
+    """PyTorch's settings of the thread that constructs this, for use in another thread.
 
     Args:
-        threads: How many threads an operation may use there.
+        threads: Number of threads that an operation may use there.
     """
 
     def __init__(self, threads: int) -> None:
@@ -177,7 +177,7 @@ class ThreadContext:
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Use the settings in the current thread; gradients are off in any case."""
+        """Use the settings in the current thread, without gradients."""
         with ExitStack() as stack:
             if self._threads != torch.get_num_threads():
                 torch.set_num_threads(self._threads)
@@ -193,9 +193,9 @@ class ThreadContext:
             yield
 
 
-# Number of samples of a chunk that run again alone.
+# Samples of a chunk that run again alone.
 _WITNESSES = 2
-# A forward that takes longer waits for another one, as for a lock that a paused one holds.
+# A forward that takes longer waits for a lock, say, that a paused one holds.
 _TIMEOUT_SECONDS = 10.0
 _TIMEOUT_FORWARDS = 5
 
@@ -205,14 +205,14 @@ def lockstep(
 ) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
-    In the end some samples run again alone: if the inputs differ then, the chunks disturbed one
+    In the end some samples run again alone: if their inputs differ then, the chunks disturbed one
     another, as in a model that stores features on itself.
 
     Args:
         job: What to calibrate.
-        chunks: This rank's data; may be none.
-        traits: How the model behaves; None if this rank has no data.
-        samples: How many samples there are on all ranks.
+        chunks: This rank's data; may be empty.
+        traits: How the model behaves; None for a rank without data.
+        samples: Samples on all ranks.
 
     Raises:
         IrregularError: On every rank, if the chunks of one cannot run side by side.
@@ -224,7 +224,7 @@ def lockstep(
     try:
         with read_inputs(job.layers, forwards.on_input):
             while (
-                index := _common_layer(positions := job.ranks.together(forwards.advance))
+                index := _find_common_layer(positions := job.ranks.together(forwards.advance))
             ) is not None:
                 if index in parts:
                     raise IrregularError(f"{job.layers[index].name} is called several times")
@@ -235,9 +235,9 @@ def lockstep(
     finally:
         forwards.end()
     compared = job.ranks.together(forwards.compare_with_witness)
-    if any(each.is_parted_by_joining for each in compared):
+    if any(is_parted for _, is_parted in compared):
         raise DivergingError("samples call other layers when they are joined to others")
-    if any(each.is_disturbed for each in compared):
+    if any(is_disturbed for is_disturbed, _ in compared):
         raise IrregularError("forwards that run side by side disturb one another")
     return parts
 
@@ -247,9 +247,9 @@ class _Positions:
     """Where the forwards of a rank are paused.
 
     Attributes:
-        layers: Indices of the layers at which they are paused.
-        arrived: Moments of the inputs there, by the number of the chunk.
-        has_ended: Whether one has ended.
+        layers: Indices of the layers.
+        inputs: Moments of the inputs there, by the number of the chunk.
+        has_ended: Whether a forward has ended.
         trouble: Why they cannot run side by side; None if they can.
     """
 
@@ -259,16 +259,8 @@ class _Positions:
     trouble: str | None
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Whether layer inputs differ from those of samples alone: next to others, joined to others."""
-
-    is_disturbed: bool
-    is_parted_by_joining: bool
-
-
-def _common_layer(positions: Sequence[_Positions]) -> int | None:
-    """Return the layer at which the forwards of all ranks are paused; None if all have ended."""
+def _find_common_layer(positions: Sequence[_Positions]) -> int | None:
+    """Return the layer where the forwards of all ranks are paused; None if all have ended."""
     for position in positions:
         if position.trouble is not None:
             raise IrregularError(position.trouble)
@@ -288,7 +280,6 @@ class _Forwards:
         self._witness = _choose_witness(chunks, traits)
         self._met_by_witness: dict[int, Moments] = {}
         self._trouble: str | None = None
-
         seconds = 0.0 if traits is None else traits.seconds_per_sample
         largest = max((chunk.size for chunk in chunks), default=0)
         self._timeout = _TIMEOUT_SECONDS + _TIMEOUT_FORWARDS * largest * seconds
@@ -333,22 +324,20 @@ class _Forwards:
             self._trouble = str(error)
         if any(paused.error is not None for paused in going):
             self._trouble = "a forward fails next to others"
-        inputs = {
-            number: on_host(self._reached[paused][1])
-            for number, paused in enumerate(self._forwards)
-            if paused in self._reached
-        }
         return _Positions(
             layers=frozenset(index for index, _ in self._reached.values()),
-            inputs=inputs,
+            inputs={
+                number: on_host(self._reached[paused][1])
+                for number, paused in enumerate(self._forwards)
+                if paused in self._reached
+            },
             has_ended=any(paused.is_finished for paused in self._forwards),
             trouble=self._trouble,
         )
 
     def mark_done(self, index: int) -> None:
-        """Note that a layer has its statistics; nothing after the last one needs to be computed."""
+        """Note that a layer has its statistics; the forwards end after the last one."""
         self._done.append(index)
-        # What the first samples did not reach, others may.
         if len(self._done) == len(self._job.layers):
             self.end()
 
@@ -356,26 +345,27 @@ class _Forwards:
         """End every forward where it is paused."""
         for paused in self._forwards:
             paused.cancel()
-        # Only after all were cancelled: one may wait for what another holds.
+        # Only after all were cancelled, since one may wait for what another holds.
         for paused in self._forwards:
             paused.join()
         if self._width > 1:
             torch.set_num_threads(self._threads)
 
-    def compare_with_witness(self) -> _Comparison:
-        """Compare what a few samples met with the same samples alone, and joined to others."""
+    def compare_with_witness(self) -> tuple[bool, bool]:
+        """Run a few samples again, alone and joined to others.
+
+        Returns:
+            Whether the other chunks changed their inputs; if so, whether joining them does too.
+        """
         if self._witness is None:
-            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
+            return False, False
         job, chunk = self._job, self._chunks[0]
         alone = observe(job, self._witness)
         if not self._differs(alone, tuple(self._done), self._met_by_witness):
-            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
+            return False, False
         share = self._witness.size / chunk.size
         joined = observe(job, chunk, lambda values: values[: round(len(values) * share)])
-        return _Comparison(
-            is_disturbed=True,
-            is_parted_by_joining=self._differs(alone, joined.calls, joined.moments),
-        )
+        return True, self._differs(alone, joined.calls, joined.moments)
 
     def _differs(
         self, alone: Observation, calls: tuple[int, ...], met: Mapping[int, Moments]
@@ -384,7 +374,7 @@ class _Forwards:
 
 
 def _choose_witness(chunks: Sequence[Batch], traits: ForwardTraits | None) -> Batch | None:
-    """Return the first samples, or all of a chunk that must stay whole; None without others."""
+    """Return the first samples, or the first chunk if it must stay whole; None for a sole chunk."""
     if traits is None or len(chunks) < 2:
         return None
     return chunks[0].rows(0, _WITNESSES) if traits.takes_rows else chunks[0]

@@ -1,4 +1,4 @@
-"""Find out by a small forward how a model may be run: joined, in parallel, side by side."""
+"""Find out with small forwards whether batches may be joined, and run at once or side by side."""
 
 from __future__ import annotations
 
@@ -25,13 +25,8 @@ from bnguard.recalibration.statistics import Job
 
 # Inputs that depend on other samples differ by far more.
 _SAME = 0.05
-# In half precision too, something must be left that counts as another value.
+# In half precision too, some differences must count.
 _MAX_NOISE = 0.3
-
-
-def all_rows(values: Tensor) -> Tensor:
-    """Return all rows of the inputs of a layer."""
-    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +46,15 @@ class Observation:
     draws_random: bool
 
 
-def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> Observation:
-    """Run a batch through the model with the statistics that it has now.
-
-    The random numbers that the forward draws are the same each time.
+def observe(
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
+) -> Observation:
+    """Run a batch through the model, with the same random numbers each time.
 
     Args:
-        job: Whose model it is.
+        job: The job with the model.
         batch: The batch.
-        look_at: Picks the rows to look at from the inputs of a layer.
+        look_at: Selects the rows to read from the inputs of a layer; None for all.
     """
     calls: list[int] = []
     inputs: dict[int, list[Moments]] = {}
@@ -68,7 +63,7 @@ def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_ro
     def on_input(index: int, values: Tensor) -> None:
         threads.add(threading.get_ident())
         calls.append(index)
-        inputs.setdefault(index, []).append(input_moments(look_at(values)))
+        inputs.setdefault(index, []).append(input_moments(look_at(values) if look_at else values))
 
     with draw_from_seed(batch.index, job.device) as stream, read_inputs(job.layers, on_input):
         job.run(batch)
@@ -85,8 +80,8 @@ def find_disturbed_layers(
 ) -> set[int]:
     """Return the indices of the layers whose inputs differ when samples run next to others.
 
-    A single value a channel has no spread to compare with, so rounding counts in full here, and
-    not as a share of the tolerance.
+    A single value per channel has no spread to compare with, so rounding counts in full here, not
+    as a share of the tolerance.
     """
     return find_differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
 
@@ -100,14 +95,11 @@ def find_differing_layers(
         first: Moments of the inputs of each layer, by its index.
         second: The same of another forward.
         tolerance: How far means may differ in standard deviations, and variances in themselves.
-        noise: How far rounding may move them in addition, as a share of the usual values in the
-            layer.
+        noise: How far rounding may move them in addition, as a share of the layer's usual values.
     """
-    everywhere = first.keys() & second.keys()
-    differing = set(first.keys() ^ second.keys())
-    return differing | {
+    return (first.keys() ^ second.keys()) | {
         index
-        for index in everywhere
+        for index in first.keys() & second.keys()
         if not _are_close(first[index], second[index], tolerance, noise)
     }
 
@@ -119,10 +111,9 @@ def _are_close(first: Moments, second: Moments, tolerance: float, noise: float) 
     variances = first.var_biased.cpu().numpy(), second.var_biased.cpu().numpy()
     usual = np.sqrt(np.mean(np.square(means[0]) + variances[0]))
     scale = np.sqrt(variances[0]) + noise * usual + np.finfo(np.float64).tiny
-    return np.allclose(
-        means[0] / scale, means[1] / scale, rtol=0.0, atol=tolerance, equal_nan=True
-    ) and np.allclose(
-        variances[0] / scale**2, variances[1] / scale**2, rtol=0.0, atol=tolerance, equal_nan=True
+    return all(
+        np.allclose(one / unit, other / unit, rtol=0.0, atol=tolerance, equal_nan=True)
+        for (one, other), unit in ((means, scale), (variances, scale**2))
     )
 
 
@@ -136,14 +127,14 @@ class ForwardTraits:
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether the layers that a sample calls do not depend on what else is in its
-            batch, as far as the first two samples show.
+        takes_rows: Whether a sample behaves the same with any other in its batch, as far as the
+            first two samples show.
         is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
         starts_threads: Whether it calls BN layers in threads of its own.
-        bytes_per_sample: Largest memory that a sample takes when it is paused at a layer.
-        seconds_per_sample: How long a forward takes.
+        bytes_per_sample: The most memory that a sample takes when it is paused at a layer.
+        seconds_per_sample: Duration of a forward.
     """
 
     calls: tuple[int, ...]
@@ -161,20 +152,18 @@ class ForwardTraits:
 
 
 def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
-    """Run two samples through the model, and one of them also alone; or else a batch.
+    """Run two samples through the model, and one of them also alone; if that fails, a batch.
 
     Args:
         job: What to calibrate.
         head: The first two batches, or the only one.
     """
-    # What fails on two samples may run on a batch; if not, that error says why.
     with suppress(CalibrationError):
-        first, second = _two_samples(head)
-        return _traits_from_samples(job, first, second)
+        return _find_traits_from_samples(job, *_take_two_samples(head))
     return _try_forward(job, head[0]).traits(takes_rows=False)
 
 
-def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
+def _take_two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
     if len(head) > 1 and can_be_joined(head[0], head[1]):
         return head[0].rows(0, 1), head[1].rows(0, 1)
     if head[0].can_be_cut and head[0].size > 1:
@@ -183,14 +172,9 @@ def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
 
 
 def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...]) -> bool:
-    """Return whether small batches, as they come, call the same layers as two samples did.
+    """Return whether the first few small batches make the given calls.
 
-    Where a batch decides by itself which layers it calls, one that it is joined to would too.
-
-    Args:
-        job: What to calibrate.
-        batches: The batches; the first few are tried.
-        calls: Indices of the layers that two samples called.
+    If they do not, a batch decides which layers it calls, and would for those joined to it.
     """
     left = _SAMPLES_TO_FOLLOW
     for batch in batches:
@@ -202,11 +186,11 @@ def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...])
     return True
 
 
-def _traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
+def _find_traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
     both = join_batches([first, second])
     alone = observe(job, second)
     if _is_faster_in_channels_last(job):
-        with suppress(CalibrationError):  # Some models take one layout alone.
+        with suppress(CalibrationError):  # Some models take only one layout.
             beside = _try_forward(job, both.in_channels_last(), _second_half)
             if _are_same(job, alone, beside.seen):
                 return beside.traits(takes_rows=True, is_channels_last=True)
@@ -225,7 +209,7 @@ def _are_same(job: Job, alone: Observation, beside: Observation) -> bool:
 
 
 def _is_faster_in_channels_last(job: Job) -> bool:
-    """Return whether convolutions take their time in the order of the channels, as on a CPU."""
+    """Return whether there are convolutions on a CPU."""
     return job.device.type == "cpu" and any(
         isinstance(module, nn.Conv2d) for module in job.model.modules()
     )
@@ -233,7 +217,7 @@ def _is_faster_in_channels_last(job: Job) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A forward, and what it cost."""
+    """A forward, and its cost."""
 
     batch: Batch
     seen: Observation
@@ -254,28 +238,30 @@ class _Trial:
         )
 
 
-def _try_forward(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> _Trial:
-    """Run a batch through the model, and measure what it holds and what state it leaves."""
+def _try_forward(
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
+) -> _Trial:
+    """Run a batch through the model; measure its memory and time, and whether it leaves state."""
     most_held = 0
 
     def look(values: Tensor) -> Tensor:
         nonlocal most_held
         most_held = max(most_held, live.nbytes)
-        return look_at(values)
+        return look_at(values) if look_at else values
 
-    state, begin = _state_of(job.model), time.perf_counter()
+    state, begin = _read_state(job.model), time.perf_counter()
     with _LiveTensors(job.model) as live:
         seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
     ours = [
         values for moments in seen.moments.values() for values in (moments.mean, moments.squares)
     ]
-    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _state_of(job.model))
+    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _read_state(job.model))
     return _Trial(batch, seen, keeps_state, most_held, seconds)
 
 
-def _state_of(model: nn.Module) -> list[tuple[object, int]]:
-    """Return all that the modules hold, with the version of what is a tensor."""
+def _read_state(model: nn.Module) -> list[tuple[object, int]]:
+    """Return all attributes of the modules, tensors with their version."""
     held: list[object] = []
     for module in model.modules():
         for value in vars(module).values():
@@ -292,7 +278,7 @@ def _version(value: object) -> int:
 
 
 def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
-    # Identity and not equality: a value that is restored was still written to.
+    # Identity, not equality: a value that is restored was still written to.
     return len(before) == len(after) and all(
         old is new and old_version == new_version
         for (old, old_version), (new, new_version) in zip(before, after, strict=True)
@@ -300,11 +286,7 @@ def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, i
 
 
 class _LiveTensors(TorchFunctionMode):
-    """Tracks which tensors made under it are still alive.
-
-    Args:
-        model: What is alive anyway.
-    """
+    """Tracks which tensors made under it are still alive, apart from those of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -323,7 +305,7 @@ class _LiveTensors(TorchFunctionMode):
         return sum(nbytes for _, nbytes in self._storages.values())
 
     def are_left_besides(self, ours: Iterable[Tensor]) -> bool:
-        """Return whether the model keeps a tensor somewhere, be it in the closure of a hook."""
+        """Return whether the model keeps a tensor somewhere, such as in the closure of a hook."""
         known = {tensor.untyped_storage()._cdata for tensor in ours}
         if self.nbytes and not self._storages.keys() <= known:
             gc.collect()
