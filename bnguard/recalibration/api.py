@@ -371,7 +371,8 @@ def _notes(
         yield "the score is worse with the new statistics"
     if calibration.left_out:
         yield _describe_left_out(calibration)
-    error_std = _mean_error_std(calibration.samples, prior)
+    # An upper limit: all values of a sample may be alike, and means mixed in do not scatter.
+    error_std = math.sqrt(calibration.samples) / (prior + calibration.samples)
     if error_std > _MAX_MEAN_ERROR_STD:
         are = "is" if calibration.samples == 1 else "are"
         yield (
@@ -387,18 +388,6 @@ def _notes(
         yield f"within the tolerance of {tolerance:g} after {calibration.samples:,} samples"
     elif tolerance is not None:
         yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
-
-
-def _mean_error_std(samples: int, prior: float) -> float:
-    """Return an upper limit of the standard error of a mean, in standard deviations.
-
-    The limit is reached if all values of a sample are alike, so that a sample counts as one value.
-    Means from before, as far as they are mixed in, do not scatter.
-
-    >>> _mean_error_std(16, prior=0.0), _mean_error_std(16, prior=48.0)
-    (0.25, 0.0625)
-    """
-    return math.sqrt(samples) / (prior + samples)
 
 
 def _describe_left_out(calibration: Calibration) -> str:

@@ -236,12 +236,12 @@ def _size_of(payload: object) -> int | None:
     if isinstance(payload, Tensor):
         return len(payload) if payload.dim() else None
     entries = _entries(payload)
-    return len(entries) if _is_list_of_samples(payload) else _first(map(_size_of, entries))
+    return len(entries) if _is_list_of_samples(payload) else _first(map(_size_of, entries.values()))
 
 
 def _lists_samples(payload: object) -> bool:
     """Return whether there is a list of samples in a batch."""
-    return _is_list_of_samples(payload) or any(map(_lists_samples, _entries(payload)))
+    return _is_list_of_samples(payload) or any(map(_lists_samples, _entries(payload).values()))
 
 
 def _is_list_of_samples(payload: object) -> bool:
@@ -253,21 +253,20 @@ def _is_list_of_samples(payload: object) -> bool:
     )
 
 
-def _entries(payload: object) -> Sequence[object]:
-    """Return the entries of a container; none for anything else."""
+def _entries(payload: object) -> Mapping[Any, object]:
+    """Return the entries of a container by their keys; none for anything else."""
     if isinstance(payload, Mapping):
-        return list(payload.values())
-    if isinstance(payload, (tuple, list)):
         return payload
-    return list(_fields_of(payload).values()) if _is_dataclass(payload) else ()
+    if isinstance(payload, (tuple, list)):
+        return dict(enumerate(payload))
+    if _is_dataclass(payload):
+        fields = dataclasses.fields(cast("Any", payload))
+        return {field.name: getattr(payload, field.name) for field in fields}
+    return {}
 
 
 def _is_dataclass(payload: object) -> bool:
     return dataclasses.is_dataclass(payload) and not isinstance(payload, type)
-
-
-def _fields_of(payload: Any) -> dict[str, object]:
-    return {field.name: getattr(payload, field.name) for field in dataclasses.fields(payload)}
 
 
 def _first(sizes: Iterable[int | None]) -> int | None:
@@ -285,7 +284,7 @@ def _is_image(value: object) -> bool:
 def _tensors_in(payload: object) -> Iterator[Tensor]:
     if isinstance(payload, Tensor):
         yield payload
-    for entry in _entries(payload):
+    for entry in _entries(payload).values():
         yield from _tensors_in(entry)
 
 
@@ -324,7 +323,7 @@ def _rebuild(payload: T, change: Callable[[object], object]) -> T:
         return cast("T", kind(*items) if is_named else kind(items))
     if _is_dataclass(payload):
         twin = copy.copy(payload)
-        for name, value in _fields_of(payload).items():
+        for name, value in _entries(payload).items():
             # It may be frozen.
             object.__setattr__(twin, name, change(value))
         return twin
@@ -335,12 +334,8 @@ def _layout(payload: object) -> object:
     """Return what two payloads must have in common to be joined."""
     if isinstance(payload, Tensor):
         return (payload.shape[1:], payload.dtype, payload.device)
-    if isinstance(payload, Mapping):
-        return (type(payload), {key: _layout(value) for key, value in payload.items()})
-    if isinstance(payload, (tuple, list)):
-        return (type(payload), [_layout(value) for value in payload])
-    if _is_dataclass(payload):
-        return (type(payload), {key: _layout(value) for key, value in _fields_of(payload).items()})
+    if isinstance(payload, (Mapping, tuple, list)) or _is_dataclass(payload):
+        return type(payload), {key: _layout(value) for key, value in _entries(payload).items()}
     if payload is None or isinstance(payload, (bool, int, float, str)):
         return payload
     return object()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
@@ -42,13 +41,16 @@ def calibrate_precisely(job: Job) -> Calibration:
     Raises:
         CalibrationError: There is no data, or the statistics cannot be computed from it.
     """
-    mine = _Share()
+    mine, left_out = Pool(), 0
     job.progress.start(job.samples, 1)
     is_precise_enough = False
-    while not is_precise_enough and any(job.ranks.together(partial(_run_round, job, mine))):
+    while not is_precise_enough:
+        rounds = job.ranks.together(partial(_run_round, job, mine))
+        left_out += sum(refused for _, refused in rounds)
+        if not any(read for read, _ in rounds):
+            break
         if job.tolerance is not None:
             is_precise_enough = is_precise(_pool_all_ranks(job, mine).parts, job.tolerance)
-    left_out = sum(job.ranks.together(lambda: mine.left_out))
     pool = _pool_all_ranks(job, mine)
     if pool.samples == 0:
         raise CalibrationError(
@@ -66,30 +68,22 @@ def calibrate_precisely(job: Job) -> Calibration:
     )
 
 
-@dataclass
-class _Share:
-    """What this rank has done so far."""
-
-    pool: Pool = field(default_factory=Pool)
-    left_out: int = 0
-
-
-def _run_round(job: Job, mine: _Share) -> int:
-    """Run the next few batches; return how many there were."""
-    count = 0
+def _run_round(job: Job, mine: Pool) -> tuple[int, int]:
+    """Add the next few batches to the pool; return how many were read, and how many refused."""
+    read = refused = 0
     for batch in islice(job.batches, _BATCHES_PER_ROUND):
-        count += 1
+        read += 1
         inputs = _run_batch(job, batch)
         if inputs is None:
-            mine.left_out += 1
+            refused += 1
         else:
-            mine.pool.add(inputs, batch.size, 1)
-    return count
+            mine.add(inputs, batch.size, 1)
+    return read, refused
 
 
-def _pool_all_ranks(job: Job, mine: _Share) -> Pool:
-    whole, pool = Pool(), mine.pool
-    for share in job.ranks.together(lambda: (pool.parts, pool.samples, pool.batches)):
+def _pool_all_ranks(job: Job, mine: Pool) -> Pool:
+    whole = Pool()
+    for share in job.ranks.together(lambda: (mine.parts, mine.samples, mine.batches)):
         whole.add(*share)
     return whole
 

@@ -103,19 +103,11 @@ def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) 
     ):
         model.eval()
         for layer in layers:
-            _reset_nonfinite_statistics(layer)
+            mean, var = current_statistics(layer)
+            is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+            # NaN or Inf would spread to the inputs of the layers after it.
+            write_statistics(layer, mean.where(is_good, 0.0), var.where(is_good, 1.0))
         yield
-
-
-def _reset_nonfinite_statistics(layer: BatchNormLayer) -> None:
-    """Reset channels that are not finite to (0, 1), so that they spoil no inputs downstream."""
-    mean, var = current_statistics(layer)
-    is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-    write_statistics(
-        layer,
-        torch.where(is_good, mean, torch.zeros_like(mean)),
-        torch.where(is_good, var, torch.ones_like(var)),
-    )
 
 
 class CalibrationProgress(Protocol):
@@ -140,11 +132,9 @@ class NoProgress:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Statistics for a layer.
+    """Statistics for a layer: mean and unbiased variance, each of shape ``(C,)`` in float64.
 
     Attributes:
-        mean: Shape ``(C,)``, float64.
-        var: The unbiased estimate, shape ``(C,)``, float64.
         values: Values per channel that they come from.
     """
 
@@ -186,12 +176,9 @@ class NonFiniteError(Exception):
 
 
 class Pool:
-    """Moments of the inputs of each layer, in at most 64 parts; more are merged in pairs.
+    """Moments of each layer's inputs by its index, and the samples and batches that they come from.
 
-    Attributes:
-        parts: The moments, by the index of the layer.
-        samples: Samples that they come from.
-        batches: Batches that they come from.
+    They are kept in at most 64 parts; more are merged in pairs.
     """
 
     def __init__(self) -> None:
@@ -217,18 +204,11 @@ class Job:
 
     Attributes:
         model: The model, in eval mode, with statistics that may be written to.
-        device: The device of the model.
         noise: How far sums differ in another order, as a share of their terms.
-        layers: The layers to compute.
         batches: This rank's share of the data.
         samples: The most samples in that share.
-        forward: Calls the model; None for the way that most loaders mean.
-        estimate: Turns moments into a layer's statistics.
-        on_nonfinite: What to do about a batch with NaN or Inf at a layer.
         memory: Bytes that the set may take at once.
         tolerance: Stop at this standard error, as a share of the standard deviation.
-        ranks: The ranks that take part.
-        progress: Receives how far it is.
     """
 
     model: nn.Module
@@ -252,12 +232,9 @@ class Job:
     def set_statistics(
         self, index: int, inputs: Sequence[Mapping[int, Moments]], samples: int
     ) -> tuple[Moments, ...]:
-        """Give a layer the statistics of its inputs on all ranks; return their moments in parts.
+        """Give a layer the statistics of its inputs; return their moments in parts.
 
-        Args:
-            index: Index of the layer.
-            inputs: Moments of its inputs: an entry per rank, by the number of the rank's chunk.
-            samples: Samples on all ranks.
+        ``inputs`` has an entry per rank, by the number of the chunk; ``samples`` counts all ranks.
 
         Raises:
             NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
@@ -275,11 +252,7 @@ class Job:
         return parts
 
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
-        """Raise if batches with NaN or Inf are an error.
-
-        Raises:
-            CalibrationError: ``on_nonfinite`` is ``"error"``.
-        """
+        """Raise CalibrationError if batches with NaN or Inf are an error."""
         if self.on_nonfinite == "error":
             raise CalibrationError(
                 f"batch {batch.index} has NaN or Inf in the inputs of {layer.name}: fix the "
@@ -302,9 +275,6 @@ class Calibration:
 
     Attributes:
         estimates: Statistics for the layers that were reached, by name.
-        samples: Samples used.
-        batches: Batches used.
-        virtual_batches: Number of virtual batches that they ran as; 1 is exact.
         left_out: Batches left out because of NaN or Inf.
         is_within_tolerance: Whether the standard errors came below the tolerance.
     """
@@ -320,10 +290,8 @@ class Calibration:
 def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
     """Return whether the standard errors of every layer's statistics are within a tolerance.
 
-    Args:
-        inputs: Moments of the inputs of each layer, in parts that were drawn at random.
-        tolerance: Largest standard error of a mean, in standard deviations, and of the logarithm
-            of a variance.
+    ``inputs`` are moments in parts drawn at random, by the layer; the standard errors are those of
+    :func:`standard_errors`.
     """
     return all(
         len(parts) >= _MIN_PARTS and bool((torch.cat(standard_errors(parts)) <= tolerance).all())
@@ -338,12 +306,9 @@ def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     not count as independent: the linearised variance of a ratio of cluster totals (Cochran,
     "Sampling Techniques", 3rd edition 1977, section 6.4).
 
-    Args:
-        parts: At least two parts with values in them.
-
     Returns:
         That of the mean in standard deviations, and that of the logarithm of the variance, both
-        of shape ``(C,)``.
+        of shape ``(C,)``. It takes at least two parts with values in them.
     """
     filled = [part for part in parts if part.count > 0]
     whole = merge_moments(filled)

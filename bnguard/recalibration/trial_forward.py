@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,8 @@ def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
     """
     with suppress(CalibrationError):
         return _find_traits_from_samples(job, *_take_two_samples(head))
-    return _try_forward(job, head[0]).traits(takes_rows=False)
+    _, traits = _try_forward(job, head[0])
+    return traits
 
 
 def _take_two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
@@ -191,11 +192,11 @@ def _find_traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardT
     alone = observe(job, second)
     if _is_faster_in_channels_last(job):
         with suppress(CalibrationError):  # Some models take only one layout.
-            beside = _try_forward(job, both.in_channels_last(), _second_half)
-            if _are_same(job, alone, beside.seen):
-                return beside.traits(takes_rows=True, is_channels_last=True)
-    beside = _try_forward(job, both, _second_half)
-    return beside.traits(takes_rows=_are_same(job, alone, beside.seen))
+            seen, traits = _try_forward(job, both.in_channels_last(), _second_half)
+            if _are_same(job, alone, seen):
+                return replace(traits, takes_rows=True, is_channels_last=True)
+    seen, traits = _try_forward(job, both, _second_half)
+    return replace(traits, takes_rows=_are_same(job, alone, seen))
 
 
 def _second_half(values: Tensor) -> Tensor:
@@ -215,32 +216,9 @@ def _is_faster_in_channels_last(job: Job) -> bool:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A forward, and its cost."""
-
-    batch: Batch
-    seen: Observation
-    keeps_state: bool
-    bytes_held: int
-    seconds: float
-
-    def traits(self, *, takes_rows: bool, is_channels_last: bool = False) -> ForwardTraits:
-        seen, size = self.seen, self.batch.size
-        return ForwardTraits(
-            calls=seen.calls,
-            takes_rows=takes_rows,
-            is_channels_last=is_channels_last,
-            is_stateless=not (self.keeps_state or seen.draws_random),
-            starts_threads=seen.starts_threads,
-            bytes_per_sample=(self.bytes_held + self.batch.nbytes) // size + 1,
-            seconds_per_sample=self.seconds / size,
-        )
-
-
 def _try_forward(
     job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
-) -> _Trial:
+) -> tuple[Observation, ForwardTraits]:
     """Run a batch through the model; measure its memory and time, and whether it leaves state."""
     most_held = 0
 
@@ -257,7 +235,15 @@ def _try_forward(
         values for moments in seen.moments.values() for values in (moments.mean, moments.squares)
     ]
     keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _read_state(job.model))
-    return _Trial(batch, seen, keeps_state, most_held, seconds)
+    return seen, ForwardTraits(
+        calls=seen.calls,
+        takes_rows=False,
+        is_channels_last=False,
+        is_stateless=not (keeps_state or seen.draws_random),
+        starts_threads=seen.starts_threads,
+        bytes_per_sample=(most_held + batch.nbytes) // batch.size + 1,
+        seconds_per_sample=seconds / batch.size,
+    )
 
 
 def _read_state(model: nn.Module) -> list[tuple[object, int]]:
