@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from bnguard.version import __version__
-
 if TYPE_CHECKING:
     from bnguard.errors import BNGuardError, CalibrationError, CheckpointError, ConfigurationError
     from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from bnguard.swapping.result import Swap
     from bnguard.whatif.api import diagnose
     from bnguard.whatif.result import Diagnosis
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "RULES": "bnguard.rules",

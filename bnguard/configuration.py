@@ -46,9 +46,9 @@ class Configuration:
     BN305).
 
     Attributes:
-        select: The rules to run; all where None.
-        ignore: The rules not to run, also where they are selected.
-        per_layer_ignores: The rules that say nothing of some layers, by glob of their names.
+        select: The rules to run; None runs all.
+        ignore: The rules not to run, even if selected.
+        per_layer_ignores: The rules to ignore on some layers, by glob of their names.
         limits: Limits that differ from those of the rules, by rule, then by name.
 
     Raises:
@@ -69,12 +69,12 @@ class Configuration:
         chosen = {"select": self.select or (), "ignore": self.ignore}
         for key, names in (*chosen.items(), *self.per_layer_ignores.items()):
             if isinstance(names, str):
-                raise ConfigurationError(f"{key} has to be a list of codes, not {names!r}")
+                raise ConfigurationError(f"{key} must be a list of codes, not {names!r}")
             _codes(names)
         for name, changed in self.limits.items():
             if not isinstance(changed, Mapping):
                 raise ConfigurationError(
-                    f"limits of {name} have to be numbers by name, not {changed!r}"
+                    f"limits of {name} must be numbers by name, not {changed!r}"
                 )
         self.rules()
 
@@ -101,13 +101,13 @@ class Configuration:
         )
 
     def rules(self, rules: Iterable[Rule] | None = None) -> tuple[Rule, ...]:
-        """Return those of the rules that run, with their limits; rules of a user's own all do.
+        """Return the rules that run, with their limits; rules of the user's own always do.
 
         Args:
             rules: The rules to choose from; all that are installed by default.
 
         Raises:
-            ConfigurationError: One of them is no rule.
+            ConfigurationError: One of them is not a rule.
         """
         own = {rule.code for rule in installed_rules()}
         selected = own if self.select is None else _codes(self.select)
@@ -127,7 +127,7 @@ class Configuration:
         )
 
     def is_wanted(self, finding: Finding) -> bool:
-        """Return whether a finding is about a layer of which its rule may speak."""
+        """Return whether the rule of a finding is not ignored on its layer."""
         return not any(
             finding.layer is not None
             and fnmatch.fnmatchcase(finding.layer, pattern)
@@ -157,7 +157,7 @@ def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
     """Return a rule with other limits.
 
     Raises:
-        ConfigurationError: It has no limit of that name, or the value is no number.
+        ConfigurationError: It has no limit of that name, or the value is not a number.
     """
     known = [limit.name for limit in dataclasses.fields(rule)]
     for name, value in limits.items():
@@ -166,21 +166,21 @@ def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
             hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}"
             raise ConfigurationError(f"{rule.code} has no limit {name!r}: {hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigurationError(f"{rule.code}: {name} has to be a number, not {value!r}")
+            raise ConfigurationError(f"{rule.code}: {name} must be a number, not {value!r}")
         if math.isnan(value) or (name.endswith("_quantile") and not 0.0 <= value <= 1.0):
             kind = "between 0 and 1" if name.endswith("_quantile") else "a number"
-            raise ConfigurationError(f"{rule.code}: {name} has to be {kind}, not {value!r}")
+            raise ConfigurationError(f"{rule.code}: {name} must be {kind}, not {value!r}")
     return dataclasses.replace(rule, **limits) if limits else rule
 
 
 def read_configuration(path: Path | None = None) -> Configuration:
-    """Return what ``[tool.bnguard]`` says in a ``pyproject.toml``; the default where it does not.
+    """Return the configuration in ``[tool.bnguard]`` of a ``pyproject.toml``, or the default.
 
     Args:
         path: The file; by default that of the working directory or of the nearest one above it.
 
     Raises:
-        ConfigurationError: The file cannot be read, or holds what does not exist.
+        ConfigurationError: The file cannot be read, or names an unknown key, rule or limit.
     """
     path = _nearest_project_file(Path.cwd()) if path is None else path
     if path is None:
@@ -219,12 +219,12 @@ def _table(path: Path) -> Mapping[str, Any]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
-    if "bnguard" not in text:  # Nothing is wanted of a file that others may have broken.
+    if "bnguard" not in text:  # an invalid file of other tools is not our concern
         return {}
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path}: is no TOML: {error}") from error
+        raise ConfigurationError(f"{path}: is not valid TOML: {error}") from error
     try:
         return _mapping(_mapping(document, "tool"), "bnguard")
     except ConfigurationError as error:
@@ -234,11 +234,11 @@ def _table(path: Path) -> Mapping[str, Any]:
 def _mapping(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = table.get(key, {})
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{key} has to be a table")
+        raise ConfigurationError(f"{key} must be a table")
     return value
 
 
 def _names(value: object, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ConfigurationError(f"{key} has to be a list of codes")
+        raise ConfigurationError(f"{key} must be a list of codes")
     return tuple(value)

@@ -53,7 +53,7 @@ class Exchange:
         self._store = None if self.size == 1 else _store(name)
         self._set(f"here/{self.rank}", b"")
 
-    def merged(self, mine: T, merge: Callable[[Sequence[T | None]], Result]) -> Result:
+    def merge(self, mine: T, merge: Callable[[Sequence[T | None]], Result]) -> Result:
         """Return what ``merge`` makes of what each rank brings, None for a rank that is gone.
 
         Rank zero merges, and all ranks get the same; a rank that rank zero has left behind gets

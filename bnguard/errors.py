@@ -20,11 +20,11 @@ class CheckpointError(BNGuardError):
 
 
 class NoBatchNormError(CheckpointError):
-    """A file that is in order and holds no BN layers, or is no checkpoint but text."""
+    """A valid file without BN layers, or a text file that is not a checkpoint."""
 
 
 class CalibrationError(BNGuardError):
-    """A recalibration that cannot be done; the model is as it was before."""
+    """A recalibration that cannot be done; the model is unchanged."""
 
 
 class ConfigurationError(BNGuardError, ValueError):
@@ -37,13 +37,13 @@ class UserCodeError(BNGuardError):
 
 @contextmanager
 def user_code(name: str) -> Iterator[None]:
-    """Tell an exception of the user's code, which runs inside, from an error of our own.
+    """Mark exceptions of the user's code, which runs inside, as the user's.
 
     Args:
-        name: What of the user's it is, as in "your validation_step raised".
+        name: What the code is, as in "your validation_step raised".
 
     Raises:
-        UserCodeError: It raised an exception; one of bnguard's passes as it is.
+        UserCodeError: It raised an exception other than one of bnguard's.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def user_code(name: str) -> Iterator[None]:
 
 
 class Guard:
-    """Keeps errors of bnguard's own from ending the user's run: the first turns bnguard off.
+    """Keeps bnguard's own errors from ending the user's run: the first turns bnguard off.
 
     Args:
         strict: Raise errors instead.
@@ -63,7 +63,7 @@ class Guard:
         consequence: What happens to the run, as in "the run goes on".
 
     Attributes:
-        failure: The line that was shown; None while there was no error.
+        failure: The line that was shown; None before the first error.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> _Result | None:
-        """Do something unless turned off; return None then, and after an error."""
+        """Call a function unless turned off; return None if it is, and after an error."""
         if self.failure is not None:
             return None
         try:
@@ -97,7 +97,7 @@ class Guard:
             return None
 
     def turn_off(self, error: Exception) -> None:
-        """Do nothing from now on, and say why, once; raise the error where strict."""
+        """Do nothing from now on and say why once; raise the error if strict."""
         if self._is_strict:
             raise error
         if self.failure is not None:
@@ -109,24 +109,24 @@ class Guard:
                 f"bnguard: an error of its own, {type(error).__name__}: {error}; "
                 f"{self._consequence}. Please report it, with strict=True for the trace."
             )
-        # What has failed once may fail again.
+        # What failed once may fail again.
         with suppress(Exception):
             self._let_go()
-        # A terminal that is gone may be what has failed.
+        # A closed terminal may be the cause.
         with suppress(OSError, ValueError):
             self._tell(self.failure)
 
     def begin_anew(self) -> None:
-        """Forget an error of the user's code, which the next run may not have; not one of ours."""
+        """Forget an error of the user's code, which the next run may not have."""
         if not self._is_ours:
             self.failure = None
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""Return the class of an error and the first line of what it says.
+    r"""Return the class of an error and the first line of its message.
 
-    Where another process sent a traceback along, as a worker of a ``DataLoader`` does, what it
-    raised follows that.
+    If the message holds the traceback of another process, such as a ``DataLoader`` worker, return
+    the error at its end.
 
     >>> in_one_line(ValueError("no such image\nat line 5")), in_one_line(KeyboardInterrupt())
     ('ValueError: no such image', 'KeyboardInterrupt')
@@ -150,7 +150,7 @@ def printable(text: str) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant; None where none is near.
+    """Return the known name that was probably meant; None if none is near.
 
     >>> nearest_name("inspct", ["inspect", "explain"])
     'inspect'

@@ -74,7 +74,7 @@ class Fix:
     Attributes:
         summary: The next step in one sentence.
         repair: The command that does it on a checkpoint, ``"recalibrate"`` or ``"swap"``, which
-            is the name of the function, too; None where the user's own code has to change.
+            is the name of the function, too; None if the user's own code has to change.
     """
 
     summary: str
@@ -89,13 +89,13 @@ class Finding:
         code: Code of the rule, as in ``BN301``.
         name: Name of the rule, as in ``statistic-drift``.
         severity: How bad it is.
-        layer: Dotted name of the layer; None where the finding is about the whole model.
+        layer: Dotted name of the layer; None if the finding is about the whole model.
         message: What is wrong, in one sentence.
         evidence: The number that says so.
         reasons: The numbers that speak for the cause that the message names, where it names one.
         fix: What to do about it.
-        channels: Indices of the channels concerned, worst first; empty where it is all of them.
-        step: Training step at which it first showed, None where there was no training.
+        channels: Indices of the channels concerned, worst first; empty if it is all of them.
+        step: First step from which the value is beyond its limit, None if there was no training.
         cause: Code of a finding of the same report that explains this one; None for a root cause.
     """
 
@@ -118,19 +118,35 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as plain data; see :mod:`bnguard.report.json_document`."""
-        return {
-            "code": self.code,
-            "name": self.name,
-            "severity": str(self.severity),
-            "layer": self.layer,
-            "message": self.message,
-            "evidence": dataclasses.asdict(self.evidence),
-            "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
-            "fix": {"summary": self.fix.summary, "repair": self.fix.repair},
-            "channels": list(self.channels),
-            "step": self.step,
-            "cause": self.cause,
-        }
+        content = dataclasses.asdict(self)
+        for key in ("reasons", "channels"):
+            content[key] = list(content[key])
+        return {**content, "severity": str(self.severity)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastFinding:
+    """A warning or error that was announced; it may hold no longer.
+
+    Attributes:
+        code: Code of the rule.
+        name: Name of the rule.
+        severity: How bad it was: ``warning`` or ``error``.
+        layer: Dotted name of the layer; None for the whole model.
+        message: What was wrong, in one sentence.
+        evidence: The number that said so, in words.
+        first_step: First step at which it held.
+        last_step: Last step at which it held.
+    """
+
+    code: str
+    name: str
+    severity: str
+    layer: str | None
+    message: str
+    evidence: str
+    first_step: int
+    last_step: int
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,7 @@ class FindingGroup:
 
     @property
     def step(self) -> int | None:
-        """The first step in which one of the findings showed; None where there was no training."""
+        """The first step in which one of the findings showed; None if there was no training."""
         return min((f.step for f in self.findings if f.step is not None), default=None)
 
     @property
@@ -172,7 +188,7 @@ class FindingGroup:
 def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
     """Return the findings of each rule and severity together, in the order given.
 
-    What another finding explains stands apart from what none does.
+    What another finding explains is kept apart from root causes.
     """
     groups: dict[tuple[str, Severity, bool], list[Finding]] = {}
     for finding in findings:

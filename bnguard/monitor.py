@@ -20,10 +20,10 @@ from bnguard.configuration import Configuration, read_configuration
 from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
-from bnguard.layers.bn_layer import require_module, without_layers
+from bnguard.layers.bn_layer import explain_missing_layers, require_module
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.observer import Observer
-from bnguard.observe.windows import Plan, plan_training
+from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.rules import Rule
@@ -118,7 +118,7 @@ def watch(
     """
     require_module(model, "watch")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigurationError(f"{without_layers(model)}: nothing to watch")
+        raise ConfigurationError(f"{explain_missing_layers(model)}: nothing to watch")
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -139,7 +139,7 @@ def watch(
     )
     if not monitor.has_layers:
         warnings.warn(
-            f"bnguard: {without_layers(model)}, so there is nothing to watch",
+            f"bnguard: {explain_missing_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
     elif monitor._has_shards:
@@ -224,11 +224,15 @@ class Monitor:
         """Read what the training step just taken left in the buffers.
 
         Args:
-            step: Number of the step, as it should stand in findings; counted from 1 by default.
+            step: Number of the optimizer step, for findings; counted from 1 by default. Batches
+                that are accumulated may each be reported, under the number of their step.
         """
+        steps = self._observer.steps
         self._step = self._step + 1 if step is None else step
         self._checked = None
         self._guard(self._observer.step, self._step)
+        if self._observer.steps == steps:
+            return
         if self._observer.steps == 1:
             self.check()
         if self._observer.steps % self._every_n_steps == 0:
@@ -293,6 +297,7 @@ class Monitor:
         if self._checked is None or not self._observer.steps:
             self._checked = self.report(final=False)
             if self._guard.failure is None:
+                self._announcements.note(self._checked.findings, self._step)
                 for group in self._announcements.new(self._checked.findings):
                     self._on_findings(group)
         return self._checked
@@ -327,7 +332,7 @@ class Monitor:
 
         To be called by all ranks, as :meth:`report_of_all_ranks`.
         """
-        return self._exchange.merged(tuple(mine), merge_findings)
+        return self._exchange.merge(tuple(mine), merge_findings)
 
     def _leave(self) -> None:
         """Let the other ranks bring together what they have without this one, from now on."""
@@ -343,6 +348,7 @@ class Monitor:
         return {
             "step": self._step,
             "findings": self._announcements.state(),
+            "announced": self._announcements.records,
             "windows": {
                 name: {
                     name: torch.from_numpy(values).float() for name, values in vars(window).items()
@@ -354,10 +360,13 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where :meth:`state_dict` was taken."""
         self._step = state["step"]
-        self._announcements.resume(state["findings"])
+        self._announcements.resume(state["findings"], state.get("announced", ()))
         self._observer.resume(
             {name: _window_of(window) for name, window in state["windows"].items()}
         )
+
+    def _repr_html_(self) -> str:
+        return self.report(final=False)._repr_html_()
 
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
@@ -367,17 +376,17 @@ class Monitor:
         """Run the rules, and date each finding to the step at which it first showed."""
         history = self._observer.history(is_settled=final)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
-        return Report(history, tuple(map(self._date, conclusions.findings)), conclusions.skipped)
+        findings = conclusions.findings
+        if self._observer.steps:
+            findings = self._announcements.date(findings, self._step)
+        return Report(
+            history, findings, conclusions.skipped, over=self._announcements.over(findings)
+        )
 
     def _announce_batch_of_one(self) -> None:
         """Run the rules in the middle of a step: PyTorch is about to refuse the batch."""
         self._checked = None
         self.check()
-
-    def _date(self, finding: Finding) -> Finding:
-        if self._observer.steps == 0:
-            return finding
-        return self._announcements.date(finding, self._step)
 
 
 def _window_of(state: dict[str, Any]) -> BatchWindow:

@@ -5,38 +5,57 @@ transformers is imported here and nowhere else.
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, ParamSpec
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import default_logdir
 
 from bnguard.errors import Guard
-from bnguard.findings import FindingGroup, notice, show
+from bnguard.findings import FindingGroup
+from bnguard.loggers import Console, Reporter, RunLog, Scalars
+from bnguard.loggers.choice import reporters_of_transformers
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.terminal import as_terminal_text
-
-_Arguments = ParamSpec("_Arguments")
 
 
 class BatchNormCallback(TrainerCallback):
     """Watches the BN layers of a model that a Hugging Face ``Trainer`` trains.
 
-    Findings are printed when they first appear, and the report when training ends. An error inside
-    bnguard does not end the run: it is told as a warning, and the callback turns off.
+    Findings are printed when they first appear, and the report when training ends. The integrations
+    of ``report_to`` get the scalars and findings that the docstring of
+    :class:`bnguard.lightning.BatchNormMonitor` lists; those of TensorBoard are in a run of their
+    own, next to that of the ``Trainer``.
+
+    An error inside bnguard does not end the run: it is shown as a warning, and the callback turns
+    off.
 
     Args:
         every_n_steps: How often the rules run, in steps of the optimizer.
+        scalars: ``"summary"`` for five scalars at most, ``"all"``, or ``"none"``.
+        reporters: Further :class:`bnguard.loggers.Reporter` objects, for the main process.
 
     Attributes:
-        report: The report of the run that ended last; None before.
+        report: The report of the last run that ended; None before.
     """
 
-    def __init__(self, *, every_n_steps: int = 50) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int = 50,
+        scalars: Scalars = "summary",
+        reporters: Iterable[Reporter] = (),
+    ) -> None:
         self.report: Report | None = None
         self._every_n_steps = every_n_steps
+        self._scalars = scalars
+        self._reporters = tuple(reporters)
+        self._log = RunLog((), ())
         self._monitor: Monitor | None = None
         self._evaluation = ExitStack()
         self._is_evaluating = False
@@ -63,31 +82,34 @@ class BatchNormCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Read what a batch left in the buffers whose gradients are accumulated."""
-        self._guard(self._step, state.global_step)
+        self._guard(self._step, state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        """Read what the last batch left in the buffers."""
-        self._guard(self._step, state.global_step)
+    on_step_end = on_substep_end
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Read what arrives in eval mode, from the second batch on: the first has no event."""
+        """Read the inputs in eval mode, from the second batch on: the first has no event."""
         self._guard(self._evaluate)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Hold what arrived in eval mode against the running statistics."""
+        """Compare the inputs in eval mode with the running statistics, and log."""
         self._guard(self._end_evaluation)
+        self._guard(self._write, state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Log when the ``Trainer`` does; during an evaluation, not before it has ended."""
+        self._guard(self._write, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Print the report, and leave the model as it was found."""
-        self._guard(self._conclude, state.is_world_process_zero)
+        self._guard(self._conclude, state.global_step)
 
     def _watch(
         self,
@@ -97,24 +119,32 @@ class BatchNormCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
     ) -> None:
-        def tell(group: FindingGroup) -> None:
-            if state.is_world_process_zero:
-                show(notice(group))
+        def announce(group: FindingGroup) -> None:
+            self._log.announce([group], state.global_step)
 
-        # A training that an exception ended has told nobody.
+        # A training that an exception ended did not get to its end event.
         self._let_go()
         self._monitor = watch(
             model,
             # accelerate wraps it.
             optimizer=getattr(optimizer, "optimizer", optimizer),
             every_n_steps=self._every_n_steps,
-            planned_steps=state.max_steps * args.gradient_accumulation_steps,
+            planned_steps=state.max_steps,
             loader=loader,
             accumulated_batches=args.gradient_accumulation_steps,
-            on_findings=tell,
-            # The edge to the run is here.
-            strict=True,
+            on_findings=announce,
+            strict=True,  # The guard of the callback handles errors.
         )
+        reporters: Sequence[Reporter] = ()
+        if state.is_world_process_zero:
+            folder = os.getenv("TENSORBOARD_LOGGING_DIR")
+            if folder is None:
+                folder = str(Path(str(args.output_dir), default_logdir()))
+            chosen = reporters_of_transformers(
+                args.report_to or (), Path(folder, "bnguard"), self._monitor.rules
+            )
+            reporters = (Console(), *chosen, *self._reporters)
+        self._log = RunLog(reporters, self._monitor.rules, self._scalars)
 
     def _step(self, step: int) -> None:
         if self._monitor is not None:
@@ -130,14 +160,17 @@ class BatchNormCallback(TrainerCallback):
         self._is_evaluating = False
         self._evaluation.close()
 
-    def _conclude(self, is_printed: bool) -> None:
+    def _write(self, step: int) -> None:
+        if self._monitor is not None and not self._is_evaluating:
+            self._log.write(self._monitor.check(), step)
+
+    def _conclude(self, step: int) -> None:
         if self._monitor is None:
             return
         self._end_evaluation()
         self.report = self._monitor.report_of_all_ranks()
-        if is_printed:
-            show(as_terminal_text(self.report))
         self._let_go()
+        self._log.conclude(self.report, step)
 
     def _let_go(self) -> None:
         monitor, self._monitor = self._monitor, None

@@ -32,7 +32,7 @@ def together(*work):
 
 
 def rounds(place, number):
-    return [place.merged(place.rank * 10 + turn, list) for turn in range(number)]
+    return [place.merge(place.rank * 10 + turn, list) for turn in range(number)]
 
 
 def test_all_get_what_each_has_round_after_round(rank):
@@ -45,7 +45,7 @@ def test_what_the_store_would_not_take_in_one_piece(rank):
     places = [rank(number) for number in range(3)]
     part = bytes(9 * 2**20)
     results = together(
-        *(lambda place=place: place.merged(part, lambda parts: b"".join(parts)) for place in places)
+        *(lambda place=place: place.merge(part, lambda parts: b"".join(parts)) for place in places)
     )
     assert [len(result) for result in results] == [3 * len(part)] * 3
 
@@ -76,4 +76,4 @@ def test_without_rank_zero_each_is_alone(rank):
 
 
 def test_one_process_has_what_it_brings():
-    assert Exchange("alone").merged(3, list) == [3]
+    assert Exchange("alone").merge(3, list) == [3]

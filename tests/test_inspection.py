@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 import bnguard
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Evidence, Severity
+from bnguard.loggers import TensorBoard
 from bnguard.tensorboard.log_report import logged_runs
-from bnguard.tensorboard.writer import ReportLog
 from tests.networks import conv_net, digits
 
 
@@ -251,7 +251,7 @@ def test_the_order_of_evidence_knows_on_which_side_its_limit_is(further, nearer)
 def test_the_tab_and_the_text_of_a_run_have_the_same_order(tmp_path):
     report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
     with SummaryWriter(tmp_path) as writer:
-        ReportLog([writer]).add(report, 1)
+        TensorBoard(writer).log_layers(report, 1)
     (run,) = logged_runs(tmp_path)
     assert [finding["layer"] for finding in run.findings] == ["1", "2", "0"]
     assert all(finding["evidence"]["above"] for finding in run.findings)

@@ -264,8 +264,7 @@ def test_a_loop_that_tells_of_no_step_is_told_so():
     report = monitor.report()
     assert "BN304" not in {finding.code for finding in report.findings}
     assert (
-        "no step was told of: call monitor.step() after each step of training"
-        in report.history.notes
+        "no training step was noticed: call monitor.step() after each one" in report.history.notes
     )
 
 
@@ -395,3 +394,68 @@ def test_the_rules_run_once_a_check(monkeypatch):
             model(torch.randn(64, 4))
         assert monitor.check().history.layers[0].evaluated is not None
     assert len(runs) == 4
+
+
+def test_a_finding_that_is_over_is_reported_with_its_steps_and_survives_a_resume():
+    layer = nn.BatchNorm1d(4)
+
+    def train(monitor, steps):
+        for _ in range(steps):
+            layer(torch.randn(16, 4))
+            monitor.step()
+
+    with bnguard.watch(layer, every_n_steps=10, on_findings=lambda group: None) as monitor:
+        layer.momentum = 0.0
+        train(monitor, 20)
+        layer.momentum = 0.1
+        train(monitor, 40)
+        report, state = monitor.report(), monitor.state_dict()
+    (past,) = report.over
+    assert (past.code, past.first_step, past.last_step) == ("BN103", 1, 20)
+    assert "BN103 momentum-out-of-range (error) at the model itself" in str(report)
+    assert report.to_dict()["over"][0]["last_step"] == 20
+    with bnguard.watch(layer, on_findings=lambda group: None) as resumed:
+        resumed.load_state_dict(state)
+        train(resumed, 1)
+        assert resumed.report().over == (past,)
+
+
+def test_a_finding_dates_from_when_its_value_was_beyond_the_limit_though_only_info():
+    layer = nn.BatchNorm1d(4)
+    with bnguard.watch(layer, every_n_steps=1000, on_findings=lambda group: None) as monitor:
+        for step in range(1, 201):
+            layer.train()
+            layer(torch.randn(64, 4))
+            monitor.step()
+            if step % 40 == 0:
+                layer.eval()
+                with monitor.evaluation():
+                    layer(5.0 + torch.randn(64, 4))
+        (drift,) = [f for f in monitor.report().findings if f.code == "BN301"]
+    assert drift.step == 40
+
+
+def test_batches_without_gradients_after_the_last_step_are_said_to_come_after_it():
+    layer = nn.BatchNorm1d(4)
+    with bnguard.watch(layer) as monitor:
+        for _ in range(20):
+            layer(torch.randn(16, 4)).sum().backward()
+            monitor.step()
+        with torch.no_grad():
+            for _ in range(9):
+                layer(torch.randn(16, 4))
+        (finding,) = [f for f in monitor.report().findings if f.code == "BN206"]
+    assert "9 batches" in finding.message
+    assert "all after the last step" in finding.message
+
+
+def test_the_batches_of_one_step_are_counted_as_one():
+    layer = nn.BatchNorm1d(4)
+    with bnguard.watch(layer, accumulated_batches=8) as monitor:
+        for batch in range(80):
+            layer(torch.randn(16, 4))
+            monitor.step(1 + batch // 8)
+        report = monitor.report()
+    assert report.to_dict()["steps"] == 10
+    assert report.layers[0].updates_seen == 80
+    assert not report.findings

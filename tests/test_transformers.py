@@ -69,7 +69,8 @@ def test_a_run_is_watched_and_trains_as_it_would_unwatched(tmp_path, capsys):
 def test_accumulated_batches_are_read_one_by_one(tmp_path):
     callback = BatchNormCallback()
     train(tmp_path, [callback], gradient_accumulation_steps=2, max_steps=6)
-    assert callback.report.history.run.steps == 12
+    assert callback.report.history.run.steps == 6
+    assert {layer.updates_seen for layer in callback.report.layers} == {12}
     assert callback.report.history.run.plan.accumulated_batches == 2
 
 

@@ -303,7 +303,7 @@ def _hyper_parameters(stored: object) -> tuple[Mapping[str, object], Mapping[str
 def _noted(root: Mapping[object, object], key: str) -> object:
     """Return what ``BatchNormMonitor`` noted in a checkpoint; None if it did not."""
     node: object = root
-    for part in ("callbacks", "BatchNormMonitor", key):
+    for part in ("bnguard", "monitor", key):
         node = (mapping_of(node) or {}).get(part)
     return node
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnguard import __version__
 from bnguard.checkpoint.atomic_writing import (
     backup_of,
     check_backup,
@@ -25,7 +26,6 @@ from bnguard.checkpoint.result import LIGHTNING_PREFIX, Checkpoint
 from bnguard.checkpoint.storage import open_source
 from bnguard.checkpoint.unpickling import mapping_of
 from bnguard.errors import CheckpointError
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor

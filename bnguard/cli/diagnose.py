@@ -1,27 +1,19 @@
-"""``bnguard diagnose``: load, try other statistics, and tell."""
+"""``bnguard diagnose``: load, try other statistics, and report."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from bnguard.checkpoint import CheckpointModel
-from bnguard.cli.model_and_data import OPTIONS, Data
-from bnguard.cli.output import command_parser, show, show_document
-from bnguard.cli.request import (
-    SUBJECTS_HELP,
-    SUBJECTS_USAGE,
-    WEIGHTS_HELP,
-    Request,
-    asks_for_help,
-    requested,
-)
+from bnguard.cli.model_and_data import Data
+from bnguard.cli.output import show, show_json
+from bnguard.cli.request import Option, Request, model_command_parser, run_request
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -44,28 +36,21 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Show what other statistics would do for a checkpoint; status 1 where there is a fault."""
-    if asks_for_help(arguments):
-        make_parser().parse_args(["--help"])
-    # torch is imported from here on.
-    from bnguard.lightning.scoring import quiet_lightning
-
-    with quiet_lightning():
-        return _diagnose_checkpoint(make_parser(), arguments)
+    """Show what other statistics would do for a checkpoint; status 1 if there is a fault."""
+    sections = ("model", "data", "reference")
+    return run_request(make_parser(), arguments, _diagnose_checkpoint, sections)
 
 
 def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
-    parser = command_parser(
+    parser = model_command_parser(
         "diagnose",
         "Try a checkpoint with other BN statistics: recalibrated on training and on "
         "evaluation data, and those of each batch. Name the cause and the layers to blame. "
         "Nothing is written.",
-        SUBJECTS_HELP + _REFERENCE + _EXAMPLES,
-        f"{SUBJECTS_USAGE}\n           [--reference PACKAGE:function [--reference.NAME VALUE ...]]",
+        _REFERENCE + _EXAMPLES,
+        "\n           [--reference PACKAGE:function [--reference.NAME VALUE ...]]",
     )
-    parser.add_argument("checkpoint", type=str, help="checkpoint to read")
-    parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument(
         "--split", type=Literal["train", "val", "test"], default="val", help="evaluation data"
     )
@@ -78,30 +63,24 @@ def make_parser() -> ArgumentParser:
         default=[2, 8, 32],
         help="sizes at which batches are normalised by their own statistics",
     )
-    parser.add_argument("--metric", type=str, help="validation metric that is the score")
     parser.add_argument(
         "--expected", type=float, help="what the metric should be, as in training perhaps"
     )
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
-def _diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
-    """Do what the arguments say; the exit status is 1 where there is a fault."""
+def _diagnose_checkpoint(request: Request) -> int:
+    """Diagnose; return 1 if there is a fault."""
     import torch
 
-    from bnguard.cli.devices import usable_device
-    from bnguard.cli.scoring import forward_of, split_samples, validation_score
+    from bnguard.cli.scoring import forward_of, split_samples, usable_device, validation_score
     from bnguard.whatif.api import diagnose
 
-    request = requested(parser, arguments, "diagnose", (*OPTIONS, "reference"))
     values = request.values
     device = usable_device(values.device)
     model, stored = request.model()
     data = request.data(model)
-    # A loader that shuffles gives the same samples each time.
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # so that a shuffling loader gives the same samples each time
     model = model.eval().to(device)
     loader = split_samples(data.loader(values.split), values.samples, None).calibration
     scorer = validation_score(request, model, loader if data.is_module else None, device)
@@ -117,7 +96,7 @@ def _diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         expected_score=_expected(model, scorer, values),
         progress=not values.json,
     )
-    commands = _Commands(str(request.checkpoint.path), tuple(arguments))
+    commands = _Commands(str(request.checkpoint.path), request.options)
     cause = (
         commands.of_module(diagnosis.cause, values.split)
         if data.is_module
@@ -129,15 +108,22 @@ def _diagnose_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
         notes=(*_score_notes(scorer), *request.notes, *notes, *diagnosis.notes),
     )
     if values.json:
-        document = diagnosis.to_dict() | _document(request, stored, data, scorer)
-        show_document(document)
+        document = {
+            "action": "diagnose",
+            "checkpoint": str(request.checkpoint.path),
+            "weights": stored.name,
+            "data": data.path,
+            "split": values.split,
+            "metric": None if scorer is None else scorer.name,
+        }
+        show_json(diagnosis.to_dict() | document)
     else:
         show(diagnosis)
     return 1 if diagnosis.cause.is_fault else 0
 
 
 def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, list[str]]:
-    """Return the training data in their own batches, or why there are none."""
+    """Return the training data in their own batches, and a note if they cannot be loaded."""
     named = request.reference()
     if named is not None:
         return named.loader("train"), []
@@ -150,11 +136,11 @@ def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, l
 
 
 def _expected(model: nn.Module, scorer: ValidationScore | None, values: Namespace) -> float | None:
-    """Return the score that is expected, with its sign turned where lower is better."""
+    """Return the expected score, negative if lower is better."""
     expected: float | None = values.expected
     if expected is None or scorer is None:
         return None
-    scorer(model)  # The metric is chosen when it is first measured.
+    scorer(model)  # chooses the metric, and so the sign
     return -expected if scorer.sign < 0 else expected
 
 
@@ -164,31 +150,17 @@ def _score_notes(scorer: ValidationScore | None) -> tuple[str, ...]:
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
-def _document(
-    request: Request, stored: CheckpointModel, data: Data, scorer: ValidationScore | None
-) -> dict[str, object]:
-    """Return what was diagnosed, which ``--json`` prints beside the diagnosis."""
-    return {
-        "action": "diagnose",
-        "checkpoint": str(request.checkpoint.path),
-        "weights": stored.name,
-        "data": data.path,
-        "split": request.values.split,
-        "metric": None if scorer is None else scorer.name,
-    }
-
-
 @dataclass(frozen=True)
 class _Commands:
-    """Commands in place of the code that a cause proposes, where a command does it.
+    """Replaces the code that a cause proposes by commands, if one does it.
 
     Attributes:
         checkpoint: The checkpoint.
-        arguments: Those of the command that found the cause.
+        options: Those of the command that found the cause.
     """
 
     checkpoint: str
-    arguments: tuple[str, ...]
+    options: Sequence[Option]
 
     def of_module(self, cause: Verdict, split: str) -> Verdict:
         """Return the cause with a command for the splits of a data module."""
@@ -217,28 +189,17 @@ class _Commands:
         if cause.cured_by == "reference":
             return replace(cause, next_step=f"bnguard recalibrate {self._named('reference')}")
         advice = cause.advice
-        if not _naming(self.arguments, {"reference"}):
+        if not any(option.section == "reference" for option in self.options):
             advice += " (--data takes a function that gives the training loader, too)"
         step = f"bnguard recalibrate {self._named('data')}"
         return replace(cause, advice=advice, next_step=step)
 
     def _named(self, data: str) -> str:
-        """Return the checkpoint, its model, and as its data those of an option."""
-        words = _naming(self.arguments, {"model", "config", "weights", data})
-        in_place = [re.sub(rf"^--{data}(?=$|[.=])", "--data", word) for word in words]
-        return shlex.join([self.checkpoint, *in_place])
-
-
-def _naming(arguments: Iterable[str], options: Container[str]) -> list[str]:
-    """Return those of the arguments that belong to some options."""
-    chosen, is_value = [], False
-    for argument in arguments:
-        is_option = argument.startswith("--")
-        if is_option:
-            name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
-            is_value = name in options
-        if is_value:
-            chosen.append(argument)
-            # One value an option; what follows is the next option, or the checkpoint.
-            is_value = is_option and "=" not in argument
-    return chosen
+        """Return the words that name the checkpoint and its model, and an option as ``--data``."""
+        words = [self.checkpoint]
+        for option in self.options:
+            if option.section in {"model", "config", "weights", data}:
+                first, *value = option.words
+                in_place = re.sub(rf"^--{data}(?=$|[.=])", "--data", first)
+                words += [in_place, *value]
+        return shlex.join(words)

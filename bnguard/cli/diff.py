@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser, show, show_document
+from bnguard.cli.output import command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.layers.distances import largest
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     after = _read(values.after or values.before, names[-1])
     difference = compare(before, after)
     if values.json:
-        show_document(difference_document(difference))
+        show_json(difference_document(difference))
     else:
         show(difference_view(difference, is_verbose=values.verbose))
     return int(bool(difference.entries))
@@ -59,9 +59,7 @@ def make_parser() -> ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
-    parser.add_argument(
-        "after", type=str, nargs="?", help="the second; the first again where it is left out"
-    )
+    parser.add_argument("after", type=str, nargs="?", help="the second; by default the first again")
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(

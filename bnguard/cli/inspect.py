@@ -14,15 +14,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.output import command_parser, print_error, show, show_document
+from bnguard.cli.output import command_parser, print_error, show, show_json
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.report import Report
 from bnguard.report.json_document import SCHEMA
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
@@ -50,7 +50,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Report on each checkpoint; what is unusable among them does not hide the rest."""
+    """Report on each checkpoint; an unusable one does not hide the rest."""
     values = make_parser().parse_args(arguments)
     configuration = read_configuration().changed(
         select=_codes(values.select), ignore=_codes(values.ignore)
@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
                 checkpoint = checkpoint.only(values.weights)
             inspected.append((checkpoint, inspect_checkpoint(checkpoint, configuration)))
         except NoBatchNormError as error:
-            # Optimizer states and counters lie in folders beside the model; nobody asked for them.
+            # Folders hold optimizer states and counters next to the model.
             (errors if path in named else passed_over)[str(path)] = str(error)
         except BNGuardError as error:
             errors[str(path)] = str(error)
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
         errors |= passed_over
         passed_over = {}
     if values.json:
-        show_document(inspection_document(inspected, errors))
+        show_json(inspection_document(inspected, errors))
     else:
         for checkpoint, report in inspected:
             show(checkpoint_view(checkpoint, report, is_verbose=values.verbose))
@@ -91,7 +91,7 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
     parser = command_parser(
         "inspect",
-        "Tell what is wrong with the BN layers of checkpoints; needs no model code, "
+        "Find problems of the BN layers in checkpoints; needs no model code, "
         "and runs nothing that a checkpoint holds.",
         _HELP,
     )
@@ -115,7 +115,7 @@ def make_parser() -> ArgumentParser:
 
 
 def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool) -> RenderableType:
-    """Return what an inspection found: the file, its findings, and each layer if asked for."""
+    """Return what to print of an inspection: the file, its findings, and each layer if verbose."""
     parts: list[RenderableType] = [Text(f"{checkpoint.path} ({checkpoint.format})"), report]
     found = {finding.code for finding in report.findings}
     only_reported = [noted for noted in checkpoint.reported if noted.code not in found]

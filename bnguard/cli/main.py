@@ -1,9 +1,8 @@
 """The command line: arguments become calls, and what they return becomes an exit status.
 
-0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; as of other
-programs, 130 where Ctrl-C was pressed, and 141 where the reader of the output, ``head`` say, stops
-before its end.
-Standard output carries what the command says, and nothing that the user's code prints.
+0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; 130: Ctrl-C was
+pressed; 141: the reader of the output, such as ``head``, stopped before its end.
+Standard output carries what the command prints, and nothing that the user's code prints.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from bnguard import __version__
 from bnguard.cli.output import (
     STANDARD_ERROR,
     STANDARD_OUTPUT,
@@ -25,17 +25,16 @@ from bnguard.cli.output import (
     print_error,
 )
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
-from bnguard.version import __version__
 
 # A command's module is imported, and torch with it, only when the command is called.
 COMMANDS = {
     "demo": "train, break, name and repair a small network on real digits",
-    "inspect": "tell what is wrong with the BN layers of checkpoints",
+    "inspect": "find problems of the BN layers in checkpoints",
     "diff": "compare two checkpoints",
-    "diagnose": "tell from other statistics what is wrong, and which layers are to blame",
-    "recalibrate": "write a checkpoint with new running statistics beside it",
-    "swap": "swap BN for another norm, and write a checkpoint that has learnt to do without",
-    "report": "print what a log directory says of BN layers, or write it as one page",
+    "diagnose": "try other statistics: what is wrong, and which layers are to blame",
+    "recalibrate": "write a checkpoint with new running statistics",
+    "swap": "replace BN by another norm, distil, and write the checkpoint",
+    "report": "print the reports in a log directory, or write them as one page",
     "explain": "show the page of a rule",
     "rules": "list the rules",
 }
@@ -46,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _status(list(arguments))
     status = _status(sys.argv[1:])
-    # What the user's code prints when the process ends is not the command's output either. This is
-    # registered last, so it is called first.
+    # What the user's code prints when the process ends is not the command's output either.
+    # Registered last, this is called first.
     atexit.register(os.dup2, STANDARD_ERROR, STANDARD_OUTPUT)
     return status
 
@@ -62,16 +61,13 @@ def _status(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Whoever read the output has enough of it, as `head` has; what is left goes nowhere.
+        # The reader, such as `head`, has enough; the rest goes nowhere.
         is_of_process = sys.stdout is sys.__stdout__
         if is_of_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell says of a process that SIGPIPE ended
-    except ArgumentError as error:
-        print_error(in_a_line(error))
-        return 2
-    except BNGuardError as error:
-        print_error(str(error))
+        return 141  # a shell's status of a process that SIGPIPE ended
+    except (ArgumentError, BNGuardError) as error:
+        print_error(in_a_line(error) if isinstance(error, ArgumentError) else str(error))
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interruption(error):
@@ -81,7 +77,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Return whether Ctrl-C was pressed; a Trainer makes the end of the process of that."""
+    """Return whether Ctrl-C was pressed, which a Trainer turns into the end of the process."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
@@ -102,7 +98,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _overview() -> ArgumentParser:
-    """Return a parser that shows the commands, without what it would take to run them."""
+    """Return a parser that shows the commands without importing them."""
     parser = ArgumentParser(
         prog="bnguard",
         description="Tells what is wrong with the batch normalisation of networks and repairs it.",

@@ -1,4 +1,4 @@
-"""Parsers of commands: how their help looks, and how errors are told."""
+"""How commands look: help, errors in one line, text, tables and JSON on standard output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REQUIRED = re.compile(r"the following arguments are required: (\w+\..*)")
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of examples as they are, and says of an option what a user needs."""
+    """Keeps the lines of examples, and shows a default only where there is one."""
 
     def _get_help_string(self, action: Action) -> str:
         text = (action.help or "").replace("(default: %(default)s)", "").rstrip()
@@ -37,13 +37,13 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def command_parser(
     command: str, description: str, epilog: str, usage: str | None = None
 ) -> ArgumentParser:
-    """Return the parser of a command; what stands behind the options keeps its lines.
+    """Return the parser of a command.
 
     Args:
         command: Its name.
         description: What it does.
-        epilog: What stands behind the options.
-        usage: What follows the name where the parser does not know all options by itself.
+        epilog: What follows the options, line by line.
+        usage: What follows the name if the parser does not know all options by itself.
     """
     program = f"bnguard {command}"
     return ArgumentParser(
@@ -57,12 +57,12 @@ def command_parser(
 
 
 def print_error(message: str) -> None:
-    """Print one line, in which no name from a file can make the terminal do anything."""
+    """Print one line, in which no name from a file can control the terminal."""
     print(f"bnguard: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def in_a_line(error: ArgumentError) -> str:
-    """Return what an error says, in one line and in the words of a user.
+    """Return the message of an error in one line, with options as they are typed.
 
     >>> in_a_line(ArgumentError(None, 'Parser key "dry_run": Expected a bool. Got value: x'))
     '--dry-run: Expected a bool. Got value: x'
@@ -80,7 +80,7 @@ def in_a_line(error: ArgumentError) -> str:
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Tell of an error in a user's code in one line; a script may even end the process.
+    """Report an error in the user's code in one line; a script may even end the process.
 
     Raises:
         ConfigurationError: The block raised an exception.
@@ -98,17 +98,14 @@ def _option(key: str) -> str:
     return f"--{key}" if "." in key else f"--{key.replace('_', '-')}"
 
 
-# What a command prints: its own words on standard output, the user's code on standard error.
-
-
-# Where there is no terminal, what is drawn is as wide as it needs to be.
+# Without a terminal, tables are as wide as they need to be.
 UNLIMITED_WIDTH = 100_000
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
 
 class _Output:
-    """The stream that a command prints to; standard output where nobody has set it apart."""
+    """The stream that a command prints to, if it is not standard output."""
 
     apart: TextIO | None = None
 
@@ -120,15 +117,14 @@ def output() -> TextIO:
 
 @contextmanager
 def output_apart() -> Iterator[None]:
-    """Keep standard output for what bnguard prints: all else goes to standard error.
+    """Keep standard output for what bnguard prints: everything else goes to standard error.
 
-    Also what libraries in C and child processes print, since the file descriptor itself leads
-    there, as long as the process lives or this lasts.
+    That includes libraries in C and child processes, since the file descriptor itself is replaced.
     """
     before, stream = _Output.apart, sys.stdout
     is_of_process = stream is sys.__stdout__
     stream.flush()
-    if not is_of_process:  # A notebook, or a test, that catches what is printed.
+    if not is_of_process:  # a notebook or a test captures the output
         _Output.apart = stream
         try:
             with redirect_stdout(sys.stderr):
@@ -145,7 +141,7 @@ def output_apart() -> Iterator[None]:
             yield
         own.flush()
     except BrokenPipeError:
-        # What could not be written must not be tried once more when the stream is closed.
+        # Closing the stream must not try to write the rest again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, kept)
         os.close(nowhere)
@@ -163,15 +159,17 @@ def say(text: str) -> None:
     print(text, file=output())
 
 
-def show_document(document: Mapping[str, object]) -> None:
-    """Print a document as JSON."""
-    say(json.dumps(document, indent=2))
+def show_json(document: Mapping[str, object]) -> None:
+    """Print a document as strict JSON."""
+    from bnguard.report.json_document import strict_json
+
+    say(json.dumps(strict_json(document), indent=2, allow_nan=False))
 
 
 def show(renderable: RenderableType) -> None:
-    """Draw something, in which no name from a file can make the terminal do anything.
+    """Print a table or text, in which no name from a file can control the terminal.
 
-    As wide as the terminal is; where there is none, nothing is wrapped or padded.
+    It is as wide as the terminal; without one, nothing is wrapped or padded.
     """
     from rich.console import Console
 
@@ -179,7 +177,7 @@ def show(renderable: RenderableType) -> None:
     is_terminal = stream.isatty()
     console = Console(file=stream, width=None if is_terminal else UNLIMITED_WIDTH)
     with console.capture() as capture:
-        console.print(_Printable(renderable))
+        console.print(_Printable(renderable), crop=False)
     drawn = capture.get()
     if not is_terminal:
         drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())

@@ -1,4 +1,4 @@
-"""``bnguard recalibrate``: load, recalibrate, score, write, and tell."""
+"""``bnguard recalibrate``: load, recalibrate, score, write, and report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
 
 from bnguard.checkpoint import (
-    Checkpoint,
     CheckpointModel,
     check_backup,
     check_output,
@@ -22,14 +21,8 @@ from bnguard.checkpoint import (
     write_statistics,
 )
 from bnguard.cli.model_and_data import Data
-from bnguard.cli.output import command_parser, say, show, show_document
-from bnguard.cli.request import (
-    SUBJECTS_HELP,
-    SUBJECTS_USAGE,
-    WEIGHTS_HELP,
-    asks_for_help,
-    requested,
-)
+from bnguard.cli.output import say, show, show_json
+from bnguard.cli.request import Request, add_writing_options, model_command_parser, run_request
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,10 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bnguard.cli.scoring import Samples
-    from bnguard.layers.bn_layer import BatchNormLayer
     from bnguard.lightning.scoring import ValidationScore
     from bnguard.recalibration.result import Recalibration
 
+_SPLIT = "val"
 _EXAMPLES = """
 examples:
   bnguard recalibrate last.ckpt --model my.LitModel --data my.DataModule
@@ -52,27 +45,18 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Write a checkpoint with new running statistics; status 1 where they are no better."""
-    if asks_for_help(arguments):
-        make_parser().parse_args(["--help"])
-    # torch is imported from here on.
-    from bnguard.lightning.scoring import quiet_lightning
-
-    with _launched_ranks(), quiet_lightning():
-        return _recalibrate_checkpoint(make_parser(), arguments)
+    return run_request(make_parser(), arguments, _recalibrate_checkpoint)
 
 
 def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
-    parser = command_parser(
+    parser = model_command_parser(
         "recalibrate",
-        "Write a checkpoint with new running statistics beside the one given.",
-        SUBJECTS_HELP + _EXAMPLES,
-        SUBJECTS_USAGE,
+        "Write a checkpoint with new running statistics next to the one given.",
+        _EXAMPLES,
     )
-    parser.add_argument("checkpoint", type=str, help="checkpoint to read")
-    parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument(
-        "--split", type=Literal["train", "val", "test"], default="val", help="data to use"
+        "--split", type=Literal["train", "val", "test"], default=_SPLIT, help="data to use"
     )
     parser.add_argument("--samples", type=PositiveInt, default=1024, help="samples to use at most")
     parser.add_argument(
@@ -105,53 +89,51 @@ def make_parser() -> ArgumentParser:
         help="share of the split that scores and does not calibrate",
     )
     parser.add_argument(
-        "--metric",
-        type=str,
-        help="validation metric that decides; by default what the training's checkpoint callback "
-        "monitored, else one named like an accuracy, else the loss",
-    )
-    parser.add_argument(
         "--keep",
         type=Literal["if-better", "always"],
         default="if-better",
         help="what to do when the score gets worse",
     )
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--precision",
-        type=Literal["32-true", "16-mixed", "bf16-mixed"],
-        default="32-true",
-        help="as the Trainer names it",
-    )
-    parser.add_argument("--output", type=str, help="where to write; NAME-recalibrated by default")
     parser.add_argument(
         "--in-place", action="store_true", help="replace the file, with the original as NAME.bak"
     )
     parser.add_argument("--dry-run", action="store_true", help="compute and score, write nothing")
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_writing_options(parser, "recalibrated")
     return parser
 
 
-def _recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
-    """Do what the arguments say; the exit status is 1 where the statistics are no better."""
+@contextmanager
+def _launched_ranks() -> Iterator[None]:
+    """Join the other processes if a launcher such as torchrun started this one."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")  # The statistics are small, and in host memory.
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@_launched_ranks()
+def _recalibrate_checkpoint(request: Request) -> int:
+    """Recalibrate; return 1 if the new statistics are not better."""
     import torch
 
-    from bnguard.cli.devices import usable_device
-    from bnguard.cli.scoring import NOT_SCORED, validation_score
+    from bnguard.cli.scoring import NOT_SCORED, usable_device, validation_score
     from bnguard.distributed import current_ranks
 
-    request = requested(parser, arguments, "recalibrate")
     checkpoint, values = request.checkpoint, request.values
     output = _output(checkpoint.path, values)
     device = usable_device(values.device)
     model, stored = request.model()
     data = request.data(model)
-    # A loader that shuffles gives the same samples each time.
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # so that a shuffling loader gives the same samples each time
     samples = _samples(data, values)
     scorer = validation_score(request, model, samples.scoring, device)
-    result = _recalibrated(model.eval(), samples, scorer, device, values)
+    result = _recalibrate_model(model.eval(), samples, scorer, device, values)
     status = 0 if result.is_kept else 1
     if current_ranks().rank > 0:  # The first rank prints and writes.
         return status
@@ -169,16 +151,22 @@ def _recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         listed = ", ".join(map(repr, shared[:3])) + more
         notes.append(f"changing {stored.name!r} also changes {listed} (they share storage)")
-    if not data.is_module and values.split != parser.get_default("split"):
+    if not data.is_module and values.split != _SPLIT:
         notes.append(f"--split {values.split} was left out: {data.path} is a function")
     written, said = None, f"not written (--dry-run): {output}"
     if not result.is_kept:
         said = "not written: the score got worse (use --keep always to write it anyway)"
     elif not values.dry_run:
+        written = output
         statistics = _statistics(model, stored)
-        written, said = _written(checkpoint, output, statistics, document, values)
+        if values.in_place:
+            backup = replace_statistics(output, statistics, document, force=values.force)
+            said = f"written: {output}, with the original as {backup}"
+        else:
+            write_statistics(checkpoint.path, output, statistics, document, force=values.force)
+            said = f"written: {output}"
     if values.json:
-        show_document(
+        show_json(
             {
                 **document,
                 **result.to_dict(),
@@ -193,7 +181,7 @@ def _recalibrate_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int
     return status
 
 
-def _recalibrated(
+def _recalibrate_model(
     model: nn.Module,
     samples: Samples,
     scorer: ValidationScore | None,
@@ -230,7 +218,7 @@ def _document(
     scorer: ValidationScore | None,
     values: Namespace,
 ) -> dict[str, object]:
-    """Return what was done, as the checkpoint that is written keeps it and ``--json`` prints it."""
+    """Return what was done, for the provenance of the new checkpoint and for ``--json``."""
     return {
         "action": "recalibrate",
         "method": result.method,
@@ -247,9 +235,9 @@ def _document(
 
 
 def _output(source: Path, values: Namespace) -> Path:
-    """Return where the result goes; what stands there already is found out before the work."""
+    """Return where the result goes; fail before the work if it cannot be written there."""
     if values.output is not None and values.in_place:
-        raise ConfigurationError("--output and --in-place exclude each other: leave one out")
+        raise ConfigurationError("--output and --in-place exclude each other: remove one")
     if values.in_place:
         if not values.dry_run:
             check_backup(original_of(source), force=values.force)
@@ -260,23 +248,8 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _written(
-    checkpoint: Checkpoint,
-    output: Path,
-    statistics: dict[str, Tensor],
-    document: dict[str, object],
-    values: Namespace,
-) -> tuple[Path, str]:
-    """Write the checkpoint, and return where, and what to tell."""
-    if values.in_place:
-        backup = replace_statistics(output, statistics, document, force=values.force)
-        return output, f"written: {output}, with the original as {backup}"
-    write_statistics(checkpoint.path, output, statistics, document, force=values.force)
-    return output, f"written: {output}"
-
-
 def _samples(data: Data, values: Namespace) -> Samples:
-    """Return what calibrates and what scores: the validation split, as far as it is not used."""
+    """Return what calibrates and what scores: the validation samples that do not calibrate."""
     from bnguard.cli.scoring import Samples, split_samples
 
     loader = data.loader(values.split)
@@ -295,44 +268,22 @@ def _statistics(model: nn.Module, stored: CheckpointModel) -> dict[str, Tensor]:
     """Return the BN statistics of a model by the names of their entries in the checkpoint."""
     from bnguard.layers.bn_layer import find_layers
 
+    statistics: dict[str, Tensor] = {}
     layers = {layer.name: layer for layer in find_layers(model)}
-    return {
-        layer.key(attribute): tensor
-        for layer in stored.layers
-        if layer.name in layers
-        for attribute, tensor in _named_statistics(layers[layer.name]).items()
-    }
-
-
-def _named_statistics(layer: BatchNormLayer) -> dict[str, Tensor]:
-    statistics = {
-        layer.adapter.mean: layer.running_mean,
-        layer.adapter.var: layer.running_var,
-        layer.adapter.counter: layer.counter,
-    }
-    return {name: tensor for name, tensor in statistics.items() if name and tensor is not None}
-
-
-# Under a launcher such as torchrun each process has a share of the data, and one writes.
-
-
-@contextmanager
-def _launched_ranks() -> Iterator[None]:
-    """Join the processes that a launcher started, for as long as this lasts; or run alone."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo")  # What is exchanged is small, and in the memory of the host.
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    for entry in stored.layers:
+        if entry.name not in layers:
+            continue
+        layer = layers[entry.name]
+        names = layer.adapter.mean, layer.adapter.var, layer.adapter.counter
+        tensors = layer.running_mean, layer.running_var, layer.counter
+        for name, tensor in zip(names, tensors, strict=True):
+            if name and tensor is not None:
+                statistics[entry.key(name)] = tensor
+    return statistics
 
 
 def _share_of_rank(loader: Iterable[object]) -> Iterable[object]:
-    """Return this rank's share of a loader: samples drawn at random where they can be, or batches.
+    """Return this rank's share of a loader: random samples if it has a data set, else batches.
 
     The random order is the same on all ranks, so no sample is in two shares.
     """

@@ -1,86 +1,151 @@
-"""What commands that repair a checkpoint begin with: its name, its model and data, its weights."""
+"""How commands on a checkpoint with model and data begin: options, checkpoint, model, weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.checkpoint import Checkpoint, CheckpointModel, load_state_dict, read_checkpoint
 from bnguard.checkpoint.reading import checkpoint_at
-from bnguard.cli.model_and_data import (
-    OPTIONS,
-    Data,
-    Subject,
-    built_data,
-    built_model,
-    configuration_beside,
-    data_of_model,
-    has_loaders,
-    named_subjects,
-)
-from bnguard.errors import CheckpointError, ConfigurationError, nearest_name
+from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
+from bnguard.cli.output import command_parser
+from bnguard.cli.stored_arguments import StoredArguments
+from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# For the help of these commands: the model and the data are parsed apart from the options.
-SUBJECTS_USAGE = """checkpoint [--config FILE] [options]
+# These options are read before the parser knows the arguments of the model and the data.
+_USAGE = """checkpoint [--config FILE] [options]
            [--model PACKAGE.Class [--model.NAME VALUE ...]]
            [--data PACKAGE.Class [--data.NAME VALUE ...]]"""
-SUBJECTS_HELP = """
+_HELP = """
 the model and its data:
   --model PACKAGE.Class   class or function that makes the model; its arguments
                           follow as --model.NAME, and start from those of
                           --config and the checkpoint's hyper-parameters
   --data PACKAGE.Class    class of a data module, or function that gives a
                           loader, its arguments as --data.NAME; not needed
-                          where the model has loaders itself
-  --config FILE           what LightningCLI saved, found beside the checkpoint
-                          by itself; where it names no class, --model does
+                          if the model has loaders itself
+  --config FILE           what LightningCLI saved; by default that next to the
+                          checkpoint; --model names the class if it does not
 """
-WEIGHTS_HELP = (
-    "which model of a file that holds several, as inspect calls it, or which part of one: "
-    "ema, encoder_q"
-)
 
 
-def asks_for_help(arguments: list[str]) -> bool:
-    """Return whether help is asked for, before anything is imported to give it."""
-    return not {"-h", "--help"}.isdisjoint(arguments)
+def model_command_parser(
+    command: str, description: str, epilog: str, usage: str = ""
+) -> ArgumentParser:
+    """Return the parser of a command on a checkpoint with model and data, and its first options.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        epilog: What the help shows after the options, next to the help on model and data.
+        usage: Options that the parser does not know by itself, besides those of model and data.
+    """
+    parser = command_parser(command, description, _HELP + epilog, _USAGE + usage)
+    parser.add_argument("checkpoint", type=str, help="checkpoint to read")
+    parser.add_argument(
+        "--weights",
+        type=str,
+        help="which model of a file that holds several, as inspect calls it, or which part of "
+        "one: ema, encoder_q",
+    )
+    parser.add_argument(
+        "--metric",
+        type=str,
+        help="validation metric that is the score; by default what the training's checkpoint "
+        "callback monitored, else one named like an accuracy, else the loss",
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def add_writing_options(parser: ArgumentParser, word: str) -> None:
+    """Add the options of commands that compute in a precision and write a checkpoint."""
+    parser.add_argument(
+        "--precision",
+        type=Literal["32-true", "16-mixed", "bf16-mixed"],
+        default="32-true",
+        help="as the Trainer names it",
+    )
+    parser.add_argument("--output", type=str, help=f"where to write; NAME-{word} by default")
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command line.
+
+    Attributes:
+        name: Its name without dashes: ``model.width``.
+        value: Its value; None for a flag.
+        words: The arguments that give it, as they were typed.
+    """
+
+    name: str
+    value: str | None
+    words: Sequence[str]
+
+    @property
+    def section(self) -> str:
+        """The first part of its name: ``model`` of ``model.width``."""
+        return self.name.partition(".")[0]
+
+
+def split_arguments(
+    arguments: Iterable[str], flags: Container[str]
+) -> tuple[list[str], list[Option]]:
+    """Return the positional arguments of a command line, and its options.
+
+    Args:
+        arguments: The arguments.
+        flags: The options that take no value, as they are typed.
+
+    >>> split_arguments(["a.ckpt", "--json", "--model.lr=1"], {"--json"})[0]
+    ['a.ckpt']
+    """
+    positional: list[str] = []
+    options: list[Option] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--":
+            positional += remaining
+        elif not argument.startswith("-"):
+            positional.append(argument)
+        else:
+            typed, is_joined, value = argument.partition("=")
+            name = typed.lstrip("-").removesuffix("+")
+            following = None if is_joined or typed in flags else next(remaining, None)
+            words = [argument] if following is None else [argument, following]
+            options.append(Option(name, value if is_joined else following, words))
+    return positional, options
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint, and what the command line says of its model and data; nothing is built yet.
+    """A checkpoint, and what the command line says about its model and data; nothing is built yet.
 
     Attributes:
         checkpoint: The checkpoint.
-        subjects: The classes or functions named, by ``"model"`` and ``"data"``.
-        values: All arguments.
-        overridden: What of the class's own settings the checkpoint replaced, once the model is
-            built.
+        factories: What makes the model and the data, by ``"model"``, ``"data"``, ``"reference"``.
+        values: All parsed arguments.
+        options: The options as they were typed.
+        notes: Where arguments come from, and settings of the checkpoint that :meth:`model` took,
+            a line each.
     """
 
     checkpoint: Checkpoint
-    subjects: Mapping[str, Subject]
+    factories: Mapping[str, Factory]
     values: Namespace
-    overridden: list[str] = field(default_factory=list)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of where these come from, a line each."""
-        files = {s.configuration.path for s in self.subjects.values() if s.configuration}
-        here = Path.cwd()
-        lines = [
-            f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
-            for path in sorted(files)
-        ]
-        return lines + self.overridden
+    options: Sequence[Option]
+    notes: list[str] = field(default_factory=list)
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
         """Return the model with the weights of the checkpoint, and which of its models these are.
@@ -89,93 +154,120 @@ class Request:
             ConfigurationError: The model cannot be built, or the weights have to be chosen.
             CheckpointError: The weights do not fit.
         """
-        model = built_model(self.subjects["model"], self.values)
-        stored = chosen_weights(self.checkpoint, model, self.values.weights)
+        model = self.factories["model"].make_model(self.values)
+        stored = _choose_weights(self.checkpoint, model, self.values.weights)
         path = self.checkpoint.path
         _load_weights(model, load_state_dict(path, stored.prefix), path)
-        self.overridden[:] = _take_settings(model, stored)
+        self.notes.extend(_take_settings(model, stored))
         return model, stored
 
     def data(self, model: nn.Module) -> Data:
-        """Return the data, those of the model itself where no others are named.
+        """Return the data, by default those of the model itself.
 
         Raises:
             ConfigurationError: They cannot be built.
         """
-        if "data" in self.subjects:
-            return built_data(self.subjects["data"], self.values)
-        return data_of_model(model, self.subjects["model"].path)
+        named = self.factories.get("data")
+        if named is None:
+            return Data(self.factories["model"].path, model)
+        return Data(named.path, named.make(self.values))
 
     def reference(self) -> Data | None:
-        """Return the data of training, where they are named apart.
+        """Return the training data that ``--reference`` names; None without that option.
 
         Raises:
             ConfigurationError: They cannot be built.
         """
-        subject = self.subjects.get("reference")
-        return None if subject is None else built_data(subject, self.values)
+        named = self.factories.get("reference")
+        return None if named is None else Data(named.path, named.make(self.values))
 
 
-def requested(
-    parser: ArgumentParser, arguments: list[str], command: str, options: Iterable[str] = OPTIONS
-) -> Request:
-    """Read the checkpoint and the arguments, those of the model and the data among them.
+def run_request(
+    parser: ArgumentParser,
+    arguments: list[str],
+    work: Callable[[Request], int],
+    sections: Sequence[str] = ("model", "data"),
+) -> int:
+    """Read the checkpoint and the arguments, those of the model and the data too, and do the work.
 
     Args:
-        parser: Knows ``checkpoint``, ``--weights`` and the options of the command.
+        parser: The parser of the command.
         arguments: The arguments.
-        command: Name of the command, for messages.
-        options: What is named as a class or function, with arguments of its own.
+        work: What the command does; returns its exit status.
+        sections: The options that name a class or function with arguments of its own.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or has no BN layers.
         ConfigurationError: The model or the data are not named, or cannot be imported.
     """
-    source = checkpoint_at(_checkpoint_among(arguments, parser, command))
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.parse_args(["--help"])
+    # Imports torch and Lightning, for which help does not wait.
+    from bnguard.lightning.scoring import quiet_lightning
+
+    with quiet_lightning():
+        return work(_read_request(parser, arguments, sections))
+
+
+def _read_request(parser: ArgumentParser, arguments: list[str], sections: Sequence[str]) -> Request:
+    known = parser._option_string_actions
+    flags = {typed for typed, action in known.items() if action.nargs == 0}
+    positional, options = split_arguments(arguments, flags)
+    if not positional:
+        raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
+    source = checkpoint_at(Path(positional[0]))
     checkpoint = read_checkpoint(source)
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(
             f"{source}: has no BN layers with running statistics, so there is nothing to do{why}"
         )
-    subjects, rest = named_subjects(arguments, configuration_beside(source), options)
-    _add_subjects(parser, subjects, checkpoint)
-    given = tuple(rest)
-    for option in subjects:
-        _check_names(parser, option, given)
-        subjects[option].check_given(parser, given)
-    return Request(checkpoint, subjects, parser.parse_args(rest))
+    apart = {option.name: option for option in options if option.name in (*sections, "config")}
+    for option in apart.values():
+        if not option.value or option.value.startswith("--"):
+            raise ConfigurationError(f"--{option.name} needs a value")
+    named = {name: option.value for name, option in apart.items()}
+    config = (
+        find_config(source)
+        if named.get("config") is None
+        else read_config(Path(named["config"] or ""))
+    )
+    found = (find_factory(section, named.get(section), config) for section in sections)
+    factories = {
+        factory.option: replace(
+            factory, stored=StoredArguments.of(checkpoint, factory.option, factory.build)
+        )
+        for factory in found
+        if factory is not None
+    }
+    if "model" not in factories:
+        raise ConfigurationError("--model is missing: name it as --model package.module.Class")
+    if "data" not in factories and not factories["model"].has_loaders:
+        raise ConfigurationError("--data is missing: name it as --data package.module.Class")
+    for factory in factories.values():
+        factory.add_arguments(parser)
+    given = [option.name for option in options]
+    for factory in factories.values():
+        factory.check_given(parser, given)
+    rest = [word for option in options if option.name not in apart for word in option.words]
+    files = {f.config.path for f in factories.values() if f.config is not None}
+    here = Path.cwd()
+    notes = [
+        f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
+        for path in sorted(files)
+    ]
+    values = parser.parse_args([*rest, "--", *positional])
+    return Request(checkpoint, factories, values, options, notes)
 
 
-def _check_names(parser: ArgumentParser, option: str, given: Iterable[str]) -> None:
-    """Make sure that a class or function takes the arguments that are given for it.
-
-    Raises:
-        ConfigurationError: It does not take one.
-    """
-    known = [a.dest for a in parser._actions if a.dest.startswith(f"{option}.")]
-    for word in given:
-        name = word.removeprefix("--").partition("=")[0]
-        if not (word.startswith("--") and name.startswith(f"{option}.")) or name in known:
-            continue
-        if any(name.startswith((f"{one}.", f"{one}+")) for one in known):
-            continue  # a part of an argument
-        if any(one.startswith(f"{name}.") for one in known):
-            continue  # a group of them
-        near = nearest_name(name, known)
-        meant = f"did you mean --{near}? " if near else ""
-        listed = ", ".join(f"--{one}" for one in known) or "no arguments"
-        raise ConfigurationError(f"--{name} does not exist: {meant}it takes {listed}")
-
-
-def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
+def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
     """Return which of a checkpoint's models is loaded into a model.
 
-    That is the one that is named; or Lightning's own; or the only one whose BN layers are those
-    of the model.
+    That is the named one; or Lightning's own; or the only one whose BN layers are those of the
+    model.
 
     Raises:
-        CheckpointError: There is none of that name, or none or several to choose from.
+        CheckpointError: None has that name, or none or several fit.
     """
     if named is not None:
         return checkpoint.model_named(named)
@@ -199,7 +291,7 @@ def chosen_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) 
 
 
 def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
-    """Give BN layers the momentum and eps of a pickled module, and say where they had others."""
+    """Give BN layers the momentum and eps of a pickled module; return a line for each change."""
     from bnguard.layers.bn_layer import find_layers
 
     in_file = {layer.name: layer for layer in stored.layers}
@@ -226,64 +318,11 @@ def _listed(models: Iterable[CheckpointModel]) -> str:
     return ", ".join(repr(model.name) for model in models)
 
 
-def _checkpoint_among(arguments: list[str], parser: ArgumentParser, command: str) -> Path:
-    """Return the checkpoint, which is read before the arguments of the model are known."""
-    options = parser._option_string_actions
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--" or not argument.startswith("-"):
-            named = next(remaining, None) if argument == "--" else argument
-            if named is not None:
-                return Path(named)
-        elif "=" not in argument and (argument not in options or options[argument].nargs != 0):
-            next(remaining, None)  # its value
-    raise ConfigurationError(f"no checkpoint is named: bnguard {command} CKPT --model …")
-
-
-def _add_subjects(
-    parser: ArgumentParser, subjects: dict[str, Subject], checkpoint: Checkpoint
-) -> None:
-    """Add the arguments of model and data; the model's start from the checkpoint's own.
-
-    Raises:
-        ConfigurationError: The model or the data are not named.
-    """
-    if "model" not in subjects:
-        raise ConfigurationError("--model is missing: name it as --model package.module.Class")
-    if "data" not in subjects and not has_loaders(subjects["model"].build):
-        raise ConfigurationError("--data is missing: name it as --data package.module.Class")
-    for option, subject in subjects.items():
-        subjects[option] = subject.starting_from(*_stored(checkpoint, option))
-        subjects[option].add_arguments(parser)
-
-
-def _stored(
-    checkpoint: Checkpoint, option: str
-) -> tuple[Mapping[str, object], Mapping[str, str], str | None]:
-    """Return the hyper-parameters of the model or the data, and the argument that took them all.
-
-    They are plain values by name, and the classes of those that are objects by name.
-    """
-    if option == "model":
-        return (
-            checkpoint.hyper_parameters,
-            checkpoint.foreign_hyper_parameters,
-            checkpoint.hyper_parameters_argument,
-        )
-    if option == "data":
-        return (
-            checkpoint.data_hyper_parameters,
-            checkpoint.foreign_data_hyper_parameters,
-            checkpoint.data_hyper_parameters_argument,
-        )
-    return {}, {}, None
-
-
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load the weights, or say in one line why they are not this model's.
+    """Load the weights into the model.
 
     Raises:
-        CheckpointError: They do not fit.
+        CheckpointError: They do not fit the model.
     """
     from bnguard.recalibration.options import unwrap
 
@@ -296,14 +335,15 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
     if not getattr(inner, "strict_loading", True):  # a Lightning module that says so
         return
     lacking = _without_tied(missing, inner.state_dict())
-    wrong = [f"lacks {name}" for name in lacking] + [f"has {name} too much" for name in unexpected]
+    wrong = [f"the file lacks {name}" for name in lacking]
+    wrong += [f"the model has no {name}" for name in unexpected]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: it {wrong[0]}{more}")
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {wrong[0]}{more}")
 
 
 def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by the names that the model has for them, wherever wrappers were put in."""
+    """Rename weights as in the model, wherever wrappers added to their names."""
     own = model.state_dict().keys()
     by_author = {without_wrappers(name): name for name in own}
     return {
@@ -313,9 +353,9 @@ def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _without_tied(missing: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
-    """Return those of the names whose tensor has no second name under which it was loaded.
+    """Return the names whose tensor was not loaded under a second name either.
 
-    safetensors keeps one name only of a tensor that is tied.
+    safetensors keeps only one name of a tied tensor.
     """
     absent = set(missing)
     loaded = {_place(tensor) for name, tensor in state.items() if name not in absent}
@@ -324,6 +364,6 @@ def _without_tied(missing: Iterable[str], state: Mapping[str, Tensor]) -> list[s
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """Return what two names of one tensor have in common."""
-    # An empty one, or one on the meta device, lies nowhere.
+    # An empty tensor, or one on the meta device, has no address.
     where = tensor.data_ptr() or id(tensor)
     return where, tensor.shape, tensor.stride(), tensor.dtype

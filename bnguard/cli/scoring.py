@@ -1,4 +1,4 @@
-"""Scores of a Lightning module by its own validation, and the samples that calibrate and score."""
+"""What a command computes with: the device, the samples, and the score of a Lightning module."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from bnguard.cli.devices import lightning_device
 from bnguard.cli.request import Request
 from bnguard.errors import ConfigurationError
 from bnguard.lightning.framework import package_name_of
 from bnguard.lightning.scoring import TrainerScore
 
-# What is said where there is no score.
 NOT_SCORED = "not scored: that takes a validation_step, and validation data"
 
 
@@ -27,8 +25,8 @@ class Samples:
 
     Attributes:
         calibration: Loader of the samples that the statistics come from.
-        scoring: Loader of the samples that the model is scored on; None where there are none.
-        is_shared: Whether the same samples do both.
+        scoring: Loader of the samples that the model is scored on, if there are any.
+        is_shared: Whether these are the same samples.
     """
 
     calibration: Iterable[object]
@@ -42,8 +40,8 @@ def split_samples(loader: Iterable[object], samples: int, holdout: float | None)
     Args:
         loader: Loader of the split.
         samples: Samples to calibrate on at most.
-        holdout: Share of the split that scores and does not calibrate; None leaves to scoring
-            what ``samples`` leaves over, or all of it where nothing is left over.
+        holdout: Share of the split that scores and does not calibrate; by default what
+            ``samples`` leaves, or the whole split if nothing is left.
 
     Raises:
         ConfigurationError: A share of a loader is asked for that has no data set with a length.
@@ -92,19 +90,19 @@ def loader_over(loader: DataLoader[object], indices: Sequence[int]) -> DataLoade
 def validation_score(
     request: Request, model: nn.Module, loader: Iterable[object] | None, device: torch.device
 ) -> TrainerScore | None:
-    """Return what scores a Lightning module by the validation loop of its package's Trainer.
+    """Return the score of a Lightning module by the validation loop of its package's Trainer.
 
     Args:
         request: What the command line says.
         model: The model.
-        loader: Validation data; None where there are none.
+        loader: Validation data, if there are any.
         device: Where to validate.
 
     Returns:
-        The score; None where the model has no validation step, or there are no data for it.
+        The score; None without a validation step or data for it.
 
     Raises:
-        ConfigurationError: An option is given that only a score gives a meaning.
+        ConfigurationError: An option needs a score, and there is none.
     """
     values = request.values
     if loader is None or not has_validation(model):
@@ -135,10 +133,10 @@ def has_validation(model: nn.Module) -> bool:
 
 
 def forward_of(model: nn.Module) -> Callable[[nn.Module, object], object] | None:
-    """Return what calls a Lightning module without a forward of its own: its validation step.
+    """Return a forward for a Lightning module without one: its validation step.
 
-    What it returns is then the output of the network inside, of the last part with parameters that
-    the step calls. None for every other model, which is called itself.
+    It returns the output of the last child with parameters that the step calls. None for every
+    other model, which is called itself.
     """
     has_forward = not type(model).forward.__qualname__.startswith("LightningModule.")
     if has_forward or not has_validation(model):
@@ -159,3 +157,45 @@ def _validated(module: nn.Module, batch: object) -> object:
         for handle in handles:
             handle.remove()
     return outputs[-1] if outputs else None
+
+
+# Lightning's name for a GPU of any maker.
+_ANY_GPU = "gpu"
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of this name, of torch or Lightning.
+
+    Raises:
+        ConfigurationError: It cannot be used here.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(_first_gpu() if name == _ANY_GPU else name)
+        torch.empty(0, device=device)
+    # torch without CUDA raises AssertionError, a backend without kernels NotImplementedError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigurationError(
+            f"--device {name} cannot be used here ({reason}): use cpu"
+        ) from error
+    if device.type == "meta":
+        raise ConfigurationError("--device meta computes nothing: use cpu")
+    return device
+
+
+def lightning_device(device: torch.device) -> tuple[str, list[int] | int]:
+    """Return ``accelerator`` and ``devices``, as Lightning's classes take them.
+
+    >>> lightning_device(torch.device("cuda:1")), lightning_device(torch.device("cpu"))
+    (('gpu', [1]), ('cpu', 1))
+    """
+    if device.type == "cuda":
+        return "gpu", [device.index or 0]
+    return device.type, 1
+
+
+def _first_gpu() -> str:
+    return "mps" if torch.backends.mps.is_available() else "cuda"

@@ -1,4 +1,4 @@
-"""``bnguard swap``: load, swap, let the network learn, score, write, and tell."""
+"""``bnguard swap``: load, swap, distil, score, write, and report."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bnguard.checkpoint import check_output, loading_code, name_beside, write_model
-from bnguard.cli.model_and_data import Data, Subject
-from bnguard.cli.output import command_parser, say, show, show_document
-from bnguard.cli.request import (
-    SUBJECTS_HELP,
-    SUBJECTS_USAGE,
-    WEIGHTS_HELP,
-    asks_for_help,
-    requested,
-)
+from bnguard.cli.model_and_data import Data, Factory
+from bnguard.cli.output import say, show, show_json
+from bnguard.cli.request import Request, add_writing_options, model_command_parser, run_request
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -34,85 +28,66 @@ examples:
   bnguard swap last.ckpt --to group --model my.LitModel --data my.DataModule
   bnguard swap lightning_logs/version_0/checkpoints/last.ckpt --to batch-renorm
 """
-# Named here once more, because to ask for help must not import torch.
+# Repeated here, since help must not import torch.
 _TARGETS = "one of group, layer, instance, batch-renorm, frozen, sync"
 
 
 def run(arguments: list[str]) -> int:
     """Write a checkpoint of the model with another norm, and print the lines that build it."""
-    if asks_for_help(arguments):
-        make_parser().parse_args(["--help"])
-    # torch is imported from here on.
-    from bnguard.lightning.scoring import quiet_lightning
-
-    with quiet_lightning():
-        return _swap_checkpoint(make_parser(), arguments)
+    return run_request(make_parser(), arguments, _swap_checkpoint)
 
 
 def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
-    parser = command_parser(
+    parser = model_command_parser(
         "swap",
-        "Swap BN for another norm, let the network learn what it knew, and write a "
-        "checkpoint of the swapped model beside the one given.",
-        SUBJECTS_HELP + _EXAMPLES,
-        SUBJECTS_USAGE,
+        "Replace BN by another norm, distil the original network into the result, and write "
+        "its checkpoint next to the one given.",
+        _EXAMPLES,
     )
-    parser.add_argument("checkpoint", type=str, help="checkpoint to read; it stays as it is")
-    parser.add_argument("--weights", type=str, help=WEIGHTS_HELP)
     parser.add_argument("--to", type=str, default="group", help=_TARGETS)
     parser.add_argument(
         "--groups",
         type=Optional[PositiveInt],  # noqa: UP045 - PositiveInt is not a type to join with |
         help="groups of a layer, at most; by default those that fit each layer best",
     )
-    parser.add_argument("--exclude", type=list[str], default=[], help="layers to leave")
+    parser.add_argument("--exclude", type=list[str], default=[], help="layers to keep as they are")
     parser.add_argument(
-        "--steps", type=NonNegativeInt, default=200, help="steps to learn at most; 0 only swaps"
+        "--steps",
+        type=NonNegativeInt,
+        default=200,
+        help="steps of distillation at most; 0 only swaps",
     )
-    parser.add_argument("--split", type=str, default="train", help="data to learn on")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--precision",
-        type=Literal["32-true", "16-mixed", "bf16-mixed"],
-        default="32-true",
-        help="as the Trainer names it",
-    )
-    parser.add_argument("--metric", type=str, help="validation metric that decides")
+    parser.add_argument("--split", type=str, default="train", help="data to distil on")
     parser.add_argument(
         "--keep",
         type=Literal["if-better", "always"],
         default="if-better",
         help="if-better writes nothing if the swapped model is clearly worse",
     )
-    parser.add_argument("--output", type=str, help="where to write; NAME-swapped by default")
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_writing_options(parser, "swapped")
     return parser
 
 
-def _swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
-    """Do what the arguments say, and print the lines that build the model."""
+def _swap_checkpoint(request: Request) -> int:
+    """Swap, and print the lines that build the model."""
     import torch
 
-    from bnguard.cli.devices import usable_device
-    from bnguard.cli.scoring import NOT_SCORED, validation_score
+    from bnguard.cli.scoring import NOT_SCORED, usable_device, validation_score
 
-    request = requested(parser, arguments, "swap")
     checkpoint, values = request.checkpoint, request.values
     output = _output(checkpoint.path, values)
     device = usable_device(values.device)
     model, _ = request.model()
     data = request.data(model)
-    # A loader that shuffles gives the same samples each time.
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # so that a shuffling loader gives the same samples each time
     fabric = _fabric(model, device, values)
     validation = data.loader("val") if data.has("val") else None
     scorer = validation_score(request, model, validation, device)
-    result = _swapped(model, data, fabric, scorer, values)
+    result = _swap_model(model, data, fabric, scorer, values)
     if not result.is_kept:
         if values.json:
-            show_document({**result.to_dict(), "action": "swap", "written": None})
+            show_json(result.to_dict() | {"action": "swap", "written": None})
         else:
             show(result)
             say("not written: use --keep always to write it anyway")
@@ -120,17 +95,18 @@ def _swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
     provenance = {"action": "swap", "to": result.to, "groups": result.groups}
     state_dict = result.model.state_dict()
     write_model(checkpoint, output, state_dict, provenance, force=values.force)
-    code = _recipe(result, request.subjects["model"], values, loading_code(checkpoint, output))
+    code = _building_code(
+        result, request.factories["model"], values, loading_code(checkpoint, output)
+    )
 
     if values.json:
         document = {
-            **result.to_dict(),
             "action": "swap",
             "written": str(output),
             "code": code,
             "metric": None if scorer is None else scorer.meaning,
         }
-        show_document(document)
+        show_json(result.to_dict() | document)
         return 0
     show(result)
     say(NOT_SCORED if scorer is None else f"the score is {scorer.meaning}")
@@ -140,10 +116,10 @@ def _swap_checkpoint(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 def _output(source: Path, values: Namespace) -> Path:
-    """Return where the result goes; what stands there already is found out before the work."""
+    """Return where the result goes; fail before the work if it cannot be written there."""
     beside = name_beside(source, "swapped")
     if source.is_dir():
-        # One file: what else is in the folder describes the network with BN.
+        # One file, since the rest of the folder describes the network with BN.
         suffix = ".safetensors" if any(source.glob("*.safetensors")) else ".ckpt"
         beside = beside.with_name(f"{beside.name}{suffix}")
     output = beside if values.output is None else Path(values.output)
@@ -151,7 +127,7 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _swapped(
+def _swap_model(
     model: nn.Module, data: Data, fabric: Any, scorer: ValidationScore | None, values: Namespace
 ) -> Swap:
     from bnguard.cli.scoring import forward_of
@@ -179,7 +155,7 @@ def _swapped(
 
 
 def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Any:
-    from bnguard.cli.devices import lightning_device
+    from bnguard.cli.scoring import lightning_device
     from bnguard.lightning.framework import fabric_of
 
     accelerator, devices = lightning_device(device)
@@ -193,18 +169,18 @@ def _fabric(model: nn.Module, device: torch.device, values: Namespace) -> Any:
         ) from error
 
 
-def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> str:
+def _building_code(result: Swap, factory: Factory, values: Namespace, weights: str) -> str:
     """Return the lines of code that build the swapped model and load its weights."""
     if result.groups:
-        # Layer and instance norm too: data chose the groups, and are not there to choose again.
+        # Layer and instance norm too: the data that chose the groups are not there next time.
         options = ["'group'", f"groups={_condensed(result.groups)}"]
     else:
         options = [repr(result.to)]
     if result.skipped:
         options.append(f"exclude={[layer.name for layer in result.skipped]}")
-    module, _, name = subject.path.rpartition(".")
+    module, _, name = factory.path.rpartition(".")
     libraries = ["bnguard", weights.partition(".load")[0]]
-    given = subject.arguments(values.get(subject.option) or Namespace())  # type: ignore[no-untyped-call]
+    given = factory.arguments(values.get(factory.option) or Namespace())  # type: ignore[no-untyped-call]
     arguments = ", ".join(f"{key}={_literal(value)}" for key, value in given.items())
     return (
         f"import {', '.join(libraries)}\n"
@@ -216,7 +192,7 @@ def _recipe(result: Swap, subject: Subject, values: Namespace, weights: str) -> 
 
 
 def _literal(value: object) -> str:
-    """Return how a value is written in Python; an ellipsis where it is no plain data.
+    """Return a value as Python code; an ellipsis if it is not plain data.
 
     >>> _literal([1, "a"]), _literal(object())
     ("[1, 'a']", '...')

@@ -1,7 +1,4 @@
-"""Which modules are BN layers, and how they are read.
-
-Everything else in bnguard sees a BN layer through :class:`BatchNormLayer`.
-"""
+"""Which modules are BN layers, and how to read them: everything else uses BatchNormLayer."""
 
 from __future__ import annotations
 
@@ -31,19 +28,7 @@ def _never(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Where a class of BN layers keeps what, and which conventions it follows.
-
-    Attributes:
-        mean: Attribute with the running mean: a buffer or a plain tensor, ``(C,)`` or
-            broadcastable like ``(1, C, 1, 1)``.
-        var: Attribute with the running variance.
-        counter: Attribute with the number of updates; None if the class keeps none.
-        momentum: Attribute with the momentum, or the momentum itself where it is a constant.
-        is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
-            the new one.
-        eps: Attribute with eps, or eps itself where it is a constant.
-        is_training: Whether a forward of the module now would use the statistics of its batch.
-    """
+    """Where a class of BN layers keeps its state; for the fields see :func:`register_layer`."""
 
     mean: str = "running_mean"
     var: str = "running_var"
@@ -60,7 +45,7 @@ class Adapter:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the class never updates its statistics, in no mode."""
+        """Whether the class never updates its statistics."""
         return self.is_training is _never
 
 
@@ -76,7 +61,7 @@ _ADAPTERS_BY_NAME = {
 
 
 def adapter_of(cls: type[nn.Module]) -> Adapter | None:
-    """Return how modules of a class are read as BN layers, or None if they are not.
+    """Return how to read modules of a class as BN layers; None if they are not.
 
     >>> adapter_of(nn.BatchNorm2d) is None, adapter_of(nn.Linear) is None
     (False, True)
@@ -111,12 +96,12 @@ def register_layer(
             broadcastable like ``(1, C, 1, 1)``.
         var: Attribute with the running variance.
         counter: Attribute with the number of updates; None if the class keeps none.
-        momentum: Attribute with the momentum, or the momentum itself where it is a constant.
+        momentum: Attribute with the momentum, or the momentum itself if it is a constant.
         is_momentum_of_old: Whether momentum weighs the *old* value, as in Keras; PyTorch's weighs
             the new one.
-        eps: Attribute with eps, or eps itself where it is a constant.
-        is_training: Returns of a module whether a forward now would use the statistics of its
-            batch; its ``training`` attribute by default.
+        eps: Attribute with eps, or eps itself if it is a constant.
+        is_training: Function that returns whether a forward of a module would now use batch
+            statistics; by default its ``training`` attribute.
 
     Raises:
         ConfigurationError: ``cls`` is not a class of modules.
@@ -141,13 +126,13 @@ def register_layer(
 
 @dataclass(frozen=True, eq=False)
 class BatchNormLayer:
-    """A BN layer of a model: its name, its module, and how to read it.
+    """A BN layer of a model.
 
     Attributes:
-        name: Dotted name in the model, ``""`` where the model is itself the layer; the first of
-            them if the module is in several places.
+        name: Dotted name in the model, ``""`` if the model itself is the layer; the first one if
+            the module is in several places.
         module: The module.
-        adapter: Where its statistics are.
+        adapter: Where its class keeps the statistics.
     """
 
     name: str
@@ -156,7 +141,7 @@ class BatchNormLayer:
 
     @property
     def running_mean(self) -> Tensor | None:
-        """Mean used in eval mode, shape ``(C,)``; None if untracked or not yet initialised."""
+        """Mean used in eval mode, shape ``(C,)``; None if untracked or not initialised."""
         return self._tensor(self.adapter.mean)
 
     @property
@@ -166,12 +151,12 @@ class BatchNormLayer:
 
     @property
     def counter(self) -> Tensor | None:
-        """``num_batches_tracked``, a scalar that counts updates; None if there is none."""
+        """``num_batches_tracked``, a scalar that counts updates; None without one."""
         return None if self.adapter.counter is None else self._tensor(self.adapter.counter)
 
     @property
     def weight(self) -> Tensor | None:
-        """Gamma, shape ``(C,)``; None without affine parameters, and where they are sharded."""
+        """Gamma, shape ``(C,)``; None without affine parameters, or if they are sharded."""
         return self._whole(self._affine_name("weight", "gamma"))
 
     @property
@@ -181,13 +166,13 @@ class BatchNormLayer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process has a part of gamma and beta alone, as under FSDP or ZeRO-3."""
+        """Whether this process has only a part of gamma and beta, as under FSDP or ZeRO-3."""
         name = self._affine_name("weight", "gamma")
         return self._tensor(name) is not None and self.weight is None
 
     @property
     def affine(self) -> list[Tensor]:
-        """Gamma and beta, those that there are, as an optimizer has them."""
+        """Gamma and beta as an optimizer has them; empty without affine parameters."""
         names = (self._affine_name("weight", "gamma"), self._affine_name("bias", "beta"))
         return [getattr(self.module, name) for name in names if self._whole(name) is not None]
 
@@ -200,33 +185,33 @@ class BatchNormLayer:
         return 1.0 - value
 
     def momentum_place(self) -> Iterator[tuple[nn.Module, str]]:
-        """Yield where momentum is kept, module and attribute; nothing where it is a constant."""
+        """Yield module and attribute of the momentum; nothing if it is a constant."""
         if isinstance(self.adapter.momentum, str):
             yield self.module, self.adapter.momentum
 
     @property
     def eps(self) -> float:
-        """What is added to the variance before the square root."""
+        """The number added to the variance before the square root."""
         return self._number(self.adapter.eps) or 0.0
 
     @property
     def channels(self) -> int:
-        """C, the number of channels; 0 where a lazy layer has seen no batch yet."""
+        """C, the number of channels; 0 for a lazy layer before its first batch."""
         mean = self.running_mean
         return int(getattr(self.module, "num_features", 0)) if mean is None else mean.numel()
 
     @property
     def is_tracking(self) -> bool:
-        """Whether there are running statistics, so that eval mode can use them."""
+        """Whether there are running statistics for eval mode."""
         return self.running_mean is not None and self.running_var is not None
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether a forward now would normalise with the statistics of its batch."""
+        """Whether a forward would now normalise with batch statistics."""
         return self.is_training or not self.is_tracking
 
     def normalises(self, values: Tensor) -> bool:
-        """Whether these values, ``(N, C, *)``, have the channels of the layer."""
+        """Return whether values ``(N, C, *)`` have the channels of the layer."""
         return values.dim() >= 2 and values.shape[1] == self.channels
 
     @property
@@ -236,28 +221,25 @@ class BatchNormLayer:
 
     @property
     def has_modes(self) -> bool:
-        """Whether ``module.training`` sets the mode; a registered class may decide otherwise."""
+        """Whether ``module.training`` sets the mode, as in all but some registered classes."""
         return self.adapter.follows_training
 
     def statistics(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yield where mean, variance and counter are kept: a dictionary and the key in it.
+        """Yield the dictionary and the key of mean, variance and counter.
 
-        To ask the dictionary is far cheaper than to ask the module.
+        Reading the dictionary is much cheaper than reading an attribute of the module.
         """
+        module = self.module
         for name in (self.adapter.mean, self.adapter.var, self.adapter.counter):
             if name is not None:
-                module = self.module
                 yield (module._buffers if name in module._buffers else vars(module)), name
 
     def _affine_name(self, usual: str, other: str) -> str:
-        """Return the attribute of gamma or beta: textbooks call them that."""
+        """Return the attribute of gamma or beta, which some classes call by the Greek letter."""
         return usual if hasattr(self.module, usual) else other
 
     def _whole(self, name: str) -> Tensor | None:
-        """Return a parameter where this process has all of it.
-
-        To bring a ``DTensor`` together would take a collective.
-        """
+        """Return a parameter if this process has all of it; a ``DTensor`` needs a collective."""
         value = self._tensor(name)
         if value is None or value.numel() != self.channels or hasattr(value, "device_mesh"):
             return None
@@ -277,25 +259,23 @@ class BatchNormLayer:
 def find_layers(model: nn.Module) -> tuple[BatchNormLayer, ...]:
     """Return the BN layers of a model in the order of registration, each module once.
 
-    Wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``) leave no trace in
-    the names.
+    Names leave out wrappers: ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
 
     >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
     ['1']
     """
-    layers = []
-    for name, module in model.named_modules():
-        adapter = adapter_of(type(module))
-        if adapter is not None:
-            layers.append(BatchNormLayer(without_wrappers(name), module, adapter))
-    return tuple(layers)
+    return tuple(
+        BatchNormLayer(without_wrappers(name), module, adapter)
+        for name, module in model.named_modules()
+        if (adapter := adapter_of(type(module))) is not None
+    )
 
 
 def require_module(model: object, caller: str) -> None:
-    """Make sure that what a function was given is a model.
+    """Check that the argument of a function is a module.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not.
     """
     if not isinstance(model, nn.Module):
         given = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -303,10 +283,10 @@ def require_module(model: object, caller: str) -> None:
         raise ConfigurationError(f"{caller} takes a torch.nn.Module, not {what}")
 
 
-def without_layers(model: nn.Module) -> str:
-    """Return why no BN layers are found in a model.
+def explain_missing_layers(model: nn.Module) -> str:
+    """Return why a model has no BN layers.
 
-    >>> without_layers(nn.Linear(2, 2))
+    >>> explain_missing_layers(nn.Linear(2, 2))
     'Linear has no BN layers'
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -325,7 +305,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Return whether a module only passes its calls on to the model inside it.
+    """Return whether a module only forwards its calls to the model inside it.
 
     >>> is_wrapper(nn.DataParallel(nn.Linear(2, 2))), is_wrapper(nn.Linear(2, 2))
     (True, False)
@@ -336,12 +316,12 @@ def is_wrapper(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Module) for inner in held)
 
 
-def as_written() -> AbstractContextManager[object]:
-    """Run what ``torch.compile`` made of a model as it was written.
+def run_uncompiled() -> AbstractContextManager[object]:
+    """Run compiled models in eager mode.
 
-    Compiled code sees neither a hook nor a forward that was put in place after it was made, and
-    other modes would make it start anew.
+    Compiled code ignores hooks and forwards that were added later, and another mode would make it
+    compile again.
     """
-    # Nothing is compiled before this is imported, which takes seconds.
+    # Nothing can be compiled before this is imported, which takes seconds.
     is_compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()

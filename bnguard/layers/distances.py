@@ -1,7 +1,6 @@
-"""Pure functions on per-channel statistics that are already on the host, as float64 arrays.
+"""Functions of per-channel statistics on the host, float64 arrays of shape ``(C,)``; no torch.
 
-Nothing here imports torch, so that rules can be listed and explained at once. PyTorch's
-conventions hold: ``momentum`` is the weight of the *new* value, a batch is normalised with its
+PyTorch's conventions: ``momentum`` is the weight of the *new* value, a batch is normalised with its
 biased variance (divided by n), and ``running_var`` stores the unbiased one (divided by n - 1).
 """
 
@@ -14,10 +13,10 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-# PyTorch's, which a state dict leaves to be assumed.
+# PyTorch's default; a state dict does not store the momentum.
 DEFAULT_MOMENTUM = 0.1
 
-# At this weight the initial statistics count as forgotten; BN303 has it for a default.
+# Weight at which the initial statistics count as forgotten; the default of BN303.
 FORGOTTEN_WEIGHT = 0.05
 
 
@@ -26,8 +25,6 @@ def shift_std(
 ) -> FloatArray:
     """Return (mean - running_mean) / sqrt(running_var + eps), in running standard deviations.
 
-    All arrays have shape ``(C,)``.
-
     >>> shift_std(np.array([3.0]), np.array([1.0]), np.array([4.0]), 0.0).item()
     1.0
     """
@@ -35,7 +32,7 @@ def shift_std(
 
 
 def log_variance_ratio(var: FloatArray, running_var: FloatArray, eps: float) -> FloatArray:
-    """Return log((var + eps) / (running_var + eps)), natural logarithm, shape ``(C,)``.
+    """Return log((var + eps) / (running_var + eps)), natural logarithm.
 
     >>> log_variance_ratio(np.array([1.0]), np.array([1.0]), 1e-5).item()
     0.0
@@ -44,7 +41,7 @@ def log_variance_ratio(var: FloatArray, running_var: FloatArray, eps: float) -> 
 
 
 def largest(values: FloatArray | None) -> float | None:
-    """Return the largest absolute value among the finite ones; None if there is none.
+    """Return the largest absolute finite value; None without one.
 
     >>> largest(np.array([0.5, -2.0, np.nan]))
     2.0
@@ -57,8 +54,7 @@ def largest(values: FloatArray | None) -> float | None:
 def initial_weight(momentum: float | None, updates: int) -> float:
     """Return the weight that the initial statistics (0, 1) still have after ``updates`` updates.
 
-    (1 - momentum)^updates; with ``momentum=None`` PyTorch keeps a cumulative average, which
-    forgets the initial values at its first update.
+    (1 - momentum)^updates; the cumulative average of ``momentum=None`` forgets at once.
 
     >>> round(initial_weight(0.1, 28), 3), initial_weight(None, 1)
     (0.052, 0.0)
@@ -66,7 +62,7 @@ def initial_weight(momentum: float | None, updates: int) -> float:
     if momentum is None:
         return 1.0 if updates == 0 else 0.0
     if not 0.0 <= momentum <= 1.0:
-        # Not an average any more: what is left grows, or swings.
+        # Not an average: the initial values grow or oscillate.
         return 1.0
     return float((1.0 - momentum) ** updates)
 
@@ -90,9 +86,8 @@ def initial_shift_std(
 ) -> FloatArray:
     """Return how far the initial mean 0 shifts a running mean, in running standard deviations.
 
-    At the weight ``weight_then`` of the initial (0, 1), by running statistics that hold
-    ``weight_now`` of it, where what arrives stays as it is: w |mean| / sqrt(var + w + eps), of the
-    mean and the variance that the batches have. Shape ``(C,)``.
+    Given running statistics in which the initial (0, 1) have ``weight_now``, and the same batches:
+    w |batch mean| / sqrt((1 - w) batch variance + w + eps) at w = ``weight_then``.
 
     >>> initial_shift_std(np.array([900.0]), np.array([1.0]), 0.0, 0.1, 0.01).round(2)
     array([10.])
@@ -104,9 +99,9 @@ def initial_shift_std(
 
 
 def updates_to_forget(momentum: float | None, max_initial_weight: float) -> float:
-    """Return how many updates bring the weight of the initial statistics to the limit given.
+    """Return the updates after which the initial statistics have at most this weight.
 
-    Infinite for momentum 0, which never updates.
+    Infinite for momentum 0.
 
     >>> updates_to_forget(0.1, 0.05), updates_to_forget(None, 0.05), updates_to_forget(0.0, 0.05)
     (29, 1, inf)

@@ -1,9 +1,4 @@
-"""Moments of what arrives at a layer, computed where the tensors are; knows no module and no hook.
-
-Every tensor that is normalised has shape ``(N, C, *)``: samples, channels, positions. PyTorch's
-conventions hold throughout: ``momentum`` is the weight of the *new* value, a batch is normalised
-with its biased variance (divided by n), and ``running_var`` stores the unbiased one (n - 1).
-"""
+"""Moments of tensors of shape ``(N, C, *)`` (samples, channels, positions), on their device."""
 
 from __future__ import annotations
 
@@ -16,14 +11,15 @@ from torch import Tensor
 
 # Beyond this, sums in float32 can cost the variance 1e-5 of itself.
 _MAX_MEAN_IN_STD = 4.0
-# Values that are summed in float32 before float64 takes over, and values read at a time.
+# Values summed in float32 before float64 takes over.
 _BLOCK = 2**13
 # Fewer along rows: squares of rounded values, as in half precision, all err to one side.
 _ROW_BLOCK = 2**10
+# Values read at a time.
 _PIECE = 2**22
-# Channels that PyTorch's kernel needs to run at the speed of memory where they lie together.
+# Channels that PyTorch's kernel needs to run at the speed of memory on channels-last data.
 _FAST_CHANNELS = 64
-# Kinds of devices that do not compute in float64: Apple's.
+# Types of devices without float64: Apple's.
 _WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
@@ -48,14 +44,14 @@ class Moments:
 
     @property
     def var_unbiased(self) -> Tensor:
-        """Variance divided by n - 1, which PyTorch stores; shape ``(C,)``; NaN where n < 2."""
+        """Variance divided by n - 1, which PyTorch stores; shape ``(C,)``; NaN if n < 2."""
         if self.count < 2:
             return torch.full_like(self.squares, math.nan)
         return self.squares / (self.count - 1)
 
 
 def values_per_channel(shape: torch.Size) -> int:
-    """Return n, the number of values that a batch of this shape has per channel.
+    """Return n, the number of values per channel in a batch of this shape.
 
     >>> values_per_channel(torch.Size([8, 3, 4, 4]))
     128
@@ -64,7 +60,7 @@ def values_per_channel(shape: torch.Size) -> int:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64, or float32 on a device without it.
+    """Return the dtype of sums: float64, or float32 on a device without it.
 
     >>> wide_dtype(torch.device("cpu"))
     torch.float64
@@ -73,17 +69,16 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return values in the dtype that sums are kept in."""
+    """Return values in the dtype of sums."""
     return values.to(wide_dtype(values.device))
 
 
 def channel_moments(values: Tensor) -> Moments:
     """Return the moments of each channel of ``values``, shape ``(N, C, *)``.
 
-    On a CPU the mean is within 1e-5 standard deviations of the exact one, and the variance within
-    1e-5 of itself, up to 1e9 values a channel in any memory layout, and in half precision too:
-    short blocks are summed in float32 and merged in float64. Memory for a few million values is
-    used at most.
+    On a CPU the error is at most 1e-5 standard deviations of the mean and 1e-5 of the variance, up
+    to 1e9 values per channel, in any memory layout and in half precision: short blocks are summed
+    in float32 and merged in float64. Copies a few million values at most.
 
     Example:
         >>> moments = channel_moments(torch.tensor([[1.0], [5.0]]))
@@ -100,7 +95,7 @@ def channel_moments(values: Tensor) -> Moments:
 
 
 def _pieces(values: Tensor) -> Iterator[Tensor]:
-    """Cut values into pieces that are small enough to be copied."""
+    """Split values into pieces that are small enough to copy."""
     if values.numel() <= _PIECE or values.numel() == values.shape[1]:
         yield values
         return
@@ -128,10 +123,10 @@ def _moments_of_piece(values: Tensor) -> Moments:
 
 
 def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance, in the widest dtype, by the fastest way for the layout.
+    """Return mean and biased variance in the widest dtype, the fastest way for the layout.
 
-    As exact as :func:`channel_moments` while the mean is no more than a few standard deviations
-    and the values are no more than some millions; never waits for the device.
+    As exact as :func:`channel_moments` for a mean within a few standard deviations of 0 and up to
+    some million values. Never waits for the device.
     """
     if values.device.type == "cpu":
         if values.dim() == 2 or values.stride(1) == 1:
@@ -148,9 +143,9 @@ def mean_and_biased_var(values: Tensor) -> tuple[Tensor, Tensor]:
 def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of values of shape ``(N, C, positions)``.
 
-    Sums along rows run at the speed of memory, several times that of the kernel of PyTorch's own
-    batch normalisation. The mean's square is taken off in float64, which is safe while the mean
-    is no more than a few standard deviations: what is further off is looked at again.
+    Sums along rows run at the speed of memory, several times faster than PyTorch's own batch
+    normalisation. Subtracting the square of the mean in float64 is safe for a mean within a few
+    standard deviations of 0; the caller reads larger ones again.
     """
     count, positions = values_per_channel(rows.shape), rows.shape[2]
     length = positions // -(-positions // _ROW_BLOCK)
@@ -170,9 +165,9 @@ def _sums_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_interleaved(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of values of shape ``(M, C)``, the channels together.
+    """Return mean and biased variance of channels-last values, shape ``(M, C)``.
 
-    Several pixels count as one with more channels where there are few of them.
+    With few channels, several pixels count as one with more channels.
     """
     count, channels = pixels.shape
     if count <= _BLOCK:
@@ -194,11 +189,10 @@ def _of_interleaved(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all samples together, weighted by their counts.
+    """Return the moments of all samples together, the variance between the parts included.
 
-    The variance between the means of the parts is part of the variance of the whole: Chan, Golub
-    and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
-    (1979), equation 2.1.
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances" (1979), equation 2.1.
 
     Raises:
         ValueError: There are no parts.

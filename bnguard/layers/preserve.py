@@ -1,7 +1,4 @@
-"""The one way to save and restore what running a model changes.
-
-Modes, running statistics, buffers, gradients, and the random states of torch, NumPy and Python.
-"""
+"""Save and restore what a forward changes: modes, statistics, buffers, gradients, random states."""
 
 from __future__ import annotations
 
@@ -19,24 +16,21 @@ from torch.utils._pytree import tree_leaves
 
 from bnguard.layers.bn_layer import BatchNormLayer
 
-# By the name of the layer, its running mean, variance and counter by the names of their buffers.
+# Running mean, variance and counter by the names of their buffers, by the name of the layer.
 SavedStatistics = Mapping[str, Mapping[str, Tensor]]
 
-# Types of devices that have a random state of their own.
+# Types of devices with a random state of their own.
 _DEVICES_WITH_RANDOM_STATE = ("cuda", "xpu", "mps")
 
 
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the train or eval mode of every module at the end, also after an exception.
-
-    Modes are set one module at a time: ``model.train(mode)`` would overwrite the modules that the
-    user holds in another mode than their parent.
-    """
+    """Restore the train or eval mode of every module at the end, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
+        # Not model.train(mode): modules may be in another mode than their parent on purpose.
         for module, training in modes:
             module.training = training
 
@@ -45,14 +39,13 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 def preserve_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
     """Let layers use copies of their running statistics, and restore the originals at the end.
 
-    The layers do not write to the originals, which a backward of the user's may still need; what
-    others write to them, as DistributedDataParallel does, is undone.
+    The layers do not write to the originals, which the user's backward may still need. Writes by
+    others, such as DistributedDataParallel, are undone.
     """
     kept = [
         (holder, key, tensor, tensor.detach().clone())
         for layer in layers
-        for holder, key in layer.statistics()
-        if isinstance(tensor := holder.get(key), Tensor) and not is_lazy(tensor)
+        for holder, key, tensor in _statistics(layer)
     ]
     try:
         for holder, key, _, values in kept:
@@ -64,7 +57,7 @@ def preserve_statistics(layers: Iterable[BatchNormLayer]) -> Iterator[None]:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore what forwards write to buffers: queues, observers, the user's own averages."""
+    """Restore all buffers at the end: queues, observers, the user's own averages."""
     kept = [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -79,15 +72,15 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
 
 def _restore(kept: Iterable[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
     for holder, key, tensor, values in kept:
-        # A tensor made in inference mode can be written to in that mode only.
+        # An inference tensor is writable in inference mode only.
         with torch.inference_mode(tensor.is_inference()):
-            # .data: a version counter that moved would break a backward that needs the tensor.
+            # .data keeps the version counter, which a backward may check.
             tensor.data.copy_(values)
         holder[key] = tensor
 
 
 def _is_expanded(buffer: Tensor) -> bool:
-    """Return whether elements share a place in memory, so that no forward can write to them."""
+    """Return whether elements share memory, so that no forward can write to them."""
     return buffer.layout is torch.strided and any(
         stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
     )
@@ -95,7 +88,7 @@ def _is_expanded(buffer: Tensor) -> bool:
 
 @contextmanager
 def preserve_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep the gradients of the parameters away from forwards that call ``backward``."""
+    """Restore the gradients of the parameters at the end; inside there are none."""
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in kept:
@@ -109,18 +102,21 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
 def save_statistics(layers: Iterable[BatchNormLayer]) -> SavedStatistics:
     """Return copies of the running statistics and counters of layers."""
     return {
-        layer.name: {
-            key: tensor.detach().clone()
-            for holder, key in layer.statistics()
-            if isinstance(tensor := holder.get(key), Tensor) and not is_lazy(tensor)
-        }
+        layer.name: {key: tensor.detach().clone() for _, key, tensor in _statistics(layer)}
         for layer in layers
     }
 
 
+def _statistics(layer: BatchNormLayer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for holder, key in layer.statistics():
+        tensor = holder.get(key)
+        if isinstance(tensor, Tensor) and not is_lazy(tensor):
+            yield holder, key, tensor
+
+
 @torch.no_grad()
 def restore_statistics(layers: Iterable[BatchNormLayer], saved: SavedStatistics) -> None:
-    """Write saved statistics to layers; those that have none saved stay as they are."""
+    """Write saved statistics to the layers that have some."""
     for layer in layers:
         values = saved.get(layer.name, {})
         for holder, key in layer.statistics():
@@ -129,7 +125,7 @@ def restore_statistics(layers: Iterable[BatchNormLayer], saved: SavedStatistics)
 
 
 def has_statistics(layer: BatchNormLayer, saved: SavedStatistics) -> bool:
-    """Return whether a layer has exactly the mean and variance that were saved for it."""
+    """Return whether a layer has exactly its saved mean and variance."""
     values = saved.get(layer.name, {})
     pairs = [
         (holder[key], values[key])
@@ -155,13 +151,7 @@ def preserve_random_states(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class RandomStates:
-    """The states of the generators that code draws from unless it has one of its own.
-
-    Attributes:
-        by_device: State of torch's generator on each device, the CPU among them.
-        numpy: State of ``numpy.random``.
-        python: State of ``random``.
-    """
+    """The states of the default generators of torch (per device, and the CPU), NumPy and Python."""
 
     by_device: Mapping[torch.device, Tensor]
     numpy: dict[str, Any]
@@ -169,7 +159,7 @@ class RandomStates:
 
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomStates:
-        """Return the states as they are, those of these devices included."""
+        """Return the current states, including those of these devices."""
         return cls(
             by_device={device: _read_state(device) for device in _with_random_state(devices)},
             numpy=_numpy_state(),
@@ -178,9 +168,9 @@ class RandomStates:
 
     @classmethod
     def seeded(cls, seed: int, devices: Iterable[torch.device]) -> RandomStates:
-        """Return the states that a seed gives."""
+        """Return the states after seeding."""
         return cls(
-            # Generators of their own: torch.manual_seed would also seed devices that start later.
+            # torch.manual_seed would also seed devices that start later.
             by_device={
                 device: torch.Generator(device).manual_seed(seed).get_state()
                 for device in _with_random_state(devices)
@@ -190,7 +180,7 @@ class RandomStates:
         )
 
     def restore(self) -> None:
-        """Let the generators go on from these states."""
+        """Let the generators continue from these states."""
         for device, state in self.by_device.items():
             if device.type == "cpu":
                 torch.set_rng_state(state)
@@ -198,13 +188,13 @@ class RandomStates:
                 torch.mps.set_rng_state(state)
             else:
                 torch.get_device_module(device).set_rng_state(state, device)
-        # A user may have given numpy.random a generator of another kind.
+        # The user may have set another kind of generator in numpy.random.
         if self.numpy["bit_generator"] == _numpy_state()["bit_generator"]:
             np.random.set_state(self.numpy)
         random.setstate(self.python)
 
     def is_same(self, other: RandomStates) -> bool:
-        """Return whether nothing was drawn between these states and others of the same devices."""
+        """Return whether nothing was drawn between these states and others."""
         return (
             self.python == other.python
             and all(
@@ -216,12 +206,7 @@ class RandomStates:
 
 
 class RandomStream:
-    """Random numbers that begin at a seed and continue from one use to the next.
-
-    Args:
-        seed: Where the stream begins.
-        device: The device that draws, besides the CPU.
-    """
+    """Random numbers from a seed, on the CPU and a device, that continue from use to use."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
@@ -229,12 +214,12 @@ class RandomStream:
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nothing has been drawn from it so far."""
+        """Whether nothing was drawn from it."""
         return self._begin.is_same(self._states)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let everything draw from this stream for a while."""
+        """Let all code draw from this stream."""
         outside = RandomStates.now([self._device])
         self._states.restore()
         try:
@@ -246,7 +231,7 @@ class RandomStream:
 
 @contextmanager
 def draw_from_seed(seed: int, device: torch.device) -> Iterator[RandomStream]:
-    """Let everything draw from a seed for a while, on the CPU and on a device."""
+    """Let all code draw from a seed, on the CPU and a device."""
     stream = RandomStream(seed, device)
     with stream.in_use():
         yield stream

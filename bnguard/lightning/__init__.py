@@ -1,8 +1,4 @@
-"""Callbacks for a Lightning ``Trainer``: thin adapters over monitor and fixes.
-
-They serve ``pytorch_lightning`` and ``lightning.pytorch`` alike, and import neither until a
-callback is asked for.
-"""
+"""Callbacks for the ``Trainer`` of ``pytorch_lightning`` and ``lightning.pytorch``."""
 
 from __future__ import annotations
 
@@ -10,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bnguard.lightning.monitor import REPORT_FILE, BatchNormMonitor
+    from bnguard.lightning.monitor import BatchNormMonitor
     from bnguard.lightning.recalibration import BatchNormRecalibration
+    from bnguard.loggers import REPORT_FILE
 
 __all__ = ["REPORT_FILE", "BatchNormMonitor", "BatchNormRecalibration"]
 
 _HOMES = {
-    "REPORT_FILE": "bnguard.lightning.monitor",
+    "REPORT_FILE": "bnguard.loggers",
     "BatchNormMonitor": "bnguard.lightning.monitor",
     "BatchNormRecalibration": "bnguard.lightning.recalibration",
 }

@@ -1,4 +1,4 @@
-"""The commands to type for the checkpoint that a run has saved, with its model and its data."""
+"""The commands for the checkpoint that a run saved, with its model and data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnguard.report import Report
 
 
 def commands(trainer: Trainer, report: Report) -> Iterator[str]:
-    """Yield the commands to type for the checkpoint just saved."""
+    """Yield the commands to inspect and repair the checkpoint of the run."""
     path = newest_checkpoint(trainer) if is_fitting(trainer) else None
     if path is None or not report.findings:
         return
@@ -23,7 +23,7 @@ def commands(trainer: Trainer, report: Report) -> Iterator[str]:
 
 
 def newest_checkpoint(trainer: Trainer) -> str | None:
-    """Return the path of the best checkpoint that was saved, else of the last; None without."""
+    """Return the path of the best checkpoint, else of the last; None if none was saved."""
     for callback in trainer.checkpoint_callbacks:
         for attribute in ("best_model_path", "last_model_path"):
             path = getattr(callback, attribute, "")
@@ -35,8 +35,7 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
 def subject_options(trainer: Trainer) -> str:
     """Return the options that name the model and its training data on the command line.
 
-    What has no name to be imported by, as a loader, or a class in a function, a function has to
-    make; what stands for it says so.
+    Loaders and local classes cannot be imported by name: a placeholder names a function to write.
     """
     module, data = trainer.lightning_module, datamodule_of(trainer)
     options = ["--model", class_path(module) or _function_in(module, "that_makes_the_model")]
@@ -49,7 +48,7 @@ def subject_options(trainer: Trainer) -> str:
 
 
 def class_path(instance: object) -> str | None:
-    """Return where the class of an instance can be imported from; None where it cannot."""
+    """Return where the class of an instance can be imported from; None for a local class."""
     kind = type(instance)
     return None if "<locals>" in kind.__qualname__ else f"{_module_name(kind)}.{kind.__qualname__}"
 
@@ -59,7 +58,7 @@ def _function_in(instance: object, what_it_does: str) -> str:
 
 
 def _has_loader(module: LightningModule) -> bool:
-    """Whether a module has a training loader itself; Lightning's own only raises."""
+    """Return whether a module has a training loader; Lightning's default only raises."""
     method = getattr(module.train_dataloader, "__qualname__", "")
     return not method.startswith("DataHooks.")
 
@@ -69,7 +68,7 @@ def _module_name(kind: type) -> str:
 
 
 def _name_of_script() -> str:
-    """Return the name by which the script that runs can be imported, ``my`` in a notebook."""
+    """Return the importable name of the running script; ``my`` in a notebook."""
     script = sys.modules["__main__"]
     if script.__spec__ is not None:
         return script.__spec__.name

@@ -1,7 +1,6 @@
-"""Lightning, under whichever of its two names it is there.
+"""Lightning, under either of its two names.
 
-The callbacks serve both, whichever their base class comes from. A Trainer does not: it takes the
-modules of its own package alone.
+The callbacks work in both Trainers; a Trainer takes only the modules of its own package.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "
 
 
 def _package(names: Iterable[str] = _NAMES) -> ModuleType:
-    """Return the package that is imported already, else the first that is installed."""
+    """Return the package that is already imported, else the first that is installed."""
     by_use = sorted(names, key=lambda name: name not in sys.modules)
     for name in by_use:
         try:
@@ -49,7 +48,7 @@ def package_of(module: object) -> Any:
 
 
 def fabric_of(module: object) -> Any:
-    """Return the package of Fabric that belongs to a module's Lightning, or that is installed."""
+    """Return the Fabric package of a module's Lightning package, else the installed one."""
     name = package_name_of(module)
     return _package(_FABRIC_NAMES.values() if name is None else [_FABRIC_NAMES[name]])
 
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import Lightning when something of it is needed: Fabric may be all that is installed."""
+    """Import Lightning only when needed: perhaps only Fabric is installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     package = _package()

@@ -1,19 +1,20 @@
-"""The callback that watches, a thin adapter over :mod:`bnguard.monitor`, and what loggers get."""
+"""The callback that watches BN layers: a thin adapter over :mod:`bnguard.monitor`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bnguard.configuration import read_configuration
 from bnguard.distributed import number_of_ranks
-from bnguard.errors import ConfigurationError, UserCodeError, user_code
-from bnguard.findings import Finding, FindingGroup, Severity, counted, notice, show
+from bnguard.errors import ConfigurationError
+from bnguard.findings import Finding, FindingGroup, Severity, counted, show
 from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning.commands import commands, subject_options
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.trainer import (
+    CHECKPOINT_ENTRY,
     GuardedCallback,
     guarded,
     is_fitting,
@@ -22,56 +23,71 @@ from bnguard.lightning.trainer import (
     is_rehearsal,
     log_folder,
     logged_step,
-    planned_batches,
+    planned_steps,
     unlogged,
 )
+from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
+from bnguard.loggers.choice import reporters_of_lightning
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
-from bnguard.report.json_document import write_document
-from bnguard.report.terminal import as_terminal_text
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements
-from bnguard.tensorboard.events import summary_writers
-from bnguard.tensorboard.writer import ReportLog
 
-REPORT_FILE = "bnguard-report.json"
-_STOP_LEVELS = (None, "error", "warning")
-_REPORTS = ("terminal", "file", "both", "none")
+StopOn = Literal["error", "warning"]
+Destination = Literal["terminal", "file", "both", "none"]
 
 
 class BatchNormMonitor(GuardedCallback):
     """Watches the BN layers during ``fit``, and says what is wrong with them.
 
-    A finding is printed once, when it first appears; a few scalars go to every logger of the
-    trainer at its logging steps, the findings as text to TensorBoard; the report is printed when
-    ``fit`` ends, and written as ``bnguard-report.json`` into the first folder that a logger has.
-    ``validate``, ``test`` and ``predict`` are watched as well.
+    Each finding is printed when it first appears. When ``fit`` ends the report is printed, and
+    written as ``bnguard-report.json`` into the first folder that a logger has. ``validate``,
+    ``test`` and ``predict`` are watched as well.
 
-    Where several processes train, each watches its own batches; what they find is brought together
-    every ``every_n_steps`` batches and at the end, and rank zero prints and writes it. A finding
-    that not all of them have says which do. A rank that has ended or failed is not waited for.
+    The loggers of the trainer get at most five scalars at its logging steps. The first four are
+    relative to the limit of a rule, at the worst layer: above 1 is beyond the limit.
+
+    * ``zz_bnguard/shift``: shift of the mean in eval mode (BN301)
+    * ``zz_bnguard/variance``: log-variance ratio in eval mode (BN301)
+    * ``zz_bnguard/mode_gap``: change of the outputs between train and eval mode (BN302)
+    * ``zz_bnguard/values_per_channel``: values per channel, too few above 1 (BN201)
+    * ``zz_bnguard/findings``: number of warnings and errors
+
+    ``scalars="all"`` adds ``zz_bnguard/METRIC/p05``, ``p50``, ``p95`` and ``max`` (or ``min``),
+    quantiles over the layers, where METRIC is ``eval_shift_std``, ``eval_log_variance_ratio``,
+    ``batch_shift_std``, ``batch_log_variance_ratio``, ``variance_kept``, ``values_per_channel``,
+    ``gain`` or ``dead_channel_share``.
+
+    The findings go to TensorBoard (a tab, and text), to Weights & Biases (the table
+    ``zz_bnguard/table``, alerts for errors, the report as a file) and to MLflow (artifacts
+    ``bnguard-findings.txt``, ``bnguard-report.txt`` and ``bnguard-report.json``).
+
+    Where several processes train, each watches its own batches. Findings of all ranks are merged
+    every ``every_n_steps`` batches and at the end; rank zero prints and logs them. A rank that has
+    ended or failed is not waited for.
 
     An error inside bnguard does not end the run: it is printed, and the callback turns off.
 
     Args:
-        every_n_steps: How often the rules run, in training batches; besides, they do after the
-            first batch and after each validation.
-        eval_batches: Validation batches that are read in each validation; more where they are
-            small.
+        every_n_steps: How often the rules run, in training batches. They also run after the first
+            batch and after each validation.
+        eval_batches: Validation batches to read in each validation; more if they are small.
         rules: The rules to run; all by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and the
-            next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
-        ignore: Those that do not run, also where they are selected.
-        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+            next three override ``[tool.bnguard]`` of ``pyproject.toml``.
+        ignore: Those that do not run, even if they are selected.
+        per_layer_ignores: Those that do not run for some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
-        restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        stop_on: Stop the trainer when a finding so severe appears. That is when the rules run
-            and not before: ``every_n_steps=1`` stops it after the very batch, at a price.
+        restore_poisoned: Restore the last finite statistics in the step that poisons them.
+        stop_on: Stop the trainer when a finding of this severity appears. The rules notice it when
+            they run: ``every_n_steps=1`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
+        scalars: ``"summary"`` for the five above, ``"all"``, or ``"none"``.
+        reporters: Further :class:`bnguard.loggers.Reporter` objects, for rank zero.
         strict: Raise errors inside bnguard; for tests.
 
     Attributes:
-        report: The report of the run that ended last; None before.
+        report: The report of the last run that ended; None before.
 
     Raises:
         ConfigurationError: An option, a rule or a limit does not exist.
@@ -92,69 +108,103 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Mapping[str, Collection[str]] | None = None,
         limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
-        stop_on: Literal["error", "warning"] | None = None,
-        report: Literal["terminal", "file", "both", "none"] = "both",
+        stop_on: StopOn | None = None,
+        report: Destination = "both",
+        scalars: Scalars = "summary",
+        reporters: Iterable[Reporter] = (),
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
-        # What is wrong with these is to be told before the run, not at its start.
-        read_configuration().changed(
-            select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
-        )
-        _known("stop_on", stop_on, _STOP_LEVELS)
-        _known("report", report, _REPORTS)
+        choices: dict[str, Any] = {
+            "select": select,
+            "ignore": ignore,
+            "per_layer_ignores": per_layer_ignores,
+            "limits": limits,
+        }
+        self._options = {
+            **choices,
+            "rules": None if rules is None else tuple(rules),
+            "eval_batches": eval_batches,
+            "restore_poisoned": restore_poisoned,
+        }
+        # Errors in these should appear before the run, not when it starts.
+        read_configuration().changed(**choices)
+        _check("stop_on", stop_on, (None, *get_args(StopOn)))
+        _check("report", report, get_args(Destination))
+        _check("scalars", scalars, get_args(Scalars))
         self.report: Report | None = None
         self._every_n_steps = max(1, every_n_steps)
-        self._eval_batches = eval_batches
-        self._rules = None if rules is None else tuple(rules)
-        self._select = select
-        self._ignore = ignore
-        self._per_layer_ignores = per_layer_ignores
-        self._limits = limits
-        self._restore_poisoned = restore_poisoned
         self._stop_level = None if stop_on is None else Severity[stop_on.upper()]
         self._is_printed = report in ("terminal", "both")
         self._is_written = report in ("file", "both")
+        self._scalars = scalars
+        self._reporters = tuple(reporters)
+        self._console = Console()
         self._monitor: Monitor | None = None
         self._evaluation = ExitStack()
         self._has_evaluated = False
         self._batches = 0
-        self._untold: list[Finding] = []
-        # Of all ranks together; the monitor has those of its own.
+        self._unannounced: list[Finding] = []
+        # Of all ranks; those of the monitor are of its own rank.
         self._announcements = Announcements()
-        self._log: RunLog | None = None
+        self._log = RunLog((), ())
+        self._last_logged_step: int | None = None
         self._momenta: dict[str, float | None] = {}
         self._eps: dict[str, float] = {}
-        # Of the run that this one goes on from; and of the one that ended last.
-        self._before: dict[str, Any] | None = None
+        # State of the monitor in the run that is resumed, and in the last run that ended.
+        self._resumed: dict[str, Any] | None = None
         self._ended: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what watches a model right now: a copy watches from its own next run on."""
-        return {**vars(self), "_monitor": None, "_evaluation": ExitStack(), "_log": None}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return momentum and eps of each layer, the findings, and what lets a run be resumed."""
-        return self._state() or {}
+        """Leave out what belongs to the current run: a copy watches from its own next run on."""
+        return {
+            **vars(self),
+            "_monitor": None,
+            "_evaluation": ExitStack(),
+            "_log": RunLog((), ()),
+        }
 
     @guarded
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what an interrupted run knew, when training begins."""
-        self._before = state_dict.get("monitor")
-        self._announcements = Announcements(state_dict.get("findings", ()))
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save momentum and eps of each layer, the findings, and what a resumed run needs."""
+        state = self._ended
+        if self._monitor is not None:
+            state = self._monitor.state_dict()
+            self._announcements.note(self._monitor.check().findings, state["step"])
+        checkpoint.setdefault(CHECKPOINT_ENTRY, {})["monitor"] = {
+            "momentum": self._momenta,
+            "eps": self._eps,
+            "findings": self._announcements.records,
+            "state": state,
+        }
+
+    @guarded
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load what an interrupted run knew, for when training starts."""
+        saved = checkpoint.get(CHECKPOINT_ENTRY, {}).get("monitor", {})
+        self._resumed = saved.get("state")
+        self._announcements = Announcements(saved.get("findings", ()))
 
     @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, with weights restored and moved, and after the sanity check."""
-        before, self._before = self._before, None
-        self._announcements = Announcements(() if before is None else self._announcements.records)
-        self._batches, self._untold = 0, []
-        monitor = self._watch(trainer, pl_module, planned_batches(trainer))
+        resumed, self._resumed = self._resumed, None
+        self._announcements = Announcements(() if resumed is None else self._announcements.records)
+        self._batches, self._unannounced = 0, []
+        monitor = self._watch(trainer, pl_module, planned_steps(trainer))
         if monitor is None:
             return
-        if before is not None:
-            monitor.load_state_dict(before)
-        self._log = RunLog(trainer, monitor.rules)
+        if resumed is not None:
+            monitor.load_state_dict(resumed)
+        if trainer.is_global_zero:
+            chosen = reporters_of_lightning(
+                trainer.loggers, monitor.rules, subject_options(trainer)
+            )
+            self._log = RunLog((*chosen, *self._reporters), monitor.rules, self._scalars)
         if self._is_printed and trainer.is_global_zero and not is_rehearsal(trainer):
             show(self._greeting(trainer))
 
@@ -162,7 +212,7 @@ class BatchNormMonitor(GuardedCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Take the statistics as they are after an evaluation, whatever it did to them."""
+        """Ignore what an evaluation did to the statistics."""
         if self._has_evaluated:
             self._has_evaluated = False
             self.forget_changes()
@@ -179,17 +229,27 @@ class BatchNormMonitor(GuardedCallback):
         """Read what the batch left in the buffers, and log at the trainer's logging steps."""
         if self._monitor is None:
             return
-        self._monitor.step(logged_step(trainer) + 1)
-        if self._log is not None and is_logging_step(trainer):
-            self._log.write(self._monitor)
+        step = logged_step(trainer)
+        self._monitor.step(step + 1)
+        # With gradient accumulation several batches belong to one step.
+        if is_logging_step(trainer) and step != self._last_logged_step:
+            self._write(self._monitor, step)
         self._batches += 1
         if self._batches % self._every_n_steps == 0:
             self._exchange(trainer)
 
     @guarded
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to read what arrives in eval mode."""
-        self._begin_evaluation(trainer, pl_module)
+        """Begin to read the inputs in eval mode."""
+        if trainer.sanity_checking:
+            return
+        if self._monitor is None and not is_fitting(trainer):
+            self._watch(trainer, pl_module, None)
+        if self._monitor is not None:
+            self._evaluation.enter_context(_watch_evaluation(self._monitor, pl_module))
+            self._has_evaluated = True
+
+    on_test_start = on_predict_start = on_validation_start
 
     @guarded
     def on_validation_batch_end(
@@ -201,54 +261,44 @@ class BatchNormMonitor(GuardedCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop reading after the last batch, before averaged weights make way for the others."""
+        """Stop reading after the last batch, while averaged weights are still in place."""
         if is_last_batch(trainer, batch_idx, dataloader_idx):
             self._evaluation.close()
 
     @guarded
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold what arrived in eval mode against the running statistics."""
-        self._end_evaluation(trainer)
+        """Compare the inputs in eval mode with the running statistics."""
+        if trainer.sanity_checking or self._monitor is None:
+            return
+        self._evaluation.close()
+        if is_fitting(trainer):
+            self._write(self._monitor, logged_step(trainer))
+            self._exchange(trainer)
+        else:
+            self._conclude(trainer, self._monitor)
 
-    @guarded
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to read what arrives in eval mode."""
-        self._begin_evaluation(trainer, pl_module)
-
-    @guarded
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold what arrived in eval mode against the running statistics."""
-        self._end_evaluation(trainer)
-
-    @guarded
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to read what arrives in eval mode."""
-        self._begin_evaluation(trainer, pl_module)
-
-    @guarded
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold what arrived in eval mode against the running statistics."""
-        self._end_evaluation(trainer)
+    on_test_end = on_predict_end = on_validation_end
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show and write the report."""
-        self._conclude(trainer)
+        """Print and write the report."""
+        if self._monitor is not None:
+            self._conclude(trainer, self._monitor)
 
     @guarded
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Show and write the report of a run that ends early, Ctrl-C included.
+        """Print and write the report of a run that ends early, Ctrl-C included.
 
-        Each rank tells its own: the others may never come here.
+        Each rank prints its own findings: the others may never get here.
         """
         if self._monitor is None:
             return
         self._monitor._leave()
-        self._tell(trainer, self._untold, rank=trainer.global_rank)
-        self._untold = []
-        # Not as at its end, where the module is run again.
+        self._announce(trainer, self._unannounced, rank=trainer.global_rank)
+        self._unannounced = []
+        # Unlike at the end of an evaluation, the module is not run again.
         self._evaluation.__exit__(type(exception), exception, exception.__traceback__)
         self._end(trainer, self._monitor, self._monitor.report())
 
@@ -258,7 +308,7 @@ class BatchNormMonitor(GuardedCallback):
         self.let_go()
 
     def let_go(self) -> None:
-        """Take the hooks off, and let the other ranks go on without this one."""
+        """Remove the hooks, and let the other ranks continue without this one."""
         monitor, self._monitor = self._monitor, None
         try:
             self._evaluation.close()
@@ -269,45 +319,32 @@ class BatchNormMonitor(GuardedCallback):
 
     @guarded
     def forget_changes(self) -> None:
-        """Take the running statistics as they are now, whatever changed them since."""
+        """Ignore what changed the running statistics since the last step."""
         if self._monitor is not None:
             self._monitor.forget_changes()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Note nothing of what runs inside: it is a repair, and not the user's training."""
+        """Watch nothing of what runs inside: it is a repair, and not the user's training."""
         with ExitStack() as stack:
             if self._monitor is not None:
                 stack.enter_context(self._monitor._paused())
             yield
 
-    @guarded
-    def _state(self) -> dict[str, Any]:
-        state = self._ended
-        if self._monitor is not None:
-            state = self._monitor.state_dict()
-            self._announcements.note(self._monitor.check().findings, state["step"])
-        return {
-            "momentum": self._momenta,
-            "eps": self._eps,
-            "findings": self._announcements.records,
-            "monitor": state,
-        }
-
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, planned_steps: int | None
     ) -> Monitor | None:
-        """Begin to watch; a module without BN layers is left alone, and said to be in one line."""
+        """Begin to watch; of a module without BN layers, only say that it has none."""
 
-        def note(group: FindingGroup) -> None:
-            self._untold.extend(group.findings)
+        def collect(group: FindingGroup) -> None:
+            self._unannounced.extend(group.findings)
             if number_of_ranks() == 1:
                 self._exchange(trainer)
 
         layers = find_layers(pl_module)
         self._momenta = {layer.name: layer.momentum for layer in layers}
         self._eps = {layer.name: layer.eps for layer in layers}
-        if not self._momenta:
+        if not layers:
             if trainer.is_global_zero:
                 name = type(pl_module).__name__
                 show(f"bnguard: {name} has no BN layers, so there is nothing to watch")
@@ -316,73 +353,58 @@ class BatchNormMonitor(GuardedCallback):
             pl_module,
             optimizer=trainer.optimizers,
             every_n_steps=self._every_n_steps,
-            eval_batches=self._eval_batches,
             planned_steps=planned_steps,
             loader=trainer.train_dataloader,
             accumulated_batches=trainer.accumulate_grad_batches,
-            rules=self._rules,
-            select=self._select,
-            ignore=self._ignore,
-            per_layer_ignores=self._per_layer_ignores,
-            limits=self._limits,
-            restore_poisoned=self._restore_poisoned,
-            on_findings=note,
-            # The edge to the run is here.
-            strict=True,
+            on_findings=collect,
+            strict=True,  # The guard of the callback handles errors.
+            **self._options,
         )
         return self._monitor
 
-    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        if self._monitor is None and not is_fitting(trainer):
-            self._watch(trainer, pl_module, None)
-        if self._monitor is not None:
-            self._evaluation.enter_context(_watched_evaluation(self._monitor, pl_module))
-            self._has_evaluated = True
+    def _write(self, monitor: Monitor, step: int) -> None:
+        self._last_logged_step = step
+        if self._log.has_reporters:
+            self._log.write(monitor.check(), step)
 
-    def _end_evaluation(self, trainer: Trainer) -> None:
-        if trainer.sanity_checking or self._monitor is None:
-            return
-        self._evaluation.close()
-        if not is_fitting(trainer):
-            self._conclude(trainer)
-            return
-        if self._log is not None:
-            self._log.write_evaluation(self._monitor)
+    def _conclude(self, trainer: Trainer, monitor: Monitor) -> None:
         self._exchange(trainer)
-
-    def _conclude(self, trainer: Trainer) -> None:
-        """Tell what is new, show and write the report, and watch no longer."""
-        if self._monitor is None:
-            return
-        self._exchange(trainer)
-        self._end(trainer, self._monitor, self._monitor.report_of_all_ranks())
+        self._end(trainer, monitor, monitor.report_of_all_ranks())
 
     def _end(self, trainer: Trainer, monitor: Monitor, report: Report) -> None:
-        """Log and show the report, and watch no longer."""
-        # What a later checkpoint of the run should hold.
+        """Stop watching, then log, print and write the report."""
+        # Checkpoints that are saved after fit need it.
         self._ended = monitor.state_dict()
         self._announcements.note(report.findings, self._ended["step"])
-        log, self._log = self._log, None
+        log, self._log = self._log, RunLog((), ())
         self.let_go()
-        if log is not None:
-            log.conclude(report)
-        self._present(trainer, report)
+        log.conclude(report, logged_step(trainer))
+        self.report = report
+        if not trainer.is_global_zero or is_rehearsal(trainer):
+            return
+        if self._is_printed:
+            self._console.log_report(report, logged_step(trainer))
+            for line in commands(trainer, report):
+                show(line)
+        folder = log_folder(trainer) if self._is_written else None
+        # A later ``validate`` knows nothing of the training that ``fit`` reported.
+        if folder is not None and (is_fitting(trainer) or not (folder / REPORT_FILE).exists()):
+            RunLog([JSON(folder)], (), "none").conclude(report, logged_step(trainer))
 
     def _exchange(self, trainer: Trainer) -> None:
-        """Tell what is new on all ranks: each comes here as often as the others."""
-        mine, self._untold = self._untold, []
+        """Announce what is new on all ranks: each gets here as often as the others."""
+        mine, self._unannounced = self._unannounced, []
         if self._monitor is not None:
-            self._tell(trainer, self._monitor._findings_of_all_ranks(mine))
+            self._announce(trainer, self._monitor._findings_of_all_ranks(mine))
 
-    def _tell(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
+    def _announce(self, trainer: Trainer, findings: Iterable[Finding], rank: int = 0) -> None:
+        step = logged_step(trainer) + 1
         groups = self._announcements.new(findings)
         for group in groups:
-            self._announcements.note(group.findings, logged_step(trainer) + 1)
+            self._announcements.note(group.findings, step)
         if trainer.global_rank == rank:
-            for group in groups:
-                show(notice(group))
+            self._console.log_findings(groups, step)
+        self._log.announce(groups, step)
         if self._stop_level is None or trainer.should_stop:
             return
         reason = next((g.worst for g in groups if g.worst.severity >= self._stop_level), None)
@@ -390,22 +412,6 @@ class BatchNormMonitor(GuardedCallback):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 show(f"bnguard: stopping the trainer because of {reason.code}")
-
-    def _present(self, trainer: Trainer, report: Report) -> None:
-        self.report = report
-        if not trainer.is_global_zero or is_rehearsal(trainer):
-            return
-        folder = log_folder(trainer)
-        if self._is_printed:
-            show("\n".join([as_terminal_text(report), *commands(trainer, report)]))
-        if self._is_written and folder is not None:
-            file = folder / REPORT_FILE
-            # A later ``validate`` knows nothing of the training that ``fit`` reported.
-            if is_fitting(trainer) or not file.exists():
-                try:
-                    write_document(report, file)
-                except OSError as error:
-                    show(f"bnguard: {file} cannot be written: {error.strerror}")
 
     def _greeting(self, trainer: Trainer) -> str:
         folder = log_folder(trainer) if self._is_written else None
@@ -418,71 +424,14 @@ class BatchNormMonitor(GuardedCallback):
         )
 
 
-class RunLog:
-    """Writes to the loggers of a trainer, whichever they are and in any order; on rank zero only.
-
-    Args:
-        trainer: The trainer.
-        rules: The rules in force.
-    """
-
-    def __init__(self, trainer: Trainer, rules: Sequence[Rule]) -> None:
-        self._trainer = trainer
-        subjects = subject_options(trainer)
-        self._reports: list[tuple[Any, ReportLog]] = []
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            with self._dropped_on_error(logger):
-                with user_code(type(logger).__name__):
-                    writers = summary_writers([logger])
-                self._reports.append((logger, ReportLog(writers, rules, subjects)))
-        self._last_step: int | None = None
-
-    def write(self, monitor: Monitor) -> None:
-        """Write numbers and findings; once a step, of which accumulation makes several batches."""
-        step = logged_step(self._trainer)
-        if step == self._last_step or not self._reports:
-            return
-        self._write(monitor.check(), step)
-
-    def write_evaluation(self, monitor: Monitor) -> None:
-        """Write what an evaluation told as well, down to each channel."""
-        self._last_step = None
-        self.write(monitor)
-        for logger, reports in tuple(self._reports):
-            with self._dropped_on_error(logger):
-                reports.add_channels(monitor.check(), logged_step(self._trainer))
-
-    def conclude(self, report: Report) -> None:
-        """Write the report that the run ends with, also at a step that was written."""
-        self._write(report, logged_step(self._trainer))
-
-    def _write(self, report: Report, step: int) -> None:
-        self._last_step = step
-        for logger, reports in tuple(self._reports):
-            with self._dropped_on_error(logger):
-                reports.add(report, step)
-                metrics = reports.scalars(report)
-                with user_code(type(logger).__name__):
-                    logger.log_metrics(metrics, step=step)
-
-    @contextmanager
-    def _dropped_on_error(self, logger: object) -> Iterator[None]:
-        """Log to a logger no longer once it has raised an error, and say so."""
-        try:
-            yield
-        except UserCodeError as error:
-            self._reports = [pair for pair in self._reports if pair[0] is not logger]
-            show(f"bnguard: {error}; nothing more is logged there, and the run goes on.")
-
-
 @contextmanager
-def _watched_evaluation(monitor: Monitor, module: LightningModule) -> Iterator[None]:
-    """Watch an evaluation, at whose end the module is run again, and is to log nothing then."""
+def _watch_evaluation(monitor: Monitor, module: LightningModule) -> Iterator[None]:
+    """Watch an evaluation; when it ends the module is run again, and must not log anything."""
     with ExitStack() as at_end, monitor.evaluation():
         yield
         at_end.enter_context(unlogged(module))
 
 
-def _known(option: str, value: object, known: Collection[object]) -> None:
+def _check(option: str, value: object, known: Collection[object]) -> None:
     if value not in known:
         raise ConfigurationError(f"{option}={value!r} is unknown: use one of {known}")

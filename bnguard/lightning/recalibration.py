@@ -25,13 +25,20 @@ from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.scoring import (
     ValidationScore,
-    drawn_samples,
+    draw_samples,
     plain_forward,
     split_samples,
     transferred,
     twin_of,
 )
-from bnguard.lightning.trainer import GuardedCallback, Split, guarded, is_fitting, unlogged
+from bnguard.lightning.trainer import (
+    CHECKPOINT_ENTRY,
+    GuardedCallback,
+    Split,
+    guarded,
+    is_fitting,
+    unlogged,
+)
 from bnguard.recalibration.api import Method, check_options, recalibrate
 from bnguard.recalibration.options import Keep, patterns_of
 from bnguard.recalibration.result import Recalibration
@@ -39,31 +46,32 @@ from bnguard.recalibration.statistics import OnNonfinite
 
 When = Literal["validation", "checkpoint", "fit-end", "test"]
 
-# Number of the batch, and the norm of each weight: what a checkpoint holds, at no memory.
+# Number of the batch, and the norm of each weight: identifies the weights of a checkpoint.
 _Content = tuple[int, list[float]]
 
 
 @dataclass(frozen=True)
 class _ForCheckpoint:
-    """What a checkpoint is given, and the next ones of the same weights: the best, and the last."""
+    """New statistics for all checkpoints of the same weights, and those of training."""
 
     content: _Content
     statistics: dict[str, Tensor]
-    state: dict[str, Any]
+    before: SavedStatistics
+    after: SavedStatistics
 
 
 class BatchNormRecalibration(GuardedCallback):
     """Recompute the running statistics from data before they are used, and keep the better ones.
 
-    Training continues with its own statistics: these are restored before the next training batch.
-    Until then the model has the new ones, so that the checkpoint that is saved for a validation
-    holds what the validation used. Averaged weights that a callback evaluates get statistics of
-    their own, and keep them. Layers that are held in eval mode in training stay as they are.
+    Training continues with its own statistics, which are restored before the next training batch:
+    a checkpoint that is saved for a validation holds what the validation used. Averaged weights
+    that a callback evaluates get statistics of their own. Layers that are in eval mode during
+    training stay as they are.
 
     Args:
         when: ``"validation"``, before each validation of ``fit``; ``"checkpoint"``, before a
-            checkpoint is saved, which alone gets the new statistics (not one of weights alone,
-            which Lightning does not report to callbacks; averaging callbacks come before this one);
+            checkpoint is saved, which alone gets the new statistics (with ``save_weights_only``
+            Lightning calls no callback; averaging callbacks come before this one);
             ``"fit-end"``, once after the last epoch, and for good, but in the model alone: the
             checkpoints and the report of ``fit`` are written by then, and
             ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
@@ -75,14 +83,13 @@ class BatchNormRecalibration(GuardedCallback):
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
         prior: For ``"adapt"``: how many samples the statistics from before count as.
         memory: What may be held at once: ``"2GiB"``, or a share of what is free.
-        on_nonfinite: What to do about batches that bring NaN or Inf to a layer: ``"skip"`` or
+        on_nonfinite: What to do about batches with NaN or Inf at a layer: ``"skip"`` or
             ``"error"``.
         keep: ``"if-better"`` rolls back if the module is worse with the new statistics.
             ``"always"`` does not compare, which saves two passes over as many validation samples.
-        score: ``score(module)`` says how good the module is, the higher the better. By default
-            a copy of the module runs its ``validation_step`` on validation samples, and what
-            it logs is caught: what a checkpoint callback monitors counts, else what is named
-            like an accuracy, else the loss.
+        score: ``score(module)`` returns how good the module is, the higher the better. By default
+            that is what a copy of the module logs in a validation: what a checkpoint callback
+            monitors, else what is named like an accuracy, else the loss.
         forward: ``forward(module, batch)`` calls the module; by default its ``forward`` is given
             the batch, or what comes before the targets.
         strict: Raise errors; by default they are printed, and the callback turns off.
@@ -136,7 +143,8 @@ class BatchNormRecalibration(GuardedCallback):
         self._every_n_epochs = max(1, every_n_epochs)
         self._samples = samples
         self._method = method
-        self._layers = ("*",) if layers is None else _as_patterns(layers)
+        patterns = "*" if layers is None else layers
+        self._layers = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         self._prior = prior
         self._memory = memory
         self._on_nonfinite = on_nonfinite
@@ -148,35 +156,41 @@ class BatchNormRecalibration(GuardedCallback):
         self._before: SavedStatistics = {}
         self._after: SavedStatistics = {}
         self._newest: _ForCheckpoint | None = None
+        # Moment and verdict of each recalibration of the run.
+        self._verdicts: list[tuple[str, bool]] = []
 
-    @property
-    def state_key(self) -> str:
-        """Key that distinguishes this callback from others of its class in a checkpoint."""
-        return f"{type(self).__qualname__}[when={self._when!r}]"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the statistics of training, which the model does not have just then."""
-        return {"before": self._before, "after": self._after}
-
-    @guarded
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the statistics of training, to be restored before the next batch."""
-        self._before, self._after = state_dict["before"], state_dict["after"]
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run before."""
+        super().setup(trainer, pl_module, stage)
+        self._verdicts = []
 
     @guarded
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Recalibrate a copy that has the weights of the checkpoint, averaged ones perhaps."""
-        if self._when != "checkpoint" or not is_fitting(trainer):
-            return
-        saved = checkpoint["state_dict"]
-        content = _content(trainer, pl_module, saved)
-        if self._newest is None or self._newest.content != content:
-            self._newest = self._recalibrate_copy(trainer, pl_module, saved, content)
-        saved.update(self._newest.statistics)
-        # A run that goes on from here goes on with its own.
-        checkpoint.setdefault("callbacks", {})[self.state_key] = self._newest.state
+        """Save the statistics of training, to be restored before the next batch.
+
+        With ``when="checkpoint"``, recalibrate a copy that has the weights of the checkpoint.
+        """
+        before, after = self._before, self._after
+        if self._when == "checkpoint" and is_fitting(trainer):
+            saved = checkpoint["state_dict"]
+            content = _content(trainer, pl_module, saved)
+            if self._newest is None or self._newest.content != content:
+                self._newest = self._recalibrate_copy(trainer, pl_module, saved, content)
+            saved.update(self._newest.statistics)
+            before, after = self._newest.before, self._newest.after
+        states = checkpoint.setdefault(CHECKPOINT_ENTRY, {}).setdefault("recalibration", {})
+        states[self._when] = {"before": before, "after": after}
+
+    @guarded
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load the statistics of training."""
+        states = checkpoint.get(CHECKPOINT_ENTRY, {}).get("recalibration", {})
+        if self._when in states:
+            self._before, self._after = states[self._when]["before"], states[self._when]["after"]
 
     @guarded
     def on_train_batch_start(
@@ -219,30 +233,17 @@ class BatchNormRecalibration(GuardedCallback):
     ) -> None:
         """Recalibrate before the first batch."""
         if self._when == "test" and batch_idx == 0 and dataloader_idx == 0:
-            self._recalibrate(trainer, pl_module, "before test")
+            moment = "before predict" if trainer.predicting else "before test"
+            self._recalibrate(trainer, pl_module, moment)
 
-    @guarded
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Recalibrate before the first batch."""
-        if self._when == "test" and batch_idx == 0 and dataloader_idx == 0:
-            self._recalibrate(trainer, pl_module, "before predict")
+    on_predict_batch_start = on_test_batch_start
 
     @guarded
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the statistics from before."""
         self._restore(trainer, pl_module)
 
-    @guarded
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the statistics from before."""
-        self._restore(trainer, pl_module)
+    on_predict_end = on_test_end
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,6 +255,13 @@ class BatchNormRecalibration(GuardedCallback):
                     "bnguard: no checkpoint that fit saved has these statistics: "
                     "trainer.save_checkpoint(path) writes one, or use when='checkpoint'"
                 )
+        verdicts = self._verdicts
+        if len(verdicts) > 1 and trainer.is_global_zero:
+            kept = sum(is_kept for _, is_kept in verdicts)
+            show(
+                f"bnguard: BN layers recalibrated {len(verdicts)} times {verdicts[0][0]}, new "
+                f"statistics kept {counted(kept, 'time')}"
+            )
         self._before, self._after = {}, {}
 
     def _recalibrate_copy(
@@ -271,8 +279,9 @@ class BatchNormRecalibration(GuardedCallback):
             for key, buffer in twin.named_buffers(remove_duplicate=False)
             if key in saved and not torch.equal(buffer, saved[key].to(buffer.device))
         }
-        state, self._before, self._after = self.state_dict(), {}, {}
-        return _ForCheckpoint(content, statistics, state)
+        newest = _ForCheckpoint(content, statistics, self._before, self._after)
+        self._before, self._after = {}, {}
+        return newest
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule, moment: str) -> None:
         found = find_layers(module)
@@ -312,14 +321,17 @@ class BatchNormRecalibration(GuardedCallback):
             self._before = {layer.name: before[layer.name] for layer in changed}
             self._after = save_statistics(changed)
         self.result = result
-        if trainer.is_global_zero:
+        verdict = (moment, result.is_kept)
+        # A line an epoch would be too many.
+        if trainer.is_global_zero and verdict not in self._verdicts[-1:]:
             show(f"bnguard: {_describe(result, score, moment)}")
+        self._verdicts.append(verdict)
 
     def _batches(self, trainer: Trainer) -> Iterable[object]:
         data, samples = self._data, self._samples
         if data == "train" or data == "validation":
             return split_samples(trainer, data, samples, instead="pass data=loader")
-        return drawn_samples(data, samples, trainer.global_rank)
+        return draw_samples(data, samples, trainer.global_rank)
 
     def _make_score(
         self, trainer: Trainer, module: LightningModule
@@ -380,7 +392,3 @@ def _describe(result: Recalibration, score: object, moment: str) -> str:
     verdict = "kept" if result.is_kept else "no better, so rolled back"
     before, after = sign * result.score_before, sign * result.score_after
     return f"{what}: {name} {before:.4g} → {after:.4g}, {verdict}"
-
-
-def _as_patterns(layers: str | Iterable[str]) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)

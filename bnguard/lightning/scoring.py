@@ -41,30 +41,30 @@ Monitored = Mapping[str, str]
 class ValidationScore:
     """Scores a module by its own ``validation_step``; the higher, the better.
 
-    Counted is the metric that is named; else what a checkpoint callback or early stopping
+    The score is the metric that is named; else what a checkpoint callback or early stopping
     monitors; else what is named like an accuracy (acc, f1, dice, iou, auc, map); else the loss
-    that is logged, or returned; else what is logged first. What is better when lower counts
-    negative.
+    that is logged, or returned; else what is logged first. A metric that is better when lower
+    counts negative.
 
-    While a ``Trainer`` runs, its loop cannot run a second time: a copy of the module runs the hooks
-    and steps of a validation here, in eval mode, and what it logs is caught and averaged as the
-    ``Trainer`` does it. Metrics, lists and loggers of the run are not touched.
+    The loop of a running ``Trainer`` cannot run a second time: a copy of the module runs the hooks
+    and steps of a validation, and what it logs is averaged as the ``Trainer`` does it. Metrics,
+    lists and loggers of the run are not touched.
 
     Args:
         trainer: The trainer.
-        batches: The batches to score on, as the step takes them; no more of them than the trainer
+        batches: The batches to score on, as the step takes them; not more than the trainer
             validates on, since a step may look something up by the number of its batch.
-        metric: Name of the metric that counts; None chooses it at the first call.
+        metric: Name of the metric; None chooses it at the first call.
 
     Raises:
-        UserCodeError: The loader raised an exception, or later the step.
+        UserCodeError: The loader, or later the step, raised an exception.
 
     Attributes:
-        name: What was counted, after the first call.
-        sign: 1 where more of it is better, else -1.
+        name: The metric, after the first call.
+        sign: 1 if higher is better, else -1.
     """
 
-    # What can be done where nothing is logged or returned that could be counted.
+    # What to do if nothing is logged or returned that could be the score.
     _way_out: ClassVar[str] = "pass score=, or keep='always'"
 
     def __init__(
@@ -77,19 +77,15 @@ class ValidationScore:
             self._batches = tuple(batches)
 
     def __call__(self, module: nn.Module) -> float:
-        """Return the score of a module.
-
-        Raises:
-            ConfigurationError: The validation logs nothing to count, or no metric of that name.
-        """
-        value = self.value(module)  # which tells the sign
+        """Return the score of a module; raises as :meth:`value` does."""
+        value = self.value(module)  # Sets the sign.
         return self.sign * value
 
     def value(self, module: nn.Module) -> float:
-        """Return the metric that counts, and choose it at the first call.
+        """Return the metric, which is chosen at the first call.
 
         Raises:
-            ConfigurationError: The validation logs nothing to count, or no metric of that name.
+            ConfigurationError: The validation logs no metric, or none of that name.
         """
         metrics = self._validated(module)
         monitored = self._monitored()
@@ -115,7 +111,7 @@ class ValidationScore:
         return f"minus {self.name}, which is better when lower" if is_turned else self.name
 
     def _monitored(self) -> Monitored:
-        """Return what the callbacks of the trainer monitor; those that save checkpoints first."""
+        """Return what the callbacks of the trainer monitor, those that save checkpoints first."""
         callbacks = sorted(self._trainer.callbacks, key=lambda one: not hasattr(one, "save_top_k"))
         monitors = [one for one in callbacks if isinstance(getattr(one, "monitor", None), str)]
         return {one.monitor: getattr(one, "mode", "min") for one in reversed(monitors)}
@@ -148,11 +144,7 @@ class ValidationScore:
 
 
 def twin_of(module: nn.Module, trainer: Trainer) -> LightningModule:
-    """Return a copy of a module that has the same trainer.
-
-    Raises:
-        ConfigurationError: It cannot be copied.
-    """
+    """Return a copy with the same trainer; raise ConfigurationError if that is not possible."""
     try:
         twin: LightningModule = copy.deepcopy(module)  # type: ignore[assignment]
     except Exception as error:
@@ -165,16 +157,14 @@ def twin_of(module: nn.Module, trainer: Trainer) -> LightningModule:
 
 
 class TrainerScore(ValidationScore):
-    """The same score where no ``Trainer`` runs: one of the module's own package is made for it.
+    """Computes the same score without a running ``Trainer``: it creates one.
 
     Args:
         batches: The loader to validate on.
-        device: Where.
-        accelerator: Which the ``Trainer`` uses, with ``devices``.
-        devices: Which of them.
-        precision: In which precision, as the ``Trainer`` names it.
-        metric: Name of the metric that counts; None chooses it at the first call.
+        device: Where the module is afterwards.
+        metric: Name of the metric; None chooses it at the first call.
         monitored: What the callbacks of the training monitored.
+        options: Options of the ``Trainer``: accelerator, devices, precision.
     """
 
     _way_out = "--keep always does not compare"
@@ -184,22 +174,18 @@ class TrainerScore(ValidationScore):
         batches: Iterable[object],
         *,
         device: torch.device,
-        accelerator: str,
-        devices: list[int] | int,
-        precision: str,
         metric: str | None,
         monitored: Monitored,
+        **options: Any,
     ) -> None:
         super().__init__(None, (), metric)
         self._loader = batches
         self._device = device
-        self._accelerator = accelerator
-        self._devices = devices
-        self._precision = precision
+        self._options = options
         self._of_training = monitored
 
     def _monitored(self) -> Monitored:
-        # The module's own configure_callbacks has had its say by now.
+        # Those of the module's own configure_callbacks are known by now.
         return {**super()._monitored(), **self._of_training}
 
     def _validated(self, module: nn.Module) -> Mapping[str, float]:
@@ -215,11 +201,9 @@ class TrainerScore(ValidationScore):
 
         with quiet_lightning():
             self._trainer = package.Trainer(
-                accelerator=self._accelerator,
-                devices=self._devices,
-                precision=self._precision,
+                **self._options,
                 callbacks=[Listener()],
-                # Steps that draw pictures find a logger to give them to.
+                # For steps that log pictures.
                 logger=_dummy_logger(package.__name__),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -232,19 +216,16 @@ class TrainerScore(ValidationScore):
                     f"the model's validation fails on these data with {in_one_line(error)}"
                 ) from error
             finally:
-                # The Trainer leaves it on the CPU, and tied to a validation that is over.
+                # The Trainer leaves it on the CPU, with a reference to itself.
                 module.to(self._device).trainer = None  # type: ignore[assignment]
-        # Under their plain names too, where a metric is logged for steps and epochs.
+        # Plain names too: a metric that is logged for steps and epochs has suffixes.
         plain = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
         return {**plain, **metrics, **returned.metrics()}
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's remarks on workers and accelerators out of the output.
-
-    To be entered after Lightning was imported, which sets the level of its logger.
-    """
+    """Silence Lightning's remarks on workers and accelerators; import Lightning before."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -259,7 +240,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 class _Logged:
-    """What is logged in a validation, each value with the size of the batch that it is of."""
+    """Collects what a validation logs, each value with the size of its batch."""
 
     def __init__(self) -> None:
         self.batch_size = 1
@@ -277,13 +258,13 @@ class _Logged:
         reduce_fx: object = "mean",
         **__: object,
     ) -> None:
-        """Take the place of the module's ``log``."""
+        """Replace the module's ``log``."""
         alone = value.detach() if isinstance(value, Tensor) else value
         self._values[name].append((alone, batch_size or self.batch_size))
         self._reductions[name] = reduce_fx
 
     def returned(self, output: object) -> None:
-        """Take what the step returned, which may be a loss, or have one."""
+        """Collect what the step returned, if it is a loss or has one."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
         is_loss = isinstance(loss, Tensor) and loss.numel() == 1
         self._is_loss &= is_loss
@@ -301,7 +282,7 @@ class _Logged:
 
 
 def _reduced(values: Sequence[tuple[object, int]], reduction: object) -> float:
-    """Return the mean over the samples, or what else was asked for; a metric has its own."""
+    """Return the mean over the samples, or the reduction asked for; a metric has its own."""
     last: Any = values[-1][0]
     if _is_metric(last):
         return float(last.compute())
@@ -315,7 +296,7 @@ def _reduced(values: Sequence[tuple[object, int]], reduction: object) -> float:
 
 
 def _chosen(metrics: Mapping[str, float], monitored: Monitored) -> str:
-    """Return the metric that counts where none is named; nothing where there is none."""
+    """Return the metric to count if none is named; ``""`` if there is none."""
     logged = [name for name in metrics if name != _RETURNED]
     of_run = [name for name in reversed(list(monitored)) if name in metrics]
     accuracies = [name for word in _LIKE_ACCURACY for name in logged if word in name.lower()]
@@ -343,7 +324,7 @@ def _step_arguments(module: Any, batch: object, index: int) -> tuple[object, ...
 
 @contextmanager
 def _loggers_replaced(trainer: Any, module: object) -> Iterator[None]:
-    """Give the run a logger that keeps nothing, for what a step draws or writes by itself."""
+    """Give the run loggers that keep nothing, for what a step logs by itself."""
     loggers = trainer.loggers
     trainer.loggers = [_dummy_logger(package_of(module).__name__) for _ in loggers]
     try:
@@ -372,19 +353,18 @@ _BATCH_SIZE = 32
 def split_samples(
     trainer: Trainer, split: Split, samples: int, *, instead: str
 ) -> Iterable[object]:
-    """Return batches of samples of a split, drawn as :func:`drawn_samples` does.
+    """Return batches of samples of a split, drawn as :func:`draw_samples` does.
 
-    Of several validation loaders the first one gives them, unless the trainer puts a batch of each
-    together: then this does.
+    Of several validation loaders only the first is used, unless the trainer combines their batches.
 
     Args:
-        trainer: The trainer, whose limits on batches hold.
-        split: Which one.
-        samples: Samples to draw at most, on all ranks together.
-        instead: What to do where there is no loader.
+        trainer: The trainer, whose limits on batches apply.
+        split: Which split.
+        samples: Maximum number of samples, on all ranks together.
+        instead: What to do if there is no loader.
 
     Raises:
-        ConfigurationError: There is none, or several of training.
+        ConfigurationError: There is no loader, or several for training.
     """
     loaders: Any = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
     source = datamodule_of(trainer)
@@ -399,7 +379,7 @@ def split_samples(
         raise ConfigurationError(f"the trainer has {found} {split} loaders: {instead}")
 
     def drawn(loader: Iterable[object]) -> Iterable[object]:
-        return drawn_samples(
+        return draw_samples(
             loader, samples, trainer.global_rank, most_batches(trainer, split, loader)
         )
 
@@ -408,20 +388,20 @@ def split_samples(
     return (batch for batch, *_ in CombinedLoader(tree_map(drawn, loaders), mode))
 
 
-def drawn_samples(
+def draw_samples(
     loader: Iterable[object], samples: int, rank: int, most_batches: float = math.inf
 ) -> Iterable[object]:
-    """Return batches of samples that are drawn at random, always the same, and a share a rank.
+    """Return batches of samples drawn at random, the same each time; each rank gets a share.
 
-    A ``DataLoader`` over a data set with indices is not iterated itself: that would draw from its
-    random state, and with persistent workers end the epoch that is under way. Anything else is.
+    A ``DataLoader`` over a data set with indices is not iterated itself: that would change its
+    random state, and with persistent workers end the current epoch. Other loaders are.
 
     Args:
         loader: The loader.
-        samples: Samples to draw at most, on all ranks together.
+        samples: Maximum number of samples, on all ranks together.
         rank: Number of this process.
-        most_batches: Batches to return at most. Where they come in the order of the data set, the
-            samples are those of as many batches.
+        most_batches: Maximum number of batches; of a loader that does not shuffle, the samples are
+            drawn from its first batches.
     """
     batch_size = getattr(loader, "batch_size", None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -457,10 +437,7 @@ class _FirstBatches:
 def transferred(
     batches: Iterable[object], trainer: Trainer, module: LightningModule
 ) -> Iterator[Any]:
-    """Yield batches as the module's steps are given them: in its precision, on its device.
-
-    The transfer hooks of the module run, which may augment or normalise.
-    """
+    """Yield batches as the module's steps get them, after its transfer hooks."""
     for batch in batches:
         converted = trainer.precision_plugin.convert_input(batch)
         before = module.on_before_batch_transfer(converted, 0)
@@ -468,7 +445,7 @@ def transferred(
 
 
 def plain_forward(module: nn.Module, batch: object) -> object:
-    """Call a module on a batch as most loaders mean it: a tensor, or what comes before targets."""
+    """Call a module on a batch: a tensor, keyword arguments, or inputs followed by targets."""
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(batch[0] if isinstance(batch, (tuple, list)) else batch)

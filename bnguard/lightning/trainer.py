@@ -1,7 +1,4 @@
-"""What is read off a Trainer, and how a callback stays out of the way of the user's run.
-
-The few names that are private to Lightning are used here alone.
-"""
+"""Reads a Trainer's state, and guards the user's run; only here private names are used."""
 
 from __future__ import annotations
 
@@ -19,32 +16,34 @@ from bnguard.findings import show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
 
 Split = Literal["train", "validation"]
+
+# Entry of a checkpoint. If callbacks had a ``state_dict``, Lightning would warn in a run that is
+# resumed without them.
+CHECKPOINT_ENTRY = "bnguard"
+
 _Arguments = ParamSpec("_Arguments")
 _Self = TypeVar("_Self", bound="GuardedCallback")
 _Result = TypeVar("_Result")
 
 
-def planned_batches(trainer: Trainer) -> int | None:
-    """Return how many training batches are still to come; None where nobody can know."""
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps are still to come; None if that is unknown."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if is_rehearsal(trainer) or math.isinf(batches):
         return None
     by_epochs = math.inf
     if epochs is not None and epochs >= 0:
-        by_epochs = max(0, epochs - trainer.current_epoch) * batches
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        by_epochs = max(0, epochs - trainer.current_epoch) * steps
     by_steps = math.inf
     if trainer.max_steps >= 0:
-        remaining = max(0, trainer.max_steps - trainer.global_step)
-        by_steps = remaining * trainer.accumulate_grad_batches
+        by_steps = max(0, trainer.max_steps - trainer.global_step)
     planned = min(by_epochs, by_steps)
     return None if math.isinf(planned) else int(planned)
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the number under which ``self.log`` writes now.
-
-    It is not ``global_step``, which is one ahead, and counts every optimizer.
-    """
+    """Return the step of ``self.log``; ``global_step`` is one ahead and counts all optimizers."""
     loop = getattr(trainer.fit_loop, "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
@@ -56,17 +55,17 @@ def is_logging_step(trainer: Trainer) -> bool:
 
 
 def is_fitting(trainer: Trainer) -> bool:
-    """Return whether ``fit`` runs, be it in its validation."""
+    """Return whether ``fit`` runs, including its validation."""
     return bool(trainer.state.fn == "fit")
 
 
 def is_rehearsal(trainer: Trainer) -> bool:
-    """Return whether this is a ``fast_dev_run``, of which nothing is kept."""
+    """Return whether this is a ``fast_dev_run``, which keeps nothing."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-    """Return whether an evaluation ends with this batch; False where nobody can know."""
+    """Return whether an evaluation ends with this batch; False if that is unknown."""
     if trainer.predicting:
         counts = trainer.num_predict_batches
     else:
@@ -75,10 +74,7 @@ def is_last_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool
 
 
 def most_batches(trainer: Trainer, split: Split, loader: object) -> float:
-    """Return how many batches of a loader the trainer's limits allow; infinite if none is known.
-
-    ``fast_dev_run`` and ``overfit_batches`` have set the limits.
-    """
+    """Return how many batches of a loader the trainer's limits allow; infinite if unknown."""
     limit = trainer.limit_train_batches if split == "train" else trainer.limit_val_batches
     try:
         length: float = len(loader)  # type: ignore[arg-type]
@@ -99,9 +95,9 @@ def validation_mode(trainer: Trainer) -> str:
 
 
 def log_folder(trainer: Trainer) -> Path | None:
-    """Return the folder of the first logger that has one; to be asked on rank zero only.
+    """Return the folder of the first logger that has one; call on rank zero only.
 
-    ``trainer.log_dir`` looks at the first logger alone, and waits for the other ranks.
+    ``trainer.log_dir`` uses only the first logger, and waits for the other ranks.
     """
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None)
@@ -111,15 +107,14 @@ def log_folder(trainer: Trainer) -> Path | None:
 
 
 def datamodule_of(trainer: Trainer) -> Any:
-    """Return the data module that the trainer was given; None without one."""
+    """Return the data module of the trainer; None if it has none."""
     return getattr(trainer, "datamodule", None)
 
 
 class GuardedCallback(Callback):
     """A callback that turns itself off at its first error, and lets the run go on.
 
-    If that was the user's, such as an error in a step that the next cell of a notebook mends, the
-    next run is begun anew.
+    After an error in the user's own code it is on again in the next run.
 
     Args:
         strict: Raise errors instead; for tests.
@@ -140,7 +135,7 @@ class GuardedCallback(Callback):
         return self._guard.failure is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew, unless an error of our own ended the run before."""
+        """Turn on again, unless an error inside bnguard turned the callback off."""
         self._guard.begin_anew()
 
     def let_go(self) -> None:
@@ -150,7 +145,7 @@ class GuardedCallback(Callback):
 def guarded(
     method: Callable[Concatenate[_Self, _Arguments], _Result],
 ) -> Callable[Concatenate[_Self, _Arguments], _Result | None]:
-    """Keep an error in a method from ending the user's run; it returns None then."""
+    """Make a method return None after an error, which must not end the user's run."""
 
     @functools.wraps(method)
     def wrapper(
@@ -163,12 +158,12 @@ def guarded(
 
 @contextmanager
 def unlogged(module: nn.Module) -> Iterator[None]:
-    """Let ``self.log`` do nothing inside, in the module and in the modules of Lightning in it.
+    """Make ``self.log`` do nothing, in a module and in the Lightning modules inside it.
 
-    A forward may call it. Lightning would average that with what the user's own steps log, and
-    raise where no step is under way.
+    A forward may call it: Lightning would average that with what the user's steps log, or raise
+    outside of a step.
     """
-    # Both packages have a class of their own, and what they have in common is no class.
+    # The LightningModule classes of the two packages have no common base.
     attributes = [vars(part) for part in module.modules() if hasattr(type(part), "log_dict")]
     before = [own.get("log") for own in attributes]
     for own in attributes:

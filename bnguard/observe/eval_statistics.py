@@ -1,9 +1,8 @@
-"""What arrives at each layer in eval mode: in the first batches of an evaluation, and now and then.
+"""Eval statistics: the moments of the inputs of each layer in eval mode, from part of the calls.
 
-Calls are read in blocks: one batch of usual size, or as many small ones as make up for it, so that
-a validation with batch size 1 tells as much as one with 64. After the first few blocks, those are
-read whose number is the next power of two times as many: an evaluation may be sorted, and its
-first batches unlike the rest.
+Calls form blocks of at least 32 samples, so that a validation with batch size 1 tells as much as
+one with 64. After the first blocks, only those that double their number are read: an evaluation may
+be sorted, and its first batches unlike the rest.
 """
 
 from __future__ import annotations
@@ -22,21 +21,20 @@ from bnguard.observe.history import EvalWindow, RunningStatistics
 from bnguard.observe.hooks import Hooks, Note
 from bnguard.observe.model_state import running_statistics
 
-# Of a standard normal distribution.
+# 99th percentile of the standard normal distribution.
 _ONE_IN_A_HUNDRED = 2.326
 
-# Samples that a block has at least, from however many calls.
+# Smallest number of samples in a block.
 _SAMPLES_OF_BLOCK = 32
 
 
 class EvalProbe:
-    """Takes the moments of what arrives at each layer in eval mode, for its first blocks of calls.
+    """Reads the inputs of layers in eval mode.
 
     Args:
-        model: The model, whose dropouts are noted where they stand before a layer.
+        model: The model, whose dropouts before a layer are noted.
         layers: The layers to watch.
-        first_blocks: First blocks of a layer that are read; of the rest ever fewer are. A block is
-            a call with 32 samples or more, or as many smaller ones as have 32 together.
+        first_blocks: First blocks of a layer that are read; of the rest ever fewer are.
     """
 
     def __init__(
@@ -48,14 +46,14 @@ class EvalProbe:
         self._dropouts: list[str] = []
         for layer in self._layers:
             record = self._records[layer.name] = _Record()
-            self.hooks.before(layer.module, self._ordered(record))
-            self.hooks.before(layer.module, _noted(layer, record, first_blocks))
+            self.hooks.before(layer.module, self._note_order(record))
+            self.hooks.before(layer.module, _input_note(layer, record, first_blocks))
         for module in model.modules():
             if drops_values(module):
-                self.hooks.before(module, self._dropped(module))
+                self.hooks.before(module, self._note_dropout(module))
 
-    def _ordered(self, record: _Record) -> Note:
-        """Note which dropouts were called, for the first time, before a layer was."""
+    def _note_order(self, record: _Record) -> Note:
+        """Note the first of the dropouts that were called before a layer."""
 
         def note(args: tuple[object, ...]) -> None:
             if not record.is_called:
@@ -65,7 +63,7 @@ class EvalProbe:
 
         return note
 
-    def _dropped(self, module: nn.Module) -> Note:
+    def _note_dropout(self, module: nn.Module) -> Note:
         calls = itertools.count()
 
         def note(args: tuple[object, ...]) -> None:
@@ -75,16 +73,16 @@ class EvalProbe:
         return note
 
     def windows(self, step: int) -> dict[str, EvalWindow]:
-        """Return what was read, beside the running statistics that the layers have now.
+        """Return the readings with the current running statistics, by layer name.
 
-        Averaged weights, say, are evaluated with statistics of their own. Layers that were not
-        called, or that have none, are left out.
+        Layers that were not called, or have no running statistics, are left out.
 
         Args:
-            step: The training step after which the evaluation ran.
+            step: Training step after which the evaluation ran.
         """
         windows = {}
         for layer in self._layers:
+            # Averaged weights, say, are evaluated with statistics of their own.
             running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
             window = None if running is None else self._records[layer.name].window(running, step)
             if window is not None:
@@ -94,7 +92,7 @@ class EvalProbe:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call: its block, moments, largest normalised value, padding a sample, sample means."""
+    """One call; ``samples`` has the moments of the means of its samples."""
 
     block: int
     moments: Moments
@@ -105,7 +103,7 @@ class _Call:
 
 @dataclass
 class _Record:
-    """What the calls of one layer told."""
+    """The calls of one layer that were read."""
 
     parts: list[_Call] = field(default_factory=list)
     is_called: bool = False
@@ -115,18 +113,18 @@ class _Record:
     dtype: str = ""
 
     def next_block(self, samples: int) -> int:
-        """Count the samples of a call, and return the block that it belongs to."""
+        """Count the samples of a call and return its block."""
         if self.samples_in_block >= _SAMPLES_OF_BLOCK:
             self.block, self.samples_in_block = self.block + 1, 0
         self.samples_in_block += samples
         return self.block
 
     def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
-        """Return what the calls told all together; None where they brought too little."""
+        """Return the calls merged; None if they hold fewer than 2 values per channel."""
         if not self.parts:
             return None
         finite = [call for call in self.parts if _is_finite(call.moments)]
-        # With nothing finite, what is left of the moments is their being NaN.
+        # If no call is finite, the moments are NaN.
         moments = merge_moments([call.moments for call in finite or self.parts[:1]])
         if moments.count < 2:
             return None
@@ -154,12 +152,11 @@ class _Record:
 
 
 def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
-    """Return how much more blocks vary than independent samples would, as a share, and if shown.
+    """Return the variance between blocks, its share of the whole, and whether that is significant.
 
-    Independent samples, m a block, give means of variance 1/m of that between samples: the analysis
-    of variance with one random factor, the share being the intraclass correlation (Fisher,
-    "Statistical Methods for Research Workers", 1925, chapter 7). It is shown where chance seldom
-    gives as much: that takes many pairs, and few batches of 32.
+    Blocks of m independent samples have means of variance 1/m of that between samples. This is the
+    analysis of variance with one random factor; the share is the intraclass correlation (Fisher,
+    "Statistical Methods for Research Workers", 1925, chapter 7).
     """
     blocks = [
         merge_moments([call.samples for call in block])
@@ -182,7 +179,7 @@ def _between(calls: Sequence[_Call]) -> tuple[Tensor | None, float, bool]:
 
 
 def _largest_of_independent(blocks: int, samples: int) -> float:
-    """Return what the variance ratio F of independent samples passes once in a hundred times.
+    """Return the 99th percentile of the variance ratio F of independent samples.
 
     Half its logarithm is nearly normal (Fisher, the same book, chapter 7: the z distribution).
     """
@@ -195,7 +192,7 @@ def _is_finite(moments: Moments) -> bool:
     return bool(moments.mean.isfinite().all() & moments.squares.isfinite().all())
 
 
-def _noted(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
+def _input_note(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
     parts = record.parts
 
     @torch.no_grad()
@@ -223,7 +220,7 @@ def _noted(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
 
 
 def drops_values(module: nn.Module) -> bool:
-    """Return whether a module drops values, or paths, in training, as other people's do as well.
+    """Return whether a module drops values or paths in training, by the name of its class.
 
     >>> [drops_values(module) for module in (nn.Dropout(0.5), nn.Dropout2d(0.0), nn.ReLU())]
     [True, False, False]
@@ -266,19 +263,18 @@ def _extreme(values: Tensor, layer: BatchNormLayer) -> Tensor:
 def _padding_shares(values: Tensor) -> Tensor:
     """Return the share of each sample's positions that are trailing padding, shape ``(N,)``.
 
-    Along each axis the constant margin at the end counts by what it has more than that at the
-    beginning: a dark background has both, and repeated values inside have neither. A margin of
-    one is the last position itself.
+    Along each axis, that is the constant margin at the end beyond the one at the beginning: a dark
+    background has both. A margin of one is the last position itself.
     """
-    if values.dim() < 3:
-        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
-    corner = values.flatten(2)[:, :, -1:]
-    # Where the last two positions differ in every sample nothing is padded: no need to look on.
-    is_padded = (values.flatten(2)[:, :, -2:-1] == corner).all(1)
-    if not is_padded.any():
-        return torch.zeros(len(values), dtype=wide_dtype(values.device), device=values.device)
-    equal = (values.flatten(2) == corner).all(1).reshape(len(values), *values.shape[2:])
     kept = torch.ones(len(values), dtype=wide_dtype(values.device), device=values.device)
+    if values.dim() < 3:
+        return 1.0 - kept
+    flat = values.flatten(2)
+    corner = flat[:, :, -1:]
+    # Nothing is padded if the last two positions differ in every sample.
+    if not (flat[:, :, -2:-1] == corner).all(1).any():
+        return 1.0 - kept
+    equal = (flat == corner).all(1).reshape(len(values), *values.shape[2:])
     for axis in range(1, equal.dim()):
         others = [other for other in range(1, equal.dim()) if other != axis]
         constant = (equal.all(others) if others else equal).long()

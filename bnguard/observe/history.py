@@ -1,6 +1,6 @@
-"""What was observed so far, condensed a layer: plain numbers on the host, ready for the rules.
+"""Everything observed so far, condensed per layer: the plain numbers that the rules judge.
 
-Arrays have shape ``(C,)``, a value per channel, in float64. Nothing here imports torch.
+Arrays are float64 of shape ``(C,)``, a value per channel. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
+from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
     BadValueOrigin,
     BatchWindow,
@@ -25,7 +26,6 @@ from bnguard.observe.windows import (
     EvalWindow,
     InputWindow,
     ModeGap,
-    Plan,
     RunningStatistics,
     Stream,
     UnknownLayer,
@@ -45,10 +45,10 @@ __all__ = [
     "Stream",
 ]
 
-# PyTorch's default, and that of TensorFlow, which networks that come from there keep.
+# The defaults of PyTorch and of TensorFlow, which converted networks keep.
 _USUAL_EPS = (1e-5, 1e-3)
 
-# Nothing moves at less.
+# Below this weight an update changes nothing.
 _NO_MOMENTUM = 1e-12
 
 # Published models have momenta between this and 0.3.
@@ -57,36 +57,31 @@ _SMALLEST_USUAL_MOMENTUM = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What holds for the whole model and its training.
+    """Facts about the whole model and its training.
 
     Attributes:
         steps: Training steps observed; 0 for a checkpoint.
-        planned_steps: Steps that training will take in all, None where that is not known.
-        is_settled: No further update is expected before the statistics are used: training is
+        planned_steps: Steps that training will take in all; None if unknown.
+        is_settled: Whether the statistics are used without a further update, because training is
             over, a report was asked for, or this is a checkpoint.
-        mode_gap: How far the two modes disagreed in the newest evaluation; None where it was not
-            measured.
+        mode_gap: Mode gap of the newest evaluation; None if not measured.
         mode_gap_reason: Why it was not measured.
         earlier_mode_gaps: Those of the evaluations before, the newest last.
-        origin: Where a NaN or Inf appeared after one was noticed.
-        inputs: How much the batches of training differ; None where the model was not called with
-            a batch of numbers.
-        bad_input_step: First step in which the model was given NaN or Inf; None where none was
-            seen.
-        plan: What was known of the training before its first batch.
-        steps_in_eval_mode: Steps at whose end the model as a whole was in eval mode.
+        origin: Where NaN or Inf appeared.
+        inputs: How much the training batches differ; None if no input has samples to compare.
+        bad_input_step: First step whose input held NaN or Inf.
+        plan: What was known before the first batch.
+        steps_in_eval_mode: Steps at whose end the whole model was in eval mode.
         longest_in_eval_mode: The most of them in a row.
-        has_new_weights_in_evaluation: Whether weights were written between the newest step and
-            the newest evaluation, as loading, averaging, pruning or rounding them does; or while
-            watching a copy that no batch of training reached.
-        is_adversarial: Whether networks train against each other: several optimizers train, or
-            what the model is given comes from another that learns.
-        is_optimized: Whether an optimizer that is known has any parameter of the model; None where
-            none is known.
-        weight_change: |weights - those of a reference| / |those of the reference|; None without a
-            reference.
-        unknown: What normalises over the batch without being a BN layer that is known.
-        stored_steps: Training steps that a checkpoint says were taken; None where it does not.
+        has_new_weights_in_evaluation: Whether weights were written between the newest step and the
+            newest evaluation (loading, averaging, pruning, rounding), or at any time while watching
+            a copy that no training batch reached.
+        is_adversarial: Whether networks train against each other: there are several optimizers, or
+            the inputs come from another network that learns.
+        is_optimized: Whether a known optimizer has a parameter of the model; None without one.
+        weight_change: |weights - reference| / |reference|; None without a reference.
+        stored_steps: Training steps that a checkpoint records; None if it does not.
+        unknown: Modules that normalise over the batch and are not known as BN layers.
     """
 
     steps: int = 0
@@ -111,63 +106,57 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerHistory:
-    """Everything known of one BN layer; what is not known is None or empty.
+    """Everything known about one BN layer; None or empty if unknown.
 
     Attributes:
         name: Dotted name in the model.
         kind: Name of the layer's class.
         channels: C.
-        eps: What is added to the variance before the square root.
-        is_eps_known: False for a checkpoint that does not hold it; ``eps`` is PyTorch's default
-            of 1e-5 then, and :attr:`possible_eps` has what else it may be.
+        eps: Added to the variance before the square root.
+        is_eps_known: False for a checkpoint without it; ``eps`` is then PyTorch's default of 1e-5,
+            and :attr:`possible_eps` lists the alternatives.
         momentum: Weight of the new value in an update; None for a cumulative average.
-        is_momentum_known: False for a checkpoint that does not hold it; ``momentum`` is PyTorch's
-            default of 0.1 then.
+        is_momentum_known: False for a checkpoint without it; ``momentum`` is then PyTorch's 0.1.
         training: Whether the layer is in train mode; None for a checkpoint.
-        is_affine_frozen: Whether no affine parameter of the layer can learn; None where it has
-            none, or is not known.
+        is_affine_frozen: Whether gamma and beta cannot learn; None without them.
         is_affine_frozen_at_start: The same when watching began.
-        is_left_out: Whether gamma or beta could learn, but no optimizer has them.
-        is_following: Whether something else than training writes the weights around the layer, as
-            those of a teacher or target network, and its statistics are those of the beginning.
-        unsaved: Names of the statistics that the state dict of the layer leaves out.
-        is_updating: Whether a forward in train mode updates the running statistics; those of a
-            frozen class never do.
-        position: Place in the order in which the layers were first called; None before that.
-        fed_by: Class of the module that the layer directly follows; None where that is not known.
-        bounded_by: Class of the activation with bounded outputs that the layer directly feeds; None
-            where there is none, or that is not known.
-        is_bias_cancelled: Whether that module adds a bias, which the layer takes out again.
-        weight_decay: Weight decay on gamma and beta, the largest; None where not known.
+        is_left_out: Whether gamma or beta require gradients but no optimizer has them.
+        is_following: Whether something other than training writes the weights around the layer, as
+            in a teacher or target network, while its statistics stay as at the start.
+        unsaved: Names of the statistics missing from the layer's state dict.
+        is_updating: Whether a forward in train mode updates the running statistics.
+        position: Index in the order of first calls; None before the first.
+        fed_by: Class of the module directly before the layer.
+        bounded_by: Class of the bounded activation directly after the layer.
+        is_bias_cancelled: Whether the module before adds a bias, which the layer removes.
+        weight_decay: Largest weight decay on gamma and beta.
         idle_children: Classes of modules inside the layer that its class never calls.
         missing_tail: Classes of the modules that layers at the same place of other blocks end in,
-            where this one is a plain layer.
+            while this one is a plain layer.
         gamma: The weight; None without affine parameters.
         beta: The bias; None without affine parameters.
         statistics_dtype: Element type of the running statistics, as in ``"float32"``.
-        running: The running statistics now; None where untracked.
+        running: The running statistics; None if untracked.
         running_at_start: The running statistics when watching began.
-        running_of_reference: Those of the same layer in a reference; None without one.
-        is_recalibrated: Whether the running statistics were written by a recalibration, of which
-            nothing initial is left, whatever the counter says.
+        running_of_reference: The running statistics of the same layer in a reference.
+        is_recalibrated: Whether a recalibration wrote the running statistics, so that nothing of
+            the initial values is left, whatever the counter says.
         updates_seen: Updates of the running statistics observed in training.
-        source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (what it
-            saved for the backward) or ``"inputs"``, and why, as in ``"inputs: momentum 0 …"``.
-        calls: How often, and how, the layer was called.
-        streams: Batch statistics of each of the calls in a step, where there are several; calls
-            under ``torch.no_grad`` left out.
-        without_grad: Batch statistics of those; None where there were none, or none were read.
-        samples: Samples in the usual batch; None where none was seen.
-        values_per_channel: How often a batch of n values per channel was normalised with its own
-            statistics, by n.
-        batch_of_one_step: First step in which n was 1.
+        source: Where the batch statistics were read: ``"buffers"``; or ``"autograd"`` (saved for
+            the backward) or ``"inputs"`` with the reason, as in ``"inputs: momentum 0 …"``.
+        calls: Counts of the calls of the layer.
+        streams: Batch statistics of each call in a step with gradients, if there are several.
+        without_grad: Batch statistics of the calls under ``torch.no_grad``.
+        samples: Most frequent batch size at the layer.
+        values_per_channel: Number of batches with n values per channel, by n.
+        batch_of_one_step: First step with n = 1.
         poisoned_step: First step after which the running statistics were not finite.
-        restored_updates: Updates whose statistics were put back because they were not finite.
+        restored_updates: Updates undone because they were not finite.
         window: Batch statistics of the newest window.
         evaluated: The newest evaluation.
-        rank_shift_std: Largest distance of rank zero's running mean from that of another rank, in
-            running standard deviations; None where ranks were not compared.
-        run: What holds for the whole model.
+        rank_shift_std: Largest distance of rank zero's running mean from another rank's, in running
+            standard deviations.
+        run: Facts about the whole model.
     """
 
     name: str
@@ -215,12 +204,12 @@ class LayerHistory:
 
     @property
     def possible_eps(self) -> tuple[float, ...]:
-        """What eps may be, the smallest first: one value where it is known."""
+        """Candidates for eps, the smallest first; one if it is known."""
         return (self.eps,) if self.is_eps_known else _USUAL_EPS
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the layer says that it never had an update, and was not watched in any use."""
+        """Whether the layer never had an update, by its counter, and was not seen in use."""
         running = self.running
         return (
             running is not None
@@ -232,22 +221,22 @@ class LayerHistory:
 
     @property
     def typical_values_per_channel(self) -> int | None:
-        """The n that was normalised most often with batch statistics; None where none was."""
+        """The most frequent n in training; None without a batch."""
         if not self.values_per_channel:
             return None
         return max(self.values_per_channel, key=lambda n: (self.values_per_channel[n], n))
 
     @cached_property
     def has_finite_affine(self) -> bool:
-        """Whether gamma and beta are finite, as far as they are known."""
+        """Whether gamma and beta are finite, if known."""
         affine = (part for part in (self.gamma, self.beta) if part is not None)
         return all(bool(np.isfinite(part).all()) for part in affine)
 
     @property
     def output_std(self) -> FloatArray | None:
-        """Spread of the outputs in training, a channel each: |gamma| √(var / (var + eps)).
+        """Standard deviation of the outputs in training: |gamma| √(var / (var + eps)).
 
-        From the largest variance of a batch that was seen, else from the running one.
+        From the largest variance of a batch if one was seen, else from the running variance.
         """
         if self.window is not None:
             var = self.window.var_max
@@ -261,17 +250,17 @@ class LayerHistory:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the running statistics tell how many updates they have had."""
+        """Whether the running statistics count their updates and have had some."""
         return self.running is not None and bool(self.running.updates)
 
     @property
     def unseen_calls(self) -> int:
-        """Updates whose calls no hook saw, as under ``torch.compile``."""
+        """Number of updates whose calls no hook saw, as under ``torch.compile``."""
         return max(0, self.updates_seen - self.calls.in_training - self.calls.estimating)
 
     @property
     def initial_weight(self) -> float | None:
-        """Weight that the initial statistics (0, 1) still have; None where it cannot be told."""
+        """Weight that the initial statistics (0, 1) still have; None if unknown."""
         return None if self._is_counter_set_back else self._initial_weight_in(self.running)
 
     @property
@@ -290,8 +279,8 @@ class LayerHistory:
     def _initial_weight_in(self, running: RunningStatistics | None) -> float | None:
         """Return the initial weight in these statistics.
 
-        Statistics that are not the initial ones, next to a counter of 0 or a momentum that is not
-        the weight of an average, were not made by updates: they were loaded or estimated.
+        Statistics other than the initial ones next to a counter of 0, or a momentum that is not a
+        weight, were loaded or estimated, not made by updates.
         """
         if running is None or running.updates is None or self.is_recalibrated:
             return None
@@ -302,7 +291,7 @@ class LayerHistory:
 
     @cached_property
     def eval_shift_std(self) -> FloatArray | None:
-        """Mean in eval mode against the running mean, in running standard deviations."""
+        """Shift of the mean in eval mode from the running mean, in running standard deviations."""
         if self.evaluated is None:
             return None
         running = self.evaluated.running
@@ -310,7 +299,7 @@ class LayerHistory:
 
     @cached_property
     def eval_log_variance_ratio(self) -> FloatArray | None:
-        """Logarithm of the variance in eval mode over the running variance."""
+        """Log-variance ratio in eval mode: log of the variance over the running variance."""
         if self.evaluated is None:
             return None
         running = self.evaluated.running
@@ -319,11 +308,11 @@ class LayerHistory:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What was observed of a model so far.
+    """Everything observed of a model so far.
 
     Attributes:
-        layers: A history a layer, in the order of registration.
-        run: What holds for the whole model.
+        layers: A history per layer, in the order of registration.
+        run: Facts about the whole model.
     """
 
     layers: tuple[LayerHistory, ...]
@@ -331,23 +320,27 @@ class History:
 
     @property
     def layers_in_order(self) -> tuple[LayerHistory, ...]:
-        """The layers that were called, in the order in which they were; all where none was."""
+        """The layers that were called, in the order of their first calls; all if none was."""
         called = [layer for layer in self.layers if layer.position is not None]
         return tuple(sorted(called, key=lambda layer: layer.position or 0)) or self.layers
 
     @property
     def first_trained(self) -> LayerHistory | None:
-        """The layer called first of those that batches of training reached; else of all.
+        """The first called layer that training batches reached; else the first of all.
 
-        A frozen teacher in front says nothing of the data that the network is trained on.
+        A teacher in front says nothing about the data that the network is trained on.
         """
         called = self.layers_in_order
-        trained = (layer for layer in called if layer.updates_seen or layer.window is not None)
+        trained = (
+            layer
+            for layer in called
+            if (layer.updates_seen or layer.window is not None) and not layer.calls.are_without_grad
+        )
         return next(trained, next(iter(called), None))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was read in another way than usual, or could not be seen, and why; a line each."""
+        """What was read in an unusual way, or could not be seen, and why; a line each."""
         by_source: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.source != "buffers":
@@ -356,16 +349,20 @@ class History:
         unseen = [layer.name for layer in self.layers if layer.unseen_calls]
         if unseen:
             notes.append(
-                f"{_layers(unseen)} called where no hook sees, as under torch.compile: values per "
-                "channel, streams and eval moments not known"
+                f"{_layers(unseen)} called without hooks, as under torch.compile: values per "
+                "channel, streams and eval statistics are unknown"
             )
         if not self.run.steps and any(layer.calls.in_training for layer in self.layers):
-            notes.append("no step was told of: call monitor.step() after each step of training")
+            notes.append("no training step was noticed: call monitor.step() after each one")
         elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
             was_tried = any(layer.calls.in_evaluation for layer in self.layers)
             what = "evaluation ran in train mode" if was_tried else "no evaluation was seen"
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
-        if self.run.is_optimized is False and not any(map(_is_told_of, self.layers)):
+        # BN101 reports a single layer that no optimizer has.
+        if self.run.is_optimized is False and not any(
+            layer.is_left_out and layer.is_affine_frozen and layer.updates_seen
+            for layer in self.layers
+        ):
             notes.append("the optimizer given holds none of this model's parameters")
         notes += [
             f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over "
@@ -378,13 +375,13 @@ class History:
             where = _layers([layer.name for layer in lost])
             notes.append(
                 f"{names} of {where} are not in the state dict, so saving loses them: "
-                "register_buffer"
+                "use register_buffer"
             )
         notes += self._notes_on_momentum()
         return tuple(notes)
 
     def _notes_on_momentum(self) -> Iterator[str]:
-        """Yield what is assumed of momentum, where other values that are usual decide otherwise."""
+        """Yield the assumed momentum, if another usual value would lead to another conclusion."""
         undecided = [
             (layer.running.updates, layer.name)
             for layer in self.layers
@@ -402,11 +399,6 @@ class History:
                 f"momentum is not stored, and 0.1 is assumed: below {needed:.2g} the {fewest} "
                 f"updates of {_layers([name for _, name in undecided])} were too few"
             )
-
-
-def _is_told_of(layer: LayerHistory) -> bool:
-    """Return whether BN101 says that no optimizer has the layer."""
-    return layer.is_left_out and bool(layer.is_affine_frozen and layer.updates_seen)
 
 
 def _layers(names: list[str]) -> str:

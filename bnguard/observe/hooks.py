@@ -1,9 +1,11 @@
-"""Forward hooks that leave no trace: in copies, under ``torch.compile``, or after close."""
+"""Forward hooks that leave no trace in copies, under ``torch.compile``, or after closing."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import nn
@@ -11,12 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 Note = Callable[..., None]
 
+_CALL = nn.Module._call_impl.__code__
+
 
 class Hooks:
-    """The forward hooks of one probe, which come off together.
+    """The hooks of one probe, removed together.
 
-    An error in a note does not end the forward that it is called from: it waits for
-    :meth:`raise_error`, and nothing more is noted.
+    An error in a note does not end the user's forward: :meth:`raise_error` raises it later, and the
+    notes stop.
     """
 
     def __init__(self) -> None:
@@ -24,36 +28,49 @@ class Hooks:
         self._is_paused = False
         self._error: Exception | None = None
 
-    def before(self, module: nn.Module, note: Note, *, with_kwargs: bool = False) -> None:
-        """Call ``note`` with the arguments of each forward of the module, before it."""
+    def before(
+        self, module: nn.Module, note: Note, *, with_kwargs: bool = False
+    ) -> RemovableHandle:
+        """Call ``note`` with the arguments before each forward of the module."""
         hook = _Hook(self, note)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        return self._handles[-1]
 
     def before_outermost(self, modules: Iterable[nn.Module], note: Note) -> None:
-        """Call ``note`` with arguments and keywords of each forward that none of these calls.
+        """Call ``note`` with arguments and keywords of each call from outside these modules.
 
-        Lightning lets DDP call a module whose training step then calls the module again.
+        In Lightning, DDP calls a module whose training step calls the module again.
         """
         depth = 0
+        outermost: nn.Module | None = None
 
-        def enter(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                note(args, kwargs)
+        def watch(module: nn.Module) -> None:
+            def enter(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                nonlocal depth, outermost
+                # After KeyboardInterrupt, torch does not call the hooks that should have left.
+                if outermost is module and not _calls_itself(module):
+                    depth = 0
+                depth += 1
+                if depth == 1:
+                    outermost = module
+                    note(args, kwargs)
 
-        def leave(args: tuple[object, ...], output: object) -> None:
-            nonlocal depth
-            # Not below 0, where a hook of somebody else's raised before ours had counted.
-            depth = max(0, depth - 1)
-
-        for module in modules:
             self.before(module, enter, with_kwargs=True)
             self.after(module, leave)
 
-    def after(self, module: nn.Module, note: Note) -> None:
-        """Call ``note`` with arguments and output of each forward, also one that raised."""
+        def leave(args: tuple[object, ...], output: object) -> None:
+            nonlocal depth, outermost
+            # Not below 0: another hook may have raised before ours could count.
+            depth = max(0, depth - 1)
+            outermost = outermost if depth else None
+
+        for module in modules:
+            watch(module)
+
+    def after(self, module: nn.Module, note: Note) -> RemovableHandle:
+        """Call ``note`` with arguments and output after each forward, even if it raised."""
         self._handles.append(module.register_forward_hook(_Hook(self, note), always_call=True))
+        return self._handles[-1]
 
     def after_loading(self, module: nn.Module, note: Note) -> None:
         """Call ``note`` after each ``load_state_dict`` that reaches the module."""
@@ -62,12 +79,12 @@ class Hooks:
         self._handles.append(handle)
 
     def raise_error(self) -> None:
-        """Raise what a note has raised, if one has."""
+        """Raise the error of a note, if there was one."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -75,7 +92,7 @@ class Hooks:
 
 @contextmanager
 def paused(*probes: Hooks) -> Iterator[None]:
-    """Note nothing inside: what runs there is not the user's training."""
+    """Pause hooks while something other than the user's training runs."""
     before = [hooks._is_paused for hooks in probes]
     for hooks in probes:
         hooks._is_paused = True
@@ -86,19 +103,25 @@ def paused(*probes: Hooks) -> Iterator[None]:
             hooks._is_paused = was_paused
 
 
-class _Hook:
-    """A hook that stays behind when its module is copied or pickled.
+def _calls_itself(module: nn.Module) -> bool:
+    """Return whether the current call of a module comes from another call of it."""
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return calls > 1
 
-    A copy of a watched model (an averaged one, a checkpoint of the whole module) is not watched,
-    and must not carry the monitor along.
-    """
+
+class _Hook:
+    """A hook that is inert in a copied or pickled module: copies are not watched."""
 
     def __init__(self, hooks: Hooks, note: Note) -> None:
         self._hooks = hooks
         self._note = note
 
     def __call__(self, module: nn.Module, *call: object) -> None:
-        # Under torch.compile this is a constant: the hook leaves nothing in the graph.
+        # A constant under torch.compile: the hook adds nothing to the graph.
         if torch.compiler.is_compiling() or self._hooks._is_paused:
             return
         if self._hooks._error is None:

@@ -1,41 +1,35 @@
-"""How often layers are called in training, and with batches of which shapes, from cheap hooks.
-
-The hooks read the shape of the input, and what autograd knows of the call: whether activations are
-computed again, and the batch statistics that it saved.
-"""
+"""Counts of the calls of layers in training, and the shapes of their batches, from cheap hooks."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.layers.bn_layer import BatchNormLayer
-from bnguard.layers.moments import values_per_channel, wide
+from bnguard.layers.moments import values_per_channel
 from bnguard.observe.history import Calls
 from bnguard.observe.hooks import Hooks, Note
 
-_NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-# Different sizes that are counted each for itself.
+# Different sizes with a count of their own.
 _MAX_DIFFERENT = 256
 
 
 class ShapeProbe:
-    """Notes the shape of each batch that a layer in train mode meets, and when it came.
+    """Counts the calls of each layer, by the shapes of their batches and by step.
 
     Args:
-        model: The model, whose forwards tell the calls of a layer apart.
+        model: The model, whose forwards separate the calls of a layer.
         layers: The layers to watch.
-        on_batch_of_one: Called with the name of a layer before it meets its first batch with one
-            value per channel, which PyTorch will refuse.
+        on_batch_of_one: Called with the name of a layer before its first batch with one value per
+            channel, which PyTorch will reject.
 
     Attributes:
-        step: Number of the step that is under way.
-        is_evaluating: Whether what comes now is no training.
+        step: Number of the current step.
+        is_evaluating: Whether an evaluation runs.
     """
 
     def __init__(
@@ -56,7 +50,7 @@ class ShapeProbe:
         self.follow(layers)
 
     def follow(self, layers: Iterable[BatchNormLayer]) -> None:
-        """Watch these layers from now on; what was noted of them so far is kept."""
+        """Watch these layers from now on, and keep earlier counts of them."""
         self.hooks.close()
         self.hooks.before(self._model, self._enter)
         self.hooks.after(self._model, self._leave)
@@ -72,7 +66,7 @@ class ShapeProbe:
         self._is_inside = False
 
     def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
-        # Those who estimate the statistics anew set another momentum for it.
+        # Estimating the statistics anew sets another momentum.
         usual_momentum = layer.momentum
         module, has_modes = layer.module, layer.has_modes
 
@@ -80,8 +74,8 @@ class ShapeProbe:
             values = args[0] if args else None
             if not isinstance(values, Tensor):
                 return
-            # What nearly every call is comes first, and asks for little: in the middle of a
-            # training step hardly anything of Python is in the caches of the processor.
+            # The usual call comes first and does little: in the middle of a training step hardly
+            # any of Python's code is in the processor's caches.
             if (
                 (module.training if has_modes else layer.uses_batch_statistics)
                 and self._is_inside
@@ -123,7 +117,7 @@ class ShapeProbe:
         return note
 
     def _place(self, record: ShapeRecord) -> None:
-        """Note where a call with batch statistics stands: in which forward, or in a backward."""
+        """Count a call with batch statistics in its forward, or in the backward."""
         record.calls.outside += not self._is_inside
         if is_recomputing():
             record.calls.recomputed += 1
@@ -137,12 +131,12 @@ class ShapeProbe:
 
 @dataclass(slots=True)
 class ShapeRecord:
-    """How often a layer was called, and with batches of which shapes.
+    """The calls of a layer, and the shapes of their batches.
 
     Attributes:
-        calls: What was counted, but for the calls in training, which the shapes tell.
-        calls_now: Calls so far in the step that is under way.
-        position: Place in the order in which the layers were first called, in whatever mode.
+        calls: The counts, without ``in_training``, which the shapes give.
+        calls_now: Calls so far in the current step.
+        position: Index in the order of first calls, in any mode.
     """
 
     calls: Calls = field(default_factory=Calls)
@@ -162,23 +156,23 @@ class ShapeRecord:
     _frozen_step: int = 0
 
     def values_per_channel(self) -> dict[int, int]:
-        """Return how often n values per channel came, by n."""
+        """Return the number of batches with n values per channel, by n."""
         self._count_repeats()
         return dict(self._values)
 
     def samples(self) -> int | None:
-        """Return the number of samples that came most often; None where none came."""
+        """Return the most frequent batch size; None without a batch."""
         self._count_repeats()
         return max(self._sizes, key=lambda size: self._sizes[size]) if self._sizes else None
 
     def repeats(self) -> int:
-        """Return how often each batch is met: more than once where activations are recomputed."""
+        """Return the calls per batch: several if activations are recomputed."""
         calls = sum(self.values_per_channel().values())
-        # A compiled layer is called without the hook: no call is known.
+        # Without a known call, the layer is compiled: hooks do not run.
         return max(1, round(calls / max(calls - self.calls.recomputed, 1)))
 
     def is_repeated(self, shape: torch.Size, step: int, forward: int) -> bool:
-        """Count a call that is as the one in the step before, and return whether it is."""
+        """Return whether a call repeats that of the step before, and count it if so."""
         if step != self._step + 1 or self.calls_now != 1 or shape != self._latest_shape:
             return False
         self._repeats += 1
@@ -186,7 +180,7 @@ class ShapeRecord:
         return True
 
     def count_shape(self, shape: torch.Size) -> int:
-        """Count a batch of this shape, and return how many with its values per channel came."""
+        """Count a batch, and return the number of batches with its values per channel."""
         self._count_repeats()
         self._latest_shape = shape
         _count(self._sizes, shape[0], 1)
@@ -199,7 +193,7 @@ class ShapeRecord:
             self._repeats = 0
 
     def count_call(self, step: int, forward: int) -> None:
-        """Count a call in this step, in the forward of the model with this number."""
+        """Count a call in this step and this forward of the model."""
         if step != self._step:
             self._step, self.calls_now = step, 0
         if forward != self._forward:
@@ -210,83 +204,51 @@ class ShapeRecord:
         self.calls.most_per_forward = max(self.calls.most_per_forward, self._calls_in_forward)
 
     def count_frozen(self) -> None:
-        """Count a call in training that used running statistics."""
+        """Count a call in training with running statistics."""
         self.calls.frozen += 1
         self.calls.frozen_after += self.calls.unfrozen_step is not None
         self._earlier_step = max(self._earlier_step, self._step)
-        self._step = -1  # so that the next call with batch statistics is looked at
+        self._step = -1  # the next call with batch statistics is no repetition
 
     def count_without_grad(self, step: int) -> None:
         """Count a call under ``torch.no_grad`` in this step."""
         if step != self._step_without_grad:
             self.calls.steps_without_grad += 1
-            self._step_without_grad, self._waiting = step, 0
+            self._step_without_grad, self.calls.since_training = step, 0
         self.calls.without_grad += 1
-        self._waiting += 1
+        self.calls.since_training += 1
 
     def count_with_grad(self, step: int) -> None:
-        """Count those under ``torch.no_grad`` that came before a call of training in this step."""
-        if self._waiting and step == self._step_without_grad != self._step_in_eval_mode:
-            # Before the first step, a lazy layer takes its shape.
+        """Count the calls under ``torch.no_grad`` before a training call in this step."""
+        if self.calls.since_training and step == self._step_without_grad != self._step_in_eval_mode:
+            # Before the first step, such a call may initialise a lazy layer.
             if step > 1:
-                self.calls.between_steps += self._waiting
+                self.calls.between_steps += self.calls.since_training
                 self.calls.steps_with_some_between += 1
-            self._waiting = 0
+            self.calls.since_training = 0
 
     def note_eval_mode(self, step: int, *, is_evaluating: bool) -> None:
-        """Note a call in eval mode, which what came before it in this step was meant for."""
+        """Note a call in eval mode, which shows that earlier ones in this step are no mistake."""
         self._step_in_eval_mode = step
         self.calls.is_in_eval_mode = True
         if not is_evaluating:
             self._frozen_step = step
 
     def is_held_in_eval_mode(self, step: int) -> bool:
-        """Return whether training called the layer in eval mode alone in this step, the newest."""
+        """Return whether training called the layer only in eval mode in this, the newest step."""
         return self._frozen_step >= step > max(self._step, self._earlier_step)
 
 
 def is_recomputing() -> bool:
-    """Return whether a backward is running, so that a forward now computes activations again."""
+    """Return whether a backward is running, in which a forward computes activations again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
-    """Return the batch mean and biased variance that a BN call saved for its backward.
-
-    None where :func:`saves_statistics` says that there is nothing to read.
-
-    >>> layer = torch.nn.BatchNorm1d(1)
-    >>> mean, var = saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
-    >>> round(mean.item(), 3), round(var.item(), 3)
-    (3.0, 4.0)
-    """
-    if not saves_statistics(output):
-        return None
-    node = output.grad_fn
-    return node._saved_result1, wide(node._saved_result2).pow(-2.0) - eps
-
-
-def saves_statistics(output: object) -> TypeGuard[Any]:
-    """Return whether a BN call saved statistics that can be read, and are precise enough.
-
-    It did not without gradients, in a class that does more than normalise, in half precision, or
-    where tensors that are saved go elsewhere, as under activation checkpointing.
-    """
-    node = getattr(output, "grad_fn", None)
-    if node is None or type(node).__name__ not in _NODES:
-        return False
-    # To read a tensor that was packed away would unpack it: compute it again, or fetch it.
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return False
-    mean = node._saved_result1
-    return mean.dtype in (torch.float32, torch.float64) and mean.numel() > 0
-
-
 def _count(counts: dict[int, int], number: int, times: int) -> int:
-    """Count a number that came so many times, and return how often it came in all.
+    """Add to the count of a number and return it.
 
-    Where there are too many different ones, as with images of every size, it is rounded down to a
-    power of two.
+    Beyond the limit of different numbers, as with images of every size, a new one is rounded down
+    to a power of two.
     """
     if number not in counts and len(counts) >= _MAX_DIFFERENT:
         number = 1 << (number.bit_length() - 1) if number else 0

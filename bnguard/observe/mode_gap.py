@@ -1,44 +1,41 @@
 """How far two ways to normalise disagree: the one definition of change and flips, and the mode gap.
 
 The *change* between two outputs for the same samples is the root mean square of their difference,
-in units of the reference's standard deviation: its variance is taken per feature, about the mean
+in units of the reference's standard deviation. Its variance is taken per feature, about the mean
 over the rows (dimension 0), and averaged over the features, so that a constant offset between
-features is no spread. Each output tensor counts alike. Tensors that are the same in every row are
-left out, as they have no spread; if all are, their own root mean square is the unit. Only tensors
-with a row per sample are compared, if there are any. Outputs without rows that fit one below the
-other (images of several sizes, a loss per batch), and a single row, have the variance over all
-their values.
+features does not count. All output tensors count alike, except those that are the same in every
+row; if all are, the unit is their own root mean square. If some tensors have a row per sample, only
+these are compared. Outputs whose rows do not fit together (images of several sizes, a loss per
+batch), and a single row, have the variance over all their values.
 
-A *flip* is a prediction (the class with the highest score, for the first output of shape
-``(rows, classes)``) that changes, unless the probabilities of the two classes lie within 0.05 in
-both outputs: a network that has hardly learnt decides by next to nothing. Scores that are already
-probabilities are used as they are.
+A *flip* is a changed prediction (the class with the highest score, for the first output of shape
+``(rows, classes)``), unless the probabilities of the two classes are within 0.05 in both outputs:
+an undecided network flips by chance. Scores that are probabilities are used as they are.
 
-The *mode gap* is the change, and the flips, between running statistics and those of the batch,
-everything else in eval mode; the outputs with batch statistics are the reference. ``watch``,
-``recalibrate``, ``diagnose`` and ``swap`` all use the functions of this module.
+The *mode gap* is the change, and the flips, between running and batch statistics, everything else
+in eval mode; the outputs with batch statistics are the reference. ``watch``, ``recalibrate``,
+``diagnose`` and ``swap`` all use the functions of this module.
 
-While a model is watched, the smallest module that holds all BN layers and is called during
-evaluation is run again on a batch that it was called with, once in each mode, and so is the
-largest, for the flips, if it is another. No user step function is called, and no label is needed.
-The user's forward hooks do run again: pruning, weight normalisation and offloading work through
-them, so that without them another model would be measured.
+While a model is watched, the smallest module that holds all BN layers and is called in evaluation
+runs again on a batch of it, once in each mode, and so does the largest, for the flips. This needs
+no label and no step function of the user. Forward hooks of the user do run again, because pruning,
+weight normalisation and offloading work through them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bnguard.distributed import number_of_ranks
-from bnguard.layers.bn_layer import BatchNormLayer, as_written, is_wrapper
+from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper, run_uncompiled
 from bnguard.layers.moments import wide
 from bnguard.layers.preserve import (
     preserve_buffers,
@@ -47,37 +44,36 @@ from bnguard.layers.preserve import (
     preserve_statistics,
 )
 from bnguard.observe.history import ModeGap
-from bnguard.observe.hooks import Hooks
+from bnguard.observe.hooks import Hooks, paused
 
-_IS_TRAINING = operator.attrgetter("is_training")
-
-# What a captured batch may take, in bytes; a larger one is not kept, and the gap not measured. Two
-# are kept at most: what the smallest module was called with, and what the largest was.
+# Largest batch that is kept, in bytes; two at most, of the smallest and the largest module.
 MAX_CAPTURED_BYTES = 128 * 2**20
 
-# Samples up to which batches of an evaluation are put together: statistics of fewer are noise.
+# Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
 _ENOUGH_SAMPLES = 32
 
 # Difference of the probabilities of two classes up to which they tie.
 _MAX_TIE = 0.05
 
-# Variance over mean square up to which a float32 tensor that is the same in every row gets by
-# rounding.
+# Variance over mean square that rounding gives a float32 tensor with equal rows.
 _ROUNDING = 1e-12
 
-# Fewer samples cannot be halved into batches with statistics of their own.
+# Fewer samples are not halved into batches with statistics of their own.
 _MIN_SAMPLES_TO_HALVE = 4
+
+# Change of the outputs in eval mode, without the rest of the batch, up to which rows are samples.
+_MAX_DEPENDENCE = 0.01
 
 
 def relative_change(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Return the root mean square change, in standard deviations of the reference.
+    """Return the change between outputs, in standard deviations of the reference.
 
-    0 is the same output, about 1.4 an unrelated one of the same spread; infinite if an output is
-    not finite. See the module's docstring for the definition.
+    0 for the same output, about 1.4 for an unrelated one of the same spread; infinite if an output
+    is not finite. The module's docstring has the definition.
 
     Args:
         outputs: The tensors that the model returned, with a row per sample.
-        reference: The same for the way to normalise that they are compared with.
+        reference: The same for the other way to normalise.
 
     Example:
         >>> import torch
@@ -115,11 +111,11 @@ def spread(reference: Tensor) -> float:
 def flipped_share(
     outputs: Sequence[Tensor], reference: Sequence[Tensor], *, max_tie: float = _MAX_TIE
 ) -> float | None:
-    """Return the share of predictions that change, ties left out; None without class scores.
+    """Return the share of predictions that change, without ties; None without class scores.
 
     Args:
         outputs: The tensors that the model returned, with a row per sample.
-        reference: The same for the way to normalise that they are compared with.
+        reference: The same for the other way to normalise.
         max_tie: Difference of probability up to which two classes tie; 0 counts every change.
 
     Example:
@@ -135,13 +131,13 @@ def flipped_share(
                 (p.gather(1, classes[0]) - p.gather(1, classes[1])).abs()
                 for p in map(_probabilities, (output, expected))
             ]
-            # Negated, so that predictions that are not finite count.
+            # Negated, so that NaN counts as a flip.
             return (~(torch.maximum(*margins) <= max_tie)).float().mean().item()
     return None
 
 
 def float_tensors(output: object) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in an output, in order: containers and dataclasses too."""
+    """Yield the floating-point tensors in an output, also inside containers and dataclasses."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -157,9 +153,9 @@ def float_tensors(output: object) -> Iterator[Tensor]:
 
 
 def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[int]:
-    """Return which tensors have a row per sample, in what a model returned for batches.
+    """Return the indices of the output tensors with a row per sample, in every batch.
 
-    A loss that is returned next to the scores belongs to a batch, and not to its samples.
+    A loss next to the scores, say, belongs to the batch.
 
     Example:
         >>> import torch
@@ -174,14 +170,14 @@ def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all batches; the values, one after the other, if rows differ in shape."""
+    """Return the rows of all batches; the flattened values if rows differ in shape."""
     if parts[0].dim() > 0 and len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(list(parts))
     return torch.cat([part.flatten() for part in parts])
 
 
 def _probabilities(scores: Tensor) -> Tensor:
-    """Return class probabilities: the scores themselves, where they are, or else their softmax."""
+    """Return the scores if they are probabilities, else their softmax."""
     scores = wide(scores)
     are_probabilities = (scores >= 0.0).all() and (scores.sum(1) - 1.0).abs().max() < 1e-2
     return scores if are_probabilities else scores.softmax(1)
@@ -191,10 +187,10 @@ def _probabilities(scores: Tensor) -> Tensor:
 class _Call:
     """A call of a module during evaluation, and the settings that it ran under.
 
-    ``depth`` is larger the deeper the module lies in the model.
+    Attributes:
+        first_rows: Rows of the first batch, if several were joined.
     """
 
-    depth: int
     module: nn.Module
     args: tuple[object, ...]
     kwargs: dict[str, object]
@@ -202,29 +198,43 @@ class _Call:
     is_autocast: bool
     autocast_dtype: torch.dtype
     is_inference: bool
+    first_rows: int | None = None
 
     @property
-    def samples(self) -> int:
-        """The size that the first dimension of the inputs shares; 0 where it does not."""
+    def rows(self) -> int:
+        """The size that the first dimension of all inputs shares; 0 if they differ."""
         sizes = {len(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.dim()}
         return sizes.pop() if len(sizes) == 1 else 0
 
-    def outputs(self, samples: int | None = None) -> list[Tensor]:
-        """Return the floating-point tensors that the module gives, for the first samples or all."""
-        inputs = (self.args, self.kwargs)
-        if samples is not None:
-            inputs = tree_map(
-                lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-                inputs,
-            )
-        args, kwargs = inputs
+    def outputs(self) -> list[Tensor]:
+        """Run the module on a copy of the inputs and return its floating-point tensors."""
+        args, kwargs = _copy((self.args, self.kwargs))
         mode = torch.inference_mode() if self.is_inference else torch.no_grad()
         with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
             return list(float_tensors(self.module(*args, **kwargs)))
 
+    def first(self, rows: int) -> _Call:
+        """Return the call for the first rows alone."""
+        args, kwargs = tree_map(
+            lambda leaf: leaf[:rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+            (self.args, self.kwargs),
+        )
+        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=None)
+
+    def joined_with(self, other: _Call) -> _Call:
+        """Return one call for the rows of both; this one if their inputs do not fit together."""
+        if 0 in (self.rows, other.rows) or self.is_inference != other.is_inference:
+            return self
+        try:
+            args, kwargs = tree_map(_join, (self.args, self.kwargs), (other.args, other.kwargs))
+        except (RuntimeError, ValueError):
+            return self
+        first_rows = self.first_rows or self.rows
+        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=first_rows)
+
 
 class GapProbe:
-    """Keeps one batch of an evaluation, and measures the mode gap on it.
+    """Keeps a batch of an evaluation, and measures the mode gap on it.
 
     Args:
         model: The model.
@@ -237,138 +247,130 @@ class GapProbe:
         self._layers = [layer for layer in layers if layer.is_tracking and layer.has_modes]
         means = [layer.running_mean for layer in self._layers]
         self._device = "cpu" if not means or means[0] is None else means[0].device.type
-        self._smallest: _Call | None = None
-        self._largest: _Call | None = None
+        # By the depth of the module in the model: the largest and the smallest that is called.
+        self._kept: dict[int, _Call] = {}
         self._of_batch: _OfBatch | None = None
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
             if not self._layers
-            else "no module that holds all BN layers was seen in eval mode (where the model runs "
-            "under torch.compile, watch what torch.compile returned)"
+            else "no module that holds all BN layers was seen in eval mode (if it runs under "
+            "torch.compile, watch the compiled model)"
         )
         for depth, module in enumerate(_holders(model, self._layers)):
-            keep = self._keeper(depth, _without_compilation(module))
+            keep = partial(self._keep, depth, _without_compilation(module))
             self.hooks.before(module, keep, with_kwargs=True)
 
     @property
     def has_batch(self) -> bool:
         """Whether a batch was kept."""
-        return self._smallest is not None
+        return bool(self._kept)
 
     def close(self) -> None:
-        """Take the hooks off and let the batch go."""
+        """Remove the hooks and drop the batch."""
         self.hooks.close()
-        self._smallest = self._largest = self._of_batch = None
+        self._kept, self._of_batch = {}, None
 
     def measure(self) -> ModeGap | str:
-        """Return the mode gap on the batch kept, or why it could not be measured.
+        """Return the mode gap on the batch, or why it was not measured.
 
-        Once measured, it costs one forward to measure it again with other running statistics.
+        A second call, with other running statistics, costs one forward.
         """
-        if self._smallest is None or self._largest is None:
+        if not self._kept:
             return self._reason
         if _is_spread_over_ranks(self._layers):
             return "the batch of a SyncBatchNorm is spread over the ranks"
+        smallest, largest = max(self._kept), min(self._kept)
         try:
             with (
-                as_written(),
+                paused(self.hooks),
+                run_uncompiled(),
                 preserve_modes(self._model),
                 preserve_random_states(self._model),
                 preserve_buffers(self._model),
                 preserve_statistics(self._layers),
             ):
-                return self._compare(self._smallest, self._largest)
+                return self._compare(smallest, largest)
         except Exception as error:
-            return f"the batch could not be run again: {type(error).__name__}: {error}"
+            if self._kept[smallest].rows == 1:
+                return "1 sample of evaluation is too few for batch statistics"
+            return f"the model raised {type(error).__name__} when the batch was run again"
 
-    def _compare(self, smallest: _Call, largest: _Call) -> ModeGap:
-        running = smallest.outputs()
-        scores = running if largest is smallest else largest.outputs()
+    def _compare(self, smallest: int, largest: int) -> ModeGap:
+        inner, running = _run(self._kept[smallest])
+        outer, scores = (inner, running) if largest == smallest else _run(self._kept[largest])
+        self._kept = {smallest: inner, largest: outer}
         if self._of_batch is None:
+            are_samples = _has_independent_rows(inner, running)
             for layer in self._layers:
                 layer.module.training = True
-            self._of_batch = _run_on_batch_statistics(smallest, largest)
+            self._of_batch = _run_on_batch_statistics(inner, outer, are_samples=are_samples)
         batch = self._of_batch
         return ModeGap(
-            samples=smallest.samples,
-            relative_change=relative_change(*_compared(running, batch.outputs, smallest.samples)),
+            samples=batch.samples,
+            relative_change=relative_change(*_compared(running, batch.outputs, inner.rows)),
             sampling_change=batch.sampling_change,
-            flipped_share=flipped_share(*_compared(scores, batch.scores, largest.samples)),
+            flipped_share=flipped_share(*_compared(scores, batch.scores, outer.rows)),
         )
 
-    def _keeper(self, depth: int, module: nn.Module) -> Callable[..., None]:
-        def keep(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            is_smallest = self._smallest is None or depth > self._smallest.depth
-            is_largest = self._largest is None or depth < self._largest.depth
-            kept = [
-                call
-                for call in (self._smallest, self._largest)
-                if call is not None and call.depth == depth
-            ]
-            is_small = any(0 < call.samples < _ENOUGH_SAMPLES for call in kept)
-            if not (is_smallest or is_largest or is_small) or any(map(_IS_TRAINING, self._layers)):
-                return
-            size = sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
-            if size > MAX_CAPTURED_BYTES:
-                self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
-                return
-            call = _kept(depth, module, args, kwargs, self._device)
-            if is_small:
-                call = _together(kept[0], call)
-                is_smallest, is_largest = (
-                    kept[0] is own for own in (self._smallest, self._largest)
-                )
-            self._smallest = call if is_smallest else self._smallest
-            self._largest = call if is_largest else self._largest
+    def _keep(
+        self,
+        depth: int,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> None:
+        kept = self._kept.get(depth)
+        if kept is None:
+            is_wanted = not self._kept or not min(self._kept) < depth < max(self._kept)
+        else:
+            is_wanted = 0 < kept.rows < _ENOUGH_SAMPLES
+        if not is_wanted or any(layer.is_training for layer in self._layers):
+            return
+        size = sum(map(_bytes, _tensors((args, kwargs))))
+        if size > MAX_CAPTURED_BYTES:
+            self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
+            return
+        call = _Call(
+            module,
+            *_copy((args, kwargs)),
+            device=self._device,
+            is_autocast=torch.is_autocast_enabled(self._device),
+            autocast_dtype=torch.get_autocast_dtype(self._device),
+            is_inference=torch.is_inference_mode_enabled(),
+        )
+        self._kept[depth] = call if kept is None else kept.joined_with(call)
+        self._kept = {depth: self._kept[depth] for depth in (min(self._kept), max(self._kept))}
 
-        return keep
 
-
-def _kept(
-    depth: int,
-    module: nn.Module,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    device: str,
-) -> _Call:
-    # Copies, because a forward may write to its input.
+def _copy(
+    inputs: tuple[tuple[object, ...], dict[str, object]],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Copy the tensors, because a forward may write to its inputs."""
     args, kwargs = tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs
     )
-    return _Call(
-        depth=depth,
-        module=module,
-        args=args,
-        kwargs=kwargs,
-        device=device,
-        is_autocast=torch.is_autocast_enabled(device),
-        autocast_dtype=torch.get_autocast_dtype(device),
-        is_inference=torch.is_inference_mode_enabled(),
-    )
+    return args, kwargs
 
 
-def _together(first: _Call, second: _Call) -> _Call:
-    """Return one call for the samples of both; the first where their inputs do not fit together."""
-    samples = first.samples, second.samples
+def _join(one: object, other: object) -> object:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
+        return one
+    if one.layout is not torch.strided:
+        raise ValueError("the rows of sparse tensors cannot be taken apart again")
+    return torch.cat([one, other])
 
-    def joined(one: object, other: object) -> object:
-        if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
-            return one
-        return torch.cat([one, other])
 
-    if 0 in samples or (first.is_inference != second.is_inference):
-        return first
-    try:
-        args, kwargs = tree_map(joined, (first.args, first.kwargs), (second.args, second.kwargs))
-    except (RuntimeError, ValueError):
-        return first
-    return dataclasses.replace(first, args=args, kwargs=kwargs)
+def _bytes(tensor: Tensor) -> int:
+    if tensor.layout is torch.strided:
+        return tensor.nbytes
+    # A sparse tensor has no nbytes: its values, and an index per value and dimension.
+    return tensor._nnz() * (tensor.itemsize + 8 * tensor.dim())
 
 
 def _holders(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[nn.Module]:
     """Yield the modules that hold all the layers, the model first, deeper ones later.
 
-    Wrappers are left out, but for compiled modules: what these hold is called where no hook sees.
+    Without wrappers other than compiled modules, inside which hooks do not run.
     """
     inside = {id(layer.module) for layer in layers}
     if not inside:
@@ -392,31 +394,69 @@ def _is_spread_over_ranks(layers: Sequence[BatchNormLayer]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _OfBatch:
-    """What comes out with the statistics of the batch, and how far sampling alone moves it."""
+    """The outputs with batch statistics, and how far sampling alone moves them."""
 
     outputs: list[Tensor]
     scores: list[Tensor]
+    samples: int
     sampling_change: float | None
 
 
-def _run_on_batch_statistics(smallest: _Call, largest: _Call) -> _OfBatch:
+def _run(call: _Call) -> tuple[_Call, list[Tensor]]:
+    """Return a call and its outputs; the call of the first batch if the joined rows do not run.
+
+    The nodes of two graphs can be joined, but not their adjacency matrices.
+    """
+    try:
+        return call, call.outputs()
+    except Exception:
+        if call.first_rows is None:
+            raise
+    first = call.first(call.first_rows)
+    return first, first.outputs()
+
+
+def _change_of_half(call: _Call, outputs: Sequence[Tensor]) -> float | None:
+    """Return the change if the first half of the rows runs alone; None if it is unknown."""
+    half, places = call.rows // 2, places_of_rows([outputs], [call.rows])
+    if not places or call.rows < _MIN_SAMPLES_TO_HALVE:
+        return None
+    alone = call.first(half).outputs()
+    return relative_change(
+        [alone[place] for place in places], [outputs[place][:half] for place in places]
+    )
+
+
+def _has_independent_rows(call: _Call, outputs: Sequence[Tensor]) -> bool:
+    """Return whether the outputs in eval mode for half the rows do not depend on the other half.
+
+    Those of the nodes of a graph do: nodes are not samples.
+    """
+    try:
+        change = _change_of_half(call, outputs)
+    except Exception:  # half a graph does not fit the other inputs
+        return False
+    if change is None or change <= _MAX_DEPENDENCE or not math.isfinite(change):
+        return True
+    # A model that draws random numbers, such as a VAE, changes without any other rows.
+    return relative_change(call.outputs(), outputs) > _MAX_DEPENDENCE
+
+
+def _run_on_batch_statistics(smallest: _Call, largest: _Call, *, are_samples: bool) -> _OfBatch:
     outputs = smallest.outputs()
-    scores = outputs if largest is smallest else largest.outputs()
-    rows = places_of_rows([outputs], [smallest.samples])
-    sampling, half = None, smallest.samples // 2
-    if rows and smallest.samples >= _MIN_SAMPLES_TO_HALVE:
+    return _OfBatch(
+        outputs=outputs,
+        scores=outputs if largest is smallest else largest.outputs(),
+        samples=smallest.rows if are_samples else 0,
         # Statistics of half a batch are as far from those of the whole as these are from the truth.
-        of_half = smallest.outputs(half)
-        sampling = relative_change(
-            [of_half[place] for place in rows], [outputs[place][:half] for place in rows]
-        )
-    return _OfBatch(outputs, scores, sampling)
+        sampling_change=_change_of_half(smallest, outputs) if are_samples else None,
+    )
 
 
 def _compared(
-    outputs: Sequence[Tensor], reference: Sequence[Tensor], samples: int
+    outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    places = places_of_rows([reference], [samples]) or range(len(reference))
+    places = places_of_rows([reference], [rows]) or range(len(reference))
     return [outputs[place] for place in places], [reference[place] for place in places]
 
 

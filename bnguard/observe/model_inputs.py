@@ -1,7 +1,6 @@
-"""What the model is given in training: whether its samples are alike, and whether it is finite.
+"""The inputs of the model in training: whether batches differ too much, and whether all is finite.
 
-:class:`Entrance` listens to whichever of the model's modules the training step calls, and hands the
-inputs to the probes.
+:class:`Entrance` finds the module that the training step calls and passes its inputs to the probes.
 """
 
 from __future__ import annotations
@@ -21,38 +20,39 @@ from bnguard.layers.moments import mean_and_biased_var
 from bnguard.observe.history import InputWindow
 from bnguard.observe.hooks import Hooks
 
-# Numbers of a sample that are looked at, evenly spaced, and batches a window: enough to tell, and
-# so few that the look costs next to nothing. Of the steps after the first, one in four is read.
+# Numbers read per sample, evenly spaced, and batches per window: few enough to cost next to
+# nothing. After the first steps of a run and of a window, one in four is read.
 _MAX_FEATURES = 64
 _MAX_BATCHES = 64
 _FIRST_STEPS = 8
 _ONE_IN = 4
-# Calls of a step that are told apart; further ones share the last.
+# Calls of a step that are compared separately; further ones share the last.
 _MAX_PLACES = 4
-# Share of the batches from which the rest, of odd steps, are no further places.
+# Share of the batches at one place from which the others count as exceptions.
 _USUAL_SHARE = 0.75
-# Windows that are kept, and from how many on they are compared.
+# Windows that are kept, and that a comparison needs.
 _MAX_WINDOWS = 64
 _MIN_WINDOWS = 4
 _MIN_OVER_CHANCE = 2.0
-# From so many batches on a slow change of the data is told from batches that differ: what a
-# network that learns is fed by another one that does, as a discriminator is.
+# Batches from which a slow trend is removed, as in what a generator feeds a discriminator.
 _MIN_BATCHES_OF_TREND = 16
-# Sums that wait on the device before they are looked at, where nobody asks earlier.
+# Of the first batches of a run, which are compared with their neighbours.
+_MIN_BATCHES_OF_ORDER = 8
+_MAX_COMPONENTS = 8
+# Sums that wait on the device until they are checked.
 _MAX_WAITING = 256
-# Is given the floating-point tensors of a call.
+# Receives all tensors of a call.
 InputNote = Callable[[Sequence[Tensor]], None]
 
 
 class SampleProbe:
     """Compares the variance between batches with that between the samples of a batch.
 
-    Reads a few numbers of each sample in the first input, without waiting for the device. Where the
-    model is called several times a step, each batch is compared with those at the same place in
-    other steps of as many calls, and the place counts whose batches differ least: real and
-    generated images, of which a discriminator is given one after the other, differ on purpose, and
-    the latter from step to step, since the generator learns. Batches whose gradients are
-    accumulated come from one loader: they are at the same place.
+    Reads a few numbers of each sample in the first input, without waiting for the device. If a step
+    calls the model several times, batches are compared with those at the same place in other steps,
+    and the place whose batches differ least counts: a discriminator sees real and generated images,
+    and the latter change as the generator learns. Accumulated batches come from one loader and
+    share a place.
 
     Args:
         accumulated_batches: Batches whose gradients are added before a step of the optimizer.
@@ -64,31 +64,32 @@ class SampleProbe:
         self._newest_count = 0
         self._windows: list[_Summary] = []
         self._batches: list[_Batch] = []
-        self._steps = 0
+        self._first: list[_Batch] = []
+        self._shape: torch.Size | None = None
+        self._steps = self._steps_of_run = 0
         self._is_read = True
         self._place = 0
 
     def start_window(self) -> None:
-        """Begin a new window, and keep the one that ends."""
+        """Begin a new window and keep the one that ends."""
         self._newest, self._newest_count = self.window(), max(len(self._batches), 2)
-        self._windows = [*self._windows, *self._summary()][-_MAX_WINDOWS:]
+        self._windows = [*self._windows, *self._summarise()][-_MAX_WINDOWS:]
         self._batches, self._steps, self._is_read = [], 0, True
 
     def start_step(self) -> None:
-        """Let the calls that come now be those of the next step."""
+        """Count the next calls to the next step."""
         self._steps += 1
+        self._steps_of_run += 1
         self._place = 0
-        self._is_read = self._steps < _FIRST_STEPS or self._steps % _ONE_IN == 0
+        is_early = self._steps < _FIRST_STEPS or self._steps_of_run < _MAX_BATCHES
+        self._is_read = is_early or self._steps % _ONE_IN == 0
 
     def window(self) -> InputWindow | None:
-        """Return the newest window with at least half of the batches of the last full one."""
+        """Return the newest window with at least half the batches of the last full one."""
         count, newest = len(self._batches), self._newest
         if count < 2 or (newest is not None and 2 * count < self._newest_count):
             return newest
-        means, variances = (
-            torch.stack(part).cpu().double().numpy()
-            for part in zip(*((batch.mean, batch.variance) for batch in self._batches), strict=True)
-        )
+        means, variances = self._means_and_variances()
         is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
         varies = is_finite & (variances > 0.0).any(0)
         means, variances = means[:, varies], variances[:, varies]
@@ -100,54 +101,65 @@ class SampleProbe:
             (places == place) & (calls == many)
             for place, many in sorted(set(zip(places, calls, strict=True)))
         ]
-        # One of several places may be fed by a network that learns, fast at first.
+        # One of several places may be fed by a network that learns fast at first.
         has_one_place = max(map(np.count_nonzero, groups)) > _USUAL_SHARE * count
         enough = 2 if has_one_place else _MIN_BATCHES_OF_TREND
-        of_places = [
-            _of_place(means[here], variances[here], steps[here], sizes[here])
+        windows_by_place = [
+            _compare_moments(means[here], variances[here], steps[here], sizes[here])
             for here in groups
             if np.count_nonzero(here) >= enough
         ]
-        window = min(of_places, key=usual_ratio, default=newest)
+        window = min(windows_by_place, key=usual_ratio, default=newest)
         if window is None or not has_one_place:
             return window
-        windows = [*self._windows, *self._summary()]
+        windows = [*self._windows, *self._summarise()]
+        change, excess = _neighbour_change(self._first)
         return dataclasses.replace(
-            window, windows=len(windows), between_windows=_between_windows(windows)
+            window,
+            windows=len(windows),
+            between_windows=_between_windows(windows),
+            neighbour_change=change,
+            neighbour_excess_std=excess,
         )
 
-    def _summary(self) -> Iterator[_Summary]:
-        """Yield what is kept of the window that is under way, if it has batches enough."""
+    def _means_and_variances(self) -> tuple[FloatArray, FloatArray]:
+        means = torch.stack([batch.mean for batch in self._batches])
+        variances = torch.stack([batch.variance for batch in self._batches])
+        return means.cpu().double().numpy(), variances.cpu().double().numpy()
+
+    def _summarise(self) -> Iterator[_Summary]:
+        """Yield a summary of the current window, if it has enough batches from one place."""
         batches = self._batches
-        # Calls of a step that differ on purpose are not told apart over windows.
         if len(batches) < 2 or len({batch.origin[0] // self._accumulated for batch in batches}) > 1:
             return
-        means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
-        variances = torch.stack([batch.variance for batch in batches]).cpu().double().numpy()
+        means, variances = self._means_and_variances()
         with np.errstate(all="ignore"):  # The data may be infinite.
             spread = means.var(0, ddof=1)
         yield _Summary(len(batches), means.mean(0), spread, variances.mean(0))
 
-    def note(self, inputs: Sequence[Tensor]) -> None:
-        """Take in what a batch brings to the model."""
+    def note(self, tensors: Sequence[Tensor]) -> None:
+        """Read the inputs of a call."""
         place, self._place = self._place, self._place + 1
         if not self._is_read or len(self._batches) >= _MAX_BATCHES:
             return
-        features = _features(inputs)
-        if features is None:
+        samples = _select_samples(tensors)
+        if samples is None:
             return
+        # The same place in samples of another shape is another number.
+        if samples.shape[1:] != self._shape:
+            self._shape = samples.shape[1:]
+            self._batches, self._windows, self._first = [], [], []
         with torch.no_grad():
-            mean, variance = mean_and_biased_var(features)
-        if self._batches and self._batches[0].mean.shape != mean.shape:
-            self._batches, self._windows = [], []
-        self._batches.append(_Batch((place, self._steps, len(features)), mean, variance))
+            mean, variance = mean_and_biased_var(_select_features(samples))
+        self._batches.append(_Batch((place, self._steps, len(samples)), mean, variance))
+        if len(self._first) < min(self._steps_of_run + 1, _MAX_BATCHES):
+            self._first.append(self._batches[-1])
 
 
 class FinitenessProbe:
     """Finds the first training step whose input held NaN or Inf.
 
-    Adds up each input, in which a NaN or an Inf stays, and looks at the sums when asked: nothing
-    waits for the device until then.
+    NaN and Inf survive in the sum of an input; the sums stay on the device until asked for.
     """
 
     def __init__(self) -> None:
@@ -155,19 +167,19 @@ class FinitenessProbe:
         self._first_bad_step: int | None = None
         self._waiting: list[tuple[int, Tensor]] = []
 
-    def note(self, inputs: Sequence[Tensor]) -> None:
-        """Take in what a batch brings to the model."""
+    def note(self, tensors: Sequence[Tensor]) -> None:
+        """Read the inputs of a call."""
         if self._first_bad_step is not None:
             return
-        for values in inputs:
-            # In float32 at least: a sum in float16 overflows by itself.
+        for values in filter(_has_numbers, tensors):
+            # A sum in float16 may overflow.
             dtype = torch.promote_types(values.dtype, torch.float32)
             self._waiting.append((self.step, values.detach().sum(dtype=dtype)))
         if len(self._waiting) >= _MAX_WAITING:
             self.first_bad_step()
 
     def first_bad_step(self) -> int | None:
-        """Return the first step whose input was not finite; None where all were, or not seen."""
+        """Return the first step whose input was not finite; None if there was none."""
         waiting, self._waiting = self._waiting, []
         if waiting and self._first_bad_step is None:
             device = waiting[0][1].device
@@ -178,18 +190,17 @@ class FinitenessProbe:
 
 
 class Entrance:
-    """Hands on the numbers that a batch of training brings to the model.
+    """Passes the inputs of the model in training to the probes.
 
-    A training step may call the model, or one of its parts (``self.network(x)``) and never the
-    model itself; so the modules around the first BN layer are listened to, and of calls inside
-    each other the outermost counts.
+    A training step may call a part of the model (``self.network(x)``) and never the model itself,
+    so all modules around the first BN layer have a hook, and the outermost call counts.
 
     Args:
         model: The model.
-        notes: What the inputs are handed to.
+        notes: Functions that receive the tensors of each call.
 
     Attributes:
-        is_fed_by_network: Whether an input ever came out of a computation that has a gradient.
+        is_fed_by_network: Whether an input ever had a gradient function.
     """
 
     def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
@@ -200,8 +211,9 @@ class Entrance:
         self._path: tuple[nn.Module, ...] = ()
 
     def follow(self, first: nn.Module) -> None:
-        """Listen to the modules that contain this one, the BN layer that is called first."""
-        path = tuple(_around(first, self._model)) or (self._model,)
+        """Watch the modules that contain this one, the BN layer that is called first."""
+        around = (module for module in self._model.modules() if module is not first)
+        path = tuple(module for module in around if first in module.modules()) or (self._model,)
         if path != self._path:
             self._path = path
             self.hooks.close()
@@ -209,20 +221,20 @@ class Entrance:
 
     def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self._model.training and torch.is_grad_enabled():
-            inputs = list(_numbers(args, kwargs))
-            self.is_fed_by_network |= any(values.grad_fn is not None for values in inputs)
+            tensors = _tensors(args, kwargs)
+            self.is_fed_by_network |= any(values.grad_fn is not None for values in tensors)
             for note in self._notes:
-                note(inputs)
+                note(tensors)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is kept of a batch.
+    """The statistics of a batch.
 
     Attributes:
-        origin: Its place among the calls of its step, the number of the step, and its samples.
-        mean: Mean of its samples.
-        variance: Their biased variance.
+        origin: Place among the calls of its step, number of the step, and samples.
+        mean: Mean over the samples, shape ``(F,)``.
+        variance: Biased variance over the samples, shape ``(F,)``.
     """
 
     origin: tuple[int, int, int]
@@ -232,7 +244,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Summary:
-    """The batches of a window: their number, mean of means, variance of means, mean variance."""
+    """The batches of a window: number, mean of means, variance of means, mean variance."""
 
     batches: int
     mean: FloatArray
@@ -242,7 +254,8 @@ class _Summary:
 
 def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
     """Return how much batches differ that come one after another; None if that cannot be told."""
-    found = [features for batch in batches if (features := _features(batch)) is not None]
+    samples = [_select_samples(batch) for batch in batches]
+    found = [_select_features(each) for each in samples if each is not None]
     if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
         return None
     moments = (mean_and_biased_var(features) for features in found)
@@ -252,7 +265,7 @@ def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
     varies = np.isfinite(means + variances).all(0) & (variances > 0.0).any(0)
     steps = np.arange(len(found), dtype=np.float64)
     sizes = np.array([len(features) for features in found], dtype=np.float64)
-    return _of_place(means[:, varies], variances[:, varies], steps, sizes)
+    return _compare_moments(means[:, varies], variances[:, varies], steps, sizes)
 
 
 def usual_ratio(window: InputWindow) -> float:
@@ -264,8 +277,8 @@ def usual_ratio(window: InputWindow) -> float:
 def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
     """Return the variance between neighbouring windows as a share of that between samples.
 
-    Half the mean square of successive differences (von Neumann), which a slow change hardly enters,
-    without what the batches of a window explain.
+    Half the mean square of successive differences (von Neumann), which slow drift hardly affects,
+    minus what the spread of the batches explains.
     """
     windows = [window for window in windows if window.mean.shape == windows[-1].mean.shape]
     if len(windows) < _MIN_WINDOWS:
@@ -280,41 +293,89 @@ def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
     return np.asarray(share[np.isfinite(share)])
 
 
-def _of_place(
-    means: FloatArray, variances: FloatArray, steps: FloatArray, sizes: FloatArray
-) -> InputWindow:
-    """Return how much the batches of one place differ; many of them beside a parabola in time."""
+def _neighbour_change(batches: Sequence[_Batch]) -> tuple[float, float]:
+    """Return the change between batches that follow each other, and how unlikely it is by chance.
+
+    The former is von Neumann's ratio of the principal components of the batch means, or of the one
+    that says most: an augmentation of whole batches is few components, sorted data are many. The
+    latter is its distance from 1 in standard deviations.
+    """
+    if len(batches) < _MIN_BATCHES_OF_ORDER:
+        return 1.0, 0.0
+    means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
+    if not np.isfinite(means).all():
+        return 1.0, 0.0
+    rest = _without_trend(means, np.arange(len(means), dtype=float))
+    scores, scale, _ = np.linalg.svd(rest, full_matrices=False)
+    rank = int(np.count_nonzero(scale > 1e-9 * scale[0]))
+    kept = min(_MAX_COMPONENTS, len(means) // 4, rank)
+    if not kept:
+        return 1.0, 0.0
+    changes = np.square(np.diff(scores[:, :kept], axis=0)).mean(0) / (2 * scores[:, :kept].var(0))
+    candidates = [(float(changes.mean()), kept), *((float(change), 1) for change in changes)]
+    excesses = [abs(change - 1.0) * math.sqrt(n * len(means)) for change, n in candidates]
+    clearest = int(np.argmax(excesses))
+    return candidates[clearest][0], excesses[clearest]
+
+
+def _without_trend(means: FloatArray, steps: FloatArray) -> FloatArray:
+    """Return what is left of batch means; of many of them next to a parabola in time."""
     powers = 3 if len(means) >= _MIN_BATCHES_OF_TREND else 1
     times = np.vander(np.interp(steps, (steps[0], steps[-1]), (-1.0, 1.0)), powers)
-    rest = means - times @ np.linalg.lstsq(times, means, rcond=None)[0]
-    freedom = len(means) - powers
+    return np.asarray(means - times @ np.linalg.lstsq(times, means, rcond=None)[0])
+
+
+def _compare_moments(
+    means: FloatArray, variances: FloatArray, steps: FloatArray, sizes: FloatArray
+) -> InputWindow:
+    """Return how much batches differ, after a parabola in time is removed if there are many."""
+    rest = _without_trend(means, steps)
+    freedom = len(means) - (3 if len(means) >= _MIN_BATCHES_OF_TREND else 1)
     between = sizes.mean() * np.square(rest).sum(0) / freedom
     within = variances.mean(0) * sizes.sum() / (sizes.sum() - len(sizes))
     with np.errstate(all="ignore"):
         return InputWindow(batches=1 + freedom, variance_ratio=np.asarray(between / within))
 
 
-def _features(inputs: Sequence[Tensor]) -> Tensor | None:
-    """Return some numbers of each sample, shape ``(N, F)``; None where there is no such input."""
-    for values in inputs:
-        if values.dim() > 1:
-            if len(values) < 2 or not values.numel():
-                return None
-            flat = values.detach().flatten(1)
-            return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
-    return None
+def _select_samples(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the first input that has samples; None if there is none, or a single sample."""
+    values = next((t for t in tensors if t.dim() > 1 and _has_numbers(t)), None)
+    if values is None or len(values) < 2 or not values.numel() or _have_relations(tensors):
+        return None
+    return values
 
 
-def _around(inner: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules that contain a module, the outermost first."""
-    for module in model.modules():
-        if module is not inner and any(part is inner for part in module.modules()):
-            yield module
+def _select_features(samples: Tensor) -> Tensor:
+    """Return some numbers of each sample, shape ``(N, F)``."""
+    flat = samples.detach().flatten(1)
+    return flat[:, :: -(-flat.shape[1] // _MAX_FEATURES)].float()
 
 
-def _numbers(args: tuple[object, ...], kwargs: dict[str, object]) -> Iterator[Tensor]:
+def _have_relations(tensors: Sequence[Tensor]) -> bool:
+    """Return whether some inputs relate the rows of others, as the edges of a graph do.
+
+    The rows are then nodes, and those of one graph are no independent samples.
+
+    >>> nodes, edges, adjacency = torch.rand(5, 3), torch.ones(2, 7), torch.ones(5, 5)
+    >>> _have_relations([nodes, edges]), _have_relations([nodes, adjacency])
+    (True, True)
+    >>> _have_relations([nodes, torch.ones(5)]), _have_relations([adjacency])
+    (False, False)
+    """
+    if len(tensors) == 1:
+        return False
+    rows = {len(tensor) for tensor in tensors if tensor.dim()}
+    are_square = {t.shape == (len(t), len(t)) for t in tensors if t.dim() > 1}
+    is_sparse = any(tensor.layout is not torch.strided for tensor in tensors)
+    return len(rows) > 1 or is_sparse or len(are_square) > 1
+
+
+def _has_numbers(values: Tensor) -> bool:
+    return values.is_floating_point() and values.layout is torch.strided
+
+
+def _tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
     # The usual call has one tensor; to flatten it would cost more than all the rest.
     is_usual = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-    for leaf in args if is_usual else tree_flatten((args, kwargs))[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided:
-            yield leaf
+    leaves = args if is_usual else tree_flatten((args, kwargs))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,42 +1,32 @@
-"""What a model says of its BN layers without being run, and what changes it between two steps.
-
-Settings, parameters and neighbours of the layers; which optimizers own them; whether weights were
-written, a state dict was loaded, or DDP broadcast its buffers; how a model differs from another.
-"""
+"""The BN layers of a model that does not run: settings, parameters, statistics and neighbours."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide
 from bnguard.layers.names import without_wrappers
 from bnguard.observe.history import LayerHistory, RunningStatistics
-from bnguard.observe.hooks import Hooks
 
-# Classes whose bias shifts a whole channel, so that BN takes it out again.
+# Classes whose bias shifts a whole channel, so that BN removes it.
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
-# Classes whose outputs have a least and a largest value; ReLU6 is a Hardtanh.
+# Activations with bounded outputs; ReLU6 is a Hardtanh.
 _BOUNDED = (nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign)
-_VERSION = operator.attrgetter("_version")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
-    """Return a history a BN layer, by name, that holds what the modules alone tell.
+    """Return a history per BN layer, by name, with what is known without running the model.
 
     >>> layers = describe_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     >>> layers["1"].fed_by, layers["1"].is_bias_cancelled
@@ -57,7 +47,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     ]
     arrays = iter(on_host(tensors))
     return {
-        layer.name: _described(
+        layer.name: _describe(
             layer,
             feeders.get(id(layer.module)),
             bounds.get(id(layer.module)),
@@ -71,14 +61,14 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
 def running_statistics(
     mean: Tensor | None, var: Tensor | None, counter: Tensor | None
 ) -> RunningStatistics | None:
-    """Return the running statistics on the host; None where there are none."""
+    """Return the running statistics on the host; None without them."""
     return _running(*on_host([mean, var, counter]))
 
 
 def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
-    """Return copies of tensors on the host, in float64 and flat, in one transfer a device.
+    """Return flat float64 copies of tensors on the host, in one transfer per device.
 
-    None for None, and for a tensor that holds no values yet.
+    None for None, and for a tensor without values.
 
     >>> on_host([torch.tensor([1.0, 2.0]), None])
     [array([1., 2.]), None]
@@ -96,207 +86,8 @@ def on_host(tensors: Sequence[Tensor | None]) -> list[FloatArray | None]:
     return arrays
 
 
-class OptimizerProbe:
-    """Tells which layers no optimizer trains.
-
-    Args:
-        optimizers: What trains the model, as far as that is known.
-        layers: The layers as they are when watching begins.
-    """
-
-    def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
-        self._optimizers = tuple(optimizers)
-        self._affine_at_start: dict[str, list[Tensor]] = {}
-        owned = self.owned_parameters()
-        for layer in layers:
-            self.note_start(layer, owned)
-
-    def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
-        """Take gamma and beta as they are now for those that training starts from."""
-        # Only those that no optimizer has may be frozen by standing still.
-        if self.is_left_out(layer, owned):
-            self._affine_at_start[layer.name] = [part.detach().clone() for part in layer.affine]
-
-    def owned_parameters(self) -> set[int]:
-        """Return the identities of the parameters that an optimizer has."""
-        return {
-            id(parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-
-    def trains(self, model: nn.Module) -> bool:
-        """Return whether an optimizer has any parameter of the model."""
-        owned = self.owned_parameters()
-        return any(id(parameter) in owned for parameter in model.parameters())
-
-    def untrained_parts(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yield the largest modules of which nothing is trained, the model itself perhaps.
-
-        Where no optimizer is known, what requires no gradient is not trained.
-        """
-        trained = self.owned_parameters()
-        if not trained:
-            parameters = model.parameters()
-            trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
-        waiting = [model]
-        while waiting:
-            module = waiting.pop()
-            if any(id(parameter) in trained for parameter in module.parameters()):
-                waiting.extend(module.children())
-            else:
-                yield module
-
-    @property
-    def are_several(self) -> bool:
-        """Whether more than one optimizer trains."""
-        return len(self._optimizers) > 1
-
-    def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
-        """Return whether no optimizer has gamma and beta, where it has others."""
-        return bool(owned) and not _are_owned(layer.affine, owned)
-
-    def left_out_at_start(self, layer: BatchNormLayer) -> bool:
-        """Return whether no optimizer had gamma and beta when watching began, but had others."""
-        return bool(self._affine_at_start.get(layer.name))
-
-    def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
-        """Return whether gamma and beta cannot learn; None where there are none."""
-        parameters = layer.affine
-        if not parameters:
-            return None
-        if not any(parameter.requires_grad for parameter in parameters):
-            return True
-        if not owned or _are_owned(parameters, owned):
-            return False
-        at_start = self._affine_at_start.get(layer.name, [])
-        return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
-
-    def weight_decay(self, layer: BatchNormLayer) -> float | None:
-        """Return the largest weight decay on gamma or beta; None where no optimizer has them."""
-        own = set(map(id, layer.affine))
-        decays = [
-            float(group.get("weight_decay", 0.0))
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            if _are_owned(group["params"], own)
-        ]
-        return max(decays, default=None)
-
-
-class WeightProbe:
-    """Tells whether weights were written to between the newest step and an evaluation.
-
-    Loading, averaging, pruning and rounding do that.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._version = 0
-        self._trained: list[Tensor] = []
-        self.follow_model()
-        self._norms_at_start: dict[int, float] = self._norms(model)
-
-    def follow_model(self) -> None:
-        """Notice parameters that were added or removed."""
-        # Inference tensors do not count how often they were written to.
-        self._counting = [
-            parameter
-            for parameter in self._model.parameters()
-            if not (is_lazy(parameter) or parameter.is_inference())
-        ]
-
-    def note_step(self) -> None:
-        """Take the weights as those that a step has left; done at each, so that it has to be cheap.
-
-        That is a sum of numbers that rise whenever a parameter is written to in place.
-        """
-        self._version = sum(map(_VERSION, self._counting))
-
-    def start_anew(self) -> None:
-        """Take the weights as they are now for those that watching began with."""
-        self._norms_at_start = self._norms(self._model)
-
-    def start_evaluation(self) -> None:
-        """Keep gamma and beta as they are before what begins an evaluation."""
-        self._trained = self._affine_values()
-
-    def have_changed(self) -> bool:
-        """Return whether the weights are others than those of the newest step."""
-        if sum(map(_VERSION, self._counting)) != self._version:
-            return True
-        # A swap of averaged weights through .data leaves the versions as they are. What is sharded
-        # may be here at one time and not at the other, and tells nothing.
-        affine = self._affine_values()
-        is_comparable = len(affine) == len(self._trained)
-        return is_comparable and not all(map(torch.equal, affine, self._trained))
-
-    def have_changed_since_start(self, part: nn.Module) -> bool:
-        """Return whether weights of a part of the model are others than when watching began."""
-        at_start = self._norms_at_start
-        return any(norm != at_start.get(key, norm) for key, norm in self._norms(part).items())
-
-    def _norms(self, part: nn.Module) -> dict[int, float]:
-        """Return the norm of each weight, which says whether it was written to, at no memory."""
-        counting = set(map(id, self._counting))
-        return {
-            id(parameter): parameter.detach().float().norm().item()
-            for parameter in part.parameters()
-            if id(parameter) in counting and not parameter.is_meta
-        }
-
-    def _affine_values(self) -> list[Tensor]:
-        return [
-            part.detach().clone() for layer in find_layers(self._model) for part in layer.affine
-        ]
-
-
-class LoadingProbe:
-    """Tells of each layer that a state dict was loaded into, as a part of a model as well.
-
-    Args:
-        layers: The layers to watch.
-        on_loaded: Called with a layer after it was loaded.
-    """
-
-    def __init__(
-        self, layers: Iterable[BatchNormLayer], on_loaded: Callable[[BatchNormLayer], None]
-    ) -> None:
-        self.hooks = Hooks()
-        self._on_loaded = on_loaded
-        self.follow(layers)
-
-    def follow(self, layers: Iterable[BatchNormLayer]) -> None:
-        """Watch these layers from now on."""
-        self.hooks.close()
-        for layer in layers:
-            self.hooks.after_loading(layer.module, self._noted(layer))
-
-    def _noted(self, layer: BatchNormLayer) -> Callable[[object], None]:
-        return lambda incompatible_keys: self._on_loaded(layer)
-
-
-class BroadcastProbe:
-    """Tells, on other ranks than 0, when a forward begins, with the buffers as they are by then.
-
-    Args:
-        model: The model, wrapped or not; DDP writes the buffers before it calls what it wraps.
-        on_forward: Called at each forward, not at those that it makes of itself.
-    """
-
-    def __init__(self, model: nn.Module, on_forward: Callable[[], None]) -> None:
-        self.hooks = Hooks()
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-            inner = next(module for module in model.modules() if not is_wrapper(module))
-            self.hooks.before_outermost([inner], lambda args, kwargs: on_forward())
-
-
 def tensors_of(subject: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights and buffers by name, without what wrappers put before the names."""
+    """Return weights and buffers by name, without the prefixes of wrappers."""
     state = subject.state_dict() if isinstance(subject, nn.Module) else subject
     return {
         without_wrappers(name): value.detach()
@@ -306,10 +97,10 @@ def tensors_of(subject: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weight_change(subject: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Return |weights - reference| / |reference|, Euclidean norms over all that both have.
+    """Return |weights - reference| / |reference|, Euclidean norms over the weights of both.
 
     Raises:
-        ConfigurationError: They have no weight of one name and shape.
+        ConfigurationError: No weight has the same name and shape in both.
     """
     change = size = 0.0
     is_any = False
@@ -332,13 +123,13 @@ def weight_change(subject: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 
 
 def statistics_of(state: Mapping[str, Tensor], layer: str) -> RunningStatistics | None:
-    """Return the running statistics of the layer with this name; None where it has none."""
+    """Return the running statistics of the layer with this name; None without them."""
     prefix = f"{layer}." if layer else ""
     mean, var, counter = (state.get(prefix + name) for name in _STATISTICS)
     return running_statistics(mean, var, counter)
 
 
-def _described(
+def _describe(
     layer: BatchNormLayer,
     feeder: nn.Module | None,
     bounded_by: str | None,
@@ -377,7 +168,7 @@ def _described(
 
 
 def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
-    """Return the names of mean and variance, those that the state dict leaves out."""
+    """Return the names of mean and variance that are missing from the state dict."""
     module = layer.module
     saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()
     names = (layer.adapter.mean, layer.adapter.var) if layer.is_tracking else ()
@@ -395,58 +186,54 @@ def _running(
 
 
 def _idle_children(module: nn.Module) -> tuple[str, ...]:
-    """Return the classes of the children that the module, one of PyTorch's own, never calls."""
-    if not type(module).__module__.startswith("torch.nn."):
-        return ()
+    """Return the classes of the children that a module, one of PyTorch's own, never calls."""
+    return _children(module) if _is_of_torch(module) else ()
+
+
+def _children(module: nn.Module) -> tuple[str, ...]:
     children = (child for child in module.children() if not isinstance(child, nn.Identity))
     return tuple(type(child).__name__ for child in children)
 
 
-def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return what plain layers lack that those at the same place of other blocks end in.
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
-    The place is the class of the block and the name in it; a number is the name of no place.
+
+def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return the children that plain layers lack and others at the same place of blocks have.
+
+    The place is the class of the block and the attribute; numbers, as in a list, are no places.
     """
     by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
     for parent in model.modules():
         for name, module in parent.named_children():
             if isinstance(module, _BatchNorm) and not name.isdigit():
                 by_place.setdefault((type(parent), name), []).append(module)
-    return {
-        id(module): tails[0]
-        for modules in by_place.values()
-        if (tails := [tail for module in modules if (tail := _tail(module))])
-        for module in modules
-        if type(module).__module__.startswith("torch.nn.") and not _idle_children(module)
-    }
-
-
-def _tail(module: nn.Module) -> tuple[str, ...]:
-    """Return the classes of the children that a class of somebody else's calls after BN."""
-    if type(module).__module__.startswith("torch.nn."):
-        return ()
-    children = (child for child in module.children() if not isinstance(child, nn.Identity))
-    return tuple(type(child).__name__ for child in children)
+    missing = {}
+    for modules in by_place.values():
+        tails = [_children(module) for module in modules if not _is_of_torch(module)]
+        tail = next(filter(None, tails), ())
+        plain = (module for module in modules if _is_of_torch(module) and not _children(module))
+        missing.update({id(module): tail for module in plain})
+    return missing
 
 
 def _feeders(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the module that feeds another, by its identity, where a ``Sequential`` says so."""
+    """Return the module before another in a ``Sequential``, by the id of the other."""
     return {
         id(module): feeder
         for parent in model.modules()
         if isinstance(parent, nn.Sequential)
         for feeder, module in itertools.pairwise(
-            part for part in parent if not _drops_nothing(part)
+            part
+            for part in parent
+            if not ("Dropout" in type(part).__name__ and getattr(part, "p", None) == 0.0)
         )
     }
 
 
-def _drops_nothing(module: nn.Module) -> bool:
-    return "Dropout" in type(module).__name__ and getattr(module, "p", None) == 0.0
-
-
 def _bounds(model: nn.Module) -> dict[int, str]:
-    """Return the class of the bounded activation that a module feeds, by its identity."""
+    """Return the class of the bounded activation after a module in a ``Sequential``, by id."""
     return {
         id(module): type(activation).__name__
         for parent in model.modules()
@@ -454,11 +241,3 @@ def _bounds(model: nn.Module) -> dict[int, str]:
         for module, activation in itertools.pairwise(parent)
         if isinstance(activation, _BOUNDED)
     }
-
-
-def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
-    return any(id(parameter) in owned for parameter in parameters)
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    return now.shape == before.shape and torch.equal(now.detach().to(before), before)

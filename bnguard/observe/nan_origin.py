@@ -1,12 +1,12 @@
-"""Where a NaN or Inf first appears in a forward, looked for only after one was noticed.
+"""The module in which NaN or Inf first appears.
 
-Normal steps pay nothing: the running buffers show that a batch was bad, and hooks on every module
-then wait for the next time, for a bounded number of forwards.
+Hooks on every module search a bounded number of forwards, but only after the running buffers have
+shown a bad batch: normal steps cost nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,16 @@ from bnguard.layers.names import without_wrappers
 from bnguard.observe.history import BadValueOrigin
 from bnguard.observe.hooks import Hooks
 
-# Forwards that are looked at before the hooks come off without having seen anything.
+# Forwards without NaN or Inf after which the search ends.
 _MAX_FORWARDS = 200
 
 
 class OriginProbe:
-    """Waits for the first module whose output is not finite, in the order in which they end.
+    """Finds the first module to return an output that is not finite.
 
     Args:
         model: The model.
-        first_step: Number of the step in which the hooks go on.
+        first_step: Number of the current step.
     """
 
     def __init__(self, model: nn.Module, first_step: int) -> None:
@@ -64,10 +64,8 @@ class OriginProbe:
 
 
 def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return channels and samples of the first tensor that is not finite; None where all are."""
-    for leaf in tree_flatten(tree)[0]:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            continue
+    """Return channels and samples of the first tensor that is not finite; None if all are."""
+    for leaf in _float_tensors(tree_flatten(tree)[0]):
         bad = ~leaf.detach().isfinite()
         if not bool(bad.any()):
             continue
@@ -78,8 +76,14 @@ def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def _largest(leaves: Iterable[object]) -> float | None:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = _float_tensors(leaves)
     return max((leaf.abs().max().item() for leaf in tensors if leaf.numel()), default=None)
+
+
+def _float_tensors(leaves: Iterable[object]) -> Iterator[Tensor]:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided:
+            yield leaf
 
 
 def _numbers(flags: Tensor) -> tuple[int, ...]:
@@ -87,9 +91,9 @@ def _numbers(flags: Tensor) -> tuple[int, ...]:
 
 
 def _bad_state(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the module's own tensors that make its output not finite."""
+    """Return the names of the module's own tensors that are not finite."""
     own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
     if not module.training:
-        # In train mode the buffers are what the batch made of them.
+        # In train mode the batch has already changed the buffers.
         own += module.named_buffers(recurse=False)
     return tuple(name for name, tensor in own if not bool(tensor.isfinite().all()))

@@ -1,55 +1,52 @@
-"""Observes the BN layers of a model: owns the probes, and condenses what they read."""
+"""The observer of a model: owns the probes, and condenses their readings to a history."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers
-from bnguard.observe.batch_statistics import BatchProbe, StreamProbe, fitting
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
+from bnguard.observe.batch_statistics import BatchProbe, fitting
+from bnguard.observe.call_statistics import StreamProbe
 from bnguard.observe.eval_statistics import EvalProbe
 from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.observe.model_inputs import Entrance, FinitenessProbe, SampleProbe
-from bnguard.observe.model_state import (
-    BroadcastProbe,
-    LoadingProbe,
-    OptimizerProbe,
-    WeightProbe,
-    describe_layers,
-    running_statistics,
-)
+from bnguard.observe.model_state import describe_layers, running_statistics
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.running_buffers import BufferReading
+from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
+from bnguard.observe.training_plan import Plan
 from bnguard.observe.unknown_layers import UnknownProbe
-from bnguard.observe.windows import Plan
 
-# Mode gaps that are kept beside the newest, to tell a gap that lasts from one that passes.
+# Mode gaps kept next to the newest, to distinguish a lasting gap from a passing one.
 _MAX_EARLIER_GAPS = 4
 
 
 class Observer:
-    """Tells the probes when a step is done, and the history what they read.
+    """Reads the BN layers of a model after each step and in each evaluation.
 
     Args:
-        model: The model; left as it is, but for hooks that :meth:`close` takes off.
-        optimizers: What trains the model, as far as that is known.
-        eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
-            As many batches of fewer than 32 samples count as one as have 32 together.
-        planned_steps: Steps that training will take in all, None where that is not known.
-        plan: What loader and trainer say of the training before its first batch.
+        model: The model; :meth:`close` removes the hooks, and nothing else changes.
+        optimizers: The optimizers of the model that are known.
+        eval_batches: First batches read in each evaluation, each of 32 samples or several smaller
+            ones together; of the rest ever fewer are read.
+        planned_steps: Steps that training will take in all; None if unknown.
+        plan: What is known before the first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        on_batch_of_one: Called before a layer meets its first batch with one value per channel.
+        on_batch_of_one: Called before a layer's first batch with one value per channel.
 
     Attributes:
-        layers: The BN layers that the model has now.
+        layers: The BN layers of the model.
         steps: Training steps observed.
     """
 
@@ -88,8 +85,9 @@ class Observer:
 
         self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
-        self._broadcasts = BroadcastProbe(model, self._batches.forget_changes)
-        self._loading = LoadingProbe(self.layers, self._note_loading)
+        self._broadcasts, self._loading = Hooks(), Hooks()
+        self._watch_broadcasts()
+        self._watch_loading()
         self._evaluation_hooks: tuple[Hooks, ...] = ()
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe(plan.accumulated_batches)
@@ -105,14 +103,17 @@ class Observer:
         self._follow_entrance()
 
     def step(self, step: int) -> None:
-        """Read what the training step just taken, number ``step``, left in the buffers."""
+        """Read the buffers after training step number ``step``."""
         self._raise_errors()
+        self._unknown.end_look()
+        # The batches of a step, whose gradients are accumulated, have one number.
+        if step != self._step or not self.steps:
+            self.steps += 1
+            is_in_eval_mode = not self._model.training
+            self._steps_in_eval_mode += is_in_eval_mode
+            self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
+            self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._step = step
-        self.steps += 1
-        is_in_eval_mode = not self._model.training
-        self._steps_in_eval_mode += is_in_eval_mode
-        self._now_in_eval_mode = self._now_in_eval_mode + 1 if is_in_eval_mode else 0
-        self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._weights.note_step()
         self._shapes.step = step + 1
         self._finiteness.step = step + 1
@@ -128,7 +129,7 @@ class Observer:
     def follow_model(self) -> None:
         """Notice layers that were added, removed or converted, and calls that need another probe.
 
-        It walks through the modules of the model, so that it is done now and then.
+        Walks through all modules, so it should not run at every step.
         """
         if self._is_closed:
             return
@@ -139,7 +140,7 @@ class Observer:
             self.layers, self._places = layers, places
             self._batches.follow(layers)
             self._shapes.follow(layers)
-            self._loading.follow(layers)
+            self._watch_loading()
             self._evaluated = fitting(self._evaluated, layers)
         calls = {layer.name: self._shapes.records[layer.name].calls for layer in layers}
         self._streams.follow(
@@ -153,14 +154,14 @@ class Observer:
             self._watch_followers()
 
     def start_window(self) -> None:
-        """Begin a new window of batch statistics, and keep the one that ends as the newest full."""
+        """Begin a new window of batch statistics and keep the old one as the newest full one."""
         self._batches.start_window()
         self._samples.start_window()
         self._watch_followers()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Read what arrives at the layers in eval mode, and then measure the mode gap."""
+        """Read the inputs of the layers in eval mode, then measure the mode gap."""
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
@@ -177,7 +178,7 @@ class Observer:
             self._raise_errors()
             self._has_new_weights = self.steps > 0 and (
                 self._weights.have_changed()
-                # Those of a copy beside the model are written while the model trains.
+                # The weights of a copy are written while the model trains.
                 or (
                     bool(self._is_bystander) and self._weights.have_changed_since_start(self._model)
                 )
@@ -200,36 +201,32 @@ class Observer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Note nothing inside, and take the buffers as they are at the end."""
+        """Observe nothing inside; changes of the buffers do not count as updates."""
         with paused(self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
             yield
         self._batches.forget_changes()
 
     def forget_changes(self) -> None:
-        """Take the buffers as they are now, whatever changed them since the newest step."""
+        """Do not count changes of the buffers since the newest step as updates."""
         self._batches.forget_changes()
 
     def windows(self) -> dict[str, BatchWindow]:
-        """Return the window of batch statistics that each layer is judged by."""
+        """Return the window of batch statistics by which each layer is judged."""
         return self._batches.windows()
 
     def resume(self, windows: Mapping[str, BatchWindow]) -> None:
-        """Go on from the windows of an interrupted run, until newer ones are full.
-
-        Those of layers that are others now are left out.
-        """
+        """Continue from the windows of an interrupted run, for layers of the same size."""
         self._batches.resume(windows)
 
     def history(self, *, is_settled: bool) -> History:
-        """Return what was observed so far.
+        """Return everything observed so far.
 
         Args:
-            is_settled: Whether the statistics are to be judged as they are now, with no further
-                update before they are used.
+            is_settled: Whether the statistics are used without a further update.
         """
         self.follow_model()
         if self.steps == 0:
-            # A loop that tells of no step moves the buffers all the same.
+            # A loop whose steps are not noticed changes the buffers too.
             self._batches.forget_changes()
         readings = self._batches.readings()
         self._look_for_origin(readings)
@@ -266,24 +263,25 @@ class Observer:
         )
 
     def close(self) -> None:
-        """Take the hooks off; what was observed stays."""
+        """Remove the hooks; the observations stay."""
         self._is_closed = True
+        self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
 
     def _raise_errors(self) -> None:
-        """Raise here, where a caller can take it, what a hook had to keep from the forward."""
+        """Raise the first error of a hook, which did not end the user's forward."""
         for hooks in self._all_hooks:
             hooks.raise_error()
 
     @property
     def _all_hooks(self) -> tuple[Hooks, ...]:
-        always = (self._shapes.hooks, self._broadcasts.hooks, self._loading.hooks)
+        always = (self._shapes.hooks, self._broadcasts, self._loading)
         return (*always, *self._training_hooks, *self._evaluation_hooks)
 
     @property
     def _training_hooks(self) -> list[Hooks]:
-        """The hooks, but for the cheap ones on shapes, that look at training and nothing else."""
+        """The hooks for training only, without the cheap ones on shapes."""
         hooks = [
             self._unknown.hooks,
             self._batches.hooks,
@@ -306,7 +304,8 @@ class Observer:
         start = self._at_start.get(layer.name)
         described_at_start = self._described_at_start.get(layer.name)
         is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
-        # Never called in training, and gamma moves although it cannot learn: others write to it.
+        was_frozen = None if described_at_start is None else described_at_start.is_affine_frozen
+        # Never called in training, but gamma changes without learning: something writes to it.
         is_written = (
             not counts
             and (bool(is_affine_frozen) or run.is_optimized is False)
@@ -318,14 +317,14 @@ class Observer:
         return dataclasses.replace(
             described,
             is_affine_frozen=is_affine_frozen,
-            is_affine_frozen_at_start=self._was_affine_frozen(layer, described_at_start),
+            is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
             running_at_start=None if start is None else start.running,
-            # A counter that is copied counts the updates of another layer.
+            # A copied counter counts the updates of another layer.
             updates_seen=0 if reading is None or is_written else reading.updates,
             source=self._batches.source(layer.name),
             calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
@@ -342,16 +341,8 @@ class Observer:
             run=run,
         )
 
-    def _was_affine_frozen(
-        self, layer: BatchNormLayer, described: LayerHistory | None
-    ) -> bool | None:
-        """Return whether the affine parameters could not learn when watching began."""
-        if self._trained_by.left_out_at_start(layer):
-            return True
-        return None if described is None else described.is_affine_frozen
-
     def _held_in_eval_mode(self) -> set[str]:
-        """Return the layers that the newest step of training called in eval mode alone."""
+        """Return the layers that the newest training step called in eval mode only."""
         if not self.steps:
             return set()
         return {
@@ -361,15 +352,15 @@ class Observer:
         }
 
     def _was_never_called(self) -> bool:
-        """Return whether no batch of training reached the model, as one that others write to."""
+        """Return whether no training batch reached the model, as if it were a copy of another."""
         return not self._trained_by.trains(self._model) and all(
             self._shapes.records[layer.name].position is None for layer in self.layers
         )
 
     def _find_followers(self) -> Iterator[BatchNormLayer]:
-        """Yield the layers whose weights others write, and whose statistics nobody does.
+        """Yield layers whose weights something writes, but whose statistics stay as at the start.
 
-        So are those of a teacher or a target network, of which the parameters alone are copied.
+        A teacher or target network has them if only its parameters are copied.
         """
         if not self.steps:
             return
@@ -385,10 +376,10 @@ class Observer:
                 yield from filter(self._is_as_at_start, layers)
 
     def _is_as_at_start(self, layer: BatchNormLayer) -> bool:
-        """Return whether the statistics of a layer are those of when watching began."""
-        start, calls = self._at_start.get(layer.name), self._shapes.records[layer.name]
+        """Return whether a layer without training calls has the statistics of the start."""
+        start, record = self._at_start.get(layer.name), self._shapes.records[layer.name]
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-        if start is None or running is None or calls.values_per_channel():
+        if start is None or running is None or record.values_per_channel():
             return False
         return bool(
             np.array_equal(start.running.mean, running.mean)
@@ -396,33 +387,47 @@ class Observer:
         )
 
     def _watch_followers(self) -> None:
-        """Read anew what the followers are given while others train."""
+        """Start a new window of the inputs of followers while other parts train."""
         self._following.update(self._follower_probe.windows(self._step))
         self._follower_probe.hooks.close()
         self._follower_probe = EvalProbe(self._model, self._followers, self._eval_batches)
 
     def _choose_sources(self) -> None:
-        """Let the calls that were seen decide where the batch statistics of a layer are read."""
+        """Choose from the calls seen so far where the batch statistics of a layer are read."""
         self._batches.choose_sources(
             {layer.name: self._shapes.records[layer.name].repeats() for layer in self.layers}
         )
 
     def _follow_entrance(self) -> None:
-        """Listen to what the modules around the layer that is called first are given."""
+        """Watch the inputs of the modules around the layer that is called first."""
         if self.layers:
             positions = {name: record.position for name, record in self._shapes.records.items()}
             first = min(self.layers, key=lambda layer: positions[layer.name] or 0)
             self._entrance.follow(first.module)
 
     def _look_for_origin(self, readings: dict[str, BufferReading]) -> None:
-        """Once statistics were poisoned, wait for the next bad forward and see where it begins."""
+        """Once statistics are poisoned, find where NaN or Inf begins in the next bad forward."""
         if self._is_closed or self._origin is not None:
             return
         if any(reading.poisoned_step is not None for reading in readings.values()):
             self._origin = OriginProbe(self._model, self._step + 1)
 
-    def _note_loading(self, layer: BatchNormLayer) -> None:
-        """Take what was loaded into a layer as it is: it is no update of training."""
+    def _watch_broadcasts(self) -> None:
+        """Ignore, on ranks other than 0, what DDP writes to the buffers before a forward."""
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            inner = next(module for module in self._model.modules() if not is_wrapper(module))
+            self._broadcasts.before_outermost(
+                [inner], lambda args, kwargs: self._batches.forget_changes()
+            )
+
+    def _watch_loading(self) -> None:
+        """Notice a state dict that is loaded into a layer, alone or with the model."""
+        self._loading.close()
+        for layer in self.layers:
+            self._loading.after_loading(layer.module, partial(self._note_loading, layer))
+
+    def _note_loading(self, layer: BatchNormLayer, incompatible_keys: object) -> None:
+        """Do not take what was loaded into a layer for an update of training."""
         self._batches.forget_changes()
         self._is_loaded = True
         start = self._at_start.get(layer.name)
@@ -432,13 +437,13 @@ class Observer:
             self._trained_by.note_start(layer, self._trained_by.owned_parameters())
 
     def _note_batch_of_one(self, name: str) -> None:
-        """Tell at once, since PyTorch is about to refuse the batch without naming the layer."""
+        """Report at once, because PyTorch will reject the batch without naming the layer."""
         self._batch_of_one_steps.setdefault(name, self._step + 1)
         self._on_batch_of_one()
 
 
 def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:
-    """Return what has to be followed anew when it changes: the modules, and their buffers."""
+    """Return what the probes depend on: the modules, and the kind of their buffers."""
     places: list[tuple[object, ...]] = []
     for layer in layers:
         mean = layer.running_mean

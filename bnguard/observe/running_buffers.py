@@ -2,9 +2,9 @@
 
 In training PyTorch mixes the statistics of each batch into the running ones,
 ``new = (1 - a) * old + a * batch``, so the batch is ``old + (new - old) / a``. The weight ``a`` is
-``momentum``, or ``1 / num_batches_tracked`` where momentum is None; where the counter rose by k in
-a step it is 1 - (1 - momentum)^k or k / num_batches_tracked, and ``batch`` is the average that
-PyTorch itself made of the k batches. The variance is the unbiased one, as stored.
+``momentum``, or ``1 / num_batches_tracked`` if momentum is None. If the counter rose by k in a
+step, it is 1 - (1 - momentum)^k or k / num_batches_tracked, and ``batch`` is PyTorch's own average
+of the k batches. The variance is the unbiased one, as stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from torch import Tensor
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide, wide_dtype
+from bnguard.observe.call_statistics import InputProbe
 from bnguard.observe.history import BatchWindow, RunningStatistics
 
-# Steps whose buffers wait for the arithmetic to be done for all of them at once, since what small
-# operations cost is their number. Each step that waits holds two vectors of all channels, beside
-# the eight that are always held, so that more than a few may wait only where all that is small.
+# Steps whose buffers wait to be processed together, because small operations cost by their number.
+# Each pending step holds two vectors of all channels, next to eight others, so more than a few may
+# wait only if all of them are small.
 _FEW_PENDING = 3
 _MANY_PENDING = 32
 _OTHER_VECTORS = 8
@@ -40,11 +41,11 @@ class BufferRow:
     """L layers whose buffers share a device and a dtype, as one row of C channels in all.
 
     Holds at most 14 vectors of C values between two steps (6 of buffers, 7 of the window, and the
-    layer of each channel), or 256 KiB where that is more.
+    layer of each channel), or 256 KiB if that is more.
 
     Args:
         layers: The layers; either all have counters or none.
-        repeats: How often a layer, by name, meets each batch, where it is more than once.
+        repeats: Calls per batch of a layer, by name; 1 if not given.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
     """
 
@@ -92,10 +93,10 @@ class BufferRow:
         self.start_window()
 
     def is_stale(self) -> bool:
-        """Whether the layers have other buffers now.
+        """Return whether the layers have other buffers now.
 
-        A class without a counter may put a new tensor in place at each update; only one of another
-        kind counts there.
+        A class without a counter may replace its tensors at each update: there, only a change of
+        shape, dtype or device counts.
         """
         current = self._current()
         if self._has_counters:
@@ -104,34 +105,34 @@ class BufferRow:
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics."""
-        self._condense({})
+        self._condense()
         self._window = Window(self._old.values.view(2, -1)[0])
         self._weight_squares = torch.zeros_like(self._updates)
         self._blends = torch.zeros_like(self._updates)
 
     def take_as_old(self) -> None:
-        """Take the buffers as they are now as the old ones, whatever changed them."""
-        self._condense({})
+        """Do not count changes of the buffers so far as updates."""
+        self._condense()
         self._old = self._snapshot(self._old.step)
 
     def use_repeats(self, repeats: Mapping[str, int]) -> None:
-        """Note how often layers meet each batch, in the steps that wait as well."""
+        """Set the calls per batch of layers, for pending steps too."""
         self._repeats = dict(repeats)
         self._use_momenta(self._momenta)
 
-    def read(self, step: int, sources: Mapping[str, BatchSource]) -> None:
-        """Note the buffers after a step."""
+    def read(self, step: int, calls: InputProbe) -> None:
+        """Read the buffers after a step, and at the calls of layers whose buffers are coarse."""
         momenta = self._current_momenta()
         if momenta != self._momenta:
-            self._condense({})
+            self._condense()
             self._use_momenta(momenta)
         self._pending.append(self._snapshot(step))
-        if len(self._pending) >= self._max_pending or self._restore_poisoned or sources:
-            self._condense(sources)
+        if len(self._pending) >= self._max_pending or self._restore_poisoned or calls.layers:
+            self._condense(calls)
 
     def readings(self) -> dict[str, BufferReading]:
-        """Return what was read, by layer name, in one transfer from the device."""
-        self._condense({})
+        """Return the readings by layer name, in one transfer from the device."""
+        self._condense()
         channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
         layers = torch.stack(
             [
@@ -200,8 +201,8 @@ class BufferRow:
         self._blend_factor = (1.0 - kept) / (1.0 + kept)
 
     @torch.no_grad()
-    def _condense(self, sources: Mapping[str, BatchSource]) -> None:
-        """Turn the snapshots that wait into batches, and these into the window."""
+    def _condense(self, calls: InputProbe | None = None) -> None:
+        """Turn the pending snapshots into batches, and add these to the window."""
         if not self._pending:
             return
         snapshots = [self._old, *self._pending]
@@ -214,7 +215,8 @@ class BufferRow:
         weights, weight_squares = self._weights(rises, counters[1:])
         weights = weights.to(self._dtype).index_select(1, self._layer_of_channel)
         batches = (new - old).div_(weights.unsqueeze(1)).add_(old)
-        self._put_in(batches[-1], weight_squares[-1], sources)
+        if calls is not None:
+            self._put_in(batches[-1], weight_squares[-1], calls)
         self._window.add(batches)
         self._updates += rises.sum(0)
         self._weight_squares += torch.where(rises > 0, weight_squares, 0.0).sum(0)
@@ -225,7 +227,7 @@ class BufferRow:
         self._pending = []
 
     def _rises(self, counters: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """Return how often each layer was updated; without a counter, whether it changed."""
+        """Return the updates of each layer per step; without a counter, whether it changed."""
         if self._has_counters:
             return (counters[1:] - counters[:-1]).clamp_min(0)
         return self._in_layers((old != new).any(1)).long()
@@ -233,28 +235,25 @@ class BufferRow:
     def _weights(self, rises: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight of a step's k batches in the running statistics, shape ``(K, L)``.
 
-        And the sum of the squares of their weights among themselves, which is 1 for one batch:
-        those of an exponential average are momentum * (1 - momentum)^i, those of a plain one equal.
+        And the sum of the squares of their weights relative to each other, 1 for one batch: these
+        are momentum * (1 - momentum)^i in an exponential average, equal in a plain one.
         """
         kept = self._kept_of_old**rises
         weights = torch.where(self._is_plain, rises / counters.clamp_min(1), 1.0 - kept)
         exponential = self._blend_factor * (1.0 + kept) / (1.0 - kept)
         return weights, torch.where(self._is_plain, self._repeated / rises, exponential)
 
-    def _put_in(
-        self, batch: Tensor, weight_squares: Tensor, sources: Mapping[str, BatchSource]
-    ) -> None:
-        """Put in the statistics of the layers that are read elsewhere; NaN where none came."""
-        for name, source in sources.items():
+    def _put_in(self, batch: Tensor, weight_squares: Tensor, calls: InputProbe) -> None:
+        """Put in the statistics of the layers that are read at their calls; NaN without a call."""
+        for name in calls.layers:
             index = self._index.get(name)
-            if index is None:
-                continue
-            values, count = source.take(name) or (torch.tensor(math.nan), 1)
-            batch[:, self._slices[index]] = values.to(batch)
-            weight_squares[index] = 1.0 / count
+            if index is not None:
+                values, count = calls.take(name) or (torch.tensor(math.nan), 1)
+                batch[:, self._slices[index]] = values.to(batch)
+                weight_squares[index] = 1.0 / count
 
     def _note_poison(self, new: Tensor) -> None:
-        """Remember the first step after which statistics of a layer are not finite."""
+        """Note the first step after which the statistics of a layer are not finite."""
         if self._knows_at_once(new.sum().isfinite()):
             return
         bad = self._in_layers(~new.isfinite().all(1))
@@ -263,7 +262,7 @@ class BufferRow:
             self._poisoned_step.masked_fill_(is_first, snapshot.step)
 
     def _restore(self, old: Tensor, new: Tensor) -> None:
-        """Put old statistics back where the new ones are not finite, a channel each."""
+        """Put old statistics back in the channels whose new ones are not finite."""
         bad = ~new.isfinite().all(0) & old.isfinite().all(0)
         if self._knows_at_once(~bad.any()):
             return
@@ -271,29 +270,29 @@ class BufferRow:
         new.copy_(torch.where(bad, old, new))
         sizes = [buffer.numel() for buffer in self._buffers]
         for buffer, values in zip(self._buffers, torch.split(new.view(-1), sizes), strict=True):
-            # .data: a version counter that moved would break a backward that needs the buffers.
+            # .data keeps the version counter, which a backward may check.
             buffer.data.copy_(values.view_as(buffer))
 
     def _knows_at_once(self, fact: Tensor) -> bool:
-        """Whether something is known to hold; elsewhere than on a CPU the question would wait."""
+        """Return whether a fact is known to hold, without waiting for a device."""
         return self._device.type == "cpu" and bool(fact)
 
     def _in_layers(self, flags: Tensor) -> Tensor:
-        """Return in which layers a flag is set in any channel: ``(..., C)`` to ``(..., L)``."""
+        """Return the layers with a flag in any channel: ``(..., C)`` to ``(..., L)``."""
         sums = F.pad(flags.cumsum(-1), (1, 0)).index_select(-1, self._edges)
         return sums.diff(dim=-1) > 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BufferReading:
-    """What the buffers of one layer told.
+    """The reading of one layer.
 
     Attributes:
-        running: The running statistics as they were at the last reading.
-        updates: How often the statistics were updated since watching began.
-        window: Batch statistics since the window was started; None where no batch was seen.
+        running: The running statistics.
+        updates: Updates since watching began.
+        window: Batch statistics of the current window; None without a batch.
         poisoned_step: First step after which a running statistic was not finite.
-        restored_updates: In how many steps statistics were put back.
+        restored_updates: Steps in which statistics were put back.
     """
 
     running: RunningStatistics
@@ -303,39 +302,28 @@ class BufferReading:
     restored_updates: int
 
     def after(self, earlier: BufferReading | None) -> BufferReading:
-        """Return this reading as the continuation of one from before the buffers were replaced."""
+        """Return this reading as continuation of one from before the buffers were replaced."""
         if earlier is None or earlier.running.mean.shape != self.running.mean.shape:
             return self
-        steps = (earlier.poisoned_step, self.poisoned_step)
+        is_poisoned = earlier.poisoned_step is not None
         return dataclasses.replace(
             self,
             updates=earlier.updates + self.updates,
             window=self.window or earlier.window,
-            poisoned_step=next((step for step in steps if step is not None), None),
+            poisoned_step=earlier.poisoned_step if is_poisoned else self.poisoned_step,
             restored_updates=earlier.restored_updates + self.restored_updates,
         )
-
-
-class BatchSource(Protocol):
-    """Where the batch statistics of a layer come from when its buffers do not tell them."""
-
-    def take(self, layer: str) -> tuple[Tensor, int] | None:
-        """Return what came since the last call; None where nothing did.
-
-        That is the average of the means and of the unbiased variances, shape ``(2, C)``, and of
-        how many batches it is one.
-        """
 
 
 class Window:
     """Accumulates batch means and variances, a row of C channels, without waiting for the device.
 
-    Several batches are merged at once, as Chan, Golub and LeVeque do ("Updating formulae and a
-    pairwise algorithm for computing sample variances", 1979, equation 2.1), so that a large mean
-    hides no small deviation. Holds 7 vectors of C values.
+    Merges several batches at once by Chan, Golub and LeVeque ("Updating formulae and a pairwise
+    algorithm for computing sample variances", 1979, equation 2.1), which is exact for large means.
+    Holds 7 vectors of C values.
 
     Args:
-        like: A tensor of shape ``(C,)`` with the dtype and device to keep.
+        like: A tensor of shape ``(C,)`` with the dtype and device to use.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -347,12 +335,12 @@ class Window:
         self._var_max = torch.full_like(like, -math.inf)
 
     def add(self, batches: Tensor) -> None:
-        """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in their order.
+        """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in order.
 
-        A channel in which either is not finite has not seen that batch. Writes to ``batches``.
+        Channels in which either is not finite skip the batch. Writes to ``batches``.
         """
         total = batches[:, 0] + batches[:, 1]
-        is_finite = total.sub_(total)  # 0, or NaN where either is not finite
+        is_finite = total.sub_(total)  # 0, or NaN if either is not finite
         batches += is_finite.unsqueeze(1)
         means, variances = batches.unbind(1)
         seen = is_finite == 0
@@ -378,7 +366,7 @@ class Window:
         self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
 
     def rows(self) -> Tensor:
-        """Return everything that was accumulated, a row each, for :meth:`reading`."""
+        """Return the accumulated vectors, a row each, for :meth:`reading`."""
         return torch.stack(
             [
                 self._batches,
@@ -390,12 +378,12 @@ class Window:
         )
 
     def reading(self, rows: FloatArray, weight_square: float) -> BatchWindow | None:
-        """Return the window of some of the channels, from their columns of :meth:`rows`.
+        """Return the window of some channels from their columns of :meth:`rows`; None without one.
 
         Args:
             rows: The columns.
-            weight_square: Sum of the squared weights of the batches that one batch here blends,
-                1 where it blends none: the means of blends vary less, by this factor.
+            weight_square: Sum of the squared weights of the batches blended in one batch here, 1
+                without blending: the factor by which the means of blends vary less.
         """
         batches, mean, var, squares_of_means, squares_of_steps, var_max = rows
         if not batches.any():

@@ -1,11 +1,12 @@
-"""What normalises over the batch in a training forward, and is not a BN layer that is known.
+"""Modules that normalise over the batch in training and are not known as BN layers.
 
-Two signs give it away: ``batch_norm`` called from elsewhere than a known layer, and a module that
-averages the means of what it is given. The first forward of each part of the model is looked at.
+Two signs give them away: a call of ``batch_norm`` from outside a known layer, in the first forward
+of each part of the model; and a module that averages the means of its inputs.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -27,12 +28,14 @@ from bnguard.observe.windows import UnknownLayer
 
 _OWN_FILES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _EPS_NAMES = ("eps", "epsilon")
-# How well a weight has to explain the change of a running mean, as a share of it.
+# Part of the change of a running mean that its weight may leave unexplained.
 _MAX_MISFIT = 0.02
+# First calls of a module that are checked; then each that doubles their number, at no cost.
+_FIRST_CALLS = 4
 
 
 class UnknownProbe:
-    """Finds what normalises over the batch without being known.
+    """Finds modules that normalise over the batch without being known.
 
     Args:
         model: The model.
@@ -44,12 +47,11 @@ class UnknownProbe:
         self._known = {id(layer.module) for layer in layers}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._found: dict[tuple[str, str], UnknownLayer] = {}
-        self._begun: dict[int, tuple[Tensor, Tensor]] = {}
+        self._spying = ExitStack()
         for module in model.modules():
             names = _statistics_of(module)
             if names is not None and id(module) not in self._known and not adapter_of(type(module)):
-                self.hooks.before(module, self._begin(module, names[0]))
-                self.hooks.after(module, self._end(module, *names))
+                self._watch_statistics(module, *names)
         if not any(map(_is_compiled, model.modules())):
             self._spy_on([model, *model.children()])
 
@@ -57,71 +59,80 @@ class UnknownProbe:
         """Return what was found so far, each place once."""
         return tuple(self._found.values())
 
+    def end_look(self) -> None:
+        """Stop watching calls; after KeyboardInterrupt, torch does not call the hook that does."""
+        self._spying.close()
+
     def _note(self, module: nn.Module, place: str, registration: str) -> None:
         name = without_wrappers(self._names.get(id(module), ""))
         kind = type(module).__name__
         self._found.setdefault((kind, place), UnknownLayer(name, kind, place, registration))
 
-    def _begin(self, module: nn.Module, mean: str) -> Callable[..., None]:
-        def note(args: tuple[object, ...]) -> None:
+    def _watch_statistics(self, module: nn.Module, mean: str, var: str) -> None:
+        """Check in some calls whether the mean of the inputs enters the mean that is kept."""
+        calls = itertools.count(1)
+        before: tuple[Tensor, Tensor] | None = None
+
+        def begin(args: tuple[object, ...]) -> None:
+            nonlocal before
+            before = None
+            number = next(calls)
+            if number > _FIRST_CALLS and number.bit_count() > 1:
+                return
             values, old = args[0] if args else None, getattr(module, mean)
             if not (isinstance(values, Tensor) and values.dim() >= 2 and len(values) > 1):
                 return
             if values.shape[1] == old.numel() and torch.is_grad_enabled():
-                self._begun[id(module)] = (channel_moments(values).mean, wide(old.detach().clone()))
+                before = channel_moments(values).mean, wide(old.detach().clone()).view(-1)
 
-        return note
-
-    def _end(self, module: nn.Module, mean: str, var: str) -> Callable[..., None]:
-        def note(args: tuple[object, ...], output: object) -> None:
-            batch, old = self._begun.pop(id(module), (None, None))
-            if batch is None or old is None:
+        def end(args: tuple[object, ...], output: object) -> None:
+            if before is None:
                 return
-            weight = _weight_of(batch, old.view(-1), wide(getattr(module, mean).detach()).view(-1))
+            weight = _weight_of(*before, wide(getattr(module, mean).detach()).view(-1))
             if weight is not None:
-                # It knows more than the calls of batch_norm that the module may make.
+                for handle in handles:
+                    handle.remove()
+                # This says more than the calls of batch_norm that the module may make.
                 kind = type(module).__name__
                 self._found = {key: value for key, value in self._found.items() if key[0] != kind}
-                place = _place_of(type(module).forward.__code__)
+                code = type(module).forward.__code__
+                place = f"{Path(code.co_filename).name}:{code.co_firstlineno}"
                 self._note(module, place, _registration(module, mean, var, weight))
 
-        return note
+        handles = (self.hooks.before(module, begin), self.hooks.after(module, end))
 
     def _spy_on(self, parts: Iterable[nn.Module]) -> None:
-        """Look at the calls of ``batch_norm`` in the first training forward of each part."""
-        parts = tuple(parts)
-        waiting = {id(part) for part in parts}
+        """Watch the calls of ``batch_norm`` in the first training forward of each part."""
         is_looking = False
 
         def look(part: nn.Module) -> None:
             nonlocal is_looking
-            spying = ExitStack()
 
-            def end(*_: object) -> None:
+            def end() -> None:
                 nonlocal is_looking
-                handle.remove()
                 is_looking = False
-                spying.close()
 
-            # Not one of the probe's hooks: those may be paused or come off before the forward ends.
-            handle = part.register_forward_hook(end, always_call=True)
             is_looking = True
-            spying.enter_context(_Spy(self._note_call))
+            self._spying.callback(end)
+            self._spying.enter_context(_Spy(self._note_call))
+            # Not one of the probe's hooks, which may be paused or removed before the forward ends.
+            handle = part.register_forward_hook(lambda *_: self.end_look(), always_call=True)
+            self._spying.callback(handle.remove)
 
-        def begin(part: nn.Module) -> Callable[..., None]:
+        def watch(part: nn.Module) -> None:
             def note(args: tuple[object, ...]) -> None:
-                if id(part) in waiting and part.training and torch.is_grad_enabled():
-                    waiting.discard(id(part))
+                if part.training and torch.is_grad_enabled():
+                    handle.remove()
                     if not is_looking:
                         look(part)
 
-            return note
+            handle = self.hooks.before(part, note)
 
         for part in parts:
-            self.hooks.before(part, begin(part))
+            watch(part)
 
     def _note_call(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-        """Note a call of ``batch_norm`` that normalises over the batch, by who made it."""
+        """Note a call of ``batch_norm`` that normalises over the batch, and its caller."""
         made: nn.Module | None = None
         for frame in _frames():
             owner = frame.f_locals.get("self")
@@ -133,23 +144,16 @@ class UnknownProbe:
                 break
         else:
             return
-        inside = next(
-            (
-                owner
-                for frame in _frames()
-                if isinstance(owner := frame.f_locals.get("self"), nn.Module)
-                and id(owner) in self._names
-            ),
-            None,
-        )
-        if inside is None:
-            return
-        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        self._note(inside, place, _advice(inside, made, running_mean, running_var))
+        owners = (frame.f_locals.get("self") for frame in _frames())
+        for inside in owners:
+            if isinstance(inside, nn.Module) and id(inside) in self._names:
+                place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                self._note(inside, place, _advice(inside, made, running_mean, running_var))
+                return
 
 
 class _Spy(TorchFunctionMode):
-    """Hands the running statistics of each ``batch_norm`` that uses the batch to a note."""
+    """Calls a function with the running statistics of each ``batch_norm`` that uses the batch."""
 
     def __init__(self, note: Callable[[Tensor | None, Tensor | None], None]) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ class _Spy(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm or func is torch.batch_norm:
-            # The two have another order.
+            # The two take their arguments in a different order.
             mean, var = args[1:3] if func is F.batch_norm else args[3:5]
             if kwargs.get("training", len(args) > 5 and args[5]):
                 self._note(mean, var)
@@ -186,7 +190,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _statistics_of(module: nn.Module) -> tuple[str, str] | None:
-    """Return the names of a mean and a variance of as many channels that a module keeps."""
+    """Return the names of a mean and a variance of the same size that a module keeps."""
     tensors = {name: value for name, value in _tensors(module).items() if not is_lazy(value)}
     pairs = (
         (mean, var)
@@ -198,7 +202,7 @@ def _statistics_of(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _weight_of(batch: Tensor, old: Tensor, new: Tensor) -> float | None:
-    """Return the weight with which a batch entered a running mean; None where it did not."""
+    """Return the weight with which a batch entered a running mean; None if it did not."""
     step, change = batch - old, new - old
     size = step.square().sum()
     if not change.any() or not size > 0.0:
@@ -210,7 +214,7 @@ def _weight_of(batch: Tensor, old: Tensor, new: Tensor) -> float | None:
 
 
 def _registration(module: nn.Module, mean: str, var: str, weight: float) -> str:
-    """Return the call that makes the class of a module known, as exact as one batch shows it."""
+    """Return the call that registers the class of a module, as far as one batch shows it."""
     parts = [type(module).__name__, f'mean="{mean}"', f'var="{var}"']
     numbers = {name: value for name, value in vars(module).items() if isinstance(value, float)}
     for name, value in numbers.items():
@@ -243,17 +247,13 @@ def _names_used(function: Any) -> set[str]:
 def _advice(
     inside: nn.Module, made: nn.Module | None, mean: Tensor | None, var: Tensor | None
 ) -> str:
-    """Return what makes a call of ``batch_norm`` visible."""
+    """Return how to make a call of ``batch_norm`` visible."""
     if made is not None:
-        return f"make the {type(made).__name__} in __init__: made in forward, it learns nothing"
+        return f"make the {type(made).__name__} in __init__: one made in forward does not learn"
     names = {id(value): name for name, value in _tensors(inside).items()}
     if mean is None or id(mean) not in names or id(var) not in names:
         return "call a torch.nn.BatchNorm module in place of F.batch_norm"
     return (
         f'bnguard.register_layer({type(inside).__name__}, mean="{names[id(mean)]}", '
-        f'var="{names[id(var)]}") where it does nothing but normalise'
+        f'var="{names[id(var)]}") if it only normalises'
     )
-
-
-def _place_of(code: Any) -> str:
-    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"

@@ -43,11 +43,15 @@ class Batch:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether every tensor in it has one row per sample."""
+        """Whether every tensor has a row per sample, and none is sparse or links the others."""
         tensors = list(self.tensors())
         lists_samples = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
-        has_rows = all(t.dim() > 0 and len(t) == self.size for t in tensors)
-        return bool(tensors) and has_rows and not lists_samples
+        has_rows = all(
+            t.layout is torch.strided and t.dim() > 0 and len(t) == self.size for t in tensors
+        )
+        # A square matrix next to other rows links them, as the nodes of a graph.
+        has_links = len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) > 1
+        return bool(tensors) and has_rows and not has_links and not lists_samples
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return the samples from ``start`` to before ``stop`` of a batch that can be cut."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import CalibrationError, ConfigurationError
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper, without_layers
+from bnguard.layers.bn_layer import BatchNormLayer, explain_missing_layers, find_layers, is_wrapper
 
 Score = Callable[[nn.Module], float]
 Keep = Literal["if-better", "always"]
@@ -144,7 +144,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     """
     found = find_layers(model)
     if not found:
-        raise CalibrationError(f"{without_layers(model)}: nothing to recalibrate")
+        raise CalibrationError(f"{explain_missing_layers(model)}: nothing to recalibrate")
     patterns = None if names is None else patterns_of("layers", names, found)
     reasons = [(layer, _find_reason_to_skip(layer, model, patterns)) for layer in found]
     chosen = tuple(layer for layer, reason in reasons if reason is None)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from bnguard import __version__
 from bnguard.errors import CalibrationError
 from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.version import __version__
+from bnguard.report.notebook import NotebookView
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,7 +70,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Recalibration:
+class Recalibration(NotebookView):
     """What :func:`bnguard.recalibrate` did.
 
     Attributes:
@@ -256,7 +257,8 @@ def _show_gap(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
     change = f"{first} → {after.relative_change:.3g} σ of the outputs"
     noise = after.sampling_change
     sampling = "" if noise is None else f" (sampling alone: {noise:.2g})"
-    return Text(f"mode gap {change}{sampling}, on {counted(after.samples, 'sample')}")
+    batch = counted(after.samples, "sample") if after.samples else "1 batch"
+    return Text(f"mode gap {change}{sampling}, on {batch}")
 
 
 def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:

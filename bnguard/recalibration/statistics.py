@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import BatchNormLayer, as_written
+from bnguard.layers.bn_layer import BatchNormLayer, run_uncompiled
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.preserve import (
     preserve_buffers,
@@ -98,7 +98,7 @@ def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) 
         preserve_buffers(model),
         preserve_gradients(model),
         torch.no_grad(),
-        as_written(),
+        run_uncompiled(),
         preserve_statistics(layers),
     ):
         model.eval()

@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING, Any
 from bnguard.findings import (
     Finding,
     FindingGroup,
+    PastFinding,
     Severity,
     Skipped,
     counted,
     group_findings,
 )
 from bnguard.observe.history import History, LayerHistory
+from bnguard.report.notebook import NotebookView
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(NotebookView):
     """What was observed of a model, and what is wrong with it; prints itself.
 
     Attributes:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
-        skipped: What could not be told, and why.
+        skipped: What is unknown, and why.
+        over: What was announced while training went on, and is no longer true.
         failure: The error of bnguard's own that ended the watching early; None if there was none.
 
     Example:
@@ -42,6 +45,7 @@ class Report:
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...]
     failure: str | None = None
+    over: tuple[PastFinding, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:
@@ -60,7 +64,7 @@ class Report:
 
     @property
     def worst_severity(self) -> Severity | None:
-        """The highest severity among the findings; None where there are none."""
+        """The highest severity among the findings; None if there are none."""
         return max((finding.severity for finding in self.findings), default=None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def merge_reports(
         return _Merged(_worst_first((*found, *between_ranks)), distances)
 
     running = {layer.name: layer.running for layer in own.layers if layer.running is not None}
-    merged = exchange.merged(_Contribution(own.findings, running), merge)
+    merged = exchange.merge(_Contribution(own.findings, running), merge)
     # A round more: rank zero often holds the store, and may end as soon as it has its report.
-    exchange.merged((), len)
+    exchange.merge((), len)
     history = _with_distances(own.history, merged.distances)
     return dataclasses.replace(own, history=history, findings=merged.findings)
 
@@ -55,7 +55,7 @@ def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding
         for finding in findings or ():
             holders.setdefault(finding.key, []).append(rank)
             first.setdefault(finding.key, finding)
-    return tuple(_labelled(finding, holders[key], len(by_rank)) for key, finding in first.items())
+    return tuple(_name_ranks(finding, holders[key], len(by_rank)) for key, finding in first.items())
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Merged:
     distances: Mapping[str, FloatArray]
 
 
-def _labelled(finding: Finding, ranks: Sequence[int], size: int) -> Finding:
+def _name_ranks(finding: Finding, ranks: Sequence[int], size: int) -> Finding:
     if len(ranks) == size:
         return finding
     where = ", ".join(map(str, ranks))

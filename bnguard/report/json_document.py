@@ -10,11 +10,13 @@ Schema version 1, the keys of a report:
   ``reasons`` (a list of the same: what speaks for the cause that the message names), ``fix``
   (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
+* ``over``: what was announced, and is no longer true; each with ``code``, ``name``, ``severity``,
+  ``layer``, ``message``, ``evidence`` (in words), ``first_step``, ``last_step``.
 * ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
   ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
   were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
   the channels).
-* ``skipped``: a list of what could not be told; each with ``code``, ``layer``, ``reason``.
+* ``skipped``: a list of what is unknown; each with ``code``, ``layer``, ``reason``.
 * ``notes``: lines on what was read in another way than usual, or could not be seen.
 
 Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
@@ -26,12 +28,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bnguard import __version__
 from bnguard.layers.distances import largest
 from bnguard.observe.history import LayerHistory
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from bnguard.report import Report
@@ -47,6 +48,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "bnguard": __version__,
         "steps": report.history.run.steps,
         "findings": [finding.to_dict() for finding in report.findings],
+        "over": [dataclasses.asdict(past) for past in report.over],
         "layers": [_layer(layer) for layer in report.layers],
         "skipped": [
             {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
@@ -79,9 +81,9 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     return cast("dict[str, Any]", strict_json(document))
 
 
-def write_document(report: Report, path: Path) -> None:
-    """Write a report as JSON."""
-    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
+def json_text(report: Report) -> str:
+    """Return a report as JSON."""
+    return json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def _layer(layer: LayerHistory) -> dict[str, Any]:

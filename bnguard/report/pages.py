@@ -42,7 +42,7 @@ def page_view(rule: Rule) -> RenderableType:
 
 
 def _paragraphs(body: str, *, is_list: bool) -> Iterator[tuple[str, int]]:
-    """Yield the paragraphs of a section, unwrapped, with their indentation; code as it stands."""
+    """Yield the paragraphs of a section, unwrapped, with their indentation; code unchanged."""
     paragraph: list[str] = []
     is_code = False
     for line in body.rstrip().splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.findings import FindingGroup, Severity, counted
+from bnguard.findings import FindingGroup, PastFinding, Severity, counted, notice
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.limits import distance_of
 
@@ -46,15 +47,38 @@ def report_view(report: Report) -> RenderableType:
         f"{group.worst.code} {group.worst.name}, {group.where}: {group.worst.message}"
         for group in habits
     )
-    notes = (*failures.values(), *report.notes, *settings)
+    notes = (*past_findings(report), *failures.values(), *report.notes, *settings)
     parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
+
+
+def past_findings(report: Report) -> Iterator[str]:
+    """Yield a line for each rule that announced something that is no longer true.
+
+    >>> from bnguard.report import Report
+    >>> from bnguard.observe.history import History, Run
+    >>> past = PastFinding(
+    ...     code="BN302", name="mode-gap", severity="warning", layer=None, message="", evidence="",
+    ...     first_step=30, last_step=80,
+    ... )
+    >>> list(past_findings(Report(History(layers=(), run=Run()), (), (), over=(past,))))
+    ['BN302 mode-gap (warning) at the model, steps 30–80, gone since']
+    """
+    groups: dict[tuple[str, str, str], list[PastFinding]] = {}
+    for past in report.over:
+        groups.setdefault((past.code, past.name, past.severity), []).append(past)
+    for (code, name, severity), group in groups.items():
+        first, last = min(p.first_step for p in group), max(p.last_step for p in group)
+        layer = "the model" if group[0].layer is None else group[0].layer or "the model itself"
+        where = layer if len(group) == 1 else counted(len(group), "layer")
+        steps = f"step {first}" if first == last else f"steps {first}–{last}"
+        yield f"{code} {name} ({severity}) at {where}, {steps}, gone since"
 
 
 def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do.
 
-    What another finding explains is told in short, under it: what mends the one mends the other.
+    What another finding explains is short and under it: one fix mends both.
     """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)
@@ -66,11 +90,20 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     return table
 
 
+def notice_view(group: FindingGroup) -> RenderableType:
+    """Return findings in two lines, in the colours of a report; no line is wrapped."""
+    heading, explanation = notice(group).split("\n", 1)
+    lines = Text(no_wrap=True, overflow="ignore")
+    lines.append(heading, _STYLES[group.worst.severity])
+    # Of a text alone rich forgets that it is not to be wrapped.
+    return Group(lines.append(f"\n{explanation}"))
+
+
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -85,7 +118,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_jupyter=False,
     )
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 

@@ -2,7 +2,7 @@
 
 A :class:`Rule` looks at one layer at a time; a :class:`ModelRule` at all of them together, because
 it needs their order, or what holds for the whole training; an :class:`ExplainedRule` comes last,
-because it names a symptom, and is told which of its causes were found.
+because it names a symptom, and is given those of its causes that were found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rule(abc.ABC):
     Attributes:
         code: Code that is never used for another rule.
         name: Name of the defect, never of the remedy.
-        is_static: Whether the fault can be told from a checkpoint, or before the first batch.
+        is_static: Whether a checkpoint shows the fault, or before the first batch.
         explains: Codes of the rules whose findings this fault brings about: they are shown after
             it, as its consequences.
         acts_by_statistics: Whether it does harm by running statistics that do not fit alone, so
@@ -43,7 +43,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Yield what is wrong with the layer, or why that cannot be told; nothing where it is fine.
+        """Yield what is wrong with the layer, or why that is unknown; nothing if it is fine.
 
         Must not raise on odd data (NaN, one channel, no data): that is a reason to skip.
         """
@@ -97,7 +97,7 @@ class ModelRule(Rule):
 
     @abc.abstractmethod
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Yield what is wrong with the model, or why that cannot be told; as :meth:`check`."""
+        """Yield what is wrong with the model, or why that is unknown; as :meth:`check`."""
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look at a layer as if it were the only one of its model."""
@@ -105,7 +105,7 @@ class ModelRule(Rule):
 
 
 # Gives the root of what the other rules found that explains a symptom at a layer, or of the model
-# for None; None where they found nothing that does.
+# for None; None if they found nothing that does.
 RootAt = Callable[[LayerHistory | None], Finding | None]
 
 

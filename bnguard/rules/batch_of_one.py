@@ -25,7 +25,7 @@ class BatchOfOne(Rule):
         The smallest number of values per channel, n = samples times positions, that the layer was
         asked to normalise in train mode; or that it will be, by what the loader says of its last
         batch (length of the sampler, that is the share of this rank, batch size, ``drop_last``)
-        and by the positions that a sample had so far. The latter is told before the epoch
+        and by the positions that a sample had so far. The latter is reported before the epoch
         reaches the batch, where ``watch`` was given the loader.
 
     Limits:
@@ -78,7 +78,7 @@ class BatchOfOne(Rule):
 
 
 def _smallest_to_come(layer: LayerHistory) -> int | None:
-    """Return the values per channel in the smallest batch of the loader; None where not known."""
+    """Return the values per channel in the smallest batch of the loader; None if not known."""
     samples = layer.run.plan.smallest_batch_size
     n = layer.typical_values_per_channel
     if samples is None or n is None or not layer.samples or layer.calls.most_per_forward > 1:

@@ -10,8 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.observe.history import History, LayerHistory
+from bnguard.observe.history import History, InputWindow, LayerHistory
 from bnguard.rules.base import ModelRule
+from bnguard.rules.limits import is_harmful, is_lasting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,22 @@ class CorrelatedBatches(ModelRule):
     Evidence:
         The variance between batch means, times the samples of a batch, over the variance between
         the samples of a batch (the F ratio of an analysis of variance), the median over some
-        numbers of each sample. Independent samples give 1. From 16 batches on a slow trend is left
-        out, as where a discriminator is fed by a generator that learns. It is taken at the input of
-        the model, before the first BN layer: deeper down the layers before re-centre each batch, so
-        that healthy ones swing, and weights that change make batches differ. Where the model is
-        called several times a step, real and generated images in turn, batches are compared with
-        those of the same call in other steps, and the call whose batches differ least counts.
-        Runs that are longer than a window (40 batches of each class) show between windows: half the
-        mean square difference of neighbours, as a share of the variance between samples. And before
-        the first step, where a ``DataLoader`` draws samples in the order of a dataset whose labels
-        come in runs.
+        numbers of each sample; 1 for independent samples. It is taken at the input of the model,
+        since layers deeper down re-centre each batch. From 16 batches on a slow trend is left out.
+        Where the model is called several times a step, batches are compared with those of the same
+        call in other steps, and the call whose batches differ least counts.
+
+        An augmentation that is drawn once per batch (brightness, scale, a shift) makes batches
+        differ as well, mostly without harm. So the finding is a ``warning`` only if the order of
+        the batches shows (neighbours are more alike than distant batches, or two kinds take turns)
+        or evaluation shows harm: a mode gap that lasts (BN302), or values that vary more than in a
+        batch of training, because it mixes what batches hold one at a time (judged when training
+        ends). Otherwise it is ``info``.
+
+        Runs longer than a window (40 batches of each class) show between windows: half the mean
+        squared difference of neighbouring windows, as a share of the variance between samples. A
+        ``DataLoader`` that does not shuffle a dataset with runs of labels shows before the first
+        step.
 
     Limits:
         min_variance_ratio: 2, below which no harm is to be expected.
@@ -45,6 +52,14 @@ class CorrelatedBatches(ModelRule):
             1 + 5 sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. Healthy runs of
             the zoo stay below 2.8 (95 % of them below 1.2); batches sorted by class have 3.9,
             batches of one scanner each more than 100.
+        max_neighbour_std: 4 standard deviations of von Neumann's ratio, the change from batch to
+            batch over the variance of the batch means, for the principal components of the first
+            batches of a run. It is 1 in random order, 0.3 for digits sorted by class, 2 for two
+            domains in turn.
+        min_between_within: 0.5, the variance between batches over that within, and
+        min_mixed_share: 0.3, the share of it that evaluation adds to the variance within batches at
+            the first BN layer. Scanners that evaluation mixes have 0.45 and more; brightness drawn
+            per batch at most 0.07.
         min_batches: Batches in the window before they are judged: 8.
         max_between_windows: Share of the variance between samples that lies between windows, the
             median over numbers of a sample: 0.015, and twice what chance explains. Digits sorted by
@@ -79,6 +94,9 @@ class CorrelatedBatches(ModelRule):
 
     min_variance_ratio: float = 2.0
     max_excess_std: float = 5.0
+    max_neighbour_std: float = 4.0
+    min_between_within: float = 0.5
+    min_mixed_share: float = 0.3
     min_batches: int = 8
     max_between_windows: float = 0.015
     max_label_run: float = 4.0
@@ -92,7 +110,14 @@ class CorrelatedBatches(ModelRule):
         if plan.label_run is not None and plan.shuffled_label_run:
             run = plan.label_run / plan.shuffled_label_run
             if run > self.max_label_run and 4 * plan.label_run >= (plan.batch_size or 0):
-                yield self._in_order(layer, plan.label_run, run)
+                yield self._finding(
+                    layer,
+                    Severity.WARNING,
+                    f"the loader does not shuffle: {plan.label_run:,.0f} samples of one label "
+                    "follow each other in the dataset",
+                    Evidence("run of a label over that of a random order", run, self.max_label_run),
+                    _SHUFFLE,
+                )
                 return
         if not layer.calls.in_training:
             return
@@ -100,7 +125,9 @@ class CorrelatedBatches(ModelRule):
         ratio = np.empty(0) if inputs is None else inputs.variance_ratio
         ratio = ratio[np.isfinite(ratio)]
         if inputs is None or not ratio.size:
-            yield self._skipped(layer, "the model was not called with batches of numbers")
+            yield self._skipped(
+                layer, "no input of the model has a row of numbers per sample (as with graphs)"
+            )
             return
         if inputs.batches < self.min_batches:
             yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
@@ -108,9 +135,10 @@ class CorrelatedBatches(ModelRule):
         value = float(np.median(ratio))
         by_chance = 1.0 + self.max_excess_std * math.sqrt(2.0 / (inputs.batches - 1))
         limit = max(self.min_variance_ratio, by_chance)
-        between = inputs.between_windows
-        share = float(np.median(between)) if between.size else 0.0
-        if value <= limit and share > self.max_between_windows:
+        share = float(np.median(inputs.between_windows)) if inputs.between_windows.size else 0.0
+        if value > limit:
+            yield self._unlike(layer, inputs, Evidence(_RATIO, value, limit))
+        elif share > self.max_between_windows:
             yield self._finding(
                 layer,
                 Severity.WARNING,
@@ -121,26 +149,49 @@ class CorrelatedBatches(ModelRule):
                 ),
                 _SHUFFLE,
             )
-        if value <= limit:
-            return
-        yield self._finding(
-            layer,
-            Severity.WARNING,
-            f"the batches differ {value:.2g} times as much as independent samples explain: they "
-            "are sorted, grouped, or neighbours, or the data change as training goes on",
-            Evidence("variance of batch means over the expected", value, limit),
-            _SHUFFLE,
-        )
 
-    def _in_order(self, layer: LayerHistory, samples: float, run: float) -> Finding:
+    def _unlike(self, layer: LayerHistory, inputs: InputWindow, evidence: Evidence) -> Finding:
+        """Return what batches that differ are: in an order, harmful, or augmented as a whole."""
+        change, gap = inputs.neighbour_change, layer.run.mode_gap
+        has_order = inputs.neighbour_excess_std > self.max_neighbour_std
+        is_harm = gap is not None and is_harmful(gap) and is_lasting(layer.run)
+        is_shown = is_harm or self._is_mixed(layer, evidence.value)
+        if has_order and change < 1.0:
+            why = "neighbouring batches are alike, so the data are sorted or grouped"
+        elif has_order:
+            why = "kinds of data take turns from batch to batch"
+        elif is_shown:
+            why = "each batch holds one group, or one draw of an augmentation for all its samples"
+        else:
+            why = (
+                "each batch holds one group, or one draw of an augmentation for all its samples; "
+                + ("evaluation shows no harm" if gap else "no evaluation shows harm so far")
+            )
         return self._finding(
             layer,
-            Severity.WARNING,
-            f"the loader draws samples in the order of the dataset, where {samples:,.0f} of one "
-            "label follow each other: it does not shuffle",
-            Evidence("run of a label over that of a random order", run, self.max_label_run),
-            _SHUFFLE,
+            Severity.WARNING if has_order or is_shown else Severity.INFO,
+            f"batches differ {evidence.value:.2g} times as much as independent samples explain: "
+            + why,
+            evidence,
+            _SHUFFLE if has_order else _MIX,
         )
 
+    def _is_mixed(self, layer: LayerHistory, ratio: float) -> bool:
+        """Return whether evaluation mixes what batches of training hold one at a time.
 
+        Then its variance is larger than that within batches, by the variance between them.
+        """
+        window, seen, samples = layer.window, layer.evaluated, layer.samples
+        # While weights move, the window is too far from the evaluation to tell.
+        if window is None or seen is None or not samples or not layer.run.is_settled:
+            return False
+        if ratio - 1.0 < self.min_between_within * samples:
+            return False
+        with np.errstate(all="ignore"):
+            share = (seen.var_unbiased - window.var_unbiased) / window.var_of_means_successive
+        return float(np.median(share)) > self.min_mixed_share
+
+
+_RATIO = "variance of batch means over the expected"
 _SHUFFLE = Fix("DataLoader(..., shuffle=True), or draw each batch from several groups")
+_MIX = Fix("draw each batch from several groups, and the augmentation for each sample")

@@ -86,7 +86,7 @@ class DeadChannels(Rule):
         )
 
     def dead(self, layer: LayerHistory) -> npt.NDArray[np.bool_] | None:
-        """Return which channels hardly vary, shape ``(C,)``; None where no variance is known."""
+        """Return which channels hardly vary, shape ``(C,)``; None if no variance is known."""
         var, output_std = _var(layer), layer.output_std
         if var is None or output_std is None:
             return None
@@ -97,7 +97,7 @@ class DeadChannels(Rule):
 
 
 def _var(layer: LayerHistory) -> FloatArray | None:
-    """Return the largest variance of each channel that was seen; None where none is finite."""
+    """Return the largest variance of each channel that was seen; None if none is finite."""
     if layer.window is not None:
         var = layer.window.var_max
     elif layer.running is not None:
@@ -107,7 +107,7 @@ def _var(layer: LayerHistory) -> FloatArray | None:
     return var if np.isfinite(var).any() else None
 
 
-# PyTorch's default. A larger eps is no sign that channels are dead.
+# PyTorch's default. A larger eps does not mean that channels are dead.
 _USUAL_EPS = 1e-5
 
 
@@ -115,7 +115,7 @@ def _fix(layer: LayerHistory) -> Fix:
     if layer.position == 0:
         return Fix(
             "look for channels of the data that are constant, or of so small a scale that they "
-            "want standardising; then at what stands before the layer"
+            "want standardising; then at what comes before the layer"
         )
     if layer.fed_by is None:
         return Fix(

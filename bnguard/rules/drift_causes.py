@@ -1,4 +1,4 @@
-"""Why running statistics do not fit what arrives in eval mode, where no other rule has said it.
+"""Why inputs in eval mode do not match the running statistics, if no other rule has said it.
 
 :func:`cause_of_drift` asks the signs in order, each a function that knows one cause: what speaks
 for it, in words and numbers, and the fix that belongs to it. The first that speaks is believed.
@@ -25,6 +25,7 @@ from bnguard.rules.limits import (
     distance_of,
     is_representative,
     is_sampling,
+    jump_of_network,
 )
 
 # Share of a drift that the newest batches have to show too where moving weights make it: those of
@@ -171,7 +172,7 @@ def doubt_of_gap(history: History, cause: Cause | None) -> Cause | None:
 
     Args:
         history: What was seen.
-        cause: Why the modes disagree, as far as known. What speaks for itself is no matter of an
+        cause: Why the modes disagree, as far as known. What speaks for itself does not depend on an
             evaluation that may as well be unsorted.
     """
     seen = [layer.evaluated for layer in history.layers if layer.evaluated is not None]
@@ -195,7 +196,7 @@ def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
 
 
 def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
-    """Return why a layer has drifted: what goes wrong at the first that has arrives here too."""
+    """Return why a layer has drifted: what goes wrong at the first that has reaches it too."""
     cause = cause_of_drift(first)
     if cause is None or drift is first:
         return cause
@@ -204,7 +205,7 @@ def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
 
 
 def cause_of_drift(drift: Drift) -> Cause | None:
-    """Return why a layer's statistics do not fit; None where nothing speaks for any cause."""
+    """Return why a layer's statistics do not fit; None if nothing speaks for any cause."""
     causes = (sign(drift) for sign in _SIGNS)
     return next((cause for cause in causes if cause is not None), None)
 
@@ -232,16 +233,17 @@ def noisy_average(drift: Drift) -> Cause | None:
     shift = drift.distance.worst
     if shift is None or shift.unit != "σ" or not shift.value <= _NOISE_FACTOR * uncertainty:
         return None
+    samples = "" if layer.samples is None else f" of {layer.samples} samples"
     return Cause(
-        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches "
-        f"{_of_samples(layer)}, which leaves the mean uncertain by {uncertainty:.2g} σ",
+        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches"
+        f"{samples}, which leaves the mean uncertain by {uncertainty:.2g} σ",
         Fix("recalibrate; a smaller momentum or larger batches for the next run", "recalibrate"),
         (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
     )
 
 
 def initial_values(drift: Drift) -> Cause | None:
-    """Little is left of the initial mean and variance, and yet much beside those of the data."""
+    """Little is left of the initial mean and variance, but they are large against the data."""
     weight, rest = drift.layer.initial_weight_when_evaluated, drift.without_initial()
     if not weight or rest is None or rest.worst is None:
         return None
@@ -249,10 +251,23 @@ def initial_values(drift: Drift) -> Cause | None:
         return None
     return Cause(
         f"because {100 * weight:.2g}% of them is still the initial mean 0 and variance 1, much "
-        "beside those of the data: without it they agree with what arrives "
+        "compared with those of the data: without it they match evaluation "
         f"({rest.worst.measure} then {rest.worst.value:.2g})",
         Fix("train on, or recalibrate; data and weights of a usual scale next time", "recalibrate"),
         (rest.worst,),
+    )
+
+
+def changing_network(drift: Drift) -> Cause | None:
+    """Each batch takes another path to the layer, and the running average mixes them."""
+    jump = jump_of_network(drift.layer)
+    if jump is None:
+        return None
+    return Cause(
+        "because the network in front of it changes from batch to batch, as a supernet does: "
+        f"the mean of a batch jumps by {jump:.2g} σ, and the data do not",
+        Fix("recalibrate for what is evaluated, with each path on its own", "recalibrate"),
+        (Evidence("spread of the batch means", jump, _MIN_NOISE_STD, "σ"),),
     )
 
 
@@ -289,7 +304,7 @@ def dropout(drift: Drift) -> Cause | None:
     if worst is None or worst.unit == "σ" or not is_smaller:
         return None
     return Cause(
-        f"because {drift.seen.dropout_before} stands before the layer, and acts in training alone: "
+        f"because {drift.seen.dropout_before} is before the layer, and acts in training alone: "
         "evaluation has less variance than the newest batches of training "
         f"({worst.measure} against them {worst.value:.2g})",
         Fix("move dropout behind the last BN layer, or lower its rate, and train on"),
@@ -375,11 +390,12 @@ def other_path(drift: Drift) -> Cause | None:
     )
 
 
-# What says that nothing can be said stands first, what is left when all else fits last.
+# The first says that nothing can be said, the last is what is left when all else fits.
 _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     sorted_evaluation,
     noisy_average,
     initial_values,
+    changing_network,
     lag,
     dropout,
     moving_weights,
@@ -419,7 +435,3 @@ def _noise_std(window: BatchWindow) -> float:
     """Return the spread of the batch means in σ, the median over channels; NaN if not known."""
     known = window.noise_std[np.isfinite(window.noise_std)]
     return float(np.median(known)) if known.size else math.nan
-
-
-def _of_samples(layer: LayerHistory) -> str:
-    return "" if layer.samples is None else f"of {layer.samples} samples"

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bnguard.findings import Finding, FindingGroup, Severity, Skipped, group_findings, worst_first
+from bnguard.findings import (
+    Finding,
+    FindingGroup,
+    PastFinding,
+    Severity,
+    Skipped,
+    group_findings,
+    worst_first,
+)
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules import RULES, ExplainedRule, ModelRule, Rule
 
 _Key = tuple[str, Severity, str | None]
+_Place = tuple[str, str | None]
 
 
 def diagnose(
@@ -55,7 +64,7 @@ class Conclusions:
     Attributes:
         findings: The worst first, each root cause before what it explains; among equals in the
             order of codes, then the furthest towards or beyond the limit first.
-        skipped: What could not be told, and why.
+        skipped: What is unknown, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -116,7 +125,7 @@ class Explanations:
     def _cause(self, symptom: _Symptom) -> Finding | None:
         """Return the nearest cause.
 
-        Of several that is one that explains no other of them, so that a chain is told in full; of
+        Of several that is one that explains no other of them, so that a chain is shown in full; of
         several such the one with the highest code, since what was measured in evaluation, or is
         not finite, knows more of a symptom than a setting does.
         """
@@ -141,10 +150,10 @@ class Explanations:
             return False
         if cause.layer is None:
             return True
-        told_by = self._rules.get(symptom.code)
-        if told_by is not None and told_by.is_local and symptom.layer is not None:
+        symptom_rule = self._rules.get(symptom.code)
+        if symptom_rule is not None and symptom_rule.is_local and symptom.layer is not None:
             return cause.layer == symptom.layer
-        if isinstance(told_by, ExplainedRule):
+        if isinstance(symptom_rule, ExplainedRule):
             if not self._has_done_harm(rule, cause.layer):
                 return False
         elif None not in (cause.step, symptom.step) and cause.step != symptom.step:
@@ -161,30 +170,38 @@ class Explanations:
         return self._layers[layer].position if layer in self._layers else None
 
     def _moment(self, finding: Finding) -> int | None:
-        """Return the step of a finding; what is told of the model is of the newest evaluation."""
+        """Return the step of a finding; of the model, that of the newest evaluation."""
         is_of_model = finding.layer is None and finding.step is None
         return self._newest_evaluation if is_of_model else finding.step
 
 
 class Announcements:
-    """Remembers the findings of a training and its resumptions: their steps, and which were told.
+    """Remembers the findings of a training and its resumptions: steps, and which were announced.
 
     Args:
         records: Findings of the training that this one goes on from, as :attr:`records` has them.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._first_steps: dict[_Key, int] = {}
+        self._first_steps: dict[_Place, int] = {}
         self._announced: set[_Key] = set()
-        self._records = {
-            (record["code"], record["severity"], record["layer"]): dict(record)
-            for record in records
-        }
+        self._past: dict[tuple[str, str, str | None], PastFinding] = {}
+        self._remember(records)
+
+    def _remember(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            past = PastFinding(**record)
+            self._past[past.code, past.severity, past.layer] = past
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """What was noted, as plain data for a checkpoint that others read."""
-        return list(self._records.values())
+        return list(map(dataclasses.asdict, self._past.values()))
+
+    def over(self, findings: Iterable[Finding]) -> tuple[PastFinding, ...]:
+        """Return what was noted and does not hold any longer, given what holds now."""
+        present = {(f.code, f.layer) for f in findings if f.severity > Severity.INFO}
+        return tuple(p for p in self._past.values() if (p.code, p.layer) not in present)
 
     def note(self, findings: Iterable[Finding], step: int) -> None:
         """Record findings of a step, but what is only info, with the first and last step of each.
@@ -198,21 +215,33 @@ class Announcements:
                 continue
             key = (finding.code, str(finding.severity), finding.layer)
             first = step if finding.step is None else finding.step
-            self._records[key] = {
-                "code": finding.code,
-                "name": finding.name,
-                "severity": str(finding.severity),
-                "layer": finding.layer,
-                "message": finding.message,
-                "evidence": str(finding.evidence),
-                "first_step": min(first, self._records.get(key, {}).get("first_step", first)),
-                "last_step": max(first, step),
-            }
+            self._past[key] = PastFinding(
+                code=finding.code,
+                name=finding.name,
+                severity=str(finding.severity),
+                layer=finding.layer,
+                message=finding.message,
+                evidence=str(finding.evidence),
+                first_step=min(first, self._past[key].first_step) if key in self._past else first,
+                last_step=max(first, step),
+            )
 
-    def date(self, finding: Finding, step: int) -> Finding:
-        """Return a finding of this step, dated to the step at which it first showed."""
-        first = self._first_steps.setdefault(finding.key, step)
-        return dataclasses.replace(finding, step=first) if finding.step is None else finding
+    def date(self, findings: Iterable[Finding], step: int) -> tuple[Finding, ...]:
+        """Return the findings of this step, each dated to the first step from which it holds.
+
+        A value beyond its limit counts from ``info`` on; a finding that was gone begins anew.
+        """
+        findings = tuple(findings)
+        first_steps: dict[_Place, int] = {}
+        for finding in findings:
+            place = (finding.code, finding.layer)
+            seen = step if finding.step is None else finding.step
+            first_steps[place] = min(seen, self._first_steps.get(place, seen))
+        self._first_steps = first_steps
+        return tuple(
+            dataclasses.replace(finding, step=first_steps[finding.code, finding.layer])
+            for finding in findings
+        )
 
     def new(self, findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
         """Return what is to be announced: each of the findings once, but what is only info."""
@@ -226,27 +255,28 @@ class Announcements:
 
     def state(self) -> list[dict[str, Any]]:
         """Return what is remembered, as a checkpoint can hold it."""
+        keys = {(code, Severity.INFO, layer) for code, layer in self._first_steps}
         return [
             {
                 "key": [code, int(severity), layer],
-                "step": step,
-                "is_announced": key in self._announced,
+                "step": self._first_steps.get((code, layer)),
+                "is_announced": severity > Severity.INFO,
             }
-            for key, step in self._first_steps.items()
-            for code, severity, layer in [key]
+            for code, severity, layer in sorted(keys | self._announced, key=str)
         ]
 
-    def resume(self, state: Iterable[dict[str, Any]]) -> None:
+    def resume(self, state: Iterable[dict[str, Any]], records: Iterable[Mapping[str, Any]]) -> None:
         """Go on from where :meth:`state` was taken; errors are announced anew.
 
-        A run that goes on from what is broken is told so, and stopped if it is to be.
+        A run that goes on from what is broken is warned again, and stopped if it is to be.
         """
+        self._remember(records)
         for record in state:
             code, severity, layer = record["key"]
-            key = (code, Severity(severity), layer)
-            self._first_steps[key] = record["step"]
+            if record["step"] is not None:
+                self._first_steps[code, layer] = record["step"]
             if record["is_announced"] and severity < Severity.ERROR:
-                self._announced.add(key)
+                self._announced.add((code, Severity(severity), layer))
 
 
 @dataclass(frozen=True)
@@ -298,7 +328,7 @@ def _causes_first(findings: list[Finding], explanations: Explanations) -> list[F
 
     def place(chain: list[Finding]) -> tuple[int, str, int, int, str, tuple[float, float]]:
         finding = chain[-1]
-        # What is only good to know never stands before a fault.
+        # What is only good to know never comes before a fault.
         is_info = finding.severity is Severity.INFO
         severity = finding.severity if is_info else worst[chain[0].code]
         root = chain[0].code

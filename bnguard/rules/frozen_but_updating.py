@@ -12,6 +12,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import shift_std
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.rules.limits import distance_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,12 @@ class FrozenButUpdating(Rule):
     Evidence:
         Updates of the running statistics while every affine parameter of the layer is frozen:
         ``requires_grad`` is False, or the parameters stand still and are in none of the
-        optimizers that bnguard was told of. The message says which, and how far a mean has moved,
+        optimizers that bnguard was given. The message says which, and how far a mean has moved,
         in σ. Where those optimizers hold no parameter of the model at all (they were built for
         another, or before its parameters were replaced) it says so, since nothing learns.
         Of severity ``info`` where every training-mode call ran under ``torch.no_grad``: a teacher
-        network is kept like that on purpose; and of a model that has not trained yet, where a
+        network is kept like that on purpose, unless its statistics no longer fit what it is
+        evaluated on; and of a model that has not trained yet, where a
         frozen layer is in train mode. Layers without affine parameters are not judged.
 
     Limits:
@@ -60,8 +62,14 @@ class FrozenButUpdating(Rule):
     name: ClassVar[str] = "frozen-but-updating"
     is_static: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     max_updates: int = 0
+
+    def has_done_harm(self, layer: LayerHistory) -> bool:
+        """Return whether the statistics of a teacher no longer fit; others follow their batches."""
+        distance = distance_of(layer) if layer.calls.are_without_grad else None
+        return distance is not None and distance.is_beyond
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the updates seen in training with what a frozen layer may have."""
@@ -82,11 +90,11 @@ class FrozenButUpdating(Rule):
             return
         if layer.updates_seen <= self.max_updates:
             return
-        is_teacher = 0 < layer.calls.in_training == layer.calls.without_grad
+        is_harmless = layer.calls.are_without_grad and not self.has_done_harm(layer)
         reason, fix = _why(layer)
         yield self._finding(
             layer,
-            Severity.INFO if is_teacher else Severity.WARNING,
+            Severity.INFO if is_harmless else Severity.WARNING,
             f"{reason}, but the layer is in train mode and its running statistics "
             f"move{_distance(layer)}",
             Evidence("updates while frozen", layer.updates_seen, self.max_updates),

@@ -27,7 +27,7 @@ class HalfPrecisionOverflow(Rule):
         infinity makes the rest of the network NaN.
 
     Evidence:
-        What arrives in eval mode as float16: |mean| plus ``reach_std`` standard deviations, the
+        Inputs in eval mode as float16: |mean| plus ``reach_std`` standard deviations, the
         largest over channels, against 65,504; and what leaves, |gamma| times the largest
         normalised value plus |beta|. Batches that held an infinity already are an ``error``.
 
@@ -59,7 +59,7 @@ class HalfPrecisionOverflow(Rule):
     reach_std: float = 4.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold what arrives and what leaves against the range of the element type."""
+        """Hold inputs and outputs against the range of the element type."""
         seen = layer.evaluated
         if seen is None:
             yield self._skipped(layer, "the layer was not seen in eval mode")

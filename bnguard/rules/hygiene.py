@@ -23,7 +23,7 @@ class Hygiene(Rule):
 
     Evidence:
         The largest weight decay of the optimizer groups that own gamma or beta; the class of the
-        module that stands before the layer in its ``Sequential``, and, as long as the network has
+        module before the layer in its ``Sequential``, and, as long as the network has
         not trained, whether it has a bias: later nobody would take it out.
 
     Limits:
@@ -36,7 +36,7 @@ class Hygiene(Rule):
             others = [p for p in model.parameters() if p.ndim <= 1]
             torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
 
-        Put dropout after the last BN layer, and ``bias=False`` into what stands before one.
+        Put dropout after the last BN layer, and ``bias=False`` into the layer before one.
 
     Fix safety:
         Safe for new runs. A checkpoint with the bias does not load into a network without it.
@@ -78,6 +78,6 @@ class Hygiene(Rule):
                 layer,
                 Severity.INFO,
                 f"the bias of the {layer.fed_by} before is subtracted again with the mean",
-                Evidence("biases in vain", 1, 0),
+                Evidence("redundant biases", 1, 0),
                 Fix("bias=False there, in new networks"),
             )

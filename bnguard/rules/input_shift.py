@@ -12,7 +12,13 @@ import numpy as np
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.observe.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import DriftLimits, is_known_harmless, is_sampling, left_when_evaluated
+from bnguard.rules.limits import (
+    DriftLimits,
+    is_known_harmless,
+    is_sampling,
+    jump_of_network,
+    left_when_evaluated,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +37,10 @@ class InputShift(ModelRule):
         standard deviations or log-variance ratio, the quantile over channels; the smaller of the
         two distances counts. Where weights move, the newest batches lag behind them: the limits are
         so many times larger as the batch means spread wider over the window than from one batch to
-        the next. A variance that is smaller in evaluation counts for nothing where dropout stands
-        before the layer. ``info`` where the mode gap was measured and shows no harm.
+        the next. A variance that is smaller in evaluation counts for nothing if there is dropout
+        before the layer. Not judged if the network in front of it changes from batch to batch, as
+        a supernet does, and the data do not. ``info`` where the mode gap was measured and shows no
+        harm.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
@@ -73,13 +81,17 @@ class InputShift(ModelRule):
     max_initial_weight: float = 0.05
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold what arrives at the first layer against what it was trained on."""
+        """Compare the inputs of the first layer in evaluation with those of training."""
         layer = history.first_trained
         if layer is None:
             return
         seen = layer.evaluated
         if seen is None or layer.window is None:
             yield self._skipped(layer, "the first layer was not seen in both modes")
+        elif layer.calls.are_without_grad:
+            yield self._skipped(layer, "no layer learns, so that there are no training data")
+        elif jump_of_network(layer) is not None:
+            yield self._skipped(layer, "the network in front of it changes from batch to batch")
         elif seen.count < self.min_values:
             yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
         elif left_when_evaluated(layer, self.max_initial_weight):

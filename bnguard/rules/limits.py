@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +66,11 @@ def is_harmful(
 ) -> bool:
     """Return whether the two modes give different answers, by more than sampling explains."""
     # Sampling does not make outputs NaN or infinite.
-    is_judged = is_told(gap) or not np.isfinite(gap.relative_change)
+    is_judged = is_known(gap) or not np.isfinite(gap.relative_change)
     return is_judged and _exceeds(gap, max_change, max_change_with_flips, max_flipped_share)
 
 
-def is_told(gap: ModeGap) -> bool:
+def is_known(gap: ModeGap) -> bool:
     """Return whether it is known how much of a gap sampling explains."""
     return gap.sampling_change is not None and gap.samples >= MIN_GAP_SAMPLES
 
@@ -109,10 +110,10 @@ def what_is_left(
     weight: float | None,
     max_weight: float,
 ) -> str | None:
-    """Return what these running statistics still hold of the initial ones; None where too little.
+    """Return what these running statistics still hold of the initial ones; None if too little.
 
-    A small weight of the initial mean 0 is a large shift where the mean is far from it. That is not
-    told of a checkpoint: its statistics may be a plain average, of which nothing is initial.
+    A small weight of the initial mean 0 is a large shift where the mean is far from it. A
+    checkpoint does not show that: its statistics may be a plain average, without an initial part.
     """
     if running is None or not weight:
         return None
@@ -175,7 +176,7 @@ class Distance:
 
     @property
     def measured(self) -> tuple[Evidence, Evidence] | None:
-        """Shift and ratio at the quantile, each with its limit; None where none is finite."""
+        """Shift and ratio at the quantile, each with its limit; None if none is finite."""
         judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
         if not judged.any():
             return None
@@ -189,7 +190,7 @@ class Distance:
 
     @property
     def worst(self) -> Evidence | None:
-        """The one of the two that lies furthest beyond its limit; None where none is finite."""
+        """The one of the two that lies furthest beyond its limit; None if none is finite."""
         return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)
 
     @property
@@ -263,6 +264,25 @@ def fits(layer: LayerHistory) -> bool:
         return False
     distance = distance_of(layer)
     return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
+
+
+# The network in front of a layer changes from batch to batch where batch means jump by more than
+# this many sampling errors, and the data vary by no more than this variance ratio (BN203).
+_JUMP_FACTOR = 3.0
+_MAX_INPUT_RATIO = 2.0
+
+
+def jump_of_network(layer: LayerHistory) -> float | None:
+    """Return how far batch means jump, in σ, where the network causes it and not the data."""
+    window, inputs = layer.window, layer.run.inputs
+    if window is None or inputs is None or not layer.samples:
+        return None
+    jump, ratio = (
+        float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+        for values in (window.noise_std, inputs.variance_ratio)
+    )
+    is_made = jump > _JUMP_FACTOR / math.sqrt(layer.samples) and ratio <= _MAX_INPUT_RATIO
+    return jump if is_made else None
 
 
 def drift(

@@ -17,8 +17,8 @@ from bnguard.rules.limits import (
     MAX_FLIPPED_SHARE,
     excess_change,
     is_harmful,
+    is_known,
     is_lasting,
-    is_told,
     left_when_evaluated,
 )
 
@@ -30,21 +30,22 @@ class ModesDisagree(ExplainedRule):
     Why it matters:
         Only BN differs between the two runs, so that the whole gap is its doing: what was trained
         is not what is evaluated. This is harm measured at the output, where a distribution test
-        at a layer (BN301) only suspects it. The cause, where a rule found one, stands before it.
+        at a layer (BN301) only suspects it. The cause, where a rule found one, comes first.
 
     Evidence:
-        On the first batches of the newest evaluation that hold 32 samples together, everything
-        else in eval mode, as are layers that training called in eval mode too: the root mean square
-        change of the outputs between running and batch statistics, in standard deviations of the
-        outputs, without the part that sampling explains (twice the change between the statistics
-        of half the batch and of the whole); and, for class scores, the share of predictions that
-        flip: where many do, a smaller change is harm already. A flip counts where one of the modes
-        finds the two classes more than 0.05 of probability apart: a network that has hardly learnt
-        decides by next to nothing. Fewer samples, or inputs whose first dimensions differ (graphs,
-        packed sequences), do not tell what sampling explains, and are not judged. ``info`` where no
-        layer was trained, while training goes on and fewer than four evaluations in a row
-        have shown it, or few predictions flip; and where the evaluation is sorted (BN301), so that
-        its first batch is unlike the rest, and no drift was found. The cause is that of the layer
+        The first batches of the newest evaluation that hold 32 samples together run twice, with
+        running and with batch statistics, everything else in eval mode, as are layers that training
+        called in eval mode too. Two numbers count. The root mean square change of the outputs, in
+        their standard deviations, without the part that sampling explains (twice the change
+        between the statistics of half the batch and of the whole). And, for class scores, the
+        share of predictions that flip; if many do, a smaller change is harm already. A flip counts
+        if one of the modes finds the two classes more than 0.05 of probability apart.
+
+        Fewer samples, or rows that are not independent samples (nodes of graphs, packed
+        sequences), are not judged, since the part of sampling is unknown. It is ``info`` if no
+        layer was trained; while training goes on, until four evaluations in a row show it, or if
+        few predictions flip; and if the evaluation is sorted (BN301) and no drift was found. The
+        cause is that of the layer
         that fits worst.
 
     Limits:
@@ -88,8 +89,8 @@ class ModesDisagree(ExplainedRule):
             yield self._skipped(None, run.mode_gap_reason)
             return
         # Sampling does not make outputs NaN or infinite.
-        if not is_told(gap) and math.isfinite(gap.relative_change):
-            yield self._skipped(None, _why_not_told(gap))
+        if not is_known(gap) and math.isfinite(gap.relative_change):
+            yield self._skipped(None, _why_unknown(gap))
             return
         reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
         left = next(filter(None, reasons), None)
@@ -107,7 +108,7 @@ class ModesDisagree(ExplainedRule):
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
         # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
         cause = cause_of_gap(history) if found is None or found.reasons else Cause.of(found)
-        # A drift that was found is no matter of which batches were looked at.
+        # A drift that was found does not depend on which batches were looked at.
         doubt = doubt_of_gap(history, cause) if found is None else None
         cause = doubt or cause
         excess = excess_change(gap)
@@ -134,12 +135,12 @@ class ModesDisagree(ExplainedRule):
         )
 
 
-def _why_not_told(gap: ModeGap) -> str:
+def _why_unknown(gap: ModeGap) -> str:
     change = f"the modes differ by {gap.relative_change:.3g} σ"
     if not gap.samples:
         return (
-            f"{change}, and the inputs differ in their first dimension, so that the part that "
-            "sampling explains is unknown"
+            f"{change}, and the rows of the inputs are not independent samples (as in graphs or "
+            "packed sequences), so the part that sampling explains is unknown"
         )
     return (
         f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to tell the part "

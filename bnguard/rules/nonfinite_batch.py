@@ -51,7 +51,7 @@ class NonFiniteBatch(ModelRule):
 
     code: ClassVar[str] = "BN401"
     name: ClassVar[str] = "non-finite-batch"
-    explains: ClassVar[tuple[str, ...]] = ("BN402", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN204", "BN402", "BN302")
 
     max_bad_batches: int = 0
     max_normalised_std: float = 100.0
@@ -147,7 +147,7 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     index = layers.index(layer)
     if index == 0:
         return (
-            "it is the first BN layer, so the data or what stands before it",
+            "it is the first BN layer, so the data or what comes before it",
             Fix("check the batch of that step for NaN and Inf, then the layers before the first"),
         )
     before = layers[index - 1].name

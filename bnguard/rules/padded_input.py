@@ -18,7 +18,7 @@ class PaddedInput(Rule):
     Why it matters:
         BN counts padded positions as data. The mean is drawn to the padding value and the
         variance shrinks, the more, the more padding a batch happens to hold: a sequence is
-        normalised differently beside a long one than beside a short one, and evaluation with
+        normalised differently next to a long one than next to a short one, and evaluation with
         other lengths meets other statistics.
 
     Evidence:

@@ -24,7 +24,7 @@ class PoisonedStatistics(Rule):
     Evidence:
         The number of channels whose running mean or variance is not finite, and the first step
         after which that was so. Where bnguard put the last finite statistics back in that step,
-        the finding is a ``warning``: the bad batch is still worth a look. Finite statistics beside
+        the finding is a ``warning``: the bad batch is still worth a look. Finite statistics next to
         a gamma or beta that is not are an ``error`` as well: the batch has reached the weights.
 
     Limits:
@@ -52,7 +52,7 @@ class PoisonedStatistics(Rule):
     code: ClassVar[str] = "BN402"
     name: ClassVar[str] = "poisoned-statistics"
     is_static: ClassVar[bool] = True
-    explains: ClassVar[tuple[str, ...]] = ("BN302", "BN204")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN204", "BN302")
 
     max_bad_channels: int = 0
 
@@ -78,7 +78,7 @@ class PoisonedStatistics(Rule):
                 step=layer.poisoned_step,
             )
         elif not layer.has_finite_affine:
-            put_back = ", since they were put back" if layer.restored_updates else ""
+            put_back = ", since they were restored" if layer.restored_updates else ""
             yield self._finding(
                 layer,
                 Severity.ERROR,
@@ -93,8 +93,8 @@ class PoisonedStatistics(Rule):
                 layer,
                 Severity.WARNING,
                 "a batch made the running statistics NaN or infinite, and the last finite ones "
-                "were put back",
-                Evidence("updates put back", layer.restored_updates, 0),
+                "were restored",
+                Evidence("restored updates", layer.restored_updates, 0),
                 Fix("look at the batch of that step: its loss was not finite either"),
                 step=layer.poisoned_step,
             )

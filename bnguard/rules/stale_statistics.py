@@ -29,21 +29,22 @@ class StaleStatistics(ModelRule):
         step ever saw, and that is evaluated with the statistics of another.
 
     Evidence:
-        One of four. The statistics are the initial (0, 1), and beta is not: an ``error`` where the
+        One of five. The statistics are the initial (0, 1), and beta is not: an ``error`` where the
         counter says that there were updates, else a ``warning``; ``info`` where gamma and beta
         look drawn at random, or no counter tells frozen layers, into whose gamma and beta the
         statistics are folded, from others. Or the
         layer was called in train mode, and nothing entered its statistics, as where a function
-        runs on copies of the buffers. Or weights were written between the newest training step
-        and the evaluation, or into a copy of the model that is watched beside it, and what arrives
-        has drifted from the running statistics. So it has in a teacher or target network, which no
-        optimizer trains and no batch updates: its weights follow those of the network that trains,
-        and its statistics are still those of the beginning; it is watched as a part of the model,
-        or next to it. Or, without any run, the statistics are those of a reference, and the
-        weights are not::
+        runs on copies of the buffers; an ``error`` where they are exactly (0, 1) after training, as
+        where a callback resets them and sets momentum to 0 for a while. Or weights were written
+        between the newest training step and the evaluation, or into a copy of the model that is
+        watched, and inputs in eval mode have drifted from the running statistics. The same holds
+        for a teacher or target network, which no optimizer trains and no batch updates: its weights
+        follow those of the network that trains, its statistics are those of the beginning. It is
+        watched as a part of the model, or next to it. Or, without any run, the statistics are those
+        of a reference, and the weights are not::
 
             bnguard.inspect(averaged, reference=model)
-            beside = bnguard.watch(averaged)    # beside.step(), with beside.evaluation(): ...
+            copy = bnguard.watch(averaged)    # copy.step(), with copy.evaluation(): ...
 
     Limits:
         min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.
@@ -104,6 +105,8 @@ class StaleStatistics(ModelRule):
             yield self._skipped(layer, "the layer keeps no running statistics")
         elif layer.run.steps == 0 and layer.running.is_initial and layer.running.mean.size:
             yield from self._lost(layer, is_drawn=is_drawn)
+        elif layer.running.is_initial and layer.calls.in_training >= self.min_lost_calls:
+            yield from self._reset(layer)
         elif _is_copied(layer):
             yield from self._of_reference(layer)
         elif (
@@ -134,6 +137,20 @@ class StaleStatistics(ModelRule):
             f"the running statistics are the initial mean 0 and variance 1, but beta is not: {why}",
             Evidence("median |beta|", moved, self.min_moved_beta),
             Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
+        )
+
+    def _reset(self, layer: LayerHistory) -> Iterator[Finding]:
+        # With momentum 0 it is BN103; a layer without updates that was never reset, below.
+        if layer.momentum == 0.0 or not layer.is_updating:
+            return
+        calls = layer.calls.in_training
+        yield self._finding(
+            layer,
+            Severity.ERROR,
+            f"after {calls:,} batches in train mode the running statistics are exactly the initial "
+            "mean 0 and variance 1: they were reset, or momentum was 0",
+            Evidence("batches without a trace", calls, self.min_lost_calls),
+            _FIX,
         )
 
     def _of_reference(self, layer: LayerHistory) -> Iterator[Finding]:

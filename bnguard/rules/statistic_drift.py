@@ -22,7 +22,7 @@ from bnguard.rules.limits import (
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticDrift(ExplainedRule):
-    """Running statistics do not describe what arrives in eval mode.
+    """Inputs in eval mode do not match the running statistics.
 
     Why it matters:
         In eval mode the running statistics stand in for those of the batch. Where they are off,
@@ -30,27 +30,27 @@ class StatisticDrift(ExplainedRule):
         although training looks well: the usual cause of "eval() is far worse than train()".
 
     Evidence:
-        The eval moments of the newest evaluation against the running statistics that were used in
-        it: the shift in running standard deviations, and the logarithm of the variance ratio. The
-        layer's number is the quantile over its channels, so that a few odd channels do not speak
-        for all. A distribution test alone is at most a ``warning``, and ``info`` where the mode
-        gap was measured and shows no harm, where training called the layer in eval mode too, and
-        while training goes on and fewer than four evaluations in a row have shown harm: fast
-        weights leave the average behind, and let it catch up later.
-        A cause that another rule has found stands before it, and lends it its numbers and its fix
+        The shift of the mean, in running standard deviations, and the logarithm of the variance
+        ratio, between the newest evaluation and the running statistics that it used. The layer's
+        number is the quantile over its channels. A distribution test alone is at most a
+        ``warning``. It is ``info`` if the mode gap was measured and shows no harm, if training
+        called the layer in eval mode too, and, while training goes on, until four evaluations in a
+        row show harm: fast weights leave the average behind, and it catches up later.
+
+        A cause that another rule has found comes first, and lends it its numbers and its fix
         (BN303 too few updates, BN304 other weights, BN305 other data, BN207 streams, BN203 sorted
-        and BN202 small batches). Otherwise the newest batches of training tell. Where they agree
-        with evaluation, being nearer to it by far, the average is at fault: it lags behind the
-        weights, or, where the shift is within three times its own uncertainty, it holds too few
-        batches. Where they do not, dropout before the layer (where the variance
-        is smaller in evaluation), noisy small batches, other data (at the first layer) or
-        something between the layers that acts otherwise in eval mode is. What begins at one layer
-        is told of those after it.
-        Only some batches of an evaluation are looked at: the first few, and then each whose number
-        doubles. Where they differ among each other by more than 15 % of the variance between
-        samples they do not stand for the rest, and it is ``info`` unless the shift is more than
-        twice their spread: evaluations of digits have at most 1 %, sorted by class 21 to 70 %. A
-        few pairs show as much by chance: then it is ``info`` only if no cause speaks for itself.
+        and BN202 small batches). Otherwise the newest batches of training decide. If they match
+        evaluation, the average is at fault: it lags behind the weights, or holds too few batches
+        (a shift within three times its own uncertainty). If they do not, it is dropout before the
+        layer (a smaller variance in evaluation), noisy small batches, other data (at the first
+        layer) or something between the layers that acts differently in eval mode. Layers after the
+        first that drifted get its cause.
+
+        The first batches of an evaluation are read, then each whose number doubles. If they differ
+        by more than 15 % of the variance between samples, they do not represent the rest, and it
+        is ``info`` unless the shift is more than twice their spread: evaluations of digits have at
+        most 1 %, sorted by class 21 to 70 %. With only a few pairs of batches, which show as much
+        by chance, it is ``info`` only if no cause speaks for itself.
 
     Limits:
         max_shift_std: Shift of the mean, in running standard deviations: 1. The worst layer of 95 %
@@ -112,7 +112,7 @@ class StatisticDrift(ExplainedRule):
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
     def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
-        """Return how far the layer has drifted, None where within the limits, or why not known."""
+        """Return how far the layer has drifted, None if within the limits, or why not known."""
         seen = layer.evaluated
         if seen is None:
             return self._skipped(layer, "the layer was not seen in eval mode")
@@ -130,7 +130,7 @@ class StatisticDrift(ExplainedRule):
         cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
         evidence = drift.distance.worst
         assert evidence is not None
-        message = "what arrives in eval mode is not what the running statistics say"
+        message = "inputs in eval mode do not match the running statistics"
         return self._finding(
             drift.layer,
             Severity.INFO if doubt is not None else _severity(drift.layer),

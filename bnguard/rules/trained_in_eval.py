@@ -22,9 +22,10 @@ class TrainedInEval(Rule):
         is off then as well.
 
     Evidence:
-        The training steps at whose end the model as a whole was in eval mode, their share or how
-        many in a row, where it was called with gradients in more than half of them; or training in
-        eval mode with statistics that are still the initial ones. A layer in eval mode with trained
+        Training steps that end with the whole model in eval mode: their share, or how many in a
+        row, if more than half of them called it with gradients. After a validation in the middle of
+        an epoch that forgets ``train()`` it is every step until the next one. Or training in eval
+        mode with statistics that are still the initial ones. A layer in eval mode with trained
         statistics, in a model in train mode, is a choice. Frozen layers are not judged, nor is a
         copy that others write to.
 
@@ -34,7 +35,7 @@ class TrainedInEval(Rule):
         min_steps: Steps before they are judged: 3.
 
     Fix:
-        Set the mode at the start of every epoch, and after each validation::
+        Set the mode at the start of every epoch, and after each validation, also in mid-epoch::
 
             model.train()
 
@@ -83,7 +84,12 @@ class TrainedInEval(Rule):
                 f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
                 "training steps: BN uses fixed statistics, and dropout is off",
                 self._evidence(run),
-                Fix("model.train() at the start of every epoch, and after each validation"),
+                Fix(
+                    "model.train() after each validation, also in the middle of an epoch; without "
+                    "it every step until the next model.train() is in eval mode"
+                    if run.steps_in_eval_mode < run.steps
+                    else "model.train() at the start of every epoch, and after each validation"
+                ),
             )
 
     def _is_model_in_eval(self, run: Run) -> bool:

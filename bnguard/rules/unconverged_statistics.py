@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
@@ -91,7 +91,7 @@ class UnconvergedStatistics(ModelRule):
         severity, steps = Severity.INFO, layer.run.stored_steps
         if is_untrained and steps:
             severity = Severity.WARNING
-            message = f"{_counted(steps, 'training step')}, but no update of the running statistics"
+            message = f"{counted(steps, 'training step')}, but no update of the running statistics"
             fix = Fix("train with these layers in train mode, or recalibrate", "recalibrate")
         elif is_untrained:
             message = "no update yet, as in a network that was not trained"
@@ -146,7 +146,7 @@ class UnconvergedStatistics(ModelRule):
             layer,
             Severity.WARNING,
             f"{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
-            f"{_counted(updates, 'update')}, {_needed(needed)}{assumed}",
+            f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
         )
@@ -169,7 +169,7 @@ class UnconvergedStatistics(ModelRule):
             Severity.WARNING,
             f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
             "variance 1, but batches have a mean so far from it that this shifts the running one: "
-            f"{_counted(updates, 'update')}, {_needed(needed)}",
+            f"{counted(updates, 'update')}, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(
                 "bring the input to mean 0 and deviation 1, or train for longer; recalibrate what "
@@ -178,10 +178,6 @@ class UnconvergedStatistics(ModelRule):
             ),
             channels=tuple(map(int, np.flatnonzero(shift > self.max_initial_shift_std))),
         )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _needed(updates: float) -> str:
@@ -193,6 +189,9 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
     if run.planned_steps is None or run.steps == 0:
         return None
     updates_per_step = layer.updates_seen / run.steps
+    if updates_per_step >= 1.0:
+        # The rest of the batches of this step may be still to come.
+        updates_per_step = max(updates_per_step, run.plan.accumulated_batches)
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
 
 

@@ -47,7 +47,7 @@ class UnfrozenByTrain(Rule):
 
     code: ClassVar[str] = "BN208"
     name: ClassVar[str] = "unfrozen-by-train"
-    explains: ClassVar[tuple[str, ...]] = ("BN101", "BN301", "BN302")
+    explains: ClassVar[tuple[str, ...]] = ("BN101", "BN201", "BN202", "BN203", "BN301", "BN302")
     acts_by_statistics: ClassVar[bool] = True
 
     min_frozen_calls: int = 2

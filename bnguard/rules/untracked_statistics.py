@@ -17,7 +17,7 @@ class UntrackedStatistics(Rule):
 
     Why it matters:
         Without running statistics eval mode normalises with the batch too: what the network says
-        of a sample depends on the samples beside it, and a batch of one fails or is erased. Where
+        of a sample depends on the samples next to it, and a batch of one fails or is erased. Where
         tracking is switched off *after* the layer was built the statistics are still there:
         training uses the batch, evaluation the old values, and the two drift apart. Lightning's
         ``BaseFinetuning.freeze(train_bn=False)`` does this.

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.limits import fits
+from bnguard.rules.limits import distance_of, fits
 from bnguard.rules.several_streams import distances
 
 
@@ -24,13 +24,13 @@ class UpdateOutsideTraining(Rule):
         profile) leaves its zeros there.
 
     Evidence:
-        Calls inside ``monitor.evaluation()``, or inside Lightning's validation, that used batch
-        statistics. Outside of it: calls under ``no_grad`` between two training steps, where none
-        in eval mode came, as after a re-estimation on purpose. Others under ``no_grad`` in a small
-        part of the training steps, those at the end of the training among them, are ``info``,
-        since they may be such a one. They are a ``warning``, in every step too, where their batches
-        differ from those of training and evaluation does not fit the running statistics: so are
-        repeated passes for the uncertainty of new samples (Monte Carlo dropout).
+        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
+        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
+        Other calls under ``no_grad``, in a small part of the steps or after the last, may be a
+        re-estimation on purpose: ``info``. They are a ``warning``, in every step too, if they
+        differ from the batches of training and evaluation does not match the running statistics;
+        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls,
+        and so are dummy forwards of a network that was not trained while it was watched.
         ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
         networks that run under ``no_grad`` in every step (a teacher, a generator while the
         discriminator learns).
@@ -87,6 +87,18 @@ class UpdateOutsideTraining(Rule):
             yield self._in_evaluation(layer)
         elif (other := self._of_other_data(layer)) is not None:
             yield self._without_grad(layer, Severity.WARNING, other)
+        elif self._was_moved_without_training(layer):
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"{layer.calls.without_grad} batches went into the running statistics under "
+                "no_grad without a step of training, and evaluation does not fit them: dummy "
+                "forwards, or a missing eval()",
+                Evidence(
+                    "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
+                ),
+                _EVAL,
+            )
         elif self._is_unusual(layer):
             is_evaluation = layer.calls.between_steps > self.max_calls_without_grad
             yield (
@@ -107,6 +119,13 @@ class UpdateOutsideTraining(Rule):
         by_var = Evidence("|log variance ratio| to training", ratio, self.max_log_variance_ratio)
         worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
         return worst if worst.value > worst.limit else None
+
+    def _was_moved_without_training(self, layer: LayerHistory) -> bool:
+        if layer.run.steps or not layer.calls.are_without_grad:
+            return False
+        distance = distance_of(layer)
+        has_some = layer.calls.without_grad > self.max_calls_without_grad
+        return has_some and distance is not None and distance.is_beyond
 
     def _is_unusual(self, layer: LayerHistory) -> bool:
         """Return whether some calls ran under ``no_grad``, and most of the steps had none."""
@@ -151,12 +170,20 @@ class UpdateOutsideTraining(Rule):
             if other is None
             else "a missing eval(), since they are unlike the batches of training"
         )
+        steps, after = calls.steps_without_grad, calls.since_training
+        if after:
+            steps -= 1
+        if not steps:
+            when = "all after the last step"
+        else:
+            when = f"in {steps} of {layer.run.steps} steps" + (
+                f" and {after} of them after the last" if after else ""
+            )
         counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
             severity,
-            f"{calls.without_grad} batches went into the statistics under no_grad, in "
-            f"{calls.steps_without_grad} of {layer.run.steps} steps: {what}",
+            f"{calls.without_grad} batches went into the statistics under no_grad, {when}: {what}",
             other or counted,
             _EVAL,
             reasons=() if other is None else (counted,),

@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 from bnguard.errors import CalibrationError, ConfigurationError, in_one_line
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
-    as_written,
     device_of,
     find_layers,
     require_module,
+    run_uncompiled,
 )
 from bnguard.layers.preserve import preserve_random_states
 from bnguard.observe.mode_gap import float_tensors, places_of_rows, relative_change
@@ -151,7 +151,7 @@ def swap(
         raise ConfigurationError(f"fabric takes a Fabric of Lightning, not {fabric!r}")
     data = None if teacher_data is None else make_repeatable(teacher_data)
     score_before = None if score is None else measure_score(model, score)
-    with preserve_random_states(model), as_written():
+    with preserve_random_states(model), run_uncompiled():
         batch = _read_sample(model, sample, data, forward)
         positions: Mapping[str, int] = {}
         expected: object = None

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from bnguard import __version__
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
+from bnguard.report.notebook import NotebookView
 from bnguard.swapping.distillation import Distillation
-from bnguard.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +54,7 @@ class ReplacedLayer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Swap:
+class Swap(NotebookView):
     """What :func:`bnguard.swap` did.
 
     Attributes:

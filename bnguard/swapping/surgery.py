@@ -15,9 +15,9 @@ from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
     adapter_of,
+    explain_missing_layers,
     find_layers,
     is_wrapper,
-    without_layers,
 )
 from bnguard.layers.moments import wide
 from bnguard.recalibration.options import SkippedLayer, patterns_of
@@ -224,7 +224,7 @@ def plan_swap(
         )
     found = find_layers(model)
     if not found:
-        raise ConfigurationError(f"{without_layers(model)}: nothing to swap")
+        raise ConfigurationError(f"{explain_missing_layers(model)}: nothing to swap")
     wanted = ("*",) if names is None else patterns_of("layers", names, found)
     unwanted = patterns_of("exclude", exclude, found)
     layers, skipped = [], []

@@ -7,13 +7,12 @@ own package.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.errors import user_code
 from bnguard.tensorboard.metadata import PLUGIN_NAME
 
 _DT_STRING = 7
@@ -71,8 +70,7 @@ class EventSink:
         self._add(tag, {"dtype": _DT_STRING, "string_val": [text]}, step, b"")
 
     def _add(self, tag: str, tensor: dict[str, Any], step: int, description: bytes) -> None:
-        with user_code(type(self._writer).__name__):
-            file_writer = _file_writer(self._writer)
+        file_writer = _file_writer(self._writer)
         if file_writer is None:
             return
         summary_class = _summary_class(file_writer)
@@ -85,21 +83,7 @@ class EventSink:
         if tag not in self._described:
             summary.value[0].metadata.MergeFromString(_DATA_CLASS_TENSOR)
             self._described.add(tag)
-        with user_code(type(self._writer).__name__):
-            file_writer.add_summary(summary, step)
-
-
-def summary_writers(loggers: Iterable[object]) -> tuple[object, ...]:
-    """Return the summary writers of the loggers that log to TensorBoard.
-
-    The classes of the two Lightning packages are unrelated, so the name decides. Reading the
-    ``experiment`` of other loggers is avoided, because that may start a run.
-    """
-    return tuple(
-        logger.experiment  # type: ignore[attr-defined]
-        for logger in loggers
-        if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)
-    )
+        file_writer.add_summary(summary, step)
 
 
 def _file_writer(writer: object) -> _FileWriter | None:

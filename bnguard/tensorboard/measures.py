@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import LayerHistory
-from bnguard.rules import DeadChannels
+from bnguard.rules.dead_channels import DeadChannels
 from bnguard.tensorboard.metadata import Metric
 
 # Share of the channels that a layer's number speaks for, as in the rules on drift.

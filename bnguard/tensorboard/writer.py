@@ -1,6 +1,6 @@
-"""Writes the reports of a monitor into event files.
+"""Writes statistics, channels and findings into event files, as the tab reads them.
 
-Viewers without the tab get a few scalars per metric, and the findings as Markdown.
+Viewers without the tab get the findings as Markdown.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnguard.errors import user_code
-from bnguard.findings import Finding
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
-from bnguard.observe.history import LayerHistory
-from bnguard.report import Report
-from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.events import EventSink
-from bnguard.tensorboard.measures import compute_metrics, dead_channels
 from bnguard.tensorboard.metadata import (
     CHANNEL_ROWS,
     CHANNELS_TAG,
@@ -29,85 +23,12 @@ from bnguard.tensorboard.metadata import (
     Header,
     Metric,
     encode_rows,
-    standard_metrics,
 )
 from bnguard.tensorboard.records import (
-    SUBJECTS,
     Record,
     encode_findings,
     finding_record,
-    repair_command,
 )
-
-_QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
-
-
-class ReportLog:
-    """Writes the metrics and findings of a monitor through summary writers.
-
-    The layers are those of the first report; layers that join later are not shown.
-
-    Args:
-        writers: ``SummaryWriter`` objects of torch or tensorboardX; none is fine.
-        rules: The rules in force; their limits set the colours.
-        subjects: Options that name the model and its data in the proposed commands.
-
-    Example:
-        A plain loop writes the tab with ``log = ReportLog([writer])`` and, now and then,
-        ``log.add(monitor.report(final=False), step)``.
-    """
-
-    def __init__(
-        self,
-        writers: Iterable[object],
-        rules: Iterable[Rule] = RULES,
-        subjects: str = SUBJECTS,
-    ) -> None:
-        self._writers = tuple(writers)
-        self._subjects = subjects
-        self._metrics = standard_metrics(rules)
-        self._names: tuple[str, ...] = ()
-        self._logs: list[BatchNormLog] = []
-
-    def add(self, report: Report, step: int) -> None:
-        """Write metrics and findings, unless those of this step have been written."""
-        layers = self._layers(report)
-        for log in self._logs:
-            log.add_stats(compute_metrics(layers, self._metrics), step)
-            log.add_findings(map(self._record, report.findings), step)
-
-    def add_channels(self, report: Report, step: int) -> None:
-        """Write channel snapshots; once per evaluation is enough."""
-        layers = self._layers(report)
-        for log in self._logs:
-            for layer in layers:
-                snapshot = _snapshot(layer)
-                if snapshot is not None:
-                    log.add_channels(layer.name, snapshot, step)
-
-    def scalars(self, report: Report) -> dict[str, float]:
-        """Return quantiles over the layers of each metric by name, for any logger."""
-        return lean_scalars(self._metrics, compute_metrics(report.layers, self._metrics))
-
-    def _record(self, finding: Finding) -> Record:
-        command = repair_command(finding.fix.repair, self._subjects)
-        raw = finding.to_dict()
-        return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
-
-    def _layers(self, report: Report) -> Sequence[LayerHistory]:
-        """Return the layers in the column order that the first report sets."""
-        if not self._names and report.layers:
-            in_order = sorted(
-                report.layers,
-                key=lambda layer: len(report.layers) if layer.position is None else layer.position,
-            )
-            self._names = tuple(layer.name for layer in in_order)
-            kinds = [layer.kind for layer in in_order]
-            self._logs = [
-                BatchNormLog(writer, self._names, self._metrics, kinds) for writer in self._writers
-            ]
-        by_name = {layer.name: layer for layer in report.layers}
-        return [by_name.get(name, LayerHistory(name=name, channels=0)) for name in self._names]
 
 
 class BatchNormLog:
@@ -171,9 +92,7 @@ class BatchNormLog:
         self._sink.add_string(FINDINGS_TAG, text, step)
         add_text = getattr(self._writer, "add_text", None)
         if add_text is not None:
-            markdown = findings_markdown(records)
-            with user_code(type(self._writer).__name__):
-                add_text(FINDINGS_TAG, markdown, step)
+            add_text(FINDINGS_TAG, findings_markdown(records), step)
 
     def add_channels(self, layer: str, snapshot: ChannelSnapshot, step: int) -> None:
         """Write the channel snapshot of a layer."""
@@ -236,37 +155,6 @@ class ChannelSnapshot:
             return np.stack([rows[name] for name in CHANNEL_ROWS]).astype(np.float16)
 
 
-def lean_scalars(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
-    """Return quantiles over the layers, and the worst layer, of each metric that has them.
-
-    At most four per metric: 5 %, 50 %, 95 %, and ``max``, or ``min`` if the limit is a minimum.
-    Values that are not finite are left out.
-
-    Args:
-        metrics: The metric of each row.
-        values: Shape ``(metrics, layers)``.
-
-    Example:
-        >>> shift = Metric(key="shift", name="Shift", unit="σ", description="", panel="")
-        >>> lean_scalars([shift], [[1.0, 3.0]])["bnguard/shift/max"]
-        3.0
-    """
-    scalars: dict[str, float] = {}
-    for metric, row in zip(metrics, np.asarray(values, dtype=np.float64), strict=True):
-        known = row[np.isfinite(row)]
-        if not metric.has_quantiles or known.size == 0:
-            continue
-        if metric.limit_side == "either":
-            known = np.abs(known)
-        for name, quantile in _QUANTILES.items():
-            scalars[f"bnguard/{metric.key}/{name}"] = float(np.quantile(known, quantile))
-        if metric.limit_side == "below":
-            scalars[f"bnguard/{metric.key}/min"] = float(known.min())
-        else:
-            scalars[f"bnguard/{metric.key}/max"] = float(known.max())
-    return scalars
-
-
 def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
     """Return findings as a Markdown table, a row per rule and severity; their text is escaped.
 
@@ -307,21 +195,3 @@ def _cell(text: str) -> str:
     """Escape Markdown and HTML: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
-
-
-def _snapshot(layer: LayerHistory) -> ChannelSnapshot | None:
-    if layer.running is None or layer.running.mean.size == 0:
-        return None
-    window, evaluated = layer.window, layer.evaluated
-    return ChannelSnapshot(
-        running_mean=layer.running.mean,
-        running_var=layer.running.var,
-        batch_mean=None if window is None else window.mean,
-        batch_var=None if window is None else window.var_unbiased,
-        eval_mean=None if evaluated is None else evaluated.mean,
-        eval_var=None if evaluated is None else evaluated.var_unbiased,
-        gamma=layer.gamma,
-        beta=layer.beta,
-        is_dead=dead_channels(layer),
-        eps=layer.eps,
-    )

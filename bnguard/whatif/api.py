@@ -15,11 +15,11 @@ from bnguard.distributed import current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
-    as_written,
     device_of,
+    explain_missing_layers,
     find_layers,
     require_module,
-    without_layers,
+    run_uncompiled,
 )
 from bnguard.layers.distances import initial_weight
 from bnguard.layers.preserve import preserve_modes, preserve_random_states, preserve_statistics
@@ -103,7 +103,7 @@ def diagnose(
     inner = unwrap(model)
     found = find_layers(inner)
     if not found:
-        raise CalibrationError(f"{without_layers(inner)}: nothing to diagnose")
+        raise CalibrationError(f"{explain_missing_layers(inner)}: nothing to diagnose")
     if not any(layer.is_tracking for layer in found):
         return Diagnosis(cause=no_statistics(found))
     selection = select_layers(inner, None)
@@ -171,7 +171,7 @@ def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[N
         preserve_modes(model),
         preserve_random_states(model),
         preserve_statistics(layers),
-        as_written(),
+        run_uncompiled(),
         torch.no_grad(),
     ):
         yield

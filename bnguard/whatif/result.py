@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
+from bnguard.report.notebook import NotebookView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class LayerShare:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Diagnosis:
+class Diagnosis(NotebookView):
     """The result of :func:`bnguard.diagnose`; prints itself.
 
     Attributes:
@@ -232,23 +232,9 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
 
 
 def _next_step(cause: Verdict) -> list[RenderableType]:
-    return [Text(f"→ {cause.advice}:"), _Command(cause.next_step)]
-
-
-@dataclass(frozen=True)
-class _Command:
-    code: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(_in_lines(self.code, options.max_width), style="bold")
-
-
-def _in_lines(code: str, width: int) -> str:
-    """Return a command that is too wide with one option per line, as a shell accepts it."""
-    if len(code) <= width or not code.startswith("bnguard "):
-        return code
-    words = [shlex.quote(word) for word in shlex.split(code)]
-    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)
+    # Commands and code are copied: rich must not break their lines.
+    code = Text(cause.next_step, style="bold", no_wrap=True, overflow="ignore")
+    return [Text(f"→ {cause.advice}:"), code]
 
 
 def _score(value: float | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from bnguard.cli.model_and_data import usable_defaults
+from bnguard.cli.stored_arguments import usable_defaults
 
 
 class Untyped:

@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningModule
 
 from bnguard.checkpoint import read_checkpoint
-from bnguard.cli.model_and_data import Subject
-from bnguard.cli.request import _stored
+from bnguard.cli.model_and_data import Factory
+from bnguard.cli.request import split_arguments
+from bnguard.cli.stored_arguments import StoredArguments
 from bnguard.errors import ConfigurationError
 
 
@@ -73,17 +74,18 @@ def starting(model, folder):
         "hparams_name": model._hparams_name,
     }
     torch.save(checkpoint, folder / "last.ckpt")
-    stored = _stored(read_checkpoint(folder / "last.ckpt"), "model")
-    subject = Subject("model", type(model)).starting_from(*stored)
+    read = read_checkpoint(folder / "last.ckpt")
+    build = type(model)
+    factory = Factory("model", build, stored=StoredArguments.of(read, "model", build))
     parser = ArgumentParser(exit_on_error=False)
-    subject.add_arguments(parser)
-    return subject, parser
+    factory.add_arguments(parser)
+    return factory, parser
 
 
 def built(model, folder, *given):
-    subject, parser = starting(model, folder)
-    subject.check_given(parser, given)
-    return subject.built(parser.parse_args(list(given)))
+    factory, parser = starting(model, folder)
+    factory.check_given(parser, [option.name for option in split_arguments(given, ())[1]])
+    return factory.make(parser.parse_args(list(given)))
 
 
 @pytest.mark.parametrize("cls", [OneNamespace, Untyped, ByName])
@@ -136,5 +138,5 @@ def test_an_object_that_the_class_does_not_take_is_left_alone(tmp_path):
     model = OneNamespace(argparse.Namespace(width=3))
     model.hparams["callback"] = Act.RELU
     model._hparams_name = None
-    subject, parser = starting(model, tmp_path)
-    subject.check_given(parser, [])
+    factory, parser = starting(model, tmp_path)
+    factory.check_given(parser, [])

@@ -86,8 +86,8 @@ def note_in(path):
 
 
 @pytest.mark.parametrize("to", ["layer", "instance", "batch-renorm", "frozen", "sync"])
-def test_every_target_can_be_built_again(checkpoint, to, capsys):
-    assert main(["swap", str(checkpoint), "--to", to, *QUICK, "--json"]) == 0
+def test_every_target_can_be_built_again(checkpoint, to, capsys, of_demo):
+    assert main(["swap", str(checkpoint), "--to", to, *of_demo, "--steps=0", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     saved = torch.load(document["written"], weights_only=True)
     assert_weights(built(document["code"]), saved["state_dict"])
@@ -105,6 +105,19 @@ def test_json_is_one_document(checkpoint, capsys, of_demo):
     assert 0.0 <= document["score_after"] <= 1.0
     saved = torch.load(document["written"], weights_only=True)
     assert_weights(built(document["code"]), saved["state_dict"])
+
+
+def refuse(word):
+    raise AssertionError(f"JSON has no {word}")
+
+
+def test_a_score_that_is_not_finite_is_strict_json(checkpoint, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["classifier.bias"].fill_(torch.nan)
+    torch.save(content, checkpoint)
+    assert main(["swap", str(checkpoint), *QUICK, "--metric=val_loss", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert document["score_before"] == "NaN"
 
 
 @pytest.mark.parametrize("key", ["model", None])
@@ -162,7 +175,7 @@ def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path
         trainer().fit(model, data, ckpt_path=output)
 
 
-def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys):
+def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys, of_demo):
     seen = {}
 
     def swap(model, to, **options):
@@ -171,7 +184,7 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys)
 
     monkeypatch.setattr("bnguard.swapping.api.swap", swap)
     options = ("--precision", "bf16-mixed", "--steps", "5")
-    assert main(["swap", str(checkpoint), *DEMO, *options]) == 0
+    assert main(["swap", str(checkpoint), *of_demo, *options]) == 0
     assert seen["fabric"]._precision.precision == "bf16-mixed"
     assert isinstance(seen["teacher_data"], torch.utils.data.DataLoader)
 

@@ -21,11 +21,11 @@ def main() -> None:
     for name, situation in situations():
         if options.only in name:
             verdicts.append(judge(situation, options.seed))
-            print(_line(name, verdicts[-1]), flush=True)
+            print(_line(name, verdicts[-1], situation.expected_failure), flush=True)
     print(_score(verdicts))
 
 
-def _line(name: str, verdict: Verdict) -> str:
+def _line(name: str, verdict: Verdict, expected_failure: str) -> str:
     faulty, share = verdict.faulty, verdict.share_back
     parts = [f"{'right' if verdict.is_right else 'WRONG'}  {name}:"]
     parts.append(f"healthy {verdict.healthy.accuracy:.2f}")
@@ -37,6 +37,8 @@ def _line(name: str, verdict: Verdict) -> str:
         parts.append(f"· faulty {faulty.accuracy:.2f}, {named} ({verdict.cause} expected)")
     if share is not None:
         parts.append(f"· fix restores {share:.0%}")
+    if expected_failure:
+        parts.append(f"· open: {expected_failure}")
     return " ".join(parts)
 
 

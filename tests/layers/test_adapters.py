@@ -111,7 +111,7 @@ def test_a_frozen_class_is_known_by_its_name(home):
     assert all(finding.severity is bnguard.Severity.INFO for finding in report.findings)
 
 
-def test_a_class_of_that_name_from_elsewhere_is_not():
+def test_a_class_of_the_same_name_from_another_module_is_not_a_layer():
     assert adapter_of(FrozenBatchNorm2d) is None
 
 
@@ -122,7 +122,7 @@ def test_subclasses_of_a_registered_class_are_found():
     assert adapter_of(Wider) is adapter_of(TutorialNorm)
 
 
-def test_what_is_no_module_is_refused():
+def test_only_module_classes_can_be_registered():
     with pytest.raises(bnguard.ConfigurationError, match=r"takes a subclass of torch.nn.Module"):
         bnguard.register_layer(int)
 

@@ -49,7 +49,7 @@ def test_wrappers_leave_no_trace_in_names():
     assert [layer.name for layer in find_layers(torch.compile(inner))] == ["1"]
 
 
-def test_layers_without_statistics_or_parameters_are_told_apart():
+def test_layers_without_statistics_or_parameters():
     untracked, lazy = find_layers(
         nn.Sequential(
             nn.BatchNorm1d(2, affine=False, track_running_stats=False), nn.LazyBatchNorm1d()

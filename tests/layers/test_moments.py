@@ -83,7 +83,7 @@ def test_every_shape_and_layout_is_exact(shape, order):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_is_constant_has_no_variance(layout):
+def test_constant_values_have_no_variance(layout):
     values = torch.full((4, 3, 100, 100), 1000.1).contiguous(memory_format=layout)
     moments = channel_moments(values)
     assert moments.squares.eq(0).all()

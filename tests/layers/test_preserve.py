@@ -181,7 +181,7 @@ def test_saved_statistics_go_to_the_layers_of_their_names():
     assert torch.equal(model[1].running_mean, moved)
 
 
-def test_a_stream_goes_on_where_it_was_left_and_disturbs_no_other():
+def test_a_stream_continues_and_disturbs_no_other():
     torch.manual_seed(7)
     whole = torch.rand(4)
     outside = torch.get_rng_state()

@@ -56,7 +56,9 @@ def test_the_state_of_another_module_does_no_harm(tiny, trainer_of):
     first = BatchNormMonitor(every_n_steps=3, strict=True)
     trainer_of(first, max_epochs=1).fit(tiny())
     second = BatchNormMonitor(strict=True)
-    second.load_state_dict(first.state_dict())
+    checkpoint = {}
+    first.on_save_checkpoint(None, None, checkpoint)
+    second.on_load_checkpoint(None, None, checkpoint)
     trainer_of(second, limit_train_batches=1, max_epochs=1).fit(Wider())
     assert {len(layer.window.mean) for layer in second.report.layers} == {8, 16}
 
@@ -208,7 +210,7 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
     "place",
     [
         "bnguard.lightning.monitor.show",
-        "bnguard.lightning.monitor.as_terminal_text",
+        "bnguard.loggers.console.as_terminal_text",
         "bnguard.lightning.monitor.watch",
         "bnguard.lightning.monitor.RunLog.write",
         "bnguard.lightning.monitor.RunLog.conclude",
@@ -230,7 +232,8 @@ def test_an_error_of_our_own_anywhere_ends_no_run(place, tiny, trainer_of, monke
     unwatched = tiny()
     trainer_of(enable_checkpointing=True).fit(unwatched)
     callback = BatchNormMonitor(every_n_steps=3)
-    callback.load_state_dict({"monitor": {"of": "another version"}})
+    broken = {"bnguard": {"monitor": {"state": {"of": "another version"}}}}
+    callback.on_load_checkpoint(None, None, broken)
     monkeypatch.setattr(place, fails)
     torch.manual_seed(5)
     module = tiny()

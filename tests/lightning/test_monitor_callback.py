@@ -79,10 +79,11 @@ def test_a_run_is_watched_reported_and_logged(lightning, tmp_path, capsys):
     events = EventAccumulator(trainer.log_dir)
     events.Reload()
     tags = events.Tags()
-    assert "bnguard/eval_shift_std/max" in tags["scalars"]
-    own = {tag for tag in tags["scalars"] if tag.startswith("bnguard/batch_shift_std")}
-    assert own == {f"bnguard/batch_shift_std/{name}" for name in ("p05", "p50", "p95", "max")}
-    own_steps = {event.step for event in events.Scalars("bnguard/batch_shift_std/max")}
+    keys = ("findings", "mode_gap", "shift", "values_per_channel", "variance")
+    assert sorted(tags["scalars"])[-5:] == [f"zz_bnguard/{key}" for key in keys]
+    assert sum("bnguard" in tag for tag in tags["scalars"]) == 5
+    assert events.Scalars("zz_bnguard/findings")[-1].value == len(document["findings"])
+    own_steps = {event.step for event in events.Scalars("zz_bnguard/values_per_channel")}
     user_steps = {event.step for event in events.Scalars("train_loss_step")}
     assert user_steps <= own_steps
     (text, *_) = events.Tensors("bnguard/findings/text_summary")
@@ -286,7 +287,7 @@ def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
     lightning = importlib.import_module("pytorch_lightning")
     trainer, _ = fit(lightning, tmp_path, BatchNormMonitor(strict=True), limit_train_batches=2)
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
-    momenta = saved["callbacks"]["BatchNormMonitor"]["momentum"]
+    momenta = saved["bnguard"]["monitor"]["momentum"]
     assert momenta["features.0.1"] == 0.005
     assert len(momenta) == 7
 
@@ -316,9 +317,10 @@ def test_a_checkpoint_repeats_what_was_reported_of_its_training(lightning, tmp_p
     (document,) = inspection_document([(checkpoint, report)], {})["checkpoints"]
     assert "BN101" in {record["code"] for record in document["reported"]}
 
-    resumed = BatchNormMonitor(strict=True)
-    resumed.load_state_dict(callback.state_dict())
-    assert "BN101" in {record["code"] for record in resumed.state_dict()["findings"]}
+    saved, resumed = {}, BatchNormMonitor(strict=True)
+    resumed.on_load_checkpoint(None, None, torch.load(path, weights_only=True))
+    resumed.on_save_checkpoint(None, None, saved)
+    assert "BN101" in {record["code"] for record in saved["bnguard"]["monitor"]["findings"]}
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
@@ -380,14 +382,15 @@ def test_a_logger_that_fails_is_left_alone_and_the_watching_goes_on(
     def fails(*_, **__):
         raise OSError("disk full")
 
-    class TensorBoardLogger(loggers.TensorBoardLogger):
+    class Broken(loggers.CSVLogger):
         def log_metrics(self, metrics, step=None):
-            if place == "log_metrics" and any(name.startswith("bnguard/") for name in metrics):
+            if any(name.startswith("zz_bnguard/") for name in metrics):
                 fails()
             super().log_metrics(metrics, step)
 
-    broken = TensorBoardLogger(tmp_path / "broken", version=0)
+    broken = Broken(tmp_path / "broken", version=0)
     if place == "add_summary":
+        broken = loggers.TensorBoardLogger(tmp_path / "broken", version=0)
         writer = broken.experiment._get_file_writer()
         add = writer.add_summary
 
@@ -407,7 +410,7 @@ def test_a_logger_that_fails_is_left_alone_and_the_watching_goes_on(
     assert not callback.is_off
     assert callback.report is not None
     metrics = (tmp_path / "sound/lightning_logs/version_0/metrics.csv").read_text()
-    assert "bnguard/batch_shift_std/max" in metrics
+    assert "zz_bnguard/values_per_channel" in metrics
 
 
 def test_a_report_that_cannot_be_written_is_said_to_be(lightning, tmp_path, capsys):

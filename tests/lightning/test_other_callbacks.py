@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from bnguard.lightning import BatchNormMonitor
+from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
 
 
 @pytest.fixture
@@ -166,8 +168,20 @@ def test_a_resumed_run_goes_on(tiny, trainer_of, capsys):
     assert finding.step == 1
     # One window of three batches was full, the new one has six of its own.
     assert {int(layer.window.batches.max()) for layer in second.report.layers} == {6}
-    saved = torch.load(path, weights_only=True)["callbacks"]["BatchNormMonitor"]["monitor"]
+    saved = torch.load(path, weights_only=True)["bnguard"]["monitor"]["state"]
     assert set(saved["windows"]) == {"backbone.1", "head.1"}
+
+
+def test_a_run_is_resumed_without_the_callbacks_in_silence(tiny, trainer_of):
+    callbacks = BatchNormMonitor(strict=True), BatchNormRecalibration(strict=True)
+    trainer = trainer_of(*callbacks, max_epochs=1, enable_checkpointing=True)
+    trainer.fit(tiny())
+    resumed = trainer_of(max_epochs=2, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.fit(tiny(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert resumed.current_epoch == 2
+    assert not any("Please add the following callbacks" in str(one.message) for one in caught)
 
 
 def test_a_run_resumed_from_what_is_broken_is_told_so_and_stopped(tiny, trainer_of, capsys):
@@ -185,10 +199,10 @@ def test_a_run_resumed_from_what_is_broken_is_told_so_and_stopped(tiny, trainer_
 
 
 def test_the_state_of_a_run_is_taken_over(tiny, trainer_of):
-    first = BatchNormMonitor(every_n_steps=6, strict=True)
+    first, second, checkpoint = BatchNormMonitor(strict=True), BatchNormMonitor(strict=True), {}
     trainer_of(first, max_epochs=1).fit(tiny())
-    second = BatchNormMonitor(strict=True)
-    second.load_state_dict(first.state_dict())
+    first.on_save_checkpoint(None, None, checkpoint)
+    second.on_load_checkpoint(None, None, checkpoint)
     trainer_of(second, limit_train_batches=1, max_epochs=1).fit(tiny())
     for old, new in zip(first.report.layers, second.report.layers, strict=True):
         assert int(new.window.batches.max()) == 6

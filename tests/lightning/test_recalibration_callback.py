@@ -174,9 +174,13 @@ def test_checkpoints_of_the_same_weights_share_a_recalibration(
     assert same(best["state_dict"], last["state_dict"])
     mean = "head.1.running_mean"
     assert not torch.equal(scaled["state_dict"][mean], last["state_dict"][mean])
-    states = [saved["callbacks"][repair.state_key]["before"] for saved in (best, last)]
+    states = [saved["bnguard"]["recalibration"]["checkpoint"]["before"] for saved in (best, last)]
     assert torch.equal(*(state["head.1"]["running_mean"] for state in states))
-    assert capsys.readouterr().out.count("recalibrated on 48 samples for the checkpoint") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("recalibrated on 48 samples for the checkpoint") == 1
+    assert (
+        "BN layers recalibrated 2 times for the checkpoint, new statistics kept 2 times" in printed
+    )
 
 
 def test_a_checkpoint_of_averaged_weights_gets_statistics_of_these(tiny, trainer_of, lightning):

@@ -183,7 +183,7 @@ def test_several_loggers_in_any_order(first, watched, tiny, lightning, tmp_path)
     (report,) = tmp_path.rglob(REPORT_FILE)
     assert first in (report.parts if first != "Own" else ["Own"])
     folder = tmp_path / "CSVLogger/lightning_logs/version_0"
-    assert "bnguard/eval_shift_std/max" in (folder / "metrics.csv").read_text()
+    assert "zz_bnguard/shift" in (folder / "metrics.csv").read_text()
     assert list(tmp_path.glob("TensorBoardLogger/**/events.out.*"))
 
 
@@ -191,7 +191,7 @@ def test_csv_logger_alone(watched, tiny, lightning, tmp_path):
     watched(tiny, logger=lambda: lightning.loggers.CSVLogger(tmp_path, version=0))
     rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
-    column, step = names.index("bnguard/batch_shift_std/max"), names.index("step")
+    column, step = names.index("zz_bnguard/values_per_channel"), names.index("step")
     steps = [int(row.split(",")[step]) for row in rows[1:] if row.split(",")[column]]
     assert sorted(set(steps)) == [1, 3, 5, 7, 9, 11, 12]
 
@@ -210,4 +210,4 @@ def test_loggers_of_other_kinds_are_given_the_scalars(watched, tiny, lightning):
         def log_hyperparams(self, *args, **kwargs): ...
 
     _, trainer, _ = watched(tiny, logger=Own)
-    assert "bnguard/batch_shift_std/max" in trainer.logger.seen
+    assert "zz_bnguard/values_per_channel" in trainer.logger.seen

@@ -1,4 +1,4 @@
-"""What arrives in eval mode, against a naive float64 record."""
+"""Eval statistics against a naive float64 record."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_large_images_are_read_exactly(layout):
     np.testing.assert_allclose(result.var_unbiased, rows.var(1), rtol=1e-5)
 
 
-def test_of_the_calls_after_the_first_ever_fewer_are_read():
+def test_after_the_first_calls_fewer_and_fewer_are_read():
     batches = [torch.randn(32, 2) for _ in range(13)]
     result = window(nn.BatchNorm1d(2).eval(), batches, first_blocks=3)
     assert result.batches == 5
@@ -76,7 +76,7 @@ def test_of_the_calls_after_the_first_ever_fewer_are_read():
 
 @pytest.mark.parametrize("size", [1, 2, 8, 32, 256])
 @pytest.mark.parametrize("shape", [(2,), (2, 3, 3)])
-def test_small_batches_bring_as_many_values_as_large_ones(size, shape):
+def test_small_batches_give_as_many_values_as_large_ones(size, shape):
     samples = torch.randn(1024, *shape)
     layer = nn.BatchNorm1d(2) if len(shape) == 1 else nn.BatchNorm2d(2)
     result = window(layer.eval(), samples.split(size))
@@ -93,7 +93,7 @@ def test_a_sorted_evaluation_shows_at_any_batch_size(size):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_call_that_is_not_finite_is_counted_and_left_out(bad):
+def test_a_call_with_nan_is_counted_but_does_not_enter_the_moments(bad):
     layer = nn.BatchNorm1d(2).eval()
     good, spoilt = torch.randn(4, 2), torch.randn(4, 2)
     spoilt[1, 1] = bad
@@ -128,13 +128,13 @@ def test_a_dark_background_is_not_padding():
     assert window(nn.BatchNorm2d(2).eval(), [values]).padding_share == 0.0
 
 
-def test_values_that_come_again_are_not_padding():
+def test_repeated_values_are_not_padding():
     letters = torch.randint(0, 4, (64, 100))
     values = nn.functional.one_hot(letters, 4).float().transpose(1, 2)
     assert window(nn.BatchNorm1d(4).eval(), [values]).padding_share < 0.05
 
 
-def test_no_padding_is_no_padding():
+def test_images_without_padding_have_none():
     result = window(nn.BatchNorm2d(3).eval(), [torch.randn(4, 3, 5, 5)])
     assert result.padding_share == result.padding_spread == 0.0
 
@@ -166,7 +166,7 @@ def test_a_layer_in_train_mode_is_not_read():
     (16, False, (0, 5)),
     (16, True, (95, 100)),
 ])  # fmt: skip
-def test_what_is_sorted_is_shown_and_chance_is_not(size, is_sorted, shown):
+def test_sorted_data_are_significant_and_chance_is_not(size, is_sorted, shown):
     """One channel, so that a median over channels cannot make up for a false limit."""
     torch.manual_seed(0)
     found = 0
@@ -178,7 +178,7 @@ def test_what_is_sorted_is_shown_and_chance_is_not(size, is_sorted, shown):
     assert low <= found <= high
 
 
-def test_dropout_is_noted_at_the_layer_that_it_comes_before():
+def test_dropout_is_noted_at_the_next_layer():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()

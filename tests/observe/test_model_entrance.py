@@ -1,4 +1,4 @@
-"""What a batch brings to the model is seen, whichever module the training step calls."""
+"""The inputs of the model are seen, whichever module the training step calls."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_the_outermost_call_counts_once_whatever_is_called():
     assert seen(model, lambda: (model.loss(batch), model(batch))) == [[(16, 4)]] * 2
 
 
-def test_keywords_are_seen_and_what_is_no_number_is_not():
+def test_keywords_and_whole_numbers_are_seen():
     model, batch = Module(), torch.randn(16, 4)
     call = lambda: model(inputs=batch, scale=torch.tensor(2.0))  # noqa: E731
     assert seen(model, call) == [[(16, 4), ()]]
     labels = nn.Sequential(nn.Embedding(5, 4), nn.BatchNorm1d(4))
-    assert seen(labels, lambda: labels(torch.tensor([0, 1, 2]))) == [[]]
+    assert seen(labels, lambda: labels(torch.tensor([0, 1, 2]))) == [[(3,)]]
 
 
 def test_evaluation_and_no_grad_are_not_seen():
@@ -69,7 +69,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("is_forward_called", [True, False])
-def test_a_nan_in_the_data_is_told_from_the_weights_that_it_ruins(is_forward_called):
+def test_nan_in_the_data_is_distinguished_from_the_weights_that_it_ruins(is_forward_called):
     torch.manual_seed(0)
     model = Module()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -40,11 +40,11 @@ def test_numbers_that_never_vary_and_those_that_are_not_finite_are_left_out():
 
 
 @pytest.mark.parametrize("batch", [torch.randn(1, 3), torch.randn(8), torch.randn(0, 3)])
-def test_what_holds_no_samples_of_numbers_is_not_read(batch):
+def test_inputs_without_samples_are_not_read(batch):
     assert observed([batch] * 4) is None
 
 
-def test_the_last_window_stands_until_the_new_one_is_half_full():
+def test_the_last_window_is_used_until_the_new_one_is_half_full():
     probe = SampleProbe()
     for _ in range(8):
         probe.note([torch.randn(8, 3)])
@@ -63,7 +63,7 @@ def of_means(means):
     return float(np.median(observed([torch.randn(16, 3) + mean for mean in means]).variance_ratio))
 
 
-def test_a_trend_over_many_batches_is_no_difference_between_them():
+def test_a_slow_trend_does_not_count_as_difference_between_batches():
     assert of_means(torch.linspace(0.0, 2.0, 50)) < 1.7
     assert of_means(torch.linspace(0.0, 1.4, 50).square()) < 1.7
     # Classes in their order, each for some batches.

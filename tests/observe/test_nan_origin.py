@@ -61,7 +61,7 @@ def test_a_division_by_zero_is_found_in_its_module_channel_and_sample():
     assert hooks[6] == hooks[0]
 
 
-def test_bad_data_is_told_from_a_bad_network():
+def test_bad_data_are_distinguished_from_a_bad_network():
     def spoil(model, inputs, step):
         if step in (3, 5):
             inputs[2, 0, 4, 4] = torch.nan
@@ -73,7 +73,7 @@ def test_bad_data_is_told_from_a_bad_network():
     assert (origin.samples, origin.step) == ((2,), 5)
 
 
-def test_an_overflow_between_modules_is_not_laid_on_the_data():
+def test_an_overflow_between_modules_is_not_blamed_on_the_data():
     class Scaled(Net):
         def forward(self, inputs):
             return self.tail(self.stem(inputs) * 1e39)

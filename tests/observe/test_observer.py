@@ -158,7 +158,7 @@ def saved(model):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_exception_in_what_is_called_back_leaves_no_trace(error):
+def test_an_exception_in_a_callback_leaves_no_trace(error):
     def complain(group):
         raise error
 
@@ -245,7 +245,7 @@ def test_a_report_after_close_puts_no_hook_on_the_model():
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_a_state_dict_that_is_loaded_is_no_update_of_training(steps_before, assign):
+def test_loading_a_state_dict_does_not_count_as_an_update(steps_before, assign):
     source, model, (images, _) = conv_net(), conv_net(), digits()
     for batch in images[:640].split(32):
         source(batch)
@@ -263,4 +263,4 @@ def test_a_state_dict_that_is_loaded_is_no_update_of_training(steps_before, assi
         assert layer.updates_seen == steps_before + 10
         assert layer.running_at_start.updates == (0 if steps_before else 20)
         assert layer.window.batches.max() >= 10
-    assert not any("no hook sees" in note for note in report.history.notes)
+    assert not any("called without hooks" in note for note in report.history.notes)

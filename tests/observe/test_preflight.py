@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 import bnguard
-from bnguard.observe.windows import Plan, plan_training
+from bnguard.observe.training_plan import Plan, plan_training
 from tests.networks import mlp
 
 
@@ -64,7 +64,7 @@ def test_settings_of_the_trainer_are_kept():
     assert plan == Plan(ranks=4, accumulated_batches=2)
 
 
-def test_a_last_batch_of_one_is_told_after_the_first_step():
+def test_a_last_batch_of_one_is_reported_after_the_first_step():
     told = []
     model = mlp()
     loader = DataLoader(torch.randn(33, 64), 16)
@@ -77,7 +77,7 @@ def test_a_last_batch_of_one_is_told_after_the_first_step():
     assert "at the end of the epoch" in told[0].worst.message
 
 
-def test_one_sample_with_many_positions_is_no_batch_of_one():
+def test_one_sample_with_many_positions_is_not_a_batch_of_one():
     told = []
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     loader = DataLoader(torch.randn(33, 1, 8, 8), 16)

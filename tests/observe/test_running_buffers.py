@@ -236,7 +236,7 @@ def test_a_poisoned_channel_is_dated_and_keeps_out_of_the_window():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_poisoned_statistics_are_put_back_in_the_same_step(bad):
+def test_poisoned_statistics_are_restored_in_the_same_step(bad):
     layer = nn.BatchNorm1d(3)
     probe = BatchProbe(find_layers(layer), restore_poisoned=True)
     layer(torch.randn(6, 3))

@@ -305,7 +305,7 @@ def test_half_precision_buffers_are_read_from_the_inputs():
 
 
 @pytest.mark.parametrize("is_without_grad", [True, False])
-def test_where_autograd_saved_nothing_the_input_is_read(is_without_grad):
+def test_the_input_is_read_if_autograd_saved_nothing(is_without_grad):
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.0, affine=False))
     oracle = Oracle(model[0])
     mode = torch.no_grad() if is_without_grad else contextlib.nullcontext()
@@ -318,7 +318,7 @@ def test_where_autograd_saved_nothing_the_input_is_read(is_without_grad):
     check_window(layer.window, oracle)
 
 
-def test_the_calls_of_a_step_are_told_apart():
+def test_the_calls_of_a_step_have_separate_streams():
     """A discriminator that is given real samples and then others, a forward each."""
     model = nn.Sequential(nn.BatchNorm1d(3))
     with watched(model, every_n_steps=4) as monitor:
@@ -344,7 +344,7 @@ class Siamese(nn.Module):
         return self.norm(left) - self.norm(right)
 
 
-def test_the_calls_of_a_forward_are_told_apart_and_blended_in_the_window():
+def test_the_calls_of_a_forward_have_separate_streams_and_blend_in_the_window():
     model = Siamese()
     oracle = Oracle(model.norm)
     with watched(model, every_n_steps=4) as monitor:
@@ -372,7 +372,7 @@ def test_images_of_every_size_do_not_fill_the_memory():
     assert layer.values_per_channel[6] == 1
 
 
-def test_a_batch_of_one_is_told_before_torch_refuses_it():
+def test_a_batch_of_one_is_reported_before_torch_rejects_it():
     model = nn.Sequential(nn.BatchNorm1d(3))
     with watched(model) as monitor:
         model(torch.randn(4, 3))
@@ -431,7 +431,7 @@ class TestCompiled:
             assert layer.updates_seen == layer.unseen_calls == 10
             assert layer.window.batches.max() > 0
             assert layer.values_per_channel == {}
-        assert "called where no hook sees, as under torch.compile" in " ".join(str(report).split())
+        assert "called without hooks, as under torch.compile" in " ".join(str(report).split())
         assert len(report.history.notes) == 1
         gap = report.history.run.mode_gap
         assert (gap is not None) is order.startswith("after")
@@ -451,3 +451,52 @@ class TestCompiled:
         (layer,) = monitor.report().layers
         near(layer.window.mean, expected.double().mean(0).numpy(), 10.0)
         assert self.counted() == ({}, 1)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_training_goes_on_after_an_interrupted_forward(first):
+    """Torch calls no hook after KeyboardInterrupt, with which a notebook's cell is stopped."""
+
+    class Interrupted(nn.Module):
+        def forward(self, values):
+            if interrupts:
+                raise KeyboardInterrupt
+            return values
+
+    interrupts = False
+    model = nn.Sequential(nn.Linear(4, 8), Interrupted(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    modes = torch._C._len_torch_function_stack()
+    monitor = bnguard.watch(model, on_findings=lambda group: None, strict=True)
+
+    def step():
+        model(torch.randn(16, 4)).sum().backward()
+        monitor.step()
+
+    for _ in range(first):
+        step()
+    interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(16, 4))
+    interrupts = False
+    for _ in range(8):
+        step()
+    report = monitor.report()
+    assert report.history.run.inputs.batches > first + 2
+    monitor.close()
+    assert torch._C._len_torch_function_stack() == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_closing_after_an_interrupted_first_forward_leaves_no_trace():
+    class Interrupted(nn.BatchNorm1d):
+        def forward(self, values):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 8), Interrupted(8))
+    modes = torch._C._len_torch_function_stack()
+    monitor = bnguard.watch(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(16, 4))
+    monitor.close()
+    assert torch._C._len_torch_function_stack() == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())

@@ -34,7 +34,7 @@ class Ranks:
     def __init__(self, *others):
         self.others = others
 
-    def merged(self, mine, merge):
+    def merge(self, mine, merge):
         return merge([mine, *self.others])
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
+from rich.console import Console
 from torch import nn
 
 import bnguard
-from bnguard.report.terminal import as_text, report_view
+from bnguard.findings import notice
+from bnguard.report.terminal import as_terminal_text, as_text, notice_view, report_view
 
 
 def test_the_first_layer_of_the_table_is_the_worst_of_the_finding_with_its_numbers():
@@ -30,3 +34,13 @@ def test_the_first_layer_of_the_table_is_the_worst_of_the_finding_with_its_numbe
     first = lines[next(i for i, line in enumerate(lines) if line.startswith("layer ")) + 1].split()
     assert first[0] == worst.layer
     assert f"{worst.evidence.value:.3g}" in first[-2:]
+
+
+def test_a_live_line_has_the_colour_of_the_report_and_is_not_wrapped(monkeypatch):
+    report = bnguard.inspect(nn.Sequential(nn.BatchNorm1d(4, momentum=0.99)))
+    (group, *_) = report.groups
+    terminal = Console(force_terminal=True, color_system="standard", width=40)
+    monkeypatch.setattr("rich.get_console", lambda: terminal)
+    live = as_terminal_text(notice_view(group))
+    assert live.startswith("\x1b[1;33mbnguard: warning: BN103")
+    assert re.sub(r"\x1b\[[\d;]*m", "", live) == notice(group)

@@ -334,7 +334,7 @@ def test_dropout_before_the_first_layer_is_told_as_such_and_accuses_no_data():
     assert "BN305" not in {finding.code for finding in findings}
     assert "BN305" not in {group.worst.code for group in told}
     drift = next(finding for finding in findings if finding.code == "BN301")
-    assert "because Dropout stands before the layer" in drift.message
+    assert "because Dropout is before the layer" in drift.message
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.05])

@@ -86,3 +86,11 @@ def test_what_is_explained_and_what_is_not_stand_apart_in_a_report():
         (2, ("BN305", "BN303")),
         (1, ()),
     ]
+
+
+@pytest.mark.parametrize("code", ["BN201", "BN204"])
+def test_what_weights_that_are_nan_make_of_a_layer_is_a_consequence(code):
+    history = History(layers=(layer("early", 0), layer("late", 1)), run=Run(steps=200))
+    findings = [found("BN402", "early", 50), found(code, "late", 200)]
+    chain = Explanations(history, RULES, findings).chain(findings[1])
+    assert [finding.code for finding in chain] == ["BN402", code]

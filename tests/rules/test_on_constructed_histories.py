@@ -22,7 +22,7 @@ from bnguard.observe.history import (
     Run,
     RunningStatistics,
 )
-from bnguard.observe.windows import Plan
+from bnguard.observe.training_plan import Plan
 from bnguard.rules import RULES, rule_named
 from bnguard.rules.engine import diagnose
 
@@ -143,7 +143,7 @@ def test_bn302_is_info_where_all_layers_were_frozen():
     assert [f.severity for f in found("BN302", frozen)] == [Severity.INFO]
 
 
-@pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "first dimension")])
+@pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "not independent samples")])
 def test_bn302_does_not_judge_a_gap_that_sampling_may_explain(samples, reason):
     gap = dataclasses.replace(HARM, samples=samples, sampling_change=None)
     judged = diagnose(
@@ -272,7 +272,7 @@ def test_bn402_does_not_pass_over_a_network_whose_gamma_is_nan():
     assert "go back to a checkpoint" in finding.fix.summary
     (restored,) = found("BN402", dataclasses.replace(dead, restored_updates=3))
     assert restored.severity is Severity.ERROR
-    assert "put back" in restored.message
+    assert "restored" in restored.message
 
 
 @pytest.mark.parametrize(("seen", "fires"), [(10, True), (100, False)])

@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
+from bnguard.loggers import RunLog, TensorBoard
+from bnguard.rules import RULES
 from bnguard.tensorboard.log_report import logged_runs, open_log
 from bnguard.tensorboard.measures import MEASURES, compute_metrics
-from bnguard.tensorboard.metadata import CHANNEL_ROWS, standard_metrics
-from bnguard.tensorboard.writer import ReportLog
+from bnguard.tensorboard.metadata import CHANNEL_ROWS, LogError, standard_metrics
 from tests.networks import conv_net, train
 
 
@@ -26,12 +27,12 @@ def test_what_was_observed_is_what_is_read(tmp_path):
         SummaryWriter(tmp_path) as writer,
         bnguard.watch(model, on_findings=lambda group: None) as monitor,
     ):
-        log = ReportLog([writer])
+        log = TensorBoard(writer)
         train(model, monitor)
         report = monitor.report()
-        log.add(report, 57)
-        log.add(report, 57)
-        log.add_channels(report, 57)
+        log.log_layers(report, 57)
+        log.log_layers(report, 57)
+        log.log_report(report, 57)
 
     metrics = standard_metrics()
     values = compute_metrics(report.layers, metrics)
@@ -44,20 +45,20 @@ def test_what_was_observed_is_what_is_read(tmp_path):
     assert run.layers == ("1", "4", "7")
     assert (run.first_step, run.last_step, run.problem) == (57, 57, "")
     assert {record["code"] for record in run.findings} >= {"BN303"}
-    scalars = log.scalars(report)
-    assert scalars["bnguard/eval_shift_std/max"] == float(by_key["eval_shift_std"].max())
+    # The evaluation was shown once, whatever was logged after it.
+    assert open_log(tmp_path).channels(".", "1").steps.tolist() == [57]
 
 
 def test_channels_are_as_dead_as_the_rule_finds_them(tmp_path):
     model = nn.BatchNorm1d(4)
     with SummaryWriter(tmp_path) as writer, bnguard.watch(model) as monitor:
-        log = ReportLog([writer])
+        log = TensorBoard(writer)
         # The variance of the second is between a tenth of eps and eps.
         batch = torch.randn(64, 4) * torch.tensor([1.0, 2e-3, 1e-4, 0.0])
         model(batch)
         monitor.step()
         report = monitor.report()
-        log.add_channels(report, 1)
+        log.log_report(report, 1)
     (finding,) = [found for found in report.findings if found.code == "BN204"]
     assert finding.channels == (2, 3)
     (metric,) = [metric for metric in standard_metrics() if metric.key == "dead_channel_share"]
@@ -70,7 +71,6 @@ def test_a_model_without_bn_writes_nothing(tmp_path):
     with pytest.warns(UserWarning, match="no BN layers"):
         monitor = bnguard.watch(nn.Linear(2, 2))
     with SummaryWriter(tmp_path) as writer:
-        log = ReportLog([writer])
-        log.add(monitor.report(), 1)
-        log.add_channels(monitor.report(), 1)
-    assert log.scalars(monitor.report()) == {}
+        RunLog([TensorBoard(writer)], RULES).conclude(monitor.report(), 1)
+    with pytest.raises(LogError):
+        logged_runs(tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 
 import pytest
 import torch
@@ -42,10 +41,10 @@ def diagnosis(**changes):
 
 def test_it_fits_80_columns_and_the_next_step_can_be_pasted():
     text = str(diagnosis())
-    assert max(map(len, text.splitlines())) <= 80
+    *lines, command = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert command == diagnosis().cause.next_step
     assert text.splitlines()[0] == "bnguard · 1,200 evaluation samples"
-    _, step = text.split("recalibrate on training data:\n")
-    assert shlex.split(step.replace("\\\n", " ")) == shlex.split(diagnosis().cause.next_step)
     assert "and 1 more layer" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["as", "they", "are", "0.5", "37.5%", "inf", "1.25", "nan", "–"] in rows

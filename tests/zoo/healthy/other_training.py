@@ -219,6 +219,14 @@ def strong_augmentation(images):
     return images + 0.1 * torch.randn_like(images)
 
 
+def one_brightness(images):
+    """One brightness for all images of a batch.
+
+    A fault until its harm was measured: accuracy 0.96 to 0.98, as without, and no mode gap.
+    """
+    return images + torch.empty(1, 1, 1, 1).uniform_(-0.5, 0.5)
+
+
 def new_head():
     """A head of another size on a trained backbone, with a smaller rate for the backbone."""
     model = pretrained("resnet")
@@ -262,6 +270,10 @@ OTHER_TRAINING: tuple[Healthy, ...] = (
     Healthy("mixup", mixup),
     Healthy("random erasing", with_("conv", prepare=erased)),
     Healthy("strong augmentation", with_("conv", prepare=strong_augmentation)),
+    *(
+        Healthy(f"{name}, one brightness per batch", with_(name, prepare=one_brightness))
+        for name in ("conv", "mlp")
+    ),
     Healthy("imbalanced classes", with_("conv", order=imbalanced)),
     Healthy("class-balanced batches", with_("conv", order=class_balanced, batch_size=30)),
     Healthy("average with its buffers", averaged_with_buffers),

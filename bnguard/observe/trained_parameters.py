@@ -1,0 +1,178 @@
+"""Which parameters an optimizer trains, and whether anything else writes to the weights."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from bnguard.layers.bn_layer import BatchNormLayer, find_layers
+
+_VERSION = operator.attrgetter("_version")
+
+
+class OptimizerProbe:
+    """Finds the layers that no optimizer trains.
+
+    Args:
+        optimizers: The optimizers of the model that are known.
+        layers: The layers when watching begins.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
+        self._optimizers = tuple(optimizers)
+        self._affine_at_start: dict[str, list[Tensor]] = {}
+        owned = self.owned_parameters()
+        for layer in layers:
+            self.note_start(layer, owned)
+
+    def note_start(self, layer: BatchNormLayer, owned: set[int]) -> None:
+        """Take the current gamma and beta as those that training starts from."""
+        # Parameters that no optimizer has are frozen if they do not change.
+        if self.is_left_out(layer, owned):
+            self._affine_at_start[layer.name] = [part.detach().clone() for part in layer.affine]
+
+    def owned_parameters(self) -> set[int]:
+        """Return the ids of the parameters that an optimizer has."""
+        return {
+            id(parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def trains(self, model: nn.Module) -> bool:
+        """Return whether an optimizer has any parameter of the model."""
+        owned = self.owned_parameters()
+        return any(id(parameter) in owned for parameter in model.parameters())
+
+    def untrained_parts(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the largest modules without a trained parameter, perhaps the model itself.
+
+        If no optimizer is known, parameters that require gradients count as trained.
+        """
+        trained = self.owned_parameters() or {
+            id(parameter) for parameter in model.parameters() if parameter.requires_grad
+        }
+        waiting = [model]
+        while waiting:
+            module = waiting.pop()
+            if any(id(parameter) in trained for parameter in module.parameters()):
+                waiting.extend(module.children())
+            else:
+                yield module
+
+    @property
+    def are_several(self) -> bool:
+        """Whether more than one optimizer trains."""
+        return len(self._optimizers) > 1
+
+    def is_left_out(self, layer: BatchNormLayer, owned: set[int]) -> bool:
+        """Return whether the optimizers have parameters, but not this gamma and beta."""
+        return bool(owned) and not _are_owned(layer.affine, owned)
+
+    def left_out_at_start(self, layer: BatchNormLayer) -> bool:
+        """Return whether the layer was left out when watching began."""
+        return bool(self._affine_at_start.get(layer.name))
+
+    def is_affine_frozen(self, layer: BatchNormLayer, owned: set[int]) -> bool | None:
+        """Return whether gamma and beta cannot learn; None without them."""
+        parameters = layer.affine
+        if not parameters:
+            return None
+        if not any(parameter.requires_grad for parameter in parameters):
+            return True
+        if not owned or _are_owned(parameters, owned):
+            return False
+        at_start = self._affine_at_start.get(layer.name, [])
+        return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
+
+    def weight_decay(self, layer: BatchNormLayer) -> float | None:
+        """Return the largest weight decay on gamma or beta; None if no optimizer has them."""
+        own = set(map(id, layer.affine))
+        decays = [
+            float(group.get("weight_decay", 0.0))
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            if _are_owned(group["params"], own)
+        ]
+        return max(decays, default=None)
+
+
+class WeightProbe:
+    """Finds out whether something other than a training step wrote to the weights.
+
+    Loading, averaging, pruning and rounding do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._version = 0
+        self._trained: list[Tensor] = []
+        self.follow_model()
+        self._norms_at_start: dict[int, float] = self._norms(model)
+
+    def follow_model(self) -> None:
+        """Notice parameters that were added or removed."""
+        # Inference tensors do not count how often they were written to.
+        self._counting = [
+            parameter
+            for parameter in self._model.parameters()
+            if not (is_lazy(parameter) or parameter.is_inference())
+        ]
+
+    def note_step(self) -> None:
+        """Take the current weights as those of the newest step.
+
+        Cheap enough for every step: a sum of counters that rise with each in-place write.
+        """
+        self._version = sum(map(_VERSION, self._counting))
+
+    def start_anew(self) -> None:
+        """Take the current weights as those at the start."""
+        self._norms_at_start = self._norms(self._model)
+
+    def start_evaluation(self) -> None:
+        """Keep gamma and beta as they are before an evaluation."""
+        self._trained = self._affine_values()
+
+    def have_changed(self) -> bool:
+        """Return whether the weights differ from those of the newest step."""
+        if sum(map(_VERSION, self._counting)) != self._version:
+            return True
+        # A swap of averaged weights through .data does not change the counters. Sharded parameters
+        # may be here at one time only and are not compared.
+        affine = self._affine_values()
+        is_comparable = len(affine) == len(self._trained)
+        return is_comparable and not all(map(torch.equal, affine, self._trained))
+
+    def have_changed_since_start(self, part: nn.Module) -> bool:
+        """Return whether weights of a part of the model differ from those at the start."""
+        at_start = self._norms_at_start
+        return any(norm != at_start.get(key, norm) for key, norm in self._norms(part).items())
+
+    def _norms(self, part: nn.Module) -> dict[int, float]:
+        """Return the norm of each weight by id, which shows a change without a copy."""
+        counting = set(map(id, self._counting))
+        return {
+            id(parameter): parameter.detach().float().norm().item()
+            for parameter in part.parameters()
+            if id(parameter) in counting and not parameter.is_meta
+        }
+
+    def _affine_values(self) -> list[Tensor]:
+        return [
+            part.detach().clone() for layer in find_layers(self._model) for part in layer.affine
+        ]
+
+
+def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
+    return any(id(parameter) in owned for parameter in parameters)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and torch.equal(now.detach().to(before), before)

@@ -1,0 +1,40 @@
+"""Results as the last expression of a notebook's cell."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_WIDTH = 100
+# Colours that have a contrast of 4 on white and on the black of dark themes; text has the theme's.
+_GREY, _RED, _GREEN, _YELLOW = (117, 117, 117), (220, 50, 47), (0, 135, 70), (155, 115, 0)
+_BLUE, _MAGENTA, _CYAN = (60, 120, 220), (190, 70, 170), (0, 130, 150)
+_COLOURS = [_GREY, _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY]
+
+
+class NotebookView:
+    """Gives what rich can print an HTML view in notebooks."""
+
+    def __rich__(self) -> RenderableType:
+        """Return what is shown."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def as_html(renderable: RenderableType) -> str:
+    """Return what rich would print as HTML, readable on a light and on a dark page."""
+    from rich.console import Console
+    from rich.terminal_theme import TerminalTheme
+
+    console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False)
+    console.print(renderable, crop=False)
+    return console.export_html(
+        theme=TerminalTheme(_GREY, _GREY, _COLOURS),
+        code_format='<pre style="line-height:1.3;overflow-x:auto;white-space:pre">{code}</pre>',
+        inline_styles=True,
+    )
