@@ -7,10 +7,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from bnguard.errors import CalibrationError, in_one_line
 
@@ -130,6 +131,33 @@ def read_batches(
         left -= batch.size
         if left <= 0:
             return
+
+
+def can_draw(loader: object) -> TypeGuard[DataLoader[object]]:
+    """Return whether the samples of a loader can be drawn one by one."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def shuffle_indices(count: int) -> list[int]:
+    """Return the numbers below ``count`` in a random order, the same each time."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order
+
+
+def load_samples(
+    loader: DataLoader[object], indices: Sequence[int], **options: Any
+) -> DataLoader[object]:
+    """Return a loader like the one given over some of its samples, in order, dropping none.
+
+    Options are those of ``DataLoader``, where they should differ.
+    """
+    settings = {
+        "batch_size": loader.batch_size or 1,
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+    }
+    return DataLoader(Subset(loader.dataset, indices), **{**settings, **options})
 
 
 class SampledRows:
