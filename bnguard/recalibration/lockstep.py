@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +18,7 @@ from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
 from bnguard.recalibration.statistics import Job
-from bnguard.recalibration.trial_forward import (
-    ForwardTraits,
-    Observation,
-    find_disturbed_layers,
-    observe,
-)
+from bnguard.recalibration.trial_forward import ForwardTraits, is_disturbed, observe
 
 # The forward that runs in each thread.
 _running = threading.local()
@@ -121,32 +116,27 @@ class PausableForward:
             self._stops.put(self)
 
 
-def advance_in_parallel(forwards: Sequence[PausableForward], width: int, timeout: float) -> None:
+def advance(forwards: Sequence[PausableForward], width: int, timeout: float) -> None:
     """Let every forward continue to its next stop or its end, ``width`` at a time.
+
+    One at a time, each draws its own random numbers.
 
     Raises:
         StuckError: No running forward stops within the timeout, in seconds.
     """
     stops: SimpleQueue[PausableForward] = SimpleQueue()
+    if width == 1:
+        for paused in forwards:
+            with paused.stream.in_use():
+                paused.resume(stops)
+                _await_stop(stops, timeout)
+        return
     for count, paused in enumerate(forwards):
         if count >= width:
             _await_stop(stops, timeout)
         paused.resume(stops)
     for _ in forwards[:width]:
         _await_stop(stops, timeout)
-
-
-def advance_in_turn(forwards: Sequence[PausableForward], timeout: float) -> None:
-    """Let every forward continue to its next stop or its end, one by one, with its random numbers.
-
-    Raises:
-        StuckError: A forward does not stop within the timeout, in seconds.
-    """
-    stops: SimpleQueue[PausableForward] = SimpleQueue()
-    for paused in forwards:
-        with paused.stream.in_use():
-            paused.resume(stops)
-            _await_stop(stops, timeout)
 
 
 def _await_stop(stops: SimpleQueue[PausableForward], timeout: float) -> None:
@@ -208,11 +198,8 @@ def lockstep(
     In the end some samples run again alone: if their inputs differ then, the chunks disturbed one
     another, as in a model that stores features on itself.
 
-    Args:
-        job: What to calibrate.
-        chunks: This rank's data; may be empty.
-        traits: How the model behaves; None for a rank without data.
-        samples: Samples on all ranks.
+    ``chunks`` and ``traits`` are those of this rank, which may have no data; ``samples`` counts all
+    ranks.
 
     Raises:
         IrregularError: On every rank, if the chunks of one cannot run side by side.
@@ -289,11 +276,7 @@ class _Forwards:
         self._width = max(1, min(self._threads, len(chunks))) if can_run_at_once else 1
         context = ThreadContext(self._threads // self._width)
         self._forwards = [
-            PausableForward(
-                partial(job.run, chunk),
-                context,
-                RandomStream(chunk.index, job.device),
-            )
+            PausableForward(partial(job.run, chunk), context, RandomStream(chunk.index, job.device))
             for chunk in chunks
         ]
         self._reached: dict[PausableForward, tuple[int, Moments]] = {}
@@ -316,10 +299,7 @@ class _Forwards:
         self._reached.clear()
         going = [paused for paused in self._forwards if not paused.is_finished]
         try:
-            if self._width > 1:
-                advance_in_parallel(going, self._width, self._timeout)
-            else:
-                advance_in_turn(going, self._timeout)
+            advance(going, self._width, self._timeout)
         except StuckError as error:
             self._trouble = str(error)
         if any(paused.error is not None for paused in going):
@@ -361,16 +341,11 @@ class _Forwards:
             return False, False
         job, chunk = self._job, self._chunks[0]
         alone = observe(job, self._witness)
-        if not self._differs(alone, tuple(self._done), self._met_by_witness):
+        if not is_disturbed(job, alone, tuple(self._done), self._met_by_witness):
             return False, False
         share = self._witness.size / chunk.size
         joined = observe(job, chunk, lambda values: values[: round(len(values) * share)])
-        return True, self._differs(alone, joined.calls, joined.moments)
-
-    def _differs(
-        self, alone: Observation, calls: tuple[int, ...], met: Mapping[int, Moments]
-    ) -> bool:
-        return alone.calls != calls or bool(find_disturbed_layers(self._job, alone.moments, met))
+        return True, is_disturbed(job, alone, joined.calls, joined.moments)
 
 
 def _choose_witness(chunks: Sequence[Batch], traits: ForwardTraits | None) -> Batch | None:

@@ -40,10 +40,7 @@ def replay(job: Job, chunks: Sequence[Batch], samples: int) -> dict[int, tuple[M
 
     A last forward checks that the inputs of each layer are still those of its statistics.
 
-    Args:
-        job: What to calibrate.
-        chunks: This rank's data; may be empty.
-        samples: Samples on all ranks.
+    ``chunks`` are those of this rank, which may have none; ``samples`` counts all ranks.
 
     Raises:
         NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
@@ -131,9 +128,8 @@ def _find_dependencies(
         for index in set(calls):
             with perturb_statistics(job.layers[index]):
                 after = observe(job, probe)
-            for reached in find_differing_layers(
-                before.moments, after.moments, _DEPENDS, job.noise
-            ):
+            moved = find_differing_layers(before.moments, after.moments, _DEPENDS, job.noise)
+            for reached in moved:
                 needed.setdefault(reached, set()).add(index)
     return needed
 

@@ -75,15 +75,16 @@ def observe(
     )
 
 
-def find_disturbed_layers(
-    job: Job, alone: Mapping[int, Moments], beside: Mapping[int, Moments]
-) -> set[int]:
-    """Return the indices of the layers whose inputs differ when samples run next to others.
+def is_disturbed(
+    job: Job, alone: Observation, calls: tuple[int, ...], moments: Mapping[int, Moments]
+) -> bool:
+    """Return whether samples that run next to others make other calls, or have other inputs.
 
     A single value per channel has no spread to compare with, so rounding counts in full here, not
     as a share of the tolerance.
     """
-    return find_differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
+    noise = min(job.noise / _SAME, _MAX_NOISE)
+    return alone.calls != calls or bool(find_differing_layers(alone.moments, moments, _SAME, noise))
 
 
 def find_differing_layers(
@@ -152,12 +153,7 @@ class ForwardTraits:
 
 
 def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
-    """Run two samples through the model, and one of them also alone; if that fails, a batch.
-
-    Args:
-        job: What to calibrate.
-        head: The first two batches, or the only one.
-    """
+    """Run two samples of the first two batches, and one also alone; if that fails, a batch."""
     with suppress(CalibrationError):
         return _find_traits_from_samples(job, *_take_two_samples(head))
     _, traits = _try_forward(job, head[0])
@@ -190,30 +186,18 @@ def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...])
 def _find_traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
     both = join_batches([first, second])
     alone = observe(job, second)
-    if _is_faster_in_channels_last(job):
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
+    if has_convolutions and job.device.type == "cpu":  # Those are faster in that layout.
         with suppress(CalibrationError):  # Some models take only one layout.
             seen, traits = _try_forward(job, both.in_channels_last(), _second_half)
-            if _are_same(job, alone, seen):
+            if not is_disturbed(job, alone, seen.calls, seen.moments):
                 return replace(traits, takes_rows=True, is_channels_last=True)
     seen, traits = _try_forward(job, both, _second_half)
-    return replace(traits, takes_rows=_are_same(job, alone, seen))
+    return replace(traits, takes_rows=not is_disturbed(job, alone, seen.calls, seen.moments))
 
 
 def _second_half(values: Tensor) -> Tensor:
     return values[len(values) // 2 :]
-
-
-def _are_same(job: Job, alone: Observation, beside: Observation) -> bool:
-    return alone.calls == beside.calls and not find_disturbed_layers(
-        job, alone.moments, beside.moments
-    )
-
-
-def _is_faster_in_channels_last(job: Job) -> bool:
-    """Return whether there are convolutions on a CPU."""
-    return job.device.type == "cpu" and any(
-        isinstance(module, nn.Conv2d) for module in job.model.modules()
-    )
 
 
 def _try_forward(

@@ -9,8 +9,9 @@ from torch import nn
 from bnguard.layers.moments import channel_moments
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.trial_forward import (
+    Observation,
     find_differing_layers,
-    find_disturbed_layers,
+    is_disturbed,
     observe,
 )
 from tests.recalibration.jobs import job_of
@@ -72,5 +73,6 @@ def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
 def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
     alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
     job = job_of(nn.BatchNorm1d(4))
-    found = find_disturbed_layers(job, {0: channel_moments(alone)}, {0: channel_moments(beside)})
-    assert found == ({0} if differs else set())
+    seen = Observation((0,), {0: channel_moments(alone)}, starts_threads=False, draws_random=False)
+    assert is_disturbed(job, seen, (0,), {0: channel_moments(beside)}) == differs
+    assert is_disturbed(job, seen, (0, 0), seen.moments)
