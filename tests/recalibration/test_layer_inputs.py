@@ -1,4 +1,4 @@
-"""The inputs of a layer are read in a forward, and its statistics set from them."""
+"""Reading the inputs of a layer in a forward, and setting its statistics from them."""
 
 import math
 
@@ -14,7 +14,7 @@ from bnguard.recalibration.statistics import NonFiniteError
 from tests.recalibration.jobs import job_of
 
 
-def test_values_are_those_that_enter_the_layer_after_the_hooks_that_are_there():
+def test_values_are_read_after_the_hooks_of_the_user():
     module = nn.BatchNorm1d(2)
     module.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
     seen = []
@@ -27,7 +27,7 @@ def test_values_are_those_that_enter_the_layer_after_the_hooks_that_are_there():
     assert len(module._forward_pre_hooks) == 1
 
 
-def test_hooks_are_gone_after_an_error():
+def test_hooks_are_removed_after_an_error():
     module = nn.BatchNorm1d(2)
     with pytest.raises(RuntimeError), read_inputs(find_layers(module), lambda index, values: None):
         module(torch.ones(3, 5))

@@ -1,4 +1,4 @@
-"""What one batch alone does in a model, and how two such observations compare."""
+"""Observing one batch in a model, and comparing two observations."""
 
 import threading
 
@@ -51,7 +51,7 @@ def test_calls_and_moments_of_all_calls_together():
     assert observed(Model(in_thread=True), x).starts_threads
 
 
-def test_a_batch_draws_the_same_random_numbers_each_time_and_disturbs_nobodys():
+def test_a_batch_draws_the_same_random_numbers_each_time_and_leaves_the_global_ones():
     model, x = Model(), torch.randn(20, 4)
     state = torch.get_rng_state()
     first, again, other = observed(model, x), observed(model, x), observed(model, x, index=4)
