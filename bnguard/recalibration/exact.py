@@ -8,9 +8,9 @@ batches, whose moments are merged.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, islice
 from math import ceil
 
@@ -43,77 +43,52 @@ def calibrate_exactly(job: Job) -> Calibration:
     return _Engine(replace(job, batches=chain(head, job.batches)), traits).run()
 
 
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Batches that go through the model as one."""
-
-    batches: tuple[Batch, ...]
-    is_channels_last: bool
-
-    @cached_property
-    def whole(self) -> Batch:
-        whole = join_batches(self.batches)
-        return whole.in_channels_last() if self.is_channels_last else whole
-
-    @property
-    def samples(self) -> int:
-        return sum(batch.size for batch in self.batches)
-
-
 class ChunkedBatches:
-    """Batches in chunks, each batch in one of its own until they are joined.
+    """Batches in chunks, each batch in one of its own until they are joined."""
 
-    Args:
-        is_channels_last: Whether images go through in that layout.
-    """
-
-    def __init__(self, *, is_channels_last: bool) -> None:
-        self._is_channels_last = is_channels_last
+    def __init__(self) -> None:
         self._min_samples = 1
-        self.chunks: list[_Chunk] = []
+        self.chunks: list[tuple[Batch, ...]] = []
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches as they came."""
+        return [batch for chunk in self.chunks for batch in chunk]
 
     @property
     def samples(self) -> int:
-        """Samples in all chunks."""
-        return sum(chunk.samples for chunk in self.chunks)
-
-    @property
-    def batches(self) -> Iterator[Batch]:
-        """The batches as they came."""
-        return (batch for chunk in self.chunks for batch in chunk.batches)
+        """Samples in all batches."""
+        return sum(batch.size for batch in self.batches)
 
     def join(self, min_samples: int) -> None:
         """Join neighbours of equal shapes, later ones too, until a chunk has enough samples."""
         self._min_samples = min_samples
-        batches, self.chunks = list(self.batches), []
+        batches, self.chunks = self.batches, []
         for batch in batches:
             self.append(batch)
 
     def append(self, batch: Batch) -> None:
         """Put a batch into the last chunk, or into one of its own."""
-        last = self.chunks[-1] if self.chunks else None
-        is_open = last is not None and last.samples < self._min_samples
-        if last is not None and is_open and can_be_joined(last.batches[-1], batch):
-            self.chunks[-1] = self._chunk(*last.batches, batch)
+        last = self.chunks[-1] if self.chunks else ()
+        is_open = 0 < sum(each.size for each in last) < self._min_samples
+        if is_open and can_be_joined(last[-1], batch):
+            self.chunks[-1] = (*last, batch)
         else:
-            self.chunks.append(self._chunk(batch))
+            self.chunks.append((batch,))
 
     def remove(self, numbers: Collection[int]) -> list[Batch]:
         """Split these chunks into their batches; remove and return those that are one batch."""
-        kept: list[_Chunk] = []
+        kept: list[tuple[Batch, ...]] = []
         removed: list[Batch] = []
         for number, chunk in enumerate(self.chunks):
             if number not in numbers:
                 kept.append(chunk)
-            elif len(chunk.batches) > 1:
-                kept += map(self._chunk, chunk.batches)
+            elif len(chunk) > 1:
+                kept += [(batch,) for batch in chunk]
             else:
-                removed += chunk.batches
+                removed += chunk
         self.chunks = kept
         return removed
-
-    def _chunk(self, *batches: Batch) -> _Chunk:
-        return _Chunk(batches, self._is_channels_last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +129,7 @@ class _Engine:
         """Run virtual batches until the data end, or the statistics are as precise as asked."""
         job = self._job
         goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
-        held, pool, virtual_batches = self._no_batches(), Pool(), 0
+        held, pool, virtual_batches = ChunkedBatches(), Pool(), 0
         last: _VirtualBatch | None = None
         is_precise_enough = False
         while not is_precise_enough:
@@ -166,7 +141,7 @@ class _Engine:
             if any(is_full for _, is_full in filled):
                 pool.add(last.inputs, last.samples, last.batches)
                 virtual_batches += 1
-                held, last = self._no_batches(), None
+                held, last = ChunkedBatches(), None
             goal = min(2 * goal, self._full_size)
         if last is not None:
             pool.add(last.inputs, last.samples, last.batches)
@@ -179,10 +154,6 @@ class _Engine:
             left_out=sum(job.ranks.together(lambda: self._left_out)),
             is_within_tolerance=is_precise_enough,
         )
-
-    def _no_batches(self) -> ChunkedBatches:
-        traits = self._traits
-        return ChunkedBatches(is_channels_last=traits is not None and traits.is_channels_last)
 
     def _fill(self, held: ChunkedBatches, goal: int) -> tuple[int, bool]:
         """Take batches up to the goal; return how many, and whether no more fit."""
@@ -224,7 +195,7 @@ class _Engine:
         job = self._job
         where = ""
         while True:
-            counts = job.ranks.together(lambda: (held.samples, len(list(held.batches))))
+            counts = job.ranks.together(lambda: (held.samples, len(held.batches)))
             samples, batches = (sum(column) for column in zip(*counts, strict=True))
             if samples == 0:
                 raise CalibrationError(
@@ -243,11 +214,14 @@ class _Engine:
                 job.ranks.together(partial(self._leave_out, held, error))
 
     def _run_chunks(self, held: ChunkedBatches, samples: int) -> dict[int, tuple[Moments, ...]]:
-        job, chunks = self._job, [chunk.whole for chunk in held.chunks]
+        job, traits = self._job, self._traits
+        chunks = [join_batches(chunk) for chunk in held.chunks]
+        if traits is not None and traits.is_channels_last:
+            chunks = [chunk.in_channels_last() for chunk in chunks]
         if not self._runs_side_by_side:
             return replay(job, chunks, samples)
         job.progress.start(held.samples, len(job.layers))
-        return lockstep(job, chunks, self._traits, samples)
+        return lockstep(job, chunks, traits, samples)
 
     def _leave_out(self, held: ChunkedBatches, error: NonFiniteError) -> None:
         for batch in held.remove(error.chunks):

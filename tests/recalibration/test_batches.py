@@ -118,17 +118,17 @@ def test_others_cannot(other):
 
 
 def test_neighbours_are_joined_until_a_chunk_is_full_and_split_if_one_is_bad():
-    held = ChunkedBatches(is_channels_last=False)
+    held = ChunkedBatches()
     for index, (size, width) in enumerate([(2, 3), (2, 3), (2, 3), (2, 4), (5, 4)]):
         held.append(batch_of(torch.zeros(size, width), index=index))
     assert len(held.chunks) == 5
     held.join(4)
-    assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
-    assert (held.samples, len(list(held.batches))) == (13, 5)
+    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
+    assert (held.samples, len(held.batches)) == (13, 5)
     assert held.remove({0}) == []
-    assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
+    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
     assert [batch.index for batch in held.remove({1, 2})] == [1, 2]
-    assert (held.samples, len(list(held.batches))) == (9, 3)
+    assert (held.samples, len(held.batches)) == (9, 3)
 
 
 @dataclasses.dataclass(frozen=True)
