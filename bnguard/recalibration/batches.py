@@ -147,10 +147,7 @@ def shuffle_indices(count: int) -> list[int]:
 def load_samples(
     loader: DataLoader[object], indices: Sequence[int], **options: Any
 ) -> DataLoader[object]:
-    """Return a loader like the one given over some of its samples, in order, dropping none.
-
-    Options are those of ``DataLoader``, where they should differ.
-    """
+    """Return a loader over some of a loader's samples, in order, with its settings or these."""
     settings = {
         "batch_size": loader.batch_size or 1,
         "collate_fn": loader.collate_fn,

@@ -27,6 +27,8 @@ from bnguard.recalibration.statistics import Job
 _SAME = 0.05
 # In half precision too, some differences must count.
 _MAX_NOISE = 0.3
+# Samples of small batches that are run to see whether all call the same layers.
+_SAMPLES_TO_COMPARE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +120,6 @@ def _are_close(first: Moments, second: Moments, tolerance: float, noise: float) 
     )
 
 
-# Samples of small batches that are run to see whether all call the same layers.
-_SAMPLES_TO_FOLLOW = 16
-
-
 @dataclass(frozen=True)
 class ForwardTraits:
     """How a model behaves in a forward.
@@ -173,7 +171,7 @@ def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...])
 
     If they do not, a batch decides which layers it calls, and would for those joined to it.
     """
-    left = _SAMPLES_TO_FOLLOW
+    left = _SAMPLES_TO_COMPARE
     for batch in batches:
         left -= batch.size
         if left < 0:
@@ -215,9 +213,7 @@ def _try_forward(
     with _LiveTensors(job.model) as live:
         seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
-    ours = [
-        values for moments in seen.moments.values() for values in (moments.mean, moments.squares)
-    ]
+    ours = [values for each in seen.moments.values() for values in (each.mean, each.squares)]
     keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _read_state(job.model))
     return seen, ForwardTraits(
         calls=seen.calls,
@@ -240,11 +236,10 @@ def _read_state(model: nn.Module) -> list[tuple[object, int]]:
                 held.extend(value.values())
             elif isinstance(value, (list, tuple)):
                 held.extend(value)
-    return [(value, _version(value)) for value in held]
-
-
-def _version(value: object) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    return [
+        (value, value._version if isinstance(value, Tensor) and not value.is_inference() else 0)
+        for value in held
+    ]
 
 
 def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
