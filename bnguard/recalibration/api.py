@@ -94,7 +94,7 @@ def recalibrate(
 
     Afterwards each layer's mean and unbiased variance are those of its inputs when the data run in
     eval mode. (A training-mode forward of all data as one batch divides by the biased variance, so
-    its outputs differ by about 1/(2n) per layer, for n values per channel.)
+    its outputs differ by a relative 1/(2n) or so per layer, for n values per channel.)
 
     Everything else in the model stays as it is, and after an exception the statistics do too.
     With ``torch.distributed`` initialised every rank calls this with its own share of the data,
