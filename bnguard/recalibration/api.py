@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from numbers import Real
 from statistics import fmean
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from bnguard.distributed import current_ranks
+from bnguard.distributed import Ranks, current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.findings import counted
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers, require_module
@@ -47,8 +47,10 @@ from bnguard.recalibration.pooled import calibrate_precisely, mix_with_source
 from bnguard.recalibration.result import LayerChange, Recalibration
 from bnguard.recalibration.statistics import (
     Calibration,
+    CalibrationProgress,
     Estimate,
     Job,
+    NoProgress,
     OnNonfinite,
     current_statistics,
     estimate_unbiased,
@@ -56,7 +58,6 @@ from bnguard.recalibration.statistics import (
     prepare_for_calibration,
     running_statistics,
 )
-from bnguard.report.terminal import CalibrationBar
 
 Method = Literal["exact", "precise", "adapt"]
 
@@ -161,7 +162,7 @@ def recalibrate(
     estimate = mix_with_source(selection.layers, prior) if prior else estimate_unbiased
     with (
         prepare_for_calibration(inner, selection.layers),
-        CalibrationBar(disable=not progress or ranks.rank > 0 or not sys.stderr.isatty()) as bar,
+        _show_progress(progress, ranks) as shown,
     ):
         calibration = METHODS[method](
             Job(
@@ -177,7 +178,7 @@ def recalibrate(
                 memory=memory_limit(memory, device),
                 tolerance=tolerance,
                 ranks=ranks,
-                progress=bar,
+                progress=shown,
             )
         )
     reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
@@ -291,6 +292,18 @@ def _is_worse(before: float | None, after: float | None) -> bool:
     if before is None or after is None:
         return False
     return math.isnan(after) if math.isnan(before) else not after >= before
+
+
+@contextmanager
+def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress]:
+    """Show a progress bar on a terminal, on the first rank."""
+    if not progress or ranks.rank or not sys.stderr.isatty():
+        yield NoProgress()
+        return
+    from bnguard.report.terminal import CalibrationBar
+
+    with CalibrationBar() as bar:
+        yield bar
 
 
 def _measure_mode_gap(

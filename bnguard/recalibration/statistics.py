@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from bnguard.layers.preserve import (
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
 from bnguard.recalibration.layer_inputs import is_finite
-from bnguard.report.terminal import CalibrationBar
 
 OnNonfinite = Literal["skip", "error"]
 
@@ -109,6 +108,26 @@ def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) 
             # NaN or Inf would spread to the inputs of the layers after it.
             write_statistics(layer, mean.where(is_good, 0.0), var.where(is_good, 1.0))
         yield
+
+
+class CalibrationProgress(Protocol):
+    """Receives how far a calibration is, from any thread."""
+
+    def start(self, samples: int, layers: int) -> None:
+        """Start again: this many samples will pass this many layers."""
+
+    def advance(self, samples: int) -> None:
+        """Report that samples passed one more layer."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def start(self, samples: int, layers: int) -> None:
+        """Do nothing."""
+
+    def advance(self, samples: int) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +223,7 @@ class Job:
     memory: int
     tolerance: float | None
     ranks: Ranks
-    progress: CalibrationBar
+    progress: CalibrationProgress
 
     def run(self, batch: Batch) -> None:
         """Put a copy of a batch through the model, which may write to it."""

@@ -125,13 +125,10 @@ def as_terminal_text(renderable: RenderableType) -> str:
 class CalibrationBar:
     """A bar that says which layer the samples are at, and how long the rest will take.
 
-    A context manager; the bar appears if the work is long, and is gone afterwards.
-
-    Args:
-        disable: Whether to show nothing.
+    A context manager; the bar appears where the work is long, and is gone afterwards.
     """
 
-    def __init__(self, *, disable: bool = False) -> None:
+    def __init__(self) -> None:
         self._begin = time.monotonic()
         self._progress = Progress(
             TextColumn("recalibrating"),
@@ -140,7 +137,6 @@ class CalibrationBar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
-            disable=disable,
         )
         self._task = self._progress.add_task("", total=None, samples=0, layer="")
         self._samples = self._layers = 1
@@ -159,13 +155,13 @@ class CalibrationBar:
             self._progress.stop()
 
     def start(self, samples: int, layers: int) -> None:
-        """Start again: this many samples will pass this many layers."""
+        """Begin anew: so many samples are to pass so many layers."""
         self._samples, self._layers = max(1, samples), max(1, layers)
         total = self._samples * self._layers
         self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
 
     def advance(self, samples: int) -> None:
-        """Report that samples passed one more layer; may be called from any thread."""
+        """So many samples passed one more layer; may be called from any thread."""
         if time.monotonic() - self._begin >= _LONG_SECONDS:
             self._progress.start()  # Again and again, which does nothing.
         self._progress.advance(self._task, samples)

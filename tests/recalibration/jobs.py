@@ -7,8 +7,7 @@ from torch import nn
 
 from bnguard.distributed import SingleRank
 from bnguard.layers.bn_layer import find_layers
-from bnguard.recalibration.statistics import Job, estimate_unbiased
-from bnguard.report.terminal import CalibrationBar
+from bnguard.recalibration.statistics import Job, NoProgress, estimate_unbiased
 
 
 def job_of(model: nn.Module) -> Job:
@@ -26,5 +25,5 @@ def job_of(model: nn.Module) -> Job:
         memory=2**30,
         tolerance=None,
         ranks=SingleRank(),
-        progress=CalibrationBar(disable=True),
+        progress=NoProgress(),
     )
