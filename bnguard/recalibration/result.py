@@ -7,12 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from bnguard import __version__
 from bnguard.errors import CalibrationError
@@ -20,9 +17,10 @@ from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.report.json_document import SCHEMA, strict_json
 from bnguard.report.notebook import NotebookView
-from bnguard.report.terminal import as_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _MOST_LAYERS_SHOWN = 10
 
@@ -137,6 +135,8 @@ class Recalibration(NotebookView):
         ``values``, ``max_shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
         ``reason``), ``notes``.
         """
+        from bnguard.report.json_document import SCHEMA, strict_json
+
         document = {
             "schema": SCHEMA,
             "bnguard": __version__,
@@ -177,6 +177,9 @@ class Recalibration(NotebookView):
 
     def __rich__(self) -> RenderableType:
         """Return a summary that fits 80 columns, and is readable without colour."""
+        from rich.console import Group
+        from rich.text import Text
+
         parts = [_show_heading(self), *_show_layers(self.layers)]
         if self.skipped:
             parts.append(_show_skipped(self.skipped))
@@ -189,6 +192,8 @@ class Recalibration(NotebookView):
         return Group(*parts)
 
     def __str__(self) -> str:
+        from bnguard.report.terminal import as_text
+
         return as_text(self)
 
 
@@ -209,6 +214,8 @@ def _change_of(gap: ModeGap | str) -> float | None:
 
 
 def _show_heading(recalibration: Recalibration) -> RenderableType:
+    from rich.text import Text
+
     parts = [
         "recalibrated" if recalibration.is_kept else "not recalibrated",
         recalibration.method,
@@ -220,6 +227,9 @@ def _show_heading(recalibration: Recalibration) -> RenderableType:
 
 
 def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -239,6 +249,8 @@ def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
 
 
 def _show_gap(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
+    from rich.text import Text
+
     if isinstance(after, str):
         return Text(f"mode gap not measured: {after}", style="dim")
     first = "?" if isinstance(before, str) else f"{before.relative_change:.3g}"
@@ -251,6 +263,8 @@ def _show_gap(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
 
 def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:
     """Return the skipped layers, one line per reason."""
+    from rich.text import Text
+
     by_reason: dict[str, list[str]] = {}
     for layer in skipped:
         by_reason.setdefault(layer.reason, []).append(layer.name or "(the model)")
