@@ -19,6 +19,7 @@ from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView
 
+# Importing rich draws from Python's random state, so only printing imports it.
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
