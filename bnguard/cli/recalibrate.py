@@ -287,12 +287,13 @@ def _share_of_rank(loader: Iterable[object]) -> Iterable[object]:
 
     The random order is the same on all ranks, so no sample is in two shares.
     """
-    from bnguard.cli.scoring import has_samples, loader_over, shuffled_indices
     from bnguard.distributed import current_ranks
+    from bnguard.recalibration.batches import can_draw, load_samples, shuffle_indices
 
     ranks = current_ranks()
     if ranks.size == 1:
         return loader
-    if not has_samples(loader):
+    if not can_draw(loader):
         return islice(loader, ranks.rank, None, ranks.size)
-    return loader_over(loader, shuffled_indices(loader)[ranks.rank :: ranks.size])
+    order = shuffle_indices(len(loader.dataset))  # type: ignore[arg-type]
+    return load_samples(loader, order[ranks.rank :: ranks.size])

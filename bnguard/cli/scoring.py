@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeGuard, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from bnguard.cli.request import Request
 from bnguard.errors import ConfigurationError
 from bnguard.lightning.framework import package_name_of
 from bnguard.lightning.scoring import TrainerScore
+from bnguard.recalibration.batches import can_draw, load_samples, shuffle_indices
 
 NOT_SCORED = "not scored: that takes a validation_step, and validation data"
 
@@ -46,13 +45,13 @@ def split_samples(loader: Iterable[object], samples: int, holdout: float | None)
     Raises:
         ConfigurationError: A share of a loader is asked for that has no data set with a length.
     """
-    if not has_samples(loader):
+    if not can_draw(loader):
         if holdout is not None:
             raise ConfigurationError(
                 "--holdout needs a DataLoader over a data set with a length; leave it out"
             )
         return Samples(loader, loader, is_shared=True)
-    order = shuffled_indices(loader)
+    order = shuffle_indices(len(loader.dataset))  # type: ignore[arg-type]
     total = len(order)
     number = min(samples, total)
     if holdout is not None:
@@ -60,30 +59,7 @@ def split_samples(loader: Iterable[object], samples: int, holdout: float | None)
     if number == total:
         return Samples(loader, loader, is_shared=True)
     return Samples(
-        loader_over(loader, order[:number]), loader_over(loader, order[number:]), is_shared=False
-    )
-
-
-def has_samples(loader: Iterable[object]) -> TypeGuard[DataLoader[object]]:
-    """Return whether the samples of a loader can be drawn one by one."""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def shuffled_indices(loader: DataLoader[object]) -> list[int]:
-    """Return the indices of the samples of a loader in a random order, which is always the same."""
-    total = len(cast("Sized", loader.dataset))
-    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
-    return order
-
-
-def loader_over(loader: DataLoader[object], indices: Sequence[int]) -> DataLoader[object]:
-    """Return a loader like the one given over some of its samples, in order, dropping none."""
-    return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=loader.batch_size or 1,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
+        load_samples(loader, order[:number]), load_samples(loader, order[number:]), is_shared=False
     )
 
 

@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import SequentialSampler
 
 from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name, user_code
 from bnguard.lightning.framework import CombinedLoader, LightningModule, Trainer, package_of
 from bnguard.lightning.trainer import Split, datamodule_of, most_batches, validation_mode
+from bnguard.recalibration.batches import can_draw, load_samples, shuffle_indices
 
 # What the name of a metric says that is better when it is lower; rates of word and character
 # errors only as words, since "answer" and "cancer" hold them too.
@@ -404,19 +405,21 @@ def draw_samples(
             drawn from its first batches.
     """
     batch_size = getattr(loader, "batch_size", None)
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not can_draw(loader):
         return _FirstBatches(loader, int(min(most_batches, math.ceil(samples / (batch_size or 1)))))
     size, ranks = batch_size or _BATCH_SIZE, number_of_ranks()
     population = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # type: ignore[arg-type]
     most = min(most_batches * size * ranks, len(population))
     if isinstance(loader.sampler, SequentialSampler):
         population = population[: int(most)]
-    order = torch.randperm(len(population), generator=torch.Generator().manual_seed(0))
-    share = [int(population[i]) for i in order[: int(min(samples, most))].tolist()][rank::ranks]
-    return DataLoader(
-        Subset(loader.dataset, share),
+    order = shuffle_indices(len(population))[: int(min(samples, most))]
+    share = [int(population[i]) for i in order][rank::ranks]
+    return load_samples(
+        loader,
+        share,
         batch_size=size,
-        collate_fn=loader.collate_fn,
+        num_workers=0,
+        pin_memory=False,
         # A validation step may rely on full batches.
         drop_last=loader.drop_last and len(share) >= size,
         generator=torch.Generator(),

@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from numbers import Real
 from statistics import fmean
@@ -17,10 +17,10 @@ from torch import nn
 
 from bnguard.distributed import Ranks, current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
+from bnguard.findings import counted
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers, require_module
 from bnguard.layers.distances import DEFAULT_MOMENTUM, FORGOTTEN_WEIGHT, updates_to_forget
 from bnguard.layers.preserve import (
-    SavedStatistics,
     preserve_modes,
     preserve_random_states,
     preserve_statistics,
@@ -31,12 +31,12 @@ from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
-from bnguard.recalibration.memory import memory_limit
 from bnguard.recalibration.options import (
     Keep,
     Score,
     SkippedLayer,
     as_number,
+    memory_limit,
     require_keep,
     require_samples,
     require_score,
@@ -66,7 +66,7 @@ METHODS: dict[Method, Callable[[Job], Calibration]] = {
     "precise": calibrate_precisely,
     "adapt": calibrate_exactly,
 }
-# Of the sums in a deep network, one after the other; but noise must not hide everything.
+# In the sums of a deep network, one after the other; but noise must not hide everything.
 _ROUNDINGS = 1000.0
 _MAX_NOISE = 0.3
 # More than any training has, and held exactly by a counter of any type but half precision.
@@ -94,9 +94,8 @@ def recalibrate(
     """Recompute the running statistics from data, and keep them if they prove better.
 
     Afterwards each layer's mean and unbiased variance are those of its inputs when the data run in
-    eval mode. A training-mode forward of all data as one batch divides by the biased
-    variance, so its outputs differ by about 1/(2n) of themselves a layer, for n values per
-    channel.
+    eval mode. (A training-mode forward of all data as one batch divides by the biased variance, so
+    its outputs differ by a relative 1/(2n) or so per layer, for n values per channel.)
 
     Everything else in the model stays as it is, and after an exception the statistics do too.
     With ``torch.distributed`` initialised every rank calls this with its own share of the data,
@@ -105,27 +104,26 @@ def recalibrate(
     Args:
         model: The model, in any mode. Layers in eval mode in a model in train mode are frozen,
             and stay as they are.
-        loader: Yields tensors; tuples or lists, of which the first item goes in; or mappings, of
-            which the entries go in that the forward has parameters for.
+        loader: Yields tensors; tuples or lists, whose first item the model takes; or mappings,
+            whose entries the model takes by the names of the forward's parameters.
         method: ``"exact"``: as one giant batch would give it, at any batch size. ``"precise"``:
             each batch normalised by its own statistics, for sets too large to hold and for layers
             that are called on their own output; noisy below the first layer at small batches.
             ``"adapt"``: ``exact`` on new data, mixed with the statistics from before by ``prior``.
-        samples: Samples to use at most, on all ranks together.
-        forward: ``forward(model, batch)`` calls the model, where the loader yields anything else.
+        samples: Use at most this number of samples, on all ranks together.
+        forward: ``forward(model, batch)`` calls the model, if the loader yields anything else.
         layers: Names or patterns (``"backbone.*"``) of the layers to compute; all by default.
         score: ``score(model)`` says how good the model is, the higher the better; measured in
             eval mode before and after.
         keep: ``"if-better"`` rolls back if the score is worse with the new statistics.
-        on_nonfinite: ``"skip"`` leaves batches out that bring NaN or Inf to a layer, and warns;
+        on_nonfinite: ``"skip"`` leaves out batches that bring NaN or Inf to a layer, and warns;
             ``"error"`` raises.
-        prior: For ``"adapt"``: how many samples the statistics from before count as.
+        prior: For ``"adapt"``: the number of samples that the statistics from before count as.
         memory: What may be held at once: ``"2GiB"``, or a share of what is free. A larger set
             runs as several virtual batches, whose statistics are merged.
-        tolerance: Stop as soon as the standard error of every mean is below this share of its
-            standard deviation, and that of every log-variance below this, as far as batches drawn
-            at random can tell.
-        progress: Show a progress bar if there is a terminal.
+        tolerance: Stop as soon as the standard error of every mean, in standard deviations, and
+            of every log-variance is below this, as estimated from batches drawn at random.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         What moved, what was skipped, and an ``undo()``. It prints itself.
@@ -157,8 +155,8 @@ def recalibrate(
     _require_writable(selection.layers)
     saved = save_statistics(selection.layers)
     before = {layer.name: running_statistics(layer) for layer in selection.layers}
-    gate = _Gate(model, score)
-    share = _split_samples(samples, ranks)
+    score_before = None if score is None else measure_score(model, score)
+    share = samples // ranks.size + (ranks.rank < samples % ranks.size)
     rows = SampledRows()
     batches = read_batches(loader, inner, forward, samples=share, device=device)
     estimate = mix_with_source(selection.layers, prior) if prior else estimate_unbiased
@@ -189,17 +187,22 @@ def recalibrate(
             "no batch reached a BN layer: check that the forward runs them, and as layer(x), since "
             "layer.forward(x) and functional.batch_norm go unseen"
         )
-    with _roll_back_on_error(reached, saved), _mode_gap_probe(inner, reached) as probe:
-        gap_before = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
-        for layer in reached:
-            counter = _count_updates(layer, before[layer.name], prior, calibration)
-            _write(layer, calibration.estimates[layer.name], counter)
-        after = {layer.name: running_statistics(layer) for layer in reached}
-        gap_after = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
-        gate.measure_after()
-        is_kept = keep == "always" or not gate.is_worse
+    try:
+        with closing(GapProbe(inner, reached)) as probe:
+            gap_before = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
+            for layer in reached:
+                counter = _count_updates(layer, before[layer.name], prior, calibration)
+                _write(layer, calibration.estimates[layer.name], counter)
+            after = {layer.name: running_statistics(layer) for layer in reached}
+            gap_after = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
+        score_after = None if score is None else measure_score(model, score)
+        is_worse = _is_worse(score_before, score_after)
+        is_kept = keep == "always" or not is_worse
         if not is_kept:
             restore_statistics(reached, saved)
+    except BaseException:
+        restore_statistics(reached, saved)
+        raise
     if calibration.left_out:
         warnings.warn(f"bnguard: {_describe_left_out(calibration)}", stacklevel=2)
     return Recalibration(
@@ -225,11 +228,11 @@ def recalibrate(
         virtual_batches=calibration.virtual_batches,
         left_out=calibration.left_out,
         is_kept=is_kept,
-        score_before=gate.before,
-        score_after=gate.after,
+        score_before=score_before,
+        score_after=score_after,
         mode_gap_before=gap_before,
         mode_gap_after=gap_after,
-        notes=tuple(_notes(calibration, method, prior, tolerance, gate)),
+        notes=tuple(_notes(calibration, method, prior, tolerance, is_worse)),
         restore=partial(restore_statistics, reached, saved),
     )
 
@@ -245,11 +248,7 @@ def check_options(
     memory: str | float,
     tolerance: float | None = None,
 ) -> None:
-    """Make sure that the options of a recalibration fit, as far as they can be checked alone.
-
-    Raises:
-        ConfigurationError: One does not.
-    """
+    """Raise ConfigurationError if an option of a recalibration is invalid."""
     for option, value, known in (
         ("method", method, get_args(Method)),
         ("on_nonfinite", on_nonfinite, get_args(OnNonfinite)),
@@ -272,33 +271,6 @@ def _is_finite(number: object) -> bool:
     return isinstance(number, Real) and math.isfinite(number)
 
 
-class _Gate:
-    """Measures how good the model is before and after, where there is a score.
-
-    Attributes:
-        before: The score with the statistics from before; None without a score.
-        after: The score with the new ones.
-    """
-
-    def __init__(self, model: nn.Module, score: Score | None) -> None:
-        self._model, self._score = model, score
-        self.before = None if score is None else measure_score(model, score)
-        self.after: float | None = None
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether the score fell, or is no longer a number."""
-        if self.before is None or self.after is None:
-            return False
-        if math.isnan(self.before):
-            return math.isnan(self.after)
-        return not self.after >= self.before
-
-    def measure_after(self) -> None:
-        """Measure the score again."""
-        self.after = None if self._score is None else measure_score(self._model, self._score)
-
-
 def measure_score(model: nn.Module, score: Score) -> float:
     """Return the mean score of all ranks, in eval mode and without gradients.
 
@@ -315,9 +287,16 @@ def measure_score(model: nn.Module, score: Score) -> float:
         return fmean(current_ranks().together(lambda: as_number(score(model))))
 
 
+def _is_worse(before: float | None, after: float | None) -> bool:
+    """Return whether a score fell, or is not a number."""
+    if before is None or after is None:
+        return False
+    return math.isnan(after) if math.isnan(before) else not after >= before
+
+
 @contextmanager
 def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress]:
-    """Show how far a calibration is: on a terminal, and on one rank."""
+    """Show a progress bar on a terminal, on the first rank."""
     if not progress or ranks.rank or not sys.stderr.isatty():
         yield NoProgress()
         return
@@ -327,25 +306,6 @@ def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress
         yield bar
 
 
-@contextmanager
-def _roll_back_on_error(layers: Sequence[BatchNormLayer], saved: SavedStatistics) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        restore_statistics(layers, saved)
-        raise
-
-
-@contextmanager
-def _mode_gap_probe(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[GapProbe]:
-    """Yield a probe of the mode gap, by which the second measurement costs less than the first."""
-    probe = GapProbe(model, layers)
-    try:
-        yield probe
-    finally:
-        probe.close()
-
-
 def _measure_mode_gap(
     probe: GapProbe,
     model: nn.Module,
@@ -353,11 +313,7 @@ def _measure_mode_gap(
     forward: Forward | None,
     batch: Batch | None,
 ) -> ModeGap | str:
-    """Return the mode gap with the statistics that the layers have, or why it cannot be measured.
-
-    The layers given use the statistics of the batch in one of the modes; all others stay in eval
-    mode.
-    """
+    """Return the mode gap of these layers with their present statistics, or why there is none."""
     if batch is None:
         return "there are no samples to measure it on"
     for layer in layers:
@@ -375,7 +331,7 @@ def _measure_mode_gap(
 
 
 def _write(layer: BatchNormLayer, estimate: Estimate, counter: int) -> None:
-    """Give a layer its new statistics for good, and a counter that says what they are worth."""
+    """Write statistics and counter into the buffers of a layer."""
     mean, var = current_statistics(layer)
     mean.copy_(fit_to_buffer(estimate.mean, mean, layer.name))
     var.copy_(fit_to_buffer(estimate.var, var, layer.name))
@@ -388,8 +344,8 @@ def _count_updates(
 ) -> int:
     """Return the number of updates after which training would have forgotten as much.
 
-    Whoever reads a checkpoint may have to assume PyTorch's momentum: if the initial statistics are
-    forgotten, the number says so with the momentum of the layer and with the default.
+    The number holds with the momentum of the layer and with PyTorch's, which a reader of a
+    checkpoint may have to assume.
     """
     momentum = layer.momentum
     history = LayerHistory(
@@ -409,18 +365,20 @@ def _count_updates(
 
 
 def _notes(
-    calibration: Calibration, method: Method, prior: float, tolerance: float | None, gate: _Gate
+    calibration: Calibration, method: Method, prior: float, tolerance: float | None, is_worse: bool
 ) -> Iterator[str]:
-    if gate.is_worse:
+    if is_worse:
         yield "the score is worse with the new statistics"
     if calibration.left_out:
         yield _describe_left_out(calibration)
-    error_std = _mean_error_std(calibration.samples, prior)
+    # An upper limit: all values of a sample may be alike, and means mixed in do not scatter.
+    error_std = math.sqrt(calibration.samples) / (prior + calibration.samples)
     if error_std > _MAX_MEAN_ERROR_STD:
-        samples = (
-            "1 sample is" if calibration.samples == 1 else f"{calibration.samples} samples are"
+        are = "is" if calibration.samples == 1 else "are"
+        yield (
+            f"{counted(calibration.samples, 'sample')} {are} few: "
+            f"the standard error of a mean may be up to {error_std:.2g} σ"
         )
-        yield f"{samples} few: the standard error of a mean may be up to {error_std:.2g} σ"
     if calibration.virtual_batches > 1 and METHODS[method] is calibrate_exactly:
         yield (
             f"ran as {calibration.virtual_batches} virtual batches, whose statistics are merged: "
@@ -432,24 +390,9 @@ def _notes(
         yield f"the tolerance of {tolerance:g} takes more than {calibration.samples:,} samples"
 
 
-def _mean_error_std(samples: int, prior: float) -> float:
-    """Return the most that the standard error of a mean can be, in standard deviations.
-
-    That is where all values of a sample are alike, so that it counts as one; means from before,
-    as far as they are mixed in, do not scatter.
-
-    >>> _mean_error_std(16, prior=0.0), _mean_error_std(16, prior=48.0)
-    (0.25, 0.0625)
-    """
-    return math.sqrt(samples) / (prior + samples)
-
-
 def _describe_left_out(calibration: Calibration) -> str:
-    number = calibration.left_out
-    return (
-        f"{number} batch{'' if number == 1 else 'es'} left out for NaN or Inf "
-        f"({calibration.batches} used)"
-    )
+    batches = counted(calibration.left_out, "batch", "batches")
+    return f"{batches} left out for NaN or Inf ({calibration.batches} used)"
 
 
 def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
@@ -457,18 +400,13 @@ def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
         mean, _ = current_statistics(layer)
         if mean.is_inference() and not torch.is_inference_mode_enabled():
             raise CalibrationError(
-                f"{layer.name} was made in inference mode, so its statistics can be written to "
-                "there alone: call recalibrate under torch.inference_mode(), or make the model "
-                "outside of it"
+                f"{layer.name} was made in inference mode, so its statistics can only be written "
+                "there: call recalibrate under torch.inference_mode(), or make the model outside it"
             )
 
 
-def _split_samples(samples: int, ranks: Ranks) -> int:
-    return samples // ranks.size + (ranks.rank < samples % ranks.size)
-
-
 def _estimate_noise(model: nn.Module, device: torch.device) -> float:
-    """Return how far sums come out different in another order, as a share of their terms."""
+    """Return how far sums differ in another order, as a share of their terms."""
     dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))

@@ -1,4 +1,4 @@
-"""Read the batches of a loader: cut to size, on the model's device, run through the model."""
+"""Read the batches of a loader, move them to the model's device, and run them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from bnguard.errors import CalibrationError, in_one_line
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
 
-# A sample of the data that is kept has at most this many rows, and at least half of them.
+# A kept sample of the data has at most this number of rows, and at least half of it.
 _MOST_ROWS = 64
 
-# A list of tensors of this many dimensions is a list of images: each entry is a sample.
+# In a list of images, tensors with three dimensions, each entry is a sample.
 _IMAGE_DIMS = 3
 _IMAGE_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of a loader, as the model takes it.
+    """A batch of a loader, as arguments of the forward.
 
     Attributes:
         index: Its number in the loader, from 0.
-        args: Positional arguments of the forward.
-        kwargs: Keyword arguments of the forward.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
         size: Samples in it.
     """
 
@@ -45,18 +46,16 @@ class Batch:
     def can_be_cut(self) -> bool:
         """Whether every tensor has a row per sample, and none is sparse or links the others."""
         tensors = list(self.tensors())
-        is_listed = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
-        return (
-            bool(tensors)
-            and not is_listed
-            and all(t.dim() > 0 and len(t) == self.size for t in tensors)
-            and all(t.layout is torch.strided for t in tensors)
-            # A square matrix next to other rows links them, as the nodes of a graph.
-            and len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) < 2
+        lists_samples = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
+        has_rows = all(
+            t.layout is torch.strided and t.dim() > 0 and len(t) == self.size for t in tensors
         )
+        # A square matrix next to other rows links them, as the nodes of a graph.
+        has_links = len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) > 1
+        return bool(tensors) and has_rows and not has_links and not lists_samples
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Return the samples from ``start`` to before ``stop``; the batch can be cut."""
+        """Return the samples from ``start`` to before ``stop`` of a batch that can be cut."""
         stop = min(stop, self.size)
         return self._map(lambda tensor: tensor[start:stop], stop - start)
 
@@ -70,12 +69,12 @@ class Batch:
         return self._map(Tensor.clone, self.size)
 
     def in_channels_last(self) -> Batch:
-        """Return the batch with all images in that layout, the channels of a pixel together."""
+        """Return the batch with its images in the channels-last layout."""
         return self._map(_in_channels_last, self.size)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield its tensors, in the order in which they go in."""
-        return tensors_in((self.args, self.kwargs))
+        """Yield its tensors, depth first."""
+        return _tensors_in((self.args, self.kwargs))
 
     @property
     def nbytes(self) -> int:
@@ -88,13 +87,13 @@ class Batch:
 
 
 def can_be_joined(first: Batch, second: Batch) -> bool:
-    """Return whether two batches have rows of the same shapes, and nothing else to tell apart."""
+    """Return whether two batches differ in nothing but the values of their rows."""
     layouts = [_layout((batch.args, batch.kwargs)) for batch in (first, second)]
     return first.can_be_cut and second.can_be_cut and layouts[0] == layouts[1]
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Return batches that can be joined as one, with the index of the first."""
+    """Return batches as one, with the index of the first; they can be joined."""
     first = batches[0]
     if len(batches) == 1:
         return first
@@ -113,7 +112,7 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yield the batches that hold the first ``samples`` samples; the last one is cut to fit.
 
-    A batch that cannot be cut, since a sample is not a row in each of its tensors, is used whole.
+    A batch that cannot be cut is used whole.
 
     Raises:
         CalibrationError: The loader raised an exception, or yields what the model does not take.
@@ -132,6 +131,30 @@ def read_batches(
         left -= batch.size
         if left <= 0:
             return
+
+
+def can_draw(loader: object) -> TypeGuard[DataLoader[object]]:
+    """Return whether the samples of a loader can be drawn one by one."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def shuffle_indices(count: int) -> list[int]:
+    """Return the numbers below ``count`` in a random order, the same each time."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order
+
+
+def load_samples(
+    loader: DataLoader[object], indices: Sequence[int], **options: Any
+) -> DataLoader[object]:
+    """Return a loader over some of a loader's samples, in order, with its settings or these."""
+    settings = {
+        "batch_size": loader.batch_size or 1,
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+    }
+    return DataLoader(Subset(loader.dataset, indices), **{**settings, **options})
 
 
 class SampledRows:
@@ -153,7 +176,7 @@ class SampledRows:
 
     @property
     def batch(self) -> Batch | None:
-        """The rows that can be joined to the first one; None if there was no batch."""
+        """The rows that can be joined to the first one; None without a batch."""
         if not self._rows:
             return self._uncut
         return join_batches([row for row in self._rows if can_be_joined(self._rows[0], row)])
@@ -206,10 +229,10 @@ def _read_loader(loader: Iterable[object]) -> Iterator[object]:
 def _bind_arguments(
     model: nn.Module, payload: object
 ) -> tuple[tuple[object, ...], Mapping[str, object]]:
-    """Return how a model is called: as most loaders mean, and as PyTorch's ``update_bn`` does.
+    """Return the arguments of the forward, as PyTorch's ``update_bn`` chooses them.
 
-    A tensor goes in as it is; of a tuple or list the first item, the rest being targets; of a
-    mapping the entries that the forward has parameters for.
+    The model takes a tensor as it is; the first item of a tuple or list, whose rest are targets;
+    and the entries of a mapping that the forward has parameters for.
     """
     if isinstance(payload, Tensor):
         return (payload,), {}
@@ -238,42 +261,41 @@ def _select_entries(model: nn.Module, payload: Mapping[str, object]) -> dict[str
 
 
 def _size_of(payload: object) -> int | None:
-    """Return the length of the first tensor, or list of samples; None if there is none."""
+    """Return the length of the first tensor or list of samples, if any."""
     if isinstance(payload, Tensor):
         return len(payload) if payload.dim() else None
     entries = _entries(payload)
-    return len(entries) if _is_a_sample_each(payload) else _first(map(_size_of, entries))
+    return len(entries) if _is_list_of_samples(payload) else _first(map(_size_of, entries.values()))
 
 
 def _lists_samples(payload: object) -> bool:
-    """Return whether there is a list in a batch with a sample an entry."""
-    return _is_a_sample_each(payload) or any(map(_lists_samples, _entries(payload)))
+    """Return whether there is a list of samples in a batch."""
+    return _is_list_of_samples(payload) or any(map(_lists_samples, _entries(payload).values()))
 
 
-def _is_a_sample_each(payload: object) -> bool:
-    """Return whether each entry of a list is an image, or a record that begins with one."""
+def _is_list_of_samples(payload: object) -> bool:
+    """Return whether each entry is an image, or a record that begins with one."""
     if not isinstance(payload, (tuple, list)) or not payload:
         return False
     return not any(isinstance(entry, (tuple, list)) for entry in payload) and all(
-        _is_image(next(tensors_in(entry), None)) for entry in payload
+        _is_image(next(_tensors_in(entry), None)) for entry in payload
     )
 
 
-def _entries(payload: object) -> Sequence[object]:
-    """Return the entries of a container; none for anything else."""
+def _entries(payload: object) -> Mapping[Any, object]:
+    """Return the entries of a container by their keys; none for anything else."""
     if isinstance(payload, Mapping):
-        return list(payload.values())
-    if isinstance(payload, (tuple, list)):
         return payload
-    return list(_fields_of(payload).values()) if _is_dataclass(payload) else ()
+    if isinstance(payload, (tuple, list)):
+        return dict(enumerate(payload))
+    if _is_dataclass(payload):
+        fields = dataclasses.fields(cast("Any", payload))
+        return {field.name: getattr(payload, field.name) for field in fields}
+    return {}
 
 
 def _is_dataclass(payload: object) -> bool:
     return dataclasses.is_dataclass(payload) and not isinstance(payload, type)
-
-
-def _fields_of(payload: Any) -> dict[str, object]:
-    return {field.name: getattr(payload, field.name) for field in dataclasses.fields(payload)}
 
 
 def _first(sizes: Iterable[int | None]) -> int | None:
@@ -288,35 +310,34 @@ def _is_image(value: object) -> bool:
     )
 
 
-def tensors_in(payload: object) -> Iterator[Tensor]:
-    """Yield the tensors in a batch, depth first."""
+def _tensors_in(payload: object) -> Iterator[Tensor]:
     if isinstance(payload, Tensor):
         yield payload
-    for entry in _entries(payload):
-        yield from tensors_in(entry)
+    for entry in _entries(payload).values():
+        yield from _tensors_in(entry)
 
 
 def _map_tensors(payload: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Return a batch with every tensor changed; anything but tensors and containers stays."""
+    """Return the payload with every tensor changed."""
     if isinstance(payload, Tensor):
         return cast("T", change(payload))
     return _rebuild(payload, lambda value: _map_tensors(value, change))
 
 
 def _move(payload: T, device: torch.device) -> T:
-    """Return a batch with all that can be moved on the device: tensors, and what has ``to``."""
+    """Return the payload on the device: its tensors, and whatever else has a method ``to``."""
     if hasattr(payload, "to"):
         return cast("T", payload.to(device))
     return _rebuild(payload, lambda value: _move(value, device))
 
 
 def _in_channels_last(tensor: Tensor) -> Tensor:
-    is_image = tensor.dim() == _IMAGE_DIMS + 1
-    return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
+    has_images = tensor.dim() == _IMAGE_DIMS + 1
+    return tensor.contiguous(memory_format=torch.channels_last) if has_images else tensor
 
 
 def _rebuild(payload: T, change: Callable[[object], object]) -> T:
-    """Return a container of the same type with every entry changed; anything else as it is."""
+    """Return a container of the same type with every entry changed, or any other payload."""
     if isinstance(payload, MutableMapping):
         changed = copy.copy(payload)
         for key, value in payload.items():
@@ -331,23 +352,19 @@ def _rebuild(payload: T, change: Callable[[object], object]) -> T:
         return cast("T", kind(*items) if is_named else kind(items))
     if _is_dataclass(payload):
         twin = copy.copy(payload)
-        for name, value in _fields_of(payload).items():
-            # As one that is frozen sets its own.
+        for name, value in _entries(payload).items():
+            # It may be frozen.
             object.__setattr__(twin, name, change(value))
         return twin
     return payload
 
 
 def _layout(payload: object) -> object:
-    """Return what two batches must have in common to be joined."""
+    """Return what two payloads must have in common to be joined."""
     if isinstance(payload, Tensor):
         return (payload.shape[1:], payload.dtype, payload.device)
-    if isinstance(payload, Mapping):
-        return (type(payload), {key: _layout(value) for key, value in payload.items()})
-    if isinstance(payload, (tuple, list)):
-        return (type(payload), [_layout(value) for value in payload])
-    if _is_dataclass(payload):
-        return (type(payload), {key: _layout(value) for key, value in _fields_of(payload).items()})
+    if isinstance(payload, (Mapping, tuple, list)) or _is_dataclass(payload):
+        return type(payload), {key: _layout(value) for key, value in _entries(payload).items()}
     if payload is None or isinstance(payload, (bool, int, float, str)):
         return payload
     return object()

@@ -1,35 +1,33 @@
 """The exact engine: statistics of a whole calibration set, as if it were one giant batch.
 
-In eval mode each layer must be computed from inputs that the new statistics upstream have
-normalised. :mod:`lockstep` does that in one forward where batches go through the layers side by
-side, :mod:`replay` in several where they do not. What memory cannot hold runs as several virtual
+In eval mode each layer's inputs depend on the new statistics of the layers before it.
+:mod:`lockstep` computes them in one forward if batches can go through the layers side by side,
+:mod:`replay` in several if they cannot. A set that memory cannot hold runs as several virtual
 batches, whose moments are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from math import ceil
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
-from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import DivergingError, IrregularError, NonFiniteError
-from bnguard.recalibration.lockstep import lockstep
-from bnguard.recalibration.memory import Chunk, ChunkedBatches
+from bnguard.recalibration.batches import Batch, can_be_joined, join_batches
+from bnguard.recalibration.lockstep import DivergingError, IrregularError, lockstep
 from bnguard.recalibration.replay import replay
-from bnguard.recalibration.statistics import Calibration, Job, Pool, is_precise
+from bnguard.recalibration.statistics import Calibration, Job, NonFiniteError, Pool, is_precise
 from bnguard.recalibration.trial_forward import ForwardTraits, call_same_layers, find_traits
 
-# Each chunk is a thread: more batches than so many are joined so that there are fewer, ...
+# Each chunk is a thread: above this number, batches are joined so that there are fewer, ...
 _USUAL_CHUNKS = 64
 _MIN_JOINED_SAMPLES = 32
-# ... and where they cannot be joined, a virtual batch of as many threads ends at so many.
+# ... and if they cannot be joined, a virtual batch ends at this number of threads.
 _MOST_CHUNKS = 256
-# With a tolerance, so many samples are tried first, then twice as many, and so on.
+# With a tolerance, this number of samples is tried first, then twice as many, and so on.
 _PILOT_SAMPLES = 128
 
 
@@ -45,6 +43,54 @@ def calibrate_exactly(job: Job) -> Calibration:
     return _Engine(replace(job, batches=chain(head, job.batches)), traits).run()
 
 
+class ChunkedBatches:
+    """Batches in chunks, each batch in one of its own until they are joined."""
+
+    def __init__(self) -> None:
+        self._min_samples = 1
+        self.chunks: list[tuple[Batch, ...]] = []
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches as they came."""
+        return [batch for chunk in self.chunks for batch in chunk]
+
+    @property
+    def samples(self) -> int:
+        """Samples in all batches."""
+        return sum(batch.size for batch in self.batches)
+
+    def join(self, min_samples: int) -> None:
+        """Join neighbours of equal shapes, later ones too, until a chunk has enough samples."""
+        self._min_samples = min_samples
+        batches, self.chunks = self.batches, []
+        for batch in batches:
+            self.append(batch)
+
+    def append(self, batch: Batch) -> None:
+        """Put a batch into the last chunk, or into one of its own."""
+        last = self.chunks[-1] if self.chunks else ()
+        is_open = 0 < sum(each.size for each in last) < self._min_samples
+        if is_open and can_be_joined(last[-1], batch):
+            self.chunks[-1] = (*last, batch)
+        else:
+            self.chunks.append((batch,))
+
+    def remove(self, numbers: Collection[int]) -> list[Batch]:
+        """Split these chunks into their batches; remove and return those that are one batch."""
+        kept: list[tuple[Batch, ...]] = []
+        removed: list[Batch] = []
+        for number, chunk in enumerate(self.chunks):
+            if number not in numbers:
+                kept.append(chunk)
+            elif len(chunk) > 1:
+                kept += [(batch,) for batch in chunk]
+            else:
+                removed += chunk
+        self.chunks = kept
+        return removed
+
+
 @dataclass(frozen=True, eq=False)
 class _VirtualBatch:
     """Moments of the inputs of each layer, by its index, over the samples of all ranks."""
@@ -54,36 +100,12 @@ class _VirtualBatch:
     batches: int
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """How many batches a rank took, and whether it is full."""
-
-    taken: int
-    is_full: bool
-
-
-@dataclass
-class _Tally:
-    """What finished virtual batches add up to."""
-
-    pool: Pool = field(default_factory=Pool)
-    samples: int = 0
-    batches: int = 0
-    virtual_batches: int = 0
-
-    def add(self, virtual_batch: _VirtualBatch) -> None:
-        self.pool.add(virtual_batch.inputs)
-        self.samples += virtual_batch.samples
-        self.batches += virtual_batch.batches
-        self.virtual_batches += 1
-
-
 class _Engine:
     """Runs virtual batches, and remembers which ways of running them failed before.
 
     Args:
         job: What to calibrate.
-        traits: How the model behaves on the data of each rank; None for one without data.
+        traits: How the model behaves on the data of each rank; None for a rank without data.
     """
 
     def __init__(self, job: Job, traits: Sequence[ForwardTraits | None]) -> None:
@@ -100,46 +122,41 @@ class _Engine:
         # All of one size, so that the last one is not small.
         self._full_size = ceil(share / ceil(share / capacity))
         self._may_join = all(each.takes_rows for each in known)
-        self._is_followed = False
+        self._has_compared_calls = False
         self._left_out = 0
 
     def run(self) -> Calibration:
-        """Run virtual batches until the data end, or the statistics are as precise as asked for."""
-        job, tally = self._job, _Tally()
+        """Run virtual batches until the data end, or the statistics are as precise as asked."""
+        job = self._job
         goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
-        held = self._no_batches()
+        held, pool, virtual_batches = ChunkedBatches(), Pool(), 0
         last: _VirtualBatch | None = None
         is_precise_enough = False
         while not is_precise_enough:
             filled = job.ranks.together(partial(self._fill, held, goal))
-            if not any(each.taken for each in filled):
+            if not any(taken for taken, _ in filled):
                 break
             last = self._run_virtual_batch(held)
-            is_precise_enough = self._is_precise_enough(tally, last)
-            if any(each.is_full for each in filled):
-                tally.add(last)
-                held, last = self._no_batches(), None
+            is_precise_enough = self._is_precise_enough(pool, last)
+            if any(is_full for _, is_full in filled):
+                pool.add(last.inputs, last.samples, last.batches)
+                virtual_batches += 1
+                held, last = ChunkedBatches(), None
             goal = min(2 * goal, self._full_size)
         if last is not None:
-            tally.add(last)
+            pool.add(last.inputs, last.samples, last.batches)
+            virtual_batches += 1
         return Calibration(
-            estimates={
-                job.layers[index].name: job.estimate(job.layers[index], moments, tally.samples)
-                for index, moments in tally.pool.merged().items()
-            },
-            samples=tally.samples,
-            batches=tally.batches,
-            virtual_batches=tally.virtual_batches,
+            estimates=job.estimate_from(pool),
+            samples=pool.samples,
+            batches=pool.batches,
+            virtual_batches=virtual_batches,
             left_out=sum(job.ranks.together(lambda: self._left_out)),
             is_within_tolerance=is_precise_enough,
         )
 
-    def _no_batches(self) -> ChunkedBatches:
-        traits = self._traits
-        return ChunkedBatches(is_channels_last=traits is not None and traits.is_channels_last)
-
-    def _fill(self, held: ChunkedBatches, goal: int) -> _Filled:
-        """Take batches until the goal or the limit of chunks is reached."""
+    def _fill(self, held: ChunkedBatches, goal: int) -> tuple[int, bool]:
+        """Take batches up to the goal; return how many, and whether no more fit."""
         taken = 0
         while held.samples < goal and not self._is_crowded(held):
             batch = next(self._job.batches, None)
@@ -149,23 +166,23 @@ class _Engine:
             taken += 1
             if len(held.chunks) > _USUAL_CHUNKS and self._can_join(held):
                 held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
-        return _Filled(taken, held.samples >= self._full_size or self._is_crowded(held))
+        return taken, held.samples >= self._full_size or self._is_crowded(held)
 
     def _can_join(self, held: ChunkedBatches) -> bool:
-        """Return whether batches may be joined; a few are followed before the first time."""
-        if self._may_join and not self._is_followed and self._traits is not None:
-            self._may_join = call_same_layers(self._job, held.apart, self._traits.calls)
-            self._is_followed = True
+        """Return whether batches may be joined; before the first time, compare their calls."""
+        if self._may_join and not self._has_compared_calls and self._traits is not None:
+            self._may_join = call_same_layers(self._job, held.batches, self._traits.calls)
+            self._has_compared_calls = True
         return self._may_join
 
     def _is_crowded(self, held: ChunkedBatches) -> bool:
         return self._runs_side_by_side and len(held.chunks) >= _MOST_CHUNKS
 
-    def _is_precise_enough(self, tally: _Tally, last: _VirtualBatch) -> bool:
+    def _is_precise_enough(self, pool: Pool, last: _VirtualBatch) -> bool:
         if self._job.tolerance is None:
             return False
         trial = Pool()
-        trial.add(tally.pool.parts)
+        trial.add(pool.parts)
         trial.add(last.inputs)
         return is_precise(trial.parts, self._job.tolerance)
 
@@ -173,12 +190,12 @@ class _Engine:
         """Run batches as one giant batch, without those that bring NaN or Inf to a layer.
 
         Raises:
-            CalibrationError: All do, or one of them where none may.
+            CalibrationError: Every batch brings them, or one does and none may.
         """
         job = self._job
         where = ""
         while True:
-            counts = job.ranks.together(lambda: (held.samples, held.batches))
+            counts = job.ranks.together(lambda: (held.samples, len(held.batches)))
             samples, batches = (sum(column) for column in zip(*counts, strict=True))
             if samples == 0:
                 raise CalibrationError(
@@ -186,7 +203,7 @@ class _Engine:
                     "weights and statistics that stay as they are"
                 )
             try:
-                inputs = self._run_chunks(held.chunks, samples)
+                return _VirtualBatch(self._run_chunks(held, samples), samples, batches)
             except IrregularError as error:
                 self._runs_side_by_side = False
                 if isinstance(error, DivergingError):
@@ -195,15 +212,16 @@ class _Engine:
             except NonFiniteError as error:
                 where = job.layers[error.index].name
                 job.ranks.together(partial(self._leave_out, held, error))
-            else:
-                return _VirtualBatch(inputs, samples, batches)
 
-    def _run_chunks(self, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
-        job = self._job
+    def _run_chunks(self, held: ChunkedBatches, samples: int) -> dict[int, tuple[Moments, ...]]:
+        job, traits = self._job, self._traits
+        chunks = [join_batches(chunk) for chunk in held.chunks]
+        if traits is not None and traits.is_channels_last:
+            chunks = [chunk.in_channels_last() for chunk in chunks]
         if not self._runs_side_by_side:
             return replay(job, chunks, samples)
-        job.progress.start(sum(chunk.samples for chunk in chunks), len(job.layers))
-        return lockstep(job, chunks, self._traits, samples)
+        job.progress.start(held.samples, len(job.layers))
+        return lockstep(job, chunks, traits, samples)
 
     def _leave_out(self, held: ChunkedBatches, error: NonFiniteError) -> None:
         for batch in held.remove(error.chunks):

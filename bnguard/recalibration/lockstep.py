@@ -1,10 +1,10 @@
-"""The exact statistics in one forward: every chunk stops at each layer until all are there."""
+"""The exact statistics in one forward: every chunk pauses at each layer until all are there."""
 
 from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +16,9 @@ from torch import Tensor
 from bnguard.layers.moments import Moments
 from bnguard.layers.preserve import RandomStream
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import (
-    DivergingError,
-    IrregularError,
-    input_moments,
-    on_host,
-    read_inputs,
-    set_statistics,
-)
-from bnguard.recalibration.memory import Chunk
+from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
 from bnguard.recalibration.statistics import Job
-from bnguard.recalibration.trial_forward import (
-    ForwardTraits,
-    Observation,
-    find_disturbed_layers,
-    observe,
-)
+from bnguard.recalibration.trial_forward import ForwardTraits, is_disturbed, observe
 
 # The forward that runs in each thread.
 _running = threading.local()
@@ -42,11 +29,19 @@ class ForwardCancelled(BaseException):
 
 
 class StuckError(Exception):
-    """A forward neither pauses nor ends, or cannot start."""
+    """A forward neither pauses nor ends, or its thread cannot start."""
+
+
+class IrregularError(Exception):
+    """The chunks cannot go through the layers side by side."""
+
+
+class DivergingError(IrregularError):
+    """Batches call other layers than those they are joined to, so each has to run alone."""
 
 
 class PausableForward:
-    """A forward in a thread of its own, which pauses where :meth:`stop` is called.
+    """A forward in a thread of its own, which pauses where it calls :meth:`stop`.
 
     Attributes:
         stream: Random numbers of its own.
@@ -70,14 +65,14 @@ class PausableForward:
 
     @staticmethod
     def current() -> PausableForward | None:
-        """Return the forward that runs in the current thread; None if there is none."""
+        """Return the forward that runs in the current thread, if any."""
         return getattr(_running, "forward", None)
 
     def resume(self, stops: SimpleQueue[PausableForward]) -> None:
         """Let the forward continue; it puts itself into ``stops`` when it pauses or ends.
 
         Raises:
-            StuckError: There can be no more threads.
+            StuckError: The thread cannot start.
         """
         if self._thread.ident is None:
             try:
@@ -121,32 +116,27 @@ class PausableForward:
             self._stops.put(self)
 
 
-def advance_in_parallel(forwards: Sequence[PausableForward], width: int, timeout: float) -> None:
+def advance(forwards: Sequence[PausableForward], width: int, timeout: float) -> None:
     """Let every forward continue to its next stop or its end, ``width`` at a time.
 
+    One at a time, each draws its own random numbers.
+
     Raises:
-        StuckError: None of those that run stops within the timeout, in seconds.
+        StuckError: No running forward stops within the timeout, in seconds.
     """
     stops: SimpleQueue[PausableForward] = SimpleQueue()
+    if width == 1:
+        for paused in forwards:
+            with paused.stream.in_use():
+                paused.resume(stops)
+                _await_stop(stops, timeout)
+        return
     for count, paused in enumerate(forwards):
         if count >= width:
             _await_stop(stops, timeout)
         paused.resume(stops)
     for _ in forwards[:width]:
         _await_stop(stops, timeout)
-
-
-def advance_in_turn(forwards: Sequence[PausableForward], timeout: float) -> None:
-    """Let every forward continue to its next stop or its end, one by one, on its random numbers.
-
-    Raises:
-        StuckError: A forward does not stop within the timeout, in seconds.
-    """
-    stops: SimpleQueue[PausableForward] = SimpleQueue()
-    for paused in forwards:
-        with paused.stream.in_use():
-            paused.resume(stops)
-            _await_stop(stops, timeout)
 
 
 def _await_stop(stops: SimpleQueue[PausableForward], timeout: float) -> None:
@@ -157,10 +147,10 @@ def _await_stop(stops: SimpleQueue[PausableForward], timeout: float) -> None:
 
 
 class ThreadContext:
-    """Settings that PyTorch keeps for each thread: read where this is made, set in another one.
+    """PyTorch's settings of the thread that constructs this, for use in another thread.
 
     Args:
-        threads: How many threads an operation may use there.
+        threads: Number of threads that an operation may use there.
     """
 
     def __init__(self, threads: int) -> None:
@@ -177,7 +167,7 @@ class ThreadContext:
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Use the settings in the current thread; gradients are off in any case."""
+        """Use the settings in the current thread, without gradients."""
         with ExitStack() as stack:
             if self._threads != torch.get_num_threads():
                 torch.set_num_threads(self._threads)
@@ -193,26 +183,23 @@ class ThreadContext:
             yield
 
 
-# Number of samples of a chunk that run again alone.
+# Samples of a chunk that run again alone.
 _WITNESSES = 2
-# A forward that takes longer waits for another one, as for a lock that a paused one holds.
+# A forward that takes longer waits for a lock, say, that a paused one holds.
 _TIMEOUT_SECONDS = 10.0
 _TIMEOUT_FORWARDS = 5
 
 
 def lockstep(
-    job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None, samples: int
+    job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None, samples: int
 ) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
-    In the end some samples run again alone: if the inputs differ then, the chunks disturbed one
+    In the end some samples run again alone: if their inputs differ then, the chunks disturbed one
     another, as in a model that stores features on itself.
 
-    Args:
-        job: What to calibrate.
-        chunks: This rank's data; may be none.
-        traits: How the model behaves; None if this rank has no data.
-        samples: How many samples there are on all ranks.
+    ``chunks`` and ``traits`` are those of this rank, which may have no data; ``samples`` counts all
+    ranks.
 
     Raises:
         IrregularError: On every rank, if the chunks of one cannot run side by side.
@@ -224,20 +211,20 @@ def lockstep(
     try:
         with read_inputs(job.layers, forwards.on_input):
             while (
-                index := _common_layer(positions := job.ranks.together(forwards.advance))
+                index := _find_common_layer(positions := job.ranks.together(forwards.advance))
             ) is not None:
                 if index in parts:
                     raise IrregularError(f"{job.layers[index].name} is called several times")
-                parts[index] = set_statistics(
-                    job, index, [position.inputs for position in positions], samples
+                parts[index] = job.set_statistics(
+                    index, [position.inputs for position in positions], samples
                 )
                 forwards.mark_done(index)
     finally:
         forwards.end()
     compared = job.ranks.together(forwards.compare_with_witness)
-    if any(each.is_parted_by_joining for each in compared):
+    if any(is_parted for _, is_parted in compared):
         raise DivergingError("samples call other layers when they are joined to others")
-    if any(each.is_disturbed for each in compared):
+    if any(is_disturbed for is_disturbed, _ in compared):
         raise IrregularError("forwards that run side by side disturb one another")
     return parts
 
@@ -247,9 +234,9 @@ class _Positions:
     """Where the forwards of a rank are paused.
 
     Attributes:
-        layers: Indices of the layers at which they are paused.
-        arrived: Moments of the inputs there, by the number of the chunk.
-        has_ended: Whether one has ended.
+        layers: Indices of the layers.
+        inputs: Moments of the inputs there, by the number of the chunk.
+        has_ended: Whether a forward has ended.
         trouble: Why they cannot run side by side; None if they can.
     """
 
@@ -259,16 +246,8 @@ class _Positions:
     trouble: str | None
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Whether layer inputs differ from those of samples alone: next to others, joined to others."""
-
-    is_disturbed: bool
-    is_parted_by_joining: bool
-
-
-def _common_layer(positions: Sequence[_Positions]) -> int | None:
-    """Return the layer at which the forwards of all ranks are paused; None if all have ended."""
+def _find_common_layer(positions: Sequence[_Positions]) -> int | None:
+    """Return the layer where the forwards of all ranks are paused; None if all have ended."""
     for position in positions:
         if position.trouble is not None:
             raise IrregularError(position.trouble)
@@ -281,16 +260,15 @@ def _common_layer(positions: Sequence[_Positions]) -> int | None:
 class _Forwards:
     """The forwards of this rank's chunks."""
 
-    def __init__(self, job: Job, chunks: Sequence[Chunk], traits: ForwardTraits | None) -> None:
+    def __init__(self, job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None) -> None:
         self._job = job
         self._chunks = chunks
         self._done: list[int] = []
         self._witness = _choose_witness(chunks, traits)
         self._met_by_witness: dict[int, Moments] = {}
         self._trouble: str | None = None
-
         seconds = 0.0 if traits is None else traits.seconds_per_sample
-        largest = max((chunk.samples for chunk in chunks), default=0)
+        largest = max((chunk.size for chunk in chunks), default=0)
         self._timeout = _TIMEOUT_SECONDS + _TIMEOUT_FORWARDS * largest * seconds
 
         self._threads = torch.get_num_threads()
@@ -298,11 +276,7 @@ class _Forwards:
         self._width = max(1, min(self._threads, len(chunks))) if can_run_at_once else 1
         context = ThreadContext(self._threads // self._width)
         self._forwards = [
-            PausableForward(
-                partial(job.run, chunk.whole),
-                context,
-                RandomStream(chunk.whole.index, job.device),
-            )
+            PausableForward(partial(job.run, chunk), context, RandomStream(chunk.index, job.device))
             for chunk in chunks
         ]
         self._reached: dict[PausableForward, tuple[int, Moments]] = {}
@@ -315,7 +289,7 @@ class _Forwards:
             return
         self._reached[paused] = (index, input_moments(values))
         if self._witness is not None and paused is self._forwards[0]:
-            share = len(values) * self._witness.size // self._chunks[0].samples
+            share = len(values) * self._witness.size // self._chunks[0].size
             self._met_by_witness[index] = input_moments(values[:share])
         self._job.progress.advance(len(values))
         paused.stop()
@@ -325,30 +299,25 @@ class _Forwards:
         self._reached.clear()
         going = [paused for paused in self._forwards if not paused.is_finished]
         try:
-            if self._width > 1:
-                advance_in_parallel(going, self._width, self._timeout)
-            else:
-                advance_in_turn(going, self._timeout)
+            advance(going, self._width, self._timeout)
         except StuckError as error:
             self._trouble = str(error)
         if any(paused.error is not None for paused in going):
             self._trouble = "a forward fails next to others"
-        inputs = {
-            number: on_host(self._reached[paused][1])
-            for number, paused in enumerate(self._forwards)
-            if paused in self._reached
-        }
         return _Positions(
             layers=frozenset(index for index, _ in self._reached.values()),
-            inputs=inputs,
+            inputs={
+                number: on_host(self._reached[paused][1])
+                for number, paused in enumerate(self._forwards)
+                if paused in self._reached
+            },
             has_ended=any(paused.is_finished for paused in self._forwards),
             trouble=self._trouble,
         )
 
     def mark_done(self, index: int) -> None:
-        """Note that a layer has its statistics; nothing after the last one needs to be computed."""
+        """Note that a layer has its statistics; the forwards end after the last one."""
         self._done.append(index)
-        # What the first samples did not reach, others may.
         if len(self._done) == len(self._job.layers):
             self.end()
 
@@ -356,36 +325,31 @@ class _Forwards:
         """End every forward where it is paused."""
         for paused in self._forwards:
             paused.cancel()
-        # Only after all were cancelled: one may wait for what another holds.
+        # Only after all were cancelled, since one may wait for what another holds.
         for paused in self._forwards:
             paused.join()
         if self._width > 1:
             torch.set_num_threads(self._threads)
 
-    def compare_with_witness(self) -> _Comparison:
-        """Compare what a few samples met with the same samples alone, and joined to others."""
+    def compare_with_witness(self) -> tuple[bool, bool]:
+        """Run a few samples again, alone and joined to others.
+
+        Returns:
+            Whether the other chunks changed their inputs; if so, whether joining them does too.
+        """
         if self._witness is None:
-            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
+            return False, False
         job, chunk = self._job, self._chunks[0]
         alone = observe(job, self._witness)
-        if not self._differs(alone, tuple(self._done), self._met_by_witness):
-            return _Comparison(is_disturbed=False, is_parted_by_joining=False)
-        share = self._witness.size / chunk.samples
-        joined = observe(job, chunk.whole, lambda values: values[: round(len(values) * share)])
-        return _Comparison(
-            is_disturbed=True,
-            is_parted_by_joining=self._differs(alone, joined.calls, joined.moments),
-        )
-
-    def _differs(
-        self, alone: Observation, calls: tuple[int, ...], met: Mapping[int, Moments]
-    ) -> bool:
-        return alone.calls != calls or bool(find_disturbed_layers(self._job, alone.moments, met))
+        if not is_disturbed(job, alone, tuple(self._done), self._met_by_witness):
+            return False, False
+        share = self._witness.size / chunk.size
+        joined = observe(job, chunk, lambda values: values[: round(len(values) * share)])
+        return True, is_disturbed(job, alone, joined.calls, joined.moments)
 
 
-def _choose_witness(chunks: Sequence[Chunk], traits: ForwardTraits | None) -> Batch | None:
-    """Return the first samples, or all of a chunk that must stay whole; None without others."""
+def _choose_witness(chunks: Sequence[Batch], traits: ForwardTraits | None) -> Batch | None:
+    """Return the first samples, or the first chunk if it must stay whole; None for a sole chunk."""
     if traits is None or len(chunks) < 2:
         return None
-    whole = chunks[0].whole
-    return whole.rows(0, _WITNESSES) if traits.takes_rows else whole
+    return chunks[0].rows(0, _WITNESSES) if traits.takes_rows else chunks[0]

@@ -1,13 +1,16 @@
-"""Options that several repairs share: samples, scores, and which BN layers to work on."""
+"""Options of the repairs: samples, scores, memory, and which BN layers to work on."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
+from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -17,9 +20,18 @@ from bnguard.layers.bn_layer import BatchNormLayer, explain_missing_layers, find
 Score = Callable[[nn.Module], float]
 Keep = Literal["if-better", "always"]
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+# If the system does not report what is free.
+_UNKNOWN_FREE = 4 * 2**30
+
 
 def is_whole(number: object, fewest: int) -> bool:
-    """Return whether it is a whole number, NumPy's too, and large enough.
+    """Return whether this is a whole number, also one of NumPy, of at least ``fewest``.
 
     >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.0, 1)
     (True, False, False)
@@ -28,53 +40,33 @@ def is_whole(number: object, fewest: int) -> bool:
 
 
 def require_samples(samples: object, fewest: int) -> None:
-    """Make sure that a number of samples is one.
-
-    Raises:
-        ConfigurationError: It is something else, or there are too few.
-    """
+    """Raise ConfigurationError unless this is a whole number of at least ``fewest``."""
     if not is_whole(samples, fewest):
         raise ConfigurationError(f"samples {samples!r} is not a whole number of at least {fewest}")
 
 
 def require_batch_sizes(sizes: object) -> None:
-    """Make sure that each of several batches has a size.
-
-    Raises:
-        ConfigurationError: One has less than a sample, or there are not several.
-    """
+    """Raise ConfigurationError unless these are several whole numbers of at least 1."""
     numbers = tuple(sizes) if isinstance(sizes, Iterable) else (0,)
     if not all(is_whole(number, 1) for number in numbers):
         raise ConfigurationError(f"batch sizes {sizes!r} are not whole numbers of at least 1")
 
 
 def require_score(score: object) -> None:
-    """Make sure that a score can be asked for, where there is one.
-
-    Raises:
-        ConfigurationError: It cannot be called.
-    """
+    """Raise ConfigurationError unless the score is a function or None."""
     if score is not None and not callable(score):
         raise ConfigurationError(f"score={score!r} is not a function: score(model) gives a number")
 
 
 def require_keep(keep: object) -> None:
-    """Make sure that an option says when to keep a result.
-
-    Raises:
-        ConfigurationError: It says something else.
-    """
+    """Raise ConfigurationError unless this is one of the values of :data:`Keep`."""
     if keep not in get_args(Keep):
         known = " or ".join(map(repr, get_args(Keep)))
         raise ConfigurationError(f"keep {keep!r} does not exist: use {known}")
 
 
 def as_number(score: object) -> float:
-    """Return what a score gave.
-
-    Raises:
-        ConfigurationError: It is not a number.
-    """
+    """Return a score as a float, or raise ConfigurationError if it is not a number."""
     try:
         return float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -83,14 +75,49 @@ def as_number(score: object) -> float:
         ) from error
 
 
+def memory_limit(memory: str | float, device: torch.device) -> int:
+    """Return a limit in bytes.
+
+    Args:
+        memory: ``"2GiB"``, ``"500 MB"``, bytes as a whole number, or a share of the free memory,
+            between 0 and 1.
+        device: Whose memory is shared.
+
+    Raises:
+        ConfigurationError: ``memory`` is none of these.
+
+    Example:
+        >>> memory_limit("2GiB", torch.device("cpu")) == 2 * 2**30
+        True
+    """
+    if isinstance(memory, float) and 0.0 < memory <= 1.0:
+        return int(memory * free_memory(device))
+    if isinstance(memory, int) and memory > 0:
+        return memory
+    if isinstance(memory, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?i?)b?", memory.strip().lower())
+        if match and match[2] in _UNITS and float(match[1]) > 0:
+            return int(float(match[1]) * _UNITS[match[2]])
+    raise ConfigurationError(f"memory {memory!r} is not an amount: use '2GiB', or a share like 0.5")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, as far as the system reports them."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return free + reserved - used
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return _UNKNOWN_FREE
+    match = re.search(r"MemAvailable: *(\d+) kB", text)
+    return int(match[1]) * 2**10 if match else _UNKNOWN_FREE
+
+
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A BN layer that stays as it was.
-
-    Attributes:
-        name: Dotted name of the layer.
-        reason: Why; a clause that has the layer as its subject.
-    """
+    """A BN layer that stays as it was, and why: a clause that has the layer as its subject."""
 
     name: str
     reason: str
@@ -98,12 +125,7 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class Selection:
-    """The BN layers of a model, those to work on and the others.
-
-    Attributes:
-        layers: Those to work on.
-        skipped: The others.
-    """
+    """The BN layers of a model: those to work on, and the others."""
 
     layers: tuple[BatchNormLayer, ...]
     skipped: tuple[SkippedLayer, ...]
@@ -113,8 +135,8 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     """Return the BN layers that have statistics to compute anew.
 
     Args:
-        model: The model, in the modes in which the user holds it.
-        names: Names or patterns (``"backbone.*"``) of the layers wanted; None for all.
+        model: The model, in the modes that the user set.
+        names: Names or patterns (``"backbone.*"``) of the layers; None for all.
 
     Raises:
         CalibrationError: There is no such layer, or one holds no values yet.
@@ -124,7 +146,7 @@ def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
     if not found:
         raise CalibrationError(f"{explain_missing_layers(model)}: nothing to recalibrate")
     patterns = None if names is None else patterns_of("layers", names, found)
-    reasons = [(layer, _reason_to_skip(layer, model, patterns)) for layer in found]
+    reasons = [(layer, _find_reason_to_skip(layer, model, patterns)) for layer in found]
     chosen = tuple(layer for layer, reason in reasons if reason is None)
     skipped = tuple(SkippedLayer(layer.name, reason) for layer, reason in reasons if reason)
     if not chosen:
@@ -144,10 +166,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> tuple[str, ...]:
-    """Return the patterns that an option gives, as one string or several.
+    """Return the patterns of an option, which may be one string or several.
 
     Raises:
-        ConfigurationError: One of them matches no layer.
+        ConfigurationError: A pattern matches no layer.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
         names = (names,)
@@ -161,7 +183,7 @@ def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> 
     return patterns
 
 
-def _reason_to_skip(
+def _find_reason_to_skip(
     layer: BatchNormLayer, model: nn.Module, patterns: Sequence[str] | None
 ) -> str | None:
     if patterns is not None and not any(fnmatchcase(layer.name, each) for each in patterns):

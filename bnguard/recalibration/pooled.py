@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
@@ -21,13 +20,14 @@ from bnguard.recalibration.statistics import (
     Estimator,
     Job,
     Pool,
+    current_statistics,
     estimate_unbiased,
     is_precise,
     write_statistics,
 )
 
-# Ranks look at one another, and at the tolerance, every so many batches.
-_BATCHES_A_ROUND = 8
+# Ranks exchange results, and compare them with the tolerance, after this number of batches.
+_BATCHES_PER_ROUND = 8
 
 
 def calibrate_precisely(job: Job) -> Calibration:
@@ -41,57 +41,50 @@ def calibrate_precisely(job: Job) -> Calibration:
     Raises:
         CalibrationError: There is no data, or the statistics cannot be computed from it.
     """
-    mine = _Share()
+    mine, left_out = Pool(), 0
     job.progress.start(job.samples, 1)
     is_precise_enough = False
-    while not is_precise_enough and any(job.ranks.together(partial(_run_round, job, mine))):
+    while not is_precise_enough:
+        rounds = job.ranks.together(partial(_run_round, job, mine))
+        left_out += sum(refused for _, refused in rounds)
+        if not any(read for read, _ in rounds):
+            break
         if job.tolerance is not None:
-            is_precise_enough = is_precise(_pool_of_all_ranks(job, mine).parts, job.tolerance)
-    shares = job.ranks.together(lambda: (mine.samples, mine.batches, mine.left_out))
-    samples, batches, left_out = (sum(column) for column in zip(*shares, strict=True))
-    _require_samples(samples, left_out)
+            is_precise_enough = is_precise(_pool_all_ranks(job, mine).parts, job.tolerance)
+    pool = _pool_all_ranks(job, mine)
+    if pool.samples == 0:
+        raise CalibrationError(
+            "every batch brings NaN or Inf to a BN layer: fix the data"
+            if left_out
+            else "the loader is empty: it yields no sample to calibrate on"
+        )
     return Calibration(
-        estimates={
-            job.layers[index].name: job.estimate(job.layers[index], moments, samples)
-            for index, moments in _pool_of_all_ranks(job, mine).merged().items()
-        },
-        samples=samples,
-        batches=batches,
-        virtual_batches=batches,
+        estimates=job.estimate_from(pool),
+        samples=pool.samples,
+        batches=pool.batches,
+        virtual_batches=pool.batches,
         left_out=left_out,
         is_within_tolerance=is_precise_enough,
     )
 
 
-@dataclass
-class _Share:
-    """What this rank has done so far."""
-
-    pool: Pool = field(default_factory=Pool)
-    samples: int = 0
-    batches: int = 0
-    left_out: int = 0
-
-
-def _run_round(job: Job, mine: _Share) -> int:
-    """Run the next few batches; return how many there were."""
-    count = 0
-    for batch in islice(job.batches, _BATCHES_A_ROUND):
-        count += 1
+def _run_round(job: Job, mine: Pool) -> tuple[int, int]:
+    """Add the next few batches to the pool; return how many were read, and how many refused."""
+    read = refused = 0
+    for batch in islice(job.batches, _BATCHES_PER_ROUND):
+        read += 1
         inputs = _run_batch(job, batch)
         if inputs is None:
-            mine.left_out += 1
-            continue
-        mine.pool.add(inputs)
-        mine.samples += batch.size
-        mine.batches += 1
-    return count
+            refused += 1
+        else:
+            mine.add(inputs, batch.size, 1)
+    return read, refused
 
 
-def _pool_of_all_ranks(job: Job, mine: _Share) -> Pool:
+def _pool_all_ranks(job: Job, mine: Pool) -> Pool:
     whole = Pool()
-    for parts in job.ranks.together(lambda: mine.pool.parts):
-        whole.add(parts)
+    for share in job.ranks.together(lambda: (mine.parts, mine.samples, mine.batches)):
+        whole.add(*share)
     return whole
 
 
@@ -120,13 +113,6 @@ def _run_batch(job: Job, batch: Batch) -> Mapping[int, list[Moments]] | None:
     return None
 
 
-def _require_samples(samples: int, left_out: int) -> None:
-    if samples == 0 and left_out:
-        raise CalibrationError("every batch brings NaN or Inf to a BN layer: fix the data")
-    if samples == 0:
-        raise CalibrationError("the loader is empty: it yields no sample to calibrate on")
-
-
 def mix_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator:
     """Return an estimator that mixes new statistics with those that the layers have now.
 
@@ -138,11 +124,16 @@ def mix_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator
     Raises:
         CalibrationError: The statistics to mix with are not finite.
     """
-    sources: Mapping[str, tuple[Tensor, Tensor]] = {
-        layer.name: _read_source(layer) for layer in layers
-    }
+    sources: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in layers:
+        mean, var = current_statistics(layer)
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
+            raise CalibrationError(
+                f"{layer.name}: the statistics to mix with are not finite: use prior 0"
+            )
+        sources[layer.name] = mean.cpu().double(), var.cpu().double()
 
-    def mixed(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+    def mix(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
         new = estimate_unbiased(layer, moments, samples)
         mean, var = sources[layer.name]
         weight = samples / (prior + samples)
@@ -150,15 +141,4 @@ def mix_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator
             torch.lerp(mean, new.mean, weight), torch.lerp(var, new.var, weight), new.values
         )
 
-    return mixed
-
-
-def _read_source(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
-    mean, var = layer.running_mean, layer.running_var
-    assert mean is not None
-    assert var is not None
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
-        raise CalibrationError(
-            f"{layer.name}: the statistics to mix with are not finite: use prior 0"
-        )
-    return mean.cpu().double(), var.cpu().double()
+    return mix

@@ -1,65 +1,63 @@
-"""The exact statistics where forwards do not go side by side: a forward for every few layers.
+"""The exact statistics with a forward for every few layers, where forwards cannot pause together.
 
 For layers that are called several times, in another order by another batch, or not at all; and
-for models that store features on themselves or start threads. Which layer's input depends on
-which layer's statistics is found by trying; then each layer waits for those that it depends on,
-and all that wait for no other get their statistics in the same forward.
+for models that store features on themselves or start threads. Trial forwards find which layer's
+input depends on which layer's statistics; each layer waits for those that it depends on, and all
+that wait for no other get their statistics in the same forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 
+import torch
 from torch import Tensor
 
 from bnguard.errors import CalibrationError
+from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, merge_moments
-from bnguard.layers.preserve import draw_from_seed
+from bnguard.layers.preserve import draw_from_seed, preserve_statistics
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs, set_statistics
+from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
 from bnguard.recalibration.lockstep import ForwardCancelled
-from bnguard.recalibration.memory import Chunk
-from bnguard.recalibration.statistics import Job, perturb_statistics
+from bnguard.recalibration.statistics import Job, current_statistics, write_statistics
 from bnguard.recalibration.trial_forward import Observation, find_differing_layers, observe
 
-# A layer depends on another where its input moves by this share of a standard deviation.
+# A layer depends on another if its input moves by this share of a standard deviation.
 _DEPENDS = 1e-4
 _SAME = 2e-3
-# A forward may branch differently with other statistics; it then runs again with those.
+# With other statistics a forward may branch differently; it then runs again.
 _MOST_ATTEMPTS = 4
-# Samples that suffice to see which layer depends on which.
+# Enough samples to see which layer depends on which.
 _PROBE_SAMPLES = 4
 
 
-def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[Moments, ...]]:
+def replay(job: Job, chunks: Sequence[Batch], samples: int) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
     A last forward checks that the inputs of each layer are still those of its statistics.
 
-    Args:
-        job: What to calibrate.
-        chunks: This rank's data; may be none.
-        samples: How many samples there are on all ranks.
+    ``chunks`` are those of this rank, which may have none; ``samples`` counts all ranks.
 
     Raises:
         NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
-        CalibrationError: A layer depends on its own statistics, cannot have those computed, or
-            meets something else each time.
+        CalibrationError: A layer depends on its own statistics, cannot hold the computed ones, or
+            has other inputs each time.
     """
     seen = _observe_all(job, chunks)
     for _ in range(_MOST_ATTEMPTS):
         parts: dict[int, tuple[Moments, ...]] = {}
         met: dict[int, Moments] = {}
         generations = _sort_into_generations(job, chunks, seen)
-        job.progress.start(sum(chunk.whole.size for chunk in chunks), len(generations))
+        job.progress.start(sum(chunk.size for chunk in chunks), len(generations))
         for generation in generations:
             on_ranks = job.ranks.together(partial(_read_generation, job, chunks, generation, seen))
             for index in generation:
-                parts[index] = set_statistics(
-                    job, index, [rank[index] for rank in on_ranks], samples
+                parts[index] = job.set_statistics(
+                    index, [rank[index] for rank in on_ranks], samples
                 )
                 mine = on_ranks[job.ranks.rank][index]
                 met |= {index: merge_moments(mine.values())} if mine else {}
@@ -74,9 +72,9 @@ def replay(job: Job, chunks: Sequence[Chunk], samples: int) -> dict[int, tuple[M
     )
 
 
-def _observe_all(job: Job, chunks: Sequence[Chunk]) -> list[Observation]:
+def _observe_all(job: Job, chunks: Sequence[Batch]) -> list[Observation]:
     observed: list[Observation] = []
-    job.ranks.together(lambda: observed.extend(observe(job, chunk.whole) for chunk in chunks))
+    job.ranks.together(lambda: observed.extend(observe(job, chunk) for chunk in chunks))
     return observed
 
 
@@ -89,7 +87,7 @@ def _pool(seen: Sequence[Observation]) -> dict[int, Moments]:
 
 
 def _sort_into_generations(
-    job: Job, chunks: Sequence[Chunk], seen: Sequence[Observation]
+    job: Job, chunks: Sequence[Batch], seen: Sequence[Observation]
 ) -> list[tuple[int, ...]]:
     """Return the layers that are reached, those that depend on no later ones first.
 
@@ -118,52 +116,62 @@ def _sort_into_generations(
 
 
 def _find_dependencies(
-    job: Job, chunks: Sequence[Chunk], seen: Sequence[Observation]
+    job: Job, chunks: Sequence[Batch], seen: Sequence[Observation]
 ) -> dict[int, set[int]]:
-    """Return, for each layer that is reached here, those whose statistics reach its input."""
+    """Return, for each layer that is reached here, the layers whose statistics reach its input."""
     needed: dict[int, set[int]] = {
         index: set() for observation in seen for index in observation.calls
     }
     ways = {observation.calls: chunk for observation, chunk in zip(seen, chunks, strict=True)}
     for calls, chunk in ways.items():
-        probe, before = _probe(job, chunk, calls)
+        probe, before = _choose_probe(job, chunk, calls)
         for index in set(calls):
             with perturb_statistics(job.layers[index]):
                 after = observe(job, probe)
-            for reached in find_differing_layers(
-                before.moments, after.moments, _DEPENDS, job.noise
-            ):
+            moved = find_differing_layers(before.moments, after.moments, _DEPENDS, job.noise)
+            for reached in moved:
                 needed.setdefault(reached, set()).add(index)
     return needed
 
 
-def _probe(job: Job, chunk: Chunk, calls: tuple[int, ...]) -> tuple[Batch, Observation]:
-    """Return as little of a chunk as goes the same way, and what it meets."""
-    if chunk.whole.can_be_cut:
-        few = chunk.whole.rows(0, _PROBE_SAMPLES)
+@contextmanager
+def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
+    """Give a layer other statistics for a while, each channel others."""
+    mean, var = current_statistics(layer)
+    # Not all in proportion: a later normalisation would cancel that.
+    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
+    with preserve_statistics([layer]):
+        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
+        yield
+
+
+def _choose_probe(job: Job, chunk: Batch, calls: tuple[int, ...]) -> tuple[Batch, Observation]:
+    """Return the first samples of a chunk, or all if those make other calls; and what they meet."""
+    if chunk.can_be_cut:
+        few = chunk.rows(0, _PROBE_SAMPLES)
         with suppress(CalibrationError):
             seen = observe(job, few)
             if seen.calls == calls:
                 return few, seen
-    return chunk.whole, observe(job, chunk.whole)
+    return chunk, observe(job, chunk)
 
 
 def _read_generation(
-    job: Job, chunks: Sequence[Chunk], generation: tuple[int, ...], seen: Sequence[Observation]
+    job: Job, chunks: Sequence[Batch], generation: tuple[int, ...], seen: Sequence[Observation]
 ) -> dict[int, dict[int, Moments]]:
     """Return the inputs of the layers of a generation, by the number of the chunk."""
     inputs: dict[int, dict[int, Moments]] = {index: {} for index in generation}
     for number, (chunk, observation) in enumerate(zip(chunks, seen, strict=True)):
         for index, moments in _run_to_last_call(job, chunk, generation, observation).items():
             inputs[index][number] = moments
-        job.progress.advance(chunk.whole.size)
+        job.progress.advance(chunk.size)
     return inputs
 
 
 def _run_to_last_call(
-    job: Job, chunk: Chunk, generation: tuple[int, ...], before: Observation
+    job: Job, chunk: Batch, generation: tuple[int, ...], before: Observation
 ) -> dict[int, Moments]:
-    """Put a chunk through the model as far as the last call of these layers."""
+    """Run a chunk up to the last call of these layers; return the moments of their inputs."""
     parts: dict[int, list[Moments]] = {}
     left = sum(index in generation for index in before.calls)
     if left == 0:
@@ -177,11 +185,10 @@ def _run_to_last_call(
         if left == 0 and not before.starts_threads:
             raise ForwardCancelled
 
-    whole = chunk.whole
     with (
         suppress(ForwardCancelled),
-        draw_from_seed(whole.index, job.device),
+        draw_from_seed(chunk.index, job.device),
         read_inputs(job.layers, on_input),
     ):
-        job.run(whole)
+        job.run(chunk)
     return {index: merge_moments(found) for index, found in parts.items()}

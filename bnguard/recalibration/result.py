@@ -1,4 +1,4 @@
-"""What a recalibration did: the statistics before and after, what was skipped, and the undo."""
+"""The result of a recalibration: statistics before and after, what was skipped, and the undo."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView
 
+# Importing rich draws from Python's random state, so only printing imports it.
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -30,10 +31,7 @@ class LayerChange:
     """How far the statistics of a layer moved.
 
     Attributes:
-        name: Dotted name of the layer.
-        before: The statistics that the layer had.
-        after: The statistics that were computed.
-        eps: What the layer adds to the variance.
+        eps: The value that the layer adds to the variance.
         values: Values per channel that the new statistics come from.
     """
 
@@ -46,13 +44,12 @@ class LayerChange:
     @cached_property
     def shift_std(self) -> FloatArray:
         """Shift of the mean in standard deviations from before, shape ``(C,)``."""
-        before = self.before
-        with np.errstate(all="ignore"):  # What was not finite before is None in the extremes.
-            return shift_std(self.after.mean, before.mean, before.var, self.eps)
+        with np.errstate(all="ignore"):  # The extremes are None if a channel was not finite.
+            return shift_std(self.after.mean, self.before.mean, self.before.var, self.eps)
 
     @cached_property
     def log_variance_ratio(self) -> FloatArray:
-        """Natural logarithm of the variance after over the one before, shape ``(C,)``."""
+        """Natural logarithm of the variance after divided by before, shape ``(C,)``."""
         with np.errstate(all="ignore"):
             return log_variance_ratio(self.after.var, self.before.var, self.eps)
 
@@ -68,7 +65,7 @@ class LayerChange:
 
     @property
     def distance(self) -> float:
-        """How far the layer moved, to sort by: the larger of the two; infinite where unknown."""
+        """The larger of the two, to sort by; infinite if unknown."""
         shift, ratio = self.max_shift_std, self.extreme_log_variance_ratio
         return math.inf if shift is None or ratio is None else max(shift, abs(ratio))
 
@@ -78,20 +75,20 @@ class Recalibration(NotebookView):
     """What :func:`bnguard.recalibrate` did.
 
     Attributes:
-        method: How the statistics were computed.
+        method: ``"exact"``, ``"precise"`` or ``"adapt"``.
         layers: How far each layer moved, in the order of the model.
         skipped: BN layers that stay as they were, and why.
         samples: Samples that the statistics come from, on all ranks.
         batches: Batches that they come from.
-        virtual_batches: As how many virtual batches these ran; with ``exact`` and ``adapt``, 1 is
-            the result of one giant batch.
-        left_out: Batches that were left out since they bring NaN or Inf to a layer.
+        virtual_batches: Number of virtual batches that these ran as; with ``exact`` and ``adapt``,
+            1 is the result of one giant batch.
+        left_out: Batches that were left out because they bring NaN or Inf to a layer.
         is_kept: Whether the model has the new statistics; False if they were rolled back.
         mode_gap_before: Mode gap with the statistics from before, on up to 64 samples of the
             calibration set; or why it was not measured.
         mode_gap_after: The same with the new statistics.
-        score_before: What ``score`` gave with the statistics from before; None without a score.
-        score_after: What ``score`` gave with the new ones.
+        score_before: Score with the statistics from before; None without ``score``.
+        score_after: Score with the new ones.
         restore: Restores the statistics and counters from before; :meth:`undo` calls it.
         notes: What else a reader should know, a sentence each.
     """
@@ -113,19 +110,19 @@ class Recalibration(NotebookView):
 
     @property
     def before(self) -> Mapping[str, RunningStatistics]:
-        """Statistics before, by the name of the layer."""
+        """Statistics from before, by the name of the layer."""
         return {layer.name: layer.before for layer in self.layers}
 
     @property
     def after(self) -> Mapping[str, RunningStatistics]:
-        """Statistics that were computed, by the name of the layer."""
+        """New statistics, by the name of the layer."""
         return {layer.name: layer.after for layer in self.layers}
 
     def undo(self) -> None:
-        """Give the model the statistics and counters that it had before.
+        """Restore the statistics and counters from before.
 
         Raises:
-            CalibrationError: This is a copy, or was loaded from a file: the model is not with it.
+            CalibrationError: This is a copy, or was loaded from a file, and so has no model.
         """
         self.restore()
 
@@ -152,13 +149,8 @@ class Recalibration(NotebookView):
             "kept": self.is_kept,
             "score_before": self.score_before,
             "score_after": self.score_after,
-            **{
-                key: None if isinstance(gap, str) else gap.relative_change
-                for key, gap in (
-                    ("mode_gap_before", self.mode_gap_before),
-                    ("mode_gap_after", self.mode_gap_after),
-                )
-            },
+            "mode_gap_before": _change_of(self.mode_gap_before),
+            "mode_gap_after": _change_of(self.mode_gap_after),
             "layers": [
                 {
                     "name": layer.name,
@@ -179,21 +171,20 @@ class Recalibration(NotebookView):
 
     def __repr__(self) -> str:
         """Return the recalibration in one line."""
-        layers, skipped = len(self.layers), len(self.skipped)
         return (
-            f"Recalibration(method={self.method!r}, layers={layers}, skipped={skipped}, "
-            f"samples={self.samples}, is_kept={self.is_kept})"
+            f"Recalibration(method={self.method!r}, layers={len(self.layers)}, "
+            f"skipped={len(self.skipped)}, samples={self.samples}, is_kept={self.is_kept})"
         )
 
     def __rich__(self) -> RenderableType:
-        """Return a heading, the layers that moved furthest, those skipped, mode gap and score."""
+        """Return a summary that fits 80 columns, and is readable without colour."""
         from rich.console import Group
         from rich.text import Text
 
-        parts = [_heading(self), _layers_view(self.layers)]
+        parts = [_show_heading(self), *_show_layers(self.layers)]
         if self.skipped:
-            parts.append(_skipped_view(self.skipped))
-        parts.append(_gap_view(self.mode_gap_before, self.mode_gap_after))
+            parts.append(_show_skipped(self.skipped))
+        parts.append(_show_gap(self.mode_gap_before, self.mode_gap_after))
         if self.score_before is not None and self.score_after is not None:
             verdict = "kept" if self.is_kept else "rolled back"
             change = f"{self.score_before:.4g} → {self.score_after:.4g}"
@@ -219,10 +210,11 @@ def _extreme(values: FloatArray) -> float | None:
     return float(values[np.argmax(np.abs(values))])
 
 
-# How a result is printed: it fits 80 columns, and is readable without colour.
+def _change_of(gap: ModeGap | str) -> float | None:
+    return None if isinstance(gap, str) else gap.relative_change
 
 
-def _heading(recalibration: Recalibration) -> RenderableType:
+def _show_heading(recalibration: Recalibration) -> RenderableType:
     from rich.text import Text
 
     parts = [
@@ -235,8 +227,7 @@ def _heading(recalibration: Recalibration) -> RenderableType:
     return Text(" · ".join(parts), style="bold" if recalibration.is_kept else "bold yellow")
 
 
-def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
-    from rich.console import Group
+def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
@@ -252,16 +243,13 @@ def _layers_view(layers: Sequence[LayerChange]) -> RenderableType:
             _format_change(layer.max_shift_std),
             _format_change(layer.extreme_log_variance_ratio),
         )
-    parts: list[RenderableType] = [
-        Text("How far the statistics moved, the furthest first", style="dim"),
-        table,
-    ]
-    if rest := len(layers) - len(shown):
-        parts.append(Text(f"and {counted(rest, 'more layer')}", style="dim"))
-    return Group(*parts)
+    title = Text("How far the statistics moved, the furthest first", style="dim")
+    rest = len(layers) - len(shown)
+    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
+    return [title, table, *more]
 
 
-def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
+def _show_gap(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
     from rich.text import Text
 
     if isinstance(after, str):
@@ -269,13 +257,13 @@ def _gap_view(before: ModeGap | str, after: ModeGap | str) -> RenderableType:
     first = "?" if isinstance(before, str) else f"{before.relative_change:.3g}"
     change = f"{first} → {after.relative_change:.3g} σ of the outputs"
     noise = after.sampling_change
-    alone = "" if noise is None else f" (sampling alone: {noise:.2g})"
+    sampling = "" if noise is None else f" (sampling alone: {noise:.2g})"
     batch = counted(after.samples, "sample") if after.samples else "1 batch"
-    return Text(f"mode gap {change}{alone}, on {batch}")
+    return Text(f"mode gap {change}{sampling}, on {batch}")
 
 
-def _skipped_view(skipped: Sequence[SkippedLayer]) -> RenderableType:
-    """Return what was skipped, the layers of one reason together."""
+def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:
+    """Return the skipped layers, one line per reason."""
     from rich.text import Text
 
     by_reason: dict[str, list[str]] = {}

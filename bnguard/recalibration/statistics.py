@@ -23,6 +23,7 @@ from bnguard.layers.preserve import (
 )
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
+from bnguard.recalibration.layer_inputs import is_finite
 
 OnNonfinite = Literal["skip", "error"]
 
@@ -32,7 +33,7 @@ _MOST_PARTS = 64
 
 
 def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
-    """Return the statistics that a layer has now, on the host in float64."""
+    """Return a copy of a layer's statistics, on the host in float64."""
     mean, var = current_statistics(layer)
     return RunningStatistics(
         mean=mean.cpu().double().numpy().copy(),
@@ -50,9 +51,9 @@ def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
 
 
 def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
-    """Let a layer normalise with these statistics, through new tensors of its buffers' dtype.
+    """Replace a layer's buffers with new tensors of their dtype that have these values.
 
-    New tensors and not new values, because a forward that calls autograd may hold the old ones.
+    A forward that calls autograd may still need the old tensors.
 
     Raises:
         CalibrationError: The dtype cannot hold the values.
@@ -87,9 +88,9 @@ def fit_to_buffer(values: Tensor, buffer: Tensor, layer: str) -> Tensor:
 def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
     """Prepare a model for calibration, and leave it as it was found.
 
-    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers have
-    copies of their statistics to write to, so that the originals do not change before the result
-    is known to be good.
+    It is in eval mode, without gradients, and runs as written and not as compiled. Its layers use
+    copies of their statistics, without NaN or Inf, so that the originals stay until the result is
+    known to be good.
     """
     with (
         preserve_modes(model),
@@ -102,29 +103,10 @@ def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) 
     ):
         model.eval()
         for layer in layers:
-            _reset_nonfinite_statistics(layer)
-        yield
-
-
-def _reset_nonfinite_statistics(layer: BatchNormLayer) -> None:
-    """Reset channels that are not finite to (0, 1), so that they spoil no inputs downstream."""
-    mean, var = current_statistics(layer)
-    is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-    write_statistics(
-        layer,
-        torch.where(is_good, mean, torch.zeros_like(mean)),
-        torch.where(is_good, var, torch.ones_like(var)),
-    )
-
-
-@contextmanager
-def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
-    """Give a layer other statistics for a while, each channel others."""
-    mean, var = current_statistics(layer)
-    # Not all in proportion: a later normalisation would take that out again.
-    factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
-    with preserve_statistics([layer]):
-        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
+            mean, var = current_statistics(layer)
+            is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+            # NaN or Inf would spread to the inputs of the layers after it.
+            write_statistics(layer, mean.where(is_good, 0.0), var.where(is_good, 1.0))
         yield
 
 
@@ -150,11 +132,9 @@ class NoProgress:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Statistics that a layer is to have.
+    """Statistics for a layer: mean and unbiased variance, each of shape ``(C,)`` in float64.
 
     Attributes:
-        mean: Shape ``(C,)``, float64.
-        var: The unbiased estimate, shape ``(C,)``, float64.
         values: Values per channel that they come from.
     """
 
@@ -167,24 +147,68 @@ class Estimate:
 Estimator = Callable[[BatchNormLayer, Moments, int], Estimate]
 
 
+def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
+    """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
+
+    Raises:
+        CalibrationError: There are fewer than two values per channel.
+    """
+    if moments.count < 2:
+        raise CalibrationError(
+            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
+            "samples"
+        )
+    return Estimate(moments.mean, moments.var_unbiased, moments.count)
+
+
+class NonFiniteError(Exception):
+    """There is NaN or Inf in the inputs of a layer.
+
+    Attributes:
+        index: Index of the layer.
+        chunks: Numbers of this rank's chunks that bring it; empty if only other ranks' do.
+    """
+
+    def __init__(self, index: int, chunks: frozenset[int]) -> None:
+        super().__init__(index, chunks)
+        self.index = index
+        self.chunks = chunks
+
+
+class Pool:
+    """Moments of each layer's inputs by its index, and the samples and batches that they come from.
+
+    They are kept in at most 64 parts; more are merged in pairs.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[int, list[Moments]] = {}
+        self.samples = self.batches = 0
+
+    def add(
+        self, inputs: Mapping[int, Iterable[Moments]], samples: int = 0, batches: int = 0
+    ) -> None:
+        """Add moments, by the index of the layer."""
+        self.samples += samples
+        self.batches += batches
+        for index, moments in inputs.items():
+            parts = self.parts.setdefault(index, [])
+            parts.extend(moments)
+            while len(parts) > _MOST_PARTS:
+                parts[:] = [merge_moments(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
     """A calibration to do.
 
     Attributes:
         model: The model, in eval mode, with statistics that may be written to.
-        device: Where it is.
-        noise: How far sums in another order come out different, as a share of their terms.
-        layers: The layers to compute.
+        noise: How far sums differ in another order, as a share of their terms.
         batches: This rank's share of the data.
-        samples: How many samples that is at most.
-        forward: How the model is called; None for the way that most loaders mean.
-        estimate: What becomes a layer's statistics.
-        on_nonfinite: What to do about a batch with NaN or Inf at a layer.
+        samples: The most samples in that share.
         memory: Bytes that the set may take at once.
         tolerance: Stop at this standard error, as a share of the standard deviation.
-        ranks: Who takes part.
-        progress: Receives how far it is.
     """
 
     model: nn.Module
@@ -205,17 +229,44 @@ class Job:
         """Put a copy of a batch through the model, which may write to it."""
         call(self.model, self.forward, batch.copied())
 
-    def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
-        """Raise if batches with NaN or Inf are an error.
+    def set_statistics(
+        self, index: int, inputs: Sequence[Mapping[int, Moments]], samples: int
+    ) -> tuple[Moments, ...]:
+        """Give a layer the statistics of its inputs; return their moments in parts.
+
+        ``inputs`` has an entry per rank, by the number of the chunk; ``samples`` counts all ranks.
 
         Raises:
-            CalibrationError: ``on_nonfinite`` is ``"error"``.
+            NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
+            CalibrationError: The layer cannot hold the statistics, or has too few values.
         """
+        parts = tuple(moments for on_rank in inputs for moments in on_rank.values())
+        merged = merge_moments(parts)
+        if not is_finite(merged):
+            mine = inputs[self.ranks.rank]
+            bad = frozenset(number for number, moments in mine.items() if not is_finite(moments))
+            raise NonFiniteError(index, bad)
+        layer = self.layers[index]
+        estimate = self.estimate(layer, merged, samples)
+        write_statistics(layer, estimate.mean, estimate.var)
+        return parts
+
+    def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
+        """Raise CalibrationError if batches with NaN or Inf are an error."""
         if self.on_nonfinite == "error":
             raise CalibrationError(
                 f"batch {batch.index} has NaN or Inf in the inputs of {layer.name}: fix the "
                 "data, or skip such batches"
             )
+
+    def estimate_from(self, pool: Pool) -> dict[str, Estimate]:
+        """Return the statistics of each layer that was reached, by its name."""
+        return {
+            self.layers[index].name: self.estimate(
+                self.layers[index], merge_moments(parts), pool.samples
+            )
+            for index, parts in pool.parts.items()
+        }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -223,11 +274,8 @@ class Calibration:
     """The result of a job, over all ranks.
 
     Attributes:
-        estimates: What the layers that were reached are to have, by name.
-        samples: Samples used.
-        batches: Batches used.
-        virtual_batches: As how many virtual batches they ran; 1 is exact.
-        left_out: Batches left out since they had NaN or Inf.
+        estimates: Statistics for the layers that were reached, by name.
+        left_out: Batches left out because of NaN or Inf.
         is_within_tolerance: Whether the standard errors came below the tolerance.
     """
 
@@ -236,54 +284,14 @@ class Calibration:
     batches: int
     virtual_batches: int
     left_out: int
-    is_within_tolerance: bool = False
-
-
-def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> Estimate:
-    """Estimate the statistics from the moments alone: mean, and variance divided by n - 1.
-
-    Raises:
-        CalibrationError: There are fewer than two values a channel.
-    """
-    if moments.count < 2:
-        raise CalibrationError(
-            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
-            "samples"
-        )
-    return Estimate(moments.mean, moments.var_unbiased, moments.count)
-
-
-class Pool:
-    """Moments of the inputs of each layer, in at most 64 parts; more are merged in pairs."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, list[Moments]] = {}
-
-    def add(self, inputs: Mapping[int, Iterable[Moments]]) -> None:
-        """Add moments, by the index of the layer."""
-        for index, moments in inputs.items():
-            parts = self._parts.setdefault(index, [])
-            parts.extend(moments)
-            while len(parts) > _MOST_PARTS:
-                parts[:] = [merge_moments(parts[i : i + 2]) for i in range(0, len(parts), 2)]
-
-    @property
-    def parts(self) -> Mapping[int, Sequence[Moments]]:
-        """Moments of the inputs in parts, by the index of the layer."""
-        return self._parts
-
-    def merged(self) -> dict[int, Moments]:
-        """Return the moments of all inputs of each layer, by its index."""
-        return {index: merge_moments(parts) for index, parts in self._parts.items()}
+    is_within_tolerance: bool
 
 
 def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:
     """Return whether the standard errors of every layer's statistics are within a tolerance.
 
-    Args:
-        inputs: Moments of the inputs of each layer, in parts that were drawn at random.
-        tolerance: Largest standard error of a mean, in standard deviations, and of the logarithm
-            of a variance.
+    ``inputs`` are moments in parts drawn at random, by the layer; the standard errors are those of
+    :func:`standard_errors`.
     """
     return all(
         len(parts) >= _MIN_PARTS and bool((torch.cat(standard_errors(parts)) <= tolerance).all())
@@ -292,18 +300,15 @@ def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> boo
 
 
 def standard_errors(parts: Sequence[Moments]) -> tuple[Tensor, Tensor]:
-    """Return the standard errors of mean and variance, as seen in how parts of a sample scatter.
+    """Estimate the standard errors of mean and variance from how parts of a sample scatter.
 
-    The parts are clusters, so that values that belong together, as the pixels of an image do, do
+    The parts are clusters, so that values that belong together, like the pixels of an image, do
     not count as independent: the linearised variance of a ratio of cluster totals (Cochran,
     "Sampling Techniques", 3rd edition 1977, section 6.4).
 
-    Args:
-        parts: At least two parts with values in them.
-
     Returns:
         That of the mean in standard deviations, and that of the logarithm of the variance, both
-        of shape ``(C,)``.
+        of shape ``(C,)``. It takes at least two parts with values in them.
     """
     filled = [part for part in parts if part.count > 0]
     whole = merge_moments(filled)

@@ -1,4 +1,4 @@
-"""Find out by a small forward how a model may be run: joined, in parallel, side by side."""
+"""Find out with small forwards whether batches may be joined, and run at once or side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,10 @@ from bnguard.recalibration.statistics import Job
 
 # Inputs that depend on other samples differ by far more.
 _SAME = 0.05
-# In half precision too, something must be left that counts as another value.
+# In half precision too, some differences must count.
 _MAX_NOISE = 0.3
-
-
-def all_rows(values: Tensor) -> Tensor:
-    """Return all rows of the inputs of a layer."""
-    return values
+# Samples of small batches that are run to see whether all call the same layers.
+_SAMPLES_TO_COMPARE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +48,15 @@ class Observation:
     draws_random: bool
 
 
-def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> Observation:
-    """Run a batch through the model with the statistics that it has now.
-
-    The random numbers that the forward draws are the same each time.
+def observe(
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
+) -> Observation:
+    """Run a batch through the model, with the same random numbers each time.
 
     Args:
-        job: Whose model it is.
+        job: The job with the model.
         batch: The batch.
-        look_at: Picks the rows to look at from the inputs of a layer.
+        look_at: Selects the rows to read from the inputs of a layer; None for all.
     """
     calls: list[int] = []
     inputs: dict[int, list[Moments]] = {}
@@ -68,7 +65,7 @@ def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_ro
     def on_input(index: int, values: Tensor) -> None:
         threads.add(threading.get_ident())
         calls.append(index)
-        inputs.setdefault(index, []).append(input_moments(look_at(values)))
+        inputs.setdefault(index, []).append(input_moments(look_at(values) if look_at else values))
 
     with draw_from_seed(batch.index, job.device) as stream, read_inputs(job.layers, on_input):
         job.run(batch)
@@ -80,15 +77,16 @@ def observe(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_ro
     )
 
 
-def find_disturbed_layers(
-    job: Job, alone: Mapping[int, Moments], beside: Mapping[int, Moments]
-) -> set[int]:
-    """Return the indices of the layers whose inputs differ when samples run next to others.
+def is_disturbed(
+    job: Job, alone: Observation, calls: tuple[int, ...], moments: Mapping[int, Moments]
+) -> bool:
+    """Return whether samples that run next to others make other calls, or have other inputs.
 
-    A single value a channel has no spread to compare with, so rounding counts in full here, and
-    not as a share of the tolerance.
+    A single value per channel has no spread to compare with, so rounding counts in full here, not
+    as a share of the tolerance.
     """
-    return find_differing_layers(alone, beside, _SAME, min(job.noise / _SAME, _MAX_NOISE))
+    noise = min(job.noise / _SAME, _MAX_NOISE)
+    return alone.calls != calls or bool(find_differing_layers(alone.moments, moments, _SAME, noise))
 
 
 def find_differing_layers(
@@ -100,14 +98,11 @@ def find_differing_layers(
         first: Moments of the inputs of each layer, by its index.
         second: The same of another forward.
         tolerance: How far means may differ in standard deviations, and variances in themselves.
-        noise: How far rounding may move them in addition, as a share of the usual values in the
-            layer.
+        noise: How far rounding may move them in addition, as a share of the layer's usual values.
     """
-    everywhere = first.keys() & second.keys()
-    differing = set(first.keys() ^ second.keys())
-    return differing | {
+    return (first.keys() ^ second.keys()) | {
         index
-        for index in everywhere
+        for index in first.keys() & second.keys()
         if not _are_close(first[index], second[index], tolerance, noise)
     }
 
@@ -119,15 +114,10 @@ def _are_close(first: Moments, second: Moments, tolerance: float, noise: float) 
     variances = first.var_biased.cpu().numpy(), second.var_biased.cpu().numpy()
     usual = np.sqrt(np.mean(np.square(means[0]) + variances[0]))
     scale = np.sqrt(variances[0]) + noise * usual + np.finfo(np.float64).tiny
-    return np.allclose(
-        means[0] / scale, means[1] / scale, rtol=0.0, atol=tolerance, equal_nan=True
-    ) and np.allclose(
-        variances[0] / scale**2, variances[1] / scale**2, rtol=0.0, atol=tolerance, equal_nan=True
+    return all(
+        np.allclose(one / unit, other / unit, rtol=0.0, atol=tolerance, equal_nan=True)
+        for (one, other), unit in ((means, scale), (variances, scale**2))
     )
-
-
-# Samples of small batches that are run to see whether all call the same layers.
-_SAMPLES_TO_FOLLOW = 16
 
 
 @dataclass(frozen=True)
@@ -136,14 +126,14 @@ class ForwardTraits:
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether the layers that a sample calls do not depend on what else is in its
-            batch, as far as the first two samples show.
+        takes_rows: Whether a sample behaves the same with any other in its batch, as far as the
+            first two samples show.
         is_channels_last: Whether images should go through in that layout.
         is_stateless: Whether it keeps nothing from one forward to the next and draws no random
             numbers, so that several forwards may run at once.
         starts_threads: Whether it calls BN layers in threads of its own.
-        bytes_per_sample: Largest memory that a sample takes when it is paused at a layer.
-        seconds_per_sample: How long a forward takes.
+        bytes_per_sample: The most memory that a sample takes when it is paused at a layer.
+        seconds_per_sample: Duration of a forward.
     """
 
     calls: tuple[int, ...]
@@ -161,20 +151,14 @@ class ForwardTraits:
 
 
 def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
-    """Run two samples through the model, and one of them also alone; or else a batch.
-
-    Args:
-        job: What to calibrate.
-        head: The first two batches, or the only one.
-    """
-    # What fails on two samples may run on a batch; if not, that error says why.
+    """Run two samples of the first two batches, and one also alone; if that fails, a batch."""
     with suppress(CalibrationError):
-        first, second = _two_samples(head)
-        return _traits_from_samples(job, first, second)
-    return _try_forward(job, head[0]).traits(takes_rows=False)
+        return _find_traits_from_samples(job, *_take_two_samples(head))
+    _, traits = _try_forward(job, head[0])
+    return traits
 
 
-def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
+def _take_two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
     if len(head) > 1 and can_be_joined(head[0], head[1]):
         return head[0].rows(0, 1), head[1].rows(0, 1)
     if head[0].can_be_cut and head[0].size > 1:
@@ -183,16 +167,11 @@ def _two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
 
 
 def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...]) -> bool:
-    """Return whether small batches, as they come, call the same layers as two samples did.
+    """Return whether the first few small batches make the given calls.
 
-    Where a batch decides by itself which layers it calls, one that it is joined to would too.
-
-    Args:
-        job: What to calibrate.
-        batches: The batches; the first few are tried.
-        calls: Indices of the layers that two samples called.
+    If they do not, a batch decides which layers it calls, and would for those joined to it.
     """
-    left = _SAMPLES_TO_FOLLOW
+    left = _SAMPLES_TO_COMPARE
     for batch in batches:
         left -= batch.size
         if left < 0:
@@ -202,80 +181,53 @@ def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...])
     return True
 
 
-def _traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
+def _find_traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
     both = join_batches([first, second])
     alone = observe(job, second)
-    if _is_faster_in_channels_last(job):
-        with suppress(CalibrationError):  # Some models take one layout alone.
-            beside = _try_forward(job, both.in_channels_last(), _second_half)
-            if _are_same(job, alone, beside.seen):
-                return beside.traits(takes_rows=True, is_channels_last=True)
-    beside = _try_forward(job, both, _second_half)
-    return beside.traits(takes_rows=_are_same(job, alone, beside.seen))
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
+    if has_convolutions and job.device.type == "cpu":  # Those are faster in that layout.
+        with suppress(CalibrationError):  # Some models take only one layout.
+            seen, traits = _try_forward(job, both.in_channels_last(), _second_half)
+            if not is_disturbed(job, alone, seen.calls, seen.moments):
+                return replace(traits, takes_rows=True, is_channels_last=True)
+    seen, traits = _try_forward(job, both, _second_half)
+    return replace(traits, takes_rows=not is_disturbed(job, alone, seen.calls, seen.moments))
 
 
 def _second_half(values: Tensor) -> Tensor:
     return values[len(values) // 2 :]
 
 
-def _are_same(job: Job, alone: Observation, beside: Observation) -> bool:
-    return alone.calls == beside.calls and not find_disturbed_layers(
-        job, alone.moments, beside.moments
-    )
-
-
-def _is_faster_in_channels_last(job: Job) -> bool:
-    """Return whether convolutions take their time in the order of the channels, as on a CPU."""
-    return job.device.type == "cpu" and any(
-        isinstance(module, nn.Conv2d) for module in job.model.modules()
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A forward, and what it cost."""
-
-    batch: Batch
-    seen: Observation
-    keeps_state: bool
-    bytes_held: int
-    seconds: float
-
-    def traits(self, *, takes_rows: bool, is_channels_last: bool = False) -> ForwardTraits:
-        seen, size = self.seen, self.batch.size
-        return ForwardTraits(
-            calls=seen.calls,
-            takes_rows=takes_rows,
-            is_channels_last=is_channels_last,
-            is_stateless=not (self.keeps_state or seen.draws_random),
-            starts_threads=seen.starts_threads,
-            bytes_per_sample=(self.bytes_held + self.batch.nbytes) // size + 1,
-            seconds_per_sample=self.seconds / size,
-        )
-
-
-def _try_forward(job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] = all_rows) -> _Trial:
-    """Run a batch through the model, and measure what it holds and what state it leaves."""
+def _try_forward(
+    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Observation, ForwardTraits]:
+    """Run a batch through the model; measure its memory and time, and whether it leaves state."""
     most_held = 0
 
     def look(values: Tensor) -> Tensor:
         nonlocal most_held
         most_held = max(most_held, live.nbytes)
-        return look_at(values)
+        return look_at(values) if look_at else values
 
-    state, begin = _state_of(job.model), time.perf_counter()
+    state, begin = _read_state(job.model), time.perf_counter()
     with _LiveTensors(job.model) as live:
         seen = observe(job, batch, look)
     seconds = time.perf_counter() - begin
-    ours = [
-        values for moments in seen.moments.values() for values in (moments.mean, moments.squares)
-    ]
-    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _state_of(job.model))
-    return _Trial(batch, seen, keeps_state, most_held, seconds)
+    ours = [values for each in seen.moments.values() for values in (each.mean, each.squares)]
+    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _read_state(job.model))
+    return seen, ForwardTraits(
+        calls=seen.calls,
+        takes_rows=False,
+        is_channels_last=False,
+        is_stateless=not (keeps_state or seen.draws_random),
+        starts_threads=seen.starts_threads,
+        bytes_per_sample=(most_held + batch.nbytes) // batch.size + 1,
+        seconds_per_sample=seconds / batch.size,
+    )
 
 
-def _state_of(model: nn.Module) -> list[tuple[object, int]]:
-    """Return all that the modules hold, with the version of what is a tensor."""
+def _read_state(model: nn.Module) -> list[tuple[object, int]]:
+    """Return all attributes of the modules, tensors with their version."""
     held: list[object] = []
     for module in model.modules():
         for value in vars(module).values():
@@ -284,15 +236,14 @@ def _state_of(model: nn.Module) -> list[tuple[object, int]]:
                 held.extend(value.values())
             elif isinstance(value, (list, tuple)):
                 held.extend(value)
-    return [(value, _version(value)) for value in held]
-
-
-def _version(value: object) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    return [
+        (value, value._version if isinstance(value, Tensor) and not value.is_inference() else 0)
+        for value in held
+    ]
 
 
 def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, int]]) -> bool:
-    # Identity and not equality: a value that is restored was still written to.
+    # Identity, not equality: a value that is restored was still written to.
     return len(before) == len(after) and all(
         old is new and old_version == new_version
         for (old, old_version), (new, new_version) in zip(before, after, strict=True)
@@ -300,11 +251,7 @@ def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, i
 
 
 class _LiveTensors(TorchFunctionMode):
-    """Tracks which tensors made under it are still alive.
-
-    Args:
-        model: What is alive anyway.
-    """
+    """Tracks which tensors made under it are still alive, apart from those of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -323,7 +270,7 @@ class _LiveTensors(TorchFunctionMode):
         return sum(nbytes for _, nbytes in self._storages.values())
 
     def are_left_besides(self, ours: Iterable[Tensor]) -> bool:
-        """Return whether the model keeps a tensor somewhere, be it in the closure of a hook."""
+        """Return whether the model keeps a tensor somewhere, such as in the closure of a hook."""
         known = {tensor.untyped_storage()._cdata for tensor in ours}
         if self.nbytes and not self._storages.keys() <= known:
             gc.collect()

@@ -14,7 +14,14 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.observe.model_inputs import compare_batches, usual_ratio
-from bnguard.recalibration.batches import Batch, Forward, can_be_joined, join_batches, read_batches
+from bnguard.recalibration.batches import (
+    Batch,
+    Forward,
+    can_be_joined,
+    join_batches,
+    read_batches,
+    shuffle_indices,
+)
 
 # Fewer batches cannot show whether they are sorted.
 MIN_BATCHES = 8
@@ -72,7 +79,7 @@ class Samples:
         whole = self.whole
         if whole is None or len(self.batches) < 2:
             return None
-        order = torch.randperm(whole.size, generator=torch.Generator().manual_seed(0)).tolist()
+        order = shuffle_indices(whole.size)
         mixed = join_batches([whole.rows(index, index + 1) for index in order])
         return order, tuple(_cut(mixed, self.batch_size))
 

@@ -20,7 +20,7 @@ def layer_with(mean, var):
 
 
 @pytest.mark.parametrize(("prior", "weight"), [(2, 0.5), (6, 0.25), (1e-9, 1.0)])
-def test_new_samples_weigh_as_many_as_they_are_beside_the_prior(prior, weight):
+def test_new_samples_and_the_prior_weigh_as_their_numbers(prior, weight):
     layer = layer_with(10.0, 4.0)
     moments = channel_moments(torch.tensor([[0.0], [2.0]]))
     estimate = mix_with_source([layer], prior)(layer, moments, 2)
@@ -29,7 +29,7 @@ def test_new_samples_weigh_as_many_as_they_are_beside_the_prior(prior, weight):
     assert estimate.values == 2
 
 
-def test_the_source_is_that_of_the_moment_when_it_is_made():
+def test_the_source_is_read_once():
     layer = layer_with(10.0, 4.0)
     mixed = mix_with_source([layer], 2)
     layer.module.running_mean.fill_(99.0)

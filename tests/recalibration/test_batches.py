@@ -1,4 +1,4 @@
-"""How what loaders yield is measured, cut, joined and moved."""
+"""Measuring, cutting, joining and moving the batches of loaders, and drawing samples."""
 
 import collections
 import dataclasses
@@ -7,9 +7,18 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from bnguard.recalibration.batches import Batch, can_be_joined, join_batches, read_batches
-from bnguard.recalibration.memory import ChunkedBatches
+from bnguard.recalibration.batches import (
+    Batch,
+    can_be_joined,
+    can_draw,
+    join_batches,
+    load_samples,
+    read_batches,
+    shuffle_indices,
+)
+from bnguard.recalibration.exact import ChunkedBatches
 
 
 def read_all(loader, *, samples=100, forward=None):
@@ -57,14 +66,14 @@ def test_a_batch_is_cut_in_all_its_tensors():
     assert payload["b"][1] == "x"
 
 
-def test_a_batch_whose_samples_are_no_rows_is_used_whole():
+def test_a_batch_whose_samples_are_not_rows_is_used_whole():
     payload = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 9), torch.zeros(1, 9, 9)]
     batch = read((payload,), samples=2, forward=whole)
     assert batch.size == 3
     assert not batch.can_be_cut
 
 
-def test_empty_batches_are_passed_over():
+def test_empty_batches_are_skipped():
     batches = list(
         read_batches(
             [torch.zeros(0, 3), torch.zeros(2, 3)],
@@ -108,18 +117,18 @@ def test_others_cannot(other):
     assert not can_be_joined(batch_of(torch.zeros(2, 3), scale=1.0), other)
 
 
-def test_neighbours_are_joined_until_a_chunk_is_full_and_taken_apart_where_one_is_bad():
-    held = ChunkedBatches(is_channels_last=False)
+def test_neighbours_are_joined_until_a_chunk_is_full_and_split_if_one_is_bad():
+    held = ChunkedBatches()
     for index, (size, width) in enumerate([(2, 3), (2, 3), (2, 3), (2, 4), (5, 4)]):
         held.append(batch_of(torch.zeros(size, width), index=index))
     assert len(held.chunks) == 5
     held.join(4)
-    assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
-    assert (held.samples, held.batches) == (13, 5)
+    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
+    assert (held.samples, len(held.batches)) == (13, 5)
     assert held.remove({0}) == []
-    assert [[b.index for b in chunk.batches] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
+    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
     assert [batch.index for batch in held.remove({1, 2})] == [1, 2]
-    assert (held.samples, held.batches) == (9, 3)
+    assert (held.samples, len(held.batches)) == (9, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +157,7 @@ def test_containers_of_any_kind_are_cut_and_joined(payload, x):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_a_batch_of_signals_is_no_list_of_images(size):
+def test_a_batch_of_signals_is_not_a_list_of_images(size):
     loader = [torch.randn(size, 2, 9)] * 2
     batches = read_all(loader)
     assert [batch.size for batch in batches] == [size, size]
@@ -156,8 +165,30 @@ def test_a_batch_of_signals_is_no_list_of_images(size):
 
 
 @pytest.mark.parametrize("entry", [lambda x: x, lambda x: {"image": x}], ids=["images", "mappings"])
-def test_a_list_with_a_sample_an_entry_is_counted_and_used_whole(entry):
+def test_a_list_of_samples_is_counted_and_used_whole(entry):
     loader = [[entry(torch.randn(3, 5, 5)) for _ in range(3)] for _ in range(4)]
     batches = read_all(loader, samples=7, forward=whole)
     assert [batch.size for batch in batches] == [3, 3, 3]
     assert not any(batch.can_be_cut for batch in batches)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(3.0))
+
+
+def test_samples_are_drawn_with_the_settings_of_the_loader_unless_others_are_given():
+    loader = DataLoader(torch.arange(7.0), batch_size=3, shuffle=True, drop_last=True)
+    state = torch.get_rng_state()
+    assert sorted(shuffle_indices(7)) == list(range(7))
+    assert shuffle_indices(7) == shuffle_indices(7) != list(range(7))
+    assert torch.equal(state, torch.get_rng_state())
+    assert [batch.tolist() for batch in load_samples(loader, [5, 0, 2, 1])] == [[5, 0, 2], [1]]
+    pairs = load_samples(loader, [5, 0, 2], batch_size=2, drop_last=True)
+    assert [batch.tolist() for batch in pairs] == [[5, 0]]
+
+
+def test_streams_have_no_samples_to_draw():
+    assert can_draw(DataLoader(torch.arange(7.0)))
+    assert not can_draw(DataLoader(Stream()))
+    assert not can_draw([torch.zeros(2)])

@@ -1,4 +1,4 @@
-"""The inputs of a layer are read in a forward, and its statistics set from them."""
+"""Reading the inputs of a layer in a forward, and setting its statistics from them."""
 
 import math
 
@@ -9,17 +9,12 @@ from torch import nn
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.layers.moments import Moments, channel_moments
-from bnguard.recalibration.layer_inputs import (
-    NonFiniteError,
-    input_moments,
-    is_finite,
-    read_inputs,
-    set_statistics,
-)
+from bnguard.recalibration.layer_inputs import input_moments, is_finite, read_inputs
+from bnguard.recalibration.statistics import NonFiniteError
 from tests.recalibration.jobs import job_of
 
 
-def test_values_are_those_that_enter_the_layer_after_the_hooks_that_are_there():
+def test_values_are_read_after_the_hooks_of_the_user():
     module = nn.BatchNorm1d(2)
     module.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
     seen = []
@@ -32,7 +27,7 @@ def test_values_are_those_that_enter_the_layer_after_the_hooks_that_are_there():
     assert len(module._forward_pre_hooks) == 1
 
 
-def test_hooks_are_gone_after_an_error():
+def test_hooks_are_removed_after_an_error():
     module = nn.BatchNorm1d(2)
     with pytest.raises(RuntimeError), read_inputs(find_layers(module), lambda index, values: None):
         module(torch.ones(3, 5))
@@ -47,7 +42,7 @@ def test_values_that_are_not_finite_make_moments_that_are_not(value):
     assert not is_finite(input_moments(values))
 
 
-def test_squares_beyond_float32_are_finite_all_the_same():
+def test_squares_beyond_float32_are_finite():
     moments = input_moments(torch.randn(50, 2) * 1e30)
     assert is_finite(moments)
     assert (moments.var_unbiased > 1e58).all()
@@ -63,23 +58,23 @@ def test_parts_of_all_ranks_are_pooled():
     model, x = nn.BatchNorm1d(3), torch.randn(30, 3) * 2.0 + torch.arange(30.0).view(-1, 1)
     parts = [channel_moments(part) for part in x.split(7)]
     ranks = [{0: parts[0], 1: parts[1]}, {}, {0: parts[2], 1: parts[3], 2: parts[4]}]
-    assert len(set_statistics(job_of(model), 0, ranks, 30)) == 5
+    assert len(job_of(model).set_statistics(0, ranks, 30)) == 5
     assert torch.allclose(model.running_mean, x.mean(0), rtol=1e-5)
     assert torch.allclose(model.running_var, x.var(0), rtol=1e-5)
 
 
-def test_what_is_not_finite_is_told_by_chunk_on_the_rank_that_has_it():
+def test_nonfinite_inputs_are_reported_by_chunk_on_the_rank_that_has_them():
     bad = torch.randn(4, 3)
     bad[0, 0] = math.nan
     job, good = job_of(nn.BatchNorm1d(3)), channel_moments(torch.randn(4, 3))
     with pytest.raises(NonFiniteError) as mine:
-        set_statistics(job, 0, [{0: good, 5: channel_moments(bad)}, {0: good}], 12)
+        job.set_statistics(0, [{0: good, 5: channel_moments(bad)}, {0: good}], 12)
     assert (mine.value.index, mine.value.chunks) == (0, {5})
     with pytest.raises(NonFiniteError) as others:
-        set_statistics(job, 0, [{0: good}, {0: channel_moments(bad)}], 12)
+        job.set_statistics(0, [{0: good}, {0: channel_moments(bad)}], 12)
     assert others.value.chunks == frozenset()
 
 
 def test_one_value_is_too_few():
     with pytest.raises(CalibrationError, match="1 value a channel is too few"):
-        set_statistics(job_of(nn.BatchNorm1d(3)), 0, [{0: channel_moments(torch.ones(1, 3))}], 1)
+        job_of(nn.BatchNorm1d(3)).set_statistics(0, [{0: channel_moments(torch.ones(1, 3))}], 1)

@@ -1,8 +1,7 @@
-"""Threads that stop where they are told to, in the surroundings of the caller."""
+"""Forwards that pause in threads, with the settings of the calling thread."""
 
 import contextvars
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from bnguard.recalibration.lockstep import (
     PausableForward,
     StuckError,
     ThreadContext,
-    advance_in_parallel,
-    advance_in_turn,
+    advance,
 )
 
 CPU = torch.device("cpu")
@@ -24,7 +22,7 @@ def paused(forward, seed=0):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_all_stand_before_one_goes_on(width):
+def test_all_pause_before_one_continues(width):
     said = []
 
     def forward(name):
@@ -34,14 +32,14 @@ def test_all_stand_before_one_goes_on(width):
 
     forwards = [paused(lambda name=name: forward(name)) for name in "abcd"]
     for step in range(3):
-        advance_in_parallel(forwards, width, timeout=10)
+        advance(forwards, width, timeout=10)
         assert sorted(said) == [(s, name) for s in range(step + 1) for name in "abcd"]
         assert not any(each.is_finished for each in forwards)
-    advance_in_parallel(forwards, width, timeout=10)
+    advance(forwards, width, timeout=10)
     assert all(each.is_finished and each.error is None for each in forwards)
 
 
-def test_no_more_run_at_once_than_may():
+def test_at_most_width_forwards_run_at_once():
     running = most = 0
     lock = threading.Lock()
 
@@ -54,7 +52,7 @@ def test_no_more_run_at_once_than_may():
         with lock:
             running -= 1
 
-    advance_in_parallel([paused(forward) for _ in range(8)], width=3, timeout=10)
+    advance([paused(forward) for _ in range(8)], width=3, timeout=10)
     assert most == 3
 
 
@@ -65,18 +63,17 @@ def test_an_exception_ends_the_forward_and_is_kept():
         raise error
 
     failing, fine = paused(forward), paused(lambda: None)
-    advance_in_turn([failing, fine], timeout=10)
+    advance([failing, fine], 1, timeout=10)
     assert failing.error is error
     assert fine.error is None
 
 
-@pytest.mark.parametrize("width", [None, 1, 3])
+@pytest.mark.parametrize("width", [1, 3])
 def test_a_forward_that_does_not_stop(width):
     event = threading.Event()
     forwards = [paused(event.wait) for _ in range(3)]
-    advance = advance_in_turn if width is None else partial(advance_in_parallel, width=width)
     with pytest.raises(StuckError, match="did not reach its next layer in 0 s"):
-        advance(forwards, timeout=0.05)
+        advance(forwards, width, timeout=0.05)
     event.set()
     for each in forwards:
         each.cancel()
@@ -96,7 +93,7 @@ def test_cancelled_forwards_unwind_and_end():
             unwound.append("unwound")
 
     standing, fresh = paused(forward), paused(forward)
-    advance_in_turn([standing], timeout=10)
+    advance([standing], 1, timeout=10)
     for each in (standing, fresh):
         each.cancel()
         each.join()
@@ -105,7 +102,7 @@ def test_cancelled_forwards_unwind_and_end():
     assert standing.error is None
 
 
-def test_each_draws_from_its_own_stream_and_disturbs_none():
+def test_each_draws_from_its_own_stream_and_leaves_the_global_one():
     drawn = {}
 
     def forward(name):
@@ -116,14 +113,14 @@ def test_each_draws_from_its_own_stream_and_disturbs_none():
     state = torch.get_rng_state()
     forwards = [paused(lambda name=name: forward(name), seed) for seed, name in enumerate("ab")]
     for _ in range(2):
-        advance_in_turn(forwards, timeout=10)
+        advance(forwards, 1, timeout=10)
     assert torch.equal(state, torch.get_rng_state())
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         assert drawn[name] == [torch.rand(1).item(), torch.rand(1).item()]
 
 
-def test_the_surroundings_of_the_caller():
+def test_the_settings_of_the_calling_thread():
     seen = {}
     variable = contextvars.ContextVar("variable", default="nothing")
 
@@ -137,7 +134,7 @@ def test_the_surroundings_of_the_caller():
             variable=variable.get(),
         )
 
-    advance_in_turn([paused(forward)], timeout=10)
+    advance([paused(forward)], 1, timeout=10)
     assert seen == {
         "grad": False,
         "inference": False,
@@ -149,7 +146,7 @@ def test_the_surroundings_of_the_caller():
     variable.set("something")
     with torch.inference_mode(), torch.autocast("cpu", torch.float16), torch.device("meta"):
         there = paused(forward)
-    advance_in_turn([there], timeout=10)
+    advance([there], 1, timeout=10)
     assert seen == {
         "grad": False,
         "inference": True,

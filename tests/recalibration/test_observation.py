@@ -1,4 +1,4 @@
-"""What one batch alone does in a model, and how two such observations compare."""
+"""Observing one batch in a model, and comparing two observations."""
 
 import threading
 
@@ -9,8 +9,9 @@ from torch import nn
 from bnguard.layers.moments import channel_moments
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.trial_forward import (
+    Observation,
     find_differing_layers,
-    find_disturbed_layers,
+    is_disturbed,
     observe,
 )
 from tests.recalibration.jobs import job_of
@@ -50,7 +51,7 @@ def test_calls_and_moments_of_all_calls_together():
     assert observed(Model(in_thread=True), x).starts_threads
 
 
-def test_a_batch_draws_the_same_random_numbers_each_time_and_disturbs_nobodys():
+def test_a_batch_draws_the_same_random_numbers_each_time_and_leaves_the_global_ones():
     model, x = Model(), torch.randn(20, 4)
     state = torch.get_rng_state()
     first, again, other = observed(model, x), observed(model, x), observed(model, x, index=4)
@@ -72,5 +73,6 @@ def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
 def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
     alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
     job = job_of(nn.BatchNorm1d(4))
-    found = find_disturbed_layers(job, {0: channel_moments(alone)}, {0: channel_moments(beside)})
-    assert found == ({0} if differs else set())
+    seen = Observation((0,), {0: channel_moments(alone)}, starts_threads=False, draws_random=False)
+    assert is_disturbed(job, seen, (0,), {0: channel_moments(beside)}) == differs
+    assert is_disturbed(job, seen, (0, 0), seen.moments)

@@ -1,4 +1,4 @@
-"""Exact recalibration against float64 statistics of the whole set, on all that is ordinary."""
+"""Exact recalibration against float64 statistics of the whole set."""
 
 import copy
 import threading
@@ -97,7 +97,7 @@ def test_batches_of_large_images_are_pooled_as_exactly():
         assert max(errors(result, truth)) < 1e-5
 
 
-def test_models_that_take_images_in_one_layout_alone():
+def test_models_that_take_images_in_only_one_layout():
     class Viewed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -143,7 +143,7 @@ def test_modules_in_half_precision(dtype):
 
 
 @pytest.mark.usefixtures("threads")
-def test_under_autocast_the_statistics_are_of_what_arrives_there():
+def test_under_autocast_the_statistics_are_of_the_cast_inputs():
     model, x = conv_net(), images()
     plain = errors(bnguard.recalibrate(copy.deepcopy(model), [x]), true_statistics(model, [x]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -341,7 +341,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.usefixtures("threads")
-def test_noise_that_is_on_in_eval_mode_is_part_of_what_arrives():
+def test_noise_that_is_on_in_eval_mode_is_part_of_the_inputs():
     model, x = Noisy(), torch.randn(4000, 4)
     state = torch.get_rng_state()
     result = bnguard.recalibrate(model, x.split(100), samples=4000)
@@ -481,7 +481,7 @@ def test_layers_given_by_keyword():
     check(ByKeyword(), torch.randn(20, 4).split(3))
 
 
-def test_a_layer_that_stands_in_two_places_pools_them():
+def test_a_layer_used_in_two_places_pools_their_inputs():
     norm = nn.BatchNorm1d(4)
 
     class TwoPlaces(nn.Module):

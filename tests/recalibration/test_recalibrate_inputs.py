@@ -1,4 +1,4 @@
-"""What loaders yield, how models are wrapped, and which layers are left alone."""
+"""Loaders of all kinds, wrapped models, and layers that stay as they are."""
 
 import collections
 import copy
@@ -71,7 +71,7 @@ def test_batches_that_the_model_takes_as_they_are(yielded):
 
 
 @pytest.mark.parametrize("kind", [dict, collections.OrderedDict, collections.UserDict])
-def test_mappings_go_in_by_name_without_what_the_forward_does_not_take(kind):
+def test_entries_of_mappings_are_passed_by_name_if_the_forward_has_them(kind):
     model, x = Named(), torch.randn(30, 4)
     before = copy.deepcopy(model)
     bnguard.recalibrate(
@@ -80,7 +80,7 @@ def test_mappings_go_in_by_name_without_what_the_forward_does_not_take(kind):
     check(before.net, model.net, x)
 
 
-def test_a_mapping_with_nothing_for_the_forward():
+def test_a_mapping_without_a_parameter_of_the_forward():
     with pytest.raises(CalibrationError, match=r"\(image\) is a parameter of Named\.forward"):
         bnguard.recalibrate(Named(), [{"image": torch.randn(4, 4)}])
 
@@ -117,7 +117,7 @@ def test_a_forward_that_fails_names_the_batch_and_what_to_pass():
         bnguard.recalibrate(net(), [torch.randn(4, 9)])
 
 
-def test_an_infinite_loader_is_cut_at_exactly_so_many_samples():
+def test_an_infinite_loader_is_cut_at_exactly_the_number_of_samples():
     model, x = net(), torch.randn(7, 4)
     before = copy.deepcopy(model)
     result = bnguard.recalibrate(model, itertools.repeat(x), samples=24)
@@ -313,7 +313,7 @@ def test_options_that_do_not_fit(options, message):
 
 @pytest.mark.parametrize("call", [bnguard.recalibrate, bnguard.diagnose])
 @pytest.mark.parametrize("model", ["last.ckpt", None, net().state_dict(), nn.BatchNorm1d])
-def test_what_is_no_model_is_refused(call, model):
+def test_other_objects_than_models_are_refused(call, model):
     with pytest.raises(ConfigurationError, match=r"takes a torch\.nn\.Module, not"):
         call(model, [torch.randn(30, 4)])
 

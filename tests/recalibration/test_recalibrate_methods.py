@@ -22,7 +22,7 @@ def images(count=64):
     return torch.randn(count, 2, 8, 8) + offsets
 
 
-def test_precise_pools_without_error_what_each_batch_normalised_by_itself_brings():
+def test_precise_pools_the_inputs_of_batches_normalised_by_themselves():
     model, batches = net(), [*images(64).split(6), images(1)]
     twin, inputs = copy.deepcopy(model).double().train(), []
     twin[4].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -144,7 +144,7 @@ def test_the_thread_count_is_bounded():
     assert result.virtual_batches == 3
 
 
-def test_batches_are_only_joined_where_samples_do_not_depend_on_one_another():
+def test_batches_are_only_joined_if_samples_do_not_depend_on_one_another():
     class Centred(nn.Module):
         """Takes the mean of the batch away."""
 
@@ -190,12 +190,12 @@ def test_pixels_of_one_image_do_not_count_as_independent():
         (128, {}, []),
     ],
 )
-def test_few_samples_are_told_of_with_how_far_means_may_be_off(samples, options, told):
+def test_few_samples_are_reported_with_the_error_of_the_means(samples, options, told):
     result = bnguard.recalibrate(net(), [images(128)[:samples]], **options)
     assert list(result.notes) == told
 
 
-def test_where_the_values_of_a_sample_are_alike_means_scatter_as_far_as_is_told():
+def test_means_of_samples_with_equal_values_scatter_as_reported():
     model = nn.Sequential(nn.BatchNorm2d(1))
     means = []
     for _ in range(200):
@@ -221,7 +221,7 @@ def is_unconverged(subject):
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 1e-9, 0.001, 0.1, 0.15, 0.3, 0.99], ids=str)
 @pytest.mark.parametrize("method", ["exact", "precise", "adapt"])
-def test_the_counter_makes_every_reader_right(momentum, method):
+def test_the_counter_says_converged_at_any_momentum(momentum, method):
     """One that knows the momentum, and one that has to assume the default; also after training."""
     model = few_updates(momentum)
     before = copy.deepcopy(model.state_dict())
@@ -250,7 +250,7 @@ def test_the_counter_does_not_hide_what_a_prior_keeps_of_the_initial_statistics(
     assert not is_unconverged(model.state_dict())
 
 
-def test_a_model_that_is_repaired_with_momentum_none_goes_on_at_the_pace_of_its_counter():
+def test_a_repaired_model_with_momentum_none_updates_at_the_pace_of_its_counter():
     model = few_updates(None)
     bnguard.recalibrate(model, (30.0 * torch.randn(64, 4)).split(16))
     mean = model[1].running_mean.clone()

@@ -171,7 +171,7 @@ class EarlyExit(nn.Module):
     ids=["mean", "any"],
 )
 @pytest.mark.parametrize("first", [0, 7])
-def test_each_batch_goes_the_way_that_it_goes_alone(leaves, first):
+def test_each_batch_takes_the_branch_that_it_takes_alone(leaves, first):
     model, x = EarlyExit(leaves), torch.randn(96, 3, 6, 6).roll(first, 0)
     truth = true_statistics(copy.deepcopy(model).double(), [b.double() for b in x.split(1)])
     result = bnguard.recalibrate(model, x.split(1))

@@ -68,7 +68,7 @@ def test_bad_values_that_arise_deep_inside_leave_the_batch_out_of_every_layer(be
     assert "2 batches left out for NaN or Inf (18 used)" in result.notes
 
 
-def test_also_where_layers_do_not_go_side_by_side():
+def test_bad_batches_are_left_out_of_irregular_models_too():
     class Twice(BadInside):
         def forward(self, x):
             return super().forward(x) + super().forward(x * 2.0)
@@ -114,7 +114,7 @@ def test_kept_statistics_that_are_poisoned():
         bnguard.recalibrate(model, batches_with(()), layers=["3", "4"])
 
 
-def test_a_clean_run_warns_of_nothing():
+def test_a_clean_run_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert bnguard.recalibrate(net(), batches_with(())).left_out == 0

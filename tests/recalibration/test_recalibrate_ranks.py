@@ -1,4 +1,4 @@
-"""The same statistics on any number of ranks: real processes, each with its share of the data."""
+"""The same statistics on any number of ranks, in real processes with a share of the data each."""
 
 import runpy
 import subprocess
@@ -39,7 +39,7 @@ def ranks(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES["OPTIONS"]))
-def test_all_ranks_end_with_the_statistics_of_one_process_over_all_of_the_data(ranks, case):
+def test_all_ranks_get_the_statistics_of_one_process_over_all_data(ranks, case):
     shares = CASES["shares"](case, len(ranks))
     alone = CASES["result_of"](case, [batch for share in shares for batch in share])
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""The gate, the way back, and a model that is as before whatever happens."""
+"""Scores, rollback, and a model that stays as it was after any failure."""
 
 import copy
 import random
@@ -88,7 +88,7 @@ class WritesElsewhere(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["exact", "precise"])
-def test_what_forwards_write_to_besides_is_put_back(method):
+def test_other_state_that_forwards_write_to_is_restored(method):
     model, x = WritesElsewhere(), torch.randn(60, 4)
     gradient = model.net[0].bias.grad = torch.ones(6)
     before = Fingerprint(model)
@@ -99,7 +99,7 @@ def test_what_forwards_write_to_besides_is_put_back(method):
     before.check(model, statistics=False)
 
 
-def test_undo_gives_back_every_bit():
+def test_undo_restores_every_bit():
     model, x = net(), torch.randn(60, 4) * 2.0
     before = Fingerprint(model)
     result = bnguard.recalibrate(model, x.split(7))
@@ -140,7 +140,7 @@ def test_a_loader_that_fails(method):
 
 
 @pytest.mark.parametrize("method", ["exact", "precise"])
-def test_a_forward_that_fails_on_its_way(method):
+def test_a_forward_that_fails_halfway(method):
     model = FailsLater(ValueError("no triples"))
     batches = [*torch.randn(35, 4).split(5), torch.randn(3, 4)]
     before = Fingerprint(model)
@@ -184,7 +184,7 @@ def test_an_interrupt(method):
     assert threading.active_count() == running
 
 
-def test_a_score_that_gets_worse_takes_the_statistics_back():
+def test_a_worse_score_rolls_back():
     model, x = net(), torch.randn(60, 4)
     before = Fingerprint(model)
     scores = iter([0.9, 0.8])
@@ -195,17 +195,17 @@ def test_a_score_that_gets_worse_takes_the_statistics_back():
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.9, 0.9), (0.8, 0.9), (float("nan"), 0.1)])
-def test_a_score_that_does_not_get_worse_keeps_them(first, second):
+def test_a_score_that_is_not_worse_keeps_the_statistics(first, second):
     scores = iter([first, second])
     assert bnguard.recalibrate(net(), [torch.randn(9, 4)], score=lambda _: next(scores)).is_kept
 
 
-def test_a_score_that_is_no_number_any_more_takes_them_back():
+def test_a_score_that_becomes_nan_rolls_back():
     scores = iter([0.5, float("nan")])
     assert not bnguard.recalibrate(net(), [torch.randn(9, 4)], score=lambda _: next(scores)).is_kept
 
 
-def test_they_can_be_kept_in_any_case():
+def test_statistics_can_be_kept_in_any_case():
     scores = iter([0.9, 0.8])
     result = bnguard.recalibrate(
         net(), [torch.randn(9, 4)], score=lambda _: next(scores), keep="always"
@@ -244,7 +244,7 @@ def test_a_score_that_trains_moves_no_statistics():
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
 
 
-def test_a_score_that_fails_takes_them_back():
+def test_a_score_that_fails_rolls_back():
     model, x = net(), torch.randn(9, 4)
     before = Fingerprint(model)
     scores = iter([1.0])
@@ -253,12 +253,12 @@ def test_a_score_that_fails_takes_them_back():
     before.check(model)
 
 
-def test_a_score_that_never_was_a_number_takes_them_back():
+def test_a_score_that_is_always_nan_rolls_back():
     nan = float("nan")
     assert not bnguard.recalibrate(net(), [torch.randn(9, 4)], score=lambda _: nan).is_kept
 
 
-def test_a_score_that_returns_no_number_is_refused_and_takes_them_back():
+def test_a_score_that_does_not_return_a_number_is_refused_and_rolls_back():
     model, batch = net(), torch.randn(9, 4)
     before = Fingerprint(model)
     with pytest.raises(ConfigurationError, match=r"score has to be a number.*not None"):
@@ -270,7 +270,7 @@ def test_a_score_that_returns_no_number_is_refused_and_takes_them_back():
     ("momentum", "before", "after"),
     [(0.1, 0, 29), (0.1, 100, 103), (None, 0, 29), (0.0, 5, 29), (0.01, 0, 299)],
 )
-def test_the_counter_moves_until_the_initial_values_count_as_gone(momentum, before, after):
+def test_the_counter_moves_until_the_initial_values_count_as_forgotten(momentum, before, after):
     model = nn.BatchNorm1d(4, momentum=momentum)
     model.num_batches_tracked.fill_(before)
     bnguard.recalibrate(model, torch.randn(30, 4).split(10))
@@ -286,7 +286,7 @@ def test_statistics_that_the_buffers_cannot_hold():
     before.check(model)
 
 
-def test_values_whose_squares_float32_cannot_hold_are_no_nan():
+def test_values_whose_squares_overflow_float32_are_finite():
     model = nn.BatchNorm1d(4)
     with pytest.raises(CalibrationError, match=r"the statistics reach \S+e\+40, .* in float32"):
         bnguard.recalibrate(model, (torch.randn(64, 4) * 1e20).split(8))
@@ -295,7 +295,7 @@ def test_values_whose_squares_float32_cannot_hold_are_no_nan():
     assert (result.after[""].var > 1e39).all()
 
 
-def test_poisoned_statistics_are_mended():
+def test_poisoned_statistics_are_repaired():
     model, x = net(), torch.randn(60, 4)
     clean = copy.deepcopy(model)
     model[1].running_mean[2] = float("nan")

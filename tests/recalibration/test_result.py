@@ -23,7 +23,7 @@ def blocks(count):
     return nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(count)))
 
 
-def test_a_line_a_layer_the_furthest_move_first():
+def test_one_line_per_layer_the_furthest_move_first():
     model = blocks(3)
     model[1].running_mean.fill_(3.0)
     result = bnguard.recalibrate(model, torch.randn(128, 4).split(10))

@@ -8,17 +8,17 @@ from torch import nn
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import find_layers
+from bnguard.recalibration.replay import perturb_statistics
 from bnguard.recalibration.statistics import (
     current_statistics,
     fit_to_buffer,
-    perturb_statistics,
     prepare_for_calibration,
     write_statistics,
 )
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_models_own_tensors_come_back_untouched(fails):
+def test_the_tensors_of_the_model_are_restored_unchanged(fails):
     module = nn.BatchNorm1d(2)
     module.running_mean.fill_(5.0)
     (layer,), mean = find_layers(module), module.running_mean
@@ -45,7 +45,7 @@ def test_work_starts_from_finite_values():
     assert module.running_mean.isnan().any()
 
 
-def test_changed_statistics_are_other_ones_in_each_channel_for_a_while():
+def test_perturbed_statistics_differ_in_each_channel_for_a_while():
     module = nn.BatchNorm1d(4)
     (layer,) = find_layers(module)
     with perturb_statistics(layer):

@@ -1,4 +1,4 @@
-"""What a first small forward tells about a model."""
+"""Traits of a model that a first small forward shows."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_batches_of_one_sample_take_two(batches):
     assert habits_of(Model(), torch.randn(1, 4), batches=batches).takes_rows is (batches == 2)
 
 
-def test_a_forward_that_does_not_take_few_samples():
+def test_a_forward_that_fails_on_few_samples():
     def pairs(self, x):
         assert len(x) == 6
         return x
@@ -98,9 +98,7 @@ def in_memory_order(x):
     ],
     ids=["any layout", "one layout", "by layout", "centred"],
 )
-def test_images_go_in_channels_last_where_that_changes_nothing(
-    between, is_channels_last, takes_rows
-):
+def test_images_are_in_channels_last_if_that_changes_nothing(between, is_channels_last, takes_rows):
     traits = habits_of(Convolutional(between), torch.randn(5, 3, 6, 7))
     assert traits.is_channels_last is is_channels_last
     assert traits.takes_rows is takes_rows
@@ -163,7 +161,7 @@ class Residual(nn.Module):
         return x + self.norm(z)
 
 
-def test_bytes_are_those_that_live_where_a_layer_is_called():
+def test_bytes_are_those_of_live_tensors_at_a_layer():
     # The input and its copy, and z, of 100 float32 each; y is gone.
     traits = habits_of(Residual(), torch.randn(6, 100))
     assert traits.bytes_per_sample == 3 * 400 + 1
