@@ -45,8 +45,24 @@ def test_python_blocks_run(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+SCRIPT = """
+import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(40):
+    optimizer.zero_grad()
+    model(torch.randn(32, 8)).square().mean().backward()
+    optimizer.step()
+"""
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
 def test_commands_run(tmp_path):
+    (tmp_path / "package").mkdir()
+    for script in ("train.py", "package/train.py"):
+        (tmp_path / script).write_text(SCRIPT)
     (tmp_path / "my.py").write_text(
         "from bnguard.demo import DigitsData as DataModule, DigitsNet as LitModel\n"
     )
@@ -68,6 +84,7 @@ def test_commands_run(tmp_path):
         path = shutil.which(program, path=str(Path(sys.executable).parent))
         done = run([path, *arguments], tmp_path)
         assert done.returncode in (0, 1), done.stderr
+    assert (tmp_path / "bn.html").is_file()
     repaired = torch.load(tmp_path / "last-recalibrated.ckpt", weights_only=True)
     assert "state_dict" in repaired
 
