@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import default_logdir
 from bnguard.errors import Guard
 from bnguard.findings import FindingGroup
 from bnguard.loggers import Console, Reporter, RunLog, Scalars
-from bnguard.loggers.choice import reporters_of_transformers
+from bnguard.loggers.trainer_loggers import reporters_of_transformers
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 

@@ -17,7 +17,7 @@ from bnguard.errors import ConfigurationError
 from bnguard.findings import Severity
 
 if TYPE_CHECKING:
-    from bnguard.launch.watching import Watching
+    from bnguard.launch.trained_models import Watching
     from bnguard.report import Report
 
 _HELP = """
@@ -91,7 +91,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _run(name: str, arguments: list[str], values: Namespace, *, is_module: bool) -> int:
     from bnguard.launch.script import hide_own_frames, run_module, run_script
-    from bnguard.launch.watching import Watching
+    from bnguard.launch.trained_models import Watching
 
     label = name if is_module else Path(name).stem
     folder = Path(values.log_dir or f"bnguard-runs/{label}-{strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -132,7 +132,7 @@ def _conclude(
     watching: Watching, folder: Path, page: Path | None, *, is_complete: bool
 ) -> Severity | None:
     """Print and write the reports; return the highest severity in them."""
-    from bnguard.launch.watching import tell_user
+    from bnguard.launch.trained_models import tell_user
     from bnguard.report.terminal import as_terminal_text
 
     severities: list[Severity | None] = []

@@ -27,7 +27,7 @@ from bnguard.lightning.trainer import (
     unlogged,
 )
 from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
-from bnguard.loggers.choice import reporters_of_lightning
+from bnguard.loggers.trainer_loggers import reporters_of_lightning
 from bnguard.monitor import Monitor, watch
 from bnguard.report import Report
 from bnguard.rules import Rule

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from bnguard.findings import FindingGroup, PastFinding, Severity, counted, notice
 from bnguard.observe.history import LayerHistory
-from bnguard.rules.limits import distance_of
+from bnguard.rules.measurements import distance_of
 
 if TYPE_CHECKING:
     from bnguard.report import Report

@@ -11,7 +11,7 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import evaluated_too_early, is_known_harmless
+from bnguard.rules.measurements import evaluated_too_early, is_known_harmless
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
-from bnguard.rules.limits import fits
+from bnguard.rules.measurements import fits
 
 
 @dataclass(frozen=True, kw_only=True)

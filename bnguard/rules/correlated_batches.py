@@ -12,7 +12,7 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, InputWindow, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import is_harmful, is_lasting
+from bnguard.rules.measurements import is_harmful, is_lasting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix
 from bnguard.layers.distances import log_variance_ratio, shift_std, without_initial
 from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory
-from bnguard.rules.limits import (
+from bnguard.rules.measurements import (
     DRIFT_LIMITS,
     FITTING_SHARE,
     MAX_BETWEEN_SHARE,

@@ -12,7 +12,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import shift_std
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.limits import distance_of
+from bnguard.rules.measurements import distance_of
 
 
 @dataclass(frozen=True, kw_only=True)

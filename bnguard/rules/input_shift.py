@@ -12,7 +12,7 @@ import numpy as np
 from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.observe.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import (
+from bnguard.rules.measurements import (
     DriftLimits,
     is_known_harmless,
     is_sampling,

@@ -11,7 +11,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import History, ModeGap
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, cause_of_gap, doubt_of_gap
-from bnguard.rules.limits import (
+from bnguard.rules.measurements import (
     MAX_EXCESS_CHANGE,
     MAX_EXCESS_CHANGE_WITH_FLIPS,
     MAX_FLIPPED_SHARE,

@@ -12,7 +12,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import FloatArray
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import DriftLimits, is_known_harmless, is_sampling
+from bnguard.rules.measurements import DriftLimits, is_known_harmless, is_sampling
 
 _FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
 _COPY = Fix("copy the buffers as well as the parameters: load_state_dict, or zip the buffers() too")

@@ -10,7 +10,7 @@ from bnguard.findings import Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, Drift, cause_in_chain, doubt_of_drift
-from bnguard.rules.limits import (
+from bnguard.rules.measurements import (
     DRIFT_LIMITS,
     Distance,
     DriftLimits,

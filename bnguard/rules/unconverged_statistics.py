@@ -13,7 +13,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.limits import MAX_INITIAL_SHIFT_STD, fits
+from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.limits import distance_of, fits
+from bnguard.rules.measurements import distance_of, fits
 from bnguard.rules.several_streams import distances
 
 

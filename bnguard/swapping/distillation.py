@@ -1,8 +1,8 @@
 """A network with BN teaches its copy that has another norm, on data without labels.
 
-The student begins where one forward can put it (:mod:`bnguard.swapping.warm_start`). It then learns
-to give the teacher's outputs, and the features behind each pair of layers; the weights of its best
-step are kept. The student runs in eval mode, the teacher in whichever mode works.
+The student begins where one forward can put it (:mod:`bnguard.swapping.group_fitting`). It then
+learns to give the teacher's outputs, and the features behind each pair of layers; the weights of
+its best step are kept. The student runs in eval mode, the teacher in whichever mode works.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bnguard.recalibration.batches import (
     read_batches,
 )
 from bnguard.recalibration.layer_inputs import read_inputs
-from bnguard.swapping.warm_start import VALUES_PER_CHANNEL, fit_norms, normalise, pick_values
+from bnguard.swapping.group_fitting import VALUES_PER_CHANNEL, fit_norms, normalise, pick_values
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
 _FEATURE_WEIGHT = 0.1

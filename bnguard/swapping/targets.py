@@ -22,8 +22,8 @@ from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.recalibration.batches import Batch, Forward, call
 from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole
+from bnguard.swapping.group_fitting import MIN_VALUES_PER_GROUP
 from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
-from bnguard.swapping.warm_start import MIN_VALUES_PER_GROUP
 
 
 def choose_groups(channels: int, wanted: int, positions: int | None) -> int:

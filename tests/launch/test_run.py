@@ -14,7 +14,7 @@ import pytest
 import tomllib
 import torch
 
-from bnguard.launch.watching import find_roots
+from bnguard.launch.trained_models import find_roots
 
 SCRIPT = Path(__file__).with_name("trainings.py")
 PROJECT = Path(__file__).parents[2]

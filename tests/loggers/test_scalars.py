@@ -9,7 +9,7 @@ import bnguard
 from bnguard.loggers.scalars import layer_quantiles, scalars_of
 from bnguard.observe.history import ModeGap
 from bnguard.rules import RULES
-from bnguard.rules.limits import distance_of
+from bnguard.rules.measurements import distance_of
 from bnguard.tensorboard.metadata import Metric, standard_metrics
 from tests.networks import conv_net, train
 

@@ -34,7 +34,7 @@ from bnguard.rules import (
     UnsynchronisedSmallBatch,
     VarianceCollapse,
 )
-from bnguard.rules.limits import drift, excess_change
+from bnguard.rules.measurements import drift, excess_change
 from bnguard.rules.several_streams import distances
 from tests.zoo.runs import FaultyRun, HealthyRun, run_zoo
 

@@ -1,4 +1,4 @@
-"""Where a swapped network starts: groups, gamma and beta by least squares, layer by layer.
+"""The number of groups, gamma and beta of each group norm, by least squares, layer by layer.
 
 The teacher's BN outputs on a few batches are known. The student then runs once on the same
 samples. Just before a group norm is called, its inputs are those that the layers before it, fitted

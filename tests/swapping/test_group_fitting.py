@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnguard import swap
-from bnguard.swapping.warm_start import fit_norms, pick_values
+from bnguard.swapping.group_fitting import fit_norms, pick_values
 from tests.networks import digits
 
 
