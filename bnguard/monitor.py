@@ -202,6 +202,7 @@ class Monitor:
         self._evaluated_state: object = None
         self._has_gone_on = False
         self._notices_evaluations = True
+        self._is_led = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
         self._announcements = Announcements()
@@ -362,11 +363,7 @@ class Monitor:
         on_checked: Callable[[Report, int], None],
         on_collected: Callable[[Report], None],
     ) -> None:
-        """Begin after the first step of a script; pass on what is checked, and the last report.
-
-        The last report is passed on when the model is gone.
-        """
-        self._step = 1
+        """Pass on what is checked, and the last report when the model is gone."""
         self._on_checked = on_checked
         self._on_collected = on_collected
 
@@ -378,6 +375,7 @@ class Monitor:
     def _expect_calls(self) -> None:
         """Notice nothing: the caller reports all steps and evaluations."""
         self._notices_evaluations = False
+        self._is_led = True
         self._loop.take_over()
         self._loop.close()
 
@@ -547,10 +545,9 @@ class Monitor:
         self.check()
 
 
-def watched_models() -> Iterator[nn.Module]:
-    """Yield the models that are being watched."""
-    for monitor in tuple(_open):
-        yield monitor.model
+def open_monitors() -> Iterator[Monitor]:
+    """Yield the monitors that have not been closed."""
+    yield from tuple(_open)
 
 
 @atexit.register

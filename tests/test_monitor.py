@@ -280,7 +280,8 @@ def test_it_is_said_where_no_evaluation_was_seen(evaluates):
             model.eval()
             with torch.no_grad(), monitor.evaluation():
                 model(images[1200:])
-    said = any("no evaluation was seen" in note for note in monitor.report().history.notes)
+    unseen = "no evaluation (eval mode, no_grad) was seen"
+    said = any(unseen in note for note in monitor.report().history.notes)
     assert said is not evaluates
 
 

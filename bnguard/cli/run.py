@@ -140,10 +140,13 @@ def _conclude(
     try:
         sys.stdout.flush()
         reports = list(watching.conclude(is_complete=is_complete))
-        for place, report in reports:
-            _write(place, report)
-            tell_user(as_terminal_text(report))
-            severities.append(report.worst_severity)
+        for result in reports:
+            _write(result.folder, result.report)
+            if not result.is_shown:
+                if len(reports) > 1:
+                    tell_user(f"\n{result.name}, {_short(result.folder)}:")
+                tell_user(as_terminal_text(result.report))
+            severities.append(result.report.worst_severity)
         for number, (report, own_folder) in enumerate(_reports_of_callbacks(), start=1):
             place = folder if not reports and number == 1 else folder / f"trainer-{number}"
             _write(place, report)

@@ -20,7 +20,7 @@ from bnguard.errors import Guard
 from bnguard.findings import FindingGroup, above_bars, notice
 from bnguard.layers.bn_layer import find_layers, is_wrapper
 from bnguard.loggers import RunLog, TensorBoard
-from bnguard.monitor import Monitor, watch, watched_models
+from bnguard.monitor import Monitor, open_monitors, watch
 from bnguard.observe.trained_parameters import parameters_of
 from bnguard.report import Report
 from bnguard.rules import RULES
@@ -37,7 +37,7 @@ class Watching:
         self._folder = folder
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._models: list[_WatchedModel] = []
-        self._has_steps = False
+        self._has_steps = self._is_watched_by_script = False
         self._guard = Guard(
             strict=False,
             let_go=self._stop,
@@ -54,12 +54,14 @@ class Watching:
     @property
     def why_nothing(self) -> str:
         """Why there is no report."""
+        if self._is_watched_by_script:
+            return "the script watches its model itself, and asks for the report"
         if not self._has_steps:
             return "no optimizer took a step, so nothing was watched"
         return "no model with BN layers was trained, so nothing was watched"
 
-    def conclude(self, *, is_complete: bool) -> Iterator[tuple[Path, Report]]:
-        """Stop, and yield the report of each model, with the folder that it belongs in.
+    def conclude(self, *, is_complete: bool) -> Iterator[Result]:
+        """Stop, and yield the result of each model.
 
         Args:
             is_complete: Whether the script ended as it should; if not, other ranks may never come
@@ -67,9 +69,9 @@ class Watching:
         """
         self._stop()
         for model in self._models:
-            report = model.conclude(is_complete=is_complete)
-            if report is not None:
-                yield model.folder, report
+            result = model.conclude(is_complete=is_complete)
+            if result is not None:
+                yield result
 
     def _stop(self) -> None:
         self._handle.remove()
@@ -87,8 +89,15 @@ class Watching:
             if monitor is not None and _held(monitor.model) & owned:
                 monitor._follow_optimizer(optimizer)
                 return
-        if any(_held(model) & owned for model in watched_models()):
-            return  # by the script itself, or by a callback
+        for monitor in open_monitors():
+            if _held(monitor.model) & owned:
+                self._is_watched_by_script = True
+                # A callback reports by itself.
+                if not monitor._is_led:
+                    self._models.append(
+                        _WatchedModel.adopt(monitor, self._folder, len(self._models) + 1)
+                    )
+                return
         for root in find_roots(owned):
             if find_layers(root):
                 self._models.append(
@@ -96,46 +105,80 @@ class Watching:
                 )
 
 
+@dataclass(frozen=True)
+class Result:
+    """The report of a model.
+
+    Attributes:
+        name: Class of the model.
+        folder: Where the report and the log go.
+        report: The report.
+        is_shown: Whether the script asked for it, and shows it as it likes.
+    """
+
+    name: str
+    folder: Path
+    report: Report
+    is_shown: bool
+
+
 @dataclass
 class _WatchedModel:
     """A model of the script; it is not kept alive, and leaves its report when it is gone."""
 
+    name: str
     folder: Path
     monitor: weakref.ref[Monitor]
     log: _Log
     report: Report | None = None
+    is_of_script: bool = False
 
     @classmethod
     def begin(
         cls, root: nn.Module, optimizer: Optimizer, folder: Path, number: int
     ) -> _WatchedModel:
         """Begin to watch a model, the ``number``-th of the script, after its first step."""
-        inner = next((part for part in root.modules() if not is_wrapper(part)), root)
-        if number > 1:
-            folder = folder / f"{type(inner).__name__}-{number}"
 
         def tell(group: FindingGroup) -> None:
             if monitor.rank == 0:
                 tell_user(notice(group))
 
         monitor = watch(root, optimizer=_optimizers_of(root, optimizer), on_findings=tell)
+        monitor._step = 1  # the step that has just been taken
+        return cls._of(monitor, folder, number)
+
+    @classmethod
+    def adopt(cls, monitor: Monitor, folder: Path, number: int) -> _WatchedModel:
+        """Take over the results of a monitor that the script made."""
+        model = cls._of(monitor, folder, number)
+        model.is_of_script = True
+        return model
+
+    @classmethod
+    def _of(cls, monitor: Monitor, folder: Path, number: int) -> _WatchedModel:
+        root = monitor.model
+        name = type(next((part for part in root.modules() if not is_wrapper(part)), root)).__name__
+        if number > 1:
+            folder = folder / f"{name}-{number}"
         log = _Log(folder if monitor.rank == 0 else None)
-        model = cls(folder, weakref.ref(monitor), log)
+        model = cls(name, folder, weakref.ref(monitor), log)
         monitor._follow_script(log.add, model._keep)
         return model
 
-    def conclude(self, *, is_complete: bool) -> Report | None:
-        """Return the report; None on ranks whose report another rank shows."""
+    def conclude(self, *, is_complete: bool) -> Result | None:
+        """Return the result; None on ranks whose report another rank shows."""
         monitor = self.monitor()
+        is_shown = self.is_of_script and monitor is not None and monitor._is_asked
         if monitor is not None:
             self.report = monitor.report_of_all_ranks() if is_complete else monitor.report()
             monitor._leave()
             monitor.close()
             if monitor.rank > 0 and is_complete:
                 return None
-        if self.report is not None:
-            self.log.conclude(self.report)
-        return self.report
+        if self.report is None:
+            return None
+        self.log.conclude(self.report)
+        return Result(self.name, self.folder, self.report, is_shown)
 
     def _keep(self, report: Report) -> None:
         self.report = report

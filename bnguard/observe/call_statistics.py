@@ -155,12 +155,17 @@ class _Streams:
     step: int = 0
     calls: int = 0
 
-    def next(self, step: int) -> _Average:
-        """Count a call with gradients in this step and return its average."""
+    def next(self, step: int) -> _Average | None:
+        """Count a call with gradients in this step and return its average.
+
+        None beyond the last place: later calls would fill their average sooner than the others,
+        with batches of an earlier time of the training.
+        """
         if step != self.step:
             self.step, self.calls = step, 0
-        self.calls += 1
-        place = min(self.calls, _MAX_STREAMS) - 1
+        place, self.calls = self.calls, self.calls + 1
+        if place >= _MAX_STREAMS:
+            return None
         if place == len(self.averages):
             self.averages.append(_Average())
         return self.averages[place]
@@ -178,7 +183,7 @@ def _stream_note(layer: BatchNormLayer, shapes: ShapeProbe, streams: _Streams) -
         # Activations that the backward computes again run under no_grad first.
         has_grad = torch.is_grad_enabled() or record.calls.recomputed > 0
         average = streams.next(shapes.step) if has_grad else streams.without_grad
-        if average.batches < _MAX_CALLS:
+        if average is not None and average.batches < _MAX_CALLS:
             with torch.no_grad():
                 statistics = batch_statistics(layer, args[0], output)
                 if statistics is not None:

@@ -356,7 +356,8 @@ class History:
             notes.append("no training step was noticed: call monitor.step() after each one")
         elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
             was_tried = any(layer.calls.in_evaluation for layer in self.layers)
-            what = "evaluation ran in train mode" if was_tried else "no evaluation was seen"
+            nothing = "no evaluation (eval mode, no_grad) was seen"
+            what = "evaluation ran in train mode" if was_tried else nothing
             notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
         # BN101 reports a single layer that no optimizer has.
         if self.run.is_optimized is False and not any(

@@ -237,6 +237,37 @@ def test_what_cannot_be_run_is_one_line(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
+WATCHED_BY_ITSELF = """
+import sys
+import torch
+from torch import nn
+import bnguard
+
+model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=0.001))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+monitor = bnguard.watch(model, optimizer=optimizer)
+for _ in range(60):
+    optimizer.zero_grad()
+    model(torch.randn(32, 8)).square().mean().backward()
+    optimizer.step()
+model.eval()
+with torch.no_grad():
+    model(torch.randn(64, 8))
+if "ask" in sys.argv:
+    print(monitor.report())
+"""
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_what_a_script_watches_itself_counts_and_is_shown_once(ask, run, tmp_path):
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "watched" / "own.py").write_text(WATCHED_BY_ITSELF)
+    done = run(*BNGUARD, "--fail-on", "warning", "own.py", *(["ask"] if ask else []))
+    assert done.returncode == 1, done.stderr
+    assert (done.stdout + done.stderr).count("· 60 steps ·") == 1
+    assert "BN303" in codes(tmp_path / "watched" / "log")
+
+
 def test_the_entry_point_adds_and_imports_nothing_by_itself():
     code = (
         "import sys; from bnguard.launch.entry_point import callbacks; assert callbacks() == []; "

@@ -500,3 +500,20 @@ def test_closing_after_an_interrupted_first_forward_leaves_no_trace():
     monitor.close()
     assert torch._C._len_torch_function_stack() == modes
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_batches_that_are_accumulated_while_the_network_changes_are_no_streams():
+    """More calls a step than are told apart: each place must cover the same steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(16))
+    with watched(model) as monitor:
+        for step in range(40):
+            for _ in range(8):
+                model(torch.randn(64, 16) * 1.1**step + 0.2 * step)
+            monitor.step()
+        (layer,) = monitor.report().layers
+    first, *others = layer.streams
+    for other in others:
+        assert other.batches == first.batches
+        assert np.allclose(other.mean, first.mean, atol=1.0)
+        assert np.allclose(other.var_unbiased, first.var_unbiased, rtol=0.4)
