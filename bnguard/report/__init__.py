@@ -36,7 +36,8 @@ class Report(NotebookView):
         >>> from bnguard.observe.history import History, Run
         >>> print(Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=()))
         bnguard · 0 BN layers · 9 steps · no problems found
-        note: no evaluation (eval mode, no_grad) was seen, so BN301, BN302 and BN305 were not judged
+        note: no evaluation (eval mode, no_grad) was seen, so BN301, BN302 and BN305
+        were not judged
         >>> Report(History(layers=(), run=Run(steps=9)), findings=(), skipped=())
         Report(0 BN layers, 9 steps, no findings)
     """
