@@ -203,6 +203,7 @@ class Monitor:
         self._has_gone_on = False
         self._notices_evaluations = True
         self._is_led = False
+        self._has_begun = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
         self._announcements = Announcements()
@@ -300,7 +301,10 @@ class Monitor:
         self._guard(self._observer.step, step)
         if self._observer.steps == steps:
             return
-        if self._observer.steps == 1:
+        # Whether a noticed step is all of it, with several optimizers, is known after the next.
+        early = 2 if self._loop.has_steps else 1
+        if self._observer.steps >= early and not self._has_begun:
+            self._has_begun = True
             self.check()
         if self._observer.steps % self._every_n_steps == 0:
             self.check()

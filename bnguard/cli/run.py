@@ -98,6 +98,7 @@ def _run(name: str, arguments: list[str], values: Namespace, *, is_module: bool)
     page = None if values.html is None else Path(values.html).absolute()
     process = os.getpid()
     # Trainers of Lightning add their callback then, in the processes that they start as well.
+    outside = os.environ.get("BNGUARD")
     os.environ["BNGUARD"] = "1"
     watching = Watching(folder)
     is_complete = False
@@ -115,6 +116,8 @@ def _run(name: str, arguments: list[str], values: Namespace, *, is_module: bool)
         worst = None
         if os.getpid() == process:
             worst = _conclude(watching, folder, page, is_complete=is_complete)
+            if outside is None:
+                del os.environ["BNGUARD"]
     if values.fail_on != "never" and status == 0 and worst is not None:
         return int(worst >= Severity[values.fail_on.upper()])
     return status

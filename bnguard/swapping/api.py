@@ -132,7 +132,7 @@ def swap(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
         >>> swap(model, "group").model[1].num_groups
-        32
+        16
     """
     _check(model, steps, score, keep)
     target = find_target(to, groups)

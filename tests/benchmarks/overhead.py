@@ -349,7 +349,7 @@ def memory_table(settings: list[Setting]) -> None:
 
 def held_bytes(monitor: bnguard.Monitor) -> int:
     """Return the bytes of the tensors that a monitor holds and the model does not."""
-    model = monitor._observer._model
+    model = monitor._observer.model
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     seen: set[int] = {id(model)}
     storages: dict[int, int] = {}

@@ -30,7 +30,7 @@ def model_for(lightning):
     """The net of the demo as a LightningModule of the package that the Trainer is of."""
     if lightning.__name__ == "pytorch_lightning":
         return DigitsNet(width=4)
-    methods = ("forward", "training_step", "validation_step", "configure_optimizers", "_step")
+    methods = ("forward", "training_step", "validation_step", "configure_optimizers", "_log_step")
     body = {name: vars(DigitsNet)[name] for name in methods}
 
     def init(self):
@@ -188,7 +188,7 @@ def test_an_evaluation_without_a_fit_is_watched(stage, tmp_path, capsys):
 
     class Net(DigitsNet):
         def test_step(self, batch, batch_idx):
-            self._step(batch, "test")
+            self._log_step(batch, "test")
 
         def predict_step(self, batch, batch_idx):
             return self(batch[0])

@@ -36,9 +36,9 @@ def test_what_stands_there_is_what_is_printed_and_nothing_is_markup():
 
 
 def test_a_command_is_one_line_however_long(tmp_path):
-    from bnguard.whatif.result import Cause, Diagnosis
+    from bnguard.whatif.result import Diagnosis, Verdict
 
     command = f"bnguard recalibrate {'x' * 90}.ckpt"
-    cause = Cause(name="drift", message="off", advice="recalibrate", next_step=command)
+    cause = Verdict(name="drift", message="off", advice="recalibrate", next_step=command)
     assert command in as_text(Diagnosis(cause=cause))
     assert command in Diagnosis(cause=cause)._repr_html_()
