@@ -109,7 +109,8 @@ def fit_norms(
         for index, norm in enumerate(norms):
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-                before_call(index, args[0])
+                if args:
+                    before_call(index, args[0])
 
             stack.callback(norm.register_forward_pre_hook(hook).remove)
         run()
