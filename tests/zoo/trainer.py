@@ -94,13 +94,11 @@ def fit(
 
 
 def watched(monitor):
-    """Return what a callback found; a checkpoint holds what it announced during training."""
+    """Return what a callback found; a checkpoint holds what it found during training."""
     checkpoint = {}
     monitor.on_save_checkpoint(None, None, checkpoint)
     told = tuple(
-        Told(code, Severity(severity), record["step"])
+        Told(record["code"], Severity[record["severity"].upper()], record["first_step"])
         for record in checkpoint["bnguard"]["monitor"]["findings"]
-        for code, severity, _ in [record["key"]]
-        if record["is_announced"]
     )
     return Watched(monitor.report, monitor.report.history.run.steps, told)
