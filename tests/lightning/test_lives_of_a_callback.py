@@ -327,9 +327,16 @@ def elsewhere(trainer):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), stored, elsewhere]
+    ("when", "copied"),
+    [
+        ("validation", copy.deepcopy),
+        ("validation", stored),
+        ("checkpoint", lambda each: pickle.loads(pickle.dumps(each))),
+        ("fit-end", copy.deepcopy),
+        ("fit-end", stored),
+        ("fit-end", elsewhere),
+    ],
 )
-@pytest.mark.parametrize("when", ["validation", "checkpoint", "fit-end"])
 def test_a_trainer_that_has_fitted_can_be_copied_and_stored(
     lightning, trainer_of, tmp_path, copied, when
 ):
