@@ -396,6 +396,8 @@ class Monitor:
         self._end_noticed()
         self._loop.flush()
         self._notices_evaluations = False
+        # What was written to the weights since the step belongs to the evaluation, not to training.
+        self._has_gone_on = True
         self._is_evaluating = True
         self._checked = None
         observed = ExitStack()

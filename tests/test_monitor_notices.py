@@ -309,3 +309,21 @@ def test_what_a_loop_writes_after_each_step_is_part_of_it():
         with torch.no_grad():
             student(IMAGES[1200:].flatten(1))
     assert not monitor.report().history.run.has_new_weights_in_evaluation
+
+
+def test_weights_written_for_explicit_evaluations_are_no_part_of_training():
+    """As where a network is pruned, evaluated, and trained on, again and again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bnguard.watch(model, optimizer=optimizer, strict=True) as monitor:
+        for _ in range(3):
+            for _ in range(10):
+                optimizer.zero_grad()
+                model.train()(torch.randn(16, 4)).square().mean().backward()
+                optimizer.step()
+                monitor.step()
+            with torch.no_grad(), monitor.evaluation():
+                model[0].weight.mul_(0.5)
+                model.eval()(torch.randn(64, 4))
+        assert monitor.report().history.run.has_new_weights_in_evaluation
