@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint
+from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint, file_states
 from bnguard.checkpoint.bn_entries import describe
 from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
@@ -138,6 +138,7 @@ class Request:
         checkpoint: The checkpoint.
         opened: The same, open until the weights are loaded.
         factories: What makes the model and the data, by ``"model"``, ``"data"``, ``"reference"``.
+        states: What changes if the checkpoint is saved again.
         values: All parsed arguments.
         options: The options as they were typed.
         notes: Where arguments come from, and settings of the checkpoint that :meth:`model` took,
@@ -147,6 +148,7 @@ class Request:
     checkpoint: Checkpoint
     opened: OpenCheckpoint
     factories: Mapping[str, Factory]
+    states: object
     values: Namespace
     options: Sequence[Option]
     notes: list[str] = field(default_factory=list)
@@ -222,6 +224,7 @@ def _read_request(
     if not positional:
         raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
+    states = file_states(source) if source.exists() else None
     opened = files.enter_context(open_checkpoint(source))
     checkpoint = describe(opened)
     if not checkpoint.layers:
@@ -264,7 +267,7 @@ def _read_request(
         for path in sorted(configs)
     ]
     values = parser.parse_args([*rest, "--", *positional])
-    return Request(checkpoint, opened, factories, values, options, notes)
+    return Request(checkpoint, opened, factories, states, values, options, notes)
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:

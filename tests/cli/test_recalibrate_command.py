@@ -89,6 +89,22 @@ def test_of_several_models_the_one_that_is_meant(folder):
     assert moved(folder / "gan.pt", folder / "gan-recalibrated.pt") == [False] * 3 + [True]
 
 
+def test_a_checkpoint_that_training_saves_again_meanwhile_is_not_repaired(folder):
+    torch.save(used_network().state_dict(), folder / "last.pt")
+    (folder / "saving.py").write_text(
+        "import mine, torch\n"
+        "def images():\n"
+        "    torch.save(mine.build().state_dict(), 'last.pt')\n"
+        "    return mine.images()\n"
+    )
+    names = {path.name for path in folder.iterdir()}
+    line = is_one_line_error(
+        bnguard(folder, "recalibrate", "last.pt", *PLAIN[:2], "--data=saving:images", "--in-place")
+    )
+    assert "last.pt: was saved again meanwhile" in line
+    assert {path.name for path in folder.iterdir() if path.is_file()} == names
+
+
 def test_averaged_weights_as_torch_saves_them(folder):
     averaged = torch.optim.swa_utils.AveragedModel(used_network())
     torch.save(averaged.state_dict(), folder / "swa.pt")
