@@ -1,4 +1,4 @@
-"""bnguard tells what is wrong with the batch normalisation of a PyTorch network, and repairs it.
+"""Find and repair faults of the batch normalisation in PyTorch networks.
 
 The public names are resolved when they are first used (PEP 562): importing bnguard alone imports
 not even torch.

@@ -277,7 +277,7 @@ def _difference(a: object, b: object) -> str | None:
     chunks_a, chunks_b = _chunks(a), _chunks(b)
     if chunks_a is not None and chunks_b is not None:
         return None if _is_same(chunks_a, chunks_b) else "values differ"
-    # repr tells -0.0 from 0.0 and 1 from True, and finds NaN equal to itself.
+    # repr distinguishes -0.0 from 0.0 and 1 from True, and finds NaN equal to itself.
     is_same = type(a) is type(b) and repr(a) == repr(b)
     return None if is_same else f"{_short(a)} against {_short(b)}"
 

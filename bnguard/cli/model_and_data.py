@@ -276,7 +276,7 @@ def find_factory(option: str, named: str | None, config: LightningConfig | None)
             f"{config.path} names {path}, a class of the script that was run: "
             f"name it as --{option} script.{path.removeprefix('__main__.')}"
         )
-    # A class of the script that was run has no module there.
+    # A class of the script itself has no module there.
     in_script = f"__main__.{path.replace(':', '.').rpartition('.')[2]}"
     is_for_it = configured in (None, path, in_script)
     return Factory(option, _import(path, option), config if is_for_it else None)
@@ -326,7 +326,7 @@ def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
     """Return the folder from which a file is imported, and the name of its module there.
 
     Raises:
-        ConfigurationError: There is no such file, or another module of its name is imported.
+        ConfigurationError: The file does not exist, or another module of its name is imported.
     """
     file = file.absolute()
     if not file.is_file():
@@ -366,7 +366,7 @@ class Data:
         """Return the loader of a split; a single loader serves as any of them.
 
         Raises:
-            ConfigurationError: There is none, or it cannot be made.
+            ConfigurationError: It does not exist, or cannot be made.
         """
         from torch.utils.data import DataLoader
 

@@ -78,7 +78,7 @@ def validation_score(
         The score; None without a validation step or data for it.
 
     Raises:
-        ConfigurationError: An option needs a score, and there is none.
+        ConfigurationError: An option needs a score, and the module has none.
     """
     values = request.values
     if loader is None or not has_validation(model):

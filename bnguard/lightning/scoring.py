@@ -362,10 +362,10 @@ def split_samples(
         trainer: The trainer, whose limits on batches apply.
         split: Which split.
         samples: Maximum number of samples, on all ranks together.
-        instead: What to do if there is no loader.
+        instead: What to do without a loader.
 
     Raises:
-        ConfigurationError: There is no loader, or several for training.
+        ConfigurationError: The loader is missing, or there are several for training.
     """
     loaders: Any = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
     source = datamodule_of(trainer)
