@@ -580,7 +580,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise ConfigurationError(
-                "optimizer has to be what trains the model, or several of them, not a "
+                "optimizer must be a torch.optim.Optimizer or several, not a "
                 f"{type(optimizer).__name__}"
             )
     return optimizers

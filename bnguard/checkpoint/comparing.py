@@ -173,7 +173,7 @@ def _only_model(checkpoint: Checkpoint) -> CheckpointModel:
     if checkpoint.main is None:
         names = ", ".join(repr(model.name) for model in checkpoint.models)
         raise CheckpointError(
-            f"{checkpoint.path} holds several models, {names}, and the other checkpoint none of "
+            f"{checkpoint.path} has several models, {names}, and the other checkpoint has none of "
             "these: choose one of each with --weights FIRST SECOND ('' is a bare state dict)"
         )
     return checkpoint.main

@@ -125,7 +125,7 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
     if path.is_dir():
         raise _not_a_checkpoint(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
+        raise CheckpointError(f"{path}: a pipe or a device; save it to a file first")
     if not start:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
     # Text of its own, as SpeechBrain's counters are, and not a pointer of Git LFS.
@@ -133,7 +133,7 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
         byte in b"\t\n\r" or 32 <= byte < 127 for byte in start
     )
     raise (NoBatchNormError if is_text else CheckpointError)(
-        f"{path}: not a checkpoint of a known format; give a file that torch, Lightning or "
+        f"{path}: not a checkpoint of a known format; use a file that torch, Lightning or "
         "safetensors wrote"
     )
 

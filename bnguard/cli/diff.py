@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError("--weights takes one name, or one for each checkpoint")
     if values.after is None and len(names) < 2:
         raise ConfigurationError(
-            "one checkpoint is named: name a second, or two models of this with --weights A B"
+            "diff needs two checkpoints, or one and --weights A B for two of its models"
         )
     before = _read(values.before, names[0])
     after = _read(values.after or values.before, names[-1])

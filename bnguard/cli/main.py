@@ -104,7 +104,7 @@ def _run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = nearest_name(command, COMMANDS)
         hint = f"did you mean 'bnguard {near}'?" if near else "'bnguard --help' lists them"
-        raise ConfigurationError(f"there is no command {command!r}: {hint}")
+        raise ConfigurationError(f"unknown command {command!r}: {hint}")
     run = importlib.import_module(f"bnguard.cli.{command}").run
     # Help is printed by the parsers, before anything of the user's runs.
     is_help = not {"-h", "--help"}.isdisjoint(arguments)

@@ -92,7 +92,7 @@ def read_config(path: Path, *, is_named: bool = True) -> LightningConfig:
     if isinstance(content, dict) and "model" not in content:
         content = content.get("fit", content)
     if not isinstance(content, dict):
-        raise ConfigurationError(f"--config {path} holds no mapping with 'model' and 'data'")
+        raise ConfigurationError(f"--config {path} has no 'model' and 'data' sections")
     return LightningConfig(path, content, is_named)
 
 
@@ -199,7 +199,7 @@ class Factory:
         model = self.make(values)
         if not isinstance(model, nn.Module):
             raise ConfigurationError(
-                f"--model {self.path} gives a {type(model).__name__}, not a torch.nn.Module"
+                f"--model {self.path} returns a {type(model).__name__}, not a torch.nn.Module"
             )
         # Large Lightning models create their layers there.
         configure = getattr(model, "configure_model", None)
@@ -292,7 +292,7 @@ def _import(path: str, option: str) -> Callable[..., object]:
         module_name, _, name = path.replace(":", ".").rpartition(".")
     if not module_name:
         raise ConfigurationError(
-            f"--{option} {path}: give it as package.module.Name, or file.py:Name"
+            f"--{option} {path}: write it as package.module.Name, or file.py:Name"
         )
     searched = "" if folder == Path() else str(folder)
     if searched not in sys.path:
@@ -330,7 +330,7 @@ def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
     """
     file = file.absolute()
     if not file.is_file():
-        raise ConfigurationError(f"{what}: there is no file {file}")
+        raise ConfigurationError(f"{what}: {file} does not exist")
     folder, name = file.parent, file.stem
     while (folder / "__init__.py").is_file():
         folder, name = folder.parent, f"{folder.name}.{name}"
@@ -385,7 +385,7 @@ class Data:
         if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], DataLoader):
             loader = loader[0]
         if not isinstance(loader, Iterable):
-            raise ConfigurationError(f"--data {self.path} gives no {name}")
+            raise ConfigurationError(f"--data {self.path} returns no {name}")
         return loader
 
     def _set_up(self, stage: str) -> None:

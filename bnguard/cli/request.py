@@ -220,14 +220,14 @@ def _read_request(
     flags = {typed for typed, action in known.items() if action.nargs == 0}
     positional, options = split_arguments(arguments, flags)
     if not positional:
-        raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
+        raise ConfigurationError(f"the checkpoint is missing: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
     opened = files.enter_context(open_checkpoint(source))
     checkpoint = describe(opened)
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(
-            f"{source}: has no BN layers with running statistics, so there is nothing to do{why}"
+            f"{source}: has no BN layers with running statistics: nothing to do{why}"
         )
     apart = {option.name: option for option in options if option.name in (*sections, "config")}
     for option in apart.values():
@@ -292,7 +292,7 @@ def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None)
         return fitting[0]
     several = f" ({_listed(fitting)} fit {type(model).__name__})" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} holds several models, {_listed(checkpoint.models)}{several}: "
+        f"{checkpoint.path} has several models, {_listed(checkpoint.models)}{several}: "
         "choose one with --weights NAME"
     )
 

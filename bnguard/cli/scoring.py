@@ -158,7 +158,7 @@ def usable_device(name: str) -> torch.device:
             f"--device {name} cannot be used here ({reason}): use cpu"
         ) from error
     if device.type == "meta":
-        raise ConfigurationError("--device meta computes nothing: use cpu")
+        raise ConfigurationError("--device meta computes no values: use cpu")
     return device
 
 

@@ -68,7 +68,7 @@ def test_of_several_models_the_one_that_is_meant(folder):
     state = network.state_dict()
     torch.save({"model": state, "ema": state}, folder / "two.pt")
     line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN))
-    assert "holds several models, 'model', 'ema' ('model', 'ema' fit Network)" in line
+    assert "has several models, 'model', 'ema' ('model', 'ema' fit Network)" in line
     assert "--weights NAME" in line
     line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN, "--weights", "emma"))
     assert "did you mean 'ema'?" in line
@@ -330,4 +330,4 @@ def test_an_output_inside_the_checkpoint_is_refused_at_once(folder):
     line = is_one_line_error(
         bnguard(folder, "recalibrate", name, *PLAIN, "--output", f"{name}/sub/x")
     )
-    assert "lies inside the checkpoint" in line
+    assert "is inside the checkpoint" in line
