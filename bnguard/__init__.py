@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bnguard.whatif.api import diagnose
     from bnguard.whatif.result import Diagnosis
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "RULES": "bnguard.rules",
