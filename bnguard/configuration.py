@@ -140,7 +140,7 @@ def codes_meant(name: str) -> set[str]:
     """Return the codes of the rules that a code, a name or a prefix of codes means.
 
     Raises:
-        ConfigurationError: There is none; the message has the nearest name.
+        ConfigurationError: The rule does not exist; the message has the nearest name.
 
     Example:
         >>> sorted(codes_meant("BN40"))
@@ -157,7 +157,7 @@ def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
     """Return a rule with other limits.
 
     Raises:
-        ConfigurationError: It has no limit of that name, or the value is not a number.
+        ConfigurationError: The rule lacks a limit of that name, or the value is not a number.
     """
     known = [limit.name for limit in dataclasses.fields(rule)]
     for name, value in limits.items():

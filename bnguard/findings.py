@@ -83,7 +83,7 @@ class Fix:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A rule's conclusion about a layer, or about the model where ``layer`` is None.
+    """A rule's conclusion about a layer, or about the model if ``layer`` is None.
 
     Attributes:
         code: Code of the rule, as in ``BN301``.
@@ -92,7 +92,7 @@ class Finding:
         layer: Dotted name of the layer; None if the finding is about the whole model.
         message: What is wrong, in one sentence.
         evidence: The number that says so.
-        reasons: The numbers that speak for the cause that the message names, where it names one.
+        reasons: The numbers that speak for the cause that the message names, if it names one.
         fix: What to do about it.
         channels: Indices of the channels concerned, worst first; empty if it is all of them.
         step: First step from which the value is beyond its limit, None if there was no training.
@@ -198,13 +198,13 @@ def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
 
 
 def worst_first(finding: Finding) -> tuple[float, float]:
-    """Return what findings of one rule are sorted by, wherever they are shown."""
+    """Return the sort key of one rule's findings, the same in every view."""
     return (-finding.evidence.excess, math.inf if finding.step is None else finding.step)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A rule that could not tell, and why.
+    """A rule that could not judge, and why.
 
     Attributes:
         code: Code of the rule.
@@ -220,13 +220,13 @@ class Skipped:
 
 
 def one_line(group: FindingGroup) -> str:
-    """Return findings in one line: code, name, where, step, what, evidence, fix."""
+    """Return findings in one line: code, name, layers, step, message, evidence, fix."""
     worst = group.worst
     return f"{_first_line(group)}: {worst.message}; {worst.evidence}. Fix: {worst.fix.summary}"
 
 
 def notice(group: FindingGroup) -> str:
-    """Return findings in two lines, for a terminal where a training runs: where; what, and fix."""
+    """Return findings in two lines, for the terminal of a training: layers; message and fix."""
     worst = group.worst
     heading = f"bnguard: {worst.severity}: {_first_line(group)}"
     return f"{heading}\n  {worst.message} → {worst.fix.summary}"

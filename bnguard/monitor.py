@@ -86,28 +86,28 @@ def watch(
     it has to be: call :meth:`Monitor.step` after each optimizer step, and run validation inside
     :meth:`Monitor.evaluation`. Nothing is counted twice.
 
-    The model is left as it is, but for hooks; :meth:`Monitor.close` removes them.
+    The model gets hooks, which :meth:`Monitor.close` removes, and stays as it is otherwise.
 
-    Where several processes train, each watches its own batches: :meth:`Monitor.report` tells what
-    this one saw, and :meth:`Monitor.report_of_all_ranks` what all of them did.
+    If several processes train, each watches its own batches: :meth:`Monitor.report` covers this
+    process, and :meth:`Monitor.report_of_all_ranks` all of them.
 
     Args:
-        model: The model; one without BN layers is warned about once, and watched in vain.
+        model: The model; a model without BN layers gets a warning, and nothing is watched.
         optimizer: What trains the model, one or several; their steps are noticed. A layer whose
             parameters none of them owns, and do not change, counts as frozen.
         every_n_steps: How often the rules run, in steps.
         eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
             As many batches of fewer than 32 samples count as one as have 32 together.
-        planned_steps: Steps that training will take in all, so that what its end will be like can
-            be told ahead.
-        loader: The training loader, whose batch sizes tell of a last batch of one before it
-            comes; no batch is drawn.
+        planned_steps: Steps that training will take in all; lets rules report ahead what its end
+            will be like.
+        loader: The training loader; its batch sizes show a last batch of one before it comes. No
+            batch is drawn.
         accumulated_batches: Batches whose gradients are added before a step of the optimizer.
         rules: The rules to run; all that are installed by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
-            the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
-        ignore: Those that do not run, also where they are selected.
-        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+            the next three override ``[tool.bnguard]`` in ``pyproject.toml``.
+        ignore: Those that do not run, even if selected.
+        per_layer_ignores: Those that ignore some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
@@ -117,8 +117,8 @@ def watch(
             from then on: the training goes on.
 
     Raises:
-        ConfigurationError: The model or the optimizer is none that can be read, or a rule or a
-            limit does not exist; the message has the nearest name.
+        ConfigurationError: The model or the optimizer cannot be read, or a rule or a limit does
+            not exist; the message has the nearest name.
 
     Example:
         >>> import torch
@@ -168,7 +168,7 @@ def watch(
 
 
 class Monitor:
-    """What :func:`watch` returns: runs the rules on what is observed, and tells what is new."""
+    """What :func:`watch` returns: runs the rules on what is observed, and announces what is new."""
 
     def __init__(
         self,
@@ -385,7 +385,7 @@ class Monitor:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Read what arrives at the layers in eval mode; put the validation loop inside.
+        """Read the inputs of the layers in eval mode; put the validation loop inside.
 
         The model's mode is the caller's business. Whatever changes the buffers in here does not
         count as training.
@@ -414,9 +414,9 @@ class Monitor:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Note nothing of what runs inside: a repair, which is neither training nor evaluation.
+        """Ignore what runs inside: a repair, which is neither training nor evaluation.
 
-        The running statistics that it leaves behind are where training goes on from.
+        Training goes on from the running statistics that it leaves behind.
         """
         observer = ExitStack()
         self._guard(observer.enter_context, self._observer.paused())
@@ -430,7 +430,7 @@ class Monitor:
     def forget_changes(self) -> None:
         """Take the running statistics as they are now, whatever changed them since the last step.
 
-        To be called after statistics were loaded, exchanged or put back in a loop of your own.
+        Call it after a loop of your own loads, exchanges or restores statistics.
         """
         self._checked = None
         self._guard(self._observer.forget_changes)
@@ -486,9 +486,9 @@ class Monitor:
         )
 
     def _findings_of_all_ranks(self, mine: Collection[Finding]) -> tuple[Finding, ...]:
-        """Return findings that each rank brings, each once, labelled where not all have it.
+        """Return the findings of all ranks, each once, labelled if not all ranks have it.
 
-        To be called by all ranks, as :meth:`report_of_all_ranks`.
+        Call it on all ranks, as :meth:`report_of_all_ranks`.
         """
         return self._exchange.merge(tuple(mine), merge_findings)
 
@@ -516,7 +516,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken."""
+        """Resume from what :meth:`state_dict` returned."""
         self._step = state["step"]
         self._announcements.resume(state["findings"], state.get("announced", ()))
         self._observer.resume(
@@ -580,7 +580,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise ConfigurationError(
-                "optimizer has to be what trains the model, or several of them, not a "
+                "optimizer must be a torch.optim.Optimizer or several, not a "
                 f"{type(optimizer).__name__}"
             )
     return optimizers

@@ -132,7 +132,7 @@ def test_an_average_with_its_own_statistics_is_not_accused():
     [
         ([1], None, "inspect takes a model, a state dict or a path, not a list"),
         ({"state_dict": conv_net().state_dict()}, None, "are in the entry 'state_dict': pass that"),
-        ({"bn.running_mean": [0.0]}, None, "bn.running_mean has to be a tensor, not a list"),
+        ({"bn.running_mean": [0.0]}, None, "bn.running_mean must be a tensor, not a list"),
         (
             {"bn.running_mean": torch.zeros(7), "bn.running_var": torch.ones(8)},
             None,

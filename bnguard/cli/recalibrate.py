@@ -45,7 +45,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Write a checkpoint with new running statistics; status 1 where they are no better."""
+    """Write a checkpoint with new running statistics; status 1 if they are not better."""
     return run_request(make_parser(), arguments, _recalibrate_checkpoint)
 
 

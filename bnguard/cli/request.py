@@ -222,7 +222,7 @@ def _read_request(
     flags = {typed for typed, action in known.items() if action.nargs == 0}
     positional, options = split_arguments(arguments, flags)
     if not positional:
-        raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
+        raise ConfigurationError(f"the checkpoint is missing: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
     states = file_states(source) if source.exists() else None
     opened = files.enter_context(open_checkpoint(source))
@@ -230,7 +230,7 @@ def _read_request(
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(
-            f"{source}: has no BN layers with running statistics, so there is nothing to do{why}"
+            f"{source}: has no BN layers with running statistics: nothing to do{why}"
         )
     apart = {option.name: option for option in options if option.name in (*sections, "config")}
     for option in apart.values():
@@ -293,9 +293,9 @@ def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None)
     ]
     if len(fitting) == 1:
         return fitting[0]
-    several = f", of which {_listed(fitting)} fit {type(model).__name__}" if fitting else ""
+    several = f" ({_listed(fitting)} fit {type(model).__name__})" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} holds several models, {_listed(checkpoint.models)}{several}: "
+        f"{checkpoint.path} has several models, {_listed(checkpoint.models)}{several}: "
         "choose one with --weights NAME"
     )
 
@@ -318,7 +318,7 @@ def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
             changed.setdefault("momentum", []).append((known.momentum, layer.module.momentum))
             layer.module.momentum = known.momentum  # type: ignore[assignment]
     return [
-        f"{setting} {pairs[0][0]} from the checkpoint, where {type(model).__name__} has "
+        f"{setting} {pairs[0][0]} from the checkpoint, not {type(model).__name__}'s "
         f"{pairs[0][1]} ({len(pairs)} {'layer' if len(pairs) == 1 else 'layers'})"
         for setting, pairs in changed.items()
     ]
@@ -353,7 +353,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
 
 
 def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights as in the model, wherever wrappers added to their names."""
+    """Rename weights as in the model, without what wrappers added to their names."""
     own = model.state_dict().keys()
     by_author = {without_wrappers(name): name for name in own}
     return {

@@ -54,7 +54,7 @@ class BatchNormMonitor(GuardedCallback):
     * ``zz_bnguard/findings``: number of warnings and errors
 
     ``scalars="all"`` adds ``zz_bnguard/METRIC/p05``, ``p50``, ``p95`` and ``max`` (or ``min``),
-    quantiles over the layers, where METRIC is ``eval_shift_std``, ``eval_log_variance_ratio``,
+    quantiles over the layers; METRIC is ``eval_shift_std``, ``eval_log_variance_ratio``,
     ``batch_shift_std``, ``batch_log_variance_ratio``, ``variance_kept``, ``values_per_channel``,
     ``gain`` or ``dead_channel_share``.
 
@@ -145,7 +145,7 @@ class BatchNormMonitor(GuardedCallback):
         self._has_evaluated = False
         self._batches = 0
         self._unannounced: list[Finding] = []
-        # Of all ranks; those of the monitor are of its own rank.
+        # For all ranks; the monitor announces those of its own rank.
         self._announcements = Announcements()
         self._log = RunLog((), ())
         self._last_logged_step: int | None = None
@@ -325,7 +325,7 @@ class BatchNormMonitor(GuardedCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch nothing of what runs inside: it is a repair, and not the user's training."""
+        """Watch nothing that runs inside: it is a repair, not the user's training."""
         with ExitStack() as stack:
             if self._monitor is not None:
                 stack.enter_context(self._monitor._paused())
@@ -388,7 +388,7 @@ class BatchNormMonitor(GuardedCallback):
             for line in commands(trainer, report):
                 show(line)
         folder = log_folder(trainer) if self._is_written else None
-        # A later ``validate`` knows nothing of the training that ``fit`` reported.
+        # A later ``validate`` must not replace the report of ``fit``.
         if folder is not None and (is_fitting(trainer) or not (folder / REPORT_FILE).exists()):
             RunLog([JSON(folder)], (), "none").conclude(report, logged_step(trainer))
 

@@ -47,9 +47,9 @@ class TensorBoard(Reporter):
             self._writer.add_scalar(name, value, step)
 
     def log_layers(self, report: Report, step: int) -> None:
-        """Write statistics and findings, and the channels of layers that were evaluated anew.
+        """Write statistics and findings, and the channels of layers that were evaluated since.
 
-        A step that was written is passed over, but for its findings.
+        A step that was already written gets new findings only.
         """
         layers = self._layers(report)
         if self._log is None:

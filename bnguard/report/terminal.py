@@ -125,7 +125,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
 class CalibrationBar:
     """A bar that says which layer the samples are at, and how long the rest will take.
 
-    A context manager; the bar appears where the work is long, and is gone afterwards.
+    A context manager; the bar appears if the work takes long, and disappears afterwards.
     """
 
     def __init__(self) -> None:
@@ -155,13 +155,13 @@ class CalibrationBar:
             self._progress.stop()
 
     def start(self, samples: int, layers: int) -> None:
-        """Begin anew: so many samples are to pass so many layers."""
+        """Restart the bar for a number of samples, each to pass a number of layers."""
         self._samples, self._layers = max(1, samples), max(1, layers)
         total = self._samples * self._layers
         self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
 
     def advance(self, samples: int) -> None:
-        """So many samples passed one more layer; may be called from any thread."""
+        """Count samples that passed one more layer; may be called from any thread."""
         if time.monotonic() - self._begin >= _LONG_SECONDS:
             self._progress.start()  # Again and again, which does nothing.
         self._progress.advance(self._task, samples)
@@ -169,7 +169,7 @@ class CalibrationBar:
         self._progress.update(self._task, layer=self._layer(done))
 
     def _layer(self, done: int) -> str:
-        """Return which layer the samples are at; nothing where they pass all of them at once."""
+        """Return which layer the samples are at; empty if they pass all of them at once."""
         return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
 
 

@@ -250,7 +250,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
             raise CalibrationError(
-                f"{name} holds NaN or Inf, and no BN statistics can help: load earlier weights"
+                f"{name} contains NaN or Inf, which BN statistics cannot repair: load other weights"
             )
 
 

@@ -117,7 +117,7 @@ def batches_alone(numbers: Numbers) -> Verdict | None:
     if not alike:
         return Verdict(
             name="small-batch-noise",
-            message="only the statistics of small batches do well: the network has learnt with "
+            message="only the statistics of small batches do well: the network has learned with "
             "their noise, which running statistics do not have",
             evidence=(compared,),
             advice="train on with larger batches, or with another norm in place of BN",
@@ -277,7 +277,7 @@ def unfit_statistics(numbers: Numbers) -> Verdict | None:
             else ": either they are stale, or the data differ from those of training"
         ),
         evidence=(numbers.compared("stored", "evaluation"), *_input_drift(numbers)),
-        advice="give the training data as reference=, which tells the two apart",
+        advice="pass the training data as reference= to tell the two apart",
         next_step=_DIAGNOSE_WITH_REFERENCE,
         cured_by="evaluation",
     )
@@ -297,7 +297,7 @@ def poor_weights(numbers: Numbers) -> Verdict | None:
             numbers.compared("stored", numbers.fresh, "evaluation"),
             *(_input_drift(numbers) if numbers.is_off_training or numbers.is_off_stored else ()),
         ),
-        advice="diagnose it on training data: that tells a fault of training from overfitting",
+        advice="diagnose it on training data: that distinguishes bad training from overfitting",
         next_step=_DIAGNOSE_TRAINING,
     )
 

@@ -54,7 +54,7 @@ class Training:
 
     Attributes:
         batch_size: Samples per batch.
-        order: Whether the batches are sorted; None if that cannot be told.
+        order: Whether the batches are sorted; None if unknown.
         change: How far shuffling the batches changes the outputs if each batch is normalised by
             its own statistics, in standard deviations; None if not measured.
         flipped_share: Share of the predictions that shuffling changes.
@@ -242,8 +242,8 @@ class Numbers:
     def chance(self, name: str) -> float:
         """Return what a score that is a share may gain by chance, in a row that flips predictions.
 
-        Three standard deviations of a sum of changes, each of which corrects or breaks one
-        prediction, also if two classes tie.
+        Three standard deviations of a sum of changes, each correcting or breaking one prediction,
+        also if two classes tie.
         """
         changed = self.changed_share.get(name, self.rows[name].flipped_share or 0.0)
         return 3.0 * math.sqrt(changed / max(self.samples, 1))
@@ -332,8 +332,8 @@ def read_dropout(bench: Bench, stored: Statistics) -> Dropout | None:
 def _noise(bench: Bench) -> float:
     """Return the log-variance ratio that a running average over batches has by chance.
 
-    The variance of n normal values has a relative variance of 2 / (n - 1), of which an average
-    with momentum m keeps m / (2 - m).
+    The variance of n normal values has a relative variance of 2 / (n - 1); an average with
+    momentum m keeps m / (2 - m) of it.
     """
     size = bench.samples.batch_size
     per_layer = [

@@ -141,7 +141,7 @@ def collect_inputs(
     sizes: dict[str, tuple[int, int]] = {}
     size = 1
 
-    def arrive(index: int, values: Tensor) -> None:
+    def add_moments(index: int, values: Tensor) -> None:
         name = layers[index].name
         moments = on_host(input_moments(values))
         parts.setdefault(name, []).append(moments)
@@ -153,7 +153,7 @@ def collect_inputs(
             size = batch.size
             yield batch
 
-    with read_inputs(layers, arrive):
+    with read_inputs(layers, add_moments):
         outputs = collect_outputs(model, forward, noting_sizes())
     return {name: LayerInput(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
 

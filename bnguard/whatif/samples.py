@@ -72,7 +72,7 @@ class Samples:
         return size != self.batch_size and 2 * size > self.batch_size
 
     def shuffled(self) -> tuple[list[int], tuple[Batch, ...]] | None:
-        """Return batches of the same size with other neighbours, and which sample is where.
+        """Return batches of the same size with other neighbours, and the position of each sample.
 
         None if there is nothing to shuffle, or the samples do not fit together.
         """
@@ -94,7 +94,7 @@ class Samples:
         return tuple(chosen)
 
     def order(self, size: int | None = None) -> BatchOrder | None:
-        """Return how far the batches differ from one another; None if that cannot be told.
+        """Return how far the batches differ from one another; None if unknown.
 
         Args:
             size: Samples in each of the parts that are compared; None for batches as they come.
@@ -160,7 +160,7 @@ def read_samples(
     """Read the first samples of a loader, and keep them.
 
     Raises:
-        CalibrationError: There are none, or the model does not take what the loader yields.
+        CalibrationError: The loader is empty, or the model does not take its batches.
     """
     payloads: list[object] = []
 

@@ -242,7 +242,7 @@ def test_a_script_finds_what_python_gives_it(target, end, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no script is named: bnguard run SCRIPT.py, or -m MODULE"),
+        ([], "the script is missing: bnguard run SCRIPT.py, or -m MODULE"),
         (["nowhere.py"], "nowhere.py is not a file: name a script, or a module with -m"),
         (["-m"], "-m needs the name of a module"),
         (["--fail-on", "info", "x.py"], "--fail-on: "),
