@@ -21,7 +21,12 @@ class Hooks:
 
     An error in a note does not end the user's forward: :meth:`raise_error` raises it later, and the
     notes stop.
+
+    Attributes:
+        errors: Errors in notes so far, in this process.
     """
+
+    errors = 0
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -144,6 +149,7 @@ class _Hook:
                 self._note(*call)
             except Exception as error:
                 self._hooks._error = error
+                Hooks.errors += 1
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _inert_hook, ()

@@ -64,6 +64,7 @@ class Observer:
     ) -> None:
         self.layers = find_layers(model)
         self.steps = 0
+        self._errors_before = Hooks.errors
         self._is_closed = False
         self._is_loaded = False
         self.model = model
@@ -120,7 +121,7 @@ class Observer:
             self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._step = step
         self._weights.note_step()
-        self._shapes.step = step + 1
+        self._shapes.start_step(step + 1)
         self._finiteness.step = step + 1
         self._samples.start_step()
         if self._origin is not None:
@@ -138,6 +139,7 @@ class Observer:
         """
         if self._is_closed:
             return
+        self._shapes.wake()
         self._weights.follow_model()
         layers = find_layers(self.model)
         places = _places_of(layers)
@@ -295,12 +297,15 @@ class Observer:
     def close(self) -> None:
         """Remove the hooks; the observations stay."""
         self._is_closed = True
+        self._shapes.wake()
         self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
 
     def _raise_errors(self) -> None:
         """Raise the first error of a hook, which did not end the user's forward."""
+        if Hooks.errors == self._errors_before:
+            return
         for hooks in self._all_hooks:
             hooks.raise_error()
 
