@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bnguard.observe.budget import own_time
+
 Note = Callable[..., None]
 
 _CALL = nn.Module._call_impl.__code__
@@ -146,7 +148,8 @@ class _Hook:
             return
         if self._hooks._error is None and not self.is_removed:
             try:
-                self._note(*call)
+                with own_time:
+                    self._note(*call)
             except Exception as error:
                 self._hooks._error = error
                 Hooks.errors += 1

@@ -123,6 +123,21 @@ class BufferRow:
         self._condense()
         self._copy_to(0)
 
+    def skip_to(self, step: int) -> None:
+        """Go on from the buffers after a step, the first after several that were not read.
+
+        Their updates are counted, but what the batches were is not known.
+        """
+        self._condense()
+        self._steps.append(step)
+        self._copy_to(1)
+        values = self._values[:2].view(2, 2, -1)
+        self._updates += self._rises(self._counters[:2], values[:1], values[1:]).sum(0)
+        if not self._knows_at_once(values[1].sum().isfinite()):
+            self._note_poison(values[1:])
+        self._go_on_from(1)
+        self._window.skip()
+
     def use_repeats(self, repeats: Mapping[str, int]) -> None:
         """Set the calls per batch of layers, for pending steps too."""
         self._repeats = dict(repeats)
@@ -244,8 +259,12 @@ class BufferRow:
         self._blends += (rises > 0).sum(0)
         if self._restore_poisoned:
             self._restore(old[-1], new[-1])
-        values[0] = new[-1]
-        self._counters[0] = counters[-1]
+        self._go_on_from(waiting)
+
+    def _go_on_from(self, row: int) -> None:
+        """Take the buffers after the newest step as those before the next."""
+        self._values[0] = self._values[row]
+        self._counters[0] = self._counters[row]
         self._steps.clear()
 
     def _of_channels(self, of_layers: Tensor) -> Tensor:
@@ -370,7 +389,8 @@ class Window:
         count = torch.full_like(self._batches[0], len(batches))
         seen = None
         if not is_finite:
-            seen = batches.isfinite().all(1)
+            total = batches[:, 0] + batches[:, 1]
+            seen = total.sub_(total) == 0.0
             batches = torch.where(seen.unsqueeze(1), batches, self._centre)
             count = seen.sum(0).to(batches.dtype)
         before, self._batches = self._batches, self._batches + count
@@ -403,6 +423,10 @@ class Window:
         between = (before * share).mul_(mean_offset[0].square())
         self._squares_of_means += within.square_().sum(0).add_(between)
         self._centre += mean_offset * share
+
+    def skip(self) -> None:
+        """Do not compare the next batch with the newest: others came between."""
+        self._latest_mean = torch.full_like(self._latest_mean, math.nan)
 
     def rows(self) -> Tensor:
         """Return the accumulated vectors, a row each, for :meth:`reading`."""
