@@ -23,6 +23,7 @@ from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
+from bnguard.observe.budget import STEPS_ALWAYS_READ, Budget, own_time
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.hooks import paused
 from bnguard.observe.loop import LoopProbe
@@ -75,6 +76,7 @@ def watch(
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
     restore_poisoned: bool = False,
+    max_overhead: float = 0.02,
     on_findings: Callable[[FindingGroup], None] = log_findings,
     strict: bool = False,
 ) -> Monitor:
@@ -110,6 +112,12 @@ def watch(
         per_layer_ignores: Those that ignore some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
+        max_overhead: Time that watching the steps may take, as a share of the training's own. The
+            first 200 steps are always read, so that a short run does not depend on the clock.
+            After those, where watching costs more, ``every_n_steps`` steps are read, the rules
+            run, and then steps are passed over until the share is kept again: their updates are
+            counted, and on the CPU poisoned statistics are still found in their step, but their
+            batches and inputs are not looked at. 0, or ``restore_poisoned``, reads every step.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default. What it raises
             passes through :meth:`Monitor.step`: so a loop can be stopped.
@@ -150,6 +158,7 @@ def watch(
         rules=rules,
         configuration=configuration,
         restore_poisoned=restore_poisoned,
+        max_overhead=max_overhead,
         on_findings=on_findings,
         strict=strict,
     )
@@ -182,9 +191,18 @@ class Monitor:
         rules: Iterable[Rule] | None,
         configuration: Configuration,
         restore_poisoned: bool,
+        max_overhead: float,
         on_findings: Callable[[FindingGroup], None],
         strict: bool,
     ) -> None:
+        if not max_overhead >= 0.0:
+            raise ConfigurationError(
+                f"max_overhead={max_overhead} is not a share of the training's time: give 0 for "
+                "no limit, or a number such as 0.02"
+            )
+        self._budget = Budget(0.0 if restore_poisoned else max_overhead)
+        self._planned_steps = planned_steps
+        self._steps_read = 0
         self._guard = Guard(
             strict=strict,
             let_go=self.close,
@@ -294,21 +312,40 @@ class Monitor:
             self._read_step(self._step + 1 if step is None else step)
 
     def _read_step(self, step: int) -> None:
-        steps = self._observer.steps
-        self._step = step
-        self._checked = None
-        self._has_gone_on = False
-        self._guard(self._observer.step, step)
-        if self._observer.steps == steps:
-            return
-        # Whether a noticed step is all of it, with several optimizers, is known after the next.
-        early = 2 if self._loop.has_steps else 1
-        if self._observer.steps >= early and not self._has_begun:
-            self._has_begun = True
-            self.check()
-        if self._observer.steps % self._every_n_steps == 0:
-            self.check()
-            self._guard(self._observer.start_window)
+        with own_time:
+            self._step = step
+            self._has_gone_on = False
+            is_first_of_window = self._steps_read % self._every_n_steps == 0
+            if is_first_of_window and self._is_passed_over():
+                self._guard(self._observer.pass_over, step)
+                return
+            if is_first_of_window:
+                self._budget.start_window()
+            steps = self._observer.steps
+            self._checked = None
+            self._guard(self._observer.step, step)
+            if self._observer.steps == steps:
+                return
+            self._steps_read += 1
+            # Whether a noticed step is all of it, with several optimizers, is known after the next.
+            early = 2 if self._loop.has_steps else 1
+            if self._observer.steps >= early and not self._has_begun:
+                self._has_begun = True
+                self.check()
+            if self._steps_read % self._every_n_steps == 0:
+                self.check()
+                self._guard(self._observer.start_window)
+                self._budget.end_window()
+
+    def _is_passed_over(self) -> bool:
+        """Return whether a step is not read, because the window before cost too much.
+
+        The last two windows of the steps that are planned are read.
+        """
+        steps, planned = self._observer.steps, self._planned_steps
+        if steps < STEPS_ALWAYS_READ or (planned and steps >= planned - 2 * self._every_n_steps):
+            return False
+        return self._budget.is_spent()
 
     def _note_step(self) -> None:
         self._guard(self._loop.hooks.raise_error)
@@ -342,6 +379,7 @@ class Monitor:
             return
         self._evaluations += 1
         self._evaluated_state = state
+        self._budget.start_evaluation()
         with paused(self._loop.hooks):
             self._guard(self._noticed.enter_context, self._observer.evaluation())
         self._guard(self._observer.catch_up, module, args, kwargs)
@@ -361,6 +399,7 @@ class Monitor:
             else:
                 error = RuntimeError("weights or statistics were exchanged")
                 self._guard(observed.__exit__, type(error), error, None)
+        self._budget.end_evaluation()
 
     def _follow_script(
         self,
@@ -400,17 +439,22 @@ class Monitor:
         self._has_gone_on = True
         self._is_evaluating = True
         self._checked = None
+        self._budget.start_evaluation()
         observed = ExitStack()
-        self._guard(observed.enter_context, self._observer.evaluation())
+        with own_time:
+            self._guard(observed.enter_context, self._observer.evaluation())
         try:
             yield
         except BaseException as error:
             self._guard(observed.__exit__, type(error), error, error.__traceback__)
+            self._budget.end_evaluation()
             raise
         finally:
             self._is_evaluating = False
-        self._guard(observed.close)
-        self.check()
+        with own_time:
+            self._guard(observed.close)
+            self.check()
+        self._budget.end_evaluation()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -469,7 +513,8 @@ class Monitor:
         self._loop.flush()
         try:
             # Also after an error, which leaves what was observed before it.
-            known = self._judge(final=final)
+            with own_time:
+                known = self._judge(final=final)
         except Exception as error:
             self._guard.turn_off(error)
             known = Report(History(layers=(), run=Run()), (), ())
@@ -537,6 +582,9 @@ class Monitor:
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
         history = self._observer.history(is_settled=final)
+        overhead = self._budget.overhead(self._observer.steps_left_out)
+        run = dataclasses.replace(history.run, overhead=overhead)
+        history = dataclasses.replace(history, run=run)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         findings = conclusions.findings
         if self._observer.steps:

@@ -79,8 +79,10 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Those that do not run for some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Restore the last finite statistics in the step that poisons them.
+        max_overhead: Time that watching the steps may take, as a share of the training's own;
+            see :func:`bnguard.watch`. 0 reads every step.
         stop_on: Stop the trainer when a finding of this severity appears. The rules notice it when
-            they run: ``every_n_steps=1`` stops it after the very batch, at a price.
+            they run: ``every_n_steps=1, max_overhead=0`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
         scalars: ``"summary"`` for the five above, ``"all"``, or ``"none"``.
         reporters: Further :class:`bnguard.loggers.Reporter` objects, for rank zero.
@@ -108,6 +110,7 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Mapping[str, Collection[str]] | None = None,
         limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
+        max_overhead: float = 0.02,
         stop_on: StopOn | None = None,
         report: Destination = "both",
         scalars: Scalars = "summary",
@@ -126,6 +129,7 @@ class BatchNormMonitor(GuardedCallback):
             "rules": None if rules is None else tuple(rules),
             "eval_batches": eval_batches,
             "restore_poisoned": restore_poisoned,
+            "max_overhead": max_overhead,
         }
         # Errors in these should appear before the run, not when it starts.
         read_configuration().changed(**choices)

@@ -18,6 +18,7 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
+from bnguard.observe.budget import Overhead
 from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
     BadValueOrigin,
@@ -82,6 +83,7 @@ class Run:
         weight_change: |weights - reference| / |reference|; None without a reference.
         stored_steps: Training steps that a checkpoint records; None if it does not.
         unknown: Modules that normalise over the batch and are not known as BN layers.
+        overhead: What watching cost; None if no step was watched.
     """
 
     steps: int = 0
@@ -102,6 +104,7 @@ class Run:
     weight_change: float | None = None
     stored_steps: int | None = None
     unknown: tuple[UnknownLayer, ...] = ()
+    overhead: Overhead | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -379,6 +382,13 @@ class History:
                 "use register_buffer"
             )
         notes += self._notes_on_momentum()
+        cost = self.run.overhead
+        if cost is not None and cost.steps_left_out:
+            notes.append(
+                f"{cost.steps_left_out:,} of {self.run.steps:,} steps were not read, so that "
+                f"watching costs little: {cost.seconds:.2g} s, {cost.share:.1%} of the training "
+                "(max_overhead=0 reads all)"
+            )
         return tuple(notes)
 
     def _notes_on_momentum(self) -> Iterator[str]:
