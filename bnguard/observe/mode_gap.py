@@ -18,8 +18,9 @@ in eval mode; the outputs with batch statistics are the reference. ``watch``, ``
 
 While a model is watched, the smallest module that holds all BN layers and is called in evaluation
 runs again on rows of its first batches, once in each mode, and so does the largest, for the flips.
-One batch alone may hold a single class, or only the real images of a GAN. This needs no label and no step function of the user. Forward hooks of the user do run again, because pruning,
-weight normalisation and offloading work through them.
+One batch alone may hold a single class, or only the real images of a GAN. This needs no label and
+no step function of the user. Forward hooks of the user do run again, because pruning, weight
+normalisation and offloading work through them.
 """
 
 from __future__ import annotations
