@@ -224,6 +224,8 @@ class Monitor:
         self._has_begun = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
+        self._steps_in_eval_mode = 0
+        self._is_acting = False
         self._announcements = Announcements()
         self._checked: Report | None = None
         self._on_checked: Callable[[Report, int], None] | None = None
@@ -368,6 +370,9 @@ class Monitor:
         is_noticed = self._notices_evaluations and self._observer.steps > 0
         if self._is_evaluating or not is_noticed:
             return
+        if self._observer.steps != self._steps_in_eval_mode:
+            self._is_acting = self._observer.steps == self._steps_in_eval_mode + 1
+            self._steps_in_eval_mode = self._observer.steps
         state = self._observer.state_now()
         if self._evaluated_state is not None:
             if state == self._evaluated_state:
@@ -385,7 +390,10 @@ class Monitor:
         self._guard(self._observer.catch_up, module, args, kwargs)
 
     def _end_noticed(self) -> None:
-        """End the evaluation that was noticed; drop it if weights or statistics are others now."""
+        """End the evaluation that was noticed; drop it if weights or statistics are others now.
+
+        Fewer samples than a batch of training, step after step, are no evaluation: an agent acts.
+        """
         state, self._evaluated_state = self._evaluated_state, None
         if state is None:
             return
@@ -393,11 +401,12 @@ class Monitor:
         self._checked = None
         observed = self._noticed.pop_all()
         with paused(self._loop.hooks):
-            if state == self._observer.state_now():
+            is_same = state == self._observer.state_now()
+            if is_same and (not self._is_acting or self._observer.has_read_a_batch()):
                 self._guard(observed.close)
                 self.check()
             else:
-                error = RuntimeError("weights or statistics were exchanged")
+                error = RuntimeError("this is not the evaluation of a trained network")
                 self._guard(observed.__exit__, type(error), error, None)
         self._budget.end_evaluation()
 

@@ -123,6 +123,8 @@ class LayerHistory:
         training: Whether the layer is in train mode; None for a checkpoint.
         is_affine_frozen: Whether gamma and beta cannot learn; None without them.
         is_affine_frozen_at_start: The same when watching began.
+        is_held_at_start: Whether the layer was in eval mode when watching began, and a module next
+            to it in train mode.
         is_left_out: Whether gamma or beta require gradients but no optimizer has them.
         is_following: Whether something other than training writes the weights around the layer, as
             in a teacher or target network, while its statistics stay as at the start.
@@ -172,6 +174,7 @@ class LayerHistory:
     training: bool | None = None
     is_affine_frozen: bool | None = None
     is_affine_frozen_at_start: bool | None = None
+    is_held_at_start: bool = False
     is_left_out: bool = False
     is_following: bool = False
     unsaved: tuple[str, ...] = ()

@@ -89,7 +89,7 @@ class Observer:
         self._origin: OriginProbe | None = None
         self._following: dict[str, EvalWindow] = {}
         self._followers: tuple[BatchNormLayer, ...] = ()
-        self._follower_probe = EvalProbe(model, (), eval_batches)
+        self._follower_probe = self._moments = EvalProbe(model, (), eval_batches)
 
         self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
@@ -106,6 +106,8 @@ class Observer:
         self._trained_by = OptimizerProbe(optimizers, self.layers)
         self._weights = WeightProbe(model)
         self._described_at_start = describe_layers(model)
+        known = {layer.module for layer in self.layers}
+        self._held_at_start = {layer.name for layer in self.layers if _is_held(model, layer, known)}
         self._places = _places_of(self.layers)
         self._choose_sources()
         self._follow_entrance()
@@ -213,7 +215,7 @@ class Observer:
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
-        moments = EvalProbe(self.model, self.layers, self._eval_batches)
+        moments = self._moments = EvalProbe(self.model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         held = self._held_in_eval_mode()
         gap = GapProbe(self.model, [layer for layer in self.layers if layer.name not in held])
@@ -244,6 +246,13 @@ class Observer:
             moments.hooks.close()
             gap.close()
             self._batches.forget_changes()
+
+    def has_read_a_batch(self) -> bool:
+        """Return whether the newest evaluation has as many values as a batch of training."""
+        return any(
+            window.count >= max(self._shapes.records[name].values_per_channel(), default=0)
+            for name, window in self._moments.windows(self._step).items()
+        )
 
     def catch_up(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -402,6 +411,7 @@ class Observer:
             described,
             is_affine_frozen=is_affine_frozen,
             is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
+            is_held_at_start=layer.name in self._held_at_start,
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
@@ -536,6 +546,14 @@ class Observer:
 def _is_poisoned(layer: BatchNormLayer) -> bool:
     var = layer.running_var
     return var is not None and not math.isfinite(var[-1].item())
+
+
+def _is_held(model: nn.Module, layer: BatchNormLayer, known: set[nn.Module]) -> bool:
+    """Return whether a layer is in eval mode, unlike the modules next to it that hold no layer."""
+    if layer.is_training or not layer.has_modes:
+        return False
+    around = model.get_submodule(layer.name.rpartition(".")[0])
+    return any(child.training and known.isdisjoint(child.modules()) for child in around.children())
 
 
 def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:

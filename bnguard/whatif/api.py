@@ -203,6 +203,7 @@ def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Num
     return Numbers(
         rows=table.rows,
         samples=len(bench.samples),
+        batch_size=bench.samples.batch_size,
         changed_share=table.changed_share,
         orders=table.orders,
         poisoned=tuple(

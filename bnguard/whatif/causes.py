@@ -18,6 +18,9 @@ from bnguard.whatif.evidence import (
 )
 from bnguard.whatif.result import Row, Verdict
 
+# Samples of a batch from which its noise is below 0.18 σ, less than networks learn to rely on.
+_MAX_NOISY_BATCH = 32
+
 _RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
 _ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'
 _SWAP = 'model = bnguard.swap(model, to="group").model'
@@ -114,6 +117,17 @@ def batches_alone(numbers: Numbers) -> Verdict | None:
         return None
     compared = numbers.compared("stored", numbers.best, name)
     alike = _what_batches_share(numbers, name)
+    size = numbers.batch_size or 0
+    if not alike and name == "batches" and size > _MAX_NOISY_BATCH:
+        return Verdict(
+            name="correlated-batches",
+            message=f"only the statistics of each batch do well, and batches of {size} have little "
+            "noise: the network was trained on batches whose samples are alike, as where a step "
+            "forwards several streams separately (domains, real and generated samples)",
+            evidence=(compared,),
+            advice=_MIX,
+            next_step=_SHUFFLE,
+        )
     if not alike:
         return Verdict(
             name="small-batch-noise",

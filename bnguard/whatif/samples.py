@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mode
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bnguard.errors import CalibrationError
 from bnguard.observe.model_inputs import compare_batches, usual_ratio
@@ -25,6 +27,8 @@ from bnguard.recalibration.batches import (
 
 # Fewer batches cannot show whether they are sorted.
 MIN_BATCHES = 8
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class Samples:
     def fresh_payloads(self) -> Iterator[object]:
         """Yield copies of what the loader yields, because a forward may write to its input."""
         for payload in self.payloads:
-            yield copy.deepcopy(payload)
+            yield copy_inputs(payload)
 
     @cached_property
     def whole(self) -> Batch | None:
@@ -175,6 +179,16 @@ def read_samples(
             f"the {name} is empty: an iterator that can be read only once may have been read"
         )
     return Samples(batches, tuple(payloads))
+
+
+def copy_inputs(inputs: _T) -> _T:
+    """Return a copy of what a model takes; a deep copy fails on compressed sparse tensors."""
+    compressed = {
+        id(leaf): leaf.clone()
+        for leaf in tree_leaves(inputs)
+        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo)
+    }
+    return copy.deepcopy(inputs, compressed)
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:
