@@ -16,49 +16,57 @@ from bnguard.rules.measurements import evaluated_too_early, is_known_harmless
 
 @dataclass(frozen=True, kw_only=True)
 class AmplifyingChannel(ModelRule):
-    """A channel is multiplied so much in eval mode that it drowns the others, or overflows.
+    """Eval mode multiplies a channel so much that it drowns the others, or overflows.
 
     Why it matters:
-        In eval mode a channel is multiplied by gamma / sqrt(running variance + eps). Where its
-        variance in training was near zero that is hundreds; a value that differs only a little
-        then drowns all other channels, or overflows in float16. In training the batch itself
-        bounds the result: no normalised value can exceed sqrt(n - 1).
+        In eval mode a channel is multiplied by gamma / sqrt(running variance + eps). If its
+        variance in training was near zero, that is hundreds: a value that differs a little drowns
+        all other channels, or overflows in float16. In training the batch bounds the result: no
+        normalised value exceeds sqrt(n - 1).
+
+    What you see:
+        Evaluation is fine on most samples and absurd on a few, or becomes Inf; training is fine.
+
+    Example:
+        A channel that was constant in training::
+
+            # Fault: 1 / sqrt(0 + 1e-5) = 316
+            layer.running_var[channel] = 0.0
+            # Fix: statistics of data that vary as in evaluation
+            bnguard.recalibrate(model, train_loader)
+            # or take out a channel that is dead in training
+            layer.weight.data[channel] = 0.0
+
+    Fix:
+        Recalibrate, which is measured and can be undone, or remove the channel. A channel that is
+        dead in training (BN204) can be removed without a loss.
+
+    What it does not mean:
+        A large gain alone is not a fault: a channel of small scale that a gamma enlarges is fine,
+        as with a gain of 1,902 in a published MobileNetV2. Before a bounded activation such as
+        ReLU6 no channel can drown others. It is ``info`` if the mode gap shows no harm.
 
     Evidence:
-        The largest |value - running mean|, in running standard deviations, of the newest
-        evaluation, ``info`` where the mode gap was measured and shows no harm, or was not measured
-        and a bounded activation follows. Where it is within
-        its limit, or there was none, as in a checkpoint: the gain. A running variance that is so
-        negative that its root is not a number is an ``error``. A state dict does not hold eps:
-        what is so with PyTorch's 1e-5 and with TensorFlow's 1e-3 is judged, what is so with 1e-5
-        alone is ``info``.
+        The largest |value - running mean| of the newest evaluation, in running standard deviations.
+        If it is within its limit, or there was none, as in a checkpoint: the gain. A negative
+        running variance whose root is not a number is an ``error``. A state dict does not hold eps:
+        a finding that holds with PyTorch's 1e-5 and with TensorFlow's 1e-3 is a ``warning``, one
+        that holds with 1e-5 alone is ``info``.
 
     Limits:
         max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,
             a channel that wakes in evaluation reaches 140 to 190.
-        max_gain: 1,000. With eps 1e-5 a gain of 316 times gamma is the most there can be. It
-            counts at channels that were as good as constant in training, whose outputs varied by
-            at most 0.3, as in BN204: a channel of small scale whose gamma makes up for it, as
-            with a gain of 1,902 in a published MobileNetV2, is not enlarged. The dead channels of
-            published networks reach 370 (MobileNetV2, with eps 1e-5) and 75 (EfficientNet-Lite0,
-            with its eps 1e-3). Before a bounded activation, as ReLU6, no channel can drown others.
+        max_gain: 1,000. With eps 1e-5, 316 times gamma is the largest possible gain. It counts for
+            channels that were almost constant in training, with outputs that varied by at most 0.3,
+            as in BN204. Dead channels of published networks reach 370 (MobileNetV2, eps 1e-5) and
+            75 (EfficientNet-Lite0, eps 1e-3).
         max_initial_weight: 0.05, as in BN301, for the values of an evaluation.
 
-    Fix:
-        Estimate the statistics again, on data that vary as those of evaluation do::
-
-            bnguard.recalibrate(model, train_loader)
-
-        or take the channel out: ``layer.weight.data[channel] = 0``.
-
-    Fix safety:
-        Recalibration is measured, and can be undone. A channel that is dead in training (BN204)
-        can be taken out without a loss.
-
     References:
-        Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization"
-            (2020), on the discrepancy between training and inference.
-        Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2.
+        Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+            on training against inference, arXiv:1906.03548.
+        Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2, arXiv:1502.03167.
+        patrick-kidger/equinox#955, values of 10^9 from a variance of 0.
     """
 
     code: ClassVar[str] = "BN403"

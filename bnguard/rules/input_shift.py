@@ -26,48 +26,58 @@ class InputShift(ModelRule):
     """Evaluation data differ from training data before the first BN layer.
 
     Why it matters:
-        At the first BN layer nothing but the data, and the few layers before it, can differ. A
-        drift that is there already comes from outside: another scaling or channel order, a
-        missing normalisation, colour jitter in training alone, another camera or domain. No
-        momentum and no recalibration on training data mends that.
+        Before the first BN layer only the data and a few layers can differ. A drift there comes
+        from outside: another scaling or channel order, a missing normalisation, colour jitter in
+        training only, another camera or domain. No momentum and no recalibration on training data
+        repairs that.
 
-    Evidence:
-        At the first BN layer, of those that training updates where there are any: the eval moments
-        against the newest batches of training *and* against the running statistics, shift in
-        standard deviations or log-variance ratio, the quantile over channels; the smaller of the
-        two distances counts. Where weights move, the newest batches lag behind them: the limits are
-        so many times larger as the batch means spread wider over the window than from one batch to
-        the next. A variance that is smaller in evaluation counts for nothing if there is dropout
-        before the layer. Not judged if the network in front of it changes from batch to batch, as
-        a supernet does, and the data do not. ``info`` where the mode gap was measured and shows no
-        harm.
+    What you see:
+        Validation is bad from the first epoch on and does not follow the training loss. The
+        training data in eval mode are fine.
 
-    Limits:
-        max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
-            included, stay below 0.62; other preprocessing gives 1.6 to 2.6.
-        max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 1.1.
-        channel_quantile: Share of the channels that has to be within the limits: 0.9.
-        min_values: Values per channel observed in eval mode before they are judged: 256.
-        max_initial_weight: 0.05, as in BN301.
+    Example:
+        Preprocessing in training only::
+
+            def prepare(images):
+                return (images - 0.5) / 0.25
+
+            # Fault
+            outputs = model.train()(prepare(batch))
+            outputs = model.eval()(batch)
+            # Fix: one function for both
+            outputs = model.eval()(prepare(batch))
 
     Fix:
-        Compare one batch of each, and share the preprocessing::
+        Print mean and standard deviation of one batch of each, and share the preprocessing. If the
+        domains really differ, ``bnguard.recalibrate(model, target_loader)`` adapts the network to
+        the new one, and may make it worse on the old one.
 
-            for batch in (next(iter(train_loader)), next(iter(val_loader))):
-                print(batch[0].mean((0, 2, 3)), batch[0].std((0, 2, 3)))
+    What it does not mean:
+        Noise and shifts as augmentation stay within the limits. It is ``info`` if the mode gap was
+        measured and shows no harm. It is not judged if the network before the layer changes from
+        batch to batch, as in a supernet.
 
-        Where the domains differ in earnest, adapt the statistics to the new one, knowingly::
+    Evidence:
+        At the first BN layer that training updates: inputs in eval mode against the newest batches
+        of training *and* against the running statistics, as shift in standard deviations or
+        log-variance ratio, the quantile over channels; the smaller of the two distances counts. If
+        weights move, the limits grow by how much wider the batch means spread over the window than
+        from one batch to the next. After dropout, a smaller variance in evaluation does not count.
 
-            bnguard.recalibrate(model, target_loader)
-
-    Fix safety:
-        Preprocessing that is made equal is safe. Adapting to the evaluation data gives a network
-        for those, which may be worse on the old ones.
+    Limits:
+        max_shift_std: 1. Healthy runs of the zoo, with noise and shifts as augmentation, stay below
+            0.62; other preprocessing gives 1.6 to 2.6.
+        max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 1.1.
+        channel_quantile: 0.9 of the channels have to be within the limits.
+        min_values: 256 values per channel in eval mode before they are judged.
+        max_initial_weight: 0.05, as in BN301.
 
     References:
         Schneider et al., "Improving robustness against common corruptions by covariate shift
-            adaptation" (2020).
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5: domains.
+            adaptation" (2020), arXiv:2006.16971.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5, arXiv:2105.07576.
+        bearpaw/pytorch-pose#4, normalisation in training only.
+        Deci-AI/super-gradients#183, other constants for the teacher; xu-ji/IIC#10, distractors.
     """
 
     code: ClassVar[str] = "BN305"

@@ -14,39 +14,50 @@ from bnguard.rules.base import ModelRule
 
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteBatch(ModelRule):
-    """A NaN or an Inf came through the network; this is where it began.
+    """A NaN or Inf passed through the network, and this is where it began.
 
     Why it matters:
-        The loss shows that something was not finite, many layers and steps later. Whether it was
-        the data, one layer's weights or an overflow decides what has to be mended, and the first
-        layer that saw it tells.
+        The loss shows it many layers and steps later. Whether the data, the weights of one layer or
+        an overflow made it decides what to repair, and the first layer that saw it tells.
+
+    What you see:
+        The loss is NaN from some step on, or for one step with a gradient scaler; or validation is
+        NaN although training goes on (BN402).
+
+    Example:
+        Features with a logarithm::
+
+            # Fault: log(0) is -Inf
+            features = torch.log(batch.clamp(min=0.0))
+            # Fix: keep it finite, and check once
+            features = torch.log(batch.clamp(min=1e-6))
+            assert torch.isfinite(features).all()
+
+    Fix:
+        Check what comes before the layer named, or the data if it is the first. An overflow in
+        float16 needs a smaller learning rate, or bfloat16. Until then, ``bnguard.watch(model,
+        restore_poisoned=True)`` keeps the statistics clean.
+
+    What it does not mean:
+        A few bad batches do not ruin a run if they are skipped and the statistics are restored. A
+        gradient that is not finite, with finite activations, is not seen here: use
+        ``torch.autograd.set_detect_anomaly``.
 
     Evidence:
-        The first layer, in the order of the forward, whose statistics were not finite, in the
-        first step in which one was; whether the model's input of that step was finite; and, where
-        a bad batch came again, the module that turned finite input into one that is not. In
-        evaluation: the batches that held NaN or Inf.
+        The first layer, in the order of the forward, whose statistics were not finite, in the first
+        step in which one was; whether the model's input of that step was finite; and, if a bad
+        batch came again, the module that turned finite input into NaN or Inf. In evaluation, the
+        batches that contained NaN or Inf.
 
     Limits:
         max_bad_batches: 0.
-        max_normalised_std: 100, as in BN403: where a layer before enlarged a value so much, the
-            infinity is the end of that.
-
-    Fix:
-        Look at what comes before the layer named; where it is the first, at the data::
-
-            assert torch.isfinite(batch).all(), batch_index
-
-        An overflow in float16 needs a smaller learning rate, or bfloat16. Keep the statistics
-        clean meanwhile: ``bnguard.watch(model, restore_poisoned=True)``.
-
-    Fix safety:
-        Skipping bad batches is safe where they are few; where they are many, they are the fault.
+        max_normalised_std: 100, as in BN403: if an earlier layer enlarged a value that much, Inf is
+            the end of that.
 
     References:
-        PyTorch issue 88474, "Mixed precision training fails due to NaN in batch norm
+        pytorch/pytorch#88474, "Mixed precision training fails due to NaN in batch norm
             running_mean".
-        torch.autograd.set_detect_anomaly, for a NaN that begins in the backward.
+        Micikevicius et al., "Mixed Precision Training" (2018), section 3.2, arXiv:1710.03740.
     """
 
     code: ClassVar[str] = "BN401"

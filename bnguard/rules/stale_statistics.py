@@ -20,64 +20,70 @@ _COPY = Fix("copy the buffers as well as the parameters: load_state_dict, or zip
 
 @dataclass(frozen=True, kw_only=True)
 class StaleStatistics(ModelRule):
-    """The weights have changed since the running statistics were taken.
+    """The weights have changed since the running statistics were computed.
 
     Why it matters:
-        Running statistics belong to the weights that they were estimated with. Averaged weights
-        (SWA, EMA), weights that are loaded, pruned or rounded after training, and statistics that
-        were lost when a model was copied by its parameters alone make a network that no training
-        step ever saw, and that is evaluated with the statistics of another.
+        Running statistics belong to the weights that they were computed with. Averaged weights
+        (SWA, EMA), weights that are loaded, pruned or rounded after training, and models copied by
+        their parameters alone are networks that no training step ever saw, evaluated with the
+        statistics of another one.
 
-    Evidence:
-        One of five. The statistics are the initial (0, 1), and beta is not: an ``error`` where the
-        counter says that there were updates, else a ``warning``; ``info`` where gamma and beta
-        look drawn at random, or no counter tells frozen layers, into whose gamma and beta the
-        statistics are folded, from others. Or the
-        layer was called in train mode, and nothing entered its statistics, as where a function
-        runs on copies of the buffers; an ``error`` where they are exactly (0, 1) after training, as
-        where a callback resets them and sets momentum to 0 for a while. Or weights were written
-        between the newest training step and the evaluation, or into a copy of the model that is
-        watched, and inputs in eval mode have drifted from the running statistics. The same holds
-        for a teacher or target network, which no optimizer trains and no batch updates: its weights
-        follow those of the network that trains, its statistics are those of the beginning. It is
-        watched as a part of the model, or next to it. Or, without any run, the statistics are those
-        of a reference, and the weights are not::
+    What you see:
+        The original network is good; its average, its copy or the reloaded checkpoint is near
+        chance in eval mode, with the right weights.
 
-            bnguard.inspect(averaged, reference=model)
-            copy = bnguard.watch(averaged)    # copy.step(), with copy.evaluation(): ...
+    Example:
+        A teacher that follows its student::
 
-    Limits:
-        min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.
-        min_lost_calls: Calls in train mode without any update: 8.
-        max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
-            that the weights are others.
-        max_log_variance_ratio: 0.8, as above.
-        max_weight_change: Change of the weights against a reference, 0.1 of their norm. Casting to
-            float16 changes them by 0.0002, a moving average that copies the buffers by 0.03,
-            without harm, averaging over the last epochs by more than the limit.
-        channel_quantile: As in BN301, 0.9.
+            # Fault: only the parameters follow
+            for own, new in zip(teacher.parameters(), student.parameters()):
+                own.data.lerp_(new.data, 0.01)
+            # Fix: the buffers follow too, unchanged
+            for own, new in zip(teacher.buffers(), student.buffers()):
+                own.copy_(new)
 
     Fix:
-        Estimate the statistics again with the weights that will be used::
+        Copy ``state_dict()``, not ``parameters()``. Averaged, pruned or rounded weights need new
+        statistics, which is safe, is measured, and can be undone::
 
             torch.optim.swa_utils.update_bn(train_loader, averaged)
             bnguard.recalibrate(averaged, train_loader)
 
-        When copying a model, copy ``state_dict()``, not ``parameters()``; a teacher or target
-        network takes the buffers as they are, whatever the average of its weights::
+    What it does not mean:
+        A network fine-tuned with BN in eval mode keeps the statistics of its reference on purpose,
+        and fits them. Initial statistics are ``info`` if gamma and beta look random, or if no
+        counter distinguishes frozen layers, whose statistics are folded into gamma and beta.
 
-            for own, new in zip(teacher.buffers(), student.buffers()):
-                own.copy_(new)
+    Evidence:
+        One of five. (1) The statistics are the initial (0, 1), and beta is not: an ``error`` if the
+        counter says that there were updates. (2) The layer was called in train mode and its
+        statistics did not change, as if a function ran on copies of the buffers; an ``error`` if
+        they are exactly (0, 1) after training, as after a callback that resets them and sets
+        momentum to 0. (3) Weights were written between the newest training step and the evaluation,
+        or into a watched copy of the model, and inputs in eval mode have drifted from the
+        statistics. (4) The same for a teacher or target network that no optimizer trains and no
+        batch updates. (5) Without a run, the statistics are those of the reference and the weights
+        are not: ``bnguard.inspect(averaged, reference=model)``.
 
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone. A network
-        that was fine-tuned with its BN layers in eval mode has kept the statistics of its
-        reference on purpose, and fits them.
+    Limits:
+        min_moved_beta: 1e-4, the smallest |beta|, the median over channels, that counts as trained.
+        min_lost_calls: 8 calls in train mode without any update.
+        max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
+            that the weights differ.
+        max_log_variance_ratio: 0.8, for the same reason.
+        max_weight_change: 0.1 of the norm of the weights against a reference. Casting to float16
+            changes them by 0.0002, a moving average that copies the buffers by 0.03, without harm,
+            averaging over the last epochs by more than the limit.
+        channel_quantile: 0.9, as in BN301.
 
     References:
-        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization"
-            (2018), section 3.2, on batch normalization.
+        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018),
+            section 3.2, arXiv:1803.05407.
         torch.optim.swa_utils.update_bn, and AveragedModel on ``use_buffers``.
+        CuriousAI/mean-teacher#9 and DLR-RM/stable-baselines3#996, buffers that do not follow.
+        hiwonjoon/tf-frrn#2, a checkpoint without statistics; pytorch/pytorch#75252, an export.
+        Lightning-AI/pytorch-lightning#14866, momentum 0 in weight averaging.
+        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#55, updates that copies lose.
     """
 
     code: ClassVar[str] = "BN304"

@@ -18,48 +18,57 @@ from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits
 
 @dataclass(frozen=True, kw_only=True)
 class UnconvergedStatistics(ModelRule):
-    """The running statistics still hold a part of the initial mean 0 and variance 1.
+    """The running statistics still contain a part of the initial mean 0 and variance 1.
 
     Why it matters:
         Running statistics begin at mean 0 and variance 1 and forget them at the rate of
-        ``momentum``. After too few updates they describe nothing: training, which uses batch
-        statistics, is fine, and evaluation is far worse. A short run, a small ``momentum`` (0.01
-        or 0.001), or statistics that were reset do this.
+        ``momentum``. After too few updates they do not describe the data: training, which uses
+        batch statistics, is fine, and evaluation is far worse.
 
-    Evidence:
-        The weight that the initial statistics still have, (1 - momentum)^updates, from the
-        counter ``num_batches_tracked``. While training goes on and its length is known, the
-        weight that will be left at its end. PyTorch's ``momentum`` is the weight of the *new*
-        value. A checkpoint does not hold ``momentum``, unless ``BatchNormMonitor`` noted it there;
-        its default of 0.1 is assumed, and that is said where it decides.
-        A layer without a single update is ``info``: it was not trained yet. It is a ``warning``
-        where a checkpoint counts training steps, but no layer an update.
-        ``update_bn`` sets the counter back and makes a plain average: a running variance below
-        the weight, which an average that began at 1 cannot have, gives that away.
-        Of training that is watched also by how much the initial mean 0 shifts a running mean: the
-        weight left times the mean, in standard deviations. Raw columns of a table (a year, a
-        price) lie hundreds of them from 0, so that 1 % of the initial mean is far too much.
+    What you see:
+        In a short run, or with momentum 0.01 or less, validation is at chance first and then
+        improves without a change in the training loss.
 
-    Limits:
-        max_initial_weight: 0.05, which the default momentum of 0.1 reaches after 29 updates, 0.01
-            after 299. A mean off by 5 % of itself and a variance by 5 % do no harm that can be
-            measured on the networks of the tests.
-        max_initial_shift_std: 1 running standard deviation in any channel, BN301's limit.
+    Example:
+        Ten updates with a small momentum::
 
-    Fix:
-        Estimate the statistics again, which takes one pass over some 1,000 samples::
-
+            # Fault: (1 - 0.01)^10 = 90 % of mean 0 and variance 1 are left
+            layer = torch.nn.BatchNorm2d(channels, momentum=0.01)
+            # Fix: a plain average, or new statistics for a trained network
+            layer = torch.nn.BatchNorm2d(channels, momentum=None)
             bnguard.recalibrate(model, train_loader)
 
-        For the next run: a larger momentum, or ``momentum=None`` (a plain average); and data whose
-        columns are brought to mean 0 and deviation 1 before the network.
+    Fix:
+        Recalibrate, which takes one pass over some 1,000 samples, changes only the running
+        statistics, and can be undone. For the next run: a larger momentum, or ``momentum=None``;
+        and input columns with mean 0 and standard deviation 1.
 
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone.
+    What it does not mean:
+        A low counter alone is not a fault: ``update_bn`` resets it and computes a plain average (a
+        variance below the weight left, which an average that began at 1 cannot have, reveals that),
+        and statistics that evaluation showed to fit are not judged. A layer without any update is
+        ``info``, unless a checkpoint counts training steps.
+
+    Evidence:
+        The weight of the initial statistics, (1 - momentum)^updates, from ``num_batches_tracked``;
+        while training goes on and its length is known, the weight left at its end. A checkpoint
+        does not hold ``momentum`` unless ``BatchNormMonitor`` saved it; 0.1 is assumed, and the
+        message says so if that decides.
+
+        In training that is watched, also how far the initial mean 0 shifts a running mean: raw
+        columns of a table (a year, a price) are hundreds of standard deviations from 0, so 1 % of
+        it is far too much.
+
+    Limits:
+        max_initial_weight: 0.05, which momentum 0.1 reaches after 29 updates, 0.01 after 299. Means
+            and variances off by 5 % do no harm that can be measured on the networks of the tests.
+        max_initial_shift_std: 1 running standard deviation in any channel, BN301's limit.
 
     References:
-        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, on inference.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
         torch.nn.BatchNorm2d, on ``momentum`` and ``num_batches_tracked``.
+        tensorflow/tensorflow#46414, 12 epochs of 4 steps; tensorflow/tensorflow#1122, too few
+            iterations.
     """
 
     code: ClassVar[str] = "BN303"

@@ -15,56 +15,70 @@ from bnguard.rules.several_streams import distances
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateOutsideTraining(Rule):
-    """Batches that are not trained on go into the running statistics.
+    """Batches that are not trained on enter the running statistics.
 
     Why it matters:
-        ``torch.no_grad()`` stops gradients, not BN: a validation without ``model.eval()``
-        normalises with its own batches, so that its score is not that of the network as it will
-        be used, and its data leak into the running statistics. A dummy forward (a summary, a
-        profile) leaves its zeros there.
+        ``torch.no_grad()`` stops gradients, not BN. A validation without ``model.eval()``
+        normalises with its own batches, so its score is not that of the network as it will be used,
+        and its data leak into the running statistics. A dummy forward (a summary, a profile) leaves
+        its zeros there.
 
-    Evidence:
-        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
-        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
-        Other calls under ``no_grad``, in a small part of the steps or after the last, may be a
-        re-estimation on purpose: ``info``. They are a ``warning``, in every step too, if they
-        differ from the batches of training and evaluation does not match the running statistics;
-        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls,
-        and so are dummy forwards of a network that was not trained while it was watched.
-        ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
-        networks that run under ``no_grad`` in every step (a teacher, a generator while the
-        discriminator learns).
+    What you see:
+        Validation looks good, and deployment, where the mode is right, is worse. Or predictions
+        change after a forward that should not have changed anything.
 
-    Limits:
-        max_calls_in_evaluation: 0.
-        max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
-        max_share_of_steps: Share of the steps up to which such calls are not the usual: 0.5.
-        max_distance_std: Distance of their batches from those of training, in standard deviations:
-            1, as in BN207.
-        max_log_variance_ratio: The same of the variances, 1, as in BN207.
-        min_batches: Batches under ``no_grad`` before they are compared: 4.
+    Example:
+        A validation without ``eval()``::
 
-    Fix:
-        Set both, the mode and the gradients, and set the mode back::
-
+            # Fault
+            model.train()
+            with torch.no_grad():
+                outputs = model(batch)
+            # Fix: set the mode, and set it back
             model.eval()
-            with torch.no_grad(), monitor.evaluation():
-                ...
+            with torch.no_grad():
+                outputs = model(batch)
             model.train()
 
-        Monte Carlo dropout needs the dropout layers alone in train mode::
+    Fix:
+        Set mode and gradients, both. The validation score changes, since it was another network's.
+        Monte Carlo dropout needs only the dropout layers in train mode::
 
             model.eval()
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.train()
 
-    Fix safety:
-        Safe. The score of the validation changes: it was another network's.
+    What it does not mean:
+        Re-estimating statistics on purpose is fine: ``bnguard.recalibrate`` and
+        ``torch.optim.swa_utils.update_bn`` do not count, other passes after training are ``info``.
+        Nor do networks that run under ``no_grad`` in every step count (a teacher, a generator while
+        the discriminator learns).
+
+    Evidence:
+        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
+        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
+        Other calls under ``no_grad``, in a small part of the steps or after the last, are ``info``;
+        they are a ``warning``, in every step too, if they differ from the batches of training and
+        evaluation does not match the running statistics. Dummy forwards of a network that was not
+        trained while it was watched are judged the same way.
+
+    Limits:
+        max_calls_in_evaluation: 0.
+        max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
+        max_share_of_steps: 0.5 of the steps, beyond which such calls are the usual.
+        max_distance_std: 1 standard deviation between their batches and those of training, as in
+            BN207.
+        max_log_variance_ratio: 1, the same for the variances.
+        min_batches: 4 batches under ``no_grad`` before they are compared.
 
     References:
         torch.nn.Module.eval, and the note on it in "Autograd mechanics".
-        PyTorch issue 5406, "BatchNorm behaves different in train() and eval()".
+        pytorch/pytorch#5406, "BatchNorm behaves different in train() and eval()".
+        pytorch/vision#2079, dummy images before an evaluation.
+        layumi/Person_reID_baseline_pytorch#218, inference without eval().
+        google-research/seed_rl#28, an actor in train mode; lightning-uq-box/lightning-uq-box#173,
+            Monte Carlo dropout.
     """
 
     code: ClassVar[str] = "BN206"
