@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
@@ -63,7 +63,7 @@ class AccumulationBlind(Rule):
     min_accumulated_batches: float = 2.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the samples a call against the limit where gradients are accumulated."""
+        """Compare the samples per call with the limit, if gradients are accumulated."""
         if layer.samples is None or not layer.run.steps:
             yield self._skipped(layer, "no batch has reached the layer in train mode yet")
             return
@@ -73,10 +73,10 @@ class AccumulationBlind(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"gradients of {accumulated:g} batches are accumulated, but each is normalised by "
-            f"its own {layer.samples} sample{'' if layer.samples == 1 else 's'}",
-            Evidence("samples a batch", layer.samples, self.min_samples, is_minimum=True),
-            Fix("enlarge the batch itself, or use GroupNorm, which needs none"),
+            f"gradients accumulate over {accumulated:g} batches, but each is normalised with its "
+            f"own {counted(layer.samples, 'sample')}",
+            Evidence("samples per batch", layer.samples, self.min_samples, is_minimum=True),
+            Fix("enlarge the batch itself, or use GroupNorm, which needs no batch"),
         )
 
 

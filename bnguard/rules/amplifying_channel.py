@@ -79,7 +79,7 @@ class AmplifyingChannel(ModelRule):
     max_initial_weight: float = 0.05
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold the normalised values, and the gain, of each layer against their limits."""
+        """Compare the normalised values, and the gain, of each layer with their limits."""
         too_early = evaluated_too_early(history, self.max_initial_weight)
         for layer in history.layers:
             yield from self._judged(layer, too_early.get(layer.name))
@@ -95,8 +95,8 @@ class AmplifyingChannel(ModelRule):
             yield self._finding(
                 layer,
                 Severity.ERROR if is_certain else Severity.INFO,
-                "a running variance is negative: its root is NaN, and with it every evaluation"
-                + ("" if is_certain else f", if eps is {least:g}; it is not stored"),
+                "a running variance is negative, so its root and every evaluation are NaN"
+                + ("" if is_certain else f" if eps is {least:g}; eps is not stored"),
                 Evidence(
                     "smallest variance", float(np.nanmin(layer.running.var)), 0.0, is_minimum=True
                 ),
@@ -111,7 +111,7 @@ class AmplifyingChannel(ModelRule):
             yield self._finding(
                 layer,
                 Severity.INFO if _is_harmless(layer) else Severity.WARNING,
-                "in eval mode a value lies so many running standard deviations from the mean that "
+                "in eval mode a value is so far from the running mean that "
                 + (
                     "it drowns the other channels"
                     if layer.bounded_by is None
@@ -130,7 +130,7 @@ class AmplifyingChannel(ModelRule):
         yield from self._amplified(layer)
 
     def _amplified(self, layer: LayerHistory) -> Iterator[Finding]:
-        """Hold the gain against its limit; where eps is not known, at each eps that is usual."""
+        """Compare the gain with its limit; if eps is unknown, with each usual eps."""
         gains = {eps: _gain(layer, eps) for eps in layer.possible_eps}
         largest = {eps: float(np.max(gain, initial=0.0)) for eps, gain in gains.items()}
         # The larger eps is, the smaller the gain.
@@ -142,7 +142,7 @@ class AmplifyingChannel(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING if is_certain else Severity.INFO,
-            "a channel is multiplied so much in eval mode that a small difference drowns all"
+            "eval mode multiplies a channel so much that a small difference drowns all others"
             + ("" if layer.is_eps_known else f"; eps is not stored, the gain is {each}"),
             Evidence("largest gain", sure if is_certain else likely, self.max_gain),
             _FIX,
@@ -150,14 +150,14 @@ class AmplifyingChannel(ModelRule):
         )
 
 
-_FIX = Fix("take the channel out where it is dead in training; recalibrate if not", "recalibrate")
+_FIX = Fix("recalibrate, or remove the channel if it is dead in training", "recalibrate")
 
-# Outputs that vary by less in training are as good as constant: BN204's limit.
+# Outputs that vary by less in training are almost constant: BN204's limit.
 _CONSTANT_STD = 0.3
 
 
 def _gain(layer: LayerHistory, eps: float) -> np.ndarray:
-    """Return |gamma| / sqrt(running variance + eps), a channel each; 0 where not finite."""
+    """Return |gamma| / sqrt(running variance + eps) per channel; 0 if not finite."""
     assert layer.running is not None
     if layer.gamma is not None and layer.gamma.shape != layer.running.var.shape:
         return np.empty(0)
@@ -169,16 +169,13 @@ def _gain(layer: LayerHistory, eps: float) -> np.ndarray:
 
 
 def _is_harmless(layer: LayerHistory) -> bool:
-    """Return whether the modes agree or, if that is not known, an activation bounds the value."""
+    """Return whether the modes agree or, if that is unknown, an activation bounds the value."""
     is_bounded = layer.run.mode_gap is None and layer.bounded_by is not None
     return is_bounded or is_known_harmless(layer.run)
 
 
 def _can_drown(layer: LayerHistory) -> np.ndarray:
-    """Return which channels are enlarged beyond the others once they differ from training.
-
-    None before a bounded activation, nor those that vary in training as their gamma wants.
-    """
+    """Return which channels can drown others: almost constant, no bounded activation after BN."""
     assert layer.running is not None
     output_std = layer.output_std
     if layer.bounded_by is not None or output_std is None:

@@ -62,7 +62,7 @@ class BatchOfOne(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for the smallest batch that the layer normalised with its own statistics."""
         if layer.training is None:
-            yield self._skipped(layer, "a checkpoint does not say what batches the layer met")
+            yield self._skipped(layer, "a checkpoint does not record batch sizes")
             return
         if not layer.values_per_channel:
             yield self._skipped(layer, "no batch has reached the layer in train mode yet")
@@ -78,13 +78,13 @@ class BatchOfOne(Rule):
             f"a batch in train mode {verb} one value per channel here: it has no variance, and "
             "PyTorch refuses it",
             Evidence("values per channel", smallest, self.min_values_per_channel, is_minimum=True),
-            Fix("DataLoader(..., drop_last=True); no BN where a sample has one position"),
+            Fix("use DataLoader(..., drop_last=True), or no BN at one position per sample"),
             step=layer.batch_of_one_step,
         )
 
 
 def _smallest_to_come(layer: LayerHistory) -> int | None:
-    """Return the values per channel in the smallest batch of the loader; None if not known."""
+    """Return the values per channel in the smallest batch of the loader; None if unknown."""
     samples = layer.run.plan.smallest_batch_size
     n = layer.typical_values_per_channel
     if samples is None or n is None or not layer.samples or layer.calls.most_per_forward > 1:

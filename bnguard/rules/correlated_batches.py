@@ -117,7 +117,7 @@ class CorrelatedBatches(ModelRule):
                     Severity.WARNING,
                     f"the loader does not shuffle: {plan.label_run:,.0f} samples of one label "
                     "follow each other in the dataset",
-                    Evidence("run of a label over that of a random order", run, self.max_label_run),
+                    Evidence("run of a label, relative to random order", run, self.max_label_run),
                     _SHUFFLE,
                 )
                 return
@@ -153,7 +153,7 @@ class CorrelatedBatches(ModelRule):
             )
 
     def _unlike(self, layer: LayerHistory, inputs: InputWindow, evidence: Evidence) -> Finding:
-        """Return what batches that differ are: in an order, harmful, or augmented as a whole."""
+        """Return why batches differ: an order, groups that do harm, or augmentation per batch."""
         change, gap = inputs.neighbour_change, layer.run.mode_gap
         has_order = inputs.neighbour_excess_std > self.max_neighbour_std
         is_harm = gap is not None and is_harmful(gap) and is_lasting(layer.run)
@@ -179,12 +179,12 @@ class CorrelatedBatches(ModelRule):
         )
 
     def _is_mixed(self, layer: LayerHistory, ratio: float) -> bool:
-        """Return whether evaluation mixes what batches of training hold one at a time.
+        """Return whether evaluation mixes the groups that training batches hold one at a time.
 
-        Then its variance is larger than that within batches, by the variance between them.
+        Then the variance between training batches adds to the variance in evaluation.
         """
         window, seen, samples = layer.window, layer.evaluated, layer.samples
-        # While weights move, the window is too far from the evaluation to tell.
+        # While weights move, the window is too far from the evaluation.
         if window is None or seen is None or not samples or not layer.run.is_settled:
             return False
         if ratio - 1.0 < self.min_between_within * samples:
@@ -194,6 +194,6 @@ class CorrelatedBatches(ModelRule):
         return float(np.median(share)) > self.min_mixed_share
 
 
-_RATIO = "variance of batch means over the expected"
-_SHUFFLE = Fix("DataLoader(..., shuffle=True), or draw each batch from several groups")
+_RATIO = "variance of batch means, relative to independent samples"
+_SHUFFLE = Fix("use DataLoader(..., shuffle=True), or draw each batch from several groups")
 _MIX = Fix("draw each batch from several groups, and the augmentation for each sample")

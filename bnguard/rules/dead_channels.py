@@ -79,7 +79,7 @@ class DeadChannels(Rule):
         """Count the channels without variance in all batches, or without running variance."""
         var, is_dead = _var(layer), self.dead(layer)
         if var is None or is_dead is None:
-            yield self._skipped(layer, "no variance is known")
+            yield self._skipped(layer, "the variance is unknown")
             return
         if not is_dead.any():
             return
@@ -87,8 +87,8 @@ class DeadChannels(Rule):
         yield self._finding(
             layer,
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
-            f"{is_dead.sum()} of {is_dead.size} channels vary by next to nothing, a variance of "
-            f"{np.abs(var[is_dead]).max():.2g} at most: their output is as good as constant",
+            f"the outputs of {is_dead.sum()} of {is_dead.size} channels are almost constant: their "
+            f"inputs have a variance of at most {np.abs(var[is_dead]).max():.2g}",
             Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
             _fix(layer),
             channels=tuple(map(int, np.flatnonzero(is_dead))),
@@ -100,13 +100,13 @@ class DeadChannels(Rule):
         if var is None or output_std is None:
             return None
         least = self.max_var_in_eps * min(layer.eps, _USUAL_EPS)
-        # A gamma that is not finite makes up for nothing.
+        # A gamma that is not finite does not compensate.
         is_damped = ~(output_std > self.max_output_std)
         return np.isfinite(var) & (np.abs(var) <= least) & is_damped
 
 
 def _var(layer: LayerHistory) -> FloatArray | None:
-    """Return the largest variance of each channel that was seen; None if none is finite."""
+    """Return the largest variance observed in each channel; None if none is finite."""
     if layer.window is not None:
         var = layer.window.var_max
     elif layer.running is not None:
@@ -123,17 +123,17 @@ _USUAL_EPS = 1e-5
 def _fix(layer: LayerHistory) -> Fix:
     if layer.position == 0:
         return Fix(
-            "look for channels of the data that are constant, or of so small a scale that they "
-            "want standardising; then at what comes before the layer"
+            "check the data for channels that are constant or need standardising, then what comes "
+            "before the layer"
         )
     if layer.fed_by is None:
         return Fix(
-            "look at weights, input and learning rate of the layer before; where an activation "
-            "feeds BN, put BN before it"
+            "check weights, input and learning rate of the layer before; if an activation feeds "
+            "BN, put BN before it"
         )
     if layer.fed_by.startswith(("Conv", "Linear", "Lazy")):
         return Fix(
-            f"look at the weights of the {layer.fed_by} before, which may have decayed to zero, "
-            "and at its input; dead channels can be pruned without a loss"
+            f"check the weights of the {layer.fed_by} before, which may have decayed to zero, and "
+            "its input; dead channels can be pruned without a loss"
         )
-    return Fix("BN before the activation; look at learning rate and input of the layer before")
+    return Fix("put BN before the activation; check learning rate and input of the layer before")

@@ -59,7 +59,7 @@ class DoubleUpdate(Rule):
     max_recomputed_share: float = 0.25
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the share of calls inside a backward against the limit."""
+        """Compare the share of calls inside a backward with the limit."""
         if layer.running is None or not layer.calls.in_training:
             return
         share = layer.calls.recomputed / layer.calls.in_training
@@ -67,7 +67,7 @@ class DoubleUpdate(Rule):
             return
         momentum = layer.momentum
         if not 0.0 <= momentum <= 1.0:
-            yield self._skipped(layer, f"momentum {momentum:g} makes no average (BN103)")
+            yield self._skipped(layer, f"momentum {momentum:g} is not between 0 and 1 (BN103)")
             return
         yield self._finding(
             layer,
@@ -75,5 +75,5 @@ class DoubleUpdate(Rule):
             "every batch updates the statistics twice, the second time when its activations are "
             f"recomputed: momentum {momentum:g} acts like {1 - (1 - momentum) ** 2:.2g}",
             Evidence("share of recomputed calls", share, self.max_recomputed_share),
-            Fix(f"momentum={1 - (1 - momentum) ** 0.5:.2g} on the checkpointed layers"),
+            Fix(f"use momentum={1 - (1 - momentum) ** 0.5:.2g} in the checkpointed layers"),
         )

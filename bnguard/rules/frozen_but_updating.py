@@ -111,17 +111,16 @@ _FREEZE = "call .eval() on the frozen layers after every model.train()"
 
 
 def _why(layer: LayerHistory) -> tuple[str, Fix]:
-    """Return why gamma and beta do not learn, and what to do about it."""
+    """Return why gamma and beta do not change, and what to do about it."""
     if not layer.is_left_out:
         return "gamma and beta are frozen", Fix(_FREEZE)
     if layer.run.is_optimized is False:
         return (
-            "the optimizer given holds none of this model's parameters, and gamma and beta stand "
-            "still",
-            Fix("build the optimizer from model.parameters() after their last replacement"),
+            "the optimizer holds none of this model's parameters, so gamma and beta do not change",
+            Fix("build the optimizer from model.parameters(), once the model is complete"),
         )
     return (
-        "no optimizer holds gamma and beta, which stand still",
+        "no optimizer holds gamma and beta, so they do not change",
         Fix(f"{_FREEZE}, or give the optimizer their parameters"),
     )
 

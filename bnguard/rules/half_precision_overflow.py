@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import EvalWindow, LayerHistory
 from bnguard.rules.base import Rule
 
@@ -70,7 +70,7 @@ class HalfPrecisionOverflow(Rule):
     reach_std: float = 4.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold inputs and outputs against the range of the element type."""
+        """Compare inputs and outputs with the range of the element type."""
         seen = layer.evaluated
         if seen is None:
             yield self._skipped(layer, "the layer was not seen in eval mode")
@@ -84,11 +84,12 @@ class HalfPrecisionOverflow(Rule):
         yield self._finding(
             layer,
             Severity.ERROR if seen.nonfinite_batches else Severity.WARNING,
-            f"values at the layer reach {used:.0%} of what {seen.dtype} can hold"
+            f"values at the layer reach {used:.0%} of the range of {seen.dtype}"
             if not seen.nonfinite_batches
-            else f"{seen.nonfinite_batches} batches arrived with infinities in {seen.dtype}",
+            else f"{counted(seen.nonfinite_batches, 'batch', 'batches')} of {seen.dtype} inputs "
+            "contained Inf",
             Evidence("share of the range", 100 * used, 100 * self.max_used_share, "%"),
-            Fix("autocast to bfloat16, or keep this part in float32"),
+            Fix("use autocast with bfloat16, or keep this part in float32"),
         )
 
     def _used(self, layer: LayerHistory, seen: EvalWindow) -> float:

@@ -67,7 +67,7 @@ class Hygiene(Rule):
     max_weight_decay: float = 0.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Name what is wasted; in one finding, the first that applies in order of harm."""
+        """Report the worst setting only: dropout before BN, then weight decay, then a bias."""
         if layer.fed_by is not None and "Dropout" in layer.fed_by:
             yield self._finding(
                 layer,
@@ -75,7 +75,7 @@ class Hygiene(Rule):
                 f"{layer.fed_by} feeds the layer: the variance is larger in training than in "
                 "evaluation",
                 Evidence("dropout layers right before", 1, 0),
-                Fix("move dropout behind the last BN layer"),
+                Fix("move dropout after the last BN layer"),
             )
         elif layer.weight_decay is not None and layer.weight_decay > self.max_weight_decay:
             yield self._finding(
@@ -83,13 +83,13 @@ class Hygiene(Rule):
                 Severity.INFO,
                 "weight decay pulls gamma and beta towards zero",
                 Evidence("weight decay", layer.weight_decay, self.max_weight_decay),
-                Fix("a group of the optimizer with weight_decay=0 for them and the biases"),
+                Fix("put gamma, beta and biases in an optimizer group with weight_decay=0"),
             )
         elif layer.is_bias_cancelled and not layer.run.steps:
             yield self._finding(
                 layer,
                 Severity.INFO,
-                f"the bias of the {layer.fed_by} before is subtracted again with the mean",
+                f"BN subtracts the bias of the {layer.fed_by} before it together with the mean",
                 Evidence("redundant biases", 1, 0),
-                Fix("bias=False there, in new networks"),
+                Fix("use bias=False there in new networks"),
             )

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.findings import Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import EvalWindow, History, LayerHistory
 from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import (
@@ -99,13 +99,15 @@ class InputShift(ModelRule):
         if seen is None or layer.window is None:
             yield self._skipped(layer, "the first layer was not seen in both modes")
         elif layer.calls.are_without_grad:
-            yield self._skipped(layer, "no layer learns, so that there are no training data")
+            yield self._skipped(layer, "no layer is trained, so there are no training data")
         elif jump_of_network(layer) is not None:
-            yield self._skipped(layer, "the network in front of it changes from batch to batch")
+            yield self._skipped(layer, "the network before it changes from batch to batch")
         elif seen.count < self.min_values:
-            yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
+            yield self._skipped(
+                layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
+            )
         elif left_when_evaluated(layer, self.max_initial_weight):
-            yield self._skipped(layer, "the running statistics were not settled yet")
+            yield self._skipped(layer, "the running statistics had not settled yet")
         else:
             yield from self._judged(layer, seen)
 
@@ -116,7 +118,7 @@ class InputShift(ModelRule):
     def _judged(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
         window, running = layer.window, seen.running
         assert window is not None
-        # Weights that move let the window lag behind, a small momentum the running statistics.
+        # Moving weights make the window lag behind, a small momentum the running statistics.
         distances = [
             self._limits.distance(seen, window.mean, window.var_unbiased, layer.eps),
             self._limits.distance(seen, running.mean, running.var, layer.eps),
@@ -134,7 +136,7 @@ class InputShift(ModelRule):
         if distance.worst is None:
             yield self._skipped(layer, "no channel has finite statistics")
             return
-        # The wider the window spreads by weights that move, the further it is behind them.
+        # The more moving weights spread the window, the further it is behind them.
         is_beyond = distance.excess > max(1.0, window.trend)
         if not is_beyond or layer.run.has_new_weights_in_evaluation:
             return
@@ -142,9 +144,9 @@ class InputShift(ModelRule):
         yield self._finding(
             layer,
             Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
-            "evaluation data differ from those of training at the first BN layer already: "
+            "evaluation data differ from training data before the first BN layer: another "
             "preprocessing or domain",
             distance.worst,
-            Fix("compare mean and deviation of a training and an evaluation batch"),
+            Fix("compare mean and standard deviation of a training and an evaluation batch"),
             step=seen.step,
         )

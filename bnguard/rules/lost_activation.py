@@ -72,9 +72,9 @@ class LostActivation(Rule):
         yield self._finding(
             layer,
             Severity.ERROR,
-            f"{names} inside the layer is never called: a conversion to {layer.kind} dropped it",
+            f"nothing calls {names} in the layer: a conversion to {layer.kind} dropped it",
             Evidence("idle children", len(layer.idle_children), self.max_idle_children),
-            Fix("convert with the class's own library, as timm.layers.convert_sync_batchnorm"),
+            Fix("convert with the class's own library (timm.layers.convert_sync_batchnorm)"),
         )
 
     def _replaced(self, layer: LayerHistory) -> Finding:
@@ -82,8 +82,8 @@ class LostActivation(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"a plain {layer.kind} where the same layer of other blocks ends in {names}: what "
-            "replaced it dropped that",
+            f"the layer is a plain {layer.kind}, but the same layer of other blocks ends in "
+            f"{names}: its replacement dropped that",
             Evidence("modules missing after BN", len(layer.missing_tail), self.max_idle_children),
-            Fix(f"put Sequential(layer, {layer.missing_tail[-1]}()) in its place"),
+            Fix(f"replace it by Sequential(layer, {layer.missing_tail[-1]}())"),
         )

@@ -10,7 +10,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
-# Distance from 1 to the next number, of the element types that buffers can have.
+# Distance from 1 to the next number, for the element types that buffers can have.
 _ROUNDING_STEPS = {
     "float64": 2.0**-52,
     "float32": 2.0**-23,
@@ -77,15 +77,14 @@ class LowPrecisionStatistics(Rule):
             return
         step = _ROUNDING_STEPS.get(layer.statistics_dtype or "")
         if step is None:
-            yield self._skipped(layer, "the element type of the buffers is not known")
+            yield self._skipped(layer, "the element type of the buffers is unknown")
             return
         if step <= self.max_rounding_step:
             return
         yield self._finding(
             layer,
             Severity.WARNING if layer.training or layer.updates_seen else Severity.INFO,
-            f"the running statistics are {layer.statistics_dtype}: small updates round away, and "
-            "large variances overflow",
+            f"the running statistics are {layer.statistics_dtype}: small updates round to nothing",
             Evidence("rounding step", step, self.max_rounding_step),
             Fix("call .float() on the BN layers, and use autocast for the rest"),
         )

@@ -91,7 +91,7 @@ class ModesDisagree(ExplainedRule):
     max_initial_weight: float = 0.05
 
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
-        """Hold the gap between the modes against both limits."""
+        """Compare the gap between the modes with both limits."""
         run = history.run
         gap = run.mode_gap
         if gap is None:
@@ -115,9 +115,9 @@ class ModesDisagree(ExplainedRule):
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
-        # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
+        # If only a drift (BN301) was found, its cause is the cause of the gap.
         cause = cause_of_gap(history) if found is None or found.reasons else Cause.of(found)
-        # A drift that was found does not depend on which batches were looked at.
+        # A drift that was found does not depend on which batches were read.
         doubt = doubt_of_gap(history, cause) if found is None else None
         cause = doubt or cause
         excess = excess_change(gap)
@@ -148,13 +148,13 @@ def _why_unknown(gap: ModeGap) -> str:
     change = f"the modes differ by {gap.relative_change:.3g} σ"
     if not gap.samples:
         return (
-            f"{change}, and the rows of the inputs are not independent samples (as in graphs or "
-            "packed sequences), so the part that sampling explains is unknown"
+            f"{change}, but how much of it sampling explains is unknown: the rows of the inputs "
+            "are not independent samples (graphs, packed sequences)"
         )
     return (
-        f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to tell the part "
-        "that sampling explains"
+        f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to know how much of "
+        "it sampling explains"
     )
 
 
-_FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")
+_FIX = Fix("recalibrate, which measures how much it helps", "recalibrate")

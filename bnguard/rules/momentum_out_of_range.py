@@ -69,7 +69,7 @@ class MomentumOutOfRange(Rule):
     min_momentum: float = 1e-12
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold momentum against both limits."""
+        """Compare momentum with both limits."""
         momentum = layer.momentum
         if not layer.is_momentum_known:
             yield self._skipped(layer, "a checkpoint does not hold momentum")
@@ -85,22 +85,24 @@ class MomentumOutOfRange(Rule):
             yield self._finding(
                 layer,
                 Severity.ERROR if is_initial else severity,
-                "momentum is 0, so that the running statistics never move"
+                "momentum is 0, so the running statistics never change"
                 + (": eval mode uses mean 0 and variance 1" if is_initial else ""),
                 Evidence("momentum", momentum, self.min_momentum, is_minimum=True),
-                Fix("momentum=0.1, or eval() on layers whose statistics should stay"),
+                Fix("use momentum=0.1, or eval() for layers whose statistics should not change"),
             )
         elif momentum >= self.max_momentum:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"momentum {momentum:g} is the weight of the newest batch: what came before the "
-                "last few is forgotten",
+                f"momentum {momentum:g} is the weight of the newest batch: the running statistics "
+                "forget all but the last few batches",
                 Evidence("momentum", momentum, self.max_momentum),
-                Fix(f"momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"),
+                Fix(
+                    f"use momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"
+                ),
             )
 
     def _proposed(self, momentum: float) -> float:
-        """Return what Keras means by this momentum, or the default where that is too large too."""
+        """Return what Keras means by this momentum, or the default if that is too large too."""
         converted = max(1.0 - momentum, 0.001)
         return converted if converted < self.max_momentum else DEFAULT_MOMENTUM

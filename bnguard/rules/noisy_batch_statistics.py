@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
@@ -87,7 +87,7 @@ class NoisyBatchStatistics(Rule):
     max_samples: int = 7
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the spread of the batch means against the limit."""
+        """Compare the spread of the batch means with the limit."""
         if layer.window is None or layer.samples is None:
             yield self._skipped(layer, "no batch statistics were observed")
             return
@@ -102,8 +102,8 @@ class NoisyBatchStatistics(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"batches of {layer.samples} samples give a mean that jumps by {spread:.2f} σ from "
-            "one to the next",
+            f"the mean of a batch of {counted(layer.samples, 'sample')} jumps by {spread:.2f} σ "
+            "from batch to batch",
             Evidence("spread of the batch means", spread, self.max_noise_std, "σ"),
-            Fix("enlarge or synchronise the batches, or use GroupNorm here"),
+            Fix("enlarge or synchronise the batches, or use GroupNorm"),
         )

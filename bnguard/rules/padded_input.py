@@ -66,7 +66,7 @@ class PaddedInput(Rule):
     max_padding_spread: float = 0.1
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the share of padding, and how it varies, against the limits."""
+        """Compare the share of padding, and how it varies, with the limits."""
         if layer.evaluated is None:
             yield self._skipped(layer, "the layer was not seen in eval mode")
             return
@@ -79,6 +79,6 @@ class PaddedInput(Rule):
             f"{share:.0%} of the positions are padding, ±{spread:.0%} from sample to sample: the "
             "statistics depend on the lengths in a batch",
             Evidence("share of padding", 100 * share, 100 * self.max_padding_share, "%"),
-            Fix("normalise the valid positions alone, or batch samples of like length"),
+            Fix("normalise only the valid positions, or batch samples of similar length"),
             step=layer.evaluated.step,
         )

@@ -78,7 +78,7 @@ class PoisonedStatistics(Rule):
             yield self._finding(
                 layer,
                 Severity.ERROR,
-                "the running statistics are NaN or infinite: every evaluation is, from now on"
+                "the running statistics contain NaN or Inf: every evaluation from now on is invalid"
                 + ("" if layer.has_finite_affine else "; gamma or beta is not finite either"),
                 Evidence("channels not finite", len(bad), self.max_bad_channels),
                 _way_out(layer),
@@ -86,12 +86,12 @@ class PoisonedStatistics(Rule):
                 step=layer.poisoned_step,
             )
         elif not layer.has_finite_affine:
-            put_back = ", since they were restored" if layer.restored_updates else ""
+            restored = ", since bnguard restored them" if layer.restored_updates else ""
             yield self._finding(
                 layer,
                 Severity.ERROR,
-                "gamma or beta is NaN or infinite, and every output is; the running statistics are "
-                f"finite{put_back}",
+                "gamma or beta contains NaN or Inf, and so does every output; the running "
+                f"statistics are finite{restored}",
                 Evidence("parameters not finite", 1, 0),
                 _way_out(layer),
                 step=layer.poisoned_step,
@@ -100,10 +100,10 @@ class PoisonedStatistics(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "a batch made the running statistics NaN or infinite, and the last finite ones "
-                "were restored",
+                "a batch put NaN or Inf into the running statistics, and bnguard restored the last "
+                "finite ones",
                 Evidence("restored updates", layer.restored_updates, 0),
-                Fix("look at the batch of that step: its loss was not finite either"),
+                Fix("check the batch of that step: its loss was not finite either"),
                 step=layer.poisoned_step,
             )
 
@@ -112,5 +112,6 @@ def _way_out(layer: LayerHistory) -> Fix:
     if not layer.has_finite_affine:
         return Fix("go back to a checkpoint whose weights are finite")
     return Fix(
-        "watch with restore_poisoned=True; recalibrate what is poisoned already", "recalibrate"
+        "watch with restore_poisoned=True; recalibrate a network that is already poisoned",
+        "recalibrate",
     )

@@ -66,7 +66,7 @@ class RankDisagreement(Rule):
     max_distance_std: float = 0.25
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the distance between ranks against the limit."""
+        """Compare the distance between ranks with the limit."""
         if layer.run.plan.ranks < 2 and layer.rank_shift_std is None:
             return
         distance = layer.rank_shift_std
@@ -82,5 +82,5 @@ class RankDisagreement(Rule):
             f"the running means of two ranks are {value:.2g} σ apart: each evaluates another "
             "network",
             Evidence("distance between ranks", value, self.max_distance_std, "σ"),
-            Fix("SyncBatchNorm, or recalibrate on all ranks before evaluation", "recalibrate"),
+            Fix("use SyncBatchNorm, or recalibrate on all ranks before evaluation", "recalibrate"),
         )

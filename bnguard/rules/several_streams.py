@@ -91,15 +91,15 @@ class SeveralStreams(Rule):
         yield self._finding(
             layer,
             Severity.INFO if is_critic else Severity.WARNING,
-            f"{len(streams)} streams with different statistics share the layer: the "
-            "running ones fit none",
+            f"{len(streams)} streams with different statistics share the layer: its running "
+            "statistics fit none of them",
             worst,
             Fix("concatenate the streams before the layer, or give each its own BN layers"),
         )
 
 
 def distances(streams: tuple[Stream, ...]) -> tuple[float, float]:
-    """Return the largest distance of means, in σ, and |log variance ratio| of two streams."""
+    """Return the largest distance of means, in σ, and |log variance ratio| between streams."""
     pairs = [(a, b) for index, a in enumerate(streams) for b in streams[index + 1 :]]
     with np.errstate(all="ignore"):
         means = [_upper(_mean_distance(a, b)) for a, b in pairs]

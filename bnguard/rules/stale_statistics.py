@@ -14,8 +14,8 @@ from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import DriftLimits, is_known_harmless, is_sampling
 
-_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
-_COPY = Fix("copy the buffers as well as the parameters: load_state_dict, or zip the buffers() too")
+_FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
+_COPY = Fix("copy the buffers as well as the parameters (load_state_dict, or buffers())")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class StaleStatistics(ModelRule):
     channel_quantile: float = 0.9
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Look for statistics that are lost, that nothing enters, or of other weights."""
+        """Look for statistics that were lost, do not change, or belong to other weights."""
         is_drawn = _look_drawn(history.layers)
         for layer in history.layers:
             yield from self._judged(layer, is_drawn=is_drawn)
@@ -126,27 +126,26 @@ class StaleStatistics(ModelRule):
 
     def _lost(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
         if layer.beta is None:
-            yield self._skipped(layer, "without beta nothing says whether the layer was trained")
+            yield self._skipped(layer, "the layer has no beta to show whether it was trained")
             return
         moved = float(np.median(np.abs(layer.beta)))
         if not np.isfinite(moved) or moved < self.min_moved_beta:
             return
         if layer.is_momentum_known and layer.momentum == 0.0:
-            yield self._skipped(
-                layer, "with momentum 0 the initial statistics stay, which is BN103"
-            )
+            yield self._skipped(layer, "momentum 0 keeps the initial statistics (BN103)")
             return
         severity, why = _why_initial(layer, is_drawn=is_drawn)
         yield self._finding(
             layer,
             severity,
-            f"the running statistics are the initial mean 0 and variance 1, but beta is not: {why}",
+            "beta is not its initial 0, but the running statistics are still the initial mean 0 "
+            f"and variance 1: {why}",
             Evidence("median |beta|", moved, self.min_moved_beta),
-            Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
+            Fix("load a state dict that contains the buffers, or recalibrate", "recalibrate"),
         )
 
     def _reset(self, layer: LayerHistory) -> Iterator[Finding]:
-        # With momentum 0 it is BN103; a layer without updates that was never reset, below.
+        # Momentum 0 is BN103.
         if layer.momentum == 0.0 or not layer.is_updating:
             return
         calls = layer.calls.in_training
@@ -155,7 +154,7 @@ class StaleStatistics(ModelRule):
             Severity.ERROR,
             f"after {calls:,} batches in train mode the running statistics are exactly the initial "
             "mean 0 and variance 1: they were reset, or momentum was 0",
-            Evidence("batches without a trace", calls, self.min_lost_calls),
+            Evidence("batches without an update", calls, self.min_lost_calls),
             _FIX,
         )
 
@@ -202,10 +201,10 @@ class StaleStatistics(ModelRule):
             layer,
             Severity.INFO if is_unsure or is_harmless else Severity.WARNING,
             "the weights follow those of another network, but the running statistics never "
-            "changed: they belong to the weights of the beginning"
+            "changed: they belong to the initial weights"
             if layer.is_following
-            else "the weights that are evaluated are not those that the running statistics were "
-            "taken with, and these do not fit them",
+            else "evaluation uses other weights than those that the running statistics were "
+            "computed with, and its inputs do not match them",
             distance.worst,
             _COPY if layer.is_following else _FIX,
             step=seen.step,
@@ -213,7 +212,7 @@ class StaleStatistics(ModelRule):
 
 
 def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]:
-    """Return how bad initial statistics are next to a beta that is not, and how that comes."""
+    """Return how bad initial statistics next to another beta are, and the likely reason."""
     updates = None if layer.running is None else layer.running.updates
     is_module = layer.training is not None
     if updates:
@@ -226,16 +225,16 @@ def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]
     if is_drawn and layer.is_untrained and not layer.run.stored_steps:
         return (
             Severity.INFO,
-            "gamma and beta look as if drawn at random, as in a network that was not trained",
+            "gamma and beta look random, as in a network that was not trained",
         )
-    return Severity.WARNING, "they were lost, or no update ever reached them"
+    return Severity.WARNING, "they were not saved, not loaded, or never updated"
 
 
 def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
-    """Return whether gamma and beta of all layers look like draws from one distribution each.
+    """Return whether gamma and beta of all layers look like samples of one distribution each.
 
-    An initialisation draws them so, or sets them to a constant; training moves gamma too, and each
-    layer its own way, which shows in layers that are not too small.
+    That is an initialisation, or a constant; training changes gamma too, and differently in each
+    layer, which shows if layers are not too small.
     """
     gammas = [layer.gamma for layer in layers if layer.gamma is not None and layer.gamma.size]
     betas = [layer.beta for layer in layers if layer.beta is not None and layer.beta.size]
@@ -246,7 +245,7 @@ def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
 
 
 def _are_alike(draws: Iterable[FloatArray]) -> bool:
-    """Return whether samples may be from one distribution, but for those that are a constant."""
+    """Return whether samples may be from one distribution, except those that are constant."""
     varied = [drawn for drawn in draws if np.ptp(drawn)]
     if not varied:
         return True
@@ -259,7 +258,7 @@ def _are_alike(draws: Iterable[FloatArray]) -> bool:
     )
 
 
-# Of a mean or a deviation of draws, in hundreds of layers.
+# Standard errors that a mean or a standard deviation may be off, in hundreds of layers.
 _SIGMAS = 4.5
 _FEWEST_DRAWS = 256
 
@@ -268,7 +267,7 @@ _ROUNDING = 1e-2
 
 
 def _are_written_too(layer: LayerHistory) -> bool:
-    """Return whether others write the statistics of a copy as well as its weights."""
+    """Return whether something else writes the statistics of a copy as well as its weights."""
     start, now = layer.running_at_start, layer.running
     if start is None or now is None or layer.calls.in_training or layer.unseen_calls:
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.findings import Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, Drift, cause_in_chain, doubt_of_drift
@@ -100,7 +100,7 @@ class StatisticDrift(ExplainedRule):
     max_initial_weight: float = 0.05
 
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
-        """Hold shift and log-variance ratio of the newest evaluation against their limits."""
+        """Compare shift and log-variance ratio of the newest evaluation with their limits."""
         drifts: list[Drift] = []
         called, entrance = history.layers_in_order, history.first_trained
         too_early = evaluated_too_early(history, self.max_initial_weight)
@@ -111,7 +111,7 @@ class StatisticDrift(ExplainedRule):
             elif judged is not None and layer.evaluated is not None and entrance is not None:
                 drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance))
         for drift in drifts:
-            # What a frozen network in front is given does not reach one that trains next to it.
+            # A drift of a frozen network in front does not reach one that trains next to it.
             alike = [other for other in drifts if other.is_trained == drift.is_trained]
             yield self._found(drift, alike[0], root_at(drift.layer))
 
@@ -120,12 +120,14 @@ class StatisticDrift(ExplainedRule):
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
     def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
-        """Return how far the layer has drifted, None if within the limits, or why not known."""
+        """Return how far the layer has drifted, None if within the limits, or why unknown."""
         seen = layer.evaluated
         if seen is None:
             return self._skipped(layer, "the layer was not seen in eval mode")
         if seen.count < self.min_values:
-            return self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
+            return self._skipped(
+                layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
+            )
         if too_early is not None:
             return self._skipped(layer, too_early)
         distance = self._limits.distance(seen, seen.running.mean, seen.running.var, layer.eps)
@@ -151,7 +153,7 @@ class StatisticDrift(ExplainedRule):
         )
 
 
-_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
+_FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
 
 
 def _severity(layer: LayerHistory) -> Severity:

@@ -82,10 +82,12 @@ class UnconvergedStatistics(ModelRule):
     max_initial_shift_std: float = MAX_INITIAL_SHIFT_STD
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold the weight of the initial statistics, now or at the end, against the limit."""
+        """Compare the weight of the initial statistics, now or at the end, with the limit."""
         if any(map(_is_estimated_otherwise, history.layers)):
             yield self._skipped(
-                None, "a variance is smaller than what would be left of the initial one"
+                None,
+                "a variance is smaller than what would be left of the initial variance 1, so the "
+                "statistics were computed in another way",
             )
             return
         is_untrained = not any(layer.is_counted for layer in history.layers)
@@ -96,7 +98,7 @@ class UnconvergedStatistics(ModelRule):
                 yield from self._judged(layer)
 
     def _never_updated(self, layer: LayerHistory, *, is_untrained: bool) -> Finding:
-        """Return what is to be said of initial statistics that no update was counted for."""
+        """Return the finding for initial statistics without a counted update."""
         severity, steps = Severity.INFO, layer.run.stored_steps
         if is_untrained and steps:
             severity = Severity.WARNING
@@ -104,9 +106,9 @@ class UnconvergedStatistics(ModelRule):
             fix = Fix("train with these layers in train mode, or recalibrate", "recalibrate")
         elif is_untrained:
             message = "no update yet, as in a network that was not trained"
-            fix = Fix("none before training; recalibrate where weights were trained", "recalibrate")
+            fix = Fix("train first; recalibrate if the weights are already trained", "recalibrate")
         else:
-            message = "no update, but other layers had some"
+            message = "no update, but other layers were updated"
             fix = Fix("recalibrate if evaluation calls the layer", "recalibrate")
         return self._finding(
             layer,
@@ -130,19 +132,19 @@ class UnconvergedStatistics(ModelRule):
             yield self._skipped(layer, "the statistics were recalibrated")
             return
         if _are_shown_to_fit(layer):
-            yield self._skipped(layer, "the statistics fit what arrived in evaluation")
+            yield self._skipped(layer, "the statistics match the inputs of the newest evaluation")
             return
         if _is_written_otherwise(layer):
-            yield self._skipped(layer, "the statistics change, but not by updates that are counted")
+            yield self._skipped(layer, "the statistics change without counted updates")
             return
         left, updates, verb = layer.initial_weight, layer.running.updates, "is still"
         if updates is None or left is None:
-            yield self._skipped(layer, "no counter says how often the statistics were updated")
+            yield self._skipped(layer, "no counter of updates")
             return
         if not layer.run.is_settled:
             planned = _updates_at_end(layer, updates)
             if planned is None:
-                yield self._skipped(layer, "training goes on, and its length is not known")
+                yield self._skipped(layer, "training goes on, and its length is unknown")
                 return
             left, updates = initial_weight(layer.momentum, planned), planned
             verb = "will still be, when training ends,"
@@ -163,7 +165,7 @@ class UnconvergedStatistics(ModelRule):
     def _shifted(
         self, layer: LayerHistory, left: float, updates: int, verb: str
     ) -> Iterator[Finding]:
-        """Hold what a small rest of the initial mean does to a mean that is far from it."""
+        """Compare the shift by the rest of the initial mean 0 with its limit."""
         running, now = layer.running, layer.initial_weight
         if running is None or not (now and left and layer.updates_seen):
             return
@@ -177,12 +179,12 @@ class UnconvergedStatistics(ModelRule):
             layer,
             Severity.WARNING,
             f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
-            "variance 1, but batches have a mean so far from it that this shifts the running one: "
+            "variance 1, but the batch means are so far from 0 that this shifts the running mean: "
             f"{counted(updates, 'update')}, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(
-                "bring the input to mean 0 and deviation 1, or train for longer; recalibrate what "
-                "is trained",
+                "scale the input to mean 0 and standard deviation 1, or train longer; recalibrate "
+                "a trained network",
                 "recalibrate",
             ),
             channels=tuple(map(int, np.flatnonzero(shift > self.max_initial_shift_std))),
@@ -190,7 +192,7 @@ class UnconvergedStatistics(ModelRule):
 
 
 def _needed(updates: float) -> str:
-    return "and none changes that" if math.isinf(updates) else f"{updates:g} needed"
+    return "and more do not change that" if math.isinf(updates) else f"{updates:g} needed"
 
 
 def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
@@ -199,13 +201,13 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
         return None
     updates_per_step = layer.updates_seen / run.steps
     if updates_per_step >= 1.0:
-        # The rest of the batches of this step may be still to come.
+        # More batches of this step may follow.
         updates_per_step = max(updates_per_step, run.plan.accumulated_batches)
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
 
 
 def _is_written_otherwise(layer: LayerHistory) -> bool:
-    """Return whether the statistics have changed without the layer, as those of an average do."""
+    """Return whether the statistics change without the layer, as in an average of weights."""
     start, now = layer.running_at_start, layer.running
     if (
         start is None
@@ -218,7 +220,7 @@ def _is_written_otherwise(layer: LayerHistory) -> bool:
 
 
 def _are_shown_to_fit(layer: LayerHistory) -> bool:
-    """Return whether evaluation has shown the statistics as they are now to fit."""
+    """Return whether evaluation has shown that the current statistics fit."""
     seen, now = layer.evaluated, layer.running
     if seen is None or now is None or seen.count < _FEWEST_VALUES:
         return False
@@ -226,12 +228,12 @@ def _are_shown_to_fit(layer: LayerHistory) -> bool:
     return same and fits(layer)
 
 
-# In eval mode, before they tell anything, as in BN301.
+# Values per channel in eval mode before they are judged, as in BN301.
 _FEWEST_VALUES = 32
 
 
 def _is_estimated_otherwise(layer: LayerHistory) -> bool:
-    """Return whether a variance contradicts that so much is left of the initial 1."""
+    """Return whether a variance is too small for what would be left of the initial 1."""
     if layer.running is None or layer.initial_weight is None:
         return False
     finite = layer.running.var[np.isfinite(layer.running.var)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
@@ -65,7 +65,7 @@ class UnsynchronisedSmallBatch(Rule):
     min_samples: int = 8
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the samples a rank against the limit."""
+        """Compare the samples per rank with the limit."""
         if layer.run.plan.ranks < 2 or "Sync" in layer.kind or layer.training is False:
             return
         samples = layer.samples or layer.run.plan.batch_size
@@ -75,7 +75,8 @@ class UnsynchronisedSmallBatch(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"each of {layer.run.plan.ranks} ranks normalises {samples} samples by itself",
-                Evidence("samples a rank", samples, self.min_samples, is_minimum=True),
-                Fix("torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) before wrapping"),
+                f"each of {layer.run.plan.ranks} ranks normalises its own "
+                f"{counted(samples, 'sample')}",
+                Evidence("samples per rank", samples, self.min_samples, is_minimum=True),
+                Fix("use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) before wrapping it"),
             )

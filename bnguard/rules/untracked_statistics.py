@@ -64,7 +64,7 @@ class UntrackedStatistics(Rule):
     max_untracked_calls: int = 0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Look for layers that normalise in training with what they do not keep."""
+        """Look for layers that normalise in training with statistics that they do not keep."""
         if 0 < layer.calls.in_training <= self.max_untracked_calls:
             return
         evidence = Evidence(
@@ -74,22 +74,22 @@ class UntrackedStatistics(Rule):
         )
         has_no_values_yet = layer.channels == 0 or layer.statistics_dtype is not None
         if layer.running is None and has_no_values_yet:
-            yield self._skipped(layer, "the running statistics hold no values yet")
+            yield self._skipped(layer, "the running statistics have no values yet")
         elif layer.running is None:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "there are no running statistics: in eval mode too, the output for a sample "
+                "the layer has no running statistics: in eval mode too, the output for a sample "
                 "depends on the rest of its batch",
                 evidence,
-                Fix("track_running_stats=True, or GroupNorm, which needs no batch"),
+                Fix("use track_running_stats=True, or GroupNorm, which needs no batch"),
             )
         elif not layer.is_updating and (layer.training or layer.calls.in_training):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "tracking was switched off: training uses the statistics of the batch, "
-                "evaluation the old running ones",
+                "tracking was switched off: training uses batch statistics, evaluation the old "
+                "running statistics",
                 evidence,
-                Fix("track_running_stats = True, and eval() where the layer should stay frozen"),
+                Fix("set track_running_stats = True, and call eval() on layers to keep frozen"),
             )

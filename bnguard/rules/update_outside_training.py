@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 from bnguard.rules.measurements import distance_of, fits
@@ -94,7 +94,7 @@ class UpdateOutsideTraining(Rule):
     min_batches: int = 4
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Count the calls with batch statistics where no training was."""
+        """Count the calls with batch statistics outside of training."""
         if layer.running is None or not layer.is_updating:
             return
         if layer.calls.in_evaluation > self.max_calls_in_evaluation:
@@ -105,9 +105,9 @@ class UpdateOutsideTraining(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"{layer.calls.without_grad} batches went into the running statistics under "
-                "no_grad without a step of training, and evaluation does not fit them: dummy "
-                "forwards, or a missing eval()",
+                f"{layer.calls.without_grad} batches entered the running statistics under no_grad, "
+                "without a training step, and evaluation does not match them: dummy forwards, or "
+                "a missing eval()",
                 Evidence(
                     "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
                 ),
@@ -122,7 +122,7 @@ class UpdateOutsideTraining(Rule):
             )
 
     def _of_other_data(self, layer: LayerHistory) -> Evidence | None:
-        """Return how far batches under ``no_grad`` are from training, where that did harm."""
+        """Return how far batches under ``no_grad`` are from training; None if without harm."""
         other = layer.without_grad
         if other is None or other.batches < self.min_batches or layer.evaluated is None:
             return None
@@ -152,8 +152,9 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"the layer was in train mode during evaluation: {layer.calls.in_evaluation} "
-            "batches of it went into the running statistics",
+            "the layer was in train mode during evaluation: "
+            f"{counted(layer.calls.in_evaluation, 'batch', 'batches')} of it entered the running "
+            "statistics",
             Evidence(
                 "batches of evaluation in the statistics",
                 layer.calls.in_evaluation,
@@ -166,9 +167,9 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls.between_steps} batches went into the running statistics under "
-            f"no_grad, before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, "
-            "and none came there in eval mode: an evaluation without eval()",
+            f"{layer.calls.between_steps} batches entered the running statistics under no_grad, "
+            f"before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, and none "
+            "in eval mode: an evaluation without eval()",
             Evidence(
                 "batches under no_grad", layer.calls.between_steps, self.max_calls_without_grad
             ),
@@ -182,7 +183,7 @@ class UpdateOutsideTraining(Rule):
         what = (
             "re-estimation, or a missing eval()"
             if other is None
-            else "a missing eval(), since they are unlike the batches of training"
+            else "a missing eval(), since they differ from the training batches"
         )
         steps, after = calls.steps_without_grad, calls.since_training
         if after:
@@ -193,18 +194,19 @@ class UpdateOutsideTraining(Rule):
             when = f"in {steps} of {layer.run.steps} steps" + (
                 f" and {after} of them after the last" if after else ""
             )
-        counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
+        number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
             severity,
-            f"{calls.without_grad} batches went into the statistics under no_grad, {when}: {what}",
-            other or counted,
+            f"{calls.without_grad} batches entered the running statistics under no_grad, {when}: "
+            f"{what}",
+            other or number,
             _EVAL,
-            reasons=() if other is None else (counted,),
+            reasons=() if other is None else (number,),
         )
 
 
 _EVAL = Fix(
-    "model.eval() before evaluation and what else is not training, model.train() after it; for MC "
-    "dropout, the dropout layers alone in train mode"
+    "call model.eval() before evaluation and other forwards without training, model.train() after "
+    "them; for MC dropout, put only the dropout layers in train mode"
 )

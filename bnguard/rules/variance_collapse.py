@@ -76,13 +76,13 @@ class VarianceCollapse(Rule):
     min_batches: int = 8
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold n and the within-batch share of the variance against their limits."""
+        """Compare n and the within-batch share of the variance with their limits."""
         n = layer.typical_values_per_channel
         if n is not None and 1 < n < self.min_values_per_channel:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"batches have {n} values per channel here: normalised, only their order is left",
+                f"batches have {n} values per channel here: normalising leaves only their order",
                 Evidence("values per channel", n, self.min_values_per_channel, is_minimum=True),
                 _FIX,
             )
@@ -99,7 +99,7 @@ class VarianceCollapse(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "the values of a batch are nearly alike here: most of the variance lies between "
+                "the values of a batch are nearly alike here: most of the variance is between "
                 "batches, and normalising removes it",
                 Evidence(
                     "within-batch share of the variance",

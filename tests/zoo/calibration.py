@@ -227,8 +227,8 @@ def initial_statistics_left(history: History) -> float | None:
 
 MEASURES: tuple[tuple[str, str, float | None, Measure], ...] = (
     ("BN103", "momentum", MomentumOutOfRange().max_momentum, momentum),
-    ("BN106", "samples a rank", UnsynchronisedSmallBatch().min_samples, samples),
-    ("BN107", "samples a batch", AccumulationBlind().min_samples, samples),
+    ("BN106", "samples per rank", UnsynchronisedSmallBatch().min_samples, samples),
+    ("BN107", "samples per batch", AccumulationBlind().min_samples, samples),
     (
         "BN201",
         "values per channel",
