@@ -201,7 +201,7 @@ def test_statistics_without_values_are_no_untracked_ones(subject):
     report = bnguard.inspect(subject)
     assert report.findings == ()
     reasons = {skipped.code: skipped.reason for skipped in report.skipped}
-    assert reasons["BN104"] == "the running statistics hold no values yet"
+    assert reasons["BN104"] == "the running statistics have no values yet"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -1,77 +1,60 @@
-"""The rules: one a file, and the explicit tuple of all of them, in the order of their codes."""
+"""The rules, one per file: a new one is its file and its name in the import below."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 from importlib.metadata import EntryPoint, entry_points
 
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
-from bnguard.rules.accumulation_blind import AccumulationBlind
-from bnguard.rules.amplifying_channel import AmplifyingChannel
-from bnguard.rules.base import ExplainedRule, ModelRule, Rule
-from bnguard.rules.batch_of_one import BatchOfOne
-from bnguard.rules.correlated_batches import CorrelatedBatches
-from bnguard.rules.dead_channels import DeadChannels
-from bnguard.rules.double_update import DoubleUpdate
-from bnguard.rules.frozen_but_updating import FrozenButUpdating
-from bnguard.rules.half_precision_overflow import HalfPrecisionOverflow
-from bnguard.rules.hygiene import Hygiene
-from bnguard.rules.input_shift import InputShift
-from bnguard.rules.lost_activation import LostActivation
-from bnguard.rules.low_precision_statistics import LowPrecisionStatistics
-from bnguard.rules.mode_gap import ModesDisagree
-from bnguard.rules.momentum_out_of_range import MomentumOutOfRange
-from bnguard.rules.noisy_batch_statistics import NoisyBatchStatistics
-from bnguard.rules.nonfinite_batch import NonFiniteBatch
-from bnguard.rules.padded_input import PaddedInput
-from bnguard.rules.poisoned_statistics import PoisonedStatistics
-from bnguard.rules.rank_disagreement import RankDisagreement
-from bnguard.rules.several_streams import SeveralStreams
-from bnguard.rules.stale_statistics import StaleStatistics
-from bnguard.rules.statistic_drift import StatisticDrift
-from bnguard.rules.trained_in_eval import TrainedInEval
-from bnguard.rules.unconverged_statistics import UnconvergedStatistics
-from bnguard.rules.unfrozen_by_train import UnfrozenByTrain
-from bnguard.rules.unsynchronised_small_batch import UnsynchronisedSmallBatch
-from bnguard.rules.untracked_statistics import UntrackedStatistics
-from bnguard.rules.update_outside_training import UpdateOutsideTraining
-from bnguard.rules.variance_collapse import VarianceCollapse
-
-RULES: tuple[Rule, ...] = (
-    FrozenButUpdating(),
-    BatchOfOne(),
-    MomentumOutOfRange(),
-    UntrackedStatistics(),
-    LowPrecisionStatistics(),
-    UnsynchronisedSmallBatch(),
-    AccumulationBlind(),
-    LostActivation(),
-    Hygiene(),
-    VarianceCollapse(),
-    NoisyBatchStatistics(),
-    CorrelatedBatches(),
-    DeadChannels(),
-    DoubleUpdate(),
-    UpdateOutsideTraining(),
-    SeveralStreams(),
-    UnfrozenByTrain(),
-    TrainedInEval(),
-    RankDisagreement(),
-    PaddedInput(),
-    StatisticDrift(),
-    ModesDisagree(),
-    UnconvergedStatistics(),
-    StaleStatistics(),
-    InputShift(),
-    NonFiniteBatch(),
-    PoisonedStatistics(),
-    AmplifyingChannel(),
-    HalfPrecisionOverflow(),
+from bnguard.rules import (  # noqa: F401
+    accumulation_blind,
+    amplifying_channel,
+    batch_of_one,
+    correlated_batches,
+    dead_channels,
+    double_update,
+    frozen_but_updating,
+    half_precision_overflow,
+    hygiene,
+    input_shift,
+    lost_activation,
+    low_precision_statistics,
+    mode_gap,
+    momentum_out_of_range,
+    noisy_batch_statistics,
+    nonfinite_batch,
+    padded_input,
+    poisoned_statistics,
+    rank_disagreement,
+    several_streams,
+    stale_statistics,
+    statistic_drift,
+    trained_in_eval,
+    unconverged_statistics,
+    unfrozen_by_train,
+    unsynchronised_small_batch,
+    untracked_statistics,
+    update_outside_training,
+    variance_collapse,
 )
+from bnguard.rules.base import ExplainedRule, ModelRule, Rule
 
+# What the modules imported above define, in the order of the codes.
+RULES: tuple[Rule, ...] = tuple(
+    sorted(
+        (
+            rule()
+            for form in (Rule, ModelRule, ExplainedRule)
+            for rule in form.__subclasses__()
+            if not inspect.isabstract(rule)
+        ),
+        key=lambda rule: rule.code,
+    )
+)
 
 PLUGINS = "bnguard.rules"
 

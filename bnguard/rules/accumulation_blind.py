@@ -6,47 +6,53 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class AccumulationBlind(Rule):
-    """Gradients are accumulated over small batches, which BN still normalises one by one.
+    """Gradients are accumulated over small batches, but BN normalises each of them by itself.
 
     Why it matters:
-        Accumulating over eight batches of 4 gives the optimizer the gradient of 32 samples, but
-        each BN layer only ever sees 4. The noise of small batches stays, and the run is not the
-        one with a batch of 32 that it was meant to imitate.
+        Accumulating over 8 batches of 4 gives the optimizer the gradient of 32 samples, but each BN
+        layer still sees 4. The run does not imitate a batch of 32.
+
+    What you see:
+        Accumulation makes the loss smoother, but not the score better. Validation stays as noisy as
+        with the small batch.
+
+    Example:
+        Lightning with ``Trainer(accumulate_grad_batches=8)``, or the same by hand::
+
+            # Fault: the gradient of 32 samples, the statistics of 4
+            loader = DataLoader(dataset, batch_size=4)
+            # Fix: the batch itself, or a norm that needs none
+            loader = DataLoader(dataset, batch_size=32)
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
+
+    Fix:
+        Enlarge the batch as far as memory goes (activation checkpointing, autocast), or use
+        GroupNorm below some 16 samples; BN202 says which norm for whom. A swap without
+        ``teacher_data`` loses most of what the network knew: train it, and measure it.
+
+    What it does not mean:
+        Accumulation over batches of 8 and more samples is fine, and so is a discriminator that is
+        called several times per step.
 
     Evidence:
-        Samples a call, where the trainer accumulates, or where a layer is called in several
-        forwards before each step; not in networks that train against each other, where a
-        discriminator is called several times.
+        Samples per call, if the trainer accumulates or a layer is called in several forwards before
+        each step.
 
     Limits:
         min_samples: 8, as in BN106.
         min_accumulated_batches: 2.
 
-    Fix:
-        Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
-        use a norm that needs no batch; unlabelled batches teach the swapped network what the old
-        one knew::
-
-            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
-
-    Which norm:
-        GroupNorm below some 16 samples a call. BN202 has the figures of BN, GroupNorm and batch
-        renormalisation (Wu & He, table 2).
-
-    Fix safety:
-        Another norm changes the network, and a swap without ``teacher_data`` most of what it
-        knew: let it learn, then measure it.
-
     References:
-        Wu & He, "Group Normalization" (2018), table 2, error against batch size.
-        Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.3, on the batch of BN.
+        Wu & He, "Group Normalization" (2018), table 2, arXiv:1803.08494.
+        Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 2.3, arXiv:1706.02677.
+        ultralytics/yolov5#1630, accumulation over batches of 4.
     """
 
     code: ClassVar[str] = "BN107"
@@ -57,7 +63,7 @@ class AccumulationBlind(Rule):
     min_accumulated_batches: float = 2.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the samples a call against the limit where gradients are accumulated."""
+        """Compare the samples per call with the limit, if gradients are accumulated."""
         if layer.samples is None or not layer.run.steps:
             yield self._skipped(layer, "no batch has reached the layer in train mode yet")
             return
@@ -67,10 +73,10 @@ class AccumulationBlind(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"gradients of {accumulated:g} batches are accumulated, but each is normalised by "
-            f"its own {layer.samples} sample{'' if layer.samples == 1 else 's'}",
-            Evidence("samples a batch", layer.samples, self.min_samples, is_minimum=True),
-            Fix("enlarge the batch itself, or use GroupNorm, which needs none"),
+            f"gradients accumulate over {accumulated:g} batches, but each is normalised with its "
+            f"own {counted(layer.samples, 'sample')}",
+            Evidence("samples per batch", layer.samples, self.min_samples, is_minimum=True),
+            Fix("enlarge the batch itself, or use GroupNorm, which needs no batch"),
         )
 
 

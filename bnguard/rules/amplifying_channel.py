@@ -16,49 +16,57 @@ from bnguard.rules.measurements import evaluated_too_early, is_known_harmless
 
 @dataclass(frozen=True, kw_only=True)
 class AmplifyingChannel(ModelRule):
-    """A channel is multiplied so much in eval mode that it drowns the others, or overflows.
+    """Eval mode multiplies a channel so much that it drowns the others, or overflows.
 
     Why it matters:
-        In eval mode a channel is multiplied by gamma / sqrt(running variance + eps). Where its
-        variance in training was near zero that is hundreds; a value that differs only a little
-        then drowns all other channels, or overflows in float16. In training the batch itself
-        bounds the result: no normalised value can exceed sqrt(n - 1).
+        In eval mode a channel is multiplied by gamma / sqrt(running variance + eps). If its
+        variance in training was near zero, that is hundreds: a value that differs a little drowns
+        all other channels, or overflows in float16. In training the batch bounds the result: no
+        normalised value exceeds sqrt(n - 1).
+
+    What you see:
+        Evaluation is fine on most samples and absurd on a few, or becomes Inf; training is fine.
+
+    Example:
+        A channel that was constant in training::
+
+            # Fault: 1 / sqrt(0 + 1e-5) = 316
+            layer.running_var[channel] = 0.0
+            # Fix: statistics of data that vary as in evaluation
+            bnguard.recalibrate(model, train_loader)
+            # or take out a channel that is dead in training
+            layer.weight.data[channel] = 0.0
+
+    Fix:
+        Recalibrate, which is measured and can be undone, or remove the channel. A channel that is
+        dead in training (BN204) can be removed without a loss.
+
+    What it does not mean:
+        A large gain alone is not a fault: a channel of small scale that a gamma enlarges is fine,
+        as with a gain of 1,902 in a published MobileNetV2. Before a bounded activation such as
+        ReLU6 no channel can drown others. It is ``info`` if the mode gap shows no harm.
 
     Evidence:
-        The largest |value - running mean|, in running standard deviations, of the newest
-        evaluation, ``info`` where the mode gap was measured and shows no harm, or was not measured
-        and a bounded activation follows. Where it is within
-        its limit, or there was none, as in a checkpoint: the gain. A running variance that is so
-        negative that its root is not a number is an ``error``. A state dict does not hold eps:
-        what is so with PyTorch's 1e-5 and with TensorFlow's 1e-3 is judged, what is so with 1e-5
-        alone is ``info``.
+        The largest |value - running mean| of the newest evaluation, in running standard deviations.
+        If it is within its limit, or there was none, as in a checkpoint: the gain. A negative
+        running variance whose root is not a number is an ``error``. A state dict does not hold eps:
+        a finding that holds with PyTorch's 1e-5 and with TensorFlow's 1e-3 is a ``warning``, one
+        that holds with 1e-5 alone is ``info``.
 
     Limits:
         max_normalised_std: 100 running standard deviations. Healthy runs of the zoo stay below 70,
             a channel that wakes in evaluation reaches 140 to 190.
-        max_gain: 1,000. With eps 1e-5 a gain of 316 times gamma is the most there can be. It
-            counts at channels that were as good as constant in training, whose outputs varied by
-            at most 0.3, as in BN204: a channel of small scale whose gamma makes up for it, as
-            with a gain of 1,902 in a published MobileNetV2, is not enlarged. The dead channels of
-            published networks reach 370 (MobileNetV2, with eps 1e-5) and 75 (EfficientNet-Lite0,
-            with its eps 1e-3). Before a bounded activation, as ReLU6, no channel can drown others.
+        max_gain: 1,000. With eps 1e-5, 316 times gamma is the largest possible gain. It counts for
+            channels that were almost constant in training, with outputs that varied by at most 0.3,
+            as in BN204. Dead channels of published networks reach 370 (MobileNetV2, eps 1e-5) and
+            75 (EfficientNet-Lite0, eps 1e-3).
         max_initial_weight: 0.05, as in BN301, for the values of an evaluation.
 
-    Fix:
-        Estimate the statistics again, on data that vary as those of evaluation do::
-
-            bnguard.recalibrate(model, train_loader)
-
-        or take the channel out: ``layer.weight.data[channel] = 0``.
-
-    Fix safety:
-        Recalibration is measured, and can be undone. A channel that is dead in training (BN204)
-        can be taken out without a loss.
-
     References:
-        Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization"
-            (2020), on the discrepancy between training and inference.
-        Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2.
+        Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization" (2020),
+            on training against inference, arXiv:1906.03548.
+        Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2, arXiv:1502.03167.
+        patrick-kidger/equinox#955, values of 10^9 from a variance of 0.
     """
 
     code: ClassVar[str] = "BN403"
@@ -71,7 +79,7 @@ class AmplifyingChannel(ModelRule):
     max_initial_weight: float = 0.05
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold the normalised values, and the gain, of each layer against their limits."""
+        """Compare the normalised values, and the gain, of each layer with their limits."""
         too_early = evaluated_too_early(history, self.max_initial_weight)
         for layer in history.layers:
             yield from self._judged(layer, too_early.get(layer.name))
@@ -87,8 +95,8 @@ class AmplifyingChannel(ModelRule):
             yield self._finding(
                 layer,
                 Severity.ERROR if is_certain else Severity.INFO,
-                "a running variance is negative: its root is NaN, and with it every evaluation"
-                + ("" if is_certain else f", if eps is {least:g}; it is not stored"),
+                "a running variance is negative, so its root and every evaluation are NaN"
+                + ("" if is_certain else f" if eps is {least:g}; eps is not stored"),
                 Evidence(
                     "smallest variance", float(np.nanmin(layer.running.var)), 0.0, is_minimum=True
                 ),
@@ -103,7 +111,7 @@ class AmplifyingChannel(ModelRule):
             yield self._finding(
                 layer,
                 Severity.INFO if _is_harmless(layer) else Severity.WARNING,
-                "in eval mode a value lies so many running standard deviations from the mean that "
+                "in eval mode a value is so far from the running mean that "
                 + (
                     "it drowns the other channels"
                     if layer.bounded_by is None
@@ -122,7 +130,7 @@ class AmplifyingChannel(ModelRule):
         yield from self._amplified(layer)
 
     def _amplified(self, layer: LayerHistory) -> Iterator[Finding]:
-        """Hold the gain against its limit; where eps is not known, at each eps that is usual."""
+        """Compare the gain with its limit; if eps is unknown, with each usual eps."""
         gains = {eps: _gain(layer, eps) for eps in layer.possible_eps}
         largest = {eps: float(np.max(gain, initial=0.0)) for eps, gain in gains.items()}
         # The larger eps is, the smaller the gain.
@@ -134,7 +142,7 @@ class AmplifyingChannel(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING if is_certain else Severity.INFO,
-            "a channel is multiplied so much in eval mode that a small difference drowns all"
+            "eval mode multiplies a channel so much that a small difference drowns all others"
             + ("" if layer.is_eps_known else f"; eps is not stored, the gain is {each}"),
             Evidence("largest gain", sure if is_certain else likely, self.max_gain),
             _FIX,
@@ -142,14 +150,14 @@ class AmplifyingChannel(ModelRule):
         )
 
 
-_FIX = Fix("take the channel out where it is dead in training; recalibrate if not", "recalibrate")
+_FIX = Fix("recalibrate, or remove the channel if it is dead in training", "recalibrate")
 
-# Outputs that vary by less in training are as good as constant: BN204's limit.
+# Outputs that vary by less in training are almost constant: BN204's limit.
 _CONSTANT_STD = 0.3
 
 
 def _gain(layer: LayerHistory, eps: float) -> np.ndarray:
-    """Return |gamma| / sqrt(running variance + eps), a channel each; 0 where not finite."""
+    """Return |gamma| / sqrt(running variance + eps) per channel; 0 if not finite."""
     assert layer.running is not None
     if layer.gamma is not None and layer.gamma.shape != layer.running.var.shape:
         return np.empty(0)
@@ -161,16 +169,13 @@ def _gain(layer: LayerHistory, eps: float) -> np.ndarray:
 
 
 def _is_harmless(layer: LayerHistory) -> bool:
-    """Return whether the modes agree or, if that is not known, an activation bounds the value."""
+    """Return whether the modes agree or, if that is unknown, an activation bounds the value."""
     is_bounded = layer.run.mode_gap is None and layer.bounded_by is not None
     return is_bounded or is_known_harmless(layer.run)
 
 
 def _can_drown(layer: LayerHistory) -> np.ndarray:
-    """Return which channels are enlarged beyond the others once they differ from training.
-
-    None before a bounded activation, nor those that vary in training as their gamma wants.
-    """
+    """Return which channels can drown others: almost constant, no bounded activation after BN."""
     assert layer.running is not None
     output_std = layer.output_std
     if layer.bounded_by is not None or output_std is None:

@@ -17,6 +17,13 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.measurements import fits
 
+_SILENCE = """\
+Silence:
+    On some layers, by the pattern of their names; or in ``[tool.bnguard]`` of pyproject.toml::
+
+        bnguard.watch(model, per_layer_ignores={{"backbone.*": ["{code}"]}})
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(abc.ABC):
@@ -59,8 +66,8 @@ class Rule(abc.ABC):
 
     @classmethod
     def page(cls) -> str:
-        """Return the page that ``bnguard explain`` shows: the docstring of the rule."""
-        return inspect.cleandoc(cls.__doc__ or "")
+        """Return the page that ``bnguard explain`` shows: the docstring, and how to silence it."""
+        return f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{_SILENCE.format(code=cls.code)}"
 
     def _finding(
         self,

@@ -13,38 +13,44 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOfOne(Rule):
-    """A layer in train mode met a batch with one value per channel, which has no variance.
+    """A batch in train mode has one value per channel, and one value has no variance.
 
     Why it matters:
-        One value minus its own mean is zero: the layer's output is beta, whatever its input.
-        PyTorch refuses such a batch ("Expected more than 1 value per channel when training") and
-        the run ends, often at the last, smaller batch of the first epoch. The message does not
-        name the layer.
+        One value minus its own mean is zero, so the output is beta for every input. PyTorch refuses
+        such a batch, and its message does not name the layer.
 
-    Evidence:
-        The smallest number of values per channel, n = samples times positions, that the layer was
-        asked to normalise in train mode; or that it will be, by what the loader says of its last
-        batch (length of the sampler, that is the share of this rank, batch size, ``drop_last``)
-        and by the positions that a sample had so far. The latter is reported before the epoch
-        reaches the batch, where ``watch`` was given the loader.
+    What you see:
+        "Expected more than 1 value per channel when training", often at the end of the first epoch,
+        when the loader gives its last, smaller batch.
 
-    Limits:
-        min_values_per_channel: The fewest that have a variance: 2.
+    Example:
+        1,025 samples in batches of 8 leave a last batch of 1::
+
+            # Fault
+            loader = DataLoader(dataset, batch_size=8)
+            # Fix
+            loader = DataLoader(dataset, batch_size=8, drop_last=True)
 
     Fix:
-        Leave the last, smaller batch out::
+        Drop the last batch; with a shuffling loader, each epoch drops other samples. If global
+        pooling leaves one position per sample and batches hold one sample, remove that BN layer or
+        use LayerNorm there.
 
-            DataLoader(dataset, batch_size=8, drop_last=True)
+    What it does not mean:
+        Evaluation with one sample is fine: eval mode needs no batch.
 
-        Where positions have shrunk to 1x1 (after global pooling) and the batch is one sample,
-        remove the BN layer there, or put a LayerNorm in its place.
+    Evidence:
+        The smallest n, samples times positions, that the layer normalised in train mode. If
+        ``watch`` knows the loader, also the n of its last batch, before the epoch gets there: from
+        the length of the sampler (the share of this rank), the batch size and ``drop_last``.
 
-    Fix safety:
-        ``drop_last`` leaves out at most one batch an epoch, another one each time when the loader
-        shuffles.
+    Limits:
+        min_values_per_channel: 2, the fewest values that have a variance.
 
     References:
-        PyTorch issue 4534, "nn.BatchNorm1d fails with batch size 1 on the new PyTorch 0.3".
+        pytorch/pytorch#4534, "nn.BatchNorm1d fails with batch size 1 on the new PyTorch 0.3".
+        VainF/DeepLabV3Plus-Pytorch#27, BN after global pooling.
+        facebookresearch/SparseConvNet#190, where such a batch made running_var NaN.
     """
 
     code: ClassVar[str] = "BN102"
@@ -56,7 +62,7 @@ class BatchOfOne(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for the smallest batch that the layer normalised with its own statistics."""
         if layer.training is None:
-            yield self._skipped(layer, "a checkpoint does not say what batches the layer met")
+            yield self._skipped(layer, "a checkpoint does not record batch sizes")
             return
         if not layer.values_per_channel:
             yield self._skipped(layer, "no batch has reached the layer in train mode yet")
@@ -72,13 +78,13 @@ class BatchOfOne(Rule):
             f"a batch in train mode {verb} one value per channel here: it has no variance, and "
             "PyTorch refuses it",
             Evidence("values per channel", smallest, self.min_values_per_channel, is_minimum=True),
-            Fix("DataLoader(..., drop_last=True); no BN where a sample has one position"),
+            Fix("use DataLoader(..., drop_last=True), or no BN at one position per sample"),
             step=layer.batch_of_one_step,
         )
 
 
 def _smallest_to_come(layer: LayerHistory) -> int | None:
-    """Return the values per channel in the smallest batch of the loader; None if not known."""
+    """Return the values per channel in the smallest batch of the loader; None if unknown."""
     samples = layer.run.plan.smallest_batch_size
     n = layer.typical_values_per_channel
     if samples is None or n is None or not layer.samples or layer.calls.most_per_forward > 1:

@@ -17,29 +17,44 @@ from bnguard.rules.measurements import is_harmful, is_lasting
 
 @dataclass(frozen=True, kw_only=True)
 class CorrelatedBatches(ModelRule):
-    """The samples of a batch are more alike than those of different batches.
+    """The samples of one batch are more alike than those of different batches.
 
     Why it matters:
-        Batches sorted by class, grouped by patient or cut from one video are each a world of
-        their own. BN subtracts what its samples share, which may be the very thing to learn; the
-        running statistics describe no batch that ever was; and evaluation, with mixed batches or
-        one sample, is worse than training suggests. Both modes agree on such a batch, so that the
-        mode gap does not show it.
+        Batches sorted by class, grouped by patient or cut from one video each have statistics of
+        their own. BN subtracts what the samples of a batch share, which may be the very thing to
+        learn, and the running statistics describe no batch that ever was.
+
+    What you see:
+        Training looks better than evaluation with mixed batches or single samples. A score per
+        sorted batch is good, the same samples shuffled are not.
+
+    Example:
+        A dataset that lies in folders of classes::
+
+            # Fault
+            loader = DataLoader(dataset, batch_size=64, shuffle=False)
+            # Fix
+            loader = DataLoader(dataset, batch_size=64, shuffle=True)
+
+    Fix:
+        Shuffle what is sorted, or draw each batch from several groups; an ``IterableDataset`` needs
+        a shuffle buffer. If batches have to be grouped (episodes, contrastive pairs), use GroupNorm
+        or batch renormalisation; BN202 says which norm for whom.
+
+    What it does not mean:
+        An augmentation drawn once per batch (brightness, scale) makes batches differ too, mostly
+        without harm. So it is a ``warning`` only if the batches show an order (neighbours are
+        alike, or two kinds take turns), if a mode gap lasts (BN302), or if, at the end of training,
+        evaluation mixes what batches hold one at a time. Otherwise it is ``info``. A missing mode
+        gap does not disprove it: both modes agree on such a batch.
 
     Evidence:
-        The variance between batch means, times the samples of a batch, over the variance between
-        the samples of a batch (the F ratio of an analysis of variance), the median over some
-        numbers of each sample; 1 for independent samples. It is taken at the input of the model,
-        since layers deeper down re-centre each batch. From 16 batches on a slow trend is left out.
-        Where the model is called several times a step, batches are compared with those of the same
-        call in other steps, and the call whose batches differ least counts.
-
-        An augmentation that is drawn once per batch (brightness, scale, a shift) makes batches
-        differ as well, mostly without harm. So the finding is a ``warning`` only if the order of
-        the batches shows (neighbours are more alike than distant batches, or two kinds take turns)
-        or evaluation shows harm: a mode gap that lasts (BN302), or values that vary more than in a
-        batch of training, because it mixes what batches hold one at a time (judged when training
-        ends). Otherwise it is ``info``.
+        The F ratio of an analysis of variance: the variance between batch means, times the samples
+        per batch, over the variance between the samples of a batch, the median over some numbers of
+        each sample; 1 for independent samples. It is measured at the input of the model, since
+        deeper layers re-centre each batch. From 16 batches on a slow trend is left out. If the
+        model is called several times per step, each call is compared with the same call of other
+        steps, and the one whose batches differ least counts.
 
         Runs longer than a window (40 batches of each class) show between windows: half the mean
         squared difference of neighbouring windows, as a share of the variance between samples. A
@@ -47,11 +62,11 @@ class CorrelatedBatches(ModelRule):
         step.
 
     Limits:
-        min_variance_ratio: 2, below which no harm is to be expected.
-        max_excess_std: 5 standard deviations of what K batches of independent samples give,
-            1 + 5 sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. Healthy runs of
-            the zoo stay below 2.8 (95 % of them below 1.2); batches sorted by class have 3.9,
-            batches of one scanner each more than 100.
+        min_variance_ratio: 2, below which it does no harm.
+        max_excess_std: 5 standard deviations of what K batches of independent samples give, 1 + 5
+            sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. Healthy runs of the zoo stay below
+            2.8 (95 % of them below 1.2); batches sorted by class have 3.9, batches of one scanner
+            each more than 100.
         max_neighbour_std: 4 standard deviations of von Neumann's ratio, the change from batch to
             batch over the variance of the batch means, for the principal components of the first
             batches of a run. It is 1 in random order, 0.3 for digits sorted by class, 2 for two
@@ -60,32 +75,19 @@ class CorrelatedBatches(ModelRule):
         min_mixed_share: 0.3, the share of it that evaluation adds to the variance within batches at
             the first BN layer. Scanners that evaluation mixes have 0.45 and more; brightness drawn
             per batch at most 0.07.
-        min_batches: Batches in the window before they are judged: 8.
-        max_between_windows: Share of the variance between samples that lies between windows, the
-            median over numbers of a sample: 0.015, and twice what chance explains. Digits sorted by
-            class have 0.09 and more, shuffled ones 0.
-        max_label_run: Samples of one label in a row, in those of a random order: 4; and a quarter
-            of a batch at least.
-
-    Fix:
-        Shuffle what is sorted, or draw each batch from several groups::
-
-            DataLoader(dataset, batch_size=64, shuffle=True)
-
-        An ``IterableDataset`` needs a shuffle buffer; a sampler of one's own has to mix classes.
-
-    Which norm:
-        GroupNorm; or, to keep running statistics, batch renormalisation, which was made for such
-        batches. BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table
-        2).
-
-    Fix safety:
-        Safe. Where batches have to be grouped (episodes, contrastive pairs), GroupNorm in place
-        of BN takes the dependence away.
+        min_batches: 8 batches in the window before they are judged.
+        max_between_windows: 0.015 of the variance between samples lies between windows, the median
+            over numbers of a sample, and twice what chance explains. Digits sorted by class have
+            0.09 and more, shuffled ones 0.
+        max_label_run: 4 times the samples of one label in a row that a random order has, and at
+            least a quarter of a batch.
 
     References:
-        Ioffe, "Batch Renormalization" (2017), on non-i.i.d. minibatches.
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 6.
+        Ioffe, "Batch Renormalization" (2017), on non-i.i.d. minibatches, arXiv:1702.03275.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 6, arXiv:2105.07576.
+        pytorch/pytorch#4741, where batches of one recording are one of the causes.
+        xuyxu/Deep-Clustering-Network#2 and jiecaoyu/XNOR-Net-PyTorch#38, sorted by class.
+        SimonVandenhende/Multi-Task-Learning-PyTorch#28, one dataset per batch.
     """
 
     code: ClassVar[str] = "BN203"
@@ -115,7 +117,7 @@ class CorrelatedBatches(ModelRule):
                     Severity.WARNING,
                     f"the loader does not shuffle: {plan.label_run:,.0f} samples of one label "
                     "follow each other in the dataset",
-                    Evidence("run of a label over that of a random order", run, self.max_label_run),
+                    Evidence("run of a label, relative to random order", run, self.max_label_run),
                     _SHUFFLE,
                 )
                 return
@@ -151,7 +153,7 @@ class CorrelatedBatches(ModelRule):
             )
 
     def _unlike(self, layer: LayerHistory, inputs: InputWindow, evidence: Evidence) -> Finding:
-        """Return what batches that differ are: in an order, harmful, or augmented as a whole."""
+        """Return why batches differ: an order, groups that do harm, or augmentation per batch."""
         change, gap = inputs.neighbour_change, layer.run.mode_gap
         has_order = inputs.neighbour_excess_std > self.max_neighbour_std
         is_harm = gap is not None and is_harmful(gap) and is_lasting(layer.run)
@@ -177,12 +179,12 @@ class CorrelatedBatches(ModelRule):
         )
 
     def _is_mixed(self, layer: LayerHistory, ratio: float) -> bool:
-        """Return whether evaluation mixes what batches of training hold one at a time.
+        """Return whether evaluation mixes the groups that training batches hold one at a time.
 
-        Then its variance is larger than that within batches, by the variance between them.
+        Then the variance between training batches adds to the variance in evaluation.
         """
         window, seen, samples = layer.window, layer.evaluated, layer.samples
-        # While weights move, the window is too far from the evaluation to tell.
+        # While weights move, the window is too far from the evaluation.
         if window is None or seen is None or not samples or not layer.run.is_settled:
             return False
         if ratio - 1.0 < self.min_between_within * samples:
@@ -192,6 +194,6 @@ class CorrelatedBatches(ModelRule):
         return float(np.median(share)) > self.min_mixed_share
 
 
-_RATIO = "variance of batch means over the expected"
-_SHUFFLE = Fix("DataLoader(..., shuffle=True), or draw each batch from several groups")
+_RATIO = "variance of batch means, relative to independent samples"
+_SHUFFLE = Fix("use DataLoader(..., shuffle=True), or draw each batch from several groups")
 _MIX = Fix("draw each batch from several groups, and the augmentation for each sample")

@@ -17,45 +17,54 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class DeadChannels(Rule):
-    """Channels without any variance reach the layer: their output is beta, whatever the input.
+    """Channels without variance reach the layer, so their output is beta for every input.
 
     Why it matters:
-        A constant channel minus its mean is zero. It carries nothing forward and gets no gradient
-        back: dead ReLUs before BN, a convolution that decayed to zero, an input that is constant.
-        With a variance of zero the layer multiplies by 1/sqrt(eps), some 300, as soon as a value
-        differs (BN403).
+        A constant channel minus its mean is zero: it carries nothing forward and gets no gradient
+        back. Dead ReLUs before BN, a convolution that decayed to zero, or a constant input do this.
+        With variance 0, BN multiplies by 1/sqrt(eps), some 300, once a value differs (BN403).
+
+    What you see:
+        A network that learns less than its size suggests, often after a learning rate that was too
+        high in the first steps. If all channels are dead, the output does not depend on the input.
+
+    Example:
+        An activation before BN::
+
+            # Fault: a dead ReLU gives BN a constant
+            block = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.BatchNorm2d(channels))
+            # Fix: BN first, or an activation that does not die
+            block = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(channels), torch.nn.ReLU())
+
+    Fix:
+        Put BN before the activation, and check the learning rate and the input of the layer before.
+        A changed activation needs training again. Dead channels can be pruned without a loss.
+
+    What it does not mean:
+        Some dead channels are normal, in depthwise layers above all, where weight decay removes
+        what is not needed: ``info``. A large eps, or a small input that a large gamma enlarges, is
+        not a dead channel.
 
     Evidence:
         The share of channels whose variance was at most ``max_var_in_eps`` in every batch of the
-        window; without batches, whose running variance is; and whose gamma does not make up for
-        it. Dead channels are common in healthy networks, depthwise ones above all, where weight
-        decay takes what is not needed to zero: ``info``.
+        window (without batches, whose running variance is), and whose gamma does not make up for
+        it.
 
     Limits:
-        max_var_in_eps: 0.1 of eps, of 1e-5 where eps is larger: 1e-6 as a rule. Below it eps alone
-            sets the scale; above it an eps that was chosen large only damps what does vary.
-        max_output_std: 0.3, the spread of the outputs up to which a channel is dead: what a gamma
-            of 1 makes of the variance above. A published MobileNetV2 has three channels with
-            variances of 5e-8 to 2e-7 and gammas of 3 to 6, whose outputs vary by 0.4 to 0.8.
-        max_dead_share: 0.75 of a layer's channels, beyond which it is a ``warning``. Dead ReLUs
-            before a layer and constant inputs make it 1. Of published networks, a MobileNetV2
-            reaches 0.44 (14 of 32), an EfficientNet-Lite0 0.125; three others have none. Small
-            depthwise networks trained on digits have none with weight decay of up to 0.005, and
-            reach 0.64 with 0.02 on gamma too, at 99 % accuracy.
-
-    Fix:
-        Where an activation feeds the layer, put BN before it, or use one that does not die::
-
-            torch.nn.Sequential(conv, torch.nn.BatchNorm2d(channels), torch.nn.LeakyReLU())
-
-        and look at the learning rate and at what the layer before receives.
-
-    Fix safety:
-        A changed activation means training again. Dead channels can be pruned without a loss.
+        max_var_in_eps: 0.1 of eps, at most of 1e-5, so 1e-6 as a rule. Below it eps alone sets the
+            scale.
+        max_output_std: 0.3, the standard deviation of the outputs up to which a channel is dead. A
+            published MobileNetV2 has three channels with variances of 5e-8 to 2e-7 and gammas of 3
+            to 6, whose outputs vary by 0.4 to 0.8.
+        max_dead_share: 0.75 of the channels, beyond which it is a ``warning``. Dead ReLUs before a
+            layer and constant inputs make it 1. A published MobileNetV2 reaches 0.44, an
+            EfficientNet-Lite0 0.125, three others have none; small depthwise networks reach 0.64
+            with weight decay 0.02 on gamma too, at 99 % accuracy.
 
     References:
-        Lu et al., "Dying ReLU and Initialization: Theory and Numerical Examples" (2019).
-        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.2: BN before the nonlinearity.
+        Lu et al., "Dying ReLU and Initialization" (2019), arXiv:1903.06733.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.2, arXiv:1502.03167.
+        pytorch/pytorch#5410, what BN makes of constant channels.
     """
 
     code: ClassVar[str] = "BN204"
@@ -70,7 +79,7 @@ class DeadChannels(Rule):
         """Count the channels without variance in all batches, or without running variance."""
         var, is_dead = _var(layer), self.dead(layer)
         if var is None or is_dead is None:
-            yield self._skipped(layer, "no variance is known")
+            yield self._skipped(layer, "the variance is unknown")
             return
         if not is_dead.any():
             return
@@ -78,8 +87,8 @@ class DeadChannels(Rule):
         yield self._finding(
             layer,
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
-            f"{is_dead.sum()} of {is_dead.size} channels vary by next to nothing, a variance of "
-            f"{np.abs(var[is_dead]).max():.2g} at most: their output is as good as constant",
+            f"the outputs of {is_dead.sum()} of {is_dead.size} channels are almost constant: their "
+            f"inputs have a variance of at most {np.abs(var[is_dead]).max():.2g}",
             Evidence("dead channels", 100 * share, 100 * self.max_dead_share, "%"),
             _fix(layer),
             channels=tuple(map(int, np.flatnonzero(is_dead))),
@@ -91,13 +100,13 @@ class DeadChannels(Rule):
         if var is None or output_std is None:
             return None
         least = self.max_var_in_eps * min(layer.eps, _USUAL_EPS)
-        # A gamma that is not finite makes up for nothing.
+        # A gamma that is not finite does not compensate.
         is_damped = ~(output_std > self.max_output_std)
         return np.isfinite(var) & (np.abs(var) <= least) & is_damped
 
 
 def _var(layer: LayerHistory) -> FloatArray | None:
-    """Return the largest variance of each channel that was seen; None if none is finite."""
+    """Return the largest variance observed in each channel; None if none is finite."""
     if layer.window is not None:
         var = layer.window.var_max
     elif layer.running is not None:
@@ -114,17 +123,17 @@ _USUAL_EPS = 1e-5
 def _fix(layer: LayerHistory) -> Fix:
     if layer.position == 0:
         return Fix(
-            "look for channels of the data that are constant, or of so small a scale that they "
-            "want standardising; then at what comes before the layer"
+            "check the data for channels that are constant or need standardising, then what comes "
+            "before the layer"
         )
     if layer.fed_by is None:
         return Fix(
-            "look at weights, input and learning rate of the layer before; where an activation "
-            "feeds BN, put BN before it"
+            "check weights, input and learning rate of the layer before; if an activation feeds "
+            "BN, put BN before it"
         )
     if layer.fed_by.startswith(("Conv", "Linear", "Lazy")):
         return Fix(
-            f"look at the weights of the {layer.fed_by} before, which may have decayed to zero, "
-            "and at its input; dead channels can be pruned without a loss"
+            f"check the weights of the {layer.fed_by} before, which may have decayed to zero, and "
+            "its input; dead channels can be pruned without a loss"
         )
-    return Fix("BN before the activation; look at learning rate and input of the layer before")
+    return Fix("put BN before the activation; check learning rate and input of the layer before")

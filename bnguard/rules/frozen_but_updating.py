@@ -17,44 +17,49 @@ from bnguard.rules.measurements import distance_of
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenButUpdating(Rule):
-    """A layer whose parameters are frozen goes on changing its running statistics.
+    """The running statistics of a frozen layer keep changing.
 
     Why it matters:
-        ``requires_grad = False`` stops gamma and beta, not the running statistics: those move
-        with every forward in train mode. A "frozen" backbone drifts to the new data, its features
-        are no longer those it was trained with, and it cannot be shared or compared any more.
+        ``requires_grad = False`` freezes gamma and beta, but not the running statistics: every
+        forward in train mode moves those. A "frozen" backbone drifts to the new data and loses the
+        features that it was trained for.
 
-    Evidence:
-        Updates of the running statistics while every affine parameter of the layer is frozen:
-        ``requires_grad`` is False, or the parameters stand still and are in none of the
-        optimizers that bnguard was given. The message says which, and how far a mean has moved,
-        in σ. Where those optimizers hold no parameter of the model at all (they were built for
-        another, or before its parameters were replaced) it says so, since nothing learns.
-        Of severity ``info`` where every training-mode call ran under ``torch.no_grad``: a teacher
-        network is kept like that on purpose, unless its statistics no longer fit what it is
-        evaluated on; and of a model that has not trained yet, where a
-        frozen layer is in train mode. Layers without affine parameters are not judged.
+    What you see:
+        Fine-tuning looks normal. On the original task the network gets worse from epoch to epoch,
+        and a second head on the same backbone, which nobody touched, fails.
 
-    Limits:
-        max_updates: Updates allowed while frozen; 0, since the first is already a defect.
+    Example:
+        Fine-tuning a head on a frozen backbone::
+
+            # Fault: gamma and beta stop, the running statistics do not.
+            for parameter in backbone.parameters():
+                parameter.requires_grad = False
+            # Fix: after each model.train(), which undoes it.
+            model.train()
+            backbone.eval()
 
     Fix:
-        Put the frozen layers into eval mode, after each call of ``model.train()``, which undoes
-        it::
+        Keep frozen layers in eval mode, or unfreeze gamma and beta too if the statistics should
+        follow the new data. Loading the original weights restores statistics that have already
+        moved.
 
-            for module in backbone.modules():
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+    What it does not mean:
+        Not every layer with frozen gamma and beta is a fault. It is ``info`` if all calls in train
+        mode ran under ``torch.no_grad`` (a teacher) and its statistics still fit evaluation, and
+        before the first training step. Layers without gamma and beta are not judged.
 
-        Where the statistics should follow the new data, unfreeze the affine parameters as well.
+    Evidence:
+        Updates of the running statistics while gamma and beta are frozen: ``requires_grad`` is
+        False, or they do not change and no optimizer that bnguard knows holds them. The message
+        says which, and how far a mean has moved, in σ. If those optimizers hold no parameter of the
+        model at all, because they were built for another one, it says so.
 
-    Fix safety:
-        Safe for a pretrained backbone. From then on training and evaluation use the same, fixed
-        statistics; statistics that have already moved are put back by loading the original
-        weights again.
+    Limits:
+        max_updates: 0 updates, since the first one already changes the layer.
 
     References:
-        PyTorch issue 86590, "Easy way to 'freeze' BatchNorm running_mean/running_var".
+        pytorch/pytorch#86590, "Easy way to 'freeze' BatchNorm running_mean/running_var".
+        Piyush-555/GaussianDistillation#2, a teacher in train mode.
         torchvision.ops.FrozenBatchNorm2d, made for detection backbones.
     """
 
@@ -106,17 +111,16 @@ _FREEZE = "call .eval() on the frozen layers after every model.train()"
 
 
 def _why(layer: LayerHistory) -> tuple[str, Fix]:
-    """Return why gamma and beta do not learn, and what to do about it."""
+    """Return why gamma and beta do not change, and what to do about it."""
     if not layer.is_left_out:
         return "gamma and beta are frozen", Fix(_FREEZE)
     if layer.run.is_optimized is False:
         return (
-            "the optimizer given holds none of this model's parameters, and gamma and beta stand "
-            "still",
-            Fix("build the optimizer from model.parameters() after their last replacement"),
+            "the optimizer holds none of this model's parameters, so gamma and beta do not change",
+            Fix("build the optimizer from model.parameters(), once the model is complete"),
         )
     return (
-        "no optimizer holds gamma and beta, which stand still",
+        "no optimizer holds gamma and beta, so they do not change",
         Fix(f"{_FREEZE}, or give the optimizer their parameters"),
     )
 

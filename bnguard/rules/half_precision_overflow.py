@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import EvalWindow, LayerHistory
 from bnguard.rules.base import Rule
 
@@ -18,37 +18,48 @@ _LARGEST = {"float16": 65504.0}
 
 @dataclass(frozen=True, kw_only=True)
 class HalfPrecisionOverflow(Rule):
-    """Values around a layer come near the end of what float16 can hold.
+    """Values around a layer come near the largest number that float16 can hold.
 
     Why it matters:
-        Under float16 autocast a convolution writes float16, and beyond 65,504 it writes infinity.
-        BN would have brought the values back to 1, but comes too late. In eval mode it comes
-        later still: a channel whose running variance is too small leaves BN enlarged. One
-        infinity makes the rest of the network NaN.
+        Under float16 autocast a convolution writes float16, and beyond 65,504 it writes Inf. BN
+        would scale the values back to 1, but comes too late. In eval mode, a channel whose running
+        variance is too small leaves BN enlarged. One Inf makes the rest of the network NaN.
+
+    What you see:
+        The gradient scaler halves its scale again and again; validation is NaN for some samples
+        under autocast, and fine in float32.
+
+    Example:
+        Autocast to float16::
+
+            # Fault: float16 ends at 65,504
+            with torch.autocast("cuda", dtype=torch.float16):
+                outputs = model(batch)
+            # Fix: bfloat16 reaches as far as float32
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                outputs = model(batch)
+
+    Fix:
+        Use bfloat16, which has three digits instead of four, or keep this part in float32. A
+        convolution with outputs this large needs weight decay, or a smaller learning rate.
+
+    What it does not mean:
+        Small values that round to zero in float16 are another problem, which the gradient scaler
+        solves.
 
     Evidence:
-        Inputs in eval mode as float16: |mean| plus ``reach_std`` standard deviations, the
-        largest over channels, against 65,504; and what leaves, |gamma| times the largest
-        normalised value plus |beta|. Batches that held an infinity already are an ``error``.
+        Inputs in eval mode as float16: |mean| plus ``reach_std`` standard deviations, the largest
+        over channels, against 65,504; and outputs, |gamma| times the largest normalised value plus
+        |beta|. Batches that already contain Inf are an ``error``.
 
     Limits:
         max_used_share: 0.5 of the range; healthy layers use less than 1 %.
         reach_std: 4 standard deviations.
 
-    Fix:
-        Use bfloat16, which reaches as far as float32, or keep the part in float32::
-
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                ...
-
-        A convolution that grew so large wants weight decay, or a smaller learning rate.
-
-    Fix safety:
-        bfloat16 has three digits in place of four; training usually does not notice.
-
     References:
-        Micikevicius et al., "Mixed Precision Training" (2018).
+        Micikevicius et al., "Mixed Precision Training" (2018), section 3, arXiv:1710.03740.
         torch.amp, on autocast and its element types.
+        NVIDIA/apex#238, overflow with convolutions and BN at any loss scale.
     """
 
     code: ClassVar[str] = "BN404"
@@ -59,7 +70,7 @@ class HalfPrecisionOverflow(Rule):
     reach_std: float = 4.0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold inputs and outputs against the range of the element type."""
+        """Compare inputs and outputs with the range of the element type."""
         seen = layer.evaluated
         if seen is None:
             yield self._skipped(layer, "the layer was not seen in eval mode")
@@ -73,11 +84,12 @@ class HalfPrecisionOverflow(Rule):
         yield self._finding(
             layer,
             Severity.ERROR if seen.nonfinite_batches else Severity.WARNING,
-            f"values at the layer reach {used:.0%} of what {seen.dtype} can hold"
+            f"values at the layer reach {used:.0%} of the range of {seen.dtype}"
             if not seen.nonfinite_batches
-            else f"{seen.nonfinite_batches} batches arrived with infinities in {seen.dtype}",
+            else f"{counted(seen.nonfinite_batches, 'batch', 'batches')} of {seen.dtype} inputs "
+            "contained Inf",
             Evidence("share of the range", 100 * used, 100 * self.max_used_share, "%"),
-            Fix("autocast to bfloat16, or keep this part in float32"),
+            Fix("use autocast with bfloat16, or keep this part in float32"),
         )
 
     def _used(self, layer: LayerHistory, seen: EvalWindow) -> float:

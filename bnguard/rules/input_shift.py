@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.findings import Finding, Fix, Severity, Skipped, counted
 from bnguard.layers.distances import log_variance_ratio, shift_std
 from bnguard.observe.history import (
     BatchWindow,
@@ -34,48 +34,58 @@ class InputShift(ModelRule):
     """Evaluation data differ from training data before the first BN layer.
 
     Why it matters:
-        At the first BN layer nothing but the data, and the few layers before it, can differ. A
-        drift that is there already comes from outside: another scaling or channel order, a
-        missing normalisation, colour jitter in training alone, another camera or domain. No
-        momentum and no recalibration on training data mends that.
+        Before the first BN layer only the data and a few layers can differ. A drift there comes
+        from outside: another scaling or channel order, a missing normalisation, colour jitter in
+        training only, another camera or domain. No momentum and no recalibration on training data
+        repairs that.
 
-    Evidence:
-        At the first BN layer, of those that training updates where there are any: the eval moments
-        against the newest batches of training *and* against the running statistics, shift in
-        standard deviations or log-variance ratio, the quantile over channels; the smaller of the
-        two distances counts. Where weights move, both lag behind them: the limits are larger by
-        the distance of the newest batches from the running statistics, or from each other. A
-        variance that is smaller in evaluation counts for nothing if there is dropout
-        before the layer. Not judged if the network in front of it changes from batch to batch, as
-        a supernet does, and the data do not. ``info`` where the mode gap was measured and shows no
-        harm.
+    What you see:
+        Validation is bad from the first epoch on and does not follow the training loss. The
+        training data in eval mode are fine.
 
-    Limits:
-        max_shift_std: 1. Healthy runs of the zoo, those with noise and shifts as augmentation
-            included, stay below 0.62; other preprocessing gives 1.6 to 2.6.
-        max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 1.1.
-        channel_quantile: Share of the channels that has to be within the limits: 0.9.
-        min_values: Values per channel observed in eval mode before they are judged: 256.
-        max_initial_weight: 0.05, as in BN301.
+    Example:
+        Preprocessing in training only::
+
+            def prepare(images):
+                return (images - 0.5) / 0.25
+
+            # Fault
+            outputs = model.train()(prepare(batch))
+            outputs = model.eval()(batch)
+            # Fix: one function for both
+            outputs = model.eval()(prepare(batch))
 
     Fix:
-        Compare one batch of each, and share the preprocessing::
+        Print mean and standard deviation of one batch of each, and share the preprocessing. If the
+        domains really differ, ``bnguard.recalibrate(model, target_loader)`` adapts the network to
+        the new one, and may make it worse on the old one.
 
-            for batch in (next(iter(train_loader)), next(iter(val_loader))):
-                print(batch[0].mean((0, 2, 3)), batch[0].std((0, 2, 3)))
+    What it does not mean:
+        Noise and shifts as augmentation stay within the limits. It is ``info`` if the mode gap was
+        measured and shows no harm. It is not judged if the network before the layer changes from
+        batch to batch, as in a supernet.
 
-        Where the domains differ in earnest, adapt the statistics to the new one, knowingly::
+    Evidence:
+        At the first BN layer that training updates: inputs in eval mode against the newest batches
+        of training *and* against the running statistics, as shift in standard deviations or
+        log-variance ratio, the quantile over channels; the smaller of the two distances counts. If
+        weights move, the limits grow by how much wider the batch means spread over the window than
+        from one batch to the next. After dropout, a smaller variance in evaluation does not count.
 
-            bnguard.recalibrate(model, target_loader)
-
-    Fix safety:
-        Preprocessing that is made equal is safe. Adapting to the evaluation data gives a network
-        for those, which may be worse on the old ones.
+    Limits:
+        max_shift_std: 1. Healthy runs of the zoo, with noise and shifts as augmentation, stay below
+            0.62; other preprocessing gives 1.6 to 2.6.
+        max_log_variance_ratio: 1.25, a factor of 3.5. Healthy runs stay below 1.1.
+        channel_quantile: 0.9 of the channels have to be within the limits.
+        min_values: 256 values per channel in eval mode before they are judged.
+        max_initial_weight: 0.05, as in BN301.
 
     References:
         Schneider et al., "Improving robustness against common corruptions by covariate shift
-            adaptation" (2020).
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5: domains.
+            adaptation" (2020), arXiv:2006.16971.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5, arXiv:2105.07576.
+        bearpaw/pytorch-pose#4, normalisation in training only.
+        Deci-AI/super-gradients#183, other constants for the teacher; xu-ji/IIC#10, distractors.
     """
 
     code: ClassVar[str] = "BN305"
@@ -97,13 +107,15 @@ class InputShift(ModelRule):
         if seen is None or layer.window is None:
             yield self._skipped(layer, "the first layer was not seen in both modes")
         elif layer.calls.are_without_grad:
-            yield self._skipped(layer, "no layer learns, so that there are no training data")
+            yield self._skipped(layer, "no layer is trained, so there are no training data")
         elif jump_of_network(layer) is not None:
-            yield self._skipped(layer, "the network in front of it changes from batch to batch")
+            yield self._skipped(layer, "the network before it changes from batch to batch")
         elif seen.count < self.min_values:
-            yield self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
+            yield self._skipped(
+                layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
+            )
         elif left_when_evaluated(layer, self.max_initial_weight):
-            yield self._skipped(layer, "the running statistics were not settled yet")
+            yield self._skipped(layer, "the running statistics had not settled yet")
         else:
             yield from self._judged(layer, seen)
 
@@ -114,7 +126,7 @@ class InputShift(ModelRule):
     def _judged(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
         window, running = layer.window, seen.running
         assert window is not None
-        # Weights that move let the window lag behind, a small momentum the running statistics.
+        # Moving weights make the window lag behind, a small momentum the running statistics.
         distances = [
             self._limits.distance(seen, window.mean, window.var_unbiased, layer.eps),
             self._limits.distance(seen, running.mean, running.var, layer.eps),
@@ -139,10 +151,10 @@ class InputShift(ModelRule):
         yield self._finding(
             layer,
             Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
-            "evaluation data differ from those of training at the first BN layer already: "
+            "evaluation data differ from training data before the first BN layer: another "
             "preprocessing or domain",
             distance.worst,
-            Fix("compare mean and deviation of a training and an evaluation batch"),
+            Fix("compare mean and standard deviation of a training and an evaluation batch"),
             step=seen.step,
         )
 

@@ -13,38 +13,47 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LostActivation(Rule):
-    """A layer has lost the activation that belongs to it: a conversion has dropped it.
+    """A conversion dropped the activation that belongs to a layer.
 
     Why it matters:
         Some BN classes end in an activation of their own (timm's ``BatchNormAct2d``).
-        ``SyncBatchNorm.convert_sync_batchnorm`` replaces each by a plain ``SyncBatchNorm`` and
-        hangs the children on it, where nothing calls them. The network computes another function,
-        without any warning: pretrained weights give noise, new ones train badly.
+        ``SyncBatchNorm.convert_sync_batchnorm`` replaces them by a plain ``SyncBatchNorm`` and
+        attaches the children, which nothing calls. The network computes another function, without a
+        warning.
+
+    What you see:
+        A pretrained network gives noise right after the conversion; a new one trains badly on
+        several devices, and well on one.
+
+    Example:
+        A network of timm on several devices::
+
+            # Fault
+            converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            # Fix: convert with the library that the class is from
+            converted = timm.layers.convert_sync_batchnorm(model)
+
+    Fix:
+        Convert with the class's own library, or put the activation after the layer:
+        ``Sequential(layer, activation)``. That restores the intended network; one that was trained
+        without its activations has to be trained again.
+
+    What it does not mean:
+        A BN layer without an activation is not a fault. Only a child that nothing calls is, or a
+        plain layer in one block where the same layer of other blocks ends in an activation. If a
+        conversion replaced all of them, nothing shows it.
 
     Evidence:
-        Child modules of a layer whose class is PyTorch's own, which calls no children.
-        ``Identity`` does not count. Or a plain layer where the layers at the same place of other
-        blocks, in class and name, end in an activation: a function of one's own replaced some of
-        them. Where it replaced all, nothing shows it.
+        Child modules, except ``Identity``, of a layer whose class is PyTorch's own and calls no
+        children; and layers at the same place of other blocks, by class and name.
 
     Limits:
         max_idle_children: 0.
 
-    Fix:
-        Convert with the library that the class is from::
-
-            model = timm.layers.convert_sync_batchnorm(model)
-
-        or put the activation after the layer: ``Sequential(layer, activation)``.
-
-    Fix safety:
-        Safe: it restores the network that was meant. One trained without its activations has to
-        be trained again.
-
     References:
-        PyTorch issue 187298, "convert_sync_batchnorm silently drops the activation / extra
+        pytorch/pytorch#187298, "convert_sync_batchnorm silently drops the activation / extra
             behavior of _BatchNorm subclasses".
-        timm issue 1254, "Broken SyncBatchNorm due to BatchNormAct2d".
+        huggingface/pytorch-image-models#1254, "Broken SyncBatchNorm due to BatchNormAct2d".
     """
 
     code: ClassVar[str] = "BN108"
@@ -63,9 +72,9 @@ class LostActivation(Rule):
         yield self._finding(
             layer,
             Severity.ERROR,
-            f"{names} inside the layer is never called: a conversion to {layer.kind} dropped it",
+            f"nothing calls {names} in the layer: a conversion to {layer.kind} dropped it",
             Evidence("idle children", len(layer.idle_children), self.max_idle_children),
-            Fix("convert with the class's own library, as timm.layers.convert_sync_batchnorm"),
+            Fix("convert with the class's own library (timm.layers.convert_sync_batchnorm)"),
         )
 
     def _replaced(self, layer: LayerHistory) -> Finding:
@@ -73,8 +82,8 @@ class LostActivation(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"a plain {layer.kind} where the same layer of other blocks ends in {names}: what "
-            "replaced it dropped that",
+            f"the layer is a plain {layer.kind}, but the same layer of other blocks ends in "
+            f"{names}: its replacement dropped that",
             Evidence("modules missing after BN", len(layer.missing_tail), self.max_idle_children),
-            Fix(f"put Sequential(layer, {layer.missing_tail[-1]}()) in its place"),
+            Fix(f"replace it by Sequential(layer, {layer.missing_tail[-1]}())"),
         )

@@ -10,7 +10,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
-# Distance from 1 to the next number, of the element types that buffers can have.
+# Distance from 1 to the next number, for the element types that buffers can have.
 _ROUNDING_STEPS = {
     "float64": 2.0**-52,
     "float32": 2.0**-23,
@@ -23,37 +23,44 @@ _ROUNDING_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LowPrecisionStatistics(Rule):
-    """Running statistics are kept in so few digits that updates round away.
+    """Running statistics are stored in so few digits that updates round to nothing.
 
     Why it matters:
-        An update adds ``momentum`` times the difference to the batch. In bfloat16, which has
-        three digits, a difference below 4 % of the value is rounded away at momentum 0.1, so that
-        the average stops moving; in float16 a variance above 65,504 becomes infinite. It happens
-        where a whole model is cast (``model.half()``, ``model.bfloat16()``) and then trained;
-        autocast leaves the buffers alone.
+        An update adds ``momentum`` times a difference. bfloat16 has three digits: at momentum 0.1,
+        a difference below 4 % of the value rounds to nothing, so the average stops moving. In
+        float16 a variance above 65,504 becomes infinite.
 
-    Evidence:
-        The rounding step of the buffers' element type, relative to the value. In eval mode, and
-        in a checkpoint, nothing is added any more: ``info`` there.
+    What you see:
+        Training is fine. Validation stops improving early, or becomes NaN, after ``model.half()``
+        or ``model.bfloat16()``.
 
-    Limits:
-        max_rounding_step: 1e-4; float32 has 1.2e-7, float16 1e-3, bfloat16 8e-3.
+    Example:
+        A model cast as a whole::
+
+            # Fault: the running statistics are cast too
+            model.bfloat16()
+            # Fix: autocast leaves BN in float32
+            model.float()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                outputs = model(batch)
 
     Fix:
-        Keep the layers in float32, and use autocast for the rest::
+        Keep the BN layers in float32, and use autocast for the rest. PyTorch's kernels take
+        half-precision inputs with float32 BN parameters on CUDA and under autocast.
 
-            for module in model.modules():
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.float()
+    What it does not mean:
+        Inference in half precision is fine: in eval mode, and in a checkpoint, nothing is added any
+        more (``info``).
 
-    Fix safety:
-        Safe: PyTorch's kernels take half-precision inputs with float32 parameters on CUDA and
-        under autocast.
+    Evidence:
+        The relative rounding step of the element type of the buffers.
+
+    Limits:
+        max_rounding_step: 1e-4. float32 has 1.2e-7, float16 1e-3, bfloat16 8e-3.
 
     References:
-        Micikevicius et al., "Mixed Precision Training" (2018), on statistics computed in
-            float32.
-        torch.amp, on the operations that autocast leaves in float32.
+        Micikevicius et al., "Mixed Precision Training" (2018), section 3.3, arXiv:1710.03740.
+        NVIDIA/apex#144, which keeps BN in single precision for the accuracy of its statistics.
     """
 
     code: ClassVar[str] = "BN105"
@@ -70,15 +77,14 @@ class LowPrecisionStatistics(Rule):
             return
         step = _ROUNDING_STEPS.get(layer.statistics_dtype or "")
         if step is None:
-            yield self._skipped(layer, "the element type of the buffers is not known")
+            yield self._skipped(layer, "the element type of the buffers is unknown")
             return
         if step <= self.max_rounding_step:
             return
         yield self._finding(
             layer,
             Severity.WARNING if layer.training or layer.updates_seen else Severity.INFO,
-            f"the running statistics are {layer.statistics_dtype}: small updates round away, and "
-            "large variances overflow",
+            f"the running statistics are {layer.statistics_dtype}: small updates round to nothing",
             Evidence("rounding step", step, self.max_rounding_step),
             Fix("call .float() on the BN layers, and use autocast for the rest"),
         )

@@ -1,4 +1,4 @@
-"""What several rules measure: drift of the eval moments, and whether the mode gap does harm."""
+"""Measures that several rules share: drift of the eval moments, harm of the mode gap."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from bnguard.observe.history import (
     RunningStatistics,
 )
 
-# Beyond what sampling explains, the two modes are different networks where the outputs change this
-# much, or as much as the second limit where predictions flip. See BN302 for the figures.
+# The modes disagree if, beyond what sampling explains, the outputs change by more than the first
+# limit, or by more than the second while predictions flip. BN302 has the figures.
 MAX_EXCESS_CHANGE = 0.75
 MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
 MAX_FLIPPED_SHARE = 0.12
 SAMPLING_FACTOR = 2.0
 
-# Samples of evaluation below which what sampling explains is not known well enough.
+# Samples of evaluation from which the part that sampling explains is known well enough.
 MIN_GAP_SAMPLES = 16
 
-# Share of the variance between samples that lies between the batches of an evaluation, beyond which
-# those that were looked at do not stand for the rest. See BN301 for the figures.
+# Share of the variance between samples that is between the batches of an evaluation, beyond which
+# the batches that were read do not represent the rest. BN301 has the figures.
 MAX_BETWEEN_SHARE = 0.15
 
-# Shift of a running mean by what is left of the initial mean 0, in σ, from which statistics are not
+# Shift of a running mean by the rest of the initial mean 0, in σ, beyond which statistics have not
 # settled, however little of it is left: the limit of a drift (BN301).
 MAX_INITIAL_SHIFT_STD = 1.0
 
-# Evaluations in a row that show harm before it counts while training goes on.
+# While training goes on, harm counts once this many evaluations in a row show it.
 LASTING_EVALUATIONS = 4
 
 
@@ -92,10 +92,10 @@ def is_known_harmless(run: Run) -> bool:
 
 
 def is_lasting(run: Run) -> bool:
-    """Return whether what evaluation shows now is here to stay.
+    """Return whether harm that evaluation shows lasts.
 
-    While weights move fast the running statistics lag behind, which passes as the learning rate
-    falls: until training ends, only what several evaluations in a row have shown counts.
+    While weights move fast the running statistics lag behind, and catch up as the learning rate
+    falls: until training ends, only harm in several evaluations in a row counts.
     """
     if run.is_settled:
         return True
@@ -110,10 +110,10 @@ def what_is_left(
     weight: float | None,
     max_weight: float,
 ) -> str | None:
-    """Return what these running statistics still hold of the initial ones; None if too little.
+    """Return, in words, what is left of the initial statistics; None if too little.
 
-    A small weight of the initial mean 0 is a large shift where the mean is far from it. A
-    checkpoint does not show that: its statistics may be a plain average, without an initial part.
+    A small weight of the initial mean 0 is a large shift if the mean is far from 0. That is judged
+    in training only: the statistics of a checkpoint may be a plain average without initial part.
     """
     if running is None or not weight:
         return None
@@ -126,7 +126,7 @@ def what_is_left(
 
 
 def left_when_evaluated(layer: LayerHistory, max_weight: float) -> str | None:
-    """Return what was left of the initial statistics in the newest evaluation, as above."""
+    """Return, in words, what was left of the initial statistics in the newest evaluation."""
     if layer.evaluated is None:
         return None
     weight = layer.initial_weight_when_evaluated
@@ -134,10 +134,10 @@ def left_when_evaluated(layer: LayerHistory, max_weight: float) -> str | None:
 
 
 def evaluated_too_early(history: History, max_weight: float) -> dict[str, str]:
-    """Return at which layers the newest evaluation is not to be judged, and why, by name.
+    """Return the layers whose newest evaluation is not judged, by name, with the reason.
 
-    What is left of the initial statistics at a layer goes on to all that are called after it.
-    Where training ended like that, it is judged.
+    A rest of the initial statistics at one layer affects all layers called after it. If training
+    ended like that, they are judged.
     """
     reasons: dict[str, str] = {}
     early: str | None = None
@@ -152,13 +152,13 @@ def evaluated_too_early(history: History, max_weight: float) -> dict[str, str]:
 
 
 def is_representative(seen: EvalWindow) -> bool:
-    """Return whether the batches of an evaluation are alike, so that some stand for all."""
+    """Return whether the batches of an evaluation are alike, so that some represent all."""
     return not seen.between_share > MAX_BETWEEN_SHARE
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far eval moments lie from a mean and a variance, a value per channel, and the limits.
+    """How far eval moments are from a mean and a variance, per channel, and the limits.
 
     Attributes:
         shift: |shift| of the mean, in standard deviations.
@@ -190,12 +190,12 @@ class Distance:
 
     @property
     def worst(self) -> Evidence | None:
-        """The one of the two that lies furthest beyond its limit; None if none is finite."""
+        """The one that is larger relative to its limit; None if none is finite."""
         return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)
 
     @property
     def excess(self) -> float:
-        """The worst in its limits; 0 where nothing is finite."""
+        """The worst relative to its limit; 0 if nothing is finite."""
         return 0.0 if self.worst is None else self.worst.value / self.worst.limit
 
     @property
@@ -213,10 +213,10 @@ class Distance:
 
 
 def is_sampling(seen: EvalWindow, distance: Distance, var: FloatArray, eps: float) -> bool:
-    """Return whether a distance may be due to which batches were looked at.
+    """Return whether a distance may come from the choice of batches that were read.
 
-    It may where the evaluation is sorted, and the mean is no further off than twice the spread
-    between its batches: what was not looked at may lie as far on the other side.
+    It may if the evaluation is sorted and the mean is off by at most twice the spread between its
+    batches: the other batches may be as far off on the other side.
     """
     if is_representative(seen) or seen.var_between is None:
         return False
@@ -229,29 +229,29 @@ def is_sampling(seen: EvalWindow, distance: Distance, var: FloatArray, eps: floa
 
 @dataclass(frozen=True)
 class DriftLimits:
-    """Beyond which distance eval moments have drifted: see :class:`Distance`."""
+    """The distance beyond which eval moments have drifted: see :class:`Distance`."""
 
     max_shift: float
     max_ratio: float
     quantile: float
 
     def distance(self, seen: EvalWindow, mean: FloatArray, var: FloatArray, eps: float) -> Distance:
-        """Return how far what arrived in eval mode lies from a mean and a variance."""
+        """Return how far the inputs in eval mode are from a mean and a variance."""
         shift, ratio = drift(seen, mean, var, eps)
         return Distance(shift, ratio, self.max_shift, self.max_ratio, self.quantile)
 
 
-# What BN301 holds layers against.
+# The limits of BN301.
 DRIFT_LIMITS = DriftLimits(max_shift=1.0, max_ratio=1.5, quantile=0.9)
 
 
-# Share of the limits of a drift up to which statistics fit; a gap between the modes may add up from
-# layers that are each within the limits.
+# Share of these limits up to which statistics fit: a mode gap may add up from layers that are each
+# within the limits.
 FITTING_SHARE = 0.3
 
 
 def distance_of(layer: LayerHistory) -> Distance | None:
-    """Return how far what arrived in the newest evaluation is from the running statistics then."""
+    """Return how far the inputs of the newest evaluation are from the statistics that it used."""
     if layer.evaluated is None:
         return None
     running = layer.evaluated.running
@@ -259,21 +259,21 @@ def distance_of(layer: LayerHistory) -> Distance | None:
 
 
 def fits(layer: LayerHistory) -> bool:
-    """Return whether what arrived in the newest evaluation is what the statistics say."""
+    """Return whether the inputs of the newest evaluation match the running statistics."""
     if layer.evaluated is None or layer.evaluated.running.bad_channels:
         return False
     distance = distance_of(layer)
     return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
 
 
-# The network in front of a layer changes from batch to batch where batch means jump by more than
-# this many sampling errors, and the data vary by no more than this variance ratio (BN203).
+# The network before a layer changes from batch to batch if batch means jump by more than this many
+# sampling errors while the data vary by at most this variance ratio (BN203).
 _JUMP_FACTOR = 3.0
 _MAX_INPUT_RATIO = 2.0
 
 
 def jump_of_network(layer: LayerHistory) -> float | None:
-    """Return how far batch means jump, in σ, where the network causes it and not the data."""
+    """Return how far batch means jump, in σ, if the network causes it and not the data."""
     window, inputs = layer.window, layer.run.inputs
     if window is None or inputs is None or not layer.samples:
         return None

@@ -25,52 +25,61 @@ from bnguard.rules.measurements import (
 
 @dataclass(frozen=True, kw_only=True)
 class ModesDisagree(ExplainedRule):
-    """The two modes give different answers for the same batch.
+    """Running and batch statistics give different answers for the same batch.
 
     Why it matters:
-        Only BN differs between the two runs, so that the whole gap is its doing: what was trained
-        is not what is evaluated. This is harm measured at the output, where a distribution test
-        at a layer (BN301) only suspects it. The cause, where a rule found one, comes first.
+        Only BN differs between the two runs, so BN makes the whole gap: the network that was
+        trained is not the one that is evaluated. This is harm measured at the output, where a drift
+        at a layer (BN301) only suspects it.
+
+    What you see:
+        The training loss is good, validation is not, and in train mode the same validation samples
+        are predicted well.
+
+    Example:
+        One batch, two answers::
+
+            # Fault
+            trained = model.train()(batch)
+            evaluated = model.eval()(batch)
+            # Fix, if the cause is in the running statistics
+            bnguard.recalibrate(model, train_loader)
+
+    Fix:
+        Remove the cause that the finding names. If it is in the running statistics, recalibrate,
+        which measures how much it helps, changes nothing else, and can be undone.
+
+    What it does not mean:
+        No gap does not mean that all is well: with sorted batches both modes agree. It is ``info``
+        if no layer was trained; while training goes on, until four evaluations in a row show it, or
+        if few predictions flip; and if the evaluation is sorted (BN301) and no drift was found.
 
     Evidence:
         The first batches of the newest evaluation that hold 32 samples together run twice, with
-        running and with batch statistics, everything else in eval mode, as are layers that training
-        called in eval mode too. Two numbers count. The root mean square change of the outputs, in
-        their standard deviations, without the part that sampling explains (twice the change
-        between the statistics of half the batch and of the whole). And, for class scores, the
-        share of predictions that flip; if many do, a smaller change is harm already. A flip counts
-        if one of the modes finds the two classes more than 0.05 of probability apart.
+        running and with batch statistics; everything else is in eval mode, as are layers that
+        training called in eval mode too. Two numbers count: the root mean square change of the
+        outputs, in their standard deviations, minus what sampling explains (twice the change
+        between the statistics of half the batch and of the whole); and, for class scores, the share
+        of predictions that flip. A flip counts if one mode finds the two classes more than 0.05 of
+        probability apart. If many flip, a smaller change is harm already.
 
-        Fewer samples, or rows that are not independent samples (nodes of graphs, packed
-        sequences), are not judged, since the part of sampling is unknown. It is ``info`` if no
-        layer was trained; while training goes on, until four evaluations in a row show it, or if
-        few predictions flip; and if the evaluation is sorted (BN301) and no drift was found. The
-        cause is that of the layer
-        that fits worst.
+        Fewer samples, or rows that are not independent samples (nodes of graphs, packed sequences),
+        are not judged, since the part of sampling is unknown. The cause is that of the layer that
+        fits worst.
 
     Limits:
         max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
-            zoo stay below 0.21; beyond 0.75 are only those frozen on other data (``info``). Faults
-            reach 0.6 to 1.2.
-        max_excess_change_with_flips: 0.3, where more predictions flip than the next limit says.
+            zoo stay below 0.21; only networks frozen on other data are beyond 0.75 (``info``).
+            Faults reach 0.6 to 1.2.
+        max_excess_change_with_flips: 0.3, if more predictions flip than the next limit allows.
         max_flipped_share: 0.12 of the predictions. Healthy runs stay below 0.11.
-        max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
-            left, or the initial mean still shifted a channel by 1 σ, is not judged, unless training
-            ended like that.
-
-    Fix:
-        Mend the cause that the finding names; where it is in the average, recalibrate, which says
-        by how much it helps::
-
-            bnguard.recalibrate(model, train_loader)
-
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone.
+        max_initial_weight: 0.05. An evaluation with more of the initial statistics left, or an
+            initial mean that still shifted a channel by 1 σ, is not judged, unless training ended
+            like that.
 
     References:
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 4: inconsistency between
-            training and testing.
-        PyTorch issue 4741, "Using model.eval() with batchnorm gives high error".
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 4, arXiv:2105.07576.
+        pytorch/pytorch#4741, "Using model.eval() with batchnorm gives high error".
     """
 
     code: ClassVar[str] = "BN302"
@@ -82,7 +91,7 @@ class ModesDisagree(ExplainedRule):
     max_initial_weight: float = 0.05
 
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
-        """Hold the gap between the modes against both limits."""
+        """Compare the gap between the modes with both limits."""
         run = history.run
         gap = run.mode_gap
         if gap is None:
@@ -106,9 +115,9 @@ class ModesDisagree(ExplainedRule):
 
     def _found(self, history: History, gap: ModeGap, found: Finding | None) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
-        # Where it is a drift alone (BN301), what speaks for its cause speaks for this one.
+        # If only a drift (BN301) was found, its cause is the cause of the gap.
         cause = cause_of_gap(history) if found is None or found.reasons else Cause.of(found)
-        # A drift that was found does not depend on which batches were looked at.
+        # A drift that was found does not depend on which batches were read.
         doubt = doubt_of_gap(history, cause) if found is None else None
         cause = doubt or cause
         excess = excess_change(gap)
@@ -139,13 +148,13 @@ def _why_unknown(gap: ModeGap) -> str:
     change = f"the modes differ by {gap.relative_change:.3g} σ"
     if not gap.samples:
         return (
-            f"{change}, and the rows of the inputs are not independent samples (as in graphs or "
-            "packed sequences), so the part that sampling explains is unknown"
+            f"{change}, but how much of it sampling explains is unknown: the rows of the inputs "
+            "are not independent samples (graphs, packed sequences)"
         )
     return (
-        f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to tell the part "
-        "that sampling explains"
+        f"{change} on {counted(gap.samples, 'sample')} of evaluation, too few to know how much of "
+        "it sampling explains"
     )
 
 
-_FIX = Fix("recalibrate, which says by how much it helps", "recalibrate")
+_FIX = Fix("recalibrate, which measures how much it helps", "recalibrate")

@@ -14,40 +14,49 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumOutOfRange(Rule):
-    """Momentum keeps only the last batches, or keeps nothing of any batch.
+    """Momentum keeps only the newest batches in the running statistics, or none of them.
 
     Why it matters:
-        PyTorch's ``momentum`` is the weight of the *new* batch; in Keras and TensorFlow it is
-        that of the old average. A 0.99 that was taken over from there keeps 1 % of everything
-        before the last batch: evaluation is then as noisy as a single batch. With 0 the running
-        statistics never move, and eval mode uses what they were at the start.
+        ``momentum`` is the weight of the *new* batch in PyTorch, but of the old average in Keras
+        and TensorFlow. A 0.99 copied from there keeps 1 % of everything before the last batch. With
+        0 the running statistics never move.
 
-    Evidence:
-        ``momentum`` of a layer that updates its statistics. A layer in eval mode throughout the
-        training does not use it, and is not judged; a checkpoint does not hold it. A momentum of 0
-        next to statistics that were estimated or loaded is ``info`` before any training.
+    What you see:
+        Training is fine, since it does not use running statistics. Validation jumps from epoch to
+        epoch as if it ran on single batches (momentum near 1), or is as bad as before training
+        (momentum 0).
 
-    Limits:
-        max_momentum: 0.5, at which the last batch alone has half of all the weight; PyTorch's
-            default is 0.1, and published models lie between 0.001 and 0.3.
-        min_momentum: 1e-12, the smallest that updates at all; what is too small for the length of
-            the training is BN303's to say.
+    Example:
+        A layer ported from Keras, where it has ``momentum=0.99``::
+
+            # Fault
+            layer = torch.nn.BatchNorm2d(channels, momentum=0.99)
+            # Fix: 1 - the value of Keras
+            layer = torch.nn.BatchNorm2d(channels, momentum=0.01)
 
     Fix:
-        Say it in PyTorch's convention, 1 - the Keras value::
+        Use PyTorch's convention, and recalibrate networks that are already trained. Training itself
+        does not change.
 
-            torch.nn.BatchNorm2d(channels, momentum=0.01)    # Keras: momentum=0.99
+    What it does not mean:
+        A small momentum such as 0.001 is not out of range; BN303 says if the run is too short for
+        it. A layer that is in eval mode for the whole training does not use momentum, and is not
+        judged. Momentum 0 next to estimated or loaded statistics is ``info`` before any training.
 
-        and estimate the statistics of a trained network again::
+    Evidence:
+        ``momentum`` of a layer that updates its statistics. A checkpoint does not hold it.
 
-            bnguard.recalibrate(model, train_loader)
-
-    Fix safety:
-        Safe: training uses the statistics of each batch, and does not change.
+    Limits:
+        max_momentum: 0.5, where the last batch alone has half of the weight. PyTorch's default is
+            0.1, published models use 0.001 to 0.3.
+        min_momentum: 1e-12, the smallest that has any effect.
 
     References:
-        torch.nn.BatchNorm2d, the note that ``momentum`` is not the conventional one.
-        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, on inference.
+        torch.nn.BatchNorm2d, the note on ``momentum``.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
+        kazuto1011/deeplab-pytorch#79, pytorch/vision#8250 and r9y9/tacotron_pytorch#19, copied
+            values.
+        Cadene/pretrained-models.pytorch#5, momentum 0 in pretrained layers.
     """
 
     code: ClassVar[str] = "BN103"
@@ -60,7 +69,7 @@ class MomentumOutOfRange(Rule):
     min_momentum: float = 1e-12
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold momentum against both limits."""
+        """Compare momentum with both limits."""
         momentum = layer.momentum
         if not layer.is_momentum_known:
             yield self._skipped(layer, "a checkpoint does not hold momentum")
@@ -76,22 +85,24 @@ class MomentumOutOfRange(Rule):
             yield self._finding(
                 layer,
                 Severity.ERROR if is_initial else severity,
-                "momentum is 0, so that the running statistics never move"
+                "momentum is 0, so the running statistics never change"
                 + (": eval mode uses mean 0 and variance 1" if is_initial else ""),
                 Evidence("momentum", momentum, self.min_momentum, is_minimum=True),
-                Fix("momentum=0.1, or eval() on layers whose statistics should stay"),
+                Fix("use momentum=0.1, or eval() for layers whose statistics should not change"),
             )
         elif momentum >= self.max_momentum:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"momentum {momentum:g} is the weight of the newest batch: what came before the "
-                "last few is forgotten",
+                f"momentum {momentum:g} is the weight of the newest batch: the running statistics "
+                "forget all but the last few batches",
                 Evidence("momentum", momentum, self.max_momentum),
-                Fix(f"momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"),
+                Fix(
+                    f"use momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"
+                ),
             )
 
     def _proposed(self, momentum: float) -> float:
-        """Return what Keras means by this momentum, or the default where that is too large too."""
+        """Return what Keras means by this momentum, or the default if that is too large too."""
         converted = max(1.0 - momentum, 0.001)
         return converted if converted < self.max_momentum else DEFAULT_MOMENTUM

@@ -8,64 +8,74 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyBatchStatistics(Rule):
-    """The statistics jump from batch to batch: too few values to estimate them from.
+    """The batch statistics jump from batch to batch: they come from too few values.
 
     Why it matters:
-        A little noise regularises. Where the mean that is subtracted is off by half a standard
-        deviation each time, training optimises another function at every step, and the function
-        of evaluation is none of them. The running statistics, an average of few such batches, are
-        noisy too.
+        A little noise regularises. But if the mean that BN subtracts is off by half a standard
+        deviation each time, every step optimises another function, and evaluation uses none of
+        them. The running statistics, an average of few such batches, are noisy too.
 
-    Evidence:
-        The standard deviation of the batch means in standard deviations of the values, the median
-        over channels, from successive differences, which slow drift of the weights does not enter.
-        Independent values give 1/sqrt(n); where the positions of a sample are alike, it is up to
-        1/sqrt(samples). A harmless mode gap does not lower it: it is measured on one batch of
-        evaluation, which is larger, and not on those of training.
+    What you see:
+        A loss that stays noisy at any learning rate, a validation score that jumps between epochs,
+        and a clearly better run with a larger batch.
 
-    Limits:
-        max_noise_std: 0.42. Independent samples give up to 0.35 at 8 a batch, and 0.5 at 4. The
-            healthy runs of the zoo stay below 0.39, batches of four lie at 0.45 to 0.47.
-        min_batches: Batches in the window before they are judged: 8.
-        max_samples: 7. Batches of more samples are not small: what jumps there is the data (BN203)
-            or the weights.
+    Example:
+        Images so large that a device holds two::
+
+            # Fault
+            loader = DataLoader(dataset, batch_size=2, shuffle=True)
+            # Fix: a larger batch, a norm that needs none, or shared statistics
+            loader = DataLoader(dataset, batch_size=32, shuffle=True)
+            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     Fix:
-        Enlarge the batch, share the statistics between devices, or use a norm without batch::
-
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
-
-        A smaller ``momentum`` and a recalibration help eval mode alone.
+        Enlarge the batch, share statistics between devices, or use another norm. A smaller
+        ``momentum`` and a recalibration help eval mode only. A swap without ``teacher_data`` loses
+        most of what the network knew: train it, and measure it.
 
     Which norm:
-        Error of a ResNet-50 on ImageNet at 32, 16, 8, 4 and 2 samples a device: 23.6, 23.7, 24.8,
-        27.3 and 34.7 % with BN, 24.1, 24.2, 24.0, 24.2 and 24.1 % with GroupNorm of 32 groups (Wu
-        & He, table 2). So: BN from some 16 samples on; GroupNorm below; SyncBatchNorm where the
-        devices together have 16, at the cost of an exchange a layer. An Inception-v3 with batches
-        of 4 had 74.2 % accuracy with BN and 76.5 % with batch renormalisation (Ioffe 2017, section
-        4.2), which keeps running statistics. InstanceNorm is for style and contrast that should
-        not count, LayerNorm for sequences. BN alone can be folded into the convolution before it
-        when deployed; the others cost their own pass over the values there. A detector fine-tuned
-        at 2 images a device gains 1.5 points of box AP from GroupNorm over frozen BN, for up to
-        13 % more time and 22 % more memory (Detectron).
+        Error of a ResNet-50 on ImageNet at 32, 16, 8, 4 and 2 samples per device: 23.6, 23.7, 24.8,
+        27.3 and 34.7 % with BN; 24.1, 24.2, 24.0, 24.2 and 24.1 % with GroupNorm of 32 groups (Wu &
+        He, table 2). So: BN from some 16 samples on, GroupNorm below, SyncBatchNorm if the devices
+        together have 16, at the cost of one exchange per layer.
 
-    Fix safety:
-        Another norm changes the network, and a swap without ``teacher_data`` most of what it
-        knew: let it learn, then measure it.
+        Batch renormalisation keeps running statistics: an Inception-v3 with batches of 4 reached
+        76.5 % accuracy with it and 74.2 % with BN (Ioffe 2017, section 4.2). InstanceNorm suits
+        tasks where contrast should not count, LayerNorm suits sequences. Only BN can be folded into
+        the convolution before it for deployment. A detector fine-tuned with 2 images per device
+        gains 1.5 points of box AP from GroupNorm over frozen BN, for up to 13 % more time and 22 %
+        more memory (Detectron).
+
+    What it does not mean:
+        It does not say that the network cannot learn: many networks train with noisy statistics,
+        and lose some points. A harmless mode gap (BN302) does not disprove it, since it is measured
+        on a larger batch of evaluation.
+
+    Evidence:
+        The standard deviation of the batch means, in standard deviations of the values, the median
+        over channels, from successive differences. Independent values give 1/sqrt(n); if the
+        positions of a sample are alike, up to 1/sqrt(samples).
+
+    Limits:
+        max_noise_std: 0.42. Independent samples give at most 0.35 at 8 per batch, and 0.5 at 4.
+            Healthy runs of the zoo stay below 0.39, batches of four have 0.45 to 0.47.
+        min_batches: 8 batches in the window before they are judged.
+        max_samples: 7 samples. In larger batches the data (BN203) or the weights jump.
 
     References:
-        Wu & He, "Group Normalization" (2018), table 2, error against batch size.
+        Wu & He, "Group Normalization" (2018), table 2, arXiv:1803.08494.
+        Ioffe, "Batch Renormalization" (2017), section 3, arXiv:1702.03275.
         Detectron, projects/GN (2018): Mask R-CNN, R-50-FPN, 2x schedule.
-        Ioffe, "Batch Renormalization" (2017), section 3.
         von Neumann et al., "The mean square successive difference" (1941).
+        uci-cbcl/UFold#18 and BCV-Uniandes/DMS#30, one sample per batch.
     """
 
     code: ClassVar[str] = "BN202"
@@ -77,7 +87,7 @@ class NoisyBatchStatistics(Rule):
     max_samples: int = 7
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the spread of the batch means against the limit."""
+        """Compare the spread of the batch means with the limit."""
         if layer.window is None or layer.samples is None:
             yield self._skipped(layer, "no batch statistics were observed")
             return
@@ -92,8 +102,8 @@ class NoisyBatchStatistics(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"batches of {layer.samples} samples give a mean that jumps by {spread:.2f} σ from "
-            "one to the next",
+            f"the mean of a batch of {counted(layer.samples, 'sample')} jumps by {spread:.2f} σ "
+            "from batch to batch",
             Evidence("spread of the batch means", spread, self.max_noise_std, "σ"),
-            Fix("enlarge or synchronise the batches, or use GroupNorm here"),
+            Fix("enlarge or synchronise the batches, or use GroupNorm"),
         )

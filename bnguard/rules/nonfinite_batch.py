@@ -14,39 +14,50 @@ from bnguard.rules.base import ModelRule
 
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteBatch(ModelRule):
-    """A NaN or an Inf came through the network; this is where it began.
+    """A NaN or Inf passed through the network, and this is where it began.
 
     Why it matters:
-        The loss shows that something was not finite, many layers and steps later. Whether it was
-        the data, one layer's weights or an overflow decides what has to be mended, and the first
-        layer that saw it tells.
+        The loss shows it many layers and steps later. Whether the data, the weights of one layer or
+        an overflow made it decides what to repair, and the first layer that saw it tells.
+
+    What you see:
+        The loss is NaN from some step on, or for one step with a gradient scaler; or validation is
+        NaN although training goes on (BN402).
+
+    Example:
+        Features with a logarithm::
+
+            # Fault: log(0) is -Inf
+            features = torch.log(batch.clamp(min=0.0))
+            # Fix: keep it finite, and check once
+            features = torch.log(batch.clamp(min=1e-6))
+            assert torch.isfinite(features).all()
+
+    Fix:
+        Check what comes before the layer named, or the data if it is the first. An overflow in
+        float16 needs a smaller learning rate, or bfloat16. Until then, ``bnguard.watch(model,
+        restore_poisoned=True)`` keeps the statistics clean.
+
+    What it does not mean:
+        A few bad batches do not ruin a run if they are skipped and the statistics are restored. A
+        gradient that is not finite, with finite activations, is not seen here: use
+        ``torch.autograd.set_detect_anomaly``.
 
     Evidence:
-        The first layer, in the order of the forward, whose statistics were not finite, in the
-        first step in which one was; whether the model's input of that step was finite; and, where
-        a bad batch came again, the module that turned finite input into one that is not. In
-        evaluation: the batches that held NaN or Inf.
+        The first layer, in the order of the forward, whose statistics were not finite, in the first
+        step in which one was; whether the model's input of that step was finite; and, if a bad
+        batch came again, the module that turned finite input into NaN or Inf. In evaluation, the
+        batches that contained NaN or Inf.
 
     Limits:
         max_bad_batches: 0.
-        max_normalised_std: 100, as in BN403: where a layer before enlarged a value so much, the
-            infinity is the end of that.
-
-    Fix:
-        Look at what comes before the layer named; where it is the first, at the data::
-
-            assert torch.isfinite(batch).all(), batch_index
-
-        An overflow in float16 needs a smaller learning rate, or bfloat16. Keep the statistics
-        clean meanwhile: ``bnguard.watch(model, restore_poisoned=True)``.
-
-    Fix safety:
-        Skipping bad batches is safe where they are few; where they are many, they are the fault.
+        max_normalised_std: 100, as in BN403: if an earlier layer enlarged a value that much, Inf is
+            the end of that.
 
     References:
-        PyTorch issue 88474, "Mixed precision training fails due to NaN in batch norm
+        pytorch/pytorch#88474, "Mixed precision training fails due to NaN in batch norm
             running_mean".
-        torch.autograd.set_detect_anomaly, for a NaN that begins in the backward.
+        Micikevicius et al., "Mixed Precision Training" (2018), section 3.2, arXiv:1710.03740.
     """
 
     code: ClassVar[str] = "BN401"
@@ -57,7 +68,7 @@ class NonFiniteBatch(ModelRule):
     max_normalised_std: float = 100.0
 
     def has_done_harm(self, layer: LayerHistory) -> bool:
-        """Return whether an evaluation met what was not finite."""
+        """Return whether an evaluation contained NaN or Inf."""
         seen = layer.evaluated
         return seen is None or seen.nonfinite_batches > 0 or bool(seen.running.bad_channels)
 
@@ -80,7 +91,7 @@ class NonFiniteBatch(ModelRule):
         where, fix = _origin(layer, layers)
         is_alive = all(other.has_finite_affine for other in layers)
         if layer.run.bad_input_step == layer.poisoned_step:
-            # Weights that are not finite later are what this batch made of them.
+            # Weights that are not finite later became so in this batch.
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
         elif layer.run.origin is not None and not _is_aftermath(layer, layers):
             where, fix = _seen_again(layer.run.origin, is_first=layer is layers[0])
@@ -90,7 +101,7 @@ class NonFiniteBatch(ModelRule):
         return self._finding(
             layer,
             Severity.ERROR,
-            f"a batch of training was NaN or infinite here first: {where}",
+            f"a training batch contained NaN or Inf, first at this layer: {where}",
             Evidence("batches not finite", 1, self.max_bad_batches),
             fix,
             channels=() if layer.running is None else layer.running.bad_channels,
@@ -104,12 +115,12 @@ class NonFiniteBatch(ModelRule):
         finding = self._finding(
             layer,
             Severity.ERROR,
-            f"batches of evaluation are NaN or infinite here first: {where}",
+            f"evaluation batches contain NaN or Inf, first at this layer: {where}",
             Evidence("batches not finite", batches, self.max_bad_batches),
             fix,
             step=None if layer.evaluated is None else layer.evaluated.step,
         )
-        # Finite values that each layer enlarges end in infinity.
+        # Finite values that each layer enlarges end as Inf.
         before = layers[: layers.index(layer)]
         is_amplified = any(
             one.evaluated is not None
@@ -120,23 +131,23 @@ class NonFiniteBatch(ModelRule):
 
 
 _IN_THE_DATA = (
-    "the model was given it: it is in the data",
-    Fix("check the data for NaN and Inf, and skip the batches that hold one"),
+    "the model's input already did",
+    Fix("check the data for NaN and Inf, and skip the batches that contain one"),
 )
 _IN_THE_DATA_AND_LEARNT = (
-    "the model was given it: it is in the data; the weights are not finite since",
-    Fix("go back to a checkpoint whose weights are finite, and skip batches that hold NaN or Inf"),
+    "the model's input already did; the weights are not finite since",
+    Fix("go back to a checkpoint whose weights are finite, and skip batches with NaN or Inf"),
 )
 
 
-_MAKERS = "an overflow, a division, a logarithm, weights that a learning rate has blown up"
+_MAKERS = "an overflow, a division, a logarithm, or weights that diverged"
 
 
 def _is_aftermath(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> bool:
-    """Return whether the weights found not finite are what the first bad batch made of them.
+    """Return whether the first bad batch made the weights not finite, instead of being their work.
 
-    They were finite in that batch where layers before the first bad one stayed finite in it, and
-    did not later.
+    The weights were finite in that batch if layers before the first bad one were finite then, and
+    not later.
     """
     origin, before = layer.run.origin, layers[: layers.index(layer)]
     is_in_weights = origin is not None and bool(origin.bad_parameters)
@@ -147,13 +158,13 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     index = layers.index(layer)
     if index == 0:
         return (
-            "it is the first BN layer, so the data or what comes before it",
+            "it is the first BN layer, so it came from the data or the layers before",
             Fix("check the batch of that step for NaN and Inf, then the layers before the first"),
         )
     before = layers[index - 1].name
     return (
-        f"what comes after {before or 'the layer before'}, which was fine",
-        Fix(f"look between {before} and {layer.name}: {_MAKERS}"),
+        f"it began after {before or 'the layer before'}, which was finite",
+        Fix(f"check what is between {before} and {layer.name}: {_MAKERS}"),
     )
 
 
@@ -167,18 +178,19 @@ def _seen_again(origin: BadValueOrigin, *, is_first: bool) -> tuple[str, Fix]:
         )
     if origin.is_input_bad and is_first:
         return (
-            f"{place} was given it: it is in the data, or the forward made it before",
+            f"the input of {place} already did: from the data, or from the forward before it",
             Fix(f"check the data for NaN and Inf, then what the forward computes before {place}"),
         )
     if origin.is_input_bad:
         return (
-            f"{place} was given it, and no module before it made it: the forward did, in between",
-            Fix(f"look at what the forward computes before {place}: {_MAKERS}"),
+            f"the input of {place} already did, and no module before made it: the forward did, in "
+            "between",
+            Fix(f"check what the forward computes before {place}: {_MAKERS}"),
         )
     of = f"input{_up_to(origin.largest_input)}"
     if origin.largest_parameter is not None:
         of += f" and parameters{_up_to(origin.largest_parameter)}"
-    return f"{place} made it of finite {of}", Fix(f"look at {place}: {_MAKERS}")
+    return f"{place} made it from finite {of}", Fix(f"check {place}: {_MAKERS}")
 
 
 def _up_to(largest: float | None) -> str:

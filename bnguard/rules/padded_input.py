@@ -13,40 +13,49 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedInput(Rule):
-    """A large and varying part of what is normalised is padding.
+    """A large and varying part of what BN normalises is padding.
 
     Why it matters:
-        BN counts padded positions as data. The mean is drawn to the padding value and the
-        variance shrinks, the more, the more padding a batch happens to hold: a sequence is
-        normalised differently next to a long one than next to a short one, and evaluation with
-        other lengths meets other statistics.
+        BN counts padded positions as data. They pull the mean to the padding value and shrink the
+        variance, more so the more padding a batch holds: a sequence is normalised differently next
+        to a long one than next to a short one.
 
-    Evidence:
-        The share of a sample's positions that belong to a constant tail, less the constant head
-        that a background has as well: the mean over the samples of the newest evaluation, and its
-        standard deviation over the samples. A constant share is the same in both modes and does no
-        harm. A harmless mode gap does not lower it: the same batch, padding and all, goes through
-        both modes.
+    What you see:
+        Predictions for a sequence change with the batch that it is in. Evaluation with other
+        lengths, or one by one, is worse.
 
-    Limits:
-        max_padding_share: 0.2. Healthy runs of the zoo, dark backgrounds and repeated
-            tokens among them, stay below 0.01; padded sequences of 6 to 32 steps have 0.35.
-        max_padding_spread: 0.1.
+    Example:
+        Sequences (N, C, L), padded to the longest::
+
+            # Fault
+            outputs = batch_norm(features)
+            # Fix: only the valid positions, (valid positions, C)
+            valid = mask.bool()
+            outputs = torch.zeros(valid.shape + features.shape[1:2])
+            outputs[valid] = batch_norm(features.transpose(1, 2)[valid])
 
     Fix:
-        Normalise the valid positions alone::
+        Normalise the valid positions only, put samples of similar length into a batch, or use
+        LayerNorm over the channels. Masking changes the statistics: train on or recalibrate
+        afterwards.
 
-            valid = mask.bool()                                # (N, L)
-            flat = features.transpose(1, 2)[valid]             # (valid positions, C)
-            features.transpose(1, 2)[valid] = batch_norm(flat)
+    What it does not mean:
+        A constant share of padding, or a constant background, is the same in both modes and does no
+        harm. A harmless mode gap (BN302) does not disprove it: both modes see the same padding.
 
-        or sort samples of like length into a batch, or use LayerNorm over the channels.
+    Evidence:
+        The share of a sample's positions that belong to a constant tail, minus the constant head
+        that a background has too: mean and standard deviation over the samples of the newest
+        evaluation.
 
-    Fix safety:
-        Masking changes the statistics: train on, or recalibrate, afterwards.
+    Limits:
+        max_padding_share: 0.2. Healthy runs of the zoo, with dark backgrounds and repeated tokens
+            among them, stay below 0.01; padded sequences of 6 to 32 steps have 0.35.
+        max_padding_spread: 0.1 from sample to sample.
 
     References:
-        PyTorch issue 70529, "BatchNorm on variable-length sequences or batches".
+        pytorch/pytorch#70529, "BatchNorm on variable-length sequences or batches".
+        SeanNaren/deepspeech.pytorch#312, padding in batches of utterances.
     """
 
     code: ClassVar[str] = "BN211"
@@ -57,7 +66,7 @@ class PaddedInput(Rule):
     max_padding_spread: float = 0.1
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the share of padding, and how it varies, against the limits."""
+        """Compare the share of padding, and how it varies, with the limits."""
         if layer.evaluated is None:
             yield self._skipped(layer, "the layer was not seen in eval mode")
             return
@@ -70,6 +79,6 @@ class PaddedInput(Rule):
             f"{share:.0%} of the positions are padding, ±{spread:.0%} from sample to sample: the "
             "statistics depend on the lengths in a batch",
             Evidence("share of padding", 100 * share, 100 * self.max_padding_share, "%"),
-            Fix("normalise the valid positions alone, or batch samples of like length"),
+            Fix("normalise only the valid positions, or batch samples of similar length"),
             step=layer.evaluated.step,
         )

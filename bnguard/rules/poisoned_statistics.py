@@ -13,39 +13,47 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class PoisonedStatistics(Rule):
-    """NaN or Inf has entered the running statistics, and averaging never takes it out.
+    """The running statistics contain NaN or Inf, and averaging never removes it.
 
     Why it matters:
-        One bad batch is enough: a running average that holds a NaN stays NaN, however good all
-        later batches are. Training goes on as if nothing had happened, because it uses the
-        statistics of each batch; every evaluation from then on is NaN. Skipping the optimizer
-        step, as a gradient scaler does, does not help: the forward has already updated them.
+        One bad batch is enough: a running average with a NaN stays NaN, however good the later
+        batches are. Training goes on, since it uses the statistics of each batch; every evaluation
+        is invalid. Skipping the optimizer step, as a gradient scaler does, does not help: the
+        forward has already updated the statistics.
+
+    What you see:
+        The training loss is normal, and validation is NaN, or at chance, from one epoch to the
+        next.
+
+    Example:
+        One bad batch::
+
+            # Fault
+            outputs = model(batch * float("inf"))
+            # Fix: restore the last finite statistics in the same step
+            monitor = bnguard.watch(model, restore_poisoned=True)
+            # or compute new ones
+            bnguard.recalibrate(model, train_loader)
+
+    Fix:
+        Watch with ``restore_poisoned=True``, which leaves one batch out of the average. Recalibrate
+        checkpoints that are already poisoned. If gamma, beta or other weights are not finite, no
+        statistics can repair the network: go back to an earlier checkpoint.
+
+    What it does not mean:
+        It does not say what made the NaN: that is BN401. If bnguard restored the statistics, it is
+        a ``warning``, since the bad batch is still worth a look.
 
     Evidence:
         The number of channels whose running mean or variance is not finite, and the first step
-        after which that was so. Where bnguard put the last finite statistics back in that step,
-        the finding is a ``warning``: the bad batch is still worth a look. Finite statistics next to
-        a gamma or beta that is not are an ``error`` as well: the batch has reached the weights.
+        after which that was so. A gamma or beta that is not finite is an ``error`` too, next to
+        finite statistics.
 
     Limits:
         max_bad_channels: 0, since one NaN channel makes every output NaN.
 
-    Fix:
-        Put the last finite statistics back in the step in which they are poisoned::
-
-            bnguard.watch(model, restore_poisoned=True)
-
-        On a checkpoint that is poisoned already, estimate them again::
-
-            bnguard.recalibrate(model, train_loader)
-
-    Fix safety:
-        Safe: the statistics of one batch are left out of the average. Where gamma, beta or other
-        weights are not finite themselves, no statistics can repair the network: go back to an
-        earlier checkpoint.
-
     References:
-        PyTorch issue 88474, "Mixed precision training fails due to NaN in batch norm
+        pytorch/pytorch#88474, "Mixed precision training fails due to NaN in batch norm
             running_mean".
     """
 
@@ -70,7 +78,7 @@ class PoisonedStatistics(Rule):
             yield self._finding(
                 layer,
                 Severity.ERROR,
-                "the running statistics are NaN or infinite: every evaluation is, from now on"
+                "the running statistics contain NaN or Inf: every evaluation from now on is invalid"
                 + ("" if layer.has_finite_affine else "; gamma or beta is not finite either"),
                 Evidence("channels not finite", len(bad), self.max_bad_channels),
                 _way_out(layer),
@@ -78,12 +86,12 @@ class PoisonedStatistics(Rule):
                 step=layer.poisoned_step,
             )
         elif not layer.has_finite_affine:
-            put_back = ", since they were restored" if layer.restored_updates else ""
+            restored = ", since bnguard restored them" if layer.restored_updates else ""
             yield self._finding(
                 layer,
                 Severity.ERROR,
-                "gamma or beta is NaN or infinite, and every output is; the running statistics are "
-                f"finite{put_back}",
+                "gamma or beta contains NaN or Inf, and so does every output; the running "
+                f"statistics are finite{restored}",
                 Evidence("parameters not finite", 1, 0),
                 _way_out(layer),
                 step=layer.poisoned_step,
@@ -92,10 +100,10 @@ class PoisonedStatistics(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "a batch made the running statistics NaN or infinite, and the last finite ones "
-                "were restored",
+                "a batch put NaN or Inf into the running statistics, and bnguard restored the last "
+                "finite ones",
                 Evidence("restored updates", layer.restored_updates, 0),
-                Fix("look at the batch of that step: its loss was not finite either"),
+                Fix("check the batch of that step: its loss was not finite either"),
                 step=layer.poisoned_step,
             )
 
@@ -104,5 +112,6 @@ def _way_out(layer: LayerHistory) -> Fix:
     if not layer.has_finite_affine:
         return Fix("go back to a checkpoint whose weights are finite")
     return Fix(
-        "watch with restore_poisoned=True; recalibrate what is poisoned already", "recalibrate"
+        "watch with restore_poisoned=True; recalibrate a network that is already poisoned",
+        "recalibrate",
     )

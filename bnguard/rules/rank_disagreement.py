@@ -18,31 +18,41 @@ class RankDisagreement(Rule):
     """The ranks of a distributed training have different running statistics.
 
     Why it matters:
-        Each rank evaluates another network; the score depends on which one is asked, and the
-        checkpoint holds those of rank 0, made from its share of the data alone. DDP copies rank
-        0's buffers to the others before each forward in training, but not after the last one, and
-        not with ``broadcast_buffers=False``.
+        Each rank evaluates another network, so the score depends on the rank, and the checkpoint
+        holds the statistics of rank 0, from its share of the data. DDP copies rank 0's buffers to
+        the others before each forward in training, but not after the last one, and not with
+        ``broadcast_buffers=False``.
 
-    Evidence:
-        The largest distance of rank 0's running mean from that of another rank, in running
-        standard deviations; the upper decile over channels.
+    What you see:
+        Ranks log different validation scores, and the reloaded checkpoint has a score that none of
+        them logged.
 
-    Limits:
-        max_distance_std: 0.25, well above what one last update with momentum 0.1 leaves at
-            healthy batch sizes (0.1 times 0.35 σ at 8 samples).
+    Example:
+        DDP that leaves the buffers alone::
+
+            # Fault
+            parallel = DistributedDataParallel(model, broadcast_buffers=False)
+            # Fix: new statistics from all ranks, or SyncBatchNorm before wrapping
+            bnguard.recalibrate(model, train_loader)
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     Fix:
-        Share the statistics in training, or average them before evaluation::
+        Share the statistics in training, or recalibrate on all ranks before evaluation. Averaging
+        the buffers by hand is right for means only: variances need the variance of the means added.
 
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            torch.distributed.all_reduce(layer.running_mean, torch.distributed.ReduceOp.AVG)
+    What it does not mean:
+        Small differences are normal: the last update of each rank comes from its own batch.
 
-    Fix safety:
-        Averaging is safe for the means; variances need that of the means added.
-        ``bnguard.recalibrate`` does both, on all ranks.
+    Evidence:
+        The largest distance of rank 0's running mean from that of another rank, in running standard
+        deviations; the upper decile over channels.
+
+    Limits:
+        max_distance_std: 0.25, well above what one last update with momentum 0.1 leaves at 8
+            samples (0.1 times 0.35 σ).
 
     References:
-        PyTorch issue 13711, "In eval(), BatchNorm running_mean is different between different
+        pytorch/pytorch#13711, "In eval(), BatchNorm running_mean is different between different
             GPUs".
         torch.nn.parallel.DistributedDataParallel, on ``broadcast_buffers``.
     """
@@ -56,7 +66,7 @@ class RankDisagreement(Rule):
     max_distance_std: float = 0.25
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the distance between ranks against the limit."""
+        """Compare the distance between ranks with the limit."""
         if layer.run.plan.ranks < 2 and layer.rank_shift_std is None:
             return
         distance = layer.rank_shift_std
@@ -72,5 +82,5 @@ class RankDisagreement(Rule):
             f"the running means of two ranks are {value:.2g} σ apart: each evaluates another "
             "network",
             Evidence("distance between ranks", value, self.max_distance_std, "σ"),
-            Fix("SyncBatchNorm, or recalibrate on all ranks before evaluation", "recalibrate"),
+            Fix("use SyncBatchNorm, or recalibrate on all ranks before evaluation", "recalibrate"),
         )

@@ -16,44 +16,53 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class SeveralStreams(Rule):
-    """One layer is called several times a forward, with data of different distributions.
+    """One layer is called several times per forward, with data of different distributions.
 
     Why it matters:
-        In training each call is normalised with its own statistics. The running ones blend all of
-        them, and fit none: in eval mode every stream is shifted and scaled. Two domains, clean and
-        adversarial images, photographs and sketches in one shared encoder do this.
+        In training each call is normalised with its own statistics. The running statistics are a
+        mixture that fits none of them, so in eval mode every stream is shifted and scaled. Two
+        domains, clean and adversarial images, or photographs and sketches in one shared encoder do
+        this.
+
+    What you see:
+        Training looks good on all streams; in eval mode all of them get worse, although each alone
+        is easy.
+
+    Example:
+        A shared encoder for two domains::
+
+            # Fault: two calls, two sets of statistics, but only one in eval mode
+            first, second = encoder(a), encoder(b)
+            # Fix: both modes see the mixture
+            first, second = encoder(torch.cat([a, b])).chunk(2)
+
+    Fix:
+        Concatenate the streams, or give each its own BN layers. Concatenating changes training, so
+        train on. Recalibration cannot help: one set of statistics cannot fit two streams.
+
+    What it does not mean:
+        Siamese calls with the same distribution are fine. Calls under ``torch.no_grad`` are not
+        streams (BN206). It is ``info`` for a critic that nobody calls in eval mode. A harmless mode
+        gap (BN302) does not disprove it: it does not show what the other stream suffers.
 
     Evidence:
         The distance of the streams' average means in standard deviations, and the logarithm of the
-        ratio of their variances; the upper decile over channels, of the two streams that are
-        furthest apart, each without what chance explains (two standard errors, from how the
-        batches of a stream differ). Siamese calls with the same distribution lie near 0. Calls
-        under ``torch.no_grad`` are not streams (BN206). ``info`` for a critic, one of several
-        networks with optimizers of their own or fed by one that learns, as long as nobody calls it
-        in eval mode. A harmless mode gap does not lower it: in train mode each call has statistics
-        of its own, so that the gap on one evaluation does not tell what the other stream suffers.
+        ratio of their variances; the upper decile over channels, for the two streams that are
+        furthest apart, each minus two standard errors (from how the batches of a stream differ).
 
     Limits:
-        max_distance_std: 1. Of the healthy runs of the zoo, siamese ones and accumulation among
-            them, 95 % stay below 0.3 and all below 0.72.
+        max_distance_std: 1. Healthy runs of the zoo, siamese ones and accumulation among them, stay
+            below 0.72, 95 % of them below 0.3.
         max_log_variance_ratio: 1, a factor of 2.7; a digit and its negative have 2.3.
-        min_batches: Batches of each stream before it is compared: 8.
-
-    Fix:
-        Concatenate the streams and split the output, so that both modes see the mixture::
-
-            first, second = encoder(torch.cat([a, b])).chunk(2)
-
-        or give each domain BN layers of its own.
-
-    Fix safety:
-        Concatenating changes training: the network has to be trained on. Recalibration cannot
-        help, since one set of statistics cannot fit two streams.
+        min_batches: 8 batches of each stream before it is compared.
 
     References:
-        Xie et al., "Adversarial Examples Improve Image Recognition" (2020): a BN for
-            each distribution.
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5: domains.
+        Xie et al., "Adversarial Examples Improve Image Recognition" (2020),
+            arXiv:1911.09665.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5, arXiv:2105.07576.
+        adapt-python/adapt#92 and scikit-adaptation/skada#252, source and target in separate calls.
+        keras-team/keras#4459, one encoder for two scales; pytorch/pytorch#1738, a block called in a
+            loop.
     """
 
     code: ClassVar[str] = "BN207"
@@ -82,15 +91,15 @@ class SeveralStreams(Rule):
         yield self._finding(
             layer,
             Severity.INFO if is_critic else Severity.WARNING,
-            f"{len(streams)} streams with different statistics share the layer: the "
-            "running ones fit none",
+            f"{len(streams)} streams with different statistics share the layer: its running "
+            "statistics fit none of them",
             worst,
             Fix("concatenate the streams before the layer, or give each its own BN layers"),
         )
 
 
 def distances(streams: tuple[Stream, ...]) -> tuple[float, float]:
-    """Return the largest distance of means, in σ, and |log variance ratio| of two streams."""
+    """Return the largest distance of means, in σ, and |log variance ratio| between streams."""
     pairs = [(a, b) for index, a in enumerate(streams) for b in streams[index + 1 :]]
     with np.errstate(all="ignore"):
         means = [_upper(_mean_distance(a, b)) for a, b in pairs]

@@ -14,70 +14,76 @@ from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import DriftLimits, is_known_harmless, is_sampling
 
-_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
-_COPY = Fix("copy the buffers as well as the parameters: load_state_dict, or zip the buffers() too")
+_FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
+_COPY = Fix("copy the buffers as well as the parameters (load_state_dict, or buffers())")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaleStatistics(ModelRule):
-    """The weights have changed since the running statistics were taken.
+    """The weights have changed since the running statistics were computed.
 
     Why it matters:
-        Running statistics belong to the weights that they were estimated with. Averaged weights
-        (SWA, EMA), weights that are loaded, pruned or rounded after training, and statistics that
-        were lost when a model was copied by its parameters alone make a network that no training
-        step ever saw, and that is evaluated with the statistics of another.
+        Running statistics belong to the weights that they were computed with. Averaged weights
+        (SWA, EMA), weights that are loaded, pruned or rounded after training, and models copied by
+        their parameters alone are networks that no training step ever saw, evaluated with the
+        statistics of another one.
 
-    Evidence:
-        One of five. The statistics are the initial (0, 1), and beta is not: an ``error`` where the
-        counter says that there were updates, else a ``warning``; ``info`` where gamma and beta
-        look drawn at random, or no counter tells frozen layers, into whose gamma and beta the
-        statistics are folded, from others. Or the
-        layer was called in train mode, and nothing entered its statistics, as where a function
-        runs on copies of the buffers; an ``error`` where they are exactly (0, 1) after training, as
-        where a callback resets them and sets momentum to 0 for a while. Or weights were written
-        between the newest training step and the evaluation, or into a copy of the model that is
-        watched, and inputs in eval mode have drifted from the running statistics. The same holds
-        for a teacher or target network, which no optimizer trains and no batch updates: its weights
-        follow those of the network that trains, its statistics are those of the beginning. It is
-        watched as a part of the model, or next to it. Or, without any run, the statistics are those
-        of a reference, and the weights are not::
+    What you see:
+        The original network is good; its average, its copy or the reloaded checkpoint is near
+        chance in eval mode, with the right weights.
 
-            bnguard.inspect(averaged, reference=model)
-            copy = bnguard.watch(averaged)    # copy.step(), with copy.evaluation(): ...
+    Example:
+        A teacher that follows its student::
 
-    Limits:
-        min_moved_beta: Smallest |beta|, the median over channels, that counts as learnt: 1e-4.
-        min_lost_calls: Calls in train mode without any update: 8.
-        max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
-            that the weights are others.
-        max_log_variance_ratio: 0.8, as above.
-        max_weight_change: Change of the weights against a reference, 0.1 of their norm. Casting to
-            float16 changes them by 0.0002, a moving average that copies the buffers by 0.03,
-            without harm, averaging over the last epochs by more than the limit.
-        channel_quantile: As in BN301, 0.9.
+            # Fault: only the parameters follow
+            for own, new in zip(teacher.parameters(), student.parameters()):
+                own.data.lerp_(new.data, 0.01)
+            # Fix: the buffers follow too, unchanged
+            for own, new in zip(teacher.buffers(), student.buffers()):
+                own.copy_(new)
 
     Fix:
-        Estimate the statistics again with the weights that will be used::
+        Copy ``state_dict()``, not ``parameters()``. Averaged, pruned or rounded weights need new
+        statistics, which is safe, is measured, and can be undone::
 
             torch.optim.swa_utils.update_bn(train_loader, averaged)
             bnguard.recalibrate(averaged, train_loader)
 
-        When copying a model, copy ``state_dict()``, not ``parameters()``; a teacher or target
-        network takes the buffers as they are, whatever the average of its weights::
+    What it does not mean:
+        A network fine-tuned with BN in eval mode keeps the statistics of its reference on purpose,
+        and fits them. Initial statistics are ``info`` if gamma and beta look random, or if no
+        counter distinguishes frozen layers, whose statistics are folded into gamma and beta.
 
-            for own, new in zip(teacher.buffers(), student.buffers()):
-                own.copy_(new)
+    Evidence:
+        One of five. (1) The statistics are the initial (0, 1), and beta is not: an ``error`` if the
+        counter says that there were updates. (2) The layer was called in train mode and its
+        statistics did not change, as if a function ran on copies of the buffers; an ``error`` if
+        they are exactly (0, 1) after training, as after a callback that resets them and sets
+        momentum to 0. (3) Weights were written between the newest training step and the evaluation,
+        or into a watched copy of the model, and inputs in eval mode have drifted from the
+        statistics. (4) The same for a teacher or target network that no optimizer trains and no
+        batch updates. (5) Without a run, the statistics are those of the reference and the weights
+        are not: ``bnguard.inspect(averaged, reference=model)``.
 
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone. A network
-        that was fine-tuned with its BN layers in eval mode has kept the statistics of its
-        reference on purpose, and fits them.
+    Limits:
+        min_moved_beta: 1e-4, the smallest |beta|, the median over channels, that counts as trained.
+        min_lost_calls: 8 calls in train mode without any update.
+        max_shift_std: 0.5 running standard deviations, half of BN301's limit, since it is known
+            that the weights differ.
+        max_log_variance_ratio: 0.8, for the same reason.
+        max_weight_change: 0.1 of the norm of the weights against a reference. Casting to float16
+            changes them by 0.0002, a moving average that copies the buffers by 0.03, without harm,
+            averaging over the last epochs by more than the limit.
+        channel_quantile: 0.9, as in BN301.
 
     References:
-        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization"
-            (2018), section 3.2, on batch normalization.
+        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018),
+            section 3.2, arXiv:1803.05407.
         torch.optim.swa_utils.update_bn, and AveragedModel on ``use_buffers``.
+        CuriousAI/mean-teacher#9 and DLR-RM/stable-baselines3#996, buffers that do not follow.
+        hiwonjoon/tf-frrn#2, a checkpoint without statistics; pytorch/pytorch#75252, an export.
+        Lightning-AI/pytorch-lightning#14866, momentum 0 in weight averaging.
+        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#55, updates that copies lose.
     """
 
     code: ClassVar[str] = "BN304"
@@ -95,7 +101,7 @@ class StaleStatistics(ModelRule):
     channel_quantile: float = 0.9
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Look for statistics that are lost, that nothing enters, or of other weights."""
+        """Look for statistics that were lost, do not change, or belong to other weights."""
         is_drawn = _look_drawn(history.layers)
         for layer in history.layers:
             yield from self._judged(layer, is_drawn=is_drawn)
@@ -120,27 +126,26 @@ class StaleStatistics(ModelRule):
 
     def _lost(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
         if layer.beta is None:
-            yield self._skipped(layer, "without beta nothing says whether the layer was trained")
+            yield self._skipped(layer, "the layer has no beta to show whether it was trained")
             return
         moved = float(np.median(np.abs(layer.beta)))
         if not np.isfinite(moved) or moved < self.min_moved_beta:
             return
         if layer.is_momentum_known and layer.momentum == 0.0:
-            yield self._skipped(
-                layer, "with momentum 0 the initial statistics stay, which is BN103"
-            )
+            yield self._skipped(layer, "momentum 0 keeps the initial statistics (BN103)")
             return
         severity, why = _why_initial(layer, is_drawn=is_drawn)
         yield self._finding(
             layer,
             severity,
-            f"the running statistics are the initial mean 0 and variance 1, but beta is not: {why}",
+            "beta is not its initial 0, but the running statistics are still the initial mean 0 "
+            f"and variance 1: {why}",
             Evidence("median |beta|", moved, self.min_moved_beta),
-            Fix("load the state dict that holds the buffers too, or recalibrate", "recalibrate"),
+            Fix("load a state dict that contains the buffers, or recalibrate", "recalibrate"),
         )
 
     def _reset(self, layer: LayerHistory) -> Iterator[Finding]:
-        # With momentum 0 it is BN103; a layer without updates that was never reset, below.
+        # Momentum 0 is BN103.
         if layer.momentum == 0.0 or not layer.is_updating:
             return
         calls = layer.calls.in_training
@@ -149,7 +154,7 @@ class StaleStatistics(ModelRule):
             Severity.ERROR,
             f"after {calls:,} batches in train mode the running statistics are exactly the initial "
             "mean 0 and variance 1: they were reset, or momentum was 0",
-            Evidence("batches without a trace", calls, self.min_lost_calls),
+            Evidence("batches without an update", calls, self.min_lost_calls),
             _FIX,
         )
 
@@ -196,10 +201,10 @@ class StaleStatistics(ModelRule):
             layer,
             Severity.INFO if is_unsure or is_harmless else Severity.WARNING,
             "the weights follow those of another network, but the running statistics never "
-            "changed: they belong to the weights of the beginning"
+            "changed: they belong to the initial weights"
             if layer.is_following
-            else "the weights that are evaluated are not those that the running statistics were "
-            "taken with, and these do not fit them",
+            else "evaluation uses other weights than those that the running statistics were "
+            "computed with, and its inputs do not match them",
             distance.worst,
             _COPY if layer.is_following else _FIX,
             step=seen.step,
@@ -207,7 +212,7 @@ class StaleStatistics(ModelRule):
 
 
 def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]:
-    """Return how bad initial statistics are next to a beta that is not, and how that comes."""
+    """Return how bad initial statistics next to another beta are, and the likely reason."""
     updates = None if layer.running is None else layer.running.updates
     is_module = layer.training is not None
     if updates:
@@ -220,16 +225,16 @@ def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]
     if is_drawn and layer.is_untrained and not layer.run.stored_steps:
         return (
             Severity.INFO,
-            "gamma and beta look as if drawn at random, as in a network that was not trained",
+            "gamma and beta look random, as in a network that was not trained",
         )
-    return Severity.WARNING, "they were lost, or no update ever reached them"
+    return Severity.WARNING, "they were not saved, not loaded, or never updated"
 
 
 def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
-    """Return whether gamma and beta of all layers look like draws from one distribution each.
+    """Return whether gamma and beta of all layers look like samples of one distribution each.
 
-    An initialisation draws them so, or sets them to a constant; training moves gamma too, and each
-    layer its own way, which shows in layers that are not too small.
+    That is an initialisation, or a constant; training changes gamma too, and differently in each
+    layer, which shows if layers are not too small.
     """
     gammas = [layer.gamma for layer in layers if layer.gamma is not None and layer.gamma.size]
     betas = [layer.beta for layer in layers if layer.beta is not None and layer.beta.size]
@@ -240,7 +245,7 @@ def _look_drawn(layers: Iterable[LayerHistory]) -> bool:
 
 
 def _are_alike(draws: Iterable[FloatArray]) -> bool:
-    """Return whether samples may be from one distribution, but for those that are a constant."""
+    """Return whether samples may be from one distribution, except those that are constant."""
     varied = [drawn for drawn in draws if np.ptp(drawn)]
     if not varied:
         return True
@@ -253,7 +258,7 @@ def _are_alike(draws: Iterable[FloatArray]) -> bool:
     )
 
 
-# Of a mean or a deviation of draws, in hundreds of layers.
+# Standard errors that a mean or a standard deviation may be off, in hundreds of layers.
 _SIGMAS = 4.5
 _FEWEST_DRAWS = 256
 
@@ -262,7 +267,7 @@ _ROUNDING = 1e-2
 
 
 def _are_written_too(layer: LayerHistory) -> bool:
-    """Return whether others write the statistics of a copy as well as its weights."""
+    """Return whether something else writes the statistics of a copy as well as its weights."""
     start, now = layer.running_at_start, layer.running
     if start is None or now is None or layer.calls.in_training or layer.unseen_calls:
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Finding, Fix, Severity, Skipped
+from bnguard.findings import Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ExplainedRule, RootAt
 from bnguard.rules.drift_causes import Cause, Drift, cause_in_chain, doubt_of_drift
@@ -25,60 +25,68 @@ class StatisticDrift(ExplainedRule):
     """Inputs in eval mode do not match the running statistics.
 
     Why it matters:
-        In eval mode the running statistics stand in for those of the batch. Where they are off,
-        every channel reaches the next layer shifted and scaled, and the network's accuracy falls
-        although training looks well: the usual cause of "eval() is far worse than train()".
+        In eval mode the running statistics replace those of the batch. If they are off, every
+        channel reaches the next layer shifted and scaled: the usual reason why eval() is far worse
+        than train().
 
-    Evidence:
-        The shift of the mean, in running standard deviations, and the logarithm of the variance
-        ratio, between the newest evaluation and the running statistics that it used. The layer's
-        number is the quantile over its channels. A distribution test alone is at most a
-        ``warning``. It is ``info`` if the mode gap was measured and shows no harm, if training
-        called the layer in eval mode too, and, while training goes on, until four evaluations in a
-        row show harm: fast weights leave the average behind, and it catches up later.
+    What you see:
+        The training loss falls, and validation is bad or jumps. In train mode the same samples are
+        predicted well.
 
-        A cause that another rule has found comes first, and lends it its numbers and its fix
-        (BN303 too few updates, BN304 other weights, BN305 other data, BN207 streams, BN203 sorted
-        and BN202 small batches). Otherwise the newest batches of training decide. If they match
-        evaluation, the average is at fault: it lags behind the weights, or holds too few batches
-        (a shift within three times its own uncertainty). If they do not, it is dropout before the
-        layer (a smaller variance in evaluation), noisy small batches, other data (at the first
-        layer) or something between the layers that acts differently in eval mode. Layers after the
-        first that drifted get its cause.
+    Example:
+        Weights that move faster than the average::
 
-        The first batches of an evaluation are read, then each whose number doubles. If they differ
-        by more than 15 % of the variance between samples, they do not represent the rest, and it
-        is ``info`` unless the shift is more than twice their spread: evaluations of digits have at
-        most 1 %, sorted by class 21 to 70 %. With only a few pairs of batches, which show as much
-        by chance, it is ``info`` only if no cause speaks for itself.
-
-    Limits:
-        max_shift_std: Shift of the mean, in running standard deviations: 1. The worst layer of 95 %
-            of the healthy runs of the zoo stays below 0.52, and what lies beyond does no harm at
-            the outputs; the faults reach 2.0 to 7.5.
-        max_log_variance_ratio: |log(variance / running variance)|; 1.5 is a factor of 4.5.
-        channel_quantile: Share of the channels that has to be within the limits: 0.9.
-        min_values: Values per channel observed in eval mode before they are judged: 32.
-        max_initial_weight: 0.05. An evaluation that ran while more of the initial statistics was
-            left, or the initial mean still shifted a channel by 1 σ, is not judged, unless training
-            ended like that.
-
-    Fix:
-        Estimate the statistics again with the weights as they are now::
-
+            # Fault: momentum 0.001 averages over some 1,000 updates
+            layer.momentum = 0.001
+            # Fix: new statistics with the weights as they are now
             bnguard.recalibrate(model, train_loader)
 
-        and mend the cause that the finding names: each has a fix of its own, which for sorted or
-        small batches, several streams and other data is not recalibration.
+    Fix:
+        Recalibrate, and remove the cause that the finding names: for sorted or small batches,
+        several streams and other data the fix is not recalibration. Recalibration changes only the
+        running statistics, is measured, and can be undone; on other data than those of training it
+        adapts the network to them.
 
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone. On
-        data that differ from those of training it adapts the network to them, which may or may
-        not be wanted.
+    What it does not mean:
+        A drift is not yet harm at the outputs: that is BN302. It is ``info`` if the mode gap was
+        measured and shows no harm, if training called the layer in eval mode too, and, while
+        training goes on, until four evaluations in a row show harm, since the average catches up
+        when the weights slow down.
+
+    Evidence:
+        Shift of the mean in running standard deviations, and logarithm of the variance ratio,
+        between the newest evaluation and the running statistics that it used; the quantile over the
+        channels.
+
+        A cause that another rule found comes first, with its numbers and its fix (BN303 too few
+        updates, BN304 other weights, BN305 other data, BN207 streams, BN203 sorted and BN202 small
+        batches). Otherwise the newest batches of training decide. If they match evaluation, the
+        average is at fault: it lags behind the weights, or holds too few batches (a shift within
+        three times its own uncertainty). If not, the cause is dropout before the layer, noisy small
+        batches, other data (at the first layer), or something between the layers that differs in
+        eval mode. Later layers get the cause of the first that drifted.
+
+        The first batches of an evaluation are read, then each whose number doubles. If more than 15
+        % of the variance between samples lies between them, they do not represent the rest, and it
+        is ``info`` unless the shift is more than twice their spread: evaluations of digits have at
+        most 1 %, sorted by class 21 to 70 %. With only a few pairs of batches, which show as much
+        by chance, it is ``info`` only if no cause is certain.
+
+    Limits:
+        max_shift_std: 1 running standard deviation. The worst layer of 95 % of the healthy runs of
+            the zoo stays below 0.52, and what is beyond does no harm at the outputs; faults reach
+            2.0 to 7.5.
+        max_log_variance_ratio: 1.5, a factor of 4.5.
+        channel_quantile: 0.9 of the channels have to be within the limits.
+        min_values: 32 values per channel in eval mode before they are judged.
+        max_initial_weight: 0.05. An evaluation with more of the initial statistics left, or an
+            initial mean that still shifted a channel by 1 σ, is not judged, unless training ended
+            like that.
 
     References:
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3: PreciseBN.
-        Ioffe, "Batch Renormalization" (2017), section 3, on moments that disagree.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3, arXiv:2105.07576.
+        Ioffe, "Batch Renormalization" (2017), section 3, arXiv:1702.03275.
+        liuzechun/MetaPruning#15, statistics that mix all paths of a supernet.
     """
 
     code: ClassVar[str] = "BN301"
@@ -92,7 +100,7 @@ class StatisticDrift(ExplainedRule):
     max_initial_weight: float = 0.05
 
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
-        """Hold shift and log-variance ratio of the newest evaluation against their limits."""
+        """Compare shift and log-variance ratio of the newest evaluation with their limits."""
         drifts: list[Drift] = []
         called, entrance = history.layers_in_order, history.first_trained
         too_early = evaluated_too_early(history, self.max_initial_weight)
@@ -103,7 +111,7 @@ class StatisticDrift(ExplainedRule):
             elif judged is not None and layer.evaluated is not None and entrance is not None:
                 drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance))
         for drift in drifts:
-            # What a frozen network in front is given does not reach one that trains next to it.
+            # A drift of a frozen network in front does not reach one that trains next to it.
             alike = [other for other in drifts if other.is_trained == drift.is_trained]
             yield self._found(drift, alike[0], root_at(drift.layer))
 
@@ -112,12 +120,14 @@ class StatisticDrift(ExplainedRule):
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
     def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
-        """Return how far the layer has drifted, None if within the limits, or why not known."""
+        """Return how far the layer has drifted, None if within the limits, or why unknown."""
         seen = layer.evaluated
         if seen is None:
             return self._skipped(layer, "the layer was not seen in eval mode")
         if seen.count < self.min_values:
-            return self._skipped(layer, f"{seen.count} values per channel in eval mode are too few")
+            return self._skipped(
+                layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
+            )
         if too_early is not None:
             return self._skipped(layer, too_early)
         distance = self._limits.distance(seen, seen.running.mean, seen.running.var, layer.eps)
@@ -143,7 +153,7 @@ class StatisticDrift(ExplainedRule):
         )
 
 
-_FIX = Fix("recalibrate the running statistics with the weights as they are", "recalibrate")
+_FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
 
 
 def _severity(layer: LayerHistory) -> Severity:

@@ -14,47 +14,55 @@ from bnguard.rules.measurements import distance_of
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedInEval(Rule):
-    """The network is trained in eval mode, so that BN normalises nothing.
+    """The network is trained in eval mode, so BN normalises nothing.
 
     Why it matters:
         In eval mode a BN layer is a fixed scale and shift. With the initial statistics (0, 1) it
         does nothing at all, and a deep network without normalisation trains badly or diverges.
-        It happens when ``model.train()`` is missing after a validation or after loading; dropout
-        is off then as well.
+        Dropout is off too.
+
+    What you see:
+        Training and validation agree, and both are bad; or the loss stops falling, or diverges,
+        after the first validation of an epoch.
+
+    Example:
+        A validation in the middle of an epoch::
+
+            # Fault: the rest of the epoch trains in eval mode
+            model.eval()
+            validate(model)
+            # Fix
+            model.train()
+
+    Fix:
+        Call ``model.train()`` at the start of each epoch and after each validation. A network
+        trained in eval mode uses its fixed statistics: train on after the change.
+
+    What it does not mean:
+        A layer in eval mode with trained statistics, in a model in train mode, is a choice, and
+        frozen layers and copies that others write to are not judged. If the whole model is in eval
+        mode from the first step on, it may be a choice too: ``info`` as long as the inputs of the
+        newest evaluation match the statistics as closely as BN301 asks, a ``warning`` once the
+        weights have moved away from them.
 
     Evidence:
-        Training steps that end with the whole model in eval mode: their share, or how many in a
-        row, if more than half of them called it with gradients. After a validation in the middle of
-        an epoch that forgets ``train()`` it is every step until the next one. Or training in eval
-        mode with statistics that are still the initial ones.
-
-        A layer in eval mode with trained statistics is a choice in a model in train mode. If the
-        whole model is in eval mode from the first step on, it may be one: it is ``info`` as long as
-        the inputs of the newest evaluation match the statistics as closely as BN301 asks, a
-        ``warning`` once the weights have moved away from them. Frozen layers are not judged, nor is
-        a copy that others write to.
-
-        Fine-tuned in eval mode on digits, networks end within 1 point of those in train mode at a
-        learning rate of 0.01, where the inputs stay within half of the limits of BN301; at 0.05 an
-        MLP loses 4 to 16 points, and its inputs are beyond the limits up to 8 times.
+        Training steps that end with the whole model in eval mode, if more than half of them called
+        it with gradients: their share, or how many in a row; after a validation in the middle of an
+        epoch that forgets ``train()``, that is every step until the next one. Or training in eval
+        mode with initial statistics. Fine-tuned in eval mode on digits, networks end within 1 point
+        of those in train mode at a learning rate of 0.01, where the inputs stay within half of the
+        limits of BN301; at 0.05 an MLP loses 4 to 16 points, and its inputs are beyond the limits
+        up to 8 times.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
         max_steps_in_eval_mode: 20 in a row, as after a validation in the middle of an epoch.
-        min_steps: Steps before they are judged: 3.
-
-    Fix:
-        Set the mode at the start of every epoch, and after each validation, also in mid-epoch::
-
-            model.train()
-
-    Fix safety:
-        Safe for new runs. A network that was trained like this uses its fixed statistics: after
-        the change it has to be trained on.
+        min_steps: 3 steps before they are judged.
 
     References:
         torch.nn.Module.eval and torch.nn.Module.train.
-        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
+        joeynmt/joeynmt#184 and fartashf/vsepp#4, a forgotten train() in the middle of an epoch.
     """
 
     code: ClassVar[str] = "BN209"

@@ -18,48 +18,57 @@ from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits
 
 @dataclass(frozen=True, kw_only=True)
 class UnconvergedStatistics(ModelRule):
-    """The running statistics still hold a part of the initial mean 0 and variance 1.
+    """The running statistics still contain a part of the initial mean 0 and variance 1.
 
     Why it matters:
         Running statistics begin at mean 0 and variance 1 and forget them at the rate of
-        ``momentum``. After too few updates they describe nothing: training, which uses batch
-        statistics, is fine, and evaluation is far worse. A short run, a small ``momentum`` (0.01
-        or 0.001), or statistics that were reset do this.
+        ``momentum``. After too few updates they do not describe the data: training, which uses
+        batch statistics, is fine, and evaluation is far worse.
 
-    Evidence:
-        The weight that the initial statistics still have, (1 - momentum)^updates, from the
-        counter ``num_batches_tracked``. While training goes on and its length is known, the
-        weight that will be left at its end. PyTorch's ``momentum`` is the weight of the *new*
-        value. A checkpoint does not hold ``momentum``, unless ``BatchNormMonitor`` noted it there;
-        its default of 0.1 is assumed, and that is said where it decides.
-        A layer without a single update is ``info``: it was not trained yet. It is a ``warning``
-        where a checkpoint counts training steps, but no layer an update.
-        ``update_bn`` sets the counter back and makes a plain average: a running variance below
-        the weight, which an average that began at 1 cannot have, gives that away.
-        Of training that is watched also by how much the initial mean 0 shifts a running mean: the
-        weight left times the mean, in standard deviations. Raw columns of a table (a year, a
-        price) lie hundreds of them from 0, so that 1 % of the initial mean is far too much.
+    What you see:
+        In a short run, or with momentum 0.01 or less, validation is at chance first and then
+        improves without a change in the training loss.
 
-    Limits:
-        max_initial_weight: 0.05, which the default momentum of 0.1 reaches after 29 updates, 0.01
-            after 299. A mean off by 5 % of itself and a variance by 5 % do no harm that can be
-            measured on the networks of the tests.
-        max_initial_shift_std: 1 running standard deviation in any channel, BN301's limit.
+    Example:
+        Ten updates with a small momentum::
 
-    Fix:
-        Estimate the statistics again, which takes one pass over some 1,000 samples::
-
+            # Fault: (1 - 0.01)^10 = 90 % of mean 0 and variance 1 are left
+            layer = torch.nn.BatchNorm2d(channels, momentum=0.01)
+            # Fix: a plain average, or new statistics for a trained network
+            layer = torch.nn.BatchNorm2d(channels, momentum=None)
             bnguard.recalibrate(model, train_loader)
 
-        For the next run: a larger momentum, or ``momentum=None`` (a plain average); and data whose
-        columns are brought to mean 0 and deviation 1 before the network.
+    Fix:
+        Recalibrate, which takes one pass over some 1,000 samples, changes only the running
+        statistics, and can be undone. For the next run: a larger momentum, or ``momentum=None``;
+        and input columns with mean 0 and standard deviation 1.
 
-    Fix safety:
-        Recalibration changes the running statistics only, is measured, and can be undone.
+    What it does not mean:
+        A low counter alone is not a fault: ``update_bn`` resets it and computes a plain average (a
+        variance below the weight left, which an average that began at 1 cannot have, reveals that),
+        and statistics that evaluation showed to fit are not judged. A layer without any update is
+        ``info``, unless a checkpoint counts training steps.
+
+    Evidence:
+        The weight of the initial statistics, (1 - momentum)^updates, from ``num_batches_tracked``;
+        while training goes on and its length is known, the weight left at its end. A checkpoint
+        does not hold ``momentum`` unless ``BatchNormMonitor`` saved it; 0.1 is assumed, and the
+        message says so if that decides.
+
+        In training that is watched, also how far the initial mean 0 shifts a running mean: raw
+        columns of a table (a year, a price) are hundreds of standard deviations from 0, so 1 % of
+        it is far too much.
+
+    Limits:
+        max_initial_weight: 0.05, which momentum 0.1 reaches after 29 updates, 0.01 after 299. Means
+            and variances off by 5 % do no harm that can be measured on the networks of the tests.
+        max_initial_shift_std: 1 running standard deviation in any channel, BN301's limit.
 
     References:
-        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, on inference.
+        Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
         torch.nn.BatchNorm2d, on ``momentum`` and ``num_batches_tracked``.
+        tensorflow/tensorflow#46414, 12 epochs of 4 steps; tensorflow/tensorflow#1122, too few
+            iterations.
     """
 
     code: ClassVar[str] = "BN303"
@@ -73,10 +82,12 @@ class UnconvergedStatistics(ModelRule):
     max_initial_shift_std: float = MAX_INITIAL_SHIFT_STD
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Hold the weight of the initial statistics, now or at the end, against the limit."""
+        """Compare the weight of the initial statistics, now or at the end, with the limit."""
         if any(map(_is_estimated_otherwise, history.layers)):
             yield self._skipped(
-                None, "a variance is smaller than what would be left of the initial one"
+                None,
+                "a variance is smaller than what would be left of the initial variance 1, so the "
+                "statistics were computed in another way",
             )
             return
         is_untrained = not any(layer.is_counted for layer in history.layers)
@@ -87,7 +98,7 @@ class UnconvergedStatistics(ModelRule):
                 yield from self._judged(layer)
 
     def _never_updated(self, layer: LayerHistory, *, is_untrained: bool) -> Finding:
-        """Return what is to be said of initial statistics that no update was counted for."""
+        """Return the finding for initial statistics without a counted update."""
         severity, steps = Severity.INFO, layer.run.stored_steps
         if is_untrained and steps:
             severity = Severity.WARNING
@@ -95,9 +106,9 @@ class UnconvergedStatistics(ModelRule):
             fix = Fix("train with these layers in train mode, or recalibrate", "recalibrate")
         elif is_untrained:
             message = "no update yet, as in a network that was not trained"
-            fix = Fix("none before training; recalibrate where weights were trained", "recalibrate")
+            fix = Fix("train first; recalibrate if the weights are already trained", "recalibrate")
         else:
-            message = "no update, but other layers had some"
+            message = "no update, but other layers were updated"
             fix = Fix("recalibrate if evaluation calls the layer", "recalibrate")
         return self._finding(
             layer,
@@ -121,19 +132,19 @@ class UnconvergedStatistics(ModelRule):
             yield self._skipped(layer, "the statistics were recalibrated")
             return
         if _are_shown_to_fit(layer):
-            yield self._skipped(layer, "the statistics fit what arrived in evaluation")
+            yield self._skipped(layer, "the statistics match the inputs of the newest evaluation")
             return
         if _is_written_otherwise(layer):
-            yield self._skipped(layer, "the statistics change, but not by updates that are counted")
+            yield self._skipped(layer, "the statistics change without counted updates")
             return
         left, updates, verb = layer.initial_weight, layer.running.updates, "is still"
         if updates is None or left is None:
-            yield self._skipped(layer, "no counter says how often the statistics were updated")
+            yield self._skipped(layer, "no counter of updates")
             return
         if not layer.run.is_settled:
             planned = _updates_at_end(layer, updates)
             if planned is None:
-                yield self._skipped(layer, "training goes on, and its length is not known")
+                yield self._skipped(layer, "training goes on, and its length is unknown")
                 return
             left, updates = initial_weight(layer.momentum, planned), planned
             verb = "will still be, when training ends,"
@@ -154,7 +165,7 @@ class UnconvergedStatistics(ModelRule):
     def _shifted(
         self, layer: LayerHistory, left: float, updates: int, verb: str
     ) -> Iterator[Finding]:
-        """Hold what a small rest of the initial mean does to a mean that is far from it."""
+        """Compare the shift by the rest of the initial mean 0 with its limit."""
         running, now = layer.running, layer.initial_weight
         if running is None or not (now and left and layer.updates_seen):
             return
@@ -168,12 +179,12 @@ class UnconvergedStatistics(ModelRule):
             layer,
             Severity.WARNING,
             f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
-            "variance 1, but batches have a mean so far from it that this shifts the running one: "
+            "variance 1, but the batch means are so far from 0 that this shifts the running mean: "
             f"{counted(updates, 'update')}, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(
-                "bring the input to mean 0 and deviation 1, or train for longer; recalibrate what "
-                "is trained",
+                "scale the input to mean 0 and standard deviation 1, or train longer; recalibrate "
+                "a trained network",
                 "recalibrate",
             ),
             channels=tuple(map(int, np.flatnonzero(shift > self.max_initial_shift_std))),
@@ -181,7 +192,7 @@ class UnconvergedStatistics(ModelRule):
 
 
 def _needed(updates: float) -> str:
-    return "and none changes that" if math.isinf(updates) else f"{updates:g} needed"
+    return "and more do not change that" if math.isinf(updates) else f"{updates:g} needed"
 
 
 def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
@@ -190,13 +201,13 @@ def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:
         return None
     updates_per_step = layer.updates_seen / run.steps
     if updates_per_step >= 1.0:
-        # The rest of the batches of this step may be still to come.
+        # More batches of this step may follow.
         updates_per_step = max(updates_per_step, run.plan.accumulated_batches)
     return updates + round(max(0, run.planned_steps - run.steps) * updates_per_step)
 
 
 def _is_written_otherwise(layer: LayerHistory) -> bool:
-    """Return whether the statistics have changed without the layer, as those of an average do."""
+    """Return whether the statistics change without the layer, as in an average of weights."""
     start, now = layer.running_at_start, layer.running
     if (
         start is None
@@ -209,7 +220,7 @@ def _is_written_otherwise(layer: LayerHistory) -> bool:
 
 
 def _are_shown_to_fit(layer: LayerHistory) -> bool:
-    """Return whether evaluation has shown the statistics as they are now to fit."""
+    """Return whether evaluation has shown that the current statistics fit."""
     seen, now = layer.evaluated, layer.running
     if seen is None or now is None or seen.count < _FEWEST_VALUES:
         return False
@@ -217,12 +228,12 @@ def _are_shown_to_fit(layer: LayerHistory) -> bool:
     return same and fits(layer)
 
 
-# In eval mode, before they tell anything, as in BN301.
+# Values per channel in eval mode before they are judged, as in BN301.
 _FEWEST_VALUES = 32
 
 
 def _is_estimated_otherwise(layer: LayerHistory) -> bool:
-    """Return whether a variance contradicts that so much is left of the initial 1."""
+    """Return whether a variance is too small for what would be left of the initial 1."""
     if layer.running is None or layer.initial_weight is None:
         return False
     finite = layer.running.var[np.isfinite(layer.running.var)]

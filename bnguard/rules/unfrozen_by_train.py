@@ -16,34 +16,48 @@ class UnfrozenByTrain(Rule):
     """A layer that was held in eval mode is back in train mode.
 
     Why it matters:
-        ``model.train()`` at the start of an epoch, or after validation, puts *every* module in
-        train mode, also the BN layers that were frozen with ``eval()`` before. From the second
-        epoch on the statistics move, silently.
+        ``model.train()``, at the start of an epoch or after validation, puts *every* module in
+        train mode, also BN layers that were frozen with ``eval()`` before. From then on their
+        statistics move.
 
-    Evidence:
-        Batches of training, the model in train mode, that reached the layer in eval mode before
-        its first one in train mode. Or a layer that was in eval mode when watching began, unlike
-        the convolutions or linear layers next to it, and that trains in train mode. Layers that go
-        back and forth, and those whose parameters were unfrozen at the same time, are meant to.
+    What you see:
+        Fine-tuning starts well. From the second epoch, or after the first validation, the score
+        drops.
 
-    Limits:
-        min_frozen_calls: 2, before which nothing was frozen on purpose.
+    Example:
+        A backbone frozen once::
 
-    Fix:
-        Freeze where the mode is set, so that no call can undo it::
-
+            # Fault: the next model.train() undoes it
+            backbone.eval()
+            model.train()
+            # Fix: freeze where the mode is set
             class Net(nn.Module):
                 def train(self, mode: bool = True):
                     super().train(mode)
                     self.backbone.eval()
                     return self
 
-    Fix safety:
-        Safe. Statistics that have moved already are put back by loading the original weights.
+    Fix:
+        Override ``train``, or call ``.eval()`` on the frozen layers after each ``model.train()``.
+        Loading the original weights restores statistics that have already moved.
+
+    What it does not mean:
+        Layers that go back and forth, and layers whose gamma and beta were unfrozen at the same
+        time, are meant to train.
+
+    Evidence:
+        Batches of training that reached the layer in eval mode, with the model in train mode,
+        before its first batch in train mode. Or a layer that was in eval mode when watching began,
+        unlike the convolutions or linear layers next to it, and that trains in train mode.
+
+    Limits:
+        min_frozen_calls: 2; with fewer, nothing was frozen on purpose.
 
     References:
-        torch.nn.Module.train, which sets the mode of all its children.
-        PyTorch issue 10856, "Upgrade BatchNorm.cpp so the stats could be frozen (sharing bn)".
+        torch.nn.Module.train, which sets the mode of all children.
+        pytorch/pytorch#10856, "Upgrade BatchNorm.cpp so the stats could be frozen (sharing bn)".
+        poppinace/indexnet_matting#35, a freeze_bn() before train().
+        ContinualAI/avalanche#772, a periodic evaluation that sets train mode.
     """
 
     code: ClassVar[str] = "BN208"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 
@@ -16,37 +16,46 @@ class UnsynchronisedSmallBatch(Rule):
     """Several processes train together, and each normalises its own few samples.
 
     Why it matters:
-        Data-parallel training adds gradients over the ranks, not batch statistics: with 2 samples
-        a rank on 8 ranks the optimizer sees a batch of 16, each BN layer one of 2. Error rises as
-        if the batch were 2.
+        Data-parallel training averages gradients over the ranks, but not batch statistics. With 2
+        samples on each of 8 ranks, the optimizer sees a batch of 16 and each BN layer one of 2.
 
-    Evidence:
-        Samples that a layer of a class without synchronisation normalises at once, where more
-        than one rank trains.
+    What you see:
+        The same total batch gives a better score on one device than on many. More ranks do not
+        help, larger batches per rank do.
 
-    Limits:
-        min_samples: 8. On ImageNet ResNet-50 loses 1.2 points of accuracy from 32 samples to 8,
-            3.7 at 4 and 11.1 at 2 (Wu & He, table 2).
+    Example:
+        DDP with 2 samples per rank::
+
+            # Fault
+            parallel = DistributedDataParallel(model)
+            # Fix
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            parallel = DistributedDataParallel(model)
 
     Fix:
-        Share the statistics, before the model is wrapped::
+        Convert before wrapping, or use ``Trainer(sync_batchnorm=True)``. Each step then waits for
+        one exchange per layer. Subclasses with an activation lose it (BN108), except in
+        ``bnguard.swap(model, "sync").model``. If all ranks together have fewer than 16 samples, use
+        GroupNorm; BN202 says which norm for whom.
 
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    What it does not mean:
+        With 16 and more samples per rank, BN without synchronisation is what most published models
+        use.
 
-        or ``Trainer(sync_batchnorm=True)``. Subclasses with an activation lose it (BN108), but
-        not in ``bnguard.swap(model, "sync").model``. Where the ranks are too few, group norm
-        errs by 24.1 % at 2 samples, where BN errs by 34.7 % (table 2).
+    Evidence:
+        Samples that a layer of a class without synchronisation normalises at once, if more than one
+        rank trains.
 
-    Which norm:
-        SyncBatchNorm where all ranks together have 16 samples or more, GroupNorm otherwise.
-        BN202 has the figures of BN, GroupNorm and batch renormalisation (Wu & He, table 2).
-
-    Fix safety:
-        Training changes, for the better; every step waits for an exchange a layer.
+    Limits:
+        min_samples: 8. On ImageNet a ResNet-50 loses 1.2 points of accuracy from 32 samples to 8,
+            3.7 at 4 and 11.1 at 2 (Wu & He, table 2).
 
     References:
-        Peng et al., "MegDet: A Large Mini-Batch Object Detector" (2018), on cross-GPU BN.
-        Wu & He, "Group Normalization" (2018), table 2.
+        Peng et al., "MegDet: A Large Mini-Batch Object Detector" (2018), on cross-GPU
+            BN, arXiv:1711.07240.
+        Wu & He, "Group Normalization" (2018), table 2, arXiv:1803.08494.
+        pytorch/pytorch#2584, "Synchronize Batch Norm across Multi GPUs".
+        fundamentalvision/BEVFormer#136, one sample per GPU.
     """
 
     code: ClassVar[str] = "BN106"
@@ -56,7 +65,7 @@ class UnsynchronisedSmallBatch(Rule):
     min_samples: int = 8
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold the samples a rank against the limit."""
+        """Compare the samples per rank with the limit."""
         if layer.run.plan.ranks < 2 or "Sync" in layer.kind or layer.training is False:
             return
         samples = layer.samples or layer.run.plan.batch_size
@@ -66,7 +75,8 @@ class UnsynchronisedSmallBatch(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"each of {layer.run.plan.ranks} ranks normalises {samples} samples by itself",
-                Evidence("samples a rank", samples, self.min_samples, is_minimum=True),
-                Fix("torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) before wrapping"),
+                f"each of {layer.run.plan.ranks} ranks normalises its own "
+                f"{counted(samples, 'sample')}",
+                Evidence("samples per rank", samples, self.min_samples, is_minimum=True),
+                Fix("use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) before wrapping it"),
             )

@@ -16,36 +16,43 @@ class UntrackedStatistics(Rule):
     """A layer keeps no running statistics, or no longer updates those that eval mode uses.
 
     Why it matters:
-        Without running statistics eval mode normalises with the batch too: what the network says
-        of a sample depends on the samples next to it, and a batch of one fails or is erased. Where
-        tracking is switched off *after* the layer was built the statistics are still there:
-        training uses the batch, evaluation the old values, and the two drift apart. Lightning's
-        ``BaseFinetuning.freeze(train_bn=False)`` does this.
+        Without running statistics, eval mode normalises with the batch too: the prediction for a
+        sample depends on the samples next to it. If tracking is switched off *after* the layer was
+        built, training uses the batch and evaluation the old statistics, and the two drift apart.
+        Lightning's ``BaseFinetuning.freeze(train_bn=False)`` does this.
 
-    Evidence:
-        Calls in train mode whose batch entered no running statistics, while
-        ``track_running_stats`` is False.
+    What you see:
+        Scores change with the batch size of the test loader, and single samples are predicted
+        badly. Or validation gets worse while the training loss falls.
 
-    Limits:
-        max_untracked_calls: 0 in training; before training it is the setting that counts.
+    Example:
+        A layer frozen by switching off tracking::
+
+            # Fault
+            layer.track_running_stats = False
+            # Fix: eval mode, after each model.train()
+            layer.track_running_stats = True
+            layer.eval()
 
     Fix:
-        Let the layer keep statistics, or, where it should be frozen, put it in eval mode::
+        Build the layer with ``track_running_stats=True``, or use GroupNorm or InstanceNorm if each
+        sample should be normalised by itself. A network trained without statistics needs buffers
+        and one ``bnguard.recalibrate``.
 
-            torch.nn.BatchNorm2d(channels, track_running_stats=True)
-            frozen_layer.track_running_stats = True
-            frozen_layer.eval()                     # after every model.train()
+    What it does not mean:
+        A layer in eval mode on purpose, with statistics, is not meant: it is frozen, not untracked.
 
-        Where a sample should be normalised by itself, InstanceNorm or GroupNorm say so.
+    Evidence:
+        Calls in train mode while ``track_running_stats`` is False.
 
-    Fix safety:
-        A network trained without statistics needs them estimated once
-        (``bnguard.recalibrate``), after the layers were given buffers.
+    Limits:
+        max_untracked_calls: 0 calls in training; before training, the setting alone counts.
 
     References:
-        Lightning pull request 15063, "Implement freeze batchnorm with freezing track running
-            stats".
         torch.nn.BatchNorm2d, on ``track_running_stats``.
+        Lightning-AI/pytorch-lightning#15063, "Implement freeze batchnorm with freezing track
+            running stats".
+        tristandeleu/pytorch-maml#7, results that depend on the batch size at inference.
     """
 
     code: ClassVar[str] = "BN104"
@@ -57,7 +64,7 @@ class UntrackedStatistics(Rule):
     max_untracked_calls: int = 0
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Look for layers that normalise in training with what they do not keep."""
+        """Look for layers that normalise in training with statistics that they do not keep."""
         if 0 < layer.calls.in_training <= self.max_untracked_calls:
             return
         evidence = Evidence(
@@ -67,22 +74,22 @@ class UntrackedStatistics(Rule):
         )
         has_no_values_yet = layer.channels == 0 or layer.statistics_dtype is not None
         if layer.running is None and has_no_values_yet:
-            yield self._skipped(layer, "the running statistics hold no values yet")
+            yield self._skipped(layer, "the running statistics have no values yet")
         elif layer.running is None:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "there are no running statistics: in eval mode too, the output for a sample "
+                "the layer has no running statistics: in eval mode too, the output for a sample "
                 "depends on the rest of its batch",
                 evidence,
-                Fix("track_running_stats=True, or GroupNorm, which needs no batch"),
+                Fix("use track_running_stats=True, or GroupNorm, which needs no batch"),
             )
         elif not layer.is_updating and (layer.training or layer.calls.in_training):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "tracking was switched off: training uses the statistics of the batch, "
-                "evaluation the old running ones",
+                "tracking was switched off: training uses batch statistics, evaluation the old "
+                "running statistics",
                 evidence,
-                Fix("track_running_stats = True, and eval() where the layer should stay frozen"),
+                Fix("set track_running_stats = True, and call eval() on layers to keep frozen"),
             )

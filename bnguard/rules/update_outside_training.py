@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 from bnguard.rules.measurements import distance_of, fits
@@ -15,56 +15,70 @@ from bnguard.rules.several_streams import distances
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateOutsideTraining(Rule):
-    """Batches that are not trained on go into the running statistics.
+    """Batches that are not trained on enter the running statistics.
 
     Why it matters:
-        ``torch.no_grad()`` stops gradients, not BN: a validation without ``model.eval()``
-        normalises with its own batches, so that its score is not that of the network as it will
-        be used, and its data leak into the running statistics. A dummy forward (a summary, a
-        profile) leaves its zeros there.
+        ``torch.no_grad()`` stops gradients, not BN. A validation without ``model.eval()``
+        normalises with its own batches, so its score is not that of the network as it will be used,
+        and its data leak into the running statistics. A dummy forward (a summary, a profile) leaves
+        its zeros there.
 
-    Evidence:
-        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
-        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
-        Other calls under ``no_grad``, in a small part of the steps or after the last, may be a
-        re-estimation on purpose: ``info``. They are a ``warning``, in every step too, if they
-        differ from the batches of training and evaluation does not match the running statistics;
-        repeated passes for the uncertainty of new samples (Monte Carlo dropout) are such calls,
-        and so are dummy forwards of a network that was not trained while it was watched.
-        ``bnguard.recalibrate`` and ``torch.optim.swa_utils.update_bn`` do not count, nor do
-        networks that run under ``no_grad`` in every step (a teacher, a generator while the
-        discriminator learns).
+    What you see:
+        Validation looks good, and deployment, where the mode is right, is worse. Or predictions
+        change after a forward that should not have changed anything.
 
-    Limits:
-        max_calls_in_evaluation: 0.
-        max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
-        max_share_of_steps: Share of the steps up to which such calls are not the usual: 0.5.
-        max_distance_std: Distance of their batches from those of training, in standard deviations:
-            1, as in BN207.
-        max_log_variance_ratio: The same of the variances, 1, as in BN207.
-        min_batches: Batches under ``no_grad`` before they are compared: 4.
+    Example:
+        A validation without ``eval()``::
 
-    Fix:
-        Set both, the mode and the gradients, and set the mode back::
-
+            # Fault
+            model.train()
+            with torch.no_grad():
+                outputs = model(batch)
+            # Fix: set the mode, and set it back
             model.eval()
-            with torch.no_grad(), monitor.evaluation():
-                ...
+            with torch.no_grad():
+                outputs = model(batch)
             model.train()
 
-        Monte Carlo dropout needs the dropout layers alone in train mode::
+    Fix:
+        Set mode and gradients, both. The validation score changes, since it was another network's.
+        Monte Carlo dropout needs only the dropout layers in train mode::
 
             model.eval()
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.train()
 
-    Fix safety:
-        Safe. The score of the validation changes: it was another network's.
+    What it does not mean:
+        Re-estimating statistics on purpose is fine: ``bnguard.recalibrate`` and
+        ``torch.optim.swa_utils.update_bn`` do not count, other passes after training are ``info``.
+        Nor do networks that run under ``no_grad`` in every step count (a teacher, a generator while
+        the discriminator learns).
+
+    Evidence:
+        Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
+        Outside of it, calls under ``no_grad`` between two training steps, if none was in eval mode.
+        Other calls under ``no_grad``, in a small part of the steps or after the last, are ``info``;
+        they are a ``warning``, in every step too, if they differ from the batches of training and
+        evaluation does not match the running statistics. Dummy forwards of a network that was not
+        trained while it was watched are judged the same way.
+
+    Limits:
+        max_calls_in_evaluation: 0.
+        max_calls_without_grad: 1 call under ``no_grad`` outside of the usual.
+        max_share_of_steps: 0.5 of the steps, beyond which such calls are the usual.
+        max_distance_std: 1 standard deviation between their batches and those of training, as in
+            BN207.
+        max_log_variance_ratio: 1, the same for the variances.
+        min_batches: 4 batches under ``no_grad`` before they are compared.
 
     References:
         torch.nn.Module.eval, and the note on it in "Autograd mechanics".
-        PyTorch issue 5406, "BatchNorm behaves different in train() and eval()".
+        pytorch/pytorch#5406, "BatchNorm behaves different in train() and eval()".
+        pytorch/vision#2079, dummy images before an evaluation.
+        layumi/Person_reID_baseline_pytorch#218, inference without eval().
+        google-research/seed_rl#28, an actor in train mode; lightning-uq-box/lightning-uq-box#173,
+            Monte Carlo dropout.
     """
 
     code: ClassVar[str] = "BN206"
@@ -80,7 +94,7 @@ class UpdateOutsideTraining(Rule):
     min_batches: int = 4
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Count the calls with batch statistics where no training was."""
+        """Count the calls with batch statistics outside of training."""
         if layer.running is None or not layer.is_updating:
             return
         if layer.calls.in_evaluation > self.max_calls_in_evaluation:
@@ -91,9 +105,9 @@ class UpdateOutsideTraining(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"{layer.calls.without_grad} batches went into the running statistics under "
-                "no_grad without a step of training, and evaluation does not fit them: dummy "
-                "forwards, or a missing eval()",
+                f"{layer.calls.without_grad} batches entered the running statistics under no_grad, "
+                "without a training step, and evaluation does not match them: dummy forwards, or "
+                "a missing eval()",
                 Evidence(
                     "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
                 ),
@@ -108,7 +122,7 @@ class UpdateOutsideTraining(Rule):
             )
 
     def _of_other_data(self, layer: LayerHistory) -> Evidence | None:
-        """Return how far batches under ``no_grad`` are from training, where that did harm."""
+        """Return how far batches under ``no_grad`` are from training; None if without harm."""
         other = layer.without_grad
         if other is None or other.batches < self.min_batches or layer.evaluated is None:
             return None
@@ -138,8 +152,9 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"the layer was in train mode during evaluation: {layer.calls.in_evaluation} "
-            "batches of it went into the running statistics",
+            "the layer was in train mode during evaluation: "
+            f"{counted(layer.calls.in_evaluation, 'batch', 'batches')} of it entered the running "
+            "statistics",
             Evidence(
                 "batches of evaluation in the statistics",
                 layer.calls.in_evaluation,
@@ -152,9 +167,9 @@ class UpdateOutsideTraining(Rule):
         return self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls.between_steps} batches went into the running statistics under "
-            f"no_grad, before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, "
-            "and none came there in eval mode: an evaluation without eval()",
+            f"{layer.calls.between_steps} batches entered the running statistics under no_grad, "
+            f"before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, and none "
+            "in eval mode: an evaluation without eval()",
             Evidence(
                 "batches under no_grad", layer.calls.between_steps, self.max_calls_without_grad
             ),
@@ -168,7 +183,7 @@ class UpdateOutsideTraining(Rule):
         what = (
             "re-estimation, or a missing eval()"
             if other is None
-            else "a missing eval(), since they are unlike the batches of training"
+            else "a missing eval(), since they differ from the training batches"
         )
         steps, after = calls.steps_without_grad, calls.since_training
         if after:
@@ -179,18 +194,19 @@ class UpdateOutsideTraining(Rule):
             when = f"in {steps} of {layer.run.steps} steps" + (
                 f" and {after} of them after the last" if after else ""
             )
-        counted = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
+        number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         return self._finding(
             layer,
             severity,
-            f"{calls.without_grad} batches went into the statistics under no_grad, {when}: {what}",
-            other or counted,
+            f"{calls.without_grad} batches entered the running statistics under no_grad, {when}: "
+            f"{what}",
+            other or number,
             _EVAL,
-            reasons=() if other is None else (counted,),
+            reasons=() if other is None else (number,),
         )
 
 
 _EVAL = Fix(
-    "model.eval() before evaluation and what else is not training, model.train() after it; for MC "
-    "dropout, the dropout layers alone in train mode"
+    "call model.eval() before evaluation and other forwards without training, model.train() after "
+    "them; for MC dropout, put only the dropout layers in train mode"
 )

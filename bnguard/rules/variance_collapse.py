@@ -15,50 +15,56 @@ from bnguard.rules.base import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceCollapse(Rule):
-    """The batches are so small or so uniform that normalising them erases the signal.
+    """Batches are so small or so uniform that normalising them erases the signal.
 
     Why it matters:
         BN keeps what distinguishes the values of one batch and removes what they share. With two
-        values per channel every output is +1 or -1, whatever the input. Where the values of a
-        batch are nearly alike (crops of one scan, frames of one clip, one class) the difference
-        *between* batches is the signal, and it is subtracted. In eval mode, with running
-        statistics, it suddenly appears: the network meets values that it never saw in training.
+        values per channel every output is +1 or -1, for any input. If the values of a batch are
+        nearly alike (crops of one scan, frames of one clip, one class), the signal is the
+        difference *between* batches, and BN subtracts it.
 
-    Evidence:
-        Either n, the values per channel of the usual batch; or the share of a channel's variance
-        that lies within batches, biased within-batch variance / (itself + variance of the batch
-        means), the median over channels. The variance of the means is taken from successive
-        differences, so that drift of the weights does not count as variance. A harmless mode gap
-        does not lower it: it is measured on one batch, of evaluation, and hides what lies between
-        batches.
+    What you see:
+        The training loss hardly falls, or falls with a score that no evaluation confirms. In eval
+        mode the network meets differences that it never saw in training.
 
-    Limits:
-        min_values_per_channel: Fewer than 3 leave nothing but a sign.
-        min_within_batch_share: 0.2. Independent values give (n - 1) / n, or 1 - 1/samples where
-            the positions of a sample are all alike, which is 0.5 for two samples; healthy runs of
-            the tests stay above 0.4, crops of one image at a time fall below 0.1.
-        min_batches: Batches in the window before the share is judged: 8.
+    Example:
+        Batches of crops of one image::
 
-    Fix:
-        Enlarge what one batch holds (more samples, or samples from more sources), or replace the
-        layers by GroupNorm, which needs no batch::
-
+            # Fault
+            crops = batch[:1].expand(8, -1, -1, -1)
+            outputs = model(crops)
+            # Fix: samples from several images, or a norm that needs no batch
+            outputs = model(batch)
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
-        With several devices: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)``.
+    Fix:
+        Put more samples, or samples from more sources, into a batch; on several devices, use
+        SyncBatchNorm. Or use GroupNorm; BN202 says which norm for whom. A swap without
+        ``teacher_data`` loses most of what the network knew: train it, and measure it.
+        Recalibration helps eval mode only; what training subtracted was never learnt.
 
-    Which norm:
-        GroupNorm, whose statistics are those of one sample. BN202 has the figures of BN,
-        GroupNorm and batch renormalisation (Wu & He, table 2).
+    What it does not mean:
+        A small batch alone is not a collapse: see BN202. A harmless mode gap (BN302) does not
+        disprove the finding, since it compares the modes on one batch, and the signal is between
+        batches.
 
-    Fix safety:
-        Another norm changes the network, and a swap without ``teacher_data`` most of what it
-        knew: let it learn, then measure it. Recalibration helps eval mode only; what training
-        subtracted was not learnt.
+    Evidence:
+        n, the values per channel of a typical batch; or the share of a channel's variance that lies
+        within batches, biased within-batch variance / (itself + variance of the batch means), the
+        median over channels. The variance of the means comes from successive differences, so that
+        slow changes of the weights do not count.
+
+    Limits:
+        min_values_per_channel: 3, since fewer leave nothing but a sign.
+        min_within_batch_share: 0.2. Independent values give (n - 1) / n, or 1 - 1/samples if the
+            positions of a sample are all alike: 0.5 for two samples. Healthy runs of the tests stay
+            above 0.4, crops of one image at a time fall below 0.1.
+        min_batches: 8 batches in the window before the share is judged.
 
     References:
-        Wu & He, "Group Normalization" (2018), figure 1.
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
+        Wu & He, "Group Normalization" (2018), figure 1, arXiv:1803.08494.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3, arXiv:2105.07576.
+        yassouali/pytorch-segmentation#8, BN behind global pooling with two images.
     """
 
     code: ClassVar[str] = "BN201"
@@ -70,13 +76,13 @@ class VarianceCollapse(Rule):
     min_batches: int = 8
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Hold n and the within-batch share of the variance against their limits."""
+        """Compare n and the within-batch share of the variance with their limits."""
         n = layer.typical_values_per_channel
         if n is not None and 1 < n < self.min_values_per_channel:
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"batches have {n} values per channel here: normalised, only their order is left",
+                f"batches have {n} values per channel here: normalising leaves only their order",
                 Evidence("values per channel", n, self.min_values_per_channel, is_minimum=True),
                 _FIX,
             )
@@ -93,7 +99,7 @@ class VarianceCollapse(Rule):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                "the values of a batch are nearly alike here: most of the variance lies between "
+                "the values of a batch are nearly alike here: most of the variance is between "
                 "batches, and normalising removes it",
                 Evidence(
                     "within-batch share of the variance",

@@ -245,6 +245,10 @@ def test_rules_and_pages_are_shown(tmp_path):
     assert "there are BN301, BN302" in line
     assert "BN403" not in line
     assert "did you mean BN301" in is_one_line_error(bnguard(tmp_path, "explain", "BN3O1"))
+    done = bnguard(tmp_path, "explain", "--all", "--html", "rules.html")
+    assert done.stdout == "written: rules.html\n"
+    assert 'id="BN404"' in (tmp_path / "rules.html").read_text("utf-8")
+    assert "use --all" in is_one_line_error(bnguard(tmp_path, "explain"))
     assert "did you mean 'bnguard inspect'" in is_one_line_error(bnguard(tmp_path, "inspct", "x"))
 
 

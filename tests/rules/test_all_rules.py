@@ -15,7 +15,17 @@ from bnguard.findings import Finding, Skipped
 from bnguard.observe.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
 from bnguard.rules import RULES, rule_named
 
-SECTIONS = ["Why it matters", "Evidence", "Limits", "Fix", "Fix safety", "References"]
+SECTIONS = [
+    "Why it matters",
+    "What you see",
+    "Example",
+    "Fix",
+    "What it does not mean",
+    "Evidence",
+    "Limits",
+    "References",
+    "Silence",
+]
 OPTIONAL = {"Which norm"}
 FIGURE = r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 

@@ -256,7 +256,7 @@ def head_only(model, **options):
 def test_bn101_says_that_no_optimizer_holds_a_layer():
     (finding, *_) = head_only(conv_net()).findings
     assert finding.code == "BN101"
-    assert finding.message.startswith("no optimizer holds gamma and beta, which stand still")
+    assert finding.message.startswith("no optimizer holds gamma and beta, so they do not change")
 
 
 def test_bn101_says_that_the_optimizer_holds_nothing_of_the_model():
@@ -264,7 +264,7 @@ def test_bn101_says_that_the_optimizer_holds_nothing_of_the_model():
     outdated = torch.optim.SGD([p.clone().detach() for p in model.parameters()], lr=0.05)
     report = head_only(model, optimizer=outdated)
     (finding, *_) = report.findings
-    assert "the optimizer given holds none of this model's parameters" in finding.message
+    assert "the optimizer holds none of this model's parameters" in finding.message
     assert "model.parameters()" in finding.fix.summary
     assert "optimizer" not in " ".join(report.history.notes)
 

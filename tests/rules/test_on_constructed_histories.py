@@ -67,7 +67,7 @@ def layer(**options):
 )
 def test_the_momentum_proposed_is_within_the_range(momentum, proposed):
     (finding,) = found("BN103", layer(momentum=momentum))
-    assert finding.fix.summary == f"momentum={proposed}, then recalibrate"
+    assert finding.fix.summary == f"use momentum={proposed}, then recalibrate"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_bn204_leaves_channels_alone_whose_gamma_makes_up_for_their_scale():
 
 @pytest.mark.parametrize(
     ("fed_by", "advice"),
-    [(None, "where an activation"), ("Conv2d", "Conv2d before"), ("ReLU", "BN before the act")],
+    [(None, "if an activation"), ("Conv2d", "Conv2d before"), ("ReLU", "put BN before the act")],
 )
 def test_bn204_advises_by_what_feeds_the_layer(fed_by, advice):
     (finding,) = found("BN204", layer(running=running(var=0.0), fed_by=fed_by))
@@ -242,7 +242,7 @@ def test_bn401_names_the_first_layer_in_the_order_of_calls():
         History(layers=(earlier_fine, later), run=run), [rule_named("BN401")]
     ).findings
     assert finding.layer == "later"
-    assert "what comes after fine" in finding.message
+    assert "it began after fine" in finding.message
 
 
 def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it():
@@ -260,7 +260,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
         return finding
 
     aftermath = found(8)
-    assert "after before, which was fine; the weights are not finite now" in aftermath.message
+    assert "after before, which was finite; the weights are not finite now" in aftermath.message
     assert "conv" not in aftermath.message
     assert found(7).message.endswith("conv (Conv2d) has parameters that are not finite: weight")
 
@@ -303,7 +303,7 @@ def test_channels_that_a_large_eps_damps_are_not_dead():
     assert found("BN204", damped) == []
     (finding,) = found("BN204", layer(running=running(var=1e-7)))
     assert "4 of 4 channels" in finding.message
-    assert "1e-07 at most" in finding.message
+    assert "at most 1e-07" in finding.message
 
 
 def test_statistics_of_a_layer_that_is_never_called_are_not_awaited():

@@ -15,27 +15,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bnguard.observe.history import EvalWindow, History
-from bnguard.rules import (
-    AccumulationBlind,
-    AmplifyingChannel,
-    CorrelatedBatches,
-    DeadChannels,
-    DoubleUpdate,
-    InputShift,
-    ModesDisagree,
-    MomentumOutOfRange,
-    NoisyBatchStatistics,
-    PaddedInput,
-    RankDisagreement,
-    SeveralStreams,
-    StaleStatistics,
-    StatisticDrift,
-    UnconvergedStatistics,
-    UnsynchronisedSmallBatch,
-    VarianceCollapse,
-)
+from bnguard.rules.accumulation_blind import AccumulationBlind
+from bnguard.rules.amplifying_channel import AmplifyingChannel
+from bnguard.rules.correlated_batches import CorrelatedBatches
+from bnguard.rules.dead_channels import DeadChannels
+from bnguard.rules.double_update import DoubleUpdate
+from bnguard.rules.input_shift import InputShift
 from bnguard.rules.measurements import drift, excess_change
-from bnguard.rules.several_streams import distances
+from bnguard.rules.mode_gap import ModesDisagree
+from bnguard.rules.momentum_out_of_range import MomentumOutOfRange
+from bnguard.rules.noisy_batch_statistics import NoisyBatchStatistics
+from bnguard.rules.padded_input import PaddedInput
+from bnguard.rules.rank_disagreement import RankDisagreement
+from bnguard.rules.several_streams import SeveralStreams, distances
+from bnguard.rules.stale_statistics import StaleStatistics
+from bnguard.rules.statistic_drift import StatisticDrift
+from bnguard.rules.unconverged_statistics import UnconvergedStatistics
+from bnguard.rules.unsynchronised_small_batch import UnsynchronisedSmallBatch
+from bnguard.rules.variance_collapse import VarianceCollapse
 from tests.zoo.runs import FaultyRun, HealthyRun, run_zoo
 
 Measure = Callable[[History], float | None]
@@ -230,8 +227,8 @@ def initial_statistics_left(history: History) -> float | None:
 
 MEASURES: tuple[tuple[str, str, float | None, Measure], ...] = (
     ("BN103", "momentum", MomentumOutOfRange().max_momentum, momentum),
-    ("BN106", "samples a rank", UnsynchronisedSmallBatch().min_samples, samples),
-    ("BN107", "samples a batch", AccumulationBlind().min_samples, samples),
+    ("BN106", "samples per rank", UnsynchronisedSmallBatch().min_samples, samples),
+    ("BN107", "samples per batch", AccumulationBlind().min_samples, samples),
     (
         "BN201",
         "values per channel",
