@@ -259,6 +259,14 @@ class Monitor:
             if self._loop.has_steps and not self._is_asked:
                 self._on_collected(self._known())
 
+    # A module may hold its monitor: an averaged copy of it shares the one that watches, and where
+    # it is saved or sent to another process, nothing is watched.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
     def __enter__(self) -> Monitor:
         return self
 
