@@ -1,7 +1,11 @@
-"""Recalibrate after training on batches of two, whose running statistics are mostly noise.
+"""Learn to recalibrate before evaluation, with a score that decides whether it is kept.
+
+The network trains on batches of two, so its running statistics are mostly noise.
 
 python examples/recalibrate_before_eval.py
 """
+
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,7 @@ def main() -> None:
     model = nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
 
-    for inputs, labels in DataLoader(train, batch_size=2, shuffle=True):
+    for inputs, labels in islice(DataLoader(train, batch_size=2, shuffle=True), 300):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
@@ -36,7 +40,7 @@ def main() -> None:
         return correct / len(val)
 
     # On training data: the validation images only score.
-    result = bnguard.recalibrate(model, DataLoader(train, batch_size=2), score=accuracy)
+    result = bnguard.recalibrate(model, DataLoader(train, batch_size=32), score=accuracy)
     print(result)
     before, after = result.score_before, result.score_after
     print(f"bnguard · accuracy in eval mode {before:.1%} → {after:.1%}")
