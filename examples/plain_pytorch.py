@@ -20,6 +20,15 @@ def block(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    model.eval()
+    correct = 0
+    for inputs, targets in DataLoader(data, batch_size=256):
+        correct += (model(inputs).argmax(1) == targets).sum().item()
+    return correct / len(data)
+
+
 def main() -> None:
     torch.manual_seed(0)
     digits = load_digits()
@@ -41,15 +50,12 @@ def main() -> None:
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
 
-        model.eval()
-        correct = 0
-        with torch.no_grad():
-            for inputs, targets in DataLoader(val_set, batch_size=256):
-                correct += (model(inputs).argmax(1) == targets).sum().item()
-        print(f"epoch {epoch}: accuracy {correct / len(val):.1%}")
+        print(f"epoch {epoch}: accuracy {accuracy(model, val_set):.1%}")
 
     print(monitor.report())
     monitor.close()
+    fixed = TensorDataset(normalised[val], labels[val])
+    print(f"bnguard · normalised as in training: accuracy {accuracy(model, fixed):.1%}")
 
 
 if __name__ == "__main__":

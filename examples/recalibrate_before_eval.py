@@ -5,8 +5,6 @@ The network trains on batches of two, so its running statistics are mostly noise
 python examples/recalibrate_before_eval.py
 """
 
-from itertools import islice
-
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -29,7 +27,7 @@ def main() -> None:
     model = nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
 
-    for inputs, labels in islice(DataLoader(train, batch_size=2, shuffle=True), 300):
+    for inputs, labels in DataLoader(train, batch_size=2, shuffle=True):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()

@@ -3,7 +3,7 @@
 A 3-D network keeps BN as trained, gets new statistics, is swapped to GroupNorm and distilled, or
 uses GroupNorm from the start.
 
-python examples/tiny_batches_3d.py                               some 10 s on a CPU
+python examples/tiny_batches_3d.py                               some 20 s on a CPU
 python examples/tiny_batches_3d.py --volumes 1200 --epochs 6     a real comparison
 """
 
@@ -63,9 +63,9 @@ def accuracy(model, volumes, labels):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--volumes", type=int, default=160, help="volumes to train on")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30, help="distilling steps")
+    parser.add_argument("--volumes", type=int, default=240, help="volumes to train on")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60, help="distilling steps")
     options = parser.parse_args()
     torch.manual_seed(0)
     volumes, labels = digits_in_volumes()
