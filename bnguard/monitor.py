@@ -645,7 +645,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise ConfigurationError(
-                "optimizer must be a torch.optim.Optimizer or several, not a "
+                "optimizer must be a torch.optim.Optimizer or several of them, not "
                 f"{type(optimizer).__name__}"
             )
     return optimizers

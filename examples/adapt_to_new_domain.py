@@ -1,7 +1,7 @@
-"""Adapt a trained network to a domain that it has not seen, from a few unlabelled samples.
+"""Learn to adapt a trained network to a new domain, from a few samples without labels.
 
 The digits of the new domain are darker and have less contrast. Their statistics replace those of
-training; with a prior these keep some weight, which helps where samples are few.
+training. With a prior these keep some weight, which helps if there are only two samples.
 
 python examples/adapt_to_new_domain.py
 """
@@ -34,7 +34,7 @@ def main() -> None:
 
     model = nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(5):
+    for _ in range(3):
         batches = TensorDataset(images[train], labels[train])
         for inputs, targets in DataLoader(batches, batch_size=64, shuffle=True):
             optimizer.zero_grad()
@@ -51,8 +51,8 @@ def main() -> None:
         result = bnguard.recalibrate(
             model, [unlabelled[:count]], method="adapt", prior=prior, score=accuracy
         )
-        print(f"bnguard · {count} samples, and a prior of {prior}")
-        print(result, end="\n\n")
+        before, after = result.score_before, result.score_after
+        print(f"bnguard · {count} samples, prior {prior}: accuracy {before:.1%} → {after:.1%}")
         result.undo()
 
 

@@ -1,4 +1,4 @@
-"""Watch the BN layers in a loop with Lightning Fabric: three lines, marked with an arrow.
+"""Learn to watch a loop with Lightning Fabric: one line, and the report of all ranks at the end.
 
 python examples/fabric_loop.py
 """
@@ -24,23 +24,22 @@ def main() -> None:
     train, check = random_split(data.train, [1000, 200])
     loaders = fabric.setup_dataloaders(DataLoader(train, 16, shuffle=True), DataLoader(check, 100))
 
-    monitor = bnguard.watch(model, optimizer=optimizer)  # <-
+    monitor = bnguard.watch(model, optimizer=optimizer)  # the line
     for epoch in range(2):
         model.train()
         for images, labels in loaders[0]:
             optimizer.zero_grad()
             fabric.backward(F.cross_entropy(model(images), labels))
             optimizer.step()
-            monitor.step()  # <-
 
         model.eval()
         correct = 0
-        with torch.no_grad(), monitor.evaluation():  # <-
+        with torch.no_grad():
             for images, labels in loaders[1]:
                 correct += (model(images).argmax(1) == labels).sum().item()
         fabric.print(f"epoch {epoch}: accuracy {correct / len(check):.1%}")
 
-    report = monitor.report_of_all_ranks()  # on each rank, also where there is but one
+    report = monitor.report_of_all_ranks()  # call it on each rank
     if fabric.is_global_zero:
         print(report)
     monitor.close()

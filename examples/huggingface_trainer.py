@@ -1,4 +1,4 @@
-"""Watch a ResNet that the Trainer of Hugging Face transformers trains; nothing is downloaded.
+"""Learn to watch the Trainer of Hugging Face transformers: one callback. Nothing is downloaded.
 
 pip install transformers accelerate
 python examples/huggingface_trainer.py
@@ -35,11 +35,11 @@ def main() -> None:
             model=ResNetForImageClassification(config),
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=60,
-                learning_rate=5e-3,  # the default is meant for large networks that were trained
+                max_steps=30,
+                learning_rate=5e-3,  # the default suits large pretrained networks
                 per_device_train_batch_size=32,
                 eval_strategy="steps",
-                eval_steps=30,
+                eval_steps=15,
                 report_to=[],
                 use_cpu=True,
                 disable_tqdm=True,

@@ -1,4 +1,7 @@
-"""Watch the BN layers in a plain PyTorch loop: three lines, marked with an arrow.
+"""Learn to watch a plain PyTorch loop with one line, and what a report says.
+
+The fault is a common one: validation forgets to normalise the images as training did. Nothing
+raises an error, the accuracy is poor, and the report names the reason.
 
 python examples/plain_pytorch.py
 """
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
 
@@ -17,32 +20,42 @@ def block(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    model.eval()
+    correct = 0
+    for inputs, targets in DataLoader(data, batch_size=256):
+        correct += (model(inputs).argmax(1) == targets).sum().item()
+    return correct / len(data)
+
+
 def main() -> None:
     torch.manual_seed(0)
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    train, val = random_split(TensorDataset(images, torch.tensor(digits.target)), [1200, 597])
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images))
+    train, val = order[:1200], order[1200:]
+    normalised = (images - images.mean()) / images.std()
+    train_set = TensorDataset(normalised[train], labels[train])
+    val_set = TensorDataset(images[val], labels[val])  # the fault: not normalised
     model = nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    monitor = bnguard.watch(model, optimizer=optimizer)  # <-
-    for epoch in range(3):
+    monitor = bnguard.watch(model, optimizer=optimizer)  # the line
+    for epoch in range(2):
         model.train()
-        for inputs, labels in DataLoader(train, batch_size=64, shuffle=True):
+        for inputs, targets in DataLoader(train_set, batch_size=32, shuffle=True):
             optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels).backward()
+            F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
-            monitor.step()  # <-
 
-        model.eval()
-        correct = 0
-        with torch.no_grad(), monitor.evaluation():  # <-
-            for inputs, labels in DataLoader(val, batch_size=256):
-                correct += (model(inputs).argmax(1) == labels).sum().item()
-        print(f"epoch {epoch}: accuracy {correct / len(val):.1%}")
+        print(f"epoch {epoch}: accuracy {accuracy(model, val_set):.1%}")
 
     print(monitor.report())
     monitor.close()
+    fixed = TensorDataset(normalised[val], labels[val])
+    print(f"bnguard · normalised as in training: accuracy {accuracy(model, fixed):.1%}")
 
 
 if __name__ == "__main__":

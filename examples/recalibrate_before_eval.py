@@ -1,4 +1,6 @@
-"""Recalibrate after training on batches of two, whose running statistics are mostly noise.
+"""Learn to recalibrate before evaluation, with a score that decides whether it is kept.
+
+The network trains on batches of two, so its running statistics are mostly noise.
 
 python examples/recalibrate_before_eval.py
 """
@@ -36,7 +38,7 @@ def main() -> None:
         return correct / len(val)
 
     # On training data: the validation images only score.
-    result = bnguard.recalibrate(model, DataLoader(train, batch_size=2), score=accuracy)
+    result = bnguard.recalibrate(model, DataLoader(train, batch_size=32), score=accuracy)
     print(result)
     before, after = result.score_before, result.score_after
     print(f"bnguard · accuracy in eval mode {before:.1%} → {after:.1%}")

@@ -1,7 +1,10 @@
-"""A 3-D network at batch size 2: BN as it is, recalibrated, swapped and distilled, or never BN.
+"""Learn what to do if memory allows only two samples per batch: compare four ways out of BN.
 
-python examples/tiny_batches_3d.py            half a minute on a CPU
-python examples/tiny_batches_3d.py --volumes 1200 --epochs 6
+A 3-D network keeps BN as trained, gets new statistics, is swapped to GroupNorm and distilled, or
+uses GroupNorm from the start.
+
+python examples/tiny_batches_3d.py                               some 20 s on a CPU
+python examples/tiny_batches_3d.py --volumes 1200 --epochs 6     a real comparison
 """
 
 import argparse
@@ -60,7 +63,7 @@ def accuracy(model, volumes, labels):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--volumes", type=int, default=300, help="volumes to train on")
+    parser.add_argument("--volumes", type=int, default=240, help="volumes to train on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="distilling steps")
     options = parser.parse_args()

@@ -368,8 +368,8 @@ def test_what_the_user_raises_passes():
     ("arguments", "message"),
     [
         ({"model": None}, "watch takes a torch.nn.Module, not NoneType"),
-        ({"optimizer": mlp().parameters()}, "several of them, not a Parameter"),
-        ({"optimizer": 3}, "several of them, not a int"),
+        ({"optimizer": mlp().parameters()}, "several of them, not Parameter"),
+        ({"optimizer": 3}, "several of them, not int"),
         ({"rules": ["BN301"]}, r"rules takes objects of bnguard.rules.Rule, not 'BN301'"),
     ],
     ids=["no model", "parameters", "a number", "a code"],

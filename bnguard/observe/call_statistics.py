@@ -230,8 +230,10 @@ def saves_statistics(output: object) -> TypeGuard[Any]:
     node = getattr(output, "grad_fn", None)
     if node is None or type(node).__name__ not in _NODES:
         return False
-    # Reading a packed tensor would unpack it: compute it again, or fetch it.
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    # Reading a packed tensor would unpack it: compute it again, or fetch it. Before torch 2.8,
+    # nothing shows whether it is packed.
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top_hooks is None or top_hooks(False) is not None:
         return False
     mean = node._saved_result1
     return mean.dtype in (torch.float32, torch.float64) and mean.numel() > 0

@@ -119,7 +119,7 @@ def test_an_existing_output_is_replaced_only_by_force(saved):
     assert read_checkpoint(output).provenance["number"] == 1
     write_statistics(saved, output, new_statistics(saved), {"number": 2}, force=True)
     assert read_checkpoint(output).provenance["number"] == 2
-    with pytest.raises(CheckpointError, match="is the original"):
+    with pytest.raises(CheckpointError, match="the original itself"):
         write_statistics(saved, saved, new_statistics(saved), {}, force=True)
 
 
