@@ -16,8 +16,10 @@ from bnguard.findings import (
 )
 from bnguard.observe.history import History, LayerHistory
 from bnguard.report.notebook import NotebookView
+from bnguard.report.picture import Moment
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 
@@ -31,6 +33,7 @@ class Report(NotebookView):
         skipped: What is unknown, and why.
         over: What was announced while training went on, and is no longer true.
         failure: The error of bnguard's own that ended the watching early; None if there was none.
+        course: What was measured in the course of training, the newest last.
 
     Example:
         >>> from bnguard.observe.history import History, Run
@@ -47,6 +50,7 @@ class Report(NotebookView):
     skipped: tuple[Skipped, ...]
     failure: str | None = None
     over: tuple[PastFinding, ...] = ()
+    course: tuple[Moment, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:
@@ -73,6 +77,19 @@ class Report(NotebookView):
         from bnguard.report.json_document import report_document
 
         return report_document(self)
+
+    def plot(self) -> Figure:
+        """Draw layers by steps: what the first finding measured, its limit, and the verdict.
+
+        Of a healthy run it is the drift of the running statistics. Save the figure of matplotlib
+        with ``report.plot().savefig("bn.png")``.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed (extra ``plot``).
+        """
+        from bnguard.report.picture import draw
+
+        return draw(self)
 
     def __repr__(self) -> str:
         steps = self.history.run.steps

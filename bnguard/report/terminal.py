@@ -40,7 +40,7 @@ _LONG_SECONDS = 1.0
 
 def report_view(report: Report) -> RenderableType:
     """Return a report as a heading, the findings, and the layers that are furthest off."""
-    parts: list[RenderableType] = [_heading(report)]
+    parts: list[RenderableType] = [heading(report)]
     habits = [group for group in report.groups if group.worst.code == _HABITS]
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
@@ -95,10 +95,41 @@ def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     table.add_column(overflow="fold")
     for root, consequences in by_root_cause(groups).items():
         severity = max(group.worst.severity for group in (root, *consequences))
-        parts: list[RenderableType] = [_root_view(root)]
+        parts: list[RenderableType] = [root_view(root)]
         parts += [_consequences_view(consequences)] if consequences else []
         table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
     return table
+
+
+def root_view(group: FindingGroup) -> Text:
+    """Return a root cause in three lines: number and limit, where and what, the fix."""
+    finding = group.worst
+    since = "" if group.step is None else f", since step {group.step}"
+    return Text.assemble(
+        (f"{finding.code} {finding.name}", "bold"),
+        f": {finding.evidence}\nat {group.where}{since}: {finding.message}",
+        f"\n→ {finding.fix.summary}",
+    )
+
+
+def heading(report: Report) -> Text:
+    """Return how much was looked at, and how much is wrong."""
+    layers, steps = len(report.layers), report.history.run.steps
+    parts = ["bnguard", counted(layers, "BN layer")]
+    if steps:
+        parts.append(counted(steps, "step"))
+    parts += _counts(report)
+    if report.history.run.unknown and not report.findings:
+        parts.append("no problems found in these, but not all that normalises was watched")
+    elif report.failure is None and report.history.run.steps and not _has_problems(report):
+        parts.append("no problems found")
+    elif not report.findings and report.failure is None:
+        is_stored = all(layer.training is None for layer in report.layers)
+        what = "checkpoint" if is_stored else "model"
+        parts.append(f"no problems found in what a {what} shows; training was not looked at")
+    elif not report.findings:
+        parts.append("nothing found, but not all was watched")
+    return Text(" · ".join(parts), style="bold")
 
 
 def notice_view(group: FindingGroup) -> RenderableType:
@@ -184,16 +215,6 @@ class CalibrationBar:
         return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
 
 
-def _root_view(group: FindingGroup) -> Text:
-    finding = group.worst
-    since = "" if group.step is None else f", since step {group.step}"
-    return Text.assemble(
-        (f"{finding.code} {finding.name}", "bold"),
-        f": {finding.evidence}\nat {group.where}{since}: {finding.message}",
-        f"\n→ {finding.fix.summary}",
-    )
-
-
 def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(no_wrap=True)
@@ -205,25 +226,6 @@ def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
             text += f"; because of {' and '.join(group.causes)}"
         grid.add_row(Text("leads to", "dim"), Text(text, "dim"))
     return grid
-
-
-def _heading(report: Report) -> Text:
-    layers, steps = len(report.layers), report.history.run.steps
-    parts = ["bnguard", counted(layers, "BN layer")]
-    if steps:
-        parts.append(counted(steps, "step"))
-    parts += _counts(report)
-    if report.history.run.unknown and not report.findings:
-        parts.append("no problems found in these, but not all that normalises was watched")
-    elif report.failure is None and report.history.run.steps and not _has_problems(report):
-        parts.append("no problems found")
-    elif not report.findings and report.failure is None:
-        is_stored = all(layer.training is None for layer in report.layers)
-        what = "checkpoint" if is_stored else "model"
-        parts.append(f"no problems found in what a {what} shows; training was not looked at")
-    elif not report.findings:
-        parts.append("nothing found, but not all was watched")
-    return Text(" · ".join(parts), style="bold")
 
 
 def _counts(report: Report) -> Iterator[str]:
