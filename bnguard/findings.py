@@ -41,6 +41,8 @@ class Evidence:
     Example:
         >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))
         'largest shift 2.25 σ (limit 1 σ)'
+        >>> str(Evidence("values per channel", 2, 3, is_minimum=True))
+        'values per channel 2 (at least 3)'
     """
 
     measure: str
@@ -64,7 +66,7 @@ class Evidence:
     def __str__(self) -> str:
         space = "" if self.unit in ("", "%") else " "
         value, limit = (f"{number:.4g}{space}{self.unit}" for number in (self.value, self.limit))
-        return f"{self.measure} {value} (limit {limit})"
+        return f"{self.measure} {value} ({'at least' if self.is_minimum else 'limit'} {limit})"
 
 
 @dataclass(frozen=True)

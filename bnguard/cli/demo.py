@@ -35,6 +35,8 @@ def run(arguments: list[str]) -> int:
     if values.fault is not None:
         _demonstrate(values.fault, values.seed, values.picture)
         return 0
+    if values.picture is not None:
+        raise ConfigurationError("--picture draws the report of a fault: name one with --fault")
     folder = Path(values.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder")

@@ -117,11 +117,11 @@ def draw(report: Report) -> Figure:
     labelled = range(0, len(rows), 1 + len(rows) // _MOST_LABELS)
     axes.set_yticks([row + 0.5 for row in labelled], [rows[row] or "model" for row in labelled])
     axes.invert_yaxis()
-    is_all_known = len(finite) == values.size
-    axes.set_xlabel(f"training step{'' if is_all_known else ' (grey: nothing found)'}")
-    axes.set_title(_verdict(report), loc="left", fontsize="medium")
+    has_gaps = bool(np.isnan(values).any())
+    axes.set_xlabel("training step (grey: nothing found)" if has_gaps else "training step")
+    figure.suptitle(_verdict(report), x=0.01, ha="left", fontsize="medium")
     measure_and_unit = f"{evidence.measure}, {evidence.unit}".removesuffix(", ")
-    bar = figure.colorbar(image, ax=axes, label=textwrap.fill(measure_and_unit, _LABEL_WIDTH))
+    bar = figure.colorbar(image, fraction=0.03, label=textwrap.fill(measure_and_unit, _LABEL_WIDTH))
     ticks = {top: f"{top:.3g}", bottom: f"{bottom:.3g}", limit: f"limit {limit:.3g}"}
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.set_ylim(bottom, top)
