@@ -1,4 +1,4 @@
-"""What a rule concludes: a finding with evidence and fix, or why it could not tell; in words."""
+"""What a rule concludes: a finding with evidence and fix, or why it could not judge."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Evidence:
         value: The number measured.
         limit: The number it is held against.
         unit: Unit of both, ``""`` for a plain number.
-        is_minimum: Whether the limit is the least that is right; by default it is the most.
+        is_minimum: Whether values below the limit are wrong; by default those above are.
 
     Example:
         >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))

@@ -1,4 +1,4 @@
-"""What is shown to people and machines: reports, and how they are drawn and stored."""
+"""Reports, and their views: terminal, notebook, picture, JSON."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Report(NotebookView):
-    """What was observed of a model, and what is wrong with it; prints itself.
+    """What was observed of a model and what is wrong with it; prints itself.
 
     Attributes:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
         skipped: What is unknown, and why.
-        over: What was announced while training went on, and is no longer true.
-        failure: The error of bnguard's own that ended the watching early; None if there was none.
-        course: What was measured in the course of training, the newest last.
+        over: What was announced during training and is gone.
+        failure: The error inside bnguard that ended the watching early; None if there was none.
+        course: What was measured during training, the newest last.
 
     Example:
         >>> from bnguard.observe.history import History, Run
@@ -54,17 +54,17 @@ class Report(NotebookView):
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:
-        """What was observed, a layer each."""
+        """What was observed, layer by layer."""
         return self.history.layers
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was read in another way than usual, or could not be seen, and why; a line each."""
+        """What was read in an unusual way, or could not be seen, and why; a line each."""
         return self.history.notes if self.failure is None else (self.failure, *self.history.notes)
 
     @property
     def groups(self) -> tuple[FindingGroup, ...]:
-        """The findings, those of one rule and severity together."""
+        """The findings, grouped by rule and severity."""
         return group_findings(self.findings)
 
     @property

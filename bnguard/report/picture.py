@@ -1,4 +1,4 @@
-"""Reports as one picture: what the first finding measured, layers by steps."""
+"""Draws a report as one picture: what the first finding measured, layers by steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Moment:
 
 
 class Course:
-    """What was measured in a training: a hundred moments at most, evenly spread over it."""
+    """Keeps up to a hundred moments of a training, evenly spread over it."""
 
     def __init__(self) -> None:
         self.moments: tuple[Moment, ...] = ()
@@ -100,8 +100,8 @@ def draw(report: Report) -> Figure:
     values = np.array([[column.get(row, np.nan) for column in columns] for row in rows])
 
     finite, limit = values[np.isfinite(values)], evidence.limit
-    bottom = min(0.0, limit, *finite)
-    top = max(2.0 * limit, bottom + 1.0, *finite)
+    bottom = float(np.min(finite, initial=min(0.0, limit)))
+    top = float(np.max(finite, initial=2.0 * abs(limit) or 1.0))
     colours = LinearSegmentedColormap.from_list("bnguard", _COLOURS)
 
     figure = Figure(figsize=(9.0, min(12.0, 2.5 + 0.25 * len(rows))), layout="constrained")
@@ -117,8 +117,11 @@ def draw(report: Report) -> Figure:
     labelled = range(0, len(rows), 1 + len(rows) // _MOST_LABELS)
     axes.set_yticks([row + 0.5 for row in labelled], [rows[row] or "model" for row in labelled])
     axes.invert_yaxis()
+    if not report.course:
+        axes.set_xticks([])
     has_gaps = bool(np.isnan(values).any())
-    axes.set_xlabel("training step (grey: nothing found)" if has_gaps else "training step")
+    time = "training step" if report.course else "now"
+    axes.set_xlabel(f"{time} (grey: nothing found)" if has_gaps else time)
     figure.suptitle(_verdict(report), x=0.01, ha="left", fontsize="medium")
     measure_and_unit = f"{evidence.measure}, {evidence.unit}".removesuffix(", ")
     bar = figure.colorbar(image, fraction=0.03, label=textwrap.fill(measure_and_unit, _LABEL_WIDTH))
@@ -129,7 +132,7 @@ def draw(report: Report) -> Figure:
 
 
 def _evidence(report: Report) -> Evidence:
-    """Return what the first finding measured; of a healthy run, the largest drift."""
+    """Return what the first finding measured; the largest drift of a healthy run."""
     for group in report.groups:
         if group.worst.severity > Severity.INFO:
             return group.worst.evidence
