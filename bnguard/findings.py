@@ -1,4 +1,4 @@
-"""What a rule concludes: a finding with evidence and fix, or why it could not tell; in words."""
+"""What a rule concludes: a finding with evidence and fix, or why it could not judge."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ class Evidence:
         value: The number measured.
         limit: The number it is held against.
         unit: Unit of both, ``""`` for a plain number.
-        is_minimum: Whether the limit is the least that is right; by default it is the most.
+        is_minimum: Whether values below the limit are wrong; by default those above are.
 
     Example:
         >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))
         'largest shift 2.25 σ (limit 1 σ)'
+        >>> str(Evidence("values per channel", 2, 3, is_minimum=True))
+        'values per channel 2 (at least 3)'
     """
 
     measure: str
@@ -64,7 +66,7 @@ class Evidence:
     def __str__(self) -> str:
         space = "" if self.unit in ("", "%") else " "
         value, limit = (f"{number:.4g}{space}{self.unit}" for number in (self.value, self.limit))
-        return f"{self.measure} {value} (limit {limit})"
+        return f"{self.measure} {value} ({'at least' if self.is_minimum else 'limit'} {limit})"
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ def _train(
     with warnings.catch_warnings():
         # Where GroupNorm was the repair, nothing is left to watch.
         warnings.filterwarnings("ignore", ".*nothing to watch")
-        monitor = watch(model, optimizer=optimizer, on_findings=lambda group: None)
+        monitor = watch(
+            model, optimizer=optimizer, every_n_steps=20, on_findings=lambda group: None
+        )
     with monitor:
         for _ in range(3):
             model.train()

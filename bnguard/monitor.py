@@ -31,6 +31,7 @@ from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
+from bnguard.report.picture import Course, measure
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements, diagnose
 
@@ -227,6 +228,7 @@ class Monitor:
         self._steps_in_eval_mode = 0
         self._is_acting = False
         self._announcements = Announcements()
+        self._course = Course()
         self._checked: Report | None = None
         self._on_checked: Callable[[Report, int], None] | None = None
         self._on_collected: Callable[[Report], None] = _last_reports.append
@@ -509,6 +511,7 @@ class Monitor:
             self._checked = self._known(final=False)
             if self._guard.failure is None:
                 self._announcements.note(self._checked.findings, self._step)
+                self._course.note(self._checked.history, self._checked.findings, self._step)
                 for group in self._announcements.new(self._checked.findings):
                     self._on_findings(group)
             if self._on_checked is not None:
@@ -606,9 +609,11 @@ class Monitor:
         findings = conclusions.findings
         if self._observer.steps:
             findings = self._announcements.date(findings, self._step)
-        return Report(
-            history, findings, conclusions.skipped, over=self._announcements.over(findings)
-        )
+        course = self._course.moments
+        if final:
+            course = self._course.until(measure(history, findings, self._step))
+        over = self._announcements.over(findings)
+        return Report(history, findings, conclusions.skipped, over=over, course=course)
 
     def _announce_batch_of_one(self) -> None:
         """Run the rules in the middle of a step: PyTorch is about to refuse the batch."""

@@ -6,6 +6,7 @@ import shlex
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
@@ -13,12 +14,15 @@ from bnguard.cli import recalibrate
 from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output, show
 from bnguard.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from bnguard.report import Report
+
 _EXAMPLES = """
 examples:
   bnguard demo
   bnguard demo --output digits --seed 1
   bnguard demo --list
-  bnguard demo --fault frozen-backbone
+  bnguard demo --fault frozen-backbone --picture frozen.png
 """
 
 
@@ -29,8 +33,10 @@ def run(arguments: list[str]) -> int:
         _list_faults()
         return 0
     if values.fault is not None:
-        _demonstrate(values.fault, values.seed)
+        _demonstrate(values.fault, values.seed, values.picture)
         return 0
+    if values.picture is not None:
+        raise ConfigurationError("--picture draws the report of a fault: name one with --fault")
     folder = Path(values.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder")
@@ -51,8 +57,9 @@ def make_parser() -> ArgumentParser:
         "repair the checkpoint, and measure both. --fault shows another fault. Takes some seconds.",
         _EXAMPLES,
     )
+    parser.add_argument("--fault", type=str, metavar="NAME", help="train into a fault of --list")
     parser.add_argument(
-        "--fault", type=str, metavar="NAME", help="a fault of --list; no file is written"
+        "--picture", type=str, metavar="FILE", help="draw the report of --fault: .png, .svg, .pdf"
     )
     parser.add_argument("--list", action="store_true", help="list the faults, and stop")
     parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
@@ -72,7 +79,7 @@ def _list_faults() -> None:
     show(table)
 
 
-def _demonstrate(name: str, seed: int) -> None:
+def _demonstrate(name: str, seed: int, picture: str | None) -> None:
     """Train with a fault, print what bnguard reports, repair it, and measure both."""
     import torch
 
@@ -85,10 +92,20 @@ def _demonstrate(name: str, seed: int) -> None:
     _show_title(f"1. {fault.sentence}")
     run = fault.train()
     show(run.report)
+    if picture is not None:
+        _draw(run.report, picture)
     _show_title(f"2. Repair: {fault.repair}")
     after = fault.accuracy_after(run)
     show(f"accuracy in eval mode: {run.accuracy:.1%} before, [bold]{after:.1%}[/bold] after")
     show(f"\n$ bnguard explain {fault.code}")
+
+
+def _draw(report: Report, file: str) -> None:
+    try:
+        report.plot().savefig(file)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--picture {file} cannot be written: {error}") from error
+    show(f"drawn: {file}")
 
 
 def _tell_story(folder: Path, seed: int) -> None:

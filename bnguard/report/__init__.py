@@ -1,4 +1,4 @@
-"""What is shown to people and machines: reports, and how they are drawn and stored."""
+"""Reports, and their views: terminal, notebook, picture, JSON."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from bnguard.findings import (
 )
 from bnguard.observe.history import History, LayerHistory
 from bnguard.report.notebook import NotebookView
+from bnguard.report.picture import Moment
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
 class Report(NotebookView):
-    """What was observed of a model, and what is wrong with it; prints itself.
+    """What was observed of a model and what is wrong with it; prints itself.
 
     Attributes:
         history: What was observed.
         findings: What is wrong, the worst first, each root cause before what it explains.
         skipped: What is unknown, and why.
-        over: What was announced while training went on, and is no longer true.
-        failure: The error of bnguard's own that ended the watching early; None if there was none.
+        over: What was announced during training and is gone.
+        failure: The error inside bnguard that ended the watching early; None if there was none.
+        course: What was measured during training, the newest last.
 
     Example:
         >>> from bnguard.observe.history import History, Run
@@ -47,20 +50,21 @@ class Report(NotebookView):
     skipped: tuple[Skipped, ...]
     failure: str | None = None
     over: tuple[PastFinding, ...] = ()
+    course: tuple[Moment, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:
-        """What was observed, a layer each."""
+        """What was observed, layer by layer."""
         return self.history.layers
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was read in another way than usual, or could not be seen, and why; a line each."""
+        """What was read in an unusual way, or could not be seen, and why; a line each."""
         return self.history.notes if self.failure is None else (self.failure, *self.history.notes)
 
     @property
     def groups(self) -> tuple[FindingGroup, ...]:
-        """The findings, those of one rule and severity together."""
+        """The findings, grouped by rule and severity."""
         return group_findings(self.findings)
 
     @property
@@ -73,6 +77,19 @@ class Report(NotebookView):
         from bnguard.report.json_document import report_document
 
         return report_document(self)
+
+    def plot(self) -> Figure:
+        """Draw layers by steps: what the first finding measured, its limit, and the verdict.
+
+        Of a healthy run it is the drift of the running statistics. Save the figure of matplotlib
+        with ``report.plot().savefig("bn.png")``.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed (extra ``plot``).
+        """
+        from bnguard.report.picture import draw
+
+        return draw(self)
 
     def __repr__(self) -> str:
         steps = self.history.run.steps

@@ -1,4 +1,4 @@
-"""What several processes found of one training, brought together."""
+"""Merges the reports of the processes of one training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def merge_reports(
 ) -> Report:
     """Return this rank's report with the findings of all ranks, each once and labelled.
 
-    The running statistics are held against those of rank zero. Each rank has to come here.
+    The running statistics are compared with those of rank zero. Every rank has to call this.
     """
 
     def merge(by_rank: Sequence[_Contribution | None]) -> _Merged:
@@ -38,7 +38,7 @@ def merge_reports(
 
     running = {layer.name: layer.running for layer in own.layers if layer.running is not None}
     merged = exchange.merge(_Contribution(own.findings, running), merge)
-    # A round more: rank zero often holds the store, and may end as soon as it has its report.
+    # One more round: rank zero often holds the store, and may exit once it has its report.
     exchange.merge((), len)
     history = _with_distances(own.history, merged.distances)
     present = {(f.code, f.layer) for f in merged.findings if f.severity > Severity.INFO}
@@ -49,7 +49,7 @@ def merge_reports(
 def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding, ...]:
     """Return the findings of all ranks, each once, in the words of the first rank that has it.
 
-    One that not all ranks have says which do; None is a rank that is gone.
+    A finding that only some ranks have names them; None is a rank that has left.
     """
     holders: dict[object, list[int]] = {}
     first: dict[object, Finding] = {}
@@ -62,7 +62,7 @@ def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding
 
 @dataclass(frozen=True)
 class _Contribution:
-    """What one rank brings."""
+    """What one rank contributes."""
 
     findings: tuple[Finding, ...]
     running: Mapping[str, RunningStatistics]
@@ -70,7 +70,7 @@ class _Contribution:
 
 @dataclass(frozen=True)
 class _Merged:
-    """What is made of it: findings, and how far the ranks' running means are apart, by layer."""
+    """The merged findings, and the distance between the ranks' running means by layer."""
 
     findings: tuple[Finding, ...]
     distances: Mapping[str, FloatArray]
@@ -87,7 +87,7 @@ def _name_ranks(finding: Finding, ranks: Sequence[int], size: int) -> Finding:
 def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Return the findings in the order of one rank's report.
 
-    A root cause is as urgent as the worst of what it explains; what is only good to know is last.
+    A root cause is as urgent as the worst finding that it explains; infos are last.
     """
     cause_of = {finding.code: finding.cause for finding in reversed(findings)}
 

@@ -1,4 +1,4 @@
-"""Reports as plain data, for JSON: a documented schema with a version of its own.
+"""Turns reports into plain data for JSON, in a versioned schema.
 
 Schema version 1, the keys of a report:
 
@@ -6,21 +6,21 @@ Schema version 1, the keys of a report:
 * ``steps``: training steps observed, 0 for a checkpoint.
 * ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
   ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
-  ``value``, ``limit``, ``unit``, ``is_minimum``: whether the limit is the least that is right),
-  ``reasons`` (a list of the same: what speaks for the cause that the message names), ``fix``
+  ``value``, ``limit``, ``unit``, ``is_minimum``: whether values below the limit are wrong),
+  ``reasons`` (a list of the same: the evidence for the cause in the message), ``fix``
   (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
-* ``over``: what was announced, and is no longer true; each with ``code``, ``name``, ``severity``,
-  ``layer``, ``message``, ``evidence`` (in words), ``first_step``, ``last_step``.
+* ``over``: what was announced during training and is gone; each with ``code``, ``name``,
+  ``severity``, ``layer``, ``message``, ``evidence`` (in words), ``first_step``, ``last_step``.
 * ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
   ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
   were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
   the channels).
 * ``skipped``: a list of what is unknown; each with ``code``, ``layer``, ``reason``.
-* ``notes``: lines on what was read in another way than usual, or could not be seen.
+* ``notes``: lines on what was read in an unusual way, or could not be seen.
 
-Numbers that are not finite are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
-since JSON has no word for them.
+JSON cannot hold numbers that are not finite: they are the strings ``"NaN"``, ``"Infinity"`` and
+``"-Infinity"``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _layer(layer: LayerHistory) -> dict[str, Any]:
 
 
 def strict_json(value: object) -> object:
-    """Return a value with numbers that are not finite as strings, since JSON has none."""
+    """Return a value with numbers that are not finite as strings."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -112,7 +112,7 @@ def strict_json(value: object) -> object:
 
 
 def json_float(value: float) -> float | str:
-    """Return a number as JSON can hold it: one that is not finite as a string."""
+    """Return a number that is not finite as a string."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,4 +1,4 @@
-"""Results as the last expression of a notebook's cell."""
+"""Shows results as HTML in notebooks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _COLOURS = [_GREY, _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY]
 
 
 class NotebookView:
-    """Gives what rich can print an HTML view in notebooks."""
+    """Adds an HTML view to results that rich can print."""
 
     def __rich__(self) -> RenderableType:
-        """Return what is shown."""
+        """Return the terminal view."""
         raise NotImplementedError
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""Reports as rich draws them: they fit 80 columns, and stay readable without colour."""
+"""Formats reports for a terminal: they fit 80 columns and stay readable without colour."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "cyan"}
 _MOST_LAYERS_SHOWN = 4
-# What only wastes something is a line at the end.
+# A redundant setting is harmless: it is a line at the end.
 _HABITS = "BN109"
 _UNWRAPPED = 10_000
-# What takes no longer needs no bar.
+# Shorter work shows no progress bar.
 _LONG_SECONDS = 1.0
 
 
 def report_view(report: Report) -> RenderableType:
-    """Return a report as a heading, the findings, and the layers that are furthest off."""
-    parts: list[RenderableType] = [_heading(report)]
+    """Return a report: a heading, a block per root cause, the layers that drift most, notes."""
+    parts: list[RenderableType] = [heading(report)]
     habits = [group for group in report.groups if group.worst.code == _HABITS]
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
@@ -49,7 +49,7 @@ def report_view(report: Report) -> RenderableType:
         distance is not None and distance.measured for distance in map(distance_of, report.layers)
     ):
         parts.append(_layers_view(report.layers))
-    # A rule that raised does so at each layer: once is enough.
+    # A rule that raises fails at each layer; report it once.
     failures = {
         skip.code: f"{skip.code}: {skip.reason}" for skip in report.skipped if skip.is_failure
     }
@@ -63,7 +63,7 @@ def report_view(report: Report) -> RenderableType:
 
 
 def past_findings(report: Report) -> Iterator[str]:
-    """Yield a line for each rule that announced something that is no longer true.
+    """Yield a line per rule whose findings were announced and are gone.
 
     >>> from bnguard.report import Report
     >>> from bnguard.observe.history import History, Run
@@ -88,25 +88,56 @@ def past_findings(report: Report) -> Iterator[str]:
 def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
     """Return a block per root cause: number and limit, where and what, the fix, what it leads to.
 
-    One fix mends all of a block, so that its severity is the worst in it.
+    One fix mends the whole block, so the block has the worst severity in it.
     """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for root, consequences in by_root_cause(groups).items():
         severity = max(group.worst.severity for group in (root, *consequences))
-        parts: list[RenderableType] = [_root_view(root)]
+        parts: list[RenderableType] = [root_view(root)]
         parts += [_consequences_view(consequences)] if consequences else []
         table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
     return table
 
 
+def root_view(group: FindingGroup) -> Text:
+    """Return a root cause in three lines: number and limit, where and what, the fix."""
+    finding = group.worst
+    since = "" if group.step is None else f", since step {group.step}"
+    return Text.assemble(
+        (f"{finding.code} {finding.name}", "bold"),
+        f": {finding.evidence}\nat {group.where}{since}: {finding.message}",
+        f"\n→ {finding.fix.summary}",
+    )
+
+
+def heading(report: Report) -> Text:
+    """Return the first line: what was watched, and the number of root causes and layers."""
+    layers, steps = len(report.layers), report.history.run.steps
+    parts = ["bnguard", counted(layers, "BN layer")]
+    if steps:
+        parts.append(counted(steps, "step"))
+    parts += _counts(report)
+    if report.history.run.unknown and not report.findings:
+        parts.append("no problems found in these, but not all that normalises was watched")
+    elif report.failure is None and report.history.run.steps and not _has_problems(report):
+        parts.append("no problems found")
+    elif not report.findings and report.failure is None:
+        is_stored = all(layer.training is None for layer in report.layers)
+        what = "checkpoint" if is_stored else "model"
+        parts.append(f"no problems found in what a {what} shows; training was not looked at")
+    elif not report.findings:
+        parts.append("nothing found, but not all was watched")
+    return Text(" · ".join(parts), style="bold")
+
+
 def notice_view(group: FindingGroup) -> RenderableType:
-    """Return findings in two lines, in the colours of a report; no line is wrapped."""
+    """Return findings in two lines in the colours of a report, without wrapping."""
     heading, explanation = notice(group).split("\n", 1)
     lines = Text(no_wrap=True, overflow="ignore")
     lines.append(heading, _STYLES[group.worst.severity])
-    # Of a text alone rich forgets that it is not to be wrapped.
+    # rich ignores no_wrap on a bare Text.
     return Group(lines.append(f"\n{explanation}"))
 
 
@@ -134,9 +165,9 @@ def as_terminal_text(renderable: RenderableType) -> str:
 
 
 class CalibrationBar:
-    """A bar that says which layer the samples are at, and how long the rest will take.
+    """Shows which layer the samples have reached, and the time left, while long work runs.
 
-    A context manager; the bar appears if the work takes long, and disappears afterwards.
+    A context manager; the bar disappears afterwards.
     """
 
     def __init__(self) -> None:
@@ -166,32 +197,22 @@ class CalibrationBar:
             self._progress.stop()
 
     def start(self, samples: int, layers: int) -> None:
-        """Restart the bar for a number of samples, each to pass a number of layers."""
+        """Start over with this number of samples and layers."""
         self._samples, self._layers = max(1, samples), max(1, layers)
         total = self._samples * self._layers
         self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
 
     def advance(self, samples: int) -> None:
-        """Count samples that passed one more layer; may be called from any thread."""
+        """Record that these samples passed one more layer; callable from any thread."""
         if time.monotonic() - self._begin >= _LONG_SECONDS:
-            self._progress.start()  # Again and again, which does nothing.
+            self._progress.start()  # Does nothing if the bar is visible already.
         self._progress.advance(self._task, samples)
         done = int(self._progress.tasks[0].completed) // self._samples
         self._progress.update(self._task, layer=self._layer(done))
 
     def _layer(self, done: int) -> str:
-        """Return which layer the samples are at; empty if they pass all of them at once."""
+        """Return the current layer; empty if the samples pass all layers at once."""
         return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
-
-
-def _root_view(group: FindingGroup) -> Text:
-    finding = group.worst
-    since = "" if group.step is None else f", since step {group.step}"
-    return Text.assemble(
-        (f"{finding.code} {finding.name}", "bold"),
-        f": {finding.evidence}\nat {group.where}{since}: {finding.message}",
-        f"\n→ {finding.fix.summary}",
-    )
 
 
 def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
@@ -207,27 +228,8 @@ def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
     return grid
 
 
-def _heading(report: Report) -> Text:
-    layers, steps = len(report.layers), report.history.run.steps
-    parts = ["bnguard", counted(layers, "BN layer")]
-    if steps:
-        parts.append(counted(steps, "step"))
-    parts += _counts(report)
-    if report.history.run.unknown and not report.findings:
-        parts.append("no problems found in these, but not all that normalises was watched")
-    elif report.failure is None and report.history.run.steps and not _has_problems(report):
-        parts.append("no problems found")
-    elif not report.findings and report.failure is None:
-        is_stored = all(layer.training is None for layer in report.layers)
-        what = "checkpoint" if is_stored else "model"
-        parts.append(f"no problems found in what a {what} shows; training was not looked at")
-    elif not report.findings:
-        parts.append("nothing found, but not all was watched")
-    return Text(" · ".join(parts), style="bold")
-
-
 def _counts(report: Report) -> Iterator[str]:
-    """Yield how many root causes there are, in how many layers; then what is only to know."""
+    """Yield the number of root causes and their layers, then the number of infos."""
     accused = [finding for finding in report.findings if finding.severity > Severity.INFO]
     if accused:
         layers = {finding.layer for finding in accused} - {None}
@@ -247,7 +249,7 @@ def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     measured.sort(key=lambda row: 0.0 if row[1] is None else row[1].excess, reverse=True)
     shown = measured[:_MOST_LAYERS_SHOWN]
     rest = len(layers) - len(shown)
-    title = Text("Eval mode against the running statistics, the furthest off first", style="bold")
+    title = Text("Eval mode against the running statistics, largest drift first", style="bold")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", overflow="fold")
     for heading in ("n", "updates", "shift, σ", "|log var ratio|"):
