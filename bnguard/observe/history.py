@@ -387,7 +387,8 @@ class History:
             notes.append(
                 f"watching took {cost.seconds:.2g} s, {cost.share:.1%} of the training's time: "
                 f"{cost.steps_left_out:,} of {self.run.steps:,} steps and "
-                f"{cost.evaluations_left_out:,} evaluations were not read to keep max_overhead"
+                f"{cost.evaluations_left_out:,} evaluation{'s' * (cost.evaluations_left_out != 1)} "
+                "were left out to keep max_overhead"
             )
         return tuple(notes)
 
