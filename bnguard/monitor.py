@@ -23,7 +23,7 @@ from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
-from bnguard.observe.budget import STEPS_ALWAYS_READ, Budget, own_time
+from bnguard.observe.budget import STEPS_ALWAYS_READ, Account, Stopwatch, own_time
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.hooks import paused
 from bnguard.observe.loop import LoopProbe
@@ -113,12 +113,14 @@ def watch(
         per_layer_ignores: Those that ignore some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        max_overhead: Time that watching the steps may take, as a share of the training's own. The
-            first 200 steps are always read, so that a short run does not depend on the clock.
-            After those, where watching costs more, ``every_n_steps`` steps are read, the rules
-            run, and then steps are passed over until the share is kept again: their updates are
-            counted, and on the CPU poisoned statistics are still found in their step, but their
-            batches and inputs are not looked at. 0, or ``restore_poisoned``, reads every step.
+        max_overhead: Time that watching may take, as a share of the training's own. The first 200
+            steps and the evaluations among them are always read, so that short runs do not depend
+            on the clock, and so are the last of the steps that are planned. In between, if
+            watching costs more, ``every_n_steps`` steps are read, the rules run, and the next
+            steps are passed over until the share is kept again: their updates are counted, and on
+            the CPU poisoned statistics are still found in their step, but their batches and inputs
+            are not read. Evaluations are passed over likewise. 0 reads everything; with
+            ``restore_poisoned`` every step is read.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default. What it raises
             passes through :meth:`Monitor.step`: so a loop can be stopped.
@@ -201,7 +203,10 @@ class Monitor:
                 f"max_overhead={max_overhead} is not a share of the training's time: give 0 for "
                 "no limit, or a number such as 0.02"
             )
-        self._budget = Budget(0.0 if restore_poisoned else max_overhead)
+        self._stopwatch: Stopwatch | None = None
+        self._step_account = Account(0.0 if restore_poisoned else max_overhead / 2)
+        self._evaluation_account = Account(max_overhead / 2)
+        self._reads_evaluation = True
         self._planned_steps = planned_steps
         self._steps_read = 0
         self._guard = Guard(
@@ -332,7 +337,8 @@ class Monitor:
                 self._guard(self._observer.pass_over, step)
                 return
             if is_first_of_window:
-                self._budget.start_window()
+                self._step_account.start()
+                self._stopwatch = self._stopwatch or Stopwatch()
             steps = self._observer.steps
             self._checked = None
             self._guard(self._observer.step, step)
@@ -347,17 +353,40 @@ class Monitor:
             if self._steps_read % self._every_n_steps == 0:
                 self.check()
                 self._guard(self._observer.start_window)
-                self._budget.end_window()
+                self._step_account.end()
 
     def _is_passed_over(self) -> bool:
-        """Return whether a step is not read, because the window before cost too much.
+        """Return whether a step is not read, because the window before cost too much."""
+        return self._may_pass_over() and self._step_account.is_spent()
 
-        The last two windows of the steps that are planned are read.
-        """
+    def _may_pass_over(self) -> bool:
+        """Return whether something may be left out now: neither at the start nor at the end."""
         steps, planned = self._observer.steps, self._planned_steps
-        if steps < STEPS_ALWAYS_READ or (planned and steps >= planned - 2 * self._every_n_steps):
+        if steps < STEPS_ALWAYS_READ:
             return False
-        return self._budget.is_spent()
+        return not planned or steps < planned - 2 * self._every_n_steps
+
+    def _start_evaluation(self) -> ExitStack:
+        """Begin to read an evaluation; pass it over if the one before cost too much."""
+        observed, observer = ExitStack(), self._observer
+        with own_time:
+            self._reads_evaluation = not (
+                self._may_pass_over() and self._evaluation_account.is_spent()
+            )
+            if self._reads_evaluation:
+                self._checked = None
+                self._evaluation_account.start()
+                self._guard(observed.enter_context, observer.evaluation())
+            else:
+                self._guard(observed.enter_context, observer.pass_over_evaluation())
+        return observed
+
+    def _end_evaluation(self, observed: ExitStack) -> None:
+        with own_time:
+            self._guard(observed.close)
+            if self._reads_evaluation:
+                self.check()
+                self._step_account.leave_out(self._evaluation_account.end())
 
     def _note_step(self) -> None:
         self._guard(self._loop.hooks.raise_error)
@@ -394,9 +423,8 @@ class Monitor:
             return
         self._evaluations += 1
         self._evaluated_state = state
-        self._budget.start_evaluation()
         with paused(self._loop.hooks):
-            self._guard(self._noticed.enter_context, self._observer.evaluation())
+            self._noticed = self._start_evaluation()
         self._guard(self._observer.catch_up, module, args, kwargs)
 
     def _end_noticed(self) -> None:
@@ -408,17 +436,16 @@ class Monitor:
         if state is None:
             return
         self._steps_at_evaluation = self._observer.steps
-        self._checked = None
         observed = self._noticed.pop_all()
         with paused(self._loop.hooks):
             is_same = state == self._observer.state_now()
-            if is_same and (not self._is_acting or self._observer.has_read_a_batch()):
-                self._guard(observed.close)
-                self.check()
+            is_whole = not (self._is_acting and self._reads_evaluation)
+            if is_same and (is_whole or self._observer.has_read_a_batch()):
+                self._end_evaluation(observed)
             else:
+                self._checked = None
                 error = RuntimeError("this is not the evaluation of a trained network")
                 self._guard(observed.__exit__, type(error), error, None)
-        self._budget.end_evaluation()
 
     def _follow_script(
         self,
@@ -457,23 +484,15 @@ class Monitor:
         # What was written to the weights since the step belongs to the evaluation, not to training.
         self._has_gone_on = True
         self._is_evaluating = True
-        self._checked = None
-        self._budget.start_evaluation()
-        observed = ExitStack()
-        with own_time:
-            self._guard(observed.enter_context, self._observer.evaluation())
+        observed = self._start_evaluation()
         try:
             yield
         except BaseException as error:
             self._guard(observed.__exit__, type(error), error, error.__traceback__)
-            self._budget.end_evaluation()
             raise
         finally:
             self._is_evaluating = False
-        with own_time:
-            self._guard(observed.close)
-            self.check()
-        self._budget.end_evaluation()
+        self._end_evaluation(observed)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -602,9 +621,14 @@ class Monitor:
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
         history = self._observer.history(is_settled=final)
-        overhead = self._budget.overhead(self._observer.steps_left_out)
-        run = dataclasses.replace(history.run, overhead=overhead)
-        history = dataclasses.replace(history, run=run)
+        if self._stopwatch is not None:
+            overhead = dataclasses.replace(
+                self._stopwatch.overhead(),
+                steps_left_out=self._observer.steps_left_out,
+                evaluations_left_out=self._observer.evaluations_left_out,
+            )
+            run = dataclasses.replace(history.run, overhead=overhead)
+            history = dataclasses.replace(history, run=run)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         findings = conclusions.findings
         if self._observer.steps:

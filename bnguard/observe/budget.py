@@ -43,57 +43,57 @@ class Overhead:
         seconds: Time in bnguard's own code, evaluations included.
         share: The same, as a share of the rest of the time since the first step.
         steps_left_out: Training steps that were not read, to save time.
+        evaluations_left_out: Evaluations that were not read.
     """
 
     seconds: float
     share: float
     steps_left_out: int = 0
+    evaluations_left_out: int = 0
 
 
-class Budget:
-    """Spreads the windows of steps that are read over the time, so that each costs a share of it.
+class Account:
+    """Spreads what is read over the time, so that each reading costs no more than a share of it.
 
     Args:
-        max_share: What watching may cost, as a share of the training's time; 0 for no limit.
+        max_share: What reading may cost, as a share of the other time; 0 for no limit.
     """
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
-        self._whole: tuple[float, float] | None = None
-        self._window = self._evaluation = (0.0, 0.0)
-        self._next_window = 0.0
+        self._start = (0.0, 0.0)
+        self._next = 0.0
 
-    def start_window(self) -> None:
-        """Begin to count the cost of a window of steps."""
-        self._window = _now()
-        self._whole = self._whole or self._window
+    def start(self) -> None:
+        """Begin to count the cost of a reading."""
+        self._start = _now()
 
-    def end_window(self) -> None:
-        """Put the next window off until this one cost no more than it may."""
-        own, _ = _since(self._window)
+    def end(self) -> float:
+        """Put the next reading off until this one cost no more than it may; return the cost."""
+        own, _ = _since(self._start)
         if self._max_share:
-            self._next_window = self._window[1] + own + own / self._max_share
+            self._next = self._start[1] + own + own / self._max_share
+        return own
+
+    def leave_out(self, own: float) -> None:
+        """Do not count seconds that another account has."""
+        self._start = (self._start[0] + own, self._start[1])
 
     def is_spent(self) -> bool:
-        """Return whether the next window has to wait."""
-        return time.perf_counter() < self._next_window
+        """Return whether the next reading has to wait."""
+        return time.perf_counter() < self._next
 
-    def start_evaluation(self) -> None:
-        """Leave out the time from now on: the budget is that of the steps."""
-        self._evaluation = _now()
 
-    def end_evaluation(self) -> None:
-        """Count the time again."""
-        own, clock = _since(self._evaluation)
-        self._window = (self._window[0] + own, self._window[1] + clock)
-        self._next_window += clock
+class Stopwatch:
+    """Measures what watching costs, from now on."""
 
-    def overhead(self, steps_left_out: int) -> Overhead | None:
-        """Return the cost so far; None before the first step."""
-        if self._whole is None:
-            return None
-        own, clock = _since(self._whole)
-        return Overhead(own, own / max(clock - own, 1e-9), steps_left_out)
+    def __init__(self) -> None:
+        self._start = _now()
+
+    def overhead(self) -> Overhead:
+        """Return the cost so far."""
+        own, clock = _since(self._start)
+        return Overhead(own, own / max(clock - own, 1e-9))
 
 
 def _now() -> tuple[float, float]:

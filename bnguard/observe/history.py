@@ -386,11 +386,12 @@ class History:
             )
         notes += self._notes_on_momentum()
         cost = self.run.overhead
-        if cost is not None and cost.steps_left_out:
+        if cost is not None and (cost.steps_left_out or cost.evaluations_left_out):
             notes.append(
-                f"{cost.steps_left_out:,} of {self.run.steps:,} steps were not read, so that "
-                f"watching costs little: {cost.seconds:.2g} s, {cost.share:.1%} of the training "
-                "(max_overhead=0 reads all)"
+                f"watching took {cost.seconds:.2g} s, {cost.share:.1%} of the training's time: "
+                f"{cost.steps_left_out:,} of {self.run.steps:,} steps and "
+                f"{cost.evaluations_left_out:,} evaluation{'s' * (cost.evaluations_left_out != 1)} "
+                "were left out to keep max_overhead"
             )
         return tuple(notes)
 

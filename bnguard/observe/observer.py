@@ -52,6 +52,7 @@ class Observer:
         steps: Training steps observed.
         is_pausing: Whether the newest steps were passed over.
         steps_left_out: Training steps that were passed over.
+        evaluations_left_out: Evaluations that were passed over.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Observer:
         on_batch_of_one: Callable[[], None],
     ) -> None:
         self.layers = find_layers(model)
-        self.steps = self.steps_left_out = 0
+        self.steps = self.steps_left_out = self.evaluations_left_out = 0
         self.is_pausing = False
         self._pause = ExitStack()
         self._last: BatchNormLayer | None = None
@@ -253,6 +254,20 @@ class Observer:
             window.count >= max(self._shapes.records[name].values_per_channel(), default=0)
             for name, window in self._moments.windows(self._step).items()
         )
+
+    @contextmanager
+    def pass_over_evaluation(self) -> Iterator[None]:
+        """Read nothing of an evaluation, to save time; what it does to the buffers is no update."""
+        self._catch_up()
+        self.evaluations_left_out += 1
+        self._evaluation_hooks = ()
+        self._shapes.is_evaluating = True
+        try:
+            with paused(*self._training_hooks):
+                yield
+        finally:
+            self._shapes.is_evaluating = False
+            self._batches.forget_changes()
 
     def catch_up(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]

@@ -43,12 +43,10 @@ SCHEMA = 1
 
 def report_document(report: Report) -> dict[str, Any]:
     """Return a report as plain data, in the schema of this module."""
-    overhead = report.history.run.overhead
     document = {
         "schema": SCHEMA,
         "bnguard": __version__,
         "steps": report.history.run.steps,
-        "overhead": None if overhead is None else dataclasses.asdict(overhead),
         "findings": [finding.to_dict() for finding in report.findings],
         "over": [dataclasses.asdict(past) for past in report.over],
         "layers": [_layer(layer) for layer in report.layers],

@@ -1,16 +1,21 @@
-"""What watching costs: ``python -m tests.benchmarks.overhead``, about ten minutes.
+"""What watching costs: ``python -m tests.benchmarks.overhead``, about fifteen minutes.
 
 Every column trains a copy of its own, the copies take turns step by step in an order that is drawn
 for each round, and a cell is the median over the rounds of the time of a watched step by that of
 the unwatched step of the same round. The column "again" is a second unwatched copy: how far it is
-from 1 is what the machine adds. On a machine that does other things at the same time, ``--busy``
-runs on one thread and counts its processor time instead of the time on the clock.
+from 1 is what the machine adds. The table ``runs`` has whole trainings instead, with validation,
+all checks and the report: ``--table runs`` takes five minutes. On a machine that does other things
+at the same time, ``--busy`` runs on one thread and counts its processor time instead of the time on
+the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
+import itertools
 import logging
 import random
 import statistics
@@ -75,7 +80,7 @@ def with_bnguard(training: Training) -> Iterator[Step]:
         training.step()
         monitor.step()
 
-    with bnguard.watch(training.model, on_findings=lambda group: None) as monitor:
+    with bnguard.watch(training.model, max_overhead=0.0, on_findings=lambda group: None) as monitor:
         yield step
 
 
@@ -163,7 +168,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="bnguard alone, without its peers")
     parser.add_argument(
         "--table",
-        choices=["steps", "rules", "compiled", "validation", "growth", "memory"],
+        choices=["steps", "runs", "rules", "compiled", "validation", "growth", "memory"],
         action="append",
         help="a table to print; all by default",
     )
@@ -179,6 +184,7 @@ def main() -> None:
     columns = ALONE if options.alone else {**ALONE, **PEERS, **_installed(AUDIT)}
     tables = {
         "steps": lambda: steps_table("A training step", chosen, columns, options.rounds, clock),
+        "runs": runs_table,
         "rules": lambda: rules_table(chosen, clock),
         "compiled": lambda: steps_table(
             "A training step under torch.compile",
@@ -242,6 +248,108 @@ def interleaved(
                 steps[name]()
             times[name].append((clock() - begin) / steps_a_round)
     return times
+
+
+def small_network(width: int) -> nn.Module:
+    """Return six convolutions with BN, whose training step takes one to three milliseconds."""
+    layers: list[nn.Module] = []
+    for channels in (1, *[width] * 5):
+        layers += [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+STEPS_OF_EPOCH, VALIDATION_BATCHES = 50, 10
+
+
+def plain_run(width: int, batch: int, steps: int, *, is_watched: bool) -> None:
+    """Train in a loop, with validation after each epoch."""
+    model, inputs = small_network(width), torch.randn(batch, 1, 8, 8)
+    training = Training(model, inputs)
+    monitor = None
+    if is_watched:
+        monitor = bnguard.watch(model, optimizer=training.optimizer, on_findings=lambda group: None)
+    for step in range(1, steps + 1):
+        training.step()
+        if step % STEPS_OF_EPOCH == 0:
+            model.eval()
+            with torch.no_grad():
+                for _ in range(VALIDATION_BATCHES):
+                    model(inputs)
+            model.train()
+    if monitor is not None:
+        monitor.report()
+        monitor.close()
+
+
+def lightning_run(width: int, batch: int, steps: int, *, is_watched: bool) -> None:
+    """Train with Lightning, with validation after each epoch."""
+    from pytorch_lightning import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    from bnguard.lightning import BatchNormMonitor
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = small_network(width)
+
+        def training_step(self, images: Tensor) -> Tensor:
+            return self.network(images).square().mean()
+
+        def validation_step(self, images: Tensor) -> None:
+            self.network(images)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+    trainer = Trainer(
+        max_epochs=steps // STEPS_OF_EPOCH,
+        accelerator="cpu",
+        callbacks=[BatchNormMonitor(report="none", strict=True)] if is_watched else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    images = torch.randn(batch * STEPS_OF_EPOCH, 1, 8, 8)
+    trainer.fit(
+        Module(),
+        DataLoader(images, batch),
+        DataLoader(images[: batch * VALIDATION_BATCHES], batch),
+    )
+
+
+def runs_table() -> None:
+    """Print the ratios of whole trainings, as medians of more of the short ones."""
+    print("\nA whole training: ratio to the same unwatched, processor time and time on the clock")
+    print(_row("", ["unwatched", "again cpu", "again clock", "bnguard cpu", "bnguard clock"]))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for run in (plain_run, lightning_run):
+            run(8, 2, STEPS_OF_EPOCH, is_watched=True)
+    draw = random.Random(0)
+    for name, run in (("plain", plain_run), ("Lightning", lightning_run)):
+        for width, batch, steps in itertools.product((8, 32), (2, 64), (100, 600, 2400)):
+            times: dict[str, list[tuple[float, float]]] = {}
+            columns = ["unwatched", "again", "bnguard"]
+            for _ in range(max(1, 800 // steps)):
+                for column in draw.sample(columns, len(columns)):
+                    cpu, clock = time.process_time(), time.perf_counter()
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        run(width, batch, steps, is_watched=column == "bnguard")
+                    spent = time.process_time() - cpu, time.perf_counter() - clock
+                    times.setdefault(column, []).append(spent)
+            base = times["unwatched"]
+            cells = [f"{statistics.median(clock for _, clock in base):.2f} s"]
+            for column in columns[1:]:
+                for which in (0, 1):
+                    ratios = [
+                        spent[which] / plain[which]
+                        for spent, plain in zip(times[column], base, strict=True)
+                    ]
+                    cells.append(f"{statistics.median(ratios):.3f}")
+            print(_row(f"{name} {steps} × {batch}, width {width}", cells), flush=True)
 
 
 def rules_table(settings: list[Setting], clock: Clock) -> None:
@@ -381,7 +489,7 @@ def _installed(watchers: dict[str, Watcher]) -> dict[str, Watcher]:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:26}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"{name:32}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.monitor = bnguard.watch(
-            self.model, on_findings=self._note, strict=True, **self.options
+            self.model, max_overhead=0.0, on_findings=self._note, strict=True, **self.options
         )
 
     def _note(self, group: FindingGroup) -> None:

@@ -50,6 +50,7 @@ def train_gan(
         model,
         optimizer=optimizers,
         every_n_steps=10,
+        max_overhead=0.0,
         planned_steps=STEPS,
         on_findings=told.append,
     ) as monitor:

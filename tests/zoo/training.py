@@ -118,6 +118,7 @@ def train(
         model,
         optimizer=optimizer,
         every_n_steps=10,
+        max_overhead=0.0,  # what is found must not depend on the clock
         planned_steps=planned,
         accumulated_batches=accumulated,
         on_findings=told.append,
