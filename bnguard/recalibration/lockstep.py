@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -41,13 +41,13 @@ class PausableForward:
     """A forward in a thread of its own, which pauses where it calls :meth:`stop`.
 
     Attributes:
-        stream: Random numbers of its own.
+        stream: Random numbers of its own; None if it draws none.
         is_finished: Whether the forward has ended, also by an exception.
         error: The exception that ended it.
     """
 
     def __init__(
-        self, forward: Callable[[], object], context: ThreadContext, stream: RandomStream
+        self, forward: Callable[[], object], context: ThreadContext, stream: RandomStream | None
     ) -> None:
         self.stream = stream
         self.is_finished = False
@@ -124,7 +124,7 @@ def advance(forwards: Sequence[PausableForward], width: int, timeout: float) -> 
     stops: SimpleQueue[PausableForward] = SimpleQueue()
     if width == 1:
         for paused in forwards:
-            with paused.stream.in_use():
+            with paused.stream.in_use() if paused.stream else nullcontext():
                 paused.resume(stops)
                 _await_stop(stops, timeout)
         return
@@ -343,14 +343,20 @@ class _Forwards:
         self._timeout = _TIMEOUT_SECONDS
         self._threads = torch.get_num_threads()
         self._width = 1
+        draws_random = False
         if traits is not None:
+            draws_random = traits.draws_random
             largest = max(chunk.size for chunk in chunks)
             self._timeout += _TIMEOUT_FORWARDS * largest * traits.seconds_per_sample
-            if not (traits.keeps_state or traits.draws_random) and job.device.type == "cpu":
+            if not (traits.keeps_state or draws_random) and job.device.type == "cpu":
                 self._width = min(self._threads, len(chunks))
         context = ThreadContext(self._threads // self._width)
         self._forwards = [
-            PausableForward(partial(job.run, chunk), context, RandomStream(chunk.index, job.device))
+            PausableForward(
+                partial(job.run, chunk),
+                context,
+                RandomStream(chunk.index, job.device) if draws_random else None,
+            )
             for chunk in chunks
         ]
         self._reached: dict[PausableForward, tuple[int, tuple[Moments, ...]]] = {}

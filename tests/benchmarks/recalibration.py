@@ -1,31 +1,32 @@
 """Recalibration against its peers: ``python -m tests.benchmarks.recalibration``.
 
-Error is the distance from float64 statistics of the whole set in eval mode: the largest shift of
-a mean in standard deviations, and the largest log-variance ratio, over all channels. Time is that
-of a call by that of a plain eval-mode forward over the same batches, the median over rounds in
-which all take turns. Memory is what the process holds at most beyond what it held before.
+Time is that of a call by that of a plain eval-mode forward over the same batches, the median over
+rounds in which all take turns. `recalibrate` also measures the mode gap on 32 to 64 samples before
+and after; its time without that stands in a row of its own. Memory is what the process holds at
+most beyond what it held before, by that of one plain forward over all samples joined. Error is the
+distance from float64 statistics of the whole set in eval mode: the largest shift of a mean in
+standard deviations, and the largest log-variance ratio, over all channels.
 
-The first network runs in every setting; the others at the largest batch size, in random order,
-where time is of interest and a setting takes several rounds.
+In the last rows every image has another size, so that nothing can be joined; memory is by that of
+the plain forwards.
 
-fvcore is ``pip install fvcore``; its column is left out where it is missing. On a machine that
-does other things at the same time, ``--busy`` runs on one thread and counts processor time.
+fvcore is ``pip install fvcore``; its rows are left out where it is missing. On a machine that does
+other things at the same time, ``--busy`` runs on one thread and counts processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from unittest.mock import patch
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +35,7 @@ from torch.optim.swa_utils import update_bn
 
 import bnguard
 from bnguard.layers.bn_layer import find_layers
+from bnguard.recalibration import api
 from tests.benchmarks.networks import mobilenet_v2, resnet18, resnet50
 from tests.benchmarks.truth import Truth, distance
 
@@ -44,8 +46,10 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "ResNet-50": resnet50,
     "MobileNetV2": mobilenet_v2,
 }
-LOADERS = ("random", "sorted")
-BATCH_SIZES = (1, 2, 8, 32)
+# Number of images, and height and width in pixels.
+SETS = ((128, 96), (1024, 48))
+BATCH_SIZES = (32, 2)
+_IMAGES_OF_ANY_SIZE = 256
 _CLASSES = 10
 
 
@@ -63,18 +67,12 @@ def exact(model: nn.Module, batches: Sequence[Tensor]) -> None:
     bnguard.recalibrate(model.eval(), batches, samples=samples, progress=False)
 
 
-def precise(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """The method that holds one batch at a time."""
-    samples = sum(map(len, batches))
-    bnguard.recalibrate(model.eval(), batches, samples=samples, method="precise", progress=False)
-
-
 def swa_update(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """``torch.optim.swa_utils.update_bn``."""
     update_bn(batches, model)
 
 
-METHODS: dict[str, Method] = {"exact": exact, "precise": precise, "update_bn": swa_update}
+METHODS: dict[str, Method] = {"recalibrate": exact, "update_bn": swa_update}
 
 with suppress(ImportError):
     from fvcore.nn.precise_bn import update_bn_stats
@@ -100,10 +98,19 @@ def images(samples: int, size: int) -> tuple[Tensor, Tensor]:
     return smooth * contrasts[labels] + offsets[labels], labels
 
 
+def images_of_any_size() -> list[Tensor]:
+    """Return single images, each of another size, from 64 × 64 to 124 × 124 pixels."""
+    values, _ = images(_IMAGES_OF_ANY_SIZE, 124)
+    return [
+        values[index : index + 1, :, : 64 + 4 * (index // 16), : 64 + 4 * (index % 16)].contiguous()
+        for index in range(_IMAGES_OF_ANY_SIZE)
+    ]
+
+
 def true_statistics(model: nn.Module, values: Tensor) -> Truth:
     """Return what each layer's statistics should be, from one giant batch in float64."""
     model = copy.deepcopy(model).double().eval()
-    truth: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    truth = {}
     for layer in find_layers(model):
 
         def settle(module: nn.Module, args: tuple[Tensor], layer=layer) -> None:
@@ -118,68 +125,87 @@ def true_statistics(model: nn.Module, values: Tensor) -> Truth:
     return truth
 
 
-def measured(
-    network: str,
-    loader: str,
-    batch_size: int,
-    rounds: int,
-    subject: Subject,
-    options: argparse.Namespace,
-) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each method."""
-    model, values = subject.model, subject.values
-    if loader == "sorted":
-        values = values[subject.labels.argsort(stable=True)]
-    batches = values.split(batch_size)
+@dataclass
+class Figures:
+    """What the rounds of a method gave: times by that of a plain forward, and MiB."""
+
+    times: list[float] = field(default_factory=list)
+    without_gap: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+
+def measure(
+    model: nn.Module, batches: Sequence[Tensor], options: argparse.Namespace
+) -> tuple[dict[str, Figures], dict[str, nn.Module]]:
+    """Return the figures of each method in turn, and its model in the end."""
     clock = time.process_time if options.busy else time.perf_counter
-    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
-    peaks, models = dict.fromkeys(METHODS, 0.0), {}
-    plain_forward(model, batches[: len(batches) // 4])  # To warm up.
-    for _ in range(rounds):
+    figures, models = {name: Figures() for name in METHODS}, {}
+    plain_forward(model, batches[: 1 + len(batches) // 4])  # To warm up.
+    for _ in range(options.rounds):
         begin = clock()
         plain_forward(model, batches)
         plain = clock() - begin
         for name, method in METHODS.items():
-            models[name] = copy.deepcopy(model)
-            with peak_memory() as peak:
+            models[name], gap = copy.deepcopy(model), 0.0
+
+            def measure_gap(*args: object, original=api._measure_mode_gap) -> object:
+                nonlocal gap
+                begin = clock()
+                try:
+                    return original(*args)
+                finally:
+                    gap += clock() - begin
+
+            with patch.object(api, "_measure_mode_gap", measure_gap), peak_memory() as peak:
                 begin = clock()
                 method(models[name], batches)
-                ratios[name].append((clock() - begin) / plain)
-            peaks[name] = max(peaks[name], peak[0])
-    for name in METHODS:
-        found = {
-            layer.name: (layer.running_mean.double().numpy(), layer.running_var.double().numpy())
-            for layer in find_layers(models[name])
-        }
-        shift, ratio = distance(found, subject.truth)
-        yield (
-            network,
-            loader,
-            str(batch_size),
-            name,
-            f"{shift:.2g}",
-            f"{ratio:.2g}",
-            f"{statistics.median(ratios[name]):.2f}",
-            f"{peaks[name]:,.0f}",
-        )
+                seconds = clock() - begin
+            figures[name].times.append(seconds / plain)
+            figures[name].without_gap.append((seconds - gap) / plain)
+            figures[name].peak = max(figures[name].peak, peak[0])
+    return figures, models
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A network, what it is calibrated on, and what should come of it in whatever order."""
-
-    model: nn.Module
-    values: Tensor
-    labels: Tensor
-    truth: Truth
-
-
-def subject_of(network: str, options: argparse.Namespace) -> Subject:
-    """Return a network with random weights, and its truth."""
+def rows_of(
+    network: str, samples: int, batch_size: int, options: argparse.Namespace
+) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a setting; a size of 0 stands for images of any size."""
     torch.manual_seed(0)
     model = trained_looking(NETWORKS[network]())
-    values, labels = images(options.samples, options.size)
-    return Subject(model, values, labels, true_statistics(model, values))
+    truth = None
+    if batch_size:
+        values, _ = images(samples, dict(SETS)[samples])
+        batches: Sequence[Tensor] = values.split(batch_size)
+        truth = true_statistics(model, values)
+        with peak_memory() as plain_peak:
+            plain_forward(model, [values])
+    else:
+        batches = images_of_any_size()
+    figures, models = measure(model, batches, options)
+    for name, found in figures.items():
+        row = (
+            network,
+            str(samples),
+            str(batch_size or "any size"),
+            name,
+            f"{median(found.times):.2f}",
+            f"{found.peak:,.0f}",
+        )
+        if truth is None:
+            yield row
+        else:
+            errors = distance(statistics(models[name]), truth)
+            yield (*row, f"{found.peak / plain_peak[0]:.2f}", *(f"{error:.2g}" for error in errors))
+        if median(found.without_gap) < median(found.times):
+            yield ("", "", "", "  without the gap", f"{median(found.without_gap):.2f}")
+
+
+def statistics(model: nn.Module) -> Truth:
+    """Return the running statistics of each layer in float64."""
+    return {
+        layer.name: (layer.running_mean.double().numpy(), layer.running_var.double().numpy())
+        for layer in find_layers(model)
+    }
 
 
 def trained_looking(model: nn.Module) -> nn.Module:
@@ -209,31 +235,28 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--loaders", nargs="+", default=LOADERS, choices=LOADERS)
+    parser.add_argument("--samples", nargs="+", type=int, default=[count for count, _ in SETS])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--size", type=int, default=96, help="height and width in pixels")
-    parser.add_argument("--rounds", type=int, default=3, help="at the largest batch size")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="one thread, processor time")
     options = parser.parse_args()
     if options.busy:
         torch.set_num_threads(1)
     table = Table(box=None, pad_edge=False)
-    for heading in ("network", "loader", "batch", "method"):
+    for heading in ("network", "samples", "batch", "method"):
         table.add_column(heading)
-    for heading in ("shift, σ", "log var ratio", "time", "MiB"):
+    for heading in ("time", "MiB", "by plain", "shift, σ", "log var ratio"):
         table.add_column(heading, justify="right")
-    first, largest = options.networks[0], max(options.batch_sizes)
-    for network in options.networks:
-        subject = subject_of(network, options)
-        for loader, batch_size in itertools.product(options.loaders, options.batch_sizes):
-            is_timed = batch_size == largest and loader == options.loaders[0]
-            if network != first and not is_timed:
-                continue
-            rounds = options.rounds if is_timed else 1
-            for row in measured(network, loader, batch_size, rounds, subject, options):
-                table.add_row(*row)
-            table.add_section()
+    settings = [
+        (network, samples, batch_size)
+        for network in options.networks
+        for samples in options.samples
+        for batch_size in options.batch_sizes
+    ]
+    for setting in [*settings, (options.networks[0], _IMAGES_OF_ANY_SIZE, 0)]:
+        for row in rows_of(*setting, options):
+            table.add_row(*row)
+        table.add_section()
     Console(width=100).print(table)
 
 

@@ -71,6 +71,13 @@ def test_too_few_updates_are_unconverged_statistics(score, reference):
     assert sum(layer.share for layer in diagnosis.layers) == pytest.approx(1.0)
 
 
+def test_it_takes_at_most_eight_forwards_of_its_data():
+    model, sizes = trained.unconverged(), []
+    with model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))):
+        diagnosis = diagnosed(model, score=False)
+    assert sum(sizes) <= 8 * (diagnosis.samples + diagnosis.reference_samples)
+
+
 def test_averaged_weights_are_stale_statistics():
     diagnosis = diagnosed(trained.averaged())
     assert diagnosis.cause.name == "stale-statistics"
