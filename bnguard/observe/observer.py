@@ -132,6 +132,7 @@ class Observer:
             if self._is_loaded:
                 self._weights.start_anew()
             self.follow_model()
+            self._weights.note_places()
 
     def follow_model(self) -> None:
         """Notice layers that were added, removed or converted, and calls that need another probe.
@@ -164,6 +165,7 @@ class Observer:
         """Begin a new window of batch statistics and keep the old one as the newest full one."""
         self._batches.start_window()
         self._samples.start_window()
+        self._weights.note_places()
         self._watch_followers()
 
     @contextmanager
