@@ -130,6 +130,7 @@ class Observer:
             if self._is_loaded:
                 self._weights.start_anew()
             self.follow_model()
+            self._weights.note_places()
 
     def pass_over(self, step: int) -> None:
         """Count training step number ``step`` without reading the buffers, to save time.
@@ -207,6 +208,7 @@ class Observer:
         """Begin a new window of batch statistics and keep the old one as the newest full one."""
         self._batches.start_window()
         self._samples.start_window()
+        self._weights.note_places()
         self._watch_followers()
 
     @contextmanager

@@ -121,6 +121,8 @@ class WeightProbe:
         self._usual_writes = 0
         self._trained: list[Tensor] = []
         self.follow_model()
+        self._places: dict[nn.Parameter, int] = {}
+        self._are_moved_by_training = False
         self._norms_at_start: dict[int, float] = self._norms(model)
 
     def follow_model(self) -> None:
@@ -138,6 +140,20 @@ class WeightProbe:
         Cheap enough for every step: a sum of counters that rise with each in-place write.
         """
         self._version = self.version_now()
+
+    def note_places(self) -> None:
+        """Note where the weights lie in memory after a training step."""
+        self._are_moved_by_training = self._are_moved_by_training or self._are_elsewhere()
+        # Sharded parameters are of another class, and have no place of their own.
+        self._places = {
+            parameter: parameter.data_ptr()
+            for parameter in self._counting
+            if type(parameter) is nn.Parameter and not parameter.is_meta
+        }
+
+    def _are_elsewhere(self) -> bool:
+        """Return whether weights lie elsewhere than noted, as after a swap through ``.data``."""
+        return any(parameter.data_ptr() != place for parameter, place in self._places.items())
 
     def note_training(self) -> None:
         """Take the writes since the step as part of each step, as those to an averaged teacher."""
@@ -159,8 +175,10 @@ class WeightProbe:
         """Return whether the weights differ from those of the newest step."""
         if not 0 <= self.version_now() - self._version <= self._usual_writes:
             return True
-        # A swap of averaged weights through .data does not change the counters. Sharded parameters
-        # may be here at one time only and are not compared.
+        # A swap of averaged weights through .data does not change the counters.
+        if not self._are_moved_by_training and self._are_elsewhere():
+            return True
+        # Sharded parameters may be here at one time only and are not compared.
         affine = self._affine_values()
         is_comparable = len(affine) == len(self._trained)
         return is_comparable and not all(map(torch.equal, affine, self._trained))

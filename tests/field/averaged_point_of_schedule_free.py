@@ -1,0 +1,55 @@
+"""Evaluation at an average of the weights: facebookresearch/schedule_free#60.
+
+The optimizer exchanges the weights for the evaluation, whose statistics are those of other weights.
+Its README has the network run on 50 batches of training first, in train mode without gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from tests.field.situation import Run, Situation, Watch, evaluate
+from tests.networks import conv_net, digits
+
+
+def _train(*, warms_up: bool) -> Run:
+    images, labels = digits()
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
+    watch = Watch(model, {"optimizer": optimizer})
+    averages = [parameter.detach().clone() for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def exchange() -> None:
+        for parameter, average in zip(model.parameters(), averages, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+    for _ in range(4):
+        model.train()
+        for batch in torch.randperm(1200).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            watch.monitor.step()
+            with torch.no_grad():
+                for parameter, average in zip(model.parameters(), averages, strict=True):
+                    average.lerp_(parameter, 0.008)
+        exchange()
+        if warms_up:
+            with torch.no_grad():
+                for batch in torch.randint(1200, (50, 64)):
+                    model(images[batch])
+        last = evaluate(watch, images[1200:], labels[1200:])
+        exchange()
+    return watch.end(last)
+
+
+SITUATION = Situation(
+    healthy=partial(_train, warms_up=True),
+    faulty=partial(_train, warms_up=False),
+    cause="BN304",
+    repaired=lambda: _train(warms_up=True).accuracy,
+)

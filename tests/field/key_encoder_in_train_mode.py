@@ -1,0 +1,47 @@
+"""The key encoder of momentum contrast, whose buffers nobody copies: facebookresearch/moco#70.
+
+Its weights follow those of the query encoder, and it runs in train mode without gradients. Its
+running statistics are never used.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.field.situation import Run, Situation, Watch, accuracy
+from tests.networks import conv_net, digits
+
+
+def _healthy() -> Run:
+    images, labels = digits()
+    query = conv_net()
+    model = nn.ModuleDict({"query": query, "key": copy.deepcopy(query)})
+    model["key"].requires_grad_(False)
+    optimizer = torch.optim.SGD(query.parameters(), lr=0.05, momentum=0.9)
+    watch = Watch(model, {"optimizer": optimizer})
+    for _ in range(3):
+        model.train()
+        for batch in torch.randperm(1200).split(64):
+            with torch.no_grad():
+                pairs = zip(model["key"].parameters(), query.parameters(), strict=True)
+                for own, new in pairs:
+                    own.lerp_(new, 0.05)
+                keys = F.normalize(model["key"](images[batch]), dim=1)
+            scores = query(images[batch] + 0.1 * torch.randn(len(batch), 1, 8, 8))
+            logits = F.normalize(scores, dim=1) @ keys.T / 0.2
+            loss = F.cross_entropy(logits, torch.arange(len(batch)))
+            optimizer.zero_grad()
+            (loss + F.cross_entropy(scores, labels[batch])).backward()
+            optimizer.step()
+            watch.monitor.step()
+        query.eval()
+        with watch.monitor.evaluation():
+            last = accuracy(query, images[1200:], labels[1200:])
+    return watch.end(last)
+
+
+SITUATION = Situation(healthy=_healthy)
