@@ -1,4 +1,4 @@
-"""Which rules run, on which layers, with which limits: in code or in ``pyproject.toml``.
+"""Which rules run, on which layers, with which limits; in code or in ``pyproject.toml``.
 
 .. code-block:: toml
 
@@ -42,14 +42,13 @@ Limit = float | int
 class Configuration:
     """Which rules run, on which layers, with which limits.
 
-    A rule is meant by its code, its name, or a prefix of its code (``BN3`` for all of BN301 to
-    BN305).
+    A rule is named by its code, its name, or a prefix of its code (``BN3`` for BN301 to BN305).
 
     Attributes:
         select: The rules to run; None runs all.
         ignore: The rules not to run, even if selected.
         per_layer_ignores: The rules to ignore on some layers, by glob of their names.
-        limits: Limits that differ from those of the rules, by rule, then by name.
+        limits: Limits in place of those of the rules, by rule, then by name.
 
     Raises:
         ConfigurationError: A rule or a limit does not exist; the message has the nearest name.
@@ -78,30 +77,17 @@ class Configuration:
                 )
         self.rules()
 
-    def changed(
-        self,
-        *,
-        select: Collection[str] | None = None,
-        ignore: Collection[str] | None = None,
-        per_layer_ignores: Mapping[str, Collection[str]] | None = None,
-        limits: Mapping[str, Mapping[str, Limit]] | None = None,
-    ) -> Configuration:
-        """Return the configuration with what is given in place of its own.
+    def changed(self, **attributes: Any) -> Configuration:
+        """Return the configuration with other attributes; those that are None stay as they are.
 
         Raises:
             ConfigurationError: A rule or a limit does not exist.
         """
-        return Configuration(
-            select=self.select if select is None else select,
-            ignore=self.ignore if ignore is None else ignore,
-            per_layer_ignores=(
-                self.per_layer_ignores if per_layer_ignores is None else per_layer_ignores
-            ),
-            limits=self.limits if limits is None else limits,
-        )
+        given = {name: value for name, value in attributes.items() if value is not None}
+        return dataclasses.replace(self, **given)
 
     def rules(self, rules: Iterable[Rule] | None = None) -> tuple[Rule, ...]:
-        """Return the rules that run, with their limits; rules of the user's own always do.
+        """Return the rules that run, with their limits; the user's own always run.
 
         Args:
             rules: The rules to choose from; all that are installed by default.
@@ -137,10 +123,10 @@ class Configuration:
 
 
 def codes_meant(name: str) -> set[str]:
-    """Return the codes of the rules that a code, a name or a prefix of codes means.
+    """Return the codes of the rules that a code, a name or a prefix of codes names.
 
     Raises:
-        ConfigurationError: The rule does not exist; the message has the nearest name.
+        ConfigurationError: There is no such rule; the message has the nearest name.
 
     Example:
         >>> sorted(codes_meant("BN40"))
@@ -177,7 +163,7 @@ def read_configuration(path: Path | None = None) -> Configuration:
     """Return the configuration in ``[tool.bnguard]`` of a ``pyproject.toml``, or the default.
 
     Args:
-        path: The file; by default that of the working directory or of the nearest one above it.
+        path: The file; by default the nearest one in the working directory or above it.
 
     Raises:
         ConfigurationError: The file cannot be read, or names an unknown key, rule or limit.
@@ -219,7 +205,7 @@ def _table(path: Path) -> Mapping[str, Any]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
-    if "bnguard" not in text:  # an invalid file of other tools is not our concern
+    if "bnguard" not in text:  # It may be invalid for reasons of other tools.
         return {}
     try:
         document = tomllib.loads(text)

@@ -1,4 +1,4 @@
-"""What a rule concludes: a finding with evidence and fix, or why it could not judge."""
+"""What a rule concludes: a finding with evidence and fix, or the reason why it is unknown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 
 class Severity(enum.IntEnum):
-    """How sure and how bad: an error breaks the model, a warning costs quality, info is to know.
+    """How bad a finding is: an error breaks the model, a warning costs quality, info does not.
 
     >>> Severity.ERROR > Severity.WARNING, str(Severity.INFO)
     (True, 'info')
@@ -34,9 +34,9 @@ class Evidence:
     Attributes:
         measure: What was measured, as a noun: ``"largest shift"``.
         value: The number measured.
-        limit: The number it is held against.
+        limit: The limit of that number.
         unit: Unit of both, ``""`` for a plain number.
-        is_minimum: Whether values below the limit are wrong; by default those above are.
+        is_minimum: Whether the limit is a minimum; by default it is a maximum.
 
     Example:
         >>> str(Evidence("largest shift", 2.25, 1.0, "σ"))
@@ -53,10 +53,7 @@ class Evidence:
 
     @property
     def excess(self) -> float:
-        """How far the value is towards the limit (below 1), or beyond it (above 1).
-
-        Beyond a limit of 0 it is infinite: of such findings the first is the one to look at.
-        """
+        """The value relative to the limit: above 1 is beyond it; infinite beyond a limit of 0."""
         value, limit = abs(self.value), abs(self.limit)
         near, far = (value, limit) if self.is_minimum and limit else (limit, value)
         if not math.isfinite(value) or near == 0.0:
@@ -75,8 +72,8 @@ class Fix:
 
     Attributes:
         summary: The next step in one sentence.
-        repair: The command that does it on a checkpoint, ``"recalibrate"`` or ``"swap"``, which
-            is the name of the function, too; None if the user's own code has to change.
+        repair: The command, and function, that does it: ``"recalibrate"`` or ``"swap"``; None if
+            the user's own code has to change.
     """
 
     summary: str
@@ -85,7 +82,7 @@ class Fix:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A rule's conclusion about a layer, or about the model if ``layer`` is None.
+    """A rule's conclusion about a layer, or about the model.
 
     Attributes:
         code: Code of the rule, as in ``BN301``.
@@ -93,8 +90,8 @@ class Finding:
         severity: How bad it is.
         layer: Dotted name of the layer; None if the finding is about the whole model.
         message: What is wrong, in one sentence.
-        evidence: The number that says so.
-        reasons: The numbers that speak for the cause that the message names, if it names one.
+        evidence: The number that shows it.
+        reasons: The numbers that show the cause, if the message names one.
         fix: What to do about it.
         channels: Indices of the channels concerned, worst first; empty if it is all of them.
         step: First step from which the value is beyond its limit, None if there was no training.
@@ -115,7 +112,7 @@ class Finding:
 
     @property
     def key(self) -> tuple[str, Severity, str | None]:
-        """What makes two findings of two moments the same finding."""
+        """What identifies a finding over time."""
         return (self.code, self.severity, self.layer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +125,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class PastFinding:
-    """A warning or error that was announced; it may hold no longer.
+    """A warning or error that was announced, and may be over.
 
     Attributes:
         code: Code of the rule.
@@ -136,7 +133,7 @@ class PastFinding:
         severity: How bad it was: ``warning`` or ``error``.
         layer: Dotted name of the layer; None for the whole model.
         message: What was wrong, in one sentence.
-        evidence: The number that said so, in words.
+        evidence: The number that showed it, in words.
         first_step: First step at which it held.
         last_step: Last step at which it held.
     """
@@ -153,10 +150,10 @@ class PastFinding:
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings of one rule and severity on one or more layers, root causes or consequences.
+    """Findings of one rule and severity, either root causes or consequences.
 
     Attributes:
-        findings: The furthest towards or beyond the limit first, the earliest of equals.
+        findings: The largest relative to its limit first, then the earliest.
     """
 
     findings: tuple[Finding, ...]
@@ -173,7 +170,7 @@ class FindingGroup:
 
     @property
     def causes(self) -> tuple[str, ...]:
-        """The codes of what explains the findings, that of the worst first; empty for roots."""
+        """The codes of the causes, that of the worst finding first; empty for root causes."""
         causes = (finding.cause for finding in self.findings)
         return tuple(dict.fromkeys(cause for cause in causes if cause is not None))
 
@@ -188,10 +185,7 @@ class FindingGroup:
 
 
 def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
-    """Return the findings of each rule and severity together, in the order given.
-
-    What another finding explains is kept apart from root causes.
-    """
+    """Return the findings by rule and severity, in the order given; consequences separately."""
     groups: dict[tuple[str, Severity, bool], list[Finding]] = {}
     for finding in findings:
         key = (finding.code, finding.severity, finding.cause is None)
@@ -226,13 +220,13 @@ def worst_first(finding: Finding) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A rule that could not judge, and why.
+    """A rule that could not decide, and why.
 
     Attributes:
         code: Code of the rule.
         layer: Dotted name of the layer; None for the whole model.
         reason: What was missing.
-        is_failure: Whether the rule raised an exception, as one of a user's own may.
+        is_failure: Whether the rule raised an exception.
     """
 
     code: str
@@ -242,36 +236,32 @@ class Skipped:
 
 
 def one_line(group: FindingGroup) -> str:
-    """Return findings in one line: code, name, layers, step, message, evidence, fix."""
+    """Return findings in one line: code, name, layer, step, message, evidence, fix."""
     worst = group.worst
     return f"{_first_line(group)}: {worst.message}; {worst.evidence}. Fix: {worst.fix.summary}"
 
 
 def notice(group: FindingGroup) -> str:
-    """Return findings in two lines, for the terminal of a training: layers; message and fix."""
+    """Return findings in two lines for the terminal of a training: layers; message and fix."""
     worst = group.worst
     heading = f"bnguard: {worst.severity}: {_first_line(group)}"
     return f"{heading}\n  {worst.message} → {worst.fix.summary}"
 
 
 def show(text: str) -> None:
-    """Print lines on the standard output, above a progress bar of tqdm or rich if there is one.
-
-    Not by a bar of the trainer, which prints nothing before it has begun and after it has ended.
-    """
-    if sys.stdout is None:  # As in a program of Windows without a console.
+    """Print lines on the standard output, above a progress bar of tqdm or rich."""
+    if sys.stdout is None:  # On Windows, without a console.
         return
-    # Where output goes to a file, the console of Windows has no Greek letters, and no arrows.
+    # On Windows, the encoding of a file may have no Greek letters and arrows.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     printable = text.encode(encoding, "replace").decode(encoding)
     with above_bars(sys.stdout):
-        # In one call. In a notebook, what rich puts in the place of stdout flushes itself with each
-        # line that it draws, so that the rest of an open line is printed again and again.
+        # In one call: in a notebook, rich's stdout would print an open line again and again.
         sys.stdout.write(f"{printable}\n")
 
 
 def above_bars(stream: TextIO | None) -> AbstractContextManager[None]:
-    """Take the bars of tqdm off a stream until something has been printed there."""
+    """Clear the bars of tqdm on a stream while something is printed there."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None or stream is None:
         return nullcontext()
@@ -280,7 +270,7 @@ def above_bars(stream: TextIO | None) -> AbstractContextManager[None]:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number of things in words.
+    """Return a number with its noun.
 
     >>> counted(1, "layer"), counted(2, "layer"), counted(1024, "batch", "batches")
     ('1 layer', '2 layers', '1,024 batches')

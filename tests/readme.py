@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bnguard.cli.rules import rule_table
+from bnguard.rules import RULES
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -49,7 +49,12 @@ def with_outputs(text: str, folder: Path) -> str:
 
 def with_rules(text: str) -> str:
     """Return the README with the table of the rules as they are now."""
-    return _RULES.sub(lambda found: f"{found[1]}{rule_table()}\n{found[3]}", text)
+    rows = [
+        f"| {rule.code} | {rule.name} | {rule.headline()} | {'✓' if rule.is_static else ''} |\n"
+        for rule in RULES
+    ]
+    table = "".join(["| code | name | fault | static |\n|---|---|---|---|\n", *rows])
+    return _RULES.sub(lambda found: f"{found[1]}{table}{found[3]}", text)
 
 
 def without_numbers(text: str) -> str:

@@ -49,7 +49,7 @@ def pages_html(rules: Iterable[Rule]) -> str:
     """Return the pages of rules as one HTML page, each under its code as an anchor."""
     rules = tuple(rules)
     index = "".join(f"<li>{rule.code} {rule.name}: {_html(rule.headline())}</li>" for rule in rules)
-    pages = "".join(map(_page_html, rules))
+    pages = "\n".join(map(_page_html, rules))
     # Codes link to their page, once all pages are there.
     body = re.sub(r"\bBN\d{3}\b(?!\")", r'<a href="#\g<0>">\g<0></a>', f"<ul>{index}</ul>{pages}")
     return f"""<!doctype html>
@@ -84,6 +84,10 @@ def _page_html(rule: Rule) -> str:
     parts = [f'<h2 id="{rule.code}">{rule.code} {rule.name}</h2><p><b>{_html(headline)}</b></p>']
     for title, paragraphs in sections:
         parts.append(f"<h3>{title}</h3>")
+        if title in _LISTS:
+            items = "".join(f"<li>{_html(text)}</li>" for text, _ in paragraphs)
+            parts.append(f"<ul>{items}</ul>")
+            continue
         for text, code in paragraphs:
             parts.append(f"<p>{_html(text)}</p>")
             if code:

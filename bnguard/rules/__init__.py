@@ -61,10 +61,10 @@ PLUGINS = "bnguard.rules"
 
 @functools.cache
 def installed_rules() -> tuple[Rule, ...]:
-    """Return :data:`RULES` and those of installed packages, which are imported at the first call.
+    """Return :data:`RULES` and the rules of installed packages, imported at the first call.
 
     A package names its rules in the entry point group ``bnguard.rules``: a rule, a class of rules
-    without required arguments, or a list of these. What cannot be used is left out with a warning.
+    without required arguments, or a list of these. Unusable ones are left out with a warning.
     """
     rules = list(RULES)
     for plugin in entry_points(group=PLUGINS):
@@ -109,7 +109,7 @@ def rule_named(name: str) -> Rule:
     """Return the rule with this code or name, in any case.
 
     Raises:
-        ConfigurationError: There is none; the message has the nearest name.
+        ConfigurationError: There is no such rule; the message has the nearest name.
 
     Example:
         >>> rule_named("statistic-drift").code

@@ -1,8 +1,7 @@
-"""What a rule is: a code, a name, limits as typed fields, a page for a docstring, a pure check.
+"""What a rule is: a code, a name, limits as typed fields, its page as docstring, a pure check.
 
-A :class:`Rule` looks at one layer at a time; a :class:`ModelRule` at all of them together, because
-it needs their order, or what holds for the whole training; an :class:`ExplainedRule` comes last,
-because it names a symptom, and is given those of its causes that were found.
+A :class:`Rule` checks one layer at a time, a :class:`ModelRule` all layers together. An
+:class:`ExplainedRule` finds a symptom: it runs last, and gets the causes that were found.
 """
 
 from __future__ import annotations
@@ -27,18 +26,16 @@ Silence:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(abc.ABC):
-    """One fault that a BN layer can have, and the limits beyond which it counts as one.
+    """One fault that a BN layer can have, and the limits beyond which it is one.
 
     Attributes:
-        code: Code that is never used for another rule.
+        code: Code, never reused for another rule.
         name: Name of the defect, never of the remedy.
-        is_static: Whether a checkpoint shows the fault, or before the first batch.
-        explains: Codes of the rules whose findings this fault brings about: they are shown after
-            it, as its consequences.
-        acts_by_statistics: Whether it does harm by running statistics that do not fit alone, so
-            that where they do it explains nothing.
-        is_local: Whether the fault lies in the layer itself, so that nothing at another explains
-            it.
+        is_static: Whether a checkpoint shows the fault, or a model before its first batch.
+        explains: Codes of the rules whose findings this fault causes; those are shown after it.
+        acts_by_statistics: Whether it harms only through running statistics that do not fit, so
+            that it explains nothing if they do.
+        is_local: Whether the fault is in the layer itself, so that no other layer explains it.
     """
 
     code: ClassVar[str]
@@ -56,7 +53,7 @@ class Rule(abc.ABC):
         """
 
     def has_done_harm(self, layer: LayerHistory) -> bool:
-        """Return whether the fault can show in what was evaluated, where a layer has it."""
+        """Return whether the fault of a layer can have changed the newest evaluation."""
         return not (self.acts_by_statistics and fits(layer))
 
     @classmethod
@@ -100,35 +97,35 @@ class Rule(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRule(Rule):
-    """One fault that shows only where all BN layers of a model are seen together."""
+    """One fault that only all BN layers of a model together show."""
 
     @abc.abstractmethod
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Yield what is wrong with the model, or why that is unknown; as :meth:`check`."""
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Look at a layer as if it were the only one of its model."""
+        """Check a layer as if it were the only one of its model."""
         yield from self.check_model(History(layers=(layer,), run=layer.run))
 
 
-# Gives the root of what the other rules found that explains a symptom at a layer, or of the model
-# for None; None if they found nothing that does.
+# Returns the root cause, among the findings of other rules, of a symptom at a layer, or of the
+# model for None; None if there is no cause.
 RootAt = Callable[[LayerHistory | None], Finding | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainedRule(ModelRule):
-    """One symptom that several faults bring about, each with a fix of its own."""
+    """One symptom that several faults cause, each with its own fix."""
 
     @abc.abstractmethod
     def check_because(self, history: History, root_at: RootAt) -> Iterator[Finding | Skipped]:
-        """Yield what is wrong, with the cause and the fix that belongs to it; as :meth:`check`.
+        """Yield what is wrong, with its cause and the fix of that cause; as :meth:`check`.
 
         Args:
             history: What was observed.
-            root_at: Gives what explains a symptom at a layer.
+            root_at: Returns the root cause of a symptom at a layer.
         """
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
-        """Look at the model as if no other rule had found anything."""
+        """Check the model as if no other rule had found anything."""
         yield from self.check_because(history, lambda layer: None)

@@ -76,7 +76,7 @@ class CorrelatedBatches(ModelRule):
             the first BN layer. Scanners that evaluation mixes have 0.45 and more; brightness drawn
             per batch at most 0.07.
         min_batches: 8 batches in the window before they are judged.
-        max_between_windows: 0.015 of the variance between samples lies between windows, the median
+        max_between_windows: 0.015 of the variance between samples is between windows, the median
             over numbers of a sample, and twice what chance explains. Digits sorted by class have
             0.09 and more, shuffled ones 0.
         max_label_run: 4 times the samples of one label in a row that a random order has, and at

@@ -230,10 +230,11 @@ def noisy_average(drift: Drift) -> Cause | None:
     shift = drift.distance.worst
     if shift is None or shift.unit != "σ" or not shift.value <= _NOISE_FACTOR * uncertainty:
         return None
+    batches_averaged = counted(round(2 / layer.momentum - 1), "batch", "batches")
     samples = "" if layer.samples is None else f" of {counted(layer.samples, 'sample')}"
     return Cause(
-        f"because momentum {layer.momentum:g} averages some {2 / layer.momentum - 1:.0f} batches"
-        f"{samples}, which leaves the mean uncertain by {uncertainty:.2g} σ",
+        f"because momentum {layer.momentum:g} averages some {batches_averaged}{samples}, which "
+        f"leaves the mean uncertain by {uncertainty:.2g} σ",
         Fix("recalibrate; use a smaller momentum or larger batches in the next run", "recalibrate"),
         (Evidence("uncertainty of the average", uncertainty, shift.value / _NOISE_FACTOR, "σ"),),
     )

@@ -1,7 +1,7 @@
-"""From what was observed to what is wrong: every rule on every layer, and causes before symptoms.
+"""Runs every rule on every layer, and sorts causes before symptoms.
 
-A finding is named as the cause of another only where it can have made that (:class:`Explanations`);
-:class:`Announcements` remembers over the checks of a training what was found since when.
+:class:`Explanations` names a finding as the cause of another only if it can have caused it;
+:class:`Announcements` remembers findings over the checks of a training.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ def diagnose(
 ) -> Conclusions:
     """Run the rules over a history: causes first, then the symptoms that they explain.
 
-    A rule that raises, one of the user's own perhaps, is reported as skipped with its error:
-    watching never ends a run.
+    A rule that raises is reported as skipped with its error: watching never ends a run.
 
     Args:
         history: What was observed.
         rules: The rules to run.
-        is_wanted: Whether a finding is to be kept; what is not explains no other either.
+        is_wanted: Whether to keep a finding; one that is not kept explains no other either.
     """
     rules = tuple(rules)
     findings: list[Finding] = []
@@ -59,11 +58,11 @@ def diagnose(
 
 @dataclass(frozen=True)
 class Conclusions:
-    """What the rules say of a history.
+    """What the rules found in a history.
 
     Attributes:
-        findings: The worst first, each root cause before what it explains; among equals in the
-            order of codes, then the furthest towards or beyond the limit first.
+        findings: The worst first, each root cause before what it explains; among equals by code,
+            then by evidence relative to the limit.
         skipped: What is unknown, and why.
     """
 
@@ -77,7 +76,7 @@ class Explanations:
     Args:
         history: What was observed.
         rules: The rules that ran.
-        findings: What they found; what is only good to know explains nothing.
+        findings: What they found; ``info`` explains nothing.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Explanations:
         return [*self._causes(symptom), finding]
 
     def root(self, code: str, layer: LayerHistory | None) -> Finding | None:
-        """Return the root cause of what a rule is about to find in the newest evaluation.
+        """Return the root cause of a symptom in the newest evaluation.
 
         Args:
             code: Code of the rule.
@@ -125,18 +124,17 @@ class Explanations:
     def _cause(self, symptom: _Symptom) -> Finding | None:
         """Return the nearest cause.
 
-        Of several that is one that explains no other of them, so that a chain is shown in full; of
-        several such the one with the highest code, since what was measured in evaluation, or is
-        not finite, knows more of a symptom than a setting does.
+        Of several causes it is one that explains no other of them, so that the chain is complete,
+        and among those the one with the highest code: a measurement in evaluation, or NaN, is
+        closer to a symptom than a setting.
         """
-        if symptom.cause in self._by_code:
-            # A rule that measured its cause knows better.
+        if symptom.cause in self._by_code:  # The rule measured its cause.
             return self._by_code[symptom.cause][0]
         found: dict[str, Finding] = {}
         for code, findings in self._by_code.items():
             rule = self._rules[code]
             if symptom.code in rule.explains:
-                # The one at the layer itself goes before the worst of all.
+                # A cause at the layer itself comes before the worst one.
                 ordered = sorted(findings, key=lambda finding: finding.layer != symptom.layer)
                 cause = next((f for f in ordered if self._can_make(rule, f, symptom)), None)
                 if cause is not None:
@@ -145,7 +143,7 @@ class Explanations:
         return found[max(nearest or found)] if found else None
 
     def _can_make(self, rule: Rule, cause: Finding, symptom: _Symptom) -> bool:
-        """Return whether a cause can have made a symptom: by its place, its step, and its doing."""
+        """Return whether a finding can be the cause of a symptom: its place, step and harm."""
         if cause.step is not None and symptom.step is not None and cause.step > symptom.step:
             return False
         if cause.layer is None:
@@ -157,7 +155,7 @@ class Explanations:
             if not self._has_done_harm(rule, cause.layer):
                 return False
         elif None not in (cause.step, symptom.step) and cause.step != symptom.step:
-            # In training what has gone wrong reaches all layers with the next step, by the weights.
+            # In training a fault reaches all layers with the next step, through the weights.
             return True
         here, there = self._position(symptom.layer), self._position(cause.layer)
         return here is None or there is None or there <= here
@@ -166,11 +164,11 @@ class Explanations:
         return layer not in self._layers or rule.has_done_harm(self._layers[layer])
 
     def _position(self, layer: str | None) -> int | None:
-        """Return the place of a layer in the order of calls; None for the model, or not known."""
+        """Return the place of a layer in the order of calls; None for the model, or if unknown."""
         return self._layers[layer].position if layer in self._layers else None
 
     def _moment(self, finding: Finding) -> int | None:
-        """Return the step of a finding; of the model, that of the newest evaluation."""
+        """Return the step of a finding; for the model, that of the newest evaluation."""
         is_of_model = finding.layer is None and finding.step is None
         return self._newest_evaluation if is_of_model else finding.step
 
@@ -179,7 +177,7 @@ class Announcements:
     """Remembers the findings of a training and its resumptions: steps, and which were announced.
 
     Args:
-        records: Findings of the training that this one goes on from, as :attr:`records` has them.
+        records: Findings of the training that this one resumes, as in :attr:`records`.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -195,21 +193,16 @@ class Announcements:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What was noted, as plain data for a checkpoint that others read."""
+        """The recorded findings, as plain data for a checkpoint."""
         return list(map(dataclasses.asdict, self._past.values()))
 
     def over(self, findings: Iterable[Finding]) -> tuple[PastFinding, ...]:
-        """Return what was noted and does not hold any longer, given what holds now."""
+        """Return the recorded findings that are over, given the present ones."""
         present = {(f.code, f.layer) for f in findings if f.severity > Severity.INFO}
         return tuple(p for p in self._past.values() if (p.code, p.layer) not in present)
 
     def note(self, findings: Iterable[Finding], step: int) -> None:
-        """Record findings of a step, but what is only info, with the first and last step of each.
-
-        Args:
-            findings: The findings.
-            step: The step in which they hold.
-        """
+        """Record the warnings and errors of a step, with the first and last step of each."""
         for finding in findings:
             if finding.severity is Severity.INFO:
                 continue
@@ -227,9 +220,9 @@ class Announcements:
             )
 
     def date(self, findings: Iterable[Finding], step: int) -> tuple[Finding, ...]:
-        """Return the findings of this step, each dated to the first step from which it holds.
+        """Return the findings of this step, each with the first step since which it holds.
 
-        A value beyond its limit counts from ``info`` on; a finding that was gone begins anew.
+        It counts from ``info`` on; a finding that was gone begins anew.
         """
         findings = tuple(findings)
         first_steps: dict[_Place, int] = {}
@@ -244,7 +237,7 @@ class Announcements:
         )
 
     def new(self, findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
-        """Return what is to be announced: each of the findings once, but what is only info."""
+        """Return the warnings and errors that were not announced yet."""
         new = [
             finding
             for finding in findings
@@ -254,7 +247,7 @@ class Announcements:
         return group_findings(new)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what is remembered, as a checkpoint can hold it."""
+        """Return what is remembered, as plain data for a checkpoint."""
         keys = {(code, Severity.INFO, layer) for code, layer in self._first_steps}
         return [
             {
@@ -266,10 +259,7 @@ class Announcements:
         ]
 
     def resume(self, state: Iterable[dict[str, Any]], records: Iterable[Mapping[str, Any]]) -> None:
-        """Go on from where :meth:`state` was taken; errors are announced anew.
-
-        A run that goes on from what is broken is warned again, and stopped if it is to be.
-        """
+        """Go on from a :meth:`state`; errors are announced again, so that they can stop the run."""
         self._remember(records)
         for record in state:
             code, severity, layer = record["key"]
@@ -281,7 +271,7 @@ class Announcements:
 
 @dataclass(frozen=True)
 class _Symptom:
-    """What is to be explained: a rule's finding at a layer (None: the model), in some step."""
+    """A finding to explain: its rule, layer (None: the model) and step."""
 
     code: str
     layer: str | None
@@ -320,7 +310,7 @@ def _guarded(
 
 
 def _causes_first(findings: list[Finding], explanations: Explanations) -> list[Finding]:
-    """Name the cause of each finding that has one, and put each root before its consequences."""
+    """Set the cause of each finding that has one, and sort each root before its consequences."""
     chains = [explanations.chain(finding) for finding in findings]
     worst: dict[str, Severity] = {}
     for root, *_, finding in ([chain[0], *chain] for chain in chains):
@@ -328,7 +318,7 @@ def _causes_first(findings: list[Finding], explanations: Explanations) -> list[F
 
     def place(chain: list[Finding]) -> tuple[int, str, int, int, str, tuple[float, float]]:
         finding = chain[-1]
-        # What is only good to know never comes before a fault.
+        # An info never comes before a fault.
         is_info = finding.severity is Severity.INFO
         severity = finding.severity if is_info else worst[chain[0].code]
         root = chain[0].code

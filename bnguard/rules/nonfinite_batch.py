@@ -18,7 +18,7 @@ class NonFiniteBatch(ModelRule):
 
     Why it matters:
         The loss shows it many layers and steps later. Whether the data, the weights of one layer or
-        an overflow made it decides what to repair, and the first layer that saw it tells.
+        an overflow made it decides what to repair, and the first layer that saw it shows that.
 
     What you see:
         The loss is NaN from some step on, or for one step with a gradient scaler; or validation is

@@ -67,7 +67,7 @@ class StatisticDrift(ExplainedRule):
         eval mode. Later layers get the cause of the first that drifted.
 
         The first batches of an evaluation are read, then each whose number doubles. If more than 15
-        % of the variance between samples lies between them, they do not represent the rest, and it
+        % of the variance between samples is between them, they do not represent the rest, and it
         is ``info`` unless the shift is more than twice their spread: evaluations of digits have at
         most 1 %, sorted by class 21 to 70 %. With only a few pairs of batches, which show as much
         by chance, it is ``info`` only if no cause is certain.

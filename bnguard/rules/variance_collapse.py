@@ -41,7 +41,7 @@ class VarianceCollapse(Rule):
         Put more samples, or samples from more sources, into a batch; on several devices, use
         SyncBatchNorm. Or use GroupNorm; BN202 says which norm for whom. A swap without
         ``teacher_data`` loses most of what the network knew: train it, and measure it.
-        Recalibration helps eval mode only; what training subtracted was never learnt.
+        Recalibration helps eval mode only; what training subtracted was never learned.
 
     What it does not mean:
         A small batch alone is not a collapse: see BN202. A harmless mode gap (BN302) does not
@@ -49,7 +49,7 @@ class VarianceCollapse(Rule):
         batches.
 
     Evidence:
-        n, the values per channel of a typical batch; or the share of a channel's variance that lies
+        n, the values per channel of a typical batch; or the share of a channel's variance that is
         within batches, biased within-batch variance / (itself + variance of the batch means), the
         median over channels. The variance of the means comes from successive differences, so that
         slow changes of the weights do not count.

@@ -187,7 +187,7 @@ def _group_text(group: list[Record]) -> str:
     lines = [
         f"{worst['severity']}  {worst['code']} {worst['name']}: {worst['message']}",
         f"  {', '.join(layers[:_LAYERS_SHOWN])}" + (f" and {more} more" if more > 0 else ""),
-        f"  {evidence['name']} {_number(evidence['value'])} {evidence['unit']}".rstrip()
+        f"  {evidence['measure']} {_number(evidence['value'])} {evidence['unit']}".rstrip()
         + f" (limit {_number(evidence['limit'])}){where}",
         f"  → {worst['fix']['command'] or worst['fix']['summary']}",
     ]
@@ -202,7 +202,7 @@ def _excess(finding: Record) -> float:
         return math.inf
     if not (isinstance(value, float) and isinstance(limit, float)):
         return 0.0
-    return Evidence("", value, limit, is_minimum=not evidence["above"]).excess
+    return Evidence("", value, limit, is_minimum=evidence["is_minimum"]).excess
 
 
 def _place(finding: Record) -> str:

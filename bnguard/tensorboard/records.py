@@ -1,8 +1,8 @@
 """Findings in an event file: plain records, normalised when written and when read.
 
-A record has the keys ``code``, ``name``, ``severity`` (``info``, ``warning`` or ``error``),
-``layer`` (null for the whole model), ``layers``, ``channels``, ``step``, ``message``, ``evidence``
-(``name``, ``value``, ``limit``, ``unit``, ``above``) and ``fix`` (``summary``, ``command``).
+A record has the keys of ``Finding.to_dict`` that the tab shows: ``code``, ``name``, ``severity``,
+``layer``, ``channels``, ``step``, ``message``, ``evidence`` and ``fix``; the fix has a ``command``
+too, and ``layers`` names several layers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
     Values of the wrong type become empty, because a finding shown badly is better than none.
 
     >>> record = finding_record({"code": "BN301", "evidence": {"measure": "shift", "value": 2.5}})
-    >>> record["severity"], record["evidence"]["name"], record["evidence"]["above"]
-    ('info', 'shift', True)
+    >>> record["severity"], record["evidence"]["measure"], record["evidence"]["is_minimum"]
+    ('info', 'shift', False)
     """
     evidence, fix = _mapping(raw.get("evidence")), _mapping(raw.get("fix"))
     layer = raw.get("layer")
     severity = _text(raw.get("severity")).lower()
-    value, limit = json_number(evidence.get("value")), json_number(evidence.get("limit"))
     return {
         "code": _text(raw.get("code")),
         "name": _text(raw.get("name")),
@@ -48,13 +47,16 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
         "step": _step(raw.get("step")),
         "message": _text(raw.get("message")),
         "evidence": {
-            "name": _text(evidence.get("name", evidence.get("measure"))),
-            "value": value,
-            "limit": limit,
+            "measure": _text(evidence.get("measure")),
+            "value": json_number(evidence.get("value")),
+            "limit": json_number(evidence.get("limit")),
             "unit": _text(evidence.get("unit")),
-            "above": _is_maximum(evidence, value, limit),
+            "is_minimum": evidence.get("is_minimum") is True,
         },
-        "fix": {"summary": _text(fix.get("summary")), "command": _command(fix)},
+        "fix": {
+            "summary": _text(fix.get("summary")),
+            "command": _text(fix.get("command")) or repair_command(fix.get("repair")),
+        },
     }
 
 
@@ -91,10 +93,6 @@ def repair_command(repair: object, subjects: str = SUBJECTS) -> str:
     return f"bnguard {repair} CKPT {subjects}" if repair in _COMMANDS else ""
 
 
-def _command(fix: Mapping[str, Any]) -> str:
-    return _text(fix.get("command")) or repair_command(fix.get("repair"))
-
-
 def _text(value: object) -> str:
     if value is None:
         return ""
@@ -111,16 +109,6 @@ def json_number(value: object) -> float | str | None:
     except (ValueError, OverflowError):
         return None
     return json_float(number)
-
-
-def _is_maximum(
-    evidence: Mapping[str, Any], value: float | str | None, limit: float | str | None
-) -> bool:
-    """Return whether the limit is a maximum, from the values if the record does not say."""
-    if "is_minimum" in evidence:
-        return not evidence["is_minimum"]
-    is_below = isinstance(value, float) and isinstance(limit, float) and value < limit
-    return bool(evidence.get("above", not is_below))
 
 
 def _step(value: object) -> int | None:

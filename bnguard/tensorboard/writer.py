@@ -180,7 +180,8 @@ def _cells(group: Sequence[Record]) -> tuple[str, ...]:
         record["severity"],
         where if len(group) == 1 else f"{len(group)} layers, worst {where}",
         str(min((r["step"] for r in group if r["step"] is not None), default="")),
-        f"{record['message']}: {evidence['name']} {_amount(evidence['value'], evidence['unit'])} "
+        f"{record['message']}: {evidence['measure']} "
+        f"{_amount(evidence['value'], evidence['unit'])} "
         f"(limit {_amount(evidence['limit'], evidence['unit'])})",
         fix["command"] or fix["summary"],
     )

@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 
-from bnguard.cli.rules import rule_table
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, Skipped
 from bnguard.observe.history import BatchWindow, EvalWindow, LayerHistory, Run, RunningStatistics
@@ -140,9 +139,3 @@ def test_limits_have_their_figures(rule):
 @every_rule
 def test_what_a_rule_explains_exists(rule):
     assert set(rule.explains) <= {other.code for other in RULES} - {rule.code}
-
-
-def test_the_table_of_rules_has_a_row_a_rule():
-    rows = rule_table().splitlines()
-    assert len(rows) == len(RULES) + 2
-    assert all(rule.name in rule_table() for rule in RULES)

@@ -23,7 +23,9 @@ from tests.networks import conv_net, mlp
 
 def blocks():
     for rule in RULES:
-        for code in re.findall(r"::\n\n((?: {8}.*\n|\n)+)", rule.page() + "\n"):
+        # How to silence a rule is the same on all pages.
+        page = rule.page() if rule is RULES[0] else rule.page().split("\nSilence:\n")[0]
+        for code in re.findall(r"::\n\n((?: {8}.*\n|\n)+)", page + "\n"):
             yield pytest.param(rule, textwrap.dedent(code).strip(), id=rule.code)
 
 
@@ -88,6 +90,18 @@ def test_an_example_shows_fault_and_fix(rule):
     example = rule.page().split("\nExample:\n")[1].split("\nFix:\n")[0]
     assert "# Fault" in example
     assert "# Fix" in example
+
+
+@pytest.mark.parametrize("code", ["BN101", "BN103", "BN104", "BN105", "BN109", "BN402"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_fault_of_an_example_is_found(code):
+    example = next(block.values[1] for block in blocks() if block.id == code)
+    names = surroundings()
+    exec(example.split("# Fix")[0], names)
+    if code == "BN103":
+        names["model"][1] = names["layer"]
+    monitor = bnguard.watch(names["model"], optimizer=names.get("optimizer"))
+    assert code in {finding.code for finding in monitor.report().findings}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)

@@ -151,7 +151,7 @@ def drift(layer: str, probe: Probe, step: int) -> dict[str, object] | None:
         "channels": [int(probe.eval_shift().abs().argmax())],
         "message": "what arrives in eval mode is not what the running statistics describe",
         "evidence": {
-            "name": metric.name,
+            "measure": metric.name,
             "value": value,
             "limit": metric.limit,
             "unit": metric.unit,

@@ -39,7 +39,7 @@ def test_a_terminal_is_told_nothing_by_a_name():
         "layer": "\x1b]0;owned\x07\nfake line",
         "step": None,
         "message": "\u202eeman",
-        "evidence": {"name": "", "value": 1.0, "limit": None, "unit": ""},
+        "evidence": {"measure": "", "value": 1.0, "limit": None, "unit": ""},
         "fix": {"summary": "", "command": ""},
     }
     text = str(LoggedRun(name="a\x1b[2J", findings=(finding,)))
@@ -61,7 +61,8 @@ def test_the_numbers_of_a_group_are_those_of_its_worst_layer():
 
     shifts = [found("a", value=2.0, limit=1.0), found("b", value=7.0, limit=1.0)]
     assert " 7 (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(shifts)))
-    shares = [found("a", value=0.1, limit=0.5), found("b", value=0.3, limit=0.5)]
+    least = {"limit": 0.5, "is_minimum": True}
+    shares = [found("a", value=0.1, **least), found("b", value=0.3, **least)]
     assert " 0.1 (limit 0.5) at a" in str(LoggedRun(name="run", findings=tuple(shares)))
     broken = [found("a", value=9.0, limit=1.0), found("b", value=float("nan"), limit=1.0)]
     assert " NaN (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(broken)))

@@ -207,7 +207,7 @@ def hostile_log(tmp_path_factory):
         log = BatchNormLog(writer, [HOSTILE, ""], metrics, [HOSTILE, HOSTILE])
         for step in range(5):
             log.add_stats(np.full((len(metrics), 2), 3.0), step)
-        evidence = {"name": HOSTILE, "value": "NaN", "limit": 1.0, "unit": HOSTILE}
+        evidence = {"measure": HOSTILE, "value": "NaN", "limit": 1.0, "unit": HOSTILE}
         fix = {"summary": HOSTILE, "command": "ls\nrm -r x"}
         finding = {"code": HOSTILE, "name": HOSTILE, "severity": "error", "message": HOSTILE}
         finding |= {"layer": HOSTILE, "step": 2, "evidence": evidence, "fix": fix}

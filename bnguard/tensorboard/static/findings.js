@@ -134,15 +134,15 @@ export function groupedFindings(findings) {
 }
 
 /** Return how far the value is towards the limit (below 1), or beyond it (above 1). */
-function excess({ evidence: { value, limit, above } }) {
+function excess({ evidence: { value, limit, is_minimum } }) {
   const [size, bound] = [Math.abs(value), Math.abs(limit)];
-  const [near, far] = above || bound === 0 ? [bound, size] : [size, bound];
+  const [near, far] = is_minimum && bound !== 0 ? [size, bound] : [bound, size];
   // Infinity minus itself would be no order.
   if (!Number.isFinite(size) || !(near > 0)) return far === 0 ? 0 : Number.MAX_VALUE;
   return far / near;
 }
 
-function evidence({ name, value, limit, unit, above }) {
+function evidence({ measure, value, limit, unit, is_minimum }) {
   if (value === null) return null;
   const numbers = [Number(value), Number(limit)];
   const top = Math.max(...numbers.map(Math.abs));
@@ -151,14 +151,14 @@ function evidence({ name, value, limit, unit, above }) {
   const tick = h("span", { class: "tick" });
   fill.style.width = `${100 * share(numbers[0])}%`;
   tick.style.left = `${100 * share(numbers[1])}%`;
-  const side = above ? "limit" : "at least";
+  const side = is_minimum ? "at least" : "limit";
   return h(
     "div",
     { class: "evidence" },
     h(
       "div",
       {},
-      `${shown(name, 80)} `,
+      `${shown(measure, 80)} `,
       h("strong", {}, amount(value, shown(unit, 12))),
       h("span", { class: "muted" }, limit === null ? "" : ` (${side} ${amount(limit, shown(unit, 12))})`),
     ),
