@@ -106,7 +106,8 @@ def swap(
             batches: use the batch size that it was trained with. All parameters learn, also those
             with ``requires_grad=False``. With ``torch.distributed`` initialised every rank calls
             this, with ``fabric``.
-        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
+        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more; 0
+            only fits the affine parameters.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
         score: ``score(model)`` says how good a model is, the higher the better; measured in eval
             mode before and after. It also decides in which mode the network teaches.
@@ -258,8 +259,8 @@ def _check(model: object, steps: object, score: object, keep: str) -> None:
     require_module(model, "swap")
     require_score(score)
     require_keep(keep)
-    if not is_whole(steps, 1):
-        raise ConfigurationError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if not is_whole(steps, 0):
+        raise ConfigurationError(f"steps must be a whole number of at least 0, not {steps!r}")
 
 
 def _copy_model(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:
