@@ -485,6 +485,14 @@ def test_the_result_prints_itself(net, images):
     assert "BatchNorm2d  →  GroupNorm, 2 groups of 4 channels, 256 values" in text
     assert "left  7 is excluded" in text
     assert "outputs off by" in text
+    assert "the model that you passed is unchanged: the swapped one is .model" in text
+    assert ".model" not in str(swap(copy.deepcopy(net), "group", in_place=True))
+
+
+def test_a_score_of_nan_is_not_kept(net):
+    result = swap(net, "group", score=lambda model: float("nan"))
+    assert result.model is net
+    assert "not kept, since its score is NaN" in str(result)
 
 
 def limits(layer):
