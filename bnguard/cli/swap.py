@@ -110,7 +110,7 @@ def _swap_checkpoint(request: Request) -> int:
         return 0
     show(result)
     say(NOT_SCORED if scorer is None else f"the score is {scorer.meaning}")
-    say(f"written: {output}; weights alone, so begin a new training rather than resume the old")
+    say(f"written: {output}; without optimizer states, so fine-tune it in a new fit")
     say(f"the model that it fits:\n\n{code}")
     return 0
 
@@ -150,6 +150,7 @@ def _swap_model(
         score=None if scorer is None else lambda module: scorer(copy.deepcopy(module)),
         keep=values.keep,
         fabric=fabric if values.steps else None,
+        in_place=True,
         progress=not values.json,
     )
 

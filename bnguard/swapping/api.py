@@ -34,7 +34,7 @@ from bnguard.recalibration.options import (
     require_keep,
     require_score,
 )
-from bnguard.swapping.distillation import Distillation, OwnDevice, Pair
+from bnguard.swapping.distillation import OwnDevice, Pair
 from bnguard.swapping.result import HARMFUL_CHANGE_STD, ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
     SwapPlan,
@@ -53,7 +53,7 @@ from bnguard.swapping.targets import (
     measure_positions,
     run_in_eval_mode,
 )
-from bnguard.swapping.teacher import teach
+from bnguard.swapping.teacher import Taught, teach
 
 _SAMPLES_TO_COMPARE = 128
 # What a swapped model may lose of its score, and how much a negative one, a loss, may grow.
@@ -105,14 +105,16 @@ def swap(
             still differs from batch statistics, the network teaches with the statistics of these
             batches: use the batch size that it was trained with. All parameters learn, also those
             with ``requires_grad=False``. With ``torch.distributed`` initialised every rank calls
-            this, with ``fabric``.
-        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more.
+            this, with its own share of the data, and all get the same model.
+        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more; 0
+            only fits the affine parameters.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
         score: ``score(model)`` says how good a model is, the higher the better; measured in eval
             mode before and after. It also decides in which mode the network teaches.
         keep: ``"if-better"`` returns the model as it was if the swapped one, once taught, is
             clearly worse: by 5 % of the score (25 % of a negative one), or without a score if the
-            outputs are further than 0.5 σ from the teacher's. ``"always"`` returns it anyway.
+            outputs are further than 0.5 σ from the teacher's. A score of NaN is never good enough.
+            ``"always"`` returns it anyway.
         fabric: Lightning's ``Fabric`` on whose device, in whose mixed precision and on whose ranks
             the model learns; it has been launched, and every rank calls this with its own share of
             the data. The model then goes back to its device.
@@ -184,11 +186,7 @@ def swap(
                 )
             score_after = None if score is None else measure_score(swapped.model, score)
         score_before = score_before if taught is None or taught.score is None else taught.score
-        is_kept = (
-            keep == "always"
-            or taught is None
-            or not _is_clearly_worse(taught.distillation, score_before, score_after)
-        )
+        is_kept = keep == "always" or _is_good_enough(taught, score_before, score_after)
         replaced = tuple(
             _describe_replacement(layer, norm, positions.get(layer.name))
             for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
@@ -200,6 +198,7 @@ def swap(
     return Swap(
         model=swapped.model if is_kept else model,
         is_kept=is_kept,
+        is_in_place=in_place,
         to=to if isinstance(to, str) else getattr(to, "__name__", type(to).__name__),
         replaced=replaced,
         skipped=plan.skipped,
@@ -211,15 +210,17 @@ def swap(
     )
 
 
-def _is_clearly_worse(
-    done: Distillation, score_before: float | None, score_after: float | None
+def _is_good_enough(
+    taught: Taught | None, score_before: float | None, score_after: float | None
 ) -> bool:
+    """Return whether a swap is kept; one that was not taught has to score a number."""
     if score_before is None or score_after is None:
-        return not done.distance <= HARMFUL_CHANGE_STD
+        return taught is None or taught.distillation.distance <= HARMFUL_CHANGE_STD
+    if math.isnan(score_after):
+        return False
     allowed = _MAX_SCORE_LOSS if score_before > 0 else _MAX_LOSS_GROWTH
-    return not math.isnan(score_before) and not (
-        score_after >= score_before - allowed * abs(score_before)
-    )
+    least = score_before - allowed * abs(score_before)
+    return taught is None or math.isnan(score_before) or score_after >= least
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,8 +259,8 @@ def _check(model: object, steps: object, score: object, keep: str) -> None:
     require_module(model, "swap")
     require_score(score)
     require_keep(keep)
-    if not is_whole(steps, 1):
-        raise ConfigurationError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if not is_whole(steps, 0):
+        raise ConfigurationError(f"steps must be a whole number of at least 0, not {steps!r}")
 
 
 def _copy_model(model: nn.Module) -> tuple[nn.Module, Mapping[nn.Parameter, nn.Parameter]]:

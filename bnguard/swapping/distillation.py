@@ -17,9 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bnguard.distributed import current_ranks
 from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
@@ -100,15 +102,15 @@ class OwnDevice:
 
     Attributes:
         device: Device of the model's first parameter.
-        world_size: 1, the number of ranks.
-        is_global_zero: True: this is the rank that draws.
+        world_size: Number of ranks of ``torch.distributed``.
+        is_global_zero: Whether this is the rank that shows the progress.
     """
-
-    world_size = 1
-    is_global_zero = True
 
     def __init__(self, model: nn.Module) -> None:
         self.device = device_of(model)
+        ranks = current_ranks()
+        self.world_size = ranks.size
+        self.is_global_zero = ranks.rank == 0
 
     def to_device(self, module: nn.Module) -> nn.Module:
         """Return the module, which is there; its parts may be on several devices."""
@@ -127,12 +129,17 @@ class OwnDevice:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the values, which are the mean over one rank."""
-        return values
+        """Return the mean over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
 
     def broadcast(self, value: object) -> object:
-        """Return the value, which is that of the first rank."""
-        return value
+        """Return the value of the first rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def clip_gradients(
         self, module: nn.Module, optimizer: Optimizer, *, max_norm: float, error_if_nonfinite: bool

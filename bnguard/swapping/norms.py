@@ -4,11 +4,12 @@ Each keeps the names of BN's parameters and buffers, so a state dict of one load
 far as both have the entry.
 """
 
-from __future__ import annotations
+# Without "from __future__ import annotations": TorchScript reads types, not their names.
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnguard.errors import ConfigurationError
@@ -27,13 +28,19 @@ class GroupNorm(nn.GroupNorm):
         Raises:
             ConfigurationError: A group has one value.
         """
-        if input.shape[1:].numel() == self.num_groups:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._refuse_groups_of_one(input)
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _refuse_groups_of_one(self, input: Tensor) -> None:
+        # An exported graph may take sizes that are not known yet.
+        if not torch.compiler.is_compiling() and input.shape[1:].numel() == self.num_groups:
             raise ConfigurationError(
                 f"GroupNorm of {self.num_groups} groups got an input of shape "
                 f"{tuple(input.shape)}: a group of one value is always 0; use fewer groups, or "
                 "let bnguard swap choose them for a sample"
             )
-        return super().forward(input)
 
 
 class FrozenNorm(nn.Module):
@@ -62,7 +69,7 @@ class FrozenNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``(input − mean) / sqrt(var + eps) · weight + bias``, of the input's shape."""
-        return nn.functional.batch_norm(
+        return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
 
@@ -71,8 +78,7 @@ class FrozenNorm(nn.Module):
         return f"{self.running_mean.numel()}, eps={self.eps}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RenormSchedule:
+class RenormSchedule(NamedTuple):
     """How far batch renorm may correct, by the number of batches seen.
 
     At first not at all, which is plain BN; then the limits grow linearly. The defaults are those
@@ -92,17 +98,22 @@ class RenormSchedule:
     max_r: float = 3.0
     max_d: float = 5.0
 
-    def limits(self, batches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the limits of r and d after so many batches, a scalar each.
 
-        >>> [limit.item() for limit in RenormSchedule().limits(torch.tensor(15_000))]
-        [1.5714285373687744, 2.5]
-        """
-        r_share, d_share = (
-            ((batches - self.start) / max(end - self.start, 1)).clamp(0.0, 1.0)
-            for end in (self.r_end, self.d_end)
-        )
-        return 1.0 + r_share * (self.max_r - 1.0), d_share * self.max_d
+_USUAL_SCHEDULE = RenormSchedule()
+
+
+def limits_after(
+    batches: Tensor, schedule: tuple[int, int, int, float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return the limits of r and d after a number of batches, a scalar each.
+
+    >>> [limit.item() for limit in limits_after(torch.tensor(15_000), RenormSchedule())]
+    [1.5714285373687744, 2.5]
+    """
+    start, d_end, r_end, max_r, max_d = schedule
+    r_share = ((batches - start) / max(r_end - start, 1)).clamp(0.0, 1.0)
+    d_share = ((batches - start) / max(d_end - start, 1)).clamp(0.0, 1.0)
+    return 1.0 + r_share * (max_r - 1.0), d_share * max_d
 
 
 class BatchRenorm(nn.Module):
@@ -136,7 +147,7 @@ class BatchRenorm(nn.Module):
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.01,
-        schedule: RenormSchedule = RenormSchedule(),
+        schedule: RenormSchedule = _USUAL_SCHEDULE,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -159,37 +170,34 @@ class BatchRenorm(nn.Module):
         weight, bias = self.weight, self.bias
         if self.training:
             scale, shift = self._correction(input)
+            shift = shift if weight is None else shift * weight
+            bias = shift if bias is None else shift + bias
             weight = scale if weight is None else scale * weight
-            bias = shift if bias is None else shift * _or_one(self.weight) + bias
-            return nn.functional.batch_norm(
-                input, None, None, weight, bias, training=True, eps=self.eps
-            )
-        return nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, weight, bias, eps=self.eps
-        )
+            return F.batch_norm(input, None, None, weight, bias, training=True, eps=self.eps)
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, eps=self.eps)
 
-    @torch.no_grad()
     def _correction(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return r and d of Ioffe's algorithm 1, shape ``(C,)``, and update the statistics."""
-        values = input.detach().transpose(0, 1).flatten(1).to(self.running_mean.dtype)
-        var, mean = torch.var_mean(values, dim=1, correction=0)
-        running_std = (self.running_var + self.eps).sqrt()
-        max_r, max_d = self.schedule.limits(self.num_batches_tracked + self.batches_ahead)
-        r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / max_r, max_r)
-        d = ((mean - self.running_mean) / running_std).clamp(-max_d, max_d)
+        with torch.no_grad():
+            values = input.detach().transpose(0, 1).flatten(1).to(self.running_mean.dtype)
+            var, mean = torch.var_mean(values, dim=1, correction=0)
+            running_std = (self.running_var + self.eps).sqrt()
+            max_r, max_d = limits_after(
+                self.num_batches_tracked + self.batches_ahead, self.schedule
+            )
+            r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / max_r, max_r)
+            d = ((mean - self.running_mean) / running_std).clamp(-max_d, max_d)
 
-        self.num_batches_tracked += 1
-        new = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        n = values.shape[1]
-        self.running_mean.lerp_(mean, torch.as_tensor(new, dtype=mean.dtype, device=mean.device))
-        unbiased = var * (n / max(n - 1, 1))
-        self.running_var.lerp_(unbiased, torch.as_tensor(new, dtype=var.dtype, device=var.device))
-        return r, d
+            self.num_batches_tracked += 1
+            if self.momentum is None:
+                new = 1.0 / self.num_batches_tracked
+            else:
+                new = torch.full_like(max_r, self.momentum)
+            n = values.shape[1]
+            self.running_mean.lerp_(mean, new.to(mean.dtype))
+            self.running_var.lerp_(var * (n / max(n - 1, 1)), new.to(var.dtype))
+            return r, d
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows in the brackets."""
         return f"{self.running_mean.numel()}, eps={self.eps}, momentum={self.momentum}"
-
-
-def _or_one(weight: Tensor | None) -> Tensor | float:
-    return 1.0 if weight is None else weight

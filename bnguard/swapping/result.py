@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -60,6 +61,7 @@ class Swap(NotebookView):
     Attributes:
         model: The model with the other norm, a plain module; the model as it was if not kept.
         is_kept: Whether the swapped model is kept; False if it was clearly worse once taught.
+        is_in_place: Whether the model that was passed is the one that changed.
         to: What BN was swapped for.
         replaced: The layers replaced, in the order of the model.
         skipped: BN layers that were not replaced, and why.
@@ -74,6 +76,7 @@ class Swap(NotebookView):
 
     model: nn.Module
     is_kept: bool
+    is_in_place: bool
     to: str
     replaced: tuple[ReplacedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
@@ -138,7 +141,11 @@ class Swap(NotebookView):
         if self.score_before is not None and self.score_after is not None:
             lines.append(f"score {self.score_before:.4g} → {self.score_after:.4g}")
         if not self.is_kept:
-            lines.append("not kept, since it is clearly worse: use keep='always' to keep it anyway")
+            is_nan = self.score_after is not None and math.isnan(self.score_after)
+            why = "its score is NaN" if is_nan else "it is clearly worse"
+            lines.append(f"not kept, since {why}: use keep='always' to keep it anyway")
+        elif not self.is_in_place:
+            lines.append("the model that you passed is unchanged: the swapped one is .model")
         lines += self.notes
         style = "bold" if self.is_kept else "bold yellow"
         return Group(Text(_heading(self), style=style), table, *map(Text, lines))

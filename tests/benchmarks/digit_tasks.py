@@ -24,12 +24,21 @@ TEST = slice(1200, None)
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is trained to do, and how well it does it."""
+    """What a network is trained to do, and how well it does it.
+
+    Attributes:
+        inputs: Shape ``(N, 1, H, W)``.
+        targets: Labels of the images or of their pixels, or images.
+        loss: Of outputs and targets.
+        score: Of outputs and targets, 1 at best.
+        batch_size: Of the first training, and of the batches that are measured and teach.
+    """
 
     inputs: Tensor
     targets: Tensor
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], float]
+    batch_size: int = 32
 
     def train(self, model: nn.Module, *, epochs: int, batch_size: int, lr: float) -> nn.Module:
         """Train with Adam, one cycle of the learning rate."""
@@ -52,13 +61,13 @@ class Task:
     def measure(self, model: nn.Module, part: slice) -> float:
         """Return the score in percent on a part of the data, in eval mode."""
         model.eval()
-        outputs = torch.cat([model(batch) for batch in self.inputs[part].split(128)])
+        outputs = torch.cat([model(batch) for batch in self.inputs[part].split(self.batch_size)])
         return 100 * self.score(outputs, self.targets[part])
 
-    def unlabelled(self, batch_size: int = 32) -> list[Tensor]:
+    def unlabelled(self) -> list[Tensor]:
         """Return the training inputs in batches, shuffled."""
         order = torch.randperm(len(self.inputs[TRAINING]))
-        return list(self.inputs[TRAINING][order].split(batch_size))
+        return list(self.inputs[TRAINING][order].split(self.batch_size))
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -70,6 +79,27 @@ def dice(scores: Tensor, mask: Tensor) -> float:
     """Dice coefficient of the pixels that are scored as ink and those that are."""
     found = scores.argmax(1) == 1
     return (2 * (found & (mask == 1)).sum() / (found.sum() + (mask == 1).sum())).item()
+
+
+def closeness(found: Tensor, wanted: Tensor) -> float:
+    """One minus the mean absolute error over that of the median image."""
+    usual = (wanted - wanted.median(0).values).abs().mean()
+    return 1 - ((found - wanted).abs().mean() / usual).item()
+
+
+def restoration() -> Task:
+    """Restore the digit from an image of another contrast and brightness, one at a time."""
+    images, _ = digits()
+    generator = torch.Generator().manual_seed(0)
+    contrast = torch.rand(len(images), 1, 1, 1, generator=generator) * 3 + 0.3
+    brightness = torch.randn(len(images), 1, 1, 1, generator=generator)
+    return Task(
+        images * contrast + 2 * brightness,
+        images / images.max() * 2 - 1,
+        F.l1_loss,
+        closeness,
+        batch_size=1,
+    )
 
 
 def classification(size: int = 8) -> Task:
@@ -91,7 +121,7 @@ def segmentation(size: int = 8) -> Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its task, and how long it is trained with BN at batch size 32."""
+    """A network, its task, and how long it is trained with BN."""
 
     make: Callable[[], nn.Module]
     task: Callable[[], Task]
@@ -207,6 +237,77 @@ class _Inverted(nn.Module):
         return x + self.layers(x) if self.is_residual else self.layers(x)
 
 
+class DenseNet(nn.Module):
+    """Huang et al. 2017, small: each BN layer gets channels from all layers before it."""
+
+    def __init__(self, width: int = 16, growth: int = 8, depth: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        widths = [width + growth * index for index in range(depth + 1)]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, growth, 3, padding=1))
+            for w in widths[:-1]
+        )
+        self.last = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+class Inception(nn.Module):
+    """Szegedy et al. 2015, small: branches of 7 and 11 channels, which few groups divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _normalised(1, 11, 3)
+        self.branches = nn.ModuleList(
+            nn.ModuleList(_normalised(width, outputs, kernel) for outputs, kernel in _BRANCHES)
+            for width in (11, 25, 25)
+        )
+        self.head = nn.Linear(25, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for index, branches in enumerate(self.branches):
+            x = F.relu(torch.cat([branch(x) for branch in branches], 1))
+            if index == 0:
+                x = F.max_pool2d(x, 2)
+        return self.head(x.mean((2, 3)))
+
+
+# Channels and kernel size of each branch.
+_BRANCHES = ((7, 1), (11, 3), (7, 5))
+
+
+class Generator(nn.Module):
+    """pix2pix (Isola et al. 2017), small: down to 2x2 pixels and up again."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)
+            )
+            for i, o in ((1, width), (width, 2 * width))
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+            )
+            for i, o in ((2 * width, width), (2 * width, width))
+        )
+        self.head = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.down[0](x)
+        x = self.up[0](self.down[1](first))
+        return torch.tanh(self.head(self.up[1](torch.cat([x, first], 1))))
+
+
 def _normalised(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> nn.Module:
@@ -231,4 +332,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "ResNet-18": Subject(ResNet18, partial(classification, 16), epochs=8),
     "MobileNet": Subject(MobileNet, partial(classification, 12), epochs=10),
     "U-Net": Subject(UNet, partial(segmentation, 16), epochs=4),
+    "DenseNet": Subject(DenseNet, classification, epochs=8),
+    "Inception": Subject(Inception, classification, epochs=8),
+    "generator": Subject(Generator, restoration, epochs=2),
 }

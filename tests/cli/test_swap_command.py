@@ -121,9 +121,11 @@ def test_a_score_that_is_not_finite_is_strict_json(checkpoint, capsys):
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["classifier.bias"].fill_(torch.nan)
     torch.save(content, checkpoint)
-    assert main(["swap", str(checkpoint), *QUICK, "--metric=val_loss", "--json"]) == 0
+    options = (*QUICK, "--metric=val_loss", "--json")
+    assert main(["swap", str(checkpoint), *options]) == 1
     document = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert document["score_before"] == "NaN"
+    assert (document["score_after"], document["written"]) == ("NaN", None)
+    assert main(["swap", str(checkpoint), *options, "--keep=always"]) == 0
 
 
 @pytest.mark.parametrize("key", ["model", None])
@@ -169,7 +171,7 @@ def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path
     capsys.readouterr()
     assert main(["swap", str(path), *QUICK]) == 0
     printed = capsys.readouterr().out
-    assert "begin a new training rather than resume the old" in printed
+    assert "without optimizer states, so fine-tune it in a new fit" in printed
 
     output = tmp_path / "epoch-swapped.ckpt"
     saved = torch.load(output, weights_only=True)
@@ -179,6 +181,9 @@ def test_what_lightning_wrote_is_validated_by_lightning_and_not_resumed(tmp_path
     assert 0.0 <= metrics["val_accuracy"] <= 1.0
     with pytest.raises(KeyError, match="optimizer state"):
         trainer().fit(model, data, ckpt_path=output)
+    new = trainer()
+    new.fit(model, data)
+    assert new.global_step == 18
 
 
 def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys, of_demo):

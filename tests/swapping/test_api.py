@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from bnguard.errors import BNGuardError, ConfigurationError
 from bnguard.layers.bn_layer import find_layers
 from bnguard.swapping.api import swap
-from bnguard.swapping.norms import BatchRenorm, FrozenNorm
+from bnguard.swapping.norms import BatchRenorm, FrozenNorm, limits_after
 from tests.networks import conv_net, mlp
 
 
@@ -451,7 +451,7 @@ class ReadsItsLayer(nn.Module):
         ),
         (conv_net, {"groups": {"*": 5}}, "its 8 channels do not make 5 groups"),
         (conv_net, {"fabric": object()}, "give teacher_data too"),
-        (conv_net, {"steps": 2.5}, "steps must be a whole number of at least 1, not 2.5"),
+        (conv_net, {"steps": 2.5}, "steps must be a whole number of at least 0, not 2.5"),
         (conv_net, {"to": None}, "unknown norm None"),
         (lambda: conv_net().state_dict(), {}, "takes a torch.nn.Module, not OrderedDict"),
         (prepared_for_quantisation, {}, "0: ConvBnReLU2d reads the statistics of its BN layer"),
@@ -485,11 +485,19 @@ def test_the_result_prints_itself(net, images):
     assert "BatchNorm2d  →  GroupNorm, 2 groups of 4 channels, 256 values" in text
     assert "left  7 is excluded" in text
     assert "outputs off by" in text
+    assert "the model that you passed is unchanged: the swapped one is .model" in text
+    assert ".model" not in str(swap(copy.deepcopy(net), "group", in_place=True))
+
+
+def test_a_score_of_nan_is_not_kept(net):
+    result = swap(net, "group", score=lambda model: float("nan"))
+    assert result.model is net
+    assert "not kept, since its score is NaN" in str(result)
 
 
 def limits(layer):
     batches = layer.num_batches_tracked + layer.batches_ahead
-    return [limit.item() for limit in layer.schedule.limits(batches)]
+    return [limit.item() for limit in limits_after(batches, layer.schedule)]
 
 
 def test_batch_renorm_of_a_trained_layer_is_warmed_up_and_one_of_a_new_layer_is_not(net):

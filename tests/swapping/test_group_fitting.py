@@ -11,6 +11,7 @@ from torch import nn
 
 from bnguard import swap
 from bnguard.swapping.group_fitting import fit_norms, pick_values
+from tests.benchmarks.digit_tasks import DenseNet, Generator, restoration
 from tests.networks import digits
 
 
@@ -50,32 +51,11 @@ def test_layers_without_affine_parameters_or_calls_stay_as_they_are():
     assert uncalled.weight.tolist() == [1.0] * 8
 
 
-class Dense(nn.Module):
-    """As DenseNet has it: each BN layer gets channels from all layers before it."""
-
-    def __init__(self, width=16, growth=8, depth=6):
-        super().__init__()
-        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
-        widths = [width + growth * index for index in range(depth + 1)]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, growth, 3, padding=1))
-            for w in widths[:-1]
-        )
-        self.last = nn.BatchNorm2d(widths[-1])
-        self.head = nn.Linear(widths[-1], 10)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], 1)
-        return self.head(F.relu(self.last(x)).mean((2, 3)))
-
-
 def test_a_dense_network_keeps_its_accuracy_from_the_first_step_on():
     """It fell from 98.7 % to 23.5 %, and to 82 % after 50 steps, with a channel a group."""
     torch.manual_seed(0)
     images, labels = digits()
-    model = Dense()
+    model = DenseNet()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(6):
         for batch in torch.randperm(1000).split(32):
@@ -94,41 +74,12 @@ def test_a_dense_network_keeps_its_accuracy_from_the_first_step_on():
     assert result.distillation.distance_fitted < 0.3 * result.distillation.distance_before
 
 
-class Generator(nn.Module):
-    """Down to 2x2 and up again, as pix2pix does it."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.down = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)
-            )
-            for i, o in ((1, width), (width, 2 * width))
-        )
-        self.up = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-            )
-            for i, o in ((2 * width, width), (2 * width, width))
-        )
-        self.head = nn.Conv2d(width, 1, 3, padding=1)
-
-    def forward(self, x):
-        first = self.down[0](x)
-        x = self.up[0](self.down[1](first))
-        return torch.tanh(self.head(self.up[1](torch.cat([x, first], 1))))
-
-
 @pytest.fixture(scope="module")
 def generator():
     """A network trained at batch size 1 on images whose contrast differs: eval mode fails."""
     torch.manual_seed(0)
-    images = digits()[0]
-    contrast, brightness = (
-        torch.rand(len(images), 1, 1, 1) * 3 + 0.3,
-        torch.randn(len(images), 1, 1, 1),
-    )
-    inputs, wanted = images * contrast + 2 * brightness, images / images.max() * 2 - 1
+    task = restoration()
+    inputs, wanted = task.inputs, task.targets
     model = Generator()
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ from torch import nn
 import bnguard
 from bnguard.errors import ConfigurationError
 from bnguard.swapping.api import swap
-from bnguard.swapping.norms import BatchRenorm, RenormSchedule
+from bnguard.swapping.norms import BatchRenorm, RenormSchedule, limits_after
 
 
 def renorm(channels, momentum=0.1):
@@ -75,7 +77,9 @@ def test_batch_renorm_clips_and_passes_no_gradient_through_its_correction():
 
 def test_the_schedule_grows_from_bn_to_its_limits():
     schedule = RenormSchedule(start=10, d_end=20, r_end=30, max_r=3.0, max_d=5.0)
-    limits = [[x.item() for x in schedule.limits(torch.tensor(n))] for n in (0, 10, 20, 30, 99)]
+    limits = [
+        [x.item() for x in limits_after(torch.tensor(n), schedule)] for n in (0, 10, 20, 30, 99)
+    ]
     assert limits == [[1.0, 0.0], [1.0, 0.0], [2.0, 5.0], [3.0, 5.0], [3.0, 5.0]]
 
 
@@ -215,3 +219,22 @@ def test_models_of_timm_keep_every_activation():
     if done.returncode == 77:
         pytest.skip("timm cannot be imported")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("to", ["group", "frozen", "batch-renorm"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_swapped_model_can_be_scripted_and_exported(to, affine):
+    x = torch.randn(4, 3, 6, 6)
+    bn = nn.BatchNorm2d(8, affine=affine, momentum=None)
+    model = swap(nn.Sequential(nn.Conv2d(3, 8, 3), bn, nn.ReLU()), to, sample=x).model
+    scripted = torch.jit.script(copy.deepcopy(model))
+    torch.testing.assert_close(scripted(x), model(x))
+    for name, buffer in scripted.named_buffers():
+        torch.testing.assert_close(buffer, model.get_buffer(name))
+    torch.jit.save(scripted, io.BytesIO())
+    model.eval()
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=4)}
+    exported = torch.export.export(model, (x,), dynamic_shapes={"input": sizes}).module()
+    other = torch.randn(2, 3, 9, 6)
+    torch.testing.assert_close(exported(other), model(other))
