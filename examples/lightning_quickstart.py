@@ -1,5 +1,6 @@
 """Learn to watch a Lightning Trainer with one callback, and to repair what it finds.
 
+pip install lightning            (or import from pytorch_lightning, which bnguard installs)
 python examples/lightning_quickstart.py
 """
 

@@ -1,8 +1,9 @@
 """What the README shows of commands is what they print.
 
-``python -m tests.readme`` runs the commands behind the markers ``<!-- output: COMMAND | LINES -->``
-in a folder of their own and writes the lines that they name, and the table of rules, into
-README.md; the tests compare the two. Line numbers as in ``5-9, 43-44``; all lines without them.
+``python -m tests.readme`` runs the commands behind the markers ``<!-- output: COMMAND | PARTS -->``
+in a folder of their own and writes the parts that they name, and the table of rules, into
+README.md; the tests compare the two. ``BN303 +6; 3. Prove +2`` are the first six lines from the one
+that begins with BN303, and two others; without parts, all lines are written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bnguard.rules import RULES
 
 README = Path(__file__).parent.parent / "README.md"
 
-_OUTPUT = re.compile(r"(<!-- output: (.*?)(?: \| ([-\d, ]+))? -->\n```text\n)(.*?)(```)", re.DOTALL)
+_OUTPUT = re.compile(r"(<!-- output: (.*?)(?: \| ([^\n]*))? -->\n```text\n)(.*?)(```)", re.DOTALL)
 _RULES = re.compile(r"(<!-- rules -->\n)(.*?)(<!-- /rules -->)", re.DOTALL)
 _END = "\x1e"
 
@@ -95,13 +96,17 @@ def run_commands(commands: list[str], folder: Path) -> list[str]:
     ]
 
 
-def _chosen(output: str, ranges: str | None) -> str:
-    """Return the lines of ``5-9, 43-44``, with a line of ``…`` for what is left out between."""
-    if ranges is None:
+def _chosen(output: str, parts: str | None) -> str:
+    """Return parts of an output, with a line of ``…`` for what is left out between."""
+    if parts is None:
         return output
     lines = output.splitlines(keepends=True)
-    bounds = [tuple(map(int, part.split("-"))) for part in ranges.split(",")]
-    return "…\n".join("".join(lines[first - 1 : last]) for first, last in bounds)
+    chosen = []
+    for part in parts.split("; "):
+        begin, count = part.rsplit(" +", 1)
+        first = next(index for index, line in enumerate(lines) if line.startswith(begin))
+        chosen.append("".join(lines[first : first + int(count)]))
+    return "…\n".join(chosen)
 
 
 if __name__ == "__main__":
