@@ -28,6 +28,7 @@ from bnguard.observe.hooks import paused
 from bnguard.observe.loop import LoopProbe
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
+from bnguard.observe.training_views import TrainingViews, ViewProbe
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.report.picture import Course, measure
@@ -77,6 +78,7 @@ def watch(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     restore_poisoned: bool = False,
     on_findings: Callable[[FindingGroup], None] = log_findings,
+    views: TrainingViews | None = None,
     strict: bool = False,
 ) -> Monitor:
     """Watch the BN layers of a model while it trains.
@@ -114,6 +116,7 @@ def watch(
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default. What it raises
             passes through :meth:`Monitor.step`: so a loop can be stopped.
+        views: Measure now and then what BN does to training itself; costs further passes.
         strict: Raise errors inside bnguard. By default the first is logged, and nothing is watched
             from then on: the training goes on.
 
@@ -152,6 +155,7 @@ def watch(
         configuration=configuration,
         restore_poisoned=restore_poisoned,
         on_findings=on_findings,
+        views=views,
         strict=strict,
     )
     if not monitor.has_layers:
@@ -184,6 +188,7 @@ class Monitor:
         configuration: Configuration,
         restore_poisoned: bool,
         on_findings: Callable[[FindingGroup], None],
+        views: TrainingViews | None,
         strict: bool,
     ) -> None:
         self._guard = Guard(
@@ -221,6 +226,7 @@ class Monitor:
             plan=plan,
             restore_poisoned=restore_poisoned,
             on_batch_of_one=self._announce_batch_of_one,
+            views=None if views is None else ViewProbe(model, views, self._paused),
         )
         self._loop = LoopProbe(
             model,

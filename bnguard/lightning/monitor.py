@@ -29,6 +29,7 @@ from bnguard.lightning.trainer import (
 from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
 from bnguard.loggers.trainer_loggers import reporters_of_lightning
 from bnguard.monitor import Monitor, watch
+from bnguard.observe.training_views import TrainingViews
 from bnguard.report import Report
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements
@@ -79,6 +80,7 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Those that do not run for some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Restore the last finite statistics in the step that poisons them.
+        views: Measure now and then what BN does to training itself; costs further passes.
         stop_on: Stop the trainer when a finding of this severity appears. The rules notice it when
             they run: ``every_n_steps=1`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
@@ -108,6 +110,7 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Mapping[str, Collection[str]] | None = None,
         limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
+        views: TrainingViews | None = None,
         stop_on: StopOn | None = None,
         report: Destination = "both",
         scalars: Scalars = "summary",
@@ -126,6 +129,7 @@ class BatchNormMonitor(GuardedCallback):
             "rules": None if rules is None else tuple(rules),
             "eval_batches": eval_batches,
             "restore_poisoned": restore_poisoned,
+            "views": views,
         }
         # Errors in these should appear before the run, not when it starts.
         read_configuration().changed(**choices)
