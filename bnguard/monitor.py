@@ -139,6 +139,11 @@ def watch(
     require_module(model, "watch")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigurationError(f"{explain_missing_layers(model)}: nothing to watch")
+    if not isinstance(views, TrainingViews | None):
+        raise ConfigurationError(
+            f"views takes bnguard.TrainingViews(loss), where loss(model) returns the loss of a "
+            f"fixed batch, not {views!r}"
+        )
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )

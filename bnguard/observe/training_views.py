@@ -79,7 +79,7 @@ class ViewProbe:
         if self._before and self._model.training:
             with self._pause():
                 self.measured = self._measure(step, layers)
-        is_due = self._steps % self._views.every_n_steps == 0
+        is_due = self._steps % max(1, self._views.every_n_steps) == 0
         self._before = _values(self._model.parameters()) if is_due else {}
         self._steps += 1
 

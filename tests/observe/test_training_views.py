@@ -11,6 +11,7 @@ from torch import nn
 
 import bnguard
 from bnguard import TrainingViews
+from bnguard.errors import ConfigurationError
 from bnguard.observe.training_views import normalisation_noise
 from tests.networks import digits
 
@@ -185,6 +186,11 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(batch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
     torch.testing.assert_close(dict(model.named_buffers()), statistics, rtol=0, atol=0)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_word_in_the_place_of_the_loss_is_a_clear_error():
+    with pytest.raises(ConfigurationError, match="loss of a fixed batch, not 'training'"):
+        bnguard.watch(network(), views="training")
 
 
 def test_it_is_shown_in_the_report_and_its_json(run):
