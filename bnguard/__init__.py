@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bnguard.inspection import inspect
     from bnguard.layers.bn_layer import register_layer
     from bnguard.monitor import Monitor, watch
+    from bnguard.observe.training_views import TrainingViews
     from bnguard.recalibration.api import recalibrate
     from bnguard.recalibration.result import Recalibration
     from bnguard.report import Report
@@ -43,6 +44,7 @@ _HOMES = {
     "Severity": "bnguard.findings",
     "Skipped": "bnguard.findings",
     "Swap": "bnguard.swapping.result",
+    "TrainingViews": "bnguard.observe.training_views",
     "diagnose": "bnguard.whatif.api",
     "inspect": "bnguard.inspection",
     "recalibrate": "bnguard.recalibration.api",
@@ -68,6 +70,7 @@ __all__ = [
     "Severity",
     "Skipped",
     "Swap",
+    "TrainingViews",
     "__version__",
     "diagnose",
     "inspect",

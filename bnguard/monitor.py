@@ -29,6 +29,7 @@ from bnguard.observe.hooks import paused
 from bnguard.observe.loop import LoopProbe
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
+from bnguard.observe.training_views import TrainingViews, ViewProbe
 from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.report.picture import Course, measure
@@ -79,6 +80,7 @@ def watch(
     restore_poisoned: bool = False,
     max_overhead: float = 0.02,
     on_findings: Callable[[FindingGroup], None] = log_findings,
+    views: TrainingViews | None = None,
     strict: bool = False,
 ) -> Monitor:
     """Watch the BN layers of a model while it trains.
@@ -124,6 +126,7 @@ def watch(
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default. What it raises
             passes through :meth:`Monitor.step`: so a loop can be stopped.
+        views: Measure now and then what BN does to training itself; costs further passes.
         strict: Raise errors inside bnguard. By default the first is logged, and nothing is watched
             from then on: the training goes on.
 
@@ -146,6 +149,11 @@ def watch(
     require_module(model, "watch")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigurationError(f"{explain_missing_layers(model)}: nothing to watch")
+    if not isinstance(views, TrainingViews | None):
+        raise ConfigurationError(
+            f"views takes bnguard.TrainingViews(loss), where loss(model) returns the loss of a "
+            f"fixed batch, not {views!r}"
+        )
     configuration = read_configuration().changed(
         select=select, ignore=ignore, per_layer_ignores=per_layer_ignores, limits=limits
     )
@@ -163,6 +171,7 @@ def watch(
         restore_poisoned=restore_poisoned,
         max_overhead=max_overhead,
         on_findings=on_findings,
+        views=views,
         strict=strict,
     )
     if not monitor.has_layers:
@@ -196,6 +205,7 @@ class Monitor:
         restore_poisoned: bool,
         max_overhead: float,
         on_findings: Callable[[FindingGroup], None],
+        views: TrainingViews | None,
         strict: bool,
     ) -> None:
         if not max_overhead >= 0.0:
@@ -246,6 +256,7 @@ class Monitor:
             plan=plan,
             restore_poisoned=restore_poisoned,
             on_batch_of_one=self._announce_batch_of_one,
+            views=None if views is None else ViewProbe(model, views, self._paused),
         )
         self._loop = LoopProbe(
             model,

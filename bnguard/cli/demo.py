@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser
 
 from bnguard.cli import recalibrate
-from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output, show
+from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output, say, show
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def make_parser() -> ArgumentParser:
 
 
 def _list_faults() -> None:
-    """Print a line a fault: name, code, mistake."""
+    """Print a line per fault: name, code, mistake."""
     from rich.table import Table
 
     from bnguard.gallery import FAULTS
@@ -97,7 +97,7 @@ def _demonstrate(name: str, seed: int, picture: str | None) -> None:
     _show_title(f"2. Repair: {fault.repair}")
     after = fault.accuracy_after(run)
     show(f"accuracy in eval mode: {run.accuracy:.1%} before, [bold]{after:.1%}[/bold] after")
-    show(f"\n$ bnguard explain {fault.code}")
+    say(f"\n$ bnguard explain {fault.code}")
 
 
 def _draw(report: Report, file: str) -> None:
@@ -105,7 +105,7 @@ def _draw(report: Report, file: str) -> None:
         report.plot().savefig(file)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--picture {file} cannot be written: {error}") from error
-    show(f"drawn: {file}")
+    say(f"drawn: {file}")
 
 
 def _tell_story(folder: Path, seed: int) -> None:

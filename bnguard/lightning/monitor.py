@@ -29,6 +29,7 @@ from bnguard.lightning.trainer import (
 from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
 from bnguard.loggers.trainer_loggers import reporters_of_lightning
 from bnguard.monitor import Monitor, watch
+from bnguard.observe.training_views import TrainingViews
 from bnguard.report import Report
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements
@@ -81,6 +82,7 @@ class BatchNormMonitor(GuardedCallback):
         restore_poisoned: Restore the last finite statistics in the step that poisons them.
         max_overhead: Time that watching the steps may take, as a share of the training's own;
             see :func:`bnguard.watch`. 0 reads every step.
+        views: Measure now and then what BN does to training itself; costs further passes.
         stop_on: Stop the trainer when a finding of this severity appears. The rules notice it when
             they run: ``every_n_steps=1, max_overhead=0`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
@@ -111,6 +113,7 @@ class BatchNormMonitor(GuardedCallback):
         limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
         max_overhead: float = 0.02,
+        views: TrainingViews | None = None,
         stop_on: StopOn | None = None,
         report: Destination = "both",
         scalars: Scalars = "summary",
@@ -130,6 +133,7 @@ class BatchNormMonitor(GuardedCallback):
             "eval_batches": eval_batches,
             "restore_poisoned": restore_poisoned,
             "max_overhead": max_overhead,
+            "views": views,
         }
         # Errors in these should appear before the run, not when it starts.
         read_configuration().changed(**choices)

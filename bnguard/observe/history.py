@@ -26,6 +26,7 @@ from bnguard.observe.windows import (
     Calls,
     EvalWindow,
     InputWindow,
+    LayerView,
     ModeGap,
     RunningStatistics,
     Stream,
@@ -161,6 +162,7 @@ class LayerHistory:
         evaluated: The newest evaluation.
         rank_shift_std: Largest distance of rank zero's running mean from another rank's, in running
             standard deviations.
+        view: What the layer does to training, if that was asked for.
         run: Facts about the whole model.
     """
 
@@ -206,6 +208,7 @@ class LayerHistory:
     window: BatchWindow | None = None
     evaluated: EvalWindow | None = None
     rank_shift_std: FloatArray | None = None
+    view: LayerView | None = None
     run: Run = field(default_factory=Run)
 
     @property

@@ -27,6 +27,7 @@ from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.running_buffers import BufferReading
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
 from bnguard.observe.training_plan import Plan
+from bnguard.observe.training_views import ViewProbe
 from bnguard.observe.unknown_layers import UnknownProbe
 
 # Mode gaps kept next to the newest, to distinguish a lasting gap from a passing one.
@@ -45,6 +46,7 @@ class Observer:
         plan: What is known before the first batch.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
         on_batch_of_one: Called before a layer's first batch with one value per channel.
+        views: Measures what BN does to training, if asked for.
 
     Attributes:
         model: The model.
@@ -65,6 +67,7 @@ class Observer:
         plan: Plan,
         restore_poisoned: bool,
         on_batch_of_one: Callable[[], None],
+        views: ViewProbe | None = None,
     ) -> None:
         self.layers = find_layers(model)
         self.steps = self.steps_left_out = self.evaluations_left_out = 0
@@ -82,6 +85,7 @@ class Observer:
         self._has_new_weights = False
         self._is_bystander: bool | None = None
         self._on_batch_of_one = on_batch_of_one
+        self._views = views
         self._step = 0
         self._batch_of_one_steps: dict[str, int] = {}
         self._evaluated: dict[str, EvalWindow] = {}
@@ -126,6 +130,8 @@ class Observer:
             self._end_pause()
         else:
             self._batches.read(step)
+        if self._views is not None:
+            self._views.note_step(step, self.layers)
         if self.steps == 1:
             if self._is_loaded:
                 self._weights.start_anew()
@@ -449,6 +455,7 @@ class Observer:
             window=self._batches.window(layer.name),
             evaluated=self._evaluated.get(layer.name) or self._following.get(layer.name),
             is_following=layer in self._followers,
+            view=None if self._views is None else self._views.measured.get(layer.name),
             run=run,
         )
 

@@ -292,3 +292,31 @@ class ModeGap:
     relative_change: float
     sampling_change: float | None
     flipped_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """What a layer does to training, on one batch.
+
+    Attributes:
+        step: Training step whose update was measured.
+        saturated_share: Share of the layer's outputs beyond ±2, where sigmoid and tanh are flat.
+        saturated_share_without: The same of its inputs, which the activation would get without BN.
+        dead_share: Share of the channels without a positive output, which ReLU sets to 0.
+        dead_share_without: The same of its inputs.
+        noise_std: Spread of a sample's normalised value over random batches of this size, in σ;
+            None for fewer than 16 samples.
+        gradient_cosine: Cosine of the gradients of the parameters between the BN layer before and
+            this one (included), before and after the update of the parameters before them; None
+            for the first layer.
+        gradient_change: Distance of the two gradients, relative to the first.
+    """
+
+    step: int = 0
+    saturated_share: float
+    saturated_share_without: float
+    dead_share: float
+    dead_share_without: float
+    noise_std: float | None
+    gradient_cosine: float | None = None
+    gradient_change: float | None = None

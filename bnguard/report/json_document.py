@@ -15,7 +15,7 @@ Schema version 1, the keys of a report:
 * ``layers``: a list in the order of registration; each with ``name``, ``kind``, ``channels``,
   ``updates``, ``initial_weight``, ``values_per_channel``, ``source`` (where its batch statistics
   were read), ``eval_shift_std`` and ``eval_log_variance_ratio`` (both: largest absolute value over
-  the channels).
+  the channels), ``view`` (a :class:`bnguard.observe.windows.LayerView`, or null).
 * ``skipped``: a list of what is unknown; each with ``code``, ``layer``, ``reason``.
 * ``notes``: lines on what was read in an unusual way, or could not be seen.
 
@@ -97,6 +97,7 @@ def _layer(layer: LayerHistory) -> dict[str, Any]:
         "source": layer.source,
         "eval_shift_std": largest(layer.eval_shift_std),
         "eval_log_variance_ratio": largest(layer.eval_log_variance_ratio),
+        "view": None if layer.view is None else dataclasses.asdict(layer.view),
     }
 
 

@@ -121,7 +121,7 @@ def draw(report: Report) -> Figure:
         axes.set_xticks([])
     has_gaps = bool(np.isnan(values).any())
     time = "training step" if report.course else "now"
-    axes.set_xlabel(f"{time} (grey: nothing found)" if has_gaps else time)
+    axes.set_xlabel(f"{time} (grey: nothing measured)" if has_gaps else time)
     figure.suptitle(_verdict(report), x=0.01, ha="left", fontsize="medium")
     measure_and_unit = f"{evidence.measure}, {evidence.unit}".removesuffix(", ")
     bar = figure.colorbar(image, fraction=0.03, label=textwrap.fill(measure_and_unit, _LABEL_WIDTH))

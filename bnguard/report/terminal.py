@@ -49,6 +49,8 @@ def report_view(report: Report) -> RenderableType:
         distance is not None and distance.measured for distance in map(distance_of, report.layers)
     ):
         parts.append(_layers_view(report.layers))
+    if any(layer.view is not None for layer in report.layers):
+        parts.append(_training_view(report.history.layers_in_order))
     # A rule that raises fails at each layer; report it once.
     failures = {
         skip.code: f"{skip.code}: {skip.reason}" for skip in report.skipped if skip.is_failure
@@ -264,6 +266,31 @@ def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
         )
     more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
     return Group(title, table, *more)
+
+
+def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
+    """Return what BN does to training: shares with and without it, noise, and gradients."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", overflow="fold")
+    headings = ("beyond ±2", "without", "dead", "without", "noise, σ", "grad. cosine", "change")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        view = layer.view
+        if view is None:
+            continue
+        shares = (
+            view.saturated_share,
+            view.saturated_share_without,
+            view.dead_share,
+            view.dead_share_without,
+        )
+        numbers = (view.noise_std, view.gradient_cosine, view.gradient_change)
+        table.add_row(
+            Text(layer.name), *(f"{share:.1%}" for share in shares), *map(_number, numbers)
+        )
+    title = "What BN does to training: activations with and without it, noise, gradients"
+    return Group(Text(title, style="bold"), table)
 
 
 def _number(value: float | None) -> str:

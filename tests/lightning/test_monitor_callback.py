@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bnguard import TrainingViews
 from bnguard.checkpoint import read_checkpoint
 from bnguard.cli.inspect import checkpoint_view, inspection_document
 from bnguard.demo import DigitsData, DigitsNet
@@ -24,6 +26,7 @@ from bnguard.lightning import REPORT_FILE, BatchNormMonitor
 from bnguard.lightning.commands import subject_options
 from bnguard.report.terminal import as_text
 from bnguard.tensorboard.log_report import logged_runs
+from tests.lightning.conftest import loader
 
 
 def model_for(lightning):
@@ -434,3 +437,13 @@ def test_limits_and_ignores_reach_the_monitor(lightning, tmp_path):
         BatchNormMonitor(limits={"BN303": {"max_initial": 1.0}})
     with pytest.raises(ConfigurationError, match="BN9"):
         BatchNormMonitor(per_layer_ignores={"*": ["BN9"]})
+
+
+def test_what_bn_does_to_training_is_measured_on_demand(tiny, trainer_of):
+    inputs, labels = next(iter(loader(32, 3, 32)))
+    views = TrainingViews(lambda model: F.cross_entropy(model(inputs), labels))
+    callback = BatchNormMonitor(views=views, report="file", strict=True)
+    trainer_of(callback, max_steps=3).fit(tiny())
+    first, second = (layer.view for layer in callback.report.layers)
+    assert (first.step, first.gradient_cosine) == (2, None)
+    assert second.gradient_change > 0
