@@ -418,7 +418,8 @@ class Monitor:
         eval mode between its steps must not become slow.
         """
         is_noticed = self._notices_evaluations and self._observer.steps > 0
-        if self._is_evaluating or not is_noticed:
+        is_passing = self._evaluated_state is not None and not self._reads_evaluation
+        if self._is_evaluating or not is_noticed or is_passing:
             return
         if self._observer.steps != self._steps_in_eval_mode:
             self._is_acting = self._observer.steps == self._steps_in_eval_mode + 1

@@ -46,20 +46,21 @@ class EvalProbe:
         self._dropouts: list[str] = []
         for layer in self._layers:
             record = self._records[layer.name] = _Record()
-            self.hooks.before(layer.module, self._note_order(record))
-            self.hooks.before(layer.module, _input_note(layer, record, first_blocks))
+            self.hooks.before(layer.module, self._noted(layer, record, first_blocks))
         for module in model.modules():
             if drops_values(module):
                 self.hooks.before(module, self._note_dropout(module))
 
-    def _note_order(self, record: _Record) -> Note:
-        """Note the first of the dropouts that were called before a layer."""
+    def _noted(self, layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
+        """Note the first of the dropouts that were called before a layer, and read its inputs."""
+        read = _input_note(layer, record, first_blocks)
 
         def note(args: tuple[object, ...]) -> None:
             if not record.is_called:
                 record.is_called = True
                 record.dropout = next(iter(self._dropouts), "")
                 self._dropouts.clear()
+            read(args)
 
         return note
 
@@ -193,9 +194,6 @@ def _is_finite(moments: Moments) -> bool:
 
 
 def _input_note(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
-    parts = record.parts
-
-    @torch.no_grad()
     def note(args: tuple[object, ...]) -> None:
         if layer.uses_batch_statistics:
             return
@@ -203,10 +201,13 @@ def _input_note(layer: BatchNormLayer, record: _Record, first_blocks: int) -> No
         if not (isinstance(values, Tensor) and values.numel() and layer.normalises(values)):
             return
         block = record.next_block(len(values))
-        if not _is_read(block, first_blocks):
-            return
+        if _is_read(block, first_blocks):
+            read(values, block)
+
+    @torch.no_grad()
+    def read(values: Tensor, block: int) -> None:
         record.dtype = str(values.dtype).removeprefix("torch.")
-        parts.append(
+        record.parts.append(
             _Call(
                 block=block,
                 moments=channel_moments(values),

@@ -9,11 +9,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
+from bnguard.layers.distances import FloatArray
 from bnguard.observe.batch_statistics import BatchProbe, fitting
 from bnguard.observe.call_statistics import StreamProbe
 from bnguard.observe.eval_statistics import EvalProbe, drops_values
@@ -73,7 +75,7 @@ class Observer:
         self.steps = self.steps_left_out = self.evaluations_left_out = 0
         self.is_pausing = False
         self._pause = ExitStack()
-        self._last: BatchNormLayer | None = None
+        self._last: FloatArray | None = None
         self._errors_before = Hooks.errors
         self._is_closed = False
         self._is_loaded = False
@@ -147,11 +149,11 @@ class Observer:
         if not self.is_pausing:
             hooks = (self._entrance.hooks, self._batches.hooks, self._streams.hooks)
             self._pause.enter_context(paused(*hooks))
-            self._last = self._layer_called_last()
+            self._last = self._value_of_last_layer()
             self.is_pausing = True
         self._count_step(step)
         self.steps_left_out += 1
-        if self._last is not None and _is_poisoned(self._last):
+        if self._last is not None and not math.isfinite(self._last[-1]):
             self._end_pause()
 
     def _end_pause(self) -> None:
@@ -159,12 +161,17 @@ class Observer:
         self.is_pausing = False
         self._batches.skip_to(self._step)
 
-    def _layer_called_last(self) -> BatchNormLayer | None:
-        """Return the layer that is called last, if it can show that statistics are poisoned."""
+    def _value_of_last_layer(self) -> FloatArray | None:
+        """Return a view of the running variance of the layer that is called last.
+
+        None if it is not on the CPU, in a dtype that NumPy lacks, or poisoned already.
+        """
         positions = {layer: self._shapes.records[layer.name].position for layer in self.layers}
-        last = max(self.layers, key=lambda layer: positions[layer] or 0)
-        is_readable = last.running_var is not None and last.running_var.is_cpu
-        return last if is_readable and not _is_poisoned(last) else None
+        last = max(self.layers, key=lambda layer: positions[layer] or 0).running_var
+        if last is None or not last.is_cpu or last.dtype is torch.bfloat16:
+            return None
+        values: FloatArray = last.detach().numpy()
+        return values if math.isfinite(values[-1]) else None
 
     def _count_step(self, step: int) -> None:
         # The batches of a step, whose gradients are accumulated, have one number.
@@ -565,11 +572,6 @@ class Observer:
         """Report at once, because PyTorch will reject the batch without naming the layer."""
         self._batch_of_one_steps.setdefault(name, self._step + 1)
         self._on_batch_of_one()
-
-
-def _is_poisoned(layer: BatchNormLayer) -> bool:
-    var = layer.running_var
-    return var is not None and not math.isfinite(var[-1].item())
 
 
 def _is_held(model: nn.Module, layer: BatchNormLayer, known: set[nn.Module]) -> bool:

@@ -192,6 +192,7 @@ def _train_on_rank(rank: int, ranks: int, folder: str) -> None:
             model(torch.randn(8, 4))
             monitor.step()
         collectives = group._get_sequence_number_for_group() - before
+        monitor.report()
         begin = time.perf_counter()
         monitor.report_of_all_ranks()
         seconds = time.perf_counter() - begin
