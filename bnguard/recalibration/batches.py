@@ -106,10 +106,10 @@ def can_be_joined(first: Batch, second: Batch) -> bool:
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Return batches as one, with the index of the first; they can be joined."""
+    """Return batches that can be joined as one, with the first's index and tensors of its own."""
     first = batches[0]
     if len(batches) == 1:
-        return first
+        return first.copied()
     columns = zip(*(batch.tensors() for batch in batches), strict=True)
     whole = iter([torch.cat(column) for column in columns])
     return first._map(lambda _: next(whole), sum(batch.size for batch in batches))

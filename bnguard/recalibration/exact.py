@@ -180,7 +180,8 @@ class _Engine:
         if self._is_channels_last:
             chunks = [chunk.in_channels_last() for chunk in chunks]
         if not self._runs_side_by_side:
-            return replay(job, chunks, self._witness, samples)
+            are_changed = self._joins or self._is_channels_last
+            return replay(job, chunks, self._witness if are_changed else None, samples)
         job.progress.start(self._samples, len(job.layers))
         return lockstep(job, chunks, self._witness, self._traits, samples)
 

@@ -311,12 +311,16 @@ def _run_in_place(job: Job, chunk: Batch, layers: _Layers) -> None:
     with draw_from_seed(chunk.index, job.device), read_inputs(job.layers, on_input):
         try:
             call(job.model, job.forward, chunk)
+        except ForwardCancelled:
+            pass
         except BaseException as raised:
             error = raised
     if failure is not None:
         raise failure
     if not is_over:
         layers.settle(end)
+    elif error is not None and not isinstance(error, Exception):
+        raise error
 
 
 def _run_in_threads(

@@ -47,7 +47,7 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "MobileNetV2": mobilenet_v2,
 }
 # Number of images, and height and width in pixels.
-SETS = ((128, 96), (1024, 48))
+SETS = ((128, 96), (1024, 32))
 BATCH_SIZES = (32, 2)
 _IMAGES_OF_ANY_SIZE = 256
 _CLASSES = 10
@@ -99,10 +99,10 @@ def images(samples: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def images_of_any_size() -> list[Tensor]:
-    """Return single images, each of another size, from 64 × 64 to 124 × 124 pixels."""
-    values, _ = images(_IMAGES_OF_ANY_SIZE, 124)
+    """Return single images, each of another size, from 32 × 32 to 92 × 92 pixels."""
+    values, _ = images(_IMAGES_OF_ANY_SIZE, 92)
     return [
-        values[index : index + 1, :, : 64 + 4 * (index // 16), : 64 + 4 * (index % 16)].contiguous()
+        values[index : index + 1, :, : 32 + 4 * (index // 16), : 32 + 4 * (index % 16)].contiguous()
         for index in range(_IMAGES_OF_ANY_SIZE)
     ]
 

@@ -1,10 +1,14 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory as people write them, and freed memory that is kept for a while."""
+
+import ctypes
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bnguard.errors import ConfigurationError
-from bnguard.recalibration.memory import free_memory, memory_limit
+from bnguard.recalibration.memory import free_memory, keep_freed_memory, memory_limit
 
 CPU = torch.device("cpu")
 
@@ -34,3 +38,27 @@ def test_a_share_of_the_free_memory():
 def test_invalid_amounts(memory):
     with pytest.raises(ConfigurationError, match="is not an amount: use"):
         memory_limit(memory, CPU)
+
+
+def held_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")), reason="needs glibc"
+)
+def test_freed_memory_is_kept_meanwhile_and_returned_at_the_end():
+    torch.ones(24 * 2**20)
+    before = held_mib()
+    with keep_freed_memory():
+        torch.ones(24 * 2**20)
+        assert held_mib() > before + 80
+    assert held_mib() < before + 20
+    torch.ones(24 * 2**20)
+    assert held_mib() < before + 20
+
+
+def test_nothing_is_kept_without_glibc(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    with keep_freed_memory():
+        pass

@@ -81,10 +81,10 @@ def large_images_net():
 @pytest.mark.parametrize("method", ["exact", "adapt"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_images_give_the_same_at_any_batch_size(method, layout):
-    x = (torch.randn(16, 3, 512, 512) + 1.0).contiguous(memory_format=layout)
+    x = (torch.randn(8, 3, 512, 512) + 1.0).contiguous(memory_format=layout)
     model = large_images_net()
     truth = true_statistics(copy.deepcopy(model).double(), double([x]))
-    for batch_size in (1, 4, 16):
+    for batch_size in (1, 8):
         result = bnguard.recalibrate(model, x.split(batch_size), method=method, progress=False)
         assert max(errors(result, truth)) < 1e-5
 
@@ -299,14 +299,15 @@ class WritesToInput(nn.Module):
         return self.net(x.sub_(1.0).div_(3.0))
 
 
-def test_models_that_write_to_their_input():
-    x = images(20)
+@pytest.mark.parametrize("batch_size", [5, 20])
+def test_models_that_write_to_their_input(batch_size):
+    x = images(20).contiguous(memory_format=torch.channels_last)
     before = x.clone()
     model = WritesToInput()
     truth = true_statistics(
         copy.deepcopy(model).double(), [x.double()], lambda model, x: model(x.clone())
     )
-    assert max(errors(bnguard.recalibrate(model, x.split(5)), truth)) < 1e-5
+    assert max(errors(bnguard.recalibrate(model, x.split(batch_size)), truth)) < 1e-5
     assert torch.equal(x, before)
 
 
