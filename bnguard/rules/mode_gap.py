@@ -33,20 +33,19 @@ class ModesDisagree(ExplainedRule):
         at a layer (BN301) only suspects it. The cause, where a rule found one, comes first.
 
     Evidence:
-        The first batches of the newest evaluation that hold 32 samples together run twice, with
-        running and with batch statistics, everything else in eval mode, as are layers that training
-        called in eval mode too. Two numbers count. The root mean square change of the outputs, in
-        their standard deviations, without the part that sampling explains (twice the change
-        between the statistics of half the batch and of the whole). And, for class scores, the
-        share of predictions that flip; if many do, a smaller change is harm already. A flip counts
-        if one of the modes finds the two classes more than 0.05 of probability apart.
+        Rows of the first four batches of the newest evaluation, or of as many as hold 32 samples,
+        run together twice, with running and with batch statistics, everything else in eval mode, as
+        are layers that training called in eval mode too. Two numbers count. The root mean square
+        change of the outputs, in their standard deviations, without the part that sampling explains
+        (twice the change between the statistics of every second row and of all). And, for class
+        scores, the share of predictions that flip; if many do, a smaller change is harm already. A
+        flip counts if one of the modes finds the two classes more than 0.05 of probability apart.
 
         Fewer samples, or rows that are not independent samples (nodes of graphs, packed
         sequences), are not judged, since the part of sampling is unknown. It is ``info`` if no
         layer was trained; while training goes on, until four evaluations in a row show it, or if
         few predictions flip; and if the evaluation is sorted (BN301) and no drift was found. The
-        cause is that of the layer
-        that fits worst.
+        cause is that of the layer that fits worst.
 
     Limits:
         max_excess_change: 0.75 standard deviations of the outputs. 95 % of the healthy runs of the
