@@ -47,7 +47,8 @@ from bnguard.layers.preserve import (
 from bnguard.observe.history import ModeGap
 from bnguard.observe.hooks import Hooks, paused
 
-# Largest batch that is kept, in bytes; two at most, of the smallest and the largest module.
+# Largest batch that is kept, in bytes, of the smallest and the largest module each; rows of later
+# batches make as much again.
 MAX_CAPTURED_BYTES = 128 * 2**20
 
 # Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
@@ -362,7 +363,7 @@ class GapProbe:
             is_inference=torch.is_inference_mode_enabled(),
         )
         if kept and kept[0].rows >= _ENOUGH_SAMPLES:
-            call = call.part(slice(kept[0].rows // 2))
+            call = call.part(slice(kept[0].rows // (len(kept) + 1)))
         size = sum(map(_bytes, _tensors((call.args, call.kwargs))))
         if size > MAX_CAPTURED_BYTES:
             self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"

@@ -55,13 +55,13 @@ class ModesDisagree(ExplainedRule):
         if few predictions flip; and if the evaluation is sorted (BN301) and no drift was found.
 
     Evidence:
-        The first batches of the newest evaluation that hold 32 samples together run twice, with
-        running and with batch statistics; everything else is in eval mode, as are layers that
-        training called in eval mode too. Two numbers count: the root mean square change of the
-        outputs, in their standard deviations, minus what sampling explains (twice the change
-        between the statistics of half the batch and of the whole); and, for class scores, the share
-        of predictions that flip. A flip counts if one mode finds the two classes more than 0.05 of
-        probability apart. If many flip, a smaller change is harm already.
+        Rows of the first four batches of the newest evaluation, or of as many as hold 32 samples,
+        run together twice, with running and with batch statistics; everything else is in eval mode,
+        as are layers that training called in eval mode too. Two numbers count: the root mean square
+        change of the outputs, in their standard deviations, minus what sampling explains (twice the
+        change between the statistics of every second row and of all); and, for class scores, the
+        share of predictions that flip. A flip counts if one mode finds the two classes more than
+        0.05 of probability apart. If many flip, a smaller change is harm already.
 
         Fewer samples, or rows that are not independent samples (nodes of graphs, packed sequences),
         are not judged, since the part of sampling is unknown. The cause is that of the layer that

@@ -11,6 +11,6 @@ def run(is_faulty, architecture):
     return train(build(architecture, momentum=0.002 if is_faulty else 0.1))
 
 
-FAULT = Fault(
-    "BN302", "the two modes disagree", run, ("depthwise", "unet", "sequence", "volumes"), False
-)
+# Not of volumes: recalibration gives them back 0.7 to 4.7 points (3 seeds), and 5 % of the
+# predictions flip; sequences get back 5 to 12.
+FAULT = Fault("BN302", "the two modes disagree", run, ("depthwise", "unet", "sequence"), False)
