@@ -1,4 +1,4 @@
-"""bnguard tells what is wrong with the batch normalisation of a PyTorch network, and repairs it.
+"""Find and repair faults of the batch normalisation in PyTorch networks.
 
 The public names are resolved when they are first used (PEP 562): importing bnguard alone imports
 not even torch.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bnguard.whatif.api import diagnose
     from bnguard.whatif.result import Diagnosis
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "RULES": "bnguard.rules",

@@ -143,7 +143,7 @@ def with_limits(rule: Rule, limits: Mapping[str, Limit]) -> Rule:
     """Return a rule with other limits.
 
     Raises:
-        ConfigurationError: It has no limit of that name, or the value is not a number.
+        ConfigurationError: The rule lacks a limit of that name, or the value is not a number.
     """
     known = [limit.name for limit in dataclasses.fields(rule)]
     for name, value in limits.items():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from bnguard.errors import ConfigurationError
+from bnguard.gallery import load_digits
 from bnguard.lightning.framework import LightningDataModule, LightningModule
 
 Batch = tuple[Tensor, Tensor]
@@ -73,16 +73,7 @@ class DigitsData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the digits and split them by the seed; needs scikit-learn."""
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ConfigurationError(
-                "the digits come with scikit-learn, which is not installed: "
-                'pip install "bnguard[demo]"'
-            ) from error
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0
-        dataset = TensorDataset(images, torch.tensor(digits.target))
+        dataset = TensorDataset(*load_digits())
         generator = torch.Generator().manual_seed(self.seed)
         self.train, self.val = random_split(dataset, [1200, 597], generator)
 

@@ -18,8 +18,8 @@ from bnguard.errors import BNGuardError, CalibrationError, in_one_line
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-# A rank that has shown up is waited for, as it may be busy with something of the user's; one that
-# never did, where only some ranks have a monitor, is not, but for what ranks differ in speed.
+# A rank that has answered before is waited for: it may be busy with the user's code. One that never
+# has may lack a monitor, and is given only the time by which ranks differ in speed.
 _PATIENCE_S = 120.0
 _FIRST_PATIENCE_S = 30.0
 _PAUSES_S = (0.0005, 0.05)
@@ -36,7 +36,7 @@ class Exchange:
     """A place where the ranks bring together what they have, in one round after another.
 
     Args:
-        name: What tells it from other exchanges; the same on all ranks.
+        name: Its name among other exchanges; the same on all ranks.
 
     Attributes:
         rank: Number of this process.
@@ -92,7 +92,7 @@ class Exchange:
         return [key, *parts]
 
     def _taken(self, key: str, rank: int) -> list[Any]:
-        """Return what a rank has laid out, or nothing where it is gone."""
+        """Return what a rank has published, or nothing if the rank is gone."""
         # Whoever holds the store may have ended.
         with contextlib.suppress(RuntimeError):
             if self._store is not None and self._arrives(key, rank):
@@ -135,7 +135,7 @@ class Exchange:
 
 
 def _store(name: str) -> Any:
-    """Return the store that the process group came together by; None where there is none."""
+    """Return the store through which the process group was set up; None if it has none."""
     try:
         c10d = dist.distributed_c10d
         return c10d.PrefixStore(f"bnguard/{name}", c10d._get_default_store())
@@ -209,7 +209,7 @@ def _told(error: BaseException) -> str:
 
 
 def current_ranks() -> Ranks:
-    """Return the default process group where one is initialised, else this process alone."""
+    """Return the default process group if one is initialised, else this process alone."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return ProcessGroup()
     return SingleRank()

@@ -191,8 +191,28 @@ def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
     return tuple(FindingGroup(tuple(sorted(group, key=worst_first))) for group in groups.values())
 
 
+def by_root_cause(groups: Iterable[FindingGroup]) -> dict[FindingGroup, list[FindingGroup]]:
+    """Return each root cause with what it leads to, both in the order given."""
+    groups = tuple(groups)
+    consequences: dict[FindingGroup, list[FindingGroup]] = {}
+    for group in groups:
+        root, codes = group, {group.worst.code}
+        while (cause := _cause_of(root, groups)) is not None and cause.worst.code not in codes:
+            root = cause
+            codes.add(root.worst.code)
+        consequences.setdefault(root, [])
+        if root is not group:
+            consequences[root].append(group)
+    return consequences
+
+
+def _cause_of(group: FindingGroup, groups: Iterable[FindingGroup]) -> FindingGroup | None:
+    code = next(iter(group.causes), None)
+    return next((cause for cause in groups if cause.worst.code == code), None)
+
+
 def worst_first(finding: Finding) -> tuple[float, float]:
-    """Return what findings of one rule are sorted by, wherever they are shown."""
+    """Return the sort key of one rule's findings, the same in every view."""
     return (-finding.evidence.excess, math.inf if finding.step is None else finding.step)
 
 

@@ -153,7 +153,7 @@ def _check_subject(what: str, subject: object) -> None:
     statistics = {key: value for key, value in subject.items() if _is_statistic(key)}
     for key, value in statistics.items():
         if not isinstance(value, Tensor):
-            raise ConfigurationError(f"{key} has to be a tensor, not a {type(value).__name__}")
+            raise ConfigurationError(f"{key} must be a tensor, not a {type(value).__name__}")
     for key, value in subject.items():
         if not statistics and isinstance(value, Mapping) and any(map(_is_statistic, value)):
             raise ConfigurationError(f"{what}; the BN layers are in the entry {key!r}: pass that")

@@ -23,6 +23,7 @@ from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
+from bnguard.observe.budget import STEPS_ALWAYS_READ, Budget, own_time
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.hooks import paused
 from bnguard.observe.loop import LoopProbe
@@ -75,6 +76,7 @@ def watch(
     per_layer_ignores: Mapping[str, Collection[str]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
     restore_poisoned: bool = False,
+    max_overhead: float = 0.02,
     on_findings: Callable[[FindingGroup], None] = log_findings,
     strict: bool = False,
 ) -> Monitor:
@@ -86,30 +88,36 @@ def watch(
     it has to be: call :meth:`Monitor.step` after each optimizer step, and run validation inside
     :meth:`Monitor.evaluation`. Nothing is counted twice.
 
-    The model is left as it is, but for hooks; :meth:`Monitor.close` removes them.
+    The model gets hooks, which :meth:`Monitor.close` removes, and stays as it is otherwise.
 
-    Where several processes train, each watches its own batches: :meth:`Monitor.report` tells what
-    this one saw, and :meth:`Monitor.report_of_all_ranks` what all of them did.
+    If several processes train, each watches its own batches: :meth:`Monitor.report` covers this
+    process, and :meth:`Monitor.report_of_all_ranks` all of them.
 
     Args:
-        model: The model; one without BN layers is warned about once, and watched in vain.
+        model: The model; a model without BN layers gets a warning, and nothing is watched.
         optimizer: What trains the model, one or several; their steps are noticed. A layer whose
             parameters none of them owns, and do not change, counts as frozen.
         every_n_steps: How often the rules run, in steps.
         eval_batches: First batches that are read in each evaluation; of the rest ever fewer are.
             As many batches of fewer than 32 samples count as one as have 32 together.
-        planned_steps: Steps that training will take in all, so that what its end will be like can
-            be told ahead.
-        loader: The training loader, whose batch sizes tell of a last batch of one before it
-            comes; no batch is drawn.
+        planned_steps: Steps that training will take in all; lets rules report ahead what its end
+            will be like.
+        loader: The training loader; its batch sizes show a last batch of one before it comes. No
+            batch is drawn.
         accumulated_batches: Batches whose gradients are added before a step of the optimizer.
         rules: The rules to run; all that are installed by default.
         select: Those of them that run, by code, name or prefix of a code (``"BN3"``). This and
-            the next three go before what ``[tool.bnguard]`` of ``pyproject.toml`` says.
-        ignore: Those that do not run, also where they are selected.
-        per_layer_ignores: Those that say nothing of some layers, by glob of the layers' names.
+            the next three override ``[tool.bnguard]`` in ``pyproject.toml``.
+        ignore: Those that do not run, even if selected.
+        per_layer_ignores: Those that ignore some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
+        max_overhead: Time that watching the steps may take, as a share of the training's own. The
+            first 200 steps are always read, so that a short run does not depend on the clock.
+            After those, where watching costs more, ``every_n_steps`` steps are read, the rules
+            run, and then steps are passed over until the share is kept again: their updates are
+            counted, and on the CPU poisoned statistics are still found in their step, but their
+            batches and inputs are not looked at. 0, or ``restore_poisoned``, reads every step.
         on_findings: Called once with new findings of severity ``warning`` or ``error``, those of
             one rule together; logs them through the logger ``bnguard`` by default. What it raises
             passes through :meth:`Monitor.step`: so a loop can be stopped.
@@ -117,8 +125,8 @@ def watch(
             from then on: the training goes on.
 
     Raises:
-        ConfigurationError: The model or the optimizer is none that can be read, or a rule or a
-            limit does not exist; the message has the nearest name.
+        ConfigurationError: The model or the optimizer cannot be read, or a rule or a limit does
+            not exist; the message has the nearest name.
 
     Example:
         >>> import torch
@@ -150,6 +158,7 @@ def watch(
         rules=rules,
         configuration=configuration,
         restore_poisoned=restore_poisoned,
+        max_overhead=max_overhead,
         on_findings=on_findings,
         strict=strict,
     )
@@ -168,7 +177,7 @@ def watch(
 
 
 class Monitor:
-    """What :func:`watch` returns: runs the rules on what is observed, and tells what is new."""
+    """What :func:`watch` returns: runs the rules on what is observed, and announces what is new."""
 
     def __init__(
         self,
@@ -182,9 +191,18 @@ class Monitor:
         rules: Iterable[Rule] | None,
         configuration: Configuration,
         restore_poisoned: bool,
+        max_overhead: float,
         on_findings: Callable[[FindingGroup], None],
         strict: bool,
     ) -> None:
+        if not max_overhead >= 0.0:
+            raise ConfigurationError(
+                f"max_overhead={max_overhead} is not a share of the training's time: give 0 for "
+                "no limit, or a number such as 0.02"
+            )
+        self._budget = Budget(0.0 if restore_poisoned else max_overhead)
+        self._planned_steps = planned_steps
+        self._steps_read = 0
         self._guard = Guard(
             strict=strict,
             let_go=self.close,
@@ -206,6 +224,8 @@ class Monitor:
         self._has_begun = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
+        self._steps_in_eval_mode = 0
+        self._is_acting = False
         self._announcements = Announcements()
         self._checked: Report | None = None
         self._on_checked: Callable[[Report, int], None] | None = None
@@ -238,6 +258,14 @@ class Monitor:
         with suppress(Exception):
             if self._loop.has_steps and not self._is_asked:
                 self._on_collected(self._known())
+
+    # A module may hold its monitor: an averaged copy of it shares the one that watches, and where
+    # it is saved or sent to another process, nothing is watched.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def __enter__(self) -> Monitor:
         return self
@@ -294,21 +322,40 @@ class Monitor:
             self._read_step(self._step + 1 if step is None else step)
 
     def _read_step(self, step: int) -> None:
-        steps = self._observer.steps
-        self._step = step
-        self._checked = None
-        self._has_gone_on = False
-        self._guard(self._observer.step, step)
-        if self._observer.steps == steps:
-            return
-        # Whether a noticed step is all of it, with several optimizers, is known after the next.
-        early = 2 if self._loop.has_steps else 1
-        if self._observer.steps >= early and not self._has_begun:
-            self._has_begun = True
-            self.check()
-        if self._observer.steps % self._every_n_steps == 0:
-            self.check()
-            self._guard(self._observer.start_window)
+        with own_time:
+            self._step = step
+            self._has_gone_on = False
+            is_first_of_window = self._steps_read % self._every_n_steps == 0
+            if is_first_of_window and self._is_passed_over():
+                self._guard(self._observer.pass_over, step)
+                return
+            if is_first_of_window:
+                self._budget.start_window()
+            steps = self._observer.steps
+            self._checked = None
+            self._guard(self._observer.step, step)
+            if self._observer.steps == steps:
+                return
+            self._steps_read += 1
+            # Whether a noticed step is all of it, with several optimizers, is known after the next.
+            early = 2 if self._loop.has_steps else 1
+            if self._observer.steps >= early and not self._has_begun:
+                self._has_begun = True
+                self.check()
+            if self._steps_read % self._every_n_steps == 0:
+                self.check()
+                self._guard(self._observer.start_window)
+                self._budget.end_window()
+
+    def _is_passed_over(self) -> bool:
+        """Return whether a step is not read, because the window before cost too much.
+
+        The last two windows of the steps that are planned are read.
+        """
+        steps, planned = self._observer.steps, self._planned_steps
+        if steps < STEPS_ALWAYS_READ or (planned and steps >= planned - 2 * self._every_n_steps):
+            return False
+        return self._budget.is_spent()
 
     def _note_step(self) -> None:
         self._guard(self._loop.hooks.raise_error)
@@ -331,6 +378,9 @@ class Monitor:
         is_noticed = self._notices_evaluations and self._observer.steps > 0
         if self._is_evaluating or not is_noticed:
             return
+        if self._observer.steps != self._steps_in_eval_mode:
+            self._is_acting = self._observer.steps == self._steps_in_eval_mode + 1
+            self._steps_in_eval_mode = self._observer.steps
         state = self._observer.state_now()
         if self._evaluated_state is not None:
             if state == self._evaluated_state:
@@ -342,12 +392,16 @@ class Monitor:
             return
         self._evaluations += 1
         self._evaluated_state = state
+        self._budget.start_evaluation()
         with paused(self._loop.hooks):
             self._guard(self._noticed.enter_context, self._observer.evaluation())
         self._guard(self._observer.catch_up, module, args, kwargs)
 
     def _end_noticed(self) -> None:
-        """End the evaluation that was noticed; drop it if weights or statistics are others now."""
+        """End the evaluation that was noticed; drop it if weights or statistics are others now.
+
+        Fewer samples than a training batch, step after step, are not an evaluation: an agent acts.
+        """
         state, self._evaluated_state = self._evaluated_state, None
         if state is None:
             return
@@ -355,12 +409,14 @@ class Monitor:
         self._checked = None
         observed = self._noticed.pop_all()
         with paused(self._loop.hooks):
-            if state == self._observer.state_now():
+            is_same = state == self._observer.state_now()
+            if is_same and (not self._is_acting or self._observer.has_read_a_batch()):
                 self._guard(observed.close)
                 self.check()
             else:
-                error = RuntimeError("weights or statistics were exchanged")
+                error = RuntimeError("this is not the evaluation of a trained network")
                 self._guard(observed.__exit__, type(error), error, None)
+        self._budget.end_evaluation()
 
     def _follow_script(
         self,
@@ -385,7 +441,7 @@ class Monitor:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Read what arrives at the layers in eval mode; put the validation loop inside.
+        """Read the inputs of the layers in eval mode; put the validation loop inside.
 
         The model's mode is the caller's business. Whatever changes the buffers in here does not
         count as training.
@@ -400,23 +456,28 @@ class Monitor:
         self._has_gone_on = True
         self._is_evaluating = True
         self._checked = None
+        self._budget.start_evaluation()
         observed = ExitStack()
-        self._guard(observed.enter_context, self._observer.evaluation())
+        with own_time:
+            self._guard(observed.enter_context, self._observer.evaluation())
         try:
             yield
         except BaseException as error:
             self._guard(observed.__exit__, type(error), error, error.__traceback__)
+            self._budget.end_evaluation()
             raise
         finally:
             self._is_evaluating = False
-        self._guard(observed.close)
-        self.check()
+        with own_time:
+            self._guard(observed.close)
+            self.check()
+        self._budget.end_evaluation()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Note nothing of what runs inside: a repair, which is neither training nor evaluation.
+        """Ignore what runs inside: a repair, which is neither training nor evaluation.
 
-        The running statistics that it leaves behind are where training goes on from.
+        Training goes on from the running statistics that it leaves behind.
         """
         observer = ExitStack()
         self._guard(observer.enter_context, self._observer.paused())
@@ -430,7 +491,7 @@ class Monitor:
     def forget_changes(self) -> None:
         """Take the running statistics as they are now, whatever changed them since the last step.
 
-        To be called after statistics were loaded, exchanged or put back in a loop of your own.
+        Call it after a loop of your own loads, exchanges or restores statistics.
         """
         self._checked = None
         self._guard(self._observer.forget_changes)
@@ -469,7 +530,8 @@ class Monitor:
         self._loop.flush()
         try:
             # Also after an error, which leaves what was observed before it.
-            known = self._judge(final=final)
+            with own_time:
+                known = self._judge(final=final)
         except Exception as error:
             self._guard.turn_off(error)
             known = Report(History(layers=(), run=Run()), (), ())
@@ -486,9 +548,9 @@ class Monitor:
         )
 
     def _findings_of_all_ranks(self, mine: Collection[Finding]) -> tuple[Finding, ...]:
-        """Return findings that each rank brings, each once, labelled where not all have it.
+        """Return the findings of all ranks, each once, labelled if not all ranks have it.
 
-        To be called by all ranks, as :meth:`report_of_all_ranks`.
+        Call it on all ranks, as :meth:`report_of_all_ranks`.
         """
         return self._exchange.merge(tuple(mine), merge_findings)
 
@@ -516,7 +578,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken."""
+        """Resume from what :meth:`state_dict` returned."""
         self._step = state["step"]
         self._announcements.resume(state["findings"], state.get("announced", ()))
         self._observer.resume(
@@ -537,6 +599,9 @@ class Monitor:
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
         history = self._observer.history(is_settled=final)
+        overhead = self._budget.overhead(self._observer.steps_left_out)
+        run = dataclasses.replace(history.run, overhead=overhead)
+        history = dataclasses.replace(history, run=run)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         findings = conclusions.findings
         if self._observer.steps:
@@ -580,7 +645,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise ConfigurationError(
-                "optimizer has to be what trains the model, or several of them, not a "
+                "optimizer must be a torch.optim.Optimizer or several, not a "
                 f"{type(optimizer).__name__}"
             )
     return optimizers

@@ -132,7 +132,7 @@ def test_an_average_with_its_own_statistics_is_not_accused():
     [
         ([1], None, "inspect takes a model, a state dict or a path, not a list"),
         ({"state_dict": conv_net().state_dict()}, None, "are in the entry 'state_dict': pass that"),
-        ({"bn.running_mean": [0.0]}, None, "bn.running_mean has to be a tensor, not a list"),
+        ({"bn.running_mean": [0.0]}, None, "bn.running_mean must be a tensor, not a list"),
         (
             {"bn.running_mean": torch.zeros(7), "bn.running_var": torch.ones(8)},
             None,
@@ -227,7 +227,7 @@ def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
     report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
     assert [finding.layer for finding in report.findings] == ["1", "2", "0"]
     assert [finding["layer"] for finding in report.to_dict()["findings"]] == ["1", "2", "0"]
-    assert "BN204 dead-channels  3 layers, worst 1" in str(report)
+    assert "at 3 layers, worst 1" in str(report)
     assert "dead channels 12.5% (limit 75%)" in str(report)
 
 

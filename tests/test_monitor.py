@@ -149,6 +149,14 @@ def test_a_copy_of_a_watched_model_is_not_watched():
         assert monitor.report().layers[0].values_per_channel == {}
 
 
+def test_a_module_that_holds_its_monitor_can_be_copied_and_saved():
+    model = mlp()
+    model.monitor = bnguard.watch(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert averaged.module.monitor is model.monitor
+    assert pickle.loads(pickle.dumps(model)).monitor is None
+
+
 def test_a_model_without_bn_is_warned_about_once_and_watched_in_vain():
     model = nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="Linear has no BN layers") as caught:

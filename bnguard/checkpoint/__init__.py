@@ -22,6 +22,7 @@ from bnguard.checkpoint.reading import (
 from bnguard.checkpoint.result import Checkpoint, CheckpointLayer, CheckpointModel
 from bnguard.checkpoint.storage import StoredTensor
 from bnguard.checkpoint.writing import (
+    file_states,
     loading_code,
     replace_statistics,
     write_model,
@@ -40,6 +41,7 @@ __all__ = [
     "check_backup",
     "check_output",
     "compare",
+    "file_states",
     "find_checkpoints",
     "load_state_dict",
     "loading_code",

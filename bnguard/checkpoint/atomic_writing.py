@@ -42,7 +42,7 @@ def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) ->
             _check_replaceable(output, source, is_folder, force)
         if source.resolve() in output.resolve().parents:
             raise CheckpointError(
-                f"{output}: lies inside the checkpoint {source}; choose an output elsewhere"
+                f"{output}: is inside the checkpoint {source}; choose an output elsewhere"
             )
         _check_folder(output)
 
@@ -234,17 +234,16 @@ def _check_folder(path: Path) -> None:
 
 def _check_replaceable(output: Path, source: Path, is_folder: bool, force: bool) -> None:
     if output.samefile(source):
-        raise CheckpointError(f"{output}: is the original; choose another output")
+        raise CheckpointError(f"{output}: the original itself; choose another output")
     if not (output.is_file() or output.is_dir()):
-        raise CheckpointError(f"{output}: is neither a file nor a folder; choose another output")
+        raise CheckpointError(f"{output}: not a file or a folder; choose another output")
     if is_folder != output.is_dir():
-        is_, be = ("a file", "a folder") if is_folder else ("a folder", "a file")
-        raise CheckpointError(f"{output}: is {is_}, and {be} is to be written; name {be}")
+        found, needed = ("file", "folder") if is_folder else ("folder", "file")
+        raise CheckpointError(f"{output}: a {found}, but the output is a {needed}; name a {needed}")
     if not force:
         raise _exists(output)
     # A folder goes with all that is in it: it may be somebody's home.
     if output.is_dir() and not any(known.recognises(output, b"") for known in FORMATS):
         raise CheckpointError(
-            f"{output}: is a folder and not a checkpoint, so it is not replaced; "
-            "choose another output"
+            f"{output}: a folder that is not a checkpoint is not replaced; choose another output"
         )

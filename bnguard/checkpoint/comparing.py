@@ -173,7 +173,7 @@ def _only_model(checkpoint: Checkpoint) -> CheckpointModel:
     if checkpoint.main is None:
         names = ", ".join(repr(model.name) for model in checkpoint.models)
         raise CheckpointError(
-            f"{checkpoint.path} holds several models, {names}, and the other checkpoint none of "
+            f"{checkpoint.path} has several models, {names}, and the other checkpoint has none of "
             "these: choose one of each with --weights FIRST SECOND ('' is a bare state dict)"
         )
     return checkpoint.main
@@ -277,7 +277,7 @@ def _difference(a: object, b: object) -> str | None:
     chunks_a, chunks_b = _chunks(a), _chunks(b)
     if chunks_a is not None and chunks_b is not None:
         return None if _is_same(chunks_a, chunks_b) else "values differ"
-    # repr tells -0.0 from 0.0 and 1 from True, and finds NaN equal to itself.
+    # repr distinguishes -0.0 from 0.0 and 1 from True, and finds NaN equal to itself.
     is_same = type(a) is type(b) and repr(a) == repr(b)
     return None if is_same else f"{_short(a)} against {_short(b)}"
 

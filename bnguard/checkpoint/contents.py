@@ -24,10 +24,10 @@ from bnguard.errors import CheckpointError
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.
 _MOST_ENTRIES = 1_500_000
-# A list of numbers, the order of a data set perhaps, is one value; so many of them count as one.
+# This many plain values of a list, the order of a data set perhaps, count as one entry.
 _ATOMS_PER_ENTRY = 16
 _MOST_NESTED = 200
-# One text in a pickle may stand for the bytes of many arrays; larger ones stay in the file.
+# One text in a pickle may hold the bytes of many arrays; larger ones stay in the file.
 _LARGEST_ARRAY_IN_MEMORY = 2**16
 _MOST_ARRAY_BYTES = 2**28
 

@@ -111,7 +111,7 @@ def _changes(key: str, found: Sequence[StoredTensor], tensor: Tensor) -> Iterato
     (target,) = found
     if not all(piece.storage.is_replaceable for piece in target.pieces):
         raise ValueError(
-            f"{key!r} is a NumPy array, which bnguard reads and does not change; "
+            f"{key!r} is a NumPy array, which bnguard reads but does not change; "
             "save {k: torch.as_tensor(v) for k, v in state.items()}"
         )
     if target.is_meta:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 for _built_in in (Pretrained, Sharded, Distributed, Safetensors, TorchLegacy, TorchZip):
     register_format(_built_in)
 
-# Enough to recognise a format, and to tell whether a file is text.
+# Enough to recognise a format, or a file that is text.
 _START_BYTES = 4096
 # What torch.optim.swa_utils.AveragedModel keeps next to the model that it wraps.
 _AVERAGED_MODELS_OWN = "n_averaged"
@@ -71,7 +71,7 @@ def load_state_dict(path: str | Path, model: str | None = None) -> dict[str, Ten
             needed if the checkpoint has one, or is Lightning's.
 
     Raises:
-        CheckpointError: It cannot be read, has no such model, or several to choose from.
+        CheckpointError: It cannot be read, lacks the model, or has several to choose from.
     """
     with open_checkpoint(path) as checkpoint:
         return load_model(checkpoint, _choose_model(checkpoint, model))
@@ -110,7 +110,7 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
     """Return the format of a checkpoint.
 
     Raises:
-        CheckpointError: There is no such file, or its format is unknown.
+        CheckpointError: The file does not exist, or its format is unknown.
     """
     try:
         is_there = path.exists()
@@ -125,7 +125,7 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
     if path.is_dir():
         raise _not_a_checkpoint(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: a pipe or a device; write it to a file, and name that")
+        raise CheckpointError(f"{path}: a pipe or a device; save it to a file first")
     if not start:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
     # Text of its own, as SpeechBrain's counters are, and not a pointer of Git LFS.
@@ -133,7 +133,7 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
         byte in b"\t\n\r" or 32 <= byte < 127 for byte in start
     )
     raise (NoBatchNormError if is_text else CheckpointError)(
-        f"{path}: not a checkpoint of a known format; give a file that torch, Lightning or "
+        f"{path}: not a checkpoint of a known format; use a file that torch, Lightning or "
         "safetensors wrote"
     )
 
@@ -193,10 +193,10 @@ def _without_common_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
 def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
     """Return the checkpoints that files, folders and patterns name, each once.
 
-    A folder stands for all checkpoints in it and below; one that is a checkpoint itself (sharded,
-    distributed, or saved by transformers) for that, and those in folders below it. What does not
-    exist, and a folder without checkpoints, is returned as it is: reading it raises the error that
-    says what is wrong, and the others are still read.
+    A folder means all checkpoints in it and below; one that is a checkpoint itself (sharded,
+    distributed, or saved by transformers) means that one and those in folders below it. A path that
+    does not exist, and a folder without checkpoints, is returned as it is: reading it raises the
+    error that says what is wrong, and the others are still read.
     """
     found = (checkpoint for path in paths for checkpoint in _expand(str(path)))
     return tuple(dict.fromkeys(found))

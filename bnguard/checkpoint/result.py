@@ -30,7 +30,7 @@ class CheckpointLayer:
         momentum: Weight of the new value in an update, None for a cumulative average.
         is_momentum_known: Whether the file holds the momentum, as a pickled module does.
         eps: What is added to the variance; None if the file does not hold it.
-        is_updating: Whether train mode updates the statistics, as far as the file tells.
+        is_updating: Whether train mode updates the statistics, as far as the file shows.
         aliases: Prefixes of the other layers whose running mean is in the same bytes.
     """
 
@@ -212,7 +212,7 @@ class Checkpoint:
         """Return the checkpoint as if one of its models, or a part of one, were the only one.
 
         Raises:
-            CheckpointError: It has no such model.
+            CheckpointError: The file lacks the model.
         """
         return replace(self, models=(self.model_named(name),))
 

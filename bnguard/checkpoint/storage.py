@@ -365,7 +365,7 @@ class StoredTensor:
         """Return the elements in the type that carries them, native byte order.
 
         Raises:
-            CheckpointError: Elements lie outside their storage, are of an unknown type, or far
+            CheckpointError: Elements are outside their storage, have an unknown type, or are far
                 more than are stored.
         """
         if self._is_one_piece:
@@ -388,7 +388,7 @@ class StoredTensor:
             return carried.astype(np.float64)
 
     def byte_chunks(self) -> Iterator[bytes]:
-        """Yield the bytes of the elements in order, in pieces of one size but for the last."""
+        """Yield the bytes of the elements in order, in pieces of equal size except the last."""
         if self.is_meta or self.numel == 0:
             return
         piece = self.pieces[0]

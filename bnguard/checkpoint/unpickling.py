@@ -2,7 +2,7 @@
 
 Python's own unpickler leaves doors open even if the classes that it finds are restricted: a cache
 of extension codes, state set on whatever is on the stack, a memo as large as a number in the file.
-This one knows lists, tuples, dictionaries, text, numbers, and inert stand-ins for all other
+This one knows lists, tuples, dictionaries, text, numbers, and inert placeholders for all other
 objects. It is not recursive, and its memory is bounded.
 """
 
@@ -438,7 +438,7 @@ def _set(target: object, *keys_and_values: object) -> object:
 
 
 def _build(target: object, state: object) -> object:
-    # The state of anything else, such as a tensor's attributes, holds nothing of interest.
+    # The state of anything else, such as a tensor's attributes, is not needed.
     if isinstance(target, InertObject):
         target.state = state
     return target

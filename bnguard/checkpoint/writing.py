@@ -108,7 +108,7 @@ def _copy(
     provenance: Mapping[str, object],
 ) -> Iterator[Path]:
     """Write a complete copy under a temporary name; if it keeps that, it is removed."""
-    before = _states(source)
+    before = file_states(source)
     with write_errors(output), temporary_beside(output, like=source) as copy:
         with open_checkpoint(source) as checkpoint:
             patches = statistics_patches(checkpoint, statistics)
@@ -126,7 +126,7 @@ def _copy(
             if checkpoint.provenance is not None:
                 note["previous"] = checkpoint.provenance
             checkpoint.copy(copy, patches, _as_json(note))
-        if _states(source) != before:
+        if file_states(source) != before:
             raise CheckpointError(f"{source}: changed while it was copied; try again")
         yield copy
 
@@ -138,8 +138,8 @@ def _sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _states(source: Path) -> list[tuple[int, int, int]]:
-    """Return what differs if a file, or one in a folder, was written in the meantime."""
+def file_states(source: Path) -> list[tuple[int, int, int]]:
+    """Return what differs once a checkpoint, a file or one in a folder, is written again."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     states = [path.stat() for path in files if path.exists()]
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]

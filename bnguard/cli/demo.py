@@ -1,4 +1,4 @@
-"""``bnguard demo``: train into a fault, repair the checkpoint, and measure both."""
+"""``bnguard demo``: train into a fault, repair it, and measure both."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from bnguard.cli import recalibrate
-from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output
+from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output, show
 from bnguard.errors import ConfigurationError
 
 _EXAMPLES = """
 examples:
   bnguard demo
   bnguard demo --output digits --seed 1
+  bnguard demo --list
+  bnguard demo --fault frozen-backbone
 """
 
 
 def run(arguments: list[str]) -> int:
-    """Train a small network into a BN fault, name it, repair the checkpoint, and measure both."""
+    """Train a small network into a BN fault, name it, repair it, and measure both."""
     values = make_parser().parse_args(arguments)
+    if values.list:
+        _list_faults()
+        return 0
+    if values.fault is not None:
+        _demonstrate(values.fault, values.seed)
+        return 0
     folder = Path(values.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--output {folder} is a file: name a folder")
@@ -40,12 +48,47 @@ def make_parser() -> ArgumentParser:
     parser = command_parser(
         "demo",
         "Train a small network on handwritten digits into a BN fault, name it, "
-        "repair the checkpoint, and measure both. Takes some seconds.",
+        "repair the checkpoint, and measure both. --fault shows another fault. Takes some seconds.",
         _EXAMPLES,
     )
+    parser.add_argument(
+        "--fault", type=str, metavar="NAME", help="a fault of --list; no file is written"
+    )
+    parser.add_argument("--list", action="store_true", help="list the faults, and stop")
     parser.add_argument("--output", type=str, default="bnguard-demo", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
     return parser
+
+
+def _list_faults() -> None:
+    """Print a line a fault: name, code, mistake."""
+    from rich.table import Table
+
+    from bnguard.gallery import FAULTS
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, fault in FAULTS.items():
+        table.add_row(f"[bold]{name}", fault.code, fault.sentence)
+    show(table)
+
+
+def _demonstrate(name: str, seed: int) -> None:
+    """Train with a fault, print what bnguard reports, repair it, and measure both."""
+    import torch
+
+    from bnguard.gallery import find_fault
+
+    fault = find_fault(name)
+    # The network is so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    _show_title(f"1. {fault.sentence}")
+    run = fault.train()
+    show(run.report)
+    _show_title(f"2. Repair: {fault.repair}")
+    after = fault.accuracy_after(run)
+    show(f"accuracy in eval mode: {run.accuracy:.1%} before, [bold]{after:.1%}[/bold] after")
+    show(f"\n$ bnguard explain {fault.code}")
 
 
 def _tell_story(folder: Path, seed: int) -> None:
@@ -101,6 +144,6 @@ def _tell_story(folder: Path, seed: int) -> None:
 
 
 def _show_title(text: str) -> None:
-    import rich
+    from rich.text import Text
 
-    rich.print(f"\n[bold]{text}[/bold]")
+    show(Text(f"\n{text}", "bold"))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _REFERENCE = """\
   --reference PACKAGE:function
-                          function that gives the training loader, where
-                          --data is one that gives the evaluation loader
+                          function that returns the training loader, if
+                          --data returns the evaluation loader
 """
 _EXAMPLES = """
 examples:
@@ -150,7 +150,7 @@ def _propose_command(cause: Verdict, request: Request, *, is_module: bool) -> Ve
             advice = "recalibrate on these data; data with a training split would tell why"
             step = _command("recalibrate", request, "--split", split)
         case "unfit-statistics", _:
-            advice = "give the training data, which tells the two apart"
+            advice = "pass the training data to tell the two apart"
             step = _command("diagnose", request, "--reference", "PACKAGE:function")
         case "weights", _ if is_module:
             advice, step = cause.advice, _command("diagnose", request, "--split", "train")

@@ -29,7 +29,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Compare two checkpoints; status 1 where anything but running statistics differs."""
+    """Compare two checkpoints; status 1 if anything but running statistics differs."""
     values = make_parser().parse_args(arguments)
 
     names = values.weights or [None]
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigurationError("--weights takes one name, or one for each checkpoint")
     if values.after is None and len(names) < 2:
         raise ConfigurationError(
-            "one checkpoint is named: name a second, or two models of this with --weights A B"
+            "diff needs two checkpoints, or one and --weights A B for two of its models"
         )
     before = _read(values.before, names[0])
     after = _read(values.after or values.before, names[-1])
@@ -54,7 +54,7 @@ def make_parser() -> ArgumentParser:
     parser = command_parser(
         "diff",
         "Compare two checkpoints: BN layers in standard deviations and log-variance "
-        "ratio, everything else bit by bit. Status 1 where anything else differs.",
+        "ratio, everything else bit by bit. Status 1 if anything else differs.",
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
@@ -101,7 +101,7 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
     """Return a comparison as plain data.
 
     Schema version 1: ``schema``, ``bnguard``, ``before``, ``after`` (paths), ``layers`` (each with
-    ``name``, ``identical``, ``max_shift_std``, ``max_log_variance_ratio``, absolute and null where
+    ``name``, ``identical``, ``max_shift_std``, ``max_log_variance_ratio``, absolute, null if
     not finite), ``entries`` (everything else that is not bit-identical: ``key``, ``detail``).
     """
     return {

@@ -40,7 +40,7 @@ _HELP = """
                 fix (summary, repair), channels, step, cause
 
 exit status:
-  0 nothing at the level of --fail-on, 1 findings at it, 2 unusable input
+  0: nothing at the level of --fail-on; 1: findings at it; 2: unusable input
 
 examples:
   bnguard inspect last.ckpt
@@ -108,7 +108,7 @@ def make_parser() -> ArgumentParser:
         "--fail-on",
         type=Literal["error", "warning", "never"],
         default="error",
-        help="exit with status 1 where there is a finding so severe",
+        help="exit with status 1 if a finding is at least this severe",
     )
     return parser
 
@@ -138,7 +138,7 @@ def inspection_document(
 
     Schema version 1: ``schema``, ``bnguard``, ``checkpoints`` and ``errors`` (each with ``path``
     and ``message``). A checkpoint has ``path``, ``format``, ``models`` (their names),
-    ``global_step``, ``epoch``, ``provenance`` (null where bnguard did not write it), ``problems``
+    ``global_step``, ``epoch``, ``provenance`` (null if bnguard did not write it), ``problems``
     (sentences), ``reported`` (what ``BatchNormMonitor`` reported of the training, each with
     ``code``, ``name``, ``severity``, ``layer``, ``message``, ``evidence``, ``first_step``,
     ``last_step``), and ``report``, as :mod:`bnguard.report.json_document` describes it.

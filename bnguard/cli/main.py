@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_script(arguments: list[str]) -> int:
-    """Run the user's script, of which neither output nor errors are touched."""
+    """Run the user's script without touching its output or errors."""
     from bnguard.cli.run import prepare
 
     try:
@@ -104,7 +104,7 @@ def _run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = nearest_name(command, COMMANDS)
         hint = f"did you mean 'bnguard {near}'?" if near else "'bnguard --help' lists them"
-        raise ConfigurationError(f"there is no command {command!r}: {hint}")
+        raise ConfigurationError(f"unknown command {command!r}: {hint}")
     run = importlib.import_module(f"bnguard.cli.{command}").run
     # Help is printed by the parsers, before anything of the user's runs.
     is_help = not {"-h", "--help"}.isdisjoint(arguments)
@@ -117,7 +117,7 @@ def _overview() -> ArgumentParser:
     """Return a parser that shows the commands without importing them."""
     parser = ArgumentParser(
         prog="bnguard",
-        description="Tells what is wrong with the batch normalisation of networks and repairs it.",
+        description="Find and repair faults of the batch normalisation in PyTorch networks.",
         version=__version__,
         exit_on_error=False,
     )

@@ -92,7 +92,7 @@ def read_config(path: Path, *, is_named: bool = True) -> LightningConfig:
     if isinstance(content, dict) and "model" not in content:
         content = content.get("fit", content)
     if not isinstance(content, dict):
-        raise ConfigurationError(f"--config {path} holds no mapping with 'model' and 'data'")
+        raise ConfigurationError(f"--config {path} has no 'model' and 'data' sections")
     return LightningConfig(path, content, is_named)
 
 
@@ -199,7 +199,7 @@ class Factory:
         model = self.make(values)
         if not isinstance(model, nn.Module):
             raise ConfigurationError(
-                f"--model {self.path} gives a {type(model).__name__}, not a torch.nn.Module"
+                f"--model {self.path} returns a {type(model).__name__}, not a torch.nn.Module"
             )
         # Large Lightning models create their layers there.
         configure = getattr(model, "configure_model", None)
@@ -276,7 +276,7 @@ def find_factory(option: str, named: str | None, config: LightningConfig | None)
             f"{config.path} names {path}, a class of the script that was run: "
             f"name it as --{option} script.{path.removeprefix('__main__.')}"
         )
-    # A class of the script that was run has no module there.
+    # A class of the script itself has no module there.
     in_script = f"__main__.{path.replace(':', '.').rpartition('.')[2]}"
     is_for_it = configured in (None, path, in_script)
     return Factory(option, _import(path, option), config if is_for_it else None)
@@ -292,7 +292,7 @@ def _import(path: str, option: str) -> Callable[..., object]:
         module_name, _, name = path.replace(":", ".").rpartition(".")
     if not module_name:
         raise ConfigurationError(
-            f"--{option} {path}: give it as package.module.Name, or file.py:Name"
+            f"--{option} {path}: write it as package.module.Name, or file.py:Name"
         )
     searched = "" if folder == Path() else str(folder)
     if searched not in sys.path:
@@ -326,11 +326,11 @@ def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
     """Return the folder from which a file is imported, and the name of its module there.
 
     Raises:
-        ConfigurationError: There is no such file, or another module of its name is imported.
+        ConfigurationError: The file does not exist, or another module of its name is imported.
     """
     file = file.absolute()
     if not file.is_file():
-        raise ConfigurationError(f"{what}: there is no file {file}")
+        raise ConfigurationError(f"{what}: {file} does not exist")
     folder, name = file.parent, file.stem
     while (folder / "__init__.py").is_file():
         folder, name = folder.parent, f"{folder.name}.{name}"
@@ -366,7 +366,7 @@ class Data:
         """Return the loader of a split; a single loader serves as any of them.
 
         Raises:
-            ConfigurationError: There is none, or it cannot be made.
+            ConfigurationError: It does not exist, or cannot be made.
         """
         from torch.utils.data import DataLoader
 
@@ -385,7 +385,7 @@ class Data:
         if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], DataLoader):
             loader = loader[0]
         if not isinstance(loader, Iterable):
-            raise ConfigurationError(f"--data {self.path} gives no {name}")
+            raise ConfigurationError(f"--data {self.path} returns no {name}")
         return loader
 
     def _set_up(self, stage: str) -> None:

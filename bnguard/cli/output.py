@@ -27,7 +27,7 @@ _REQUIRED = re.compile(r"the following arguments are required: (\w+\..*)")
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of examples, and shows a default only where there is one."""
+    """Keeps the lines of examples, and shows a default only if there is one."""
 
     def _get_help_string(self, action: Action) -> str:
         text = (action.help or "").replace("(default: %(default)s)", "").rstrip()
@@ -70,12 +70,12 @@ def in_a_line(error: ArgumentError) -> str:
     >>> in_a_line(ArgumentError(None, "the following arguments are required: paths"))
     'the following arguments are required: paths'
     >>> in_a_line(ArgumentError(None, "the following arguments are required: model.config"))
-    'missing: --model.config; give it, or name a function that needs no more'
+    'missing: --model.config; pass it, or name a function that needs no arguments'
     """
     text = " ".join(str(error).split())
     if found := _REQUIRED.fullmatch(text):
         names = ", ".join(f"--{name}" for name in found[1].split(", "))
-        return f"missing: {names}; give it, or name a function that needs no more"
+        return f"missing: {names}; pass it, or name a function that needs no arguments"
     return _KEY.sub(lambda found: f"{_option(found[1])}: ", text)
 
 

@@ -15,6 +15,7 @@ from bnguard.checkpoint import (
     CheckpointModel,
     check_backup,
     check_output,
+    file_states,
     name_beside,
     original_of,
     replace_statistics,
@@ -23,7 +24,7 @@ from bnguard.checkpoint import (
 from bnguard.cli.model_and_data import Data
 from bnguard.cli.output import say, show, show_json
 from bnguard.cli.request import Request, add_writing_options, model_command_parser, run_request
-from bnguard.errors import ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Write a checkpoint with new running statistics; status 1 where they are no better."""
+    """Write a checkpoint with new running statistics; status 1 if they are not better."""
     return run_request(make_parser(), arguments, _recalibrate_checkpoint)
 
 
@@ -157,6 +158,11 @@ def _recalibrate_checkpoint(request: Request) -> int:
     if not result.is_kept:
         said = "not written: the score got worse (use --keep always to write it anyway)"
     elif not values.dry_run:
+        if file_states(checkpoint.path) != request.states:
+            raise CheckpointError(
+                f"{checkpoint.path}: was saved again meanwhile, so the new statistics are not "
+                "those of its weights; nothing was written: run the command again"
+            )
         written = output
         statistics = _statistics(model, stored)
         if values.in_place:

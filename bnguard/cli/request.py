@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint
+from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint, file_states
 from bnguard.checkpoint.bn_entries import describe
 from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
@@ -138,6 +138,7 @@ class Request:
         checkpoint: The checkpoint.
         opened: The same, open until the weights are loaded.
         factories: What makes the model and the data, by ``"model"``, ``"data"``, ``"reference"``.
+        states: What changes if the checkpoint is saved again.
         values: All parsed arguments.
         options: The options as they were typed.
         notes: Where arguments come from, and settings of the checkpoint that :meth:`model` took,
@@ -147,6 +148,7 @@ class Request:
     checkpoint: Checkpoint
     opened: OpenCheckpoint
     factories: Mapping[str, Factory]
+    states: object
     values: Namespace
     options: Sequence[Option]
     notes: list[str] = field(default_factory=list)
@@ -220,14 +222,15 @@ def _read_request(
     flags = {typed for typed, action in known.items() if action.nargs == 0}
     positional, options = split_arguments(arguments, flags)
     if not positional:
-        raise ConfigurationError(f"no checkpoint is named: {parser.prog} CKPT --model …")
+        raise ConfigurationError(f"the checkpoint is missing: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
+    states = file_states(source) if source.exists() else None
     opened = files.enter_context(open_checkpoint(source))
     checkpoint = describe(opened)
     if not checkpoint.layers:
         why = f": {checkpoint.problems[0]}" if checkpoint.problems else ""
         raise CheckpointError(
-            f"{source}: has no BN layers with running statistics, so there is nothing to do{why}"
+            f"{source}: has no BN layers with running statistics: nothing to do{why}"
         )
     apart = {option.name: option for option in options if option.name in (*sections, "config")}
     for option in apart.values():
@@ -264,7 +267,7 @@ def _read_request(
         for path in sorted(configs)
     ]
     values = parser.parse_args([*rest, "--", *positional])
-    return Request(checkpoint, opened, factories, values, options, notes)
+    return Request(checkpoint, opened, factories, states, values, options, notes)
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
@@ -290,9 +293,9 @@ def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None)
     ]
     if len(fitting) == 1:
         return fitting[0]
-    several = f", of which {_listed(fitting)} fit {type(model).__name__}" if fitting else ""
+    several = f" ({_listed(fitting)} fit {type(model).__name__})" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} holds several models, {_listed(checkpoint.models)}{several}: "
+        f"{checkpoint.path} has several models, {_listed(checkpoint.models)}{several}: "
         "choose one with --weights NAME"
     )
 
@@ -315,7 +318,7 @@ def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
             changed.setdefault("momentum", []).append((known.momentum, layer.module.momentum))
             layer.module.momentum = known.momentum  # type: ignore[assignment]
     return [
-        f"{setting} {pairs[0][0]} from the checkpoint, where {type(model).__name__} has "
+        f"{setting} {pairs[0][0]} from the checkpoint, not {type(model).__name__}'s "
         f"{pairs[0][1]} ({len(pairs)} {'layer' if len(pairs) == 1 else 'layers'})"
         for setting, pairs in changed.items()
     ]
@@ -350,7 +353,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
 
 
 def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights as in the model, wherever wrappers added to their names."""
+    """Rename weights as in the model, without what wrappers added to their names."""
     own = model.state_dict().keys()
     by_author = {without_wrappers(name): name for name in own}
     return {

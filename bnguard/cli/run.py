@@ -42,7 +42,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     own, target = _split(arguments)
     values = make_parser().parse_args(own)
     if not target:
-        raise ConfigurationError("no script is named: bnguard run SCRIPT.py, or -m MODULE")
+        raise ConfigurationError("the script is missing: bnguard run SCRIPT.py, or -m MODULE")
     is_module = target[0] == "-m"
     name = target[1] if is_module and len(target) > 1 else target[0]
     if name == "-m":

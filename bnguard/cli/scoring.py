@@ -78,7 +78,7 @@ def validation_score(
         The score; None without a validation step or data for it.
 
     Raises:
-        ConfigurationError: An option needs a score, and there is none.
+        ConfigurationError: An option needs a score, and the module has none.
     """
     values = request.values
     if loader is None or not has_validation(model):
@@ -158,7 +158,7 @@ def usable_device(name: str) -> torch.device:
             f"--device {name} cannot be used here ({reason}): use cpu"
         ) from error
     if device.type == "meta":
-        raise ConfigurationError("--device meta computes nothing: use cpu")
+        raise ConfigurationError("--device meta computes no values: use cpu")
     return device
 
 

@@ -117,12 +117,12 @@ def _swap_checkpoint(request: Request) -> int:
 
 def _output(source: Path, values: Namespace) -> Path:
     """Return where the result goes; fail before the work if it cannot be written there."""
-    beside = name_beside(source, "swapped")
+    default = name_beside(source, "swapped")
     if source.is_dir():
         # One file, since the rest of the folder describes the network with BN.
         suffix = ".safetensors" if any(source.glob("*.safetensors")) else ".ckpt"
-        beside = beside.with_name(f"{beside.name}{suffix}")
-    output = beside if values.output is None else Path(values.output)
+        default = default.with_name(f"{default.name}{suffix}")
+    output = default if values.output is None else Path(values.output)
     check_output(output, source, is_folder=False, force=values.force)
     return output
 

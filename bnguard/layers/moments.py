@@ -195,7 +195,7 @@ def merge_moments(parts: Iterable[Moments]) -> Moments:
     variances" (1979), equation 2.1.
 
     Raises:
-        ValueError: There are no parts.
+        ValueError: ``parts`` is empty.
 
     Example:
         >>> low, high = torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])

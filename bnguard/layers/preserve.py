@@ -88,7 +88,7 @@ def _is_expanded(buffer: Tensor) -> bool:
 
 @contextmanager
 def preserve_gradients(model: nn.Module) -> Iterator[None]:
-    """Restore the gradients of the parameters at the end; inside there are none."""
+    """Remove the gradients of the parameters inside, and restore them at the end."""
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in kept:

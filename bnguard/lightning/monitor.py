@@ -54,7 +54,7 @@ class BatchNormMonitor(GuardedCallback):
     * ``zz_bnguard/findings``: number of warnings and errors
 
     ``scalars="all"`` adds ``zz_bnguard/METRIC/p05``, ``p50``, ``p95`` and ``max`` (or ``min``),
-    quantiles over the layers, where METRIC is ``eval_shift_std``, ``eval_log_variance_ratio``,
+    quantiles over the layers; METRIC is ``eval_shift_std``, ``eval_log_variance_ratio``,
     ``batch_shift_std``, ``batch_log_variance_ratio``, ``variance_kept``, ``values_per_channel``,
     ``gain`` or ``dead_channel_share``.
 
@@ -79,8 +79,10 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Those that do not run for some layers, by glob of the layers' names.
         limits: Limits that differ from those of the rules, by rule, then by name.
         restore_poisoned: Restore the last finite statistics in the step that poisons them.
+        max_overhead: Time that watching the steps may take, as a share of the training's own;
+            see :func:`bnguard.watch`. 0 reads every step.
         stop_on: Stop the trainer when a finding of this severity appears. The rules notice it when
-            they run: ``every_n_steps=1`` stops it after the very batch, at a price.
+            they run: ``every_n_steps=1, max_overhead=0`` stops it after the very batch, at a price.
         report: Where the report goes when ``fit`` ends: printed, written, both or neither.
         scalars: ``"summary"`` for the five above, ``"all"``, or ``"none"``.
         reporters: Further :class:`bnguard.loggers.Reporter` objects, for rank zero.
@@ -108,6 +110,7 @@ class BatchNormMonitor(GuardedCallback):
         per_layer_ignores: Mapping[str, Collection[str]] | None = None,
         limits: Mapping[str, Mapping[str, float]] | None = None,
         restore_poisoned: bool = False,
+        max_overhead: float = 0.02,
         stop_on: StopOn | None = None,
         report: Destination = "both",
         scalars: Scalars = "summary",
@@ -126,6 +129,7 @@ class BatchNormMonitor(GuardedCallback):
             "rules": None if rules is None else tuple(rules),
             "eval_batches": eval_batches,
             "restore_poisoned": restore_poisoned,
+            "max_overhead": max_overhead,
         }
         # Errors in these should appear before the run, not when it starts.
         read_configuration().changed(**choices)
@@ -145,7 +149,7 @@ class BatchNormMonitor(GuardedCallback):
         self._has_evaluated = False
         self._batches = 0
         self._unannounced: list[Finding] = []
-        # Of all ranks; those of the monitor are of its own rank.
+        # For all ranks; the monitor announces those of its own rank.
         self._announcements = Announcements()
         self._log = RunLog((), ())
         self._last_logged_step: int | None = None
@@ -325,7 +329,7 @@ class BatchNormMonitor(GuardedCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch nothing of what runs inside: it is a repair, and not the user's training."""
+        """Watch nothing that runs inside: it is a repair, not the user's training."""
         with ExitStack() as stack:
             if self._monitor is not None:
                 stack.enter_context(self._monitor._paused())
@@ -388,7 +392,7 @@ class BatchNormMonitor(GuardedCallback):
             for line in commands(trainer, report):
                 show(line)
         folder = log_folder(trainer) if self._is_written else None
-        # A later ``validate`` knows nothing of the training that ``fit`` reported.
+        # A later ``validate`` must not replace the report of ``fit``.
         if folder is not None and (is_fitting(trainer) or not (folder / REPORT_FILE).exists()):
             RunLog([JSON(folder)], (), "none").conclude(report, logged_step(trainer))
 

@@ -76,7 +76,7 @@ class BatchNormRecalibration(GuardedCallback):
             checkpoints and the report of ``fit`` are written by then, and
             ``trainer.save_checkpoint`` after it writes one with the new statistics; ``"test"``,
             before ``test`` and ``predict``.
-        data: ``"train"`` or ``"validation"``, of which samples are drawn; or batches.
+        data: ``"train"`` or ``"validation"``, the loader to draw samples from; or batches.
         every_n_epochs: In which epochs; for ``when="validation"``.
         samples: Samples to use at most, on all ranks together.
         method: As in :func:`bnguard.recalibrate`, like the next four.
@@ -214,7 +214,7 @@ class BatchNormRecalibration(GuardedCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Recalibrate before the first batch, with averaged weights in place where there are."""
+        """Recalibrate before the first batch, with averaged weights in place if there are any."""
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
         is_first = batch_idx == 0 and dataloader_idx == 0
         if self._when == "validation" and is_first and is_due:
@@ -360,7 +360,7 @@ class BatchNormRecalibration(GuardedCallback):
         return forward
 
     def _restore(self, trainer: Trainer, module: LightningModule) -> None:
-        """Restore statistics where the model still has the new ones; averaged weights are gone."""
+        """Restore statistics of layers that still have the new ones; averaged weights are gone."""
         restore_statistics(
             [layer for layer in find_layers(module) if has_statistics(layer, self._after)],
             self._before,

@@ -93,7 +93,7 @@ class ValidationScore:
         self.name = self.name or _chosen(metrics, monitored)
         if not self.name:
             raise ConfigurationError(
-                "validation_step neither logs a metric nor returns a loss, so nothing says whether "
+                "validation_step logs no metric and returns no loss, so nothing shows whether "
                 f"new statistics are better: {self._way_out}"
             )
         if self.name not in metrics:
@@ -121,8 +121,8 @@ class ValidationScore:
         """Return what the module logs in a validation, and the loss that its step returns."""
         if not self._batches:
             raise ConfigurationError(
-                "the trainer validates on no batch, so nothing says whether new statistics are "
-                f"better: {self._way_out}"
+                "the trainer has no validation batches, so nothing shows whether new statistics "
+                f"are better: {self._way_out}"
             )
         twin: Any = twin_of(module, self._trainer).eval()
         for part in twin.modules():
@@ -362,10 +362,10 @@ def split_samples(
         trainer: The trainer, whose limits on batches apply.
         split: Which split.
         samples: Maximum number of samples, on all ranks together.
-        instead: What to do if there is no loader.
+        instead: What to do without a loader.
 
     Raises:
-        ConfigurationError: There is no loader, or several for training.
+        ConfigurationError: The loader is missing, or there are several for training.
     """
     loaders: Any = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
     source = datamodule_of(trainer)

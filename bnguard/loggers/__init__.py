@@ -1,4 +1,4 @@
-"""Reporters: where the results of a run go, a file each, behind one protocol."""
+"""Reporters of a run's results, a file each, behind one protocol."""
 
 from bnguard.loggers.console import Console
 from bnguard.loggers.csv import CSV

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bnguard.findings import Finding
+from bnguard.findings import Finding, PastFinding
 from bnguard.loggers.reporter import Reporter
 from bnguard.observe.history import EvalWindow, LayerHistory
 from bnguard.report import Report
@@ -47,15 +47,16 @@ class TensorBoard(Reporter):
             self._writer.add_scalar(name, value, step)
 
     def log_layers(self, report: Report, step: int) -> None:
-        """Write statistics and findings, and the channels of layers that were evaluated anew.
+        """Write statistics and findings, and the channels of layers that were evaluated since.
 
-        A step that was written is passed over, but for its findings.
+        A step that was already written gets new findings only.
         """
         layers = self._layers(report)
         if self._log is None:
             return
         self._log.add_stats(compute_metrics(layers, self._metrics), step)
-        self._log.add_findings(map(self._record, report.findings), step)
+        records = [*map(self._record, report.findings), *map(_past_record, report.over)]
+        self._log.add_findings(records, step)
         for layer in layers:
             if layer.evaluated is not self._shown.get(layer.name):
                 self._add_channels(layer, step)
@@ -103,3 +104,20 @@ class TensorBoard(Reporter):
             self._log = BatchNormLog(self._writer, self._names, self._metrics, kinds)
         by_name = {layer.name: layer for layer in report.layers}
         return [by_name.get(name, LayerHistory(name=name, channels=0)) for name in self._names]
+
+
+def _past_record(past: PastFinding) -> Record:
+    """Return what was announced and is over, as a finding that is only good to know."""
+    first, last = past.first_step, past.last_step
+    steps = f"step {first}" if first == last else f"steps {first}–{last}"
+    return finding_record(
+        {
+            "code": past.code,
+            "name": past.name,
+            "severity": "info",
+            "layer": past.layer,
+            "step": first,
+            "message": f"{past.severity} at {steps}, gone since: {past.message} ({past.evidence})",
+            "evidence": {"measure": "last step with it", "value": last},
+        }
+    )

@@ -35,7 +35,7 @@ def reporters_of_lightning(
 ) -> Iterator[Reporter]:
     """Yield the reporter of each logger of a Lightning ``Trainer``, on rank zero.
 
-    The logger classes of the two packages are unrelated, so they are told apart by name.
+    The logger classes of the two packages are unrelated, so their names distinguish them.
 
     Args:
         loggers: The loggers.

@@ -61,6 +61,14 @@ class BatchProbe:
         if len(fresh) < len(self._rows):
             self._read_anew()
 
+    def skip_to(self, step: int) -> None:
+        """Go on from the buffers after a step, the first after several that were not read."""
+        self._latest = None
+        if any(row.is_stale() for row in self._rows):
+            self._read_anew()
+        for row in self._rows:
+            row.skip_to(step)
+
     def follow(self, layers: Iterable[BatchNormLayer]) -> None:
         """Read these layers from now on, and keep earlier readings of them."""
         self._layers = tuple(layers)

@@ -18,6 +18,7 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
+from bnguard.observe.budget import Overhead
 from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
     BadValueOrigin,
@@ -82,6 +83,7 @@ class Run:
         weight_change: |weights - reference| / |reference|; None without a reference.
         stored_steps: Training steps that a checkpoint records; None if it does not.
         unknown: Modules that normalise over the batch and are not known as BN layers.
+        overhead: What watching cost; None if no step was watched.
     """
 
     steps: int = 0
@@ -102,6 +104,7 @@ class Run:
     weight_change: float | None = None
     stored_steps: int | None = None
     unknown: tuple[UnknownLayer, ...] = ()
+    overhead: Overhead | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,6 +123,8 @@ class LayerHistory:
         training: Whether the layer is in train mode; None for a checkpoint.
         is_affine_frozen: Whether gamma and beta cannot learn; None without them.
         is_affine_frozen_at_start: The same when watching began.
+        is_held_at_start: Whether the layer was in eval mode when watching began, and a module next
+            to it in train mode.
         is_left_out: Whether gamma or beta require gradients but no optimizer has them.
         is_following: Whether something other than training writes the weights around the layer, as
             in a teacher or target network, while its statistics stay as at the start.
@@ -169,6 +174,7 @@ class LayerHistory:
     training: bool | None = None
     is_affine_frozen: bool | None = None
     is_affine_frozen_at_start: bool | None = None
+    is_held_at_start: bool = False
     is_left_out: bool = False
     is_following: bool = False
     unsaved: tuple[str, ...] = ()
@@ -379,6 +385,13 @@ class History:
                 "use register_buffer"
             )
         notes += self._notes_on_momentum()
+        cost = self.run.overhead
+        if cost is not None and cost.steps_left_out:
+            notes.append(
+                f"{cost.steps_left_out:,} of {self.run.steps:,} steps were not read, so that "
+                f"watching costs little: {cost.seconds:.2g} s, {cost.share:.1%} of the training "
+                "(max_overhead=0 reads all)"
+            )
         return tuple(notes)
 
     def _notes_on_momentum(self) -> Iterator[str]:

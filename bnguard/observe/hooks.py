@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bnguard.observe.budget import own_time
+
 Note = Callable[..., None]
 
 _CALL = nn.Module._call_impl.__code__
@@ -21,7 +23,12 @@ class Hooks:
 
     An error in a note does not end the user's forward: :meth:`raise_error` raises it later, and the
     notes stop.
+
+    Attributes:
+        errors: Errors in notes so far, in this process.
     """
+
+    errors = 0
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -141,9 +148,11 @@ class _Hook:
             return
         if self._hooks._error is None and not self.is_removed:
             try:
-                self._note(*call)
+                with own_time:
+                    self._note(*call)
             except Exception as error:
                 self._hooks._error = error
+                Hooks.errors += 1
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _inert_hook, ()

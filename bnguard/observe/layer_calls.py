@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ from bnguard.observe.hooks import Hooks, Note
 
 # Different sizes with a count of their own.
 _MAX_DIFFERENT = 256
+# Steps in a row that a layer repeats until its hook may leave, and the steps until it is back.
+_STEPS_BEFORE_REST = 100
+_STEPS_OF_REST = 31
+
+_IS_TRAINING = operator.attrgetter("training")
 
 
 class ShapeProbe:
@@ -47,16 +54,47 @@ class ShapeProbe:
         self._forwards = 0
         self._is_inside = False
         self._model = model
+        self._parts: list[_Part] = []
+        self._steps_until_turn = _STEPS_BEFORE_REST + 2
         self.follow(layers)
 
     def follow(self, layers: Iterable[BatchNormLayer]) -> None:
         """Watch these layers from now on, and keep earlier counts of them."""
+        self.wake()
         self.hooks.close()
         self.hooks.before(self._model, self._enter)
         self.hooks.after(self._model, self._leave)
-        for layer in layers:
-            record = self.records.setdefault(layer.name, ShapeRecord())
-            self.hooks.before(layer.module, self._noted(layer, record))
+        self._parts = []
+        for layers_of_part in parts_of(self._model, layers):
+            part = _Part()
+            self._parts.append(part)
+            for layer in layers_of_part:
+                record = self.records.setdefault(layer.name, ShapeRecord())
+                handle = self.hooks.before(layer.module, self._noted(layer, record, part))
+                part.members.append(_Member(layer, handle.id, record))
+
+    def start_step(self, step: int) -> None:
+        """Count the next calls to this step; send hooks away that see nothing new, or call them.
+
+        They are back for one step in 32, and at once when the first layer of their part is called
+        in any other way than before.
+        """
+        self.step = step
+        self._steps_until_turn -= 1
+        if self._steps_until_turn > 0:
+            return
+        if any(part.resting for part in self._parts):
+            self.wake()
+        else:
+            for part in self._parts:
+                part.rest(step - 1)
+            self._steps_until_turn = _STEPS_OF_REST
+
+    def wake(self) -> None:
+        """Call the hooks back, and complete the counts."""
+        for part in self._parts:
+            if part.wake():
+                self._steps_until_turn = 1
 
     def _enter(self, args: tuple[object, ...]) -> None:
         self._forwards += 1
@@ -65,7 +103,7 @@ class ShapeProbe:
     def _leave(self, args: tuple[object, ...], output: object) -> None:
         self._is_inside = False
 
-    def _noted(self, layer: BatchNormLayer, record: ShapeRecord) -> Note:
+    def _noted(self, layer: BatchNormLayer, record: ShapeRecord, part: _Part) -> Note:
         # Estimating the statistics anew sets another momentum.
         usual_momentum = layer.momentum
         module, has_modes = layer.module, layer.has_modes
@@ -78,12 +116,15 @@ class ShapeProbe:
             # any of Python's code is in the processor's caches.
             if (
                 (module.training if has_modes else layer.uses_batch_statistics)
-                and self._is_inside
                 and not self.is_evaluating
                 and torch.is_grad_enabled()
-                and record.is_repeated(values.shape, self.step, self._forwards)
+                and (self._is_inside or not is_recomputing())
+                and (part.first is not record or part.is_training())
+                and record.is_repeated(values.shape, self.step, self._forward(), self._is_inside)
             ):
                 return
+            if part.first is record:
+                part.wake()
             if layer.uses_batch_statistics:
                 note_batch(values.shape)
             else:
@@ -116,13 +157,18 @@ class ShapeProbe:
 
         return note
 
+    def _forward(self) -> int:
+        """Return a number of the current forward of the model; outside, of the calls of a step."""
+        return self._forwards if self._is_inside else -self.step
+
     def _place(self, record: ShapeRecord) -> None:
         """Count a call with batch statistics in its forward, or in the backward."""
         record.calls.outside += not self._is_inside
+        record.is_inside = self._is_inside
         if is_recomputing():
             record.calls.recomputed += 1
             return
-        record.count_call(self.step, self._forwards if self._is_inside else -self.step)
+        record.count_call(self.step, self._forward())
         if torch.is_grad_enabled():
             record.count_with_grad(self.step)
         else:
@@ -137,11 +183,19 @@ class ShapeRecord:
         calls: The counts, without ``in_training``, which the shapes give.
         calls_now: Calls so far in the current step.
         position: Index in the order of first calls, in any mode.
+        is_inside: Whether the newest call with batch statistics was in a forward of the model.
+        repeated: Steps in a row with one call that repeats that of the step before.
+        step: Step of the newest call with batch statistics; -1 after a frozen one.
+        forward: Forward of that call.
     """
 
     calls: Calls = field(default_factory=Calls)
     calls_now: int = 0
     position: int | None = None
+    is_inside: bool = True
+    repeated: int = 0
+    step: int = 0
+    forward: int = 0
     _step_without_grad: int = 0
     _waiting: int = 0
     _step_in_eval_mode: int = 0
@@ -149,9 +203,7 @@ class ShapeRecord:
     _sizes: dict[int, int] = field(default_factory=dict)
     _latest_shape: torch.Size | None = None
     _repeats: int = 0
-    _forward: int = 0
     _calls_in_forward: int = 0
-    _step: int = 0
     _earlier_step: int = 0
     _frozen_step: int = 0
 
@@ -171,18 +223,28 @@ class ShapeRecord:
         # Without a known call, the layer is compiled: hooks do not run.
         return max(1, round(calls / max(calls - self.calls.recomputed, 1)))
 
-    def is_repeated(self, shape: torch.Size, step: int, forward: int) -> bool:
+    def is_repeated(self, shape: torch.Size, step: int, forward: int, is_inside: bool) -> bool:
         """Return whether a call repeats that of the step before, and count it if so."""
-        if step != self._step + 1 or self.calls_now != 1 or shape != self._latest_shape:
+        if (
+            step != self.step + 1
+            or self.calls_now != 1
+            or shape != self._latest_shape
+            or is_inside is not self.is_inside
+        ):
             return False
-        self._repeats += 1
-        self._step, self._forward = step, forward
+        self.repeat(1, step, forward)
         return True
+
+    def repeat(self, times: int, step: int, forward: int) -> None:
+        """Count steps, up to this one, that repeated the newest call."""
+        self._repeats += times
+        self.repeated += times
+        self.step, self.forward = step, forward
 
     def count_shape(self, shape: torch.Size) -> int:
         """Count a batch, and return the number of batches with its values per channel."""
         self._count_repeats()
-        self._latest_shape = shape
+        self._latest_shape, self.repeated = shape, 0
         _count(self._sizes, shape[0], 1)
         return _count(self._values, values_per_channel(shape), 1)
 
@@ -190,14 +252,15 @@ class ShapeRecord:
         if self._repeats and self._latest_shape is not None:
             _count(self._sizes, self._latest_shape[0], self._repeats)
             _count(self._values, values_per_channel(self._latest_shape), self._repeats)
+            self.calls.outside += 0 if self.is_inside else self._repeats
             self._repeats = 0
 
     def count_call(self, step: int, forward: int) -> None:
         """Count a call in this step and this forward of the model."""
-        if step != self._step:
-            self._step, self.calls_now = step, 0
-        if forward != self._forward:
-            self._forward, self._calls_in_forward = forward, 0
+        if step != self.step:
+            self.step, self.calls_now = step, 0
+        if forward != self.forward:
+            self.forward, self._calls_in_forward = forward, 0
         self.calls_now += 1
         self._calls_in_forward += 1
         self.calls.most_per_step = max(self.calls.most_per_step, self.calls_now)
@@ -207,8 +270,8 @@ class ShapeRecord:
         """Count a call in training with running statistics."""
         self.calls.frozen += 1
         self.calls.frozen_after += self.calls.unfrozen_step is not None
-        self._earlier_step = max(self._earlier_step, self._step)
-        self._step = -1  # the next call with batch statistics is no repetition
+        self._earlier_step = max(self._earlier_step, self.step)
+        self.step = -1  # the next call with batch statistics is no repetition
 
     def count_without_grad(self, step: int) -> None:
         """Count a call under ``torch.no_grad`` in this step."""
@@ -236,7 +299,92 @@ class ShapeRecord:
 
     def is_held_in_eval_mode(self, step: int) -> bool:
         """Return whether training called the layer only in eval mode in this, the newest step."""
-        return self._frozen_step >= step > max(self._step, self._earlier_step)
+        return self._frozen_step >= step > max(self.step, self._earlier_step)
+
+
+class _Member(NamedTuple):
+    layer: BatchNormLayer
+    hook: int
+    record: ShapeRecord
+
+
+class _Part:
+    """Layers that are called together: while the first repeats itself, others need no hook.
+
+    Attributes:
+        members: The layers.
+        first: The record of the one that is called first, while others rest.
+        resting: Those without a hook, and it.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[_Member] = []
+        self.first: ShapeRecord | None = None
+        self.resting: list[tuple[_Member, Callable[..., object]]] = []
+        self._modules: list[nn.Module] = []
+        self._repeated = 0
+
+    def is_training(self) -> bool:
+        """Return whether the modes of those that rest are as they were."""
+        return all(map(_IS_TRAINING, self._modules))
+
+    def rest(self, step: int) -> None:
+        """Take the hooks off that saw nothing new for long, this step included."""
+        steady = [
+            member
+            for member in self.members
+            if member.record.repeated >= _STEPS_BEFORE_REST and member.record.step == step
+        ]
+        first = min(
+            (member.record for member in self.members if member.record.position is not None),
+            key=lambda record: record.position or 0,
+            default=None,
+        )
+        if first is None or all(member.record is not first for member in steady):
+            return
+        self.first, self._repeated = first, first.repeated
+        for member in steady:
+            hooks = member.layer.module._forward_pre_hooks
+            if member.record is not first and member.layer.has_modes and member.hook in hooks:
+                self.resting.append((member, hooks.pop(member.hook)))
+        self._modules = [member.layer.module for member, _ in self.resting]
+
+    def wake(self) -> bool:
+        """Put the hooks back; return whether any was away."""
+        first, self.first = self.first, None
+        resting, self.resting, self._modules = self.resting, [], []
+        for member, hook in resting:
+            assert first is not None
+            member.record.repeat(first.repeated - self._repeated, first.step, first.forward)
+            member.layer.module._forward_pre_hooks[member.hook] = hook
+        return bool(resting)
+
+
+def parts_of(
+    model: nn.Module, layers: Iterable[BatchNormLayer]
+) -> Iterator[tuple[BatchNormLayer, ...]]:
+    """Yield the layers in each child of a model, and those that are its children, together.
+
+    If one child holds all of them, it is that child that is divided.
+
+    >>> from bnguard.layers.bn_layer import find_layers
+    >>> inner = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.BatchNorm1d(2)))
+    >>> model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), inner)
+    >>> [[layer.name for layer in part] for part in parts_of(model, find_layers(model))]
+    [['0.0', '0.1'], ['1.0', '1.1.0']]
+    """
+    by_module = {layer.module: layer for layer in layers}
+    whole, parts = model, [model]
+    while len(parts) == 1:
+        whole = parts[0]
+        children = [child for child in whole.children() if child not in by_module]
+        parts = [c for c in children if any(module in by_module for module in c.modules())]
+        if any(child in by_module for child in whole.children()):
+            break
+    for part in [*parts, model]:
+        found = [by_module.pop(module) for module in part.modules() if module in by_module]
+        if found:
+            yield tuple(found)
 
 
 def is_recomputing() -> bool:

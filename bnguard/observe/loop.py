@@ -17,6 +17,9 @@ from bnguard.observe.hooks import Hooks
 Arguments = tuple[object, ...]
 Keywords = dict[str, object]
 
+# Forwards of the model itself in training, after which single layers in it are not called alone.
+_FORWARDS_OF_MODEL = 10
+
 
 class _OptimizerSteps:
     """Counts the steps of all optimizers in the process, from the first probe on."""
@@ -80,6 +83,7 @@ class LoopProbe:
         self._has_trained: bool | None = None
         self._is_due = False
         self._is_confirmed = False
+        self._forwards = 0
         for optimizer in optimizers:
             self.follow(optimizer)
         if not self._optimizer_handles:
@@ -89,12 +93,20 @@ class LoopProbe:
         inner = next((part for part in model.modules() if not is_wrapper(part)), model)
 
         def note(args: Arguments, kwargs: Keywords) -> None:
+            if children and torch.is_grad_enabled():
+                self._forwards += 1
+                if self._forwards == _FORWARDS_OF_MODEL:
+                    for handle in children:
+                        handle.remove()
             self._note_forward(not inner.training, model, args, kwargs)
 
         # Before what other probes note of the same forward.
         self.hooks.before(model, note, with_kwargs=True, prepend=True)
+        children = []
         for layer in _first_of_each_part(inner, layers):
-            self._follow_layer(inner, layer)
+            handle = self._follow_layer(inner, layer)
+            if layer.module in set(inner.children()):
+                children.append(handle)
 
     @property
     def has_steps(self) -> bool:
@@ -153,7 +165,7 @@ class LoopProbe:
             self._optimizer_handles.append(handle)
             return
 
-    def _follow_layer(self, model: nn.Module, layer: BatchNormLayer) -> None:
+    def _follow_layer(self, model: nn.Module, layer: BatchNormLayer) -> RemovableHandle:
         """Notice forwards that call parts of the model, as an encoder and a decoder."""
         has_trained = False
 
@@ -164,7 +176,7 @@ class LoopProbe:
             is_in_eval_mode = not is_training and (has_trained or not model.training)
             self._note_forward(is_in_eval_mode, layer.module, args, kwargs)
 
-        self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
+        return self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
 
     def _note_forward(
         self, is_in_eval_mode: bool, module: nn.Module, args: Arguments, kwargs: Keywords

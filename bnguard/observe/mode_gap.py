@@ -17,9 +17,10 @@ in eval mode; the outputs with batch statistics are the reference. ``watch``, ``
 ``diagnose`` and ``swap`` all use the functions of this module.
 
 While a model is watched, the smallest module that holds all BN layers and is called in evaluation
-runs again on a batch of it, once in each mode, and so does the largest, for the flips. This needs
-no label and no step function of the user. Forward hooks of the user do run again, because pruning,
-weight normalisation and offloading work through them.
+runs again on rows of its first batches, once in each mode, and so does the largest, for the flips.
+One batch alone may hold a single class, or only the real images of a GAN. This needs no label and
+no step function of the user. Forward hooks of the user do run again, because pruning, weight
+normalisation and offloading work through them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ MAX_CAPTURED_BYTES = 128 * 2**20
 
 # Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
 _ENOUGH_SAMPLES = 32
+
+# Batches of an evaluation that are mixed: the first alone may hold one class or kind of data.
+_MIXED_BATCHES = 4
 
 # Difference of the probabilities of two classes up to which they tie.
 _MAX_TIE = 0.05
@@ -188,7 +192,7 @@ class _Call:
     """A call of a module during evaluation, and the settings that it ran under.
 
     Attributes:
-        first_rows: Rows of the first batch, if several were joined.
+        first: The call with the first batch, if several were joined.
     """
 
     module: nn.Module
@@ -198,13 +202,18 @@ class _Call:
     is_autocast: bool
     autocast_dtype: torch.dtype
     is_inference: bool
-    first_rows: int | None = None
+    first: _Call | None = None
 
     @property
     def rows(self) -> int:
-        """The size that the first dimension of all inputs shares; 0 if they differ."""
-        sizes = {len(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.dim()}
-        return sizes.pop() if len(sizes) == 1 else 0
+        """The size that the first dimension of all inputs shares; 0 if they differ.
+
+        0 with a sparse input too, of which rows cannot be taken.
+        """
+        tensors = [tensor for tensor in _tensors((self.args, self.kwargs)) if tensor.dim()]
+        sizes = {len(tensor) for tensor in tensors}
+        are_dense = all(tensor.layout is torch.strided for tensor in tensors)
+        return sizes.pop() if len(sizes) == 1 and are_dense else 0
 
     def outputs(self) -> list[Tensor]:
         """Run the module on a copy of the inputs and return its floating-point tensors."""
@@ -213,28 +222,39 @@ class _Call:
         with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
             return list(float_tensors(self.module(*args, **kwargs)))
 
-    def first(self, rows: int) -> _Call:
-        """Return the call for the first rows alone."""
+    def part(self, rows: slice) -> _Call:
+        """Return the call for some of its rows."""
         args, kwargs = tree_map(
-            lambda leaf: leaf[:rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+            lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
             (self.args, self.kwargs),
         )
-        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=None)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, first=None)
 
     def joined_with(self, other: _Call) -> _Call:
         """Return one call for the rows of both; this one if their inputs do not fit together."""
-        if 0 in (self.rows, other.rows) or self.is_inference != other.is_inference:
+        if not other.rows or self.is_inference != other.is_inference:
             return self
         try:
             args, kwargs = tree_map(_join, (self.args, self.kwargs), (other.args, other.kwargs))
         except (RuntimeError, ValueError):
             return self
-        first_rows = self.first_rows or self.rows
-        return dataclasses.replace(self, args=args, kwargs=kwargs, first_rows=first_rows)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+
+def _mix(calls: Sequence[_Call]) -> _Call:
+    """Return one call with rows of all; as many as the first call has, if those are enough."""
+    first, *others = calls
+    if not others:
+        return first
+    share = first.rows if first.rows < _ENOUGH_SAMPLES else first.rows // len(calls)
+    start = mixed = first.part(slice(share))
+    for other in others:
+        mixed = mixed.joined_with(other.part(slice(share)))
+    return first if mixed is start else dataclasses.replace(mixed, first=first)
 
 
 class GapProbe:
-    """Keeps a batch of an evaluation, and measures the mode gap on it.
+    """Keeps rows of the first batches of an evaluation, and measures the mode gap on them.
 
     Args:
         model: The model.
@@ -248,7 +268,7 @@ class GapProbe:
         means = [layer.running_mean for layer in self._layers]
         self._device = "cpu" if not means or means[0] is None else means[0].device.type
         # By the depth of the module in the model: the largest and the smallest that is called.
-        self._kept: dict[int, _Call] = {}
+        self._kept: dict[int, list[_Call]] = {}
         self._of_batch: _OfBatch | None = None
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
@@ -289,16 +309,21 @@ class GapProbe:
                 preserve_buffers(self._model),
                 preserve_statistics(self._layers),
             ):
+                # The loop may have put the model back in train mode since.
+                for module in self._model.modules():
+                    module.training = False
                 return self._compare(smallest, largest)
         except Exception as error:
-            if self._kept[smallest].rows == 1:
+            if _mix(self._kept[smallest]).rows == 1:
                 return "1 sample of evaluation is too few for batch statistics"
             return f"the model raised {type(error).__name__} when the batch was run again"
 
     def _compare(self, smallest: int, largest: int) -> ModeGap:
-        inner, running = _run(self._kept[smallest])
-        outer, scores = (inner, running) if largest == smallest else _run(self._kept[largest])
-        self._kept = {smallest: inner, largest: outer}
+        inner, running = _run(_mix(self._kept[smallest]))
+        outer, scores = inner, running
+        if largest != smallest:
+            outer, scores = _run(_mix(self._kept[largest]))
+        self._kept = {smallest: [inner], largest: [outer]}
         if self._of_batch is None:
             are_samples = _has_independent_rows(inner, running)
             for layer in self._layers:
@@ -319,26 +344,31 @@ class GapProbe:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> None:
-        kept = self._kept.get(depth)
-        if kept is None:
+        kept = self._kept.get(depth, [])
+        if not kept:
             is_wanted = not self._kept or not min(self._kept) < depth < max(self._kept)
         else:
-            is_wanted = 0 < kept.rows < _ENOUGH_SAMPLES
+            rows = [call.rows for call in kept]
+            is_wanted = all(rows) and (len(kept) < _MIXED_BATCHES or sum(rows) < _ENOUGH_SAMPLES)
         if not is_wanted or any(layer.is_training for layer in self._layers):
-            return
-        size = sum(map(_bytes, _tensors((args, kwargs))))
-        if size > MAX_CAPTURED_BYTES:
-            self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
             return
         call = _Call(
             module,
-            *_copy((args, kwargs)),
+            args,
+            kwargs,
             device=self._device,
             is_autocast=torch.is_autocast_enabled(self._device),
             autocast_dtype=torch.get_autocast_dtype(self._device),
             is_inference=torch.is_inference_mode_enabled(),
         )
-        self._kept[depth] = call if kept is None else kept.joined_with(call)
+        if kept and kept[0].rows >= _ENOUGH_SAMPLES:
+            call = call.part(slice(kept[0].rows // 2))
+        size = sum(map(_bytes, _tensors((call.args, call.kwargs))))
+        if size > MAX_CAPTURED_BYTES:
+            self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
+            return
+        args, kwargs = _copy((call.args, call.kwargs))
+        self._kept[depth] = [*kept, dataclasses.replace(call, args=args, kwargs=kwargs)]
         self._kept = {depth: self._kept[depth] for depth in (min(self._kept), max(self._kept))}
 
 
@@ -355,8 +385,6 @@ def _copy(
 def _join(one: object, other: object) -> object:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim()):
         return one
-    if one.layout is not torch.strided:
-        raise ValueError("the rows of sparse tensors cannot be taken apart again")
     return torch.cat([one, other])
 
 
@@ -410,20 +438,20 @@ def _run(call: _Call) -> tuple[_Call, list[Tensor]]:
     try:
         return call, call.outputs()
     except Exception:
-        if call.first_rows is None:
+        if call.first is None:
             raise
-    first = call.first(call.first_rows)
-    return first, first.outputs()
+    return call.first, call.first.outputs()
 
 
 def _change_of_half(call: _Call, outputs: Sequence[Tensor]) -> float | None:
-    """Return the change if the first half of the rows runs alone; None if it is unknown."""
-    half, places = call.rows // 2, places_of_rows([outputs], [call.rows])
+    """Return the change if every second row runs without the others; None if it is unknown."""
+    places = places_of_rows([outputs], [call.rows])
     if not places or call.rows < _MIN_SAMPLES_TO_HALVE:
         return None
-    alone = call.first(half).outputs()
+    half = slice(None, None, 2)
+    alone = call.part(half).outputs()
     return relative_change(
-        [alone[place] for place in places], [outputs[place][:half] for place in places]
+        [alone[place] for place in places], [outputs[place][half] for place in places]
     )
 
 

@@ -68,6 +68,8 @@ class SampleProbe:
         self._shape: torch.Size | None = None
         self._steps = self._steps_of_run = 0
         self._is_read = True
+        self._current: InputWindow | None = None
+        self._is_current = False
         self._place = 0
 
     def start_window(self) -> None:
@@ -75,6 +77,7 @@ class SampleProbe:
         self._newest, self._newest_count = self.window(), max(len(self._batches), 2)
         self._windows = [*self._windows, *self._summarise()][-_MAX_WINDOWS:]
         self._batches, self._steps, self._is_read = [], 0, True
+        self._is_current = False
 
     def start_step(self) -> None:
         """Count the next calls to the next step."""
@@ -86,6 +89,11 @@ class SampleProbe:
 
     def window(self) -> InputWindow | None:
         """Return the newest window with at least half the batches of the last full one."""
+        if not self._is_current:
+            self._current, self._is_current = self._compare(), True
+        return self._current
+
+    def _compare(self) -> InputWindow | None:
         count, newest = len(self._batches), self._newest
         if count < 2 or (newest is not None and 2 * count < self._newest_count):
             return newest
@@ -149,6 +157,7 @@ class SampleProbe:
         if samples.shape[1:] != self._shape:
             self._shape = samples.shape[1:]
             self._batches, self._windows, self._first = [], [], []
+        self._is_current = False
         with torch.no_grad():
             mean, variance = mean_and_biased_var(_select_features(samples))
         self._batches.append(_Batch((place, self._steps, len(samples)), mean, variance))

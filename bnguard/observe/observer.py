@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -49,6 +50,8 @@ class Observer:
         model: The model.
         layers: Its BN layers.
         steps: Training steps observed.
+        is_pausing: Whether the newest steps were passed over.
+        steps_left_out: Training steps that were passed over.
     """
 
     def __init__(
@@ -63,7 +66,11 @@ class Observer:
         on_batch_of_one: Callable[[], None],
     ) -> None:
         self.layers = find_layers(model)
-        self.steps = 0
+        self.steps = self.steps_left_out = 0
+        self.is_pausing = False
+        self._pause = ExitStack()
+        self._last: BatchNormLayer | None = None
+        self._errors_before = Hooks.errors
         self._is_closed = False
         self._is_loaded = False
         self.model = model
@@ -82,7 +89,7 @@ class Observer:
         self._origin: OriginProbe | None = None
         self._following: dict[str, EvalWindow] = {}
         self._followers: tuple[BatchNormLayer, ...] = ()
-        self._follower_probe = EvalProbe(model, (), eval_batches)
+        self._follower_probe = self._moments = EvalProbe(model, (), eval_batches)
 
         self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
@@ -99,6 +106,8 @@ class Observer:
         self._trained_by = OptimizerProbe(optimizers, self.layers)
         self._weights = WeightProbe(model)
         self._described_at_start = describe_layers(model)
+        known = {layer.module for layer in self.layers}
+        self._held_at_start = {layer.name for layer in self.layers if _is_held(model, layer, known)}
         self._places = _places_of(self.layers)
         self._choose_sources()
         self._follow_entrance()
@@ -111,6 +120,45 @@ class Observer:
         """Read the buffers after training step number ``step``."""
         self._raise_errors()
         self._unknown.end_look()
+        self._count_step(step)
+        if self.is_pausing:
+            self._end_pause()
+        else:
+            self._batches.read(step)
+        if self.steps == 1:
+            if self._is_loaded:
+                self._weights.start_anew()
+            self.follow_model()
+
+    def pass_over(self, step: int) -> None:
+        """Count training step number ``step`` without reading the buffers, to save time.
+
+        Unless it poisons the statistics of the last layer, as NaN and Inf in any layer do.
+        """
+        self._raise_errors()
+        if not self.is_pausing:
+            hooks = (self._entrance.hooks, self._batches.hooks, self._streams.hooks)
+            self._pause.enter_context(paused(*hooks))
+            self._last = self._layer_called_last()
+            self.is_pausing = True
+        self._count_step(step)
+        self.steps_left_out += 1
+        if self._last is not None and _is_poisoned(self._last):
+            self._end_pause()
+
+    def _end_pause(self) -> None:
+        self._pause.close()
+        self.is_pausing = False
+        self._batches.skip_to(self._step)
+
+    def _layer_called_last(self) -> BatchNormLayer | None:
+        """Return the layer that is called last, if it can show that statistics are poisoned."""
+        positions = {layer: self._shapes.records[layer.name].position for layer in self.layers}
+        last = max(self.layers, key=lambda layer: positions[layer] or 0)
+        is_readable = last.running_var is not None and last.running_var.is_cpu
+        return last if is_readable and not _is_poisoned(last) else None
+
+    def _count_step(self, step: int) -> None:
         # The batches of a step, whose gradients are accumulated, have one number.
         if step != self._step or not self.steps:
             self.steps += 1
@@ -120,16 +168,11 @@ class Observer:
             self._longest_in_eval_mode = max(self._longest_in_eval_mode, self._now_in_eval_mode)
         self._step = step
         self._weights.note_step()
-        self._shapes.step = step + 1
+        self._shapes.start_step(step + 1)
         self._finiteness.step = step + 1
         self._samples.start_step()
         if self._origin is not None:
             self._origin.step = step + 1
-        self._batches.read(step)
-        if self.steps == 1:
-            if self._is_loaded:
-                self._weights.start_anew()
-            self.follow_model()
 
     def follow_model(self) -> None:
         """Notice layers that were added, removed or converted, and calls that need another probe.
@@ -138,6 +181,7 @@ class Observer:
         """
         if self._is_closed:
             return
+        self._shapes.wake()
         self._weights.follow_model()
         layers = find_layers(self.model)
         places = _places_of(layers)
@@ -167,10 +211,11 @@ class Observer:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Read the inputs of the layers in eval mode, then measure the mode gap."""
+        self._catch_up()
         self.follow_model()
         if self._is_bystander is None and self.steps:
             self._is_bystander = self._was_never_called()
-        moments = EvalProbe(self.model, self.layers, self._eval_batches)
+        moments = self._moments = EvalProbe(self.model, self.layers, self._eval_batches)
         self._evaluation_hooks = (moments.hooks,)
         held = self._held_in_eval_mode()
         gap = GapProbe(self.model, [layer for layer in self.layers if layer.name not in held])
@@ -202,6 +247,13 @@ class Observer:
             gap.close()
             self._batches.forget_changes()
 
+    def has_read_a_batch(self) -> bool:
+        """Return whether the newest evaluation has as many values as a batch of training."""
+        return any(
+            window.count >= max(self._shapes.records[name].values_per_channel(), default=0)
+            for name, window in self._moments.windows(self._step).items()
+        )
+
     def catch_up(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
@@ -212,6 +264,7 @@ class Observer:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Observe nothing inside; changes of the buffers do not count as updates."""
+        self._catch_up()
         with paused(self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
             yield
         self._batches.forget_changes()
@@ -254,6 +307,7 @@ class Observer:
         Args:
             is_settled: Whether the statistics are used without a further update.
         """
+        self._catch_up()
         self.follow_model()
         if self.steps == 0:
             # A loop whose steps are not noticed changes the buffers too.
@@ -292,15 +346,24 @@ class Observer:
             run=run,
         )
 
+    def _catch_up(self) -> None:
+        """Take the buffers as they are, if the newest steps were passed over."""
+        if self.is_pausing and not self._is_closed:
+            self._batches.skip_to(self._step)
+
     def close(self) -> None:
         """Remove the hooks; the observations stay."""
+        self._catch_up()
         self._is_closed = True
+        self._shapes.wake()
         self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
 
     def _raise_errors(self) -> None:
         """Raise the first error of a hook, which did not end the user's forward."""
+        if Hooks.errors == self._errors_before:
+            return
         for hooks in self._all_hooks:
             hooks.raise_error()
 
@@ -348,6 +411,7 @@ class Observer:
             described,
             is_affine_frozen=is_affine_frozen,
             is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
+            is_held_at_start=layer.name in self._held_at_start,
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
@@ -401,15 +465,20 @@ class Observer:
             parts = [self.model]
         for part in parts:
             modules = set(part.modules())
-            layers = [layer for layer in self.layers if layer.module in modules]
+            layers = [
+                layer
+                for layer in self.layers
+                if layer.module in modules
+                and not self._shapes.records[layer.name].values_per_channel()
+            ]
             if layers and self._weights.have_changed_since_start(part):
                 yield from filter(self._is_as_at_start, layers)
 
     def _is_as_at_start(self, layer: BatchNormLayer) -> bool:
-        """Return whether a layer without training calls has the statistics of the start."""
-        start, record = self._at_start.get(layer.name), self._shapes.records[layer.name]
+        """Return whether a layer has the statistics of the start."""
+        start = self._at_start.get(layer.name)
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-        if start is None or running is None or record.values_per_channel():
+        if start is None or running is None:
             return False
         return bool(
             np.array_equal(start.running.mean, running.mean)
@@ -446,9 +515,11 @@ class Observer:
         """Ignore, on ranks other than 0, what DDP writes to the buffers before a forward."""
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             inner = next(module for module in self.model.modules() if not is_wrapper(module))
-            self._broadcasts.before_outermost(
-                [inner], lambda args, kwargs: self._batches.forget_changes()
-            )
+            self._broadcasts.before_outermost([inner], self._note_broadcast)
+
+    def _note_broadcast(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not self.is_pausing:
+            self._batches.forget_changes()
 
     def _watch_loading(self) -> None:
         """Notice a state dict that is loaded into a layer, alone or with the model."""
@@ -470,6 +541,19 @@ class Observer:
         """Report at once, because PyTorch will reject the batch without naming the layer."""
         self._batch_of_one_steps.setdefault(name, self._step + 1)
         self._on_batch_of_one()
+
+
+def _is_poisoned(layer: BatchNormLayer) -> bool:
+    var = layer.running_var
+    return var is not None and not math.isfinite(var[-1].item())
+
+
+def _is_held(model: nn.Module, layer: BatchNormLayer, known: set[nn.Module]) -> bool:
+    """Return whether a layer is in eval mode, unlike the modules next to it that hold no layer."""
+    if layer.is_training or not layer.has_modes:
+        return False
+    around = model.get_submodule(layer.name.rpartition(".")[0])
+    return any(child.training and known.isdisjoint(child.modules()) for child in around.children())
 
 
 def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:

@@ -15,7 +15,6 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,20 +27,18 @@ from bnguard.layers.moments import wide, wide_dtype
 from bnguard.observe.call_statistics import InputProbe
 from bnguard.observe.history import BatchWindow, RunningStatistics
 
-# Steps whose buffers wait to be processed together, because small operations cost by their number.
-# Each pending step holds two vectors of all channels, next to eight others, so more than a few may
-# wait only if all of them are small.
-_FEW_PENDING = 3
-_MANY_PENDING = 32
-_OTHER_VECTORS = 8
-_SMALL_BYTES = 256 * 2**10
+# Steps that are processed together, because small operations cost by their number: as many as fit
+# in a part of a processor's cache, and some in any case.
+_FEW_STEPS = 3
+_MANY_STEPS = 32
+_CACHED_BYTES = 4 * 2**20
 
 
 class BufferRow:
     """L layers whose buffers share a device and a dtype, as one row of C channels in all.
 
-    Holds at most 14 vectors of C values between two steps (6 of buffers, 7 of the window, and the
-    layer of each channel), or 256 KiB if that is more.
+    Holds at most 16 vectors of C values between two steps (8 of buffers, 7 of the window, and the
+    layer of each channel), or 4 MiB and 8 vectors if that is more.
 
     Args:
         layers: The layers; either all have counters or none.
@@ -63,7 +60,9 @@ class BufferRow:
         self._has_counters = layers[0].counter is not None
         self._counter_places = [place[2] for place in places] if self._has_counters else []
         self._buffers = self._current()
-        self._are_flat = all(buffer.dim() == 1 for buffer in self._buffers)
+        self._are_plain = all(
+            buffer.dim() == 1 and not buffer.requires_grad for buffer in self._buffers
+        )
         self._index = {layer.name: index for index, layer in enumerate(layers)}
 
         first = self._buffers[0]
@@ -80,11 +79,20 @@ class BufferRow:
         self._momentum_places = [place for layer in layers for place in layer.momentum_place()]
         self._repeats = dict(repeats)
         self._use_momenta(self._current_momenta())
-        self._pending: list[_Snapshot] = []
-        self._old = self._snapshot(0)
-        vectors = _SMALL_BYTES // max(self._old.values.nbytes // 2, 1)
-        small = (vectors - _OTHER_VECTORS) // 2
-        self._max_pending = min(max(small, _FEW_PENDING), _MANY_PENDING)
+
+        channels = edges[-1]
+        fitting = _CACHED_BYTES // max(2 * channels * self._dtype.itemsize, 1) - 1
+        self._most_steps = 1 if restore_poisoned else min(max(fitting, _FEW_STEPS), _MANY_STEPS)
+        # The buffers before the first of the steps that wait, and after each: means, variances.
+        self._values = torch.zeros(
+            self._most_steps + 1, 2 * channels, dtype=self._dtype, device=self._device
+        )
+        self._counters = torch.zeros(
+            self._most_steps + 1, len(layers), dtype=torch.long, device=self._device
+        )
+        self._rows = [*zip(self._values, self._counters, strict=True)]
+        self._steps: list[int] = []
+        self._copy_to(0)
         self._updates = torch.zeros(
             len(layers), dtype=wide_dtype(self._device), device=self._device
         )
@@ -106,14 +114,29 @@ class BufferRow:
     def start_window(self) -> None:
         """Begin a new window of batch statistics."""
         self._condense()
-        self._window = Window(self._old.values.view(2, -1)[0])
+        self._window = Window(self._values[0].view(2, -1)[0])
         self._weight_squares = torch.zeros_like(self._updates)
         self._blends = torch.zeros_like(self._updates)
 
     def take_as_old(self) -> None:
         """Do not count changes of the buffers so far as updates."""
         self._condense()
-        self._old = self._snapshot(self._old.step)
+        self._copy_to(0)
+
+    def skip_to(self, step: int) -> None:
+        """Go on from the buffers after a step, the first after several that were not read.
+
+        Their updates are counted, but what the batches were is not known.
+        """
+        self._condense()
+        self._steps.append(step)
+        self._copy_to(1)
+        values = self._values[:2].view(2, 2, -1)
+        self._updates += self._rises(self._counters[:2], values[:1], values[1:]).sum(0)
+        if not self._knows_at_once(values[1].sum().isfinite()):
+            self._note_poison(values[1:])
+        self._go_on_from(1)
+        self._window.skip()
 
     def use_repeats(self, repeats: Mapping[str, int]) -> None:
         """Set the calls per batch of layers, for pending steps too."""
@@ -126,17 +149,18 @@ class BufferRow:
         if momenta != self._momenta:
             self._condense()
             self._use_momenta(momenta)
-        self._pending.append(self._snapshot(step))
-        if len(self._pending) >= self._max_pending or self._restore_poisoned or calls.layers:
+        self._steps.append(step)
+        self._copy_to(len(self._steps))
+        if len(self._steps) == self._most_steps or calls.layers:
             self._condense(calls)
 
     def readings(self) -> dict[str, BufferReading]:
         """Return the readings by layer name, in one transfer from the device."""
         self._condense()
-        channels = wide(torch.cat([self._old.values.view(2, -1), self._window.rows()]))
+        channels = wide(torch.cat([self._values[0].view(2, -1), self._window.rows()]))
         layers = torch.stack(
             [
-                wide(self._old.counters),
+                wide(self._counters[0]),
                 self._updates,
                 self._poisoned_step,
                 self._restored,
@@ -169,19 +193,16 @@ class BufferRow:
     def _current(self) -> list[Tensor]:
         return [holder.get(name) for holder, name in self._places]  # type: ignore[misc]
 
-    def _snapshot(self, step: int) -> _Snapshot:
+    def _copy_to(self, row: int) -> None:
+        """Copy the buffers as they are now."""
         if not self._has_counters:
             self._buffers = self._current()
-        flat = self._buffers
-        if not self._are_flat:
+        flat, (values, counters) = self._buffers, self._rows[row]
+        if not self._are_plain:
             flat = [buffer.detach().reshape(-1) for buffer in flat]
-        values = torch.cat(flat)
-        if values.dtype is not self._dtype:
-            values = values.to(self._dtype)
-        if not self._has_counters:
-            return _Snapshot(step, values, torch.zeros(len(self._layers), device=self._device))
-        counters = [holder[name] for holder, name in self._counter_places]
-        return _Snapshot(step, values, torch.stack(counters))
+        torch.cat(flat, out=values)
+        if self._has_counters:
+            torch.stack([holder[name] for holder, name in self._counter_places], out=counters)
 
     def _current_momenta(self) -> list[object]:
         return [getattr(module, name) for module, name in self._momentum_places]
@@ -199,32 +220,56 @@ class BufferRow:
         self._repeated = torch.tensor(repeats, dtype=wide_dtype(self._device), device=self._device)
         kept = self._kept_of_old**self._repeated
         self._blend_factor = (1.0 - kept) / (1.0 + kept)
+        # Of steps with one update of each layer, as most are; none for an average of all batches.
+        self._single: tuple[Tensor, Tensor] | None = None
+        if None not in values:
+            once = torch.ones_like(self._repeated).unsqueeze(0)
+            weights, weight_squares = self._weights(once, once)
+            factor = (1.0 / weights)[0, 0].to(self._dtype)
+            if len(set(values)) > 1:
+                factor = self._of_channels(1.0 / weights)
+            self._single = factor, weight_squares
 
     @torch.no_grad()
     def _condense(self, calls: InputProbe | None = None) -> None:
-        """Turn the pending snapshots into batches, and add these to the window."""
-        if not self._pending:
+        """Turn the steps that wait into batches, and add these to the window."""
+        if not self._steps:
             return
-        snapshots = [self._old, *self._pending]
-        values = torch.stack([snapshot.values for snapshot in snapshots])
-        values = values.view(len(snapshots), 2, -1)
-        counters = torch.stack([snapshot.counters for snapshot in snapshots])
+        waiting = len(self._steps)
+        values = self._values[: waiting + 1].view(waiting + 1, 2, -1)
+        counters = self._counters[: waiting + 1]
         old, new = values[:-1], values[1:]
-        self._note_poison(new)
         rises = self._rises(counters, old, new)
-        weights, weight_squares = self._weights(rises, counters[1:])
-        weights = weights.to(self._dtype).index_select(1, self._layer_of_channel)
-        batches = (new - old).div_(weights.unsqueeze(1)).add_(old)
+        if self._single is not None and self._knows_at_once((rises == 1).all()):
+            factor, weight_squares = self._single
+            weight_squares = weight_squares.repeat(waiting, 1)
+        else:
+            weights, weight_squares = self._weights(rises, counters[1:])
+            factor = self._of_channels(1.0 / weights)
+        batches = torch.lerp(old, new, factor)
         if calls is not None:
             self._put_in(batches[-1], weight_squares[-1], calls)
-        self._window.add(batches)
+        # Batches are finite only if the buffers are.
+        is_finite = self._knows_at_once(batches.sum().isfinite())
+        if not is_finite:
+            self._note_poison(new)
+        self._window.add(batches, is_finite=is_finite)
         self._updates += rises.sum(0)
         self._weight_squares += torch.where(rises > 0, weight_squares, 0.0).sum(0)
         self._blends += (rises > 0).sum(0)
-        self._old = self._pending[-1]
         if self._restore_poisoned:
-            self._restore(snapshots[0].values.view(2, -1), self._old.values.view(2, -1))
-        self._pending = []
+            self._restore(old[-1], new[-1])
+        self._go_on_from(waiting)
+
+    def _go_on_from(self, row: int) -> None:
+        """Take the buffers after the newest step as those before the next."""
+        self._values[0] = self._values[row]
+        self._counters[0] = self._counters[row]
+        self._steps.clear()
+
+    def _of_channels(self, of_layers: Tensor) -> Tensor:
+        """Return values ``(K, L)`` for each channel, ``(K, 1, C)``."""
+        return of_layers.to(self._dtype).index_select(1, self._layer_of_channel).unsqueeze(1)
 
     def _rises(self, counters: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """Return the updates of each layer per step; without a counter, whether it changed."""
@@ -254,12 +299,10 @@ class BufferRow:
 
     def _note_poison(self, new: Tensor) -> None:
         """Note the first step after which the statistics of a layer are not finite."""
-        if self._knows_at_once(new.sum().isfinite()):
-            return
         bad = self._in_layers(~new.isfinite().all(1))
-        for snapshot, is_bad in zip(self._pending, bad, strict=True):
+        for step, is_bad in zip(self._steps, bad, strict=True):
             is_first = is_bad & self._poisoned_step.isnan()
-            self._poisoned_step.masked_fill_(is_first, snapshot.step)
+            self._poisoned_step.masked_fill_(is_first, step)
 
     def _restore(self, old: Tensor, new: Tensor) -> None:
         """Put old statistics back in the channels whose new ones are not finite."""
@@ -334,36 +377,56 @@ class Window:
         self._latest_mean = torch.full_like(like, math.nan)
         self._var_max = torch.full_like(like, -math.inf)
 
-    def add(self, batches: Tensor) -> None:
+    def add(self, batches: Tensor, *, is_finite: bool) -> None:
         """Add the means and unbiased variances of K batches, shape ``(K, 2, C)``, in order.
 
         Channels in which either is not finite skip the batch. Writes to ``batches``.
+
+        Args:
+            batches: The statistics.
+            is_finite: Whether all are known to be finite, which saves half the work.
         """
-        total = batches[:, 0] + batches[:, 1]
-        is_finite = total.sub_(total)  # 0, or NaN if either is not finite
-        batches += is_finite.unsqueeze(1)
-        means, variances = batches.unbind(1)
-        seen = is_finite == 0
-        weight = is_finite.eq_(0)
-        count = weight.sum(0)
+        count = torch.full_like(self._batches[0], len(batches))
+        seen = None
+        if not is_finite:
+            total = batches[:, 0] + batches[:, 1]
+            seen = total.sub_(total) == 0.0
+            batches = torch.where(seen.unsqueeze(1), batches, self._centre)
+            count = seen.sum(0).to(batches.dtype)
         before, self._batches = self._batches, self._batches + count
         share = count / self._batches.clamp_min(1.0)
 
-        offset = (batches - self._centre).nan_to_num_(nan=0.0)
-        mean_offset = offset.sum(0) / count.clamp_min_(1.0)
-        within = (offset[:, 0] - mean_offset[0]).mul_(weight).square_().sum(0)
+        offset = batches.sub_(self._centre)
+        means, variances = offset.unbind(1)
+        highest = variances.amax(0).add_(self._centre[1])
+        self._var_max = torch.maximum(self._var_max, highest)
+
+        latest = self._latest_mean - self._centre[0]
+        steps = torch.empty_like(means)
+        if seen is None:
+            torch.sub(means[1:], means[:-1], out=steps[1:])
+            torch.sub(means[0], latest, out=steps[0])
+            latest = means[-1]
+        else:
+            for step, mean, is_seen in zip(steps, means, seen, strict=True):
+                mean = torch.where(is_seen, mean, latest)
+                torch.sub(mean, latest, out=step)
+                latest = mean
+        (steps[0] if seen is None else steps).nan_to_num_(nan=0.0)
+        self._squares_of_steps += steps.square_().sum(0)
+        self._latest_mean = latest + self._centre[0]
+
+        mean_offset = offset.sum(0) / count.clamp_min(1.0)
+        within = torch.sub(means, mean_offset[0], out=steps)
+        if seen is not None:
+            within *= seen
         between = (before * share).mul_(mean_offset[0].square())
-        self._squares_of_means += within.add_(between)
+        self._squares_of_means += within.square_().sum(0).add_(between)
         self._centre += mean_offset * share
 
-        latest = [self._latest_mean]
-        for mean, is_seen in zip(means, seen, strict=True):
-            latest.append(torch.where(is_seen, mean, latest[-1]))
-        self._latest_mean = latest[-1]
-        steps = torch.stack(latest).diff(dim=0).nan_to_num_(nan=0.0)
-        self._squares_of_steps += steps.square_().sum(0)
-
-        self._var_max = torch.maximum(self._var_max, variances.nan_to_num(nan=-math.inf).amax(0))
+    def skip(self) -> None:
+        """Do not compare the next batch with the newest: others came between."""
+        self._latest_mean = torch.full_like(self._latest_mean, math.nan)
 
     def rows(self) -> Tensor:
         """Return the accumulated vectors, a row each, for :meth:`reading`."""
@@ -397,14 +460,6 @@ class Window:
             var_of_means_successive=squares_of_steps / (2 * pairs),
             var_max=np.maximum(var_max, 0.0),
         )
-
-
-class _Snapshot(NamedTuple):
-    """The buffers after a step: means and then variances, ``(2 * C,)``, and counters, ``(L,)``."""
-
-    step: int
-    values: Tensor
-    counters: Tensor
 
 
 def _kind(buffer: Tensor | None) -> tuple[object, ...] | None:

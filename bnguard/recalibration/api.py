@@ -6,14 +6,14 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from numbers import Real
 from statistics import fmean
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.distributed import Ranks, current_ranks
 from bnguard.errors import CalibrationError, ConfigurationError
@@ -31,12 +31,13 @@ from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
+from bnguard.recalibration.layer_inputs import ForwardCancelled, read_inputs
+from bnguard.recalibration.memory import keep_freed_memory, memory_limit
 from bnguard.recalibration.options import (
     Keep,
     Score,
     SkippedLayer,
     as_number,
-    memory_limit,
     require_keep,
     require_samples,
     require_score,
@@ -162,6 +163,7 @@ def recalibrate(
     estimate = mix_with_source(selection.layers, prior) if prior else estimate_unbiased
     with (
         prepare_for_calibration(inner, selection.layers),
+        keep_freed_memory(),
         _show_progress(progress, ranks) as shown,
     ):
         calibration = METHODS[method](
@@ -323,11 +325,17 @@ def _measure_mode_gap(
     with prepare_for_calibration(model, layers):
         try:
             if not probe.has_batch:
-                call(model, forward, batch.copied())
+                # The inputs of the modules that hold all layers are known at the first layer.
+                with suppress(ForwardCancelled), read_inputs(layers, _cancel):
+                    call(model, forward, batch.copied())
                 probe.hooks.close()
             return probe.measure()
         except CalibrationError as error:
             return str(error)
+
+
+def _cancel(index: int, values: Tensor) -> None:
+    raise ForwardCancelled
 
 
 def _write(layer: BatchNormLayer, estimate: Estimate, counter: int) -> None:

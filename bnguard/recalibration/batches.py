@@ -5,8 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -54,6 +63,11 @@ class Batch:
         has_links = len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) > 1
         return bool(tensors) and has_rows and not has_links and not lists_samples
 
+    @cached_property
+    def layout(self) -> Hashable:
+        """What two batches that can be joined have in common; unique if this one cannot be."""
+        return _layout((self.args, self.kwargs)) if self.can_be_cut else object()
+
     def rows(self, start: int, stop: int) -> Batch:
         """Return the samples from ``start`` to before ``stop`` of a batch that can be cut."""
         stop = min(stop, self.size)
@@ -88,8 +102,7 @@ class Batch:
 
 def can_be_joined(first: Batch, second: Batch) -> bool:
     """Return whether two batches differ in nothing but the values of their rows."""
-    layouts = [_layout((batch.args, batch.kwargs)) for batch in (first, second)]
-    return first.can_be_cut and second.can_be_cut and layouts[0] == layouts[1]
+    return first.layout == second.layout
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
@@ -359,12 +372,13 @@ def _rebuild(payload: T, change: Callable[[object], object]) -> T:
     return payload
 
 
-def _layout(payload: object) -> object:
+def _layout(payload: object) -> Hashable:
     """Return what two payloads must have in common to be joined."""
     if isinstance(payload, Tensor):
         return (payload.shape[1:], payload.dtype, payload.device)
     if isinstance(payload, (Mapping, tuple, list)) or _is_dataclass(payload):
-        return type(payload), {key: _layout(value) for key, value in _entries(payload).items()}
+        entries = _entries(payload)
+        return (type(payload), *((key, _layout(value)) for key, value in entries.items()))
     if payload is None or isinstance(payload, (bool, int, float, str)):
         return payload
     return object()

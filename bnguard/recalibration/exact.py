@@ -1,14 +1,15 @@
 """The exact engine: statistics of a whole calibration set, as if it were one giant batch.
 
-In eval mode each layer's inputs depend on the new statistics of the layers before it.
-:mod:`lockstep` computes them in one forward if batches can go through the layers side by side,
-:mod:`replay` in several if they cannot. A set that memory cannot hold runs as several virtual
-batches, whose moments are merged.
+In eval mode each layer's inputs depend on the new statistics of the layers before it. Batches that
+can be joined go through the model as one, and each layer gets its statistics when it is called
+(:mod:`lockstep`). Those that cannot be joined run side by side and wait for each other at each
+layer; if they call the layers differently, :mod:`replay` needs several forwards. A set that memory
+cannot hold runs as several virtual batches, whose moments are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -16,19 +17,19 @@ from math import ceil
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
-from bnguard.recalibration.batches import Batch, can_be_joined, join_batches
-from bnguard.recalibration.lockstep import DivergingError, IrregularError, lockstep
+from bnguard.recalibration.batches import Batch, join_batches
+from bnguard.recalibration.layer_inputs import is_finite
+from bnguard.recalibration.lockstep import IrregularError, lockstep
 from bnguard.recalibration.replay import replay
 from bnguard.recalibration.statistics import Calibration, Job, NonFiniteError, Pool, is_precise
-from bnguard.recalibration.trial_forward import ForwardTraits, call_same_layers, find_traits
+from bnguard.recalibration.trial_forward import ForwardTraits, Witness, find_traits, observe
 
-# Each chunk is a thread: above this number, batches are joined so that there are fewer, ...
-_USUAL_CHUNKS = 64
-_MIN_JOINED_SAMPLES = 32
-# ... and if they cannot be joined, a virtual batch ends at this number of threads.
+# A virtual batch ends at this number of chunks, each of which takes a thread.
 _MOST_CHUNKS = 256
 # With a tolerance, this number of samples is tried first, then twice as many, and so on.
 _PILOT_SAMPLES = 128
+# Samples of this size in all, and at least two, run again alone to see if others disturb them.
+_WITNESS_BYTES = 2**18
 
 
 def calibrate_exactly(job: Job) -> Calibration:
@@ -38,57 +39,9 @@ def calibrate_exactly(job: Job) -> Calibration:
         CalibrationError: There is no data, or the statistics cannot be computed from it.
     """
     head: list[Batch] = []
-    job.ranks.together(lambda: head.extend(islice(job.batches, 2)))
-    traits = job.ranks.together(lambda: find_traits(job, head) if head else None)
+    job.ranks.together(lambda: head.extend(islice(job.batches, 1)))
+    traits = job.ranks.together(lambda: find_traits(job, head[0]) if head else None)
     return _Engine(replace(job, batches=chain(head, job.batches)), traits).run()
-
-
-class ChunkedBatches:
-    """Batches in chunks, each batch in one of its own until they are joined."""
-
-    def __init__(self) -> None:
-        self._min_samples = 1
-        self.chunks: list[tuple[Batch, ...]] = []
-
-    @property
-    def batches(self) -> list[Batch]:
-        """The batches as they came."""
-        return [batch for chunk in self.chunks for batch in chunk]
-
-    @property
-    def samples(self) -> int:
-        """Samples in all batches."""
-        return sum(batch.size for batch in self.batches)
-
-    def join(self, min_samples: int) -> None:
-        """Join neighbours of equal shapes, later ones too, until a chunk has enough samples."""
-        self._min_samples = min_samples
-        batches, self.chunks = self.batches, []
-        for batch in batches:
-            self.append(batch)
-
-    def append(self, batch: Batch) -> None:
-        """Put a batch into the last chunk, or into one of its own."""
-        last = self.chunks[-1] if self.chunks else ()
-        is_open = 0 < sum(each.size for each in last) < self._min_samples
-        if is_open and can_be_joined(last[-1], batch):
-            self.chunks[-1] = (*last, batch)
-        else:
-            self.chunks.append((batch,))
-
-    def remove(self, numbers: Collection[int]) -> list[Batch]:
-        """Split these chunks into their batches; remove and return those that are one batch."""
-        kept: list[tuple[Batch, ...]] = []
-        removed: list[Batch] = []
-        for number, chunk in enumerate(self.chunks):
-            if number not in numbers:
-                kept.append(chunk)
-            elif len(chunk) > 1:
-                kept += [(batch,) for batch in chunk]
-            else:
-                removed += chunk
-        self.chunks = kept
-        return removed
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +67,10 @@ class _Engine:
             raise CalibrationError("the loader is empty: it yields no sample to calibrate on")
         self._job = job
         self._traits = traits[job.ranks.rank]
+        self._is_channels_last = all(each.is_channels_last for each in known)
+        self._joins = all(
+            each.takes_rows and not (each.reads_values or each.draws_random) for each in known
+        )
         self._runs_side_by_side = all(
             each.is_regular and each.calls == known[0].calls for each in known
         )
@@ -121,27 +78,27 @@ class _Engine:
         capacity = max(1, min(job.memory // each.bytes_per_sample for each in known))
         # All of one size, so that the last one is not small.
         self._full_size = ceil(share / ceil(share / capacity))
-        self._may_join = all(each.takes_rows for each in known)
-        self._has_compared_calls = False
+        # The present virtual batch, in chunks that run as one; by what their batches have in common
+        self._held: dict[Hashable, list[Batch]] = {}
         self._left_out = 0
 
     def run(self) -> Calibration:
         """Run virtual batches until the data end, or the statistics are as precise as asked."""
         job = self._job
         goal = self._full_size if job.tolerance is None else min(_PILOT_SAMPLES, self._full_size)
-        held, pool, virtual_batches = ChunkedBatches(), Pool(), 0
+        pool, virtual_batches = Pool(), 0
         last: _VirtualBatch | None = None
         is_precise_enough = False
         while not is_precise_enough:
-            filled = job.ranks.together(partial(self._fill, held, goal))
+            filled = job.ranks.together(partial(self._fill, goal))
             if not any(taken for taken, _ in filled):
                 break
-            last = self._run_virtual_batch(held)
+            last = self._run_virtual_batch()
             is_precise_enough = self._is_precise_enough(pool, last)
             if any(is_full for _, is_full in filled):
                 pool.add(last.inputs, last.samples, last.batches)
                 virtual_batches += 1
-                held, last = ChunkedBatches(), None
+                self._held, last = {}, None
             goal = min(2 * goal, self._full_size)
         if last is not None:
             pool.add(last.inputs, last.samples, last.batches)
@@ -155,28 +112,34 @@ class _Engine:
             is_within_tolerance=is_precise_enough,
         )
 
-    def _fill(self, held: ChunkedBatches, goal: int) -> tuple[int, bool]:
+    def _fill(self, goal: int) -> tuple[int, bool]:
         """Take batches up to the goal; return how many, and whether no more fit."""
-        taken = 0
-        while held.samples < goal and not self._is_crowded(held):
+        taken, samples = 0, self._samples
+        while samples < goal and not self._is_crowded:
             batch = next(self._job.batches, None)
             if batch is None:
                 break
-            held.append(batch)
+            self._hold([batch])
+            samples += batch.size
             taken += 1
-            if len(held.chunks) > _USUAL_CHUNKS and self._can_join(held):
-                held.join(max(_MIN_JOINED_SAMPLES, ceil(goal / _USUAL_CHUNKS)))
-        return taken, held.samples >= self._full_size or self._is_crowded(held)
+        return taken, samples >= self._full_size or self._is_crowded
 
-    def _can_join(self, held: ChunkedBatches) -> bool:
-        """Return whether batches may be joined; before the first time, compare their calls."""
-        if self._may_join and not self._has_compared_calls and self._traits is not None:
-            self._may_join = call_same_layers(self._job, held.batches, self._traits.calls)
-            self._has_compared_calls = True
-        return self._may_join
+    def _hold(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            key = batch.layout if self._joins else batch.index
+            self._held.setdefault(key, []).append(batch)
 
-    def _is_crowded(self, held: ChunkedBatches) -> bool:
-        return self._runs_side_by_side and len(held.chunks) >= _MOST_CHUNKS
+    @property
+    def _batches(self) -> list[Batch]:
+        return [batch for chunk in self._held.values() for batch in chunk]
+
+    @property
+    def _samples(self) -> int:
+        return sum(batch.size for batch in self._batches)
+
+    @property
+    def _is_crowded(self) -> bool:
+        return self._runs_side_by_side and len(self._held) >= _MOST_CHUNKS
 
     def _is_precise_enough(self, pool: Pool, last: _VirtualBatch) -> bool:
         if self._job.tolerance is None:
@@ -186,7 +149,7 @@ class _Engine:
         trial.add(last.inputs)
         return is_precise(trial.parts, self._job.tolerance)
 
-    def _run_virtual_batch(self, held: ChunkedBatches) -> _VirtualBatch:
+    def _run_virtual_batch(self) -> _VirtualBatch:
         """Run batches as one giant batch, without those that bring NaN or Inf to a layer.
 
         Raises:
@@ -195,7 +158,7 @@ class _Engine:
         job = self._job
         where = ""
         while True:
-            counts = job.ranks.together(lambda: (held.samples, len(held.batches)))
+            counts = job.ranks.together(lambda: (self._samples, len(self._batches)))
             samples, batches = (sum(column) for column in zip(*counts, strict=True))
             if samples == 0:
                 raise CalibrationError(
@@ -203,27 +166,63 @@ class _Engine:
                     "weights and statistics that stay as they are"
                 )
             try:
-                return _VirtualBatch(self._run_chunks(held, samples), samples, batches)
+                return _VirtualBatch(self._run_chunks(samples), samples, batches)
             except IrregularError as error:
-                self._runs_side_by_side = False
-                if isinstance(error, DivergingError):
-                    self._may_join = False
-                    held.join(1)
+                self._run_differently(str(error))
             except NonFiniteError as error:
                 where = job.layers[error.index].name
-                job.ranks.together(partial(self._leave_out, held, error))
+                if not any(job.ranks.together(partial(self._leave_out, error.index))):
+                    self._run_differently(f"NaN or Inf in the inputs of {where} come and go")
 
-    def _run_chunks(self, held: ChunkedBatches, samples: int) -> dict[int, tuple[Moments, ...]]:
-        job, traits = self._job, self._traits
-        chunks = [join_batches(chunk) for chunk in held.chunks]
-        if traits is not None and traits.is_channels_last:
+    def _run_chunks(self, samples: int) -> dict[int, tuple[Moments, ...]]:
+        job = self._job
+        chunks = [join_batches(batches) for batches in self._held.values()]
+        if self._is_channels_last:
             chunks = [chunk.in_channels_last() for chunk in chunks]
         if not self._runs_side_by_side:
-            return replay(job, chunks, samples)
-        job.progress.start(held.samples, len(job.layers))
-        return lockstep(job, chunks, traits, samples)
+            return replay(job, chunks, self._witness, samples)
+        job.progress.start(self._samples, len(job.layers))
+        return lockstep(job, chunks, self._witness, self._traits, samples)
 
-    def _leave_out(self, held: ChunkedBatches, error: NonFiniteError) -> None:
-        for batch in held.remove(error.chunks):
-            self._job.refuse(batch, self._job.layers[error.index])
-            self._left_out += 1
+    def _run_differently(self, trouble: str) -> None:
+        """Give up what may be the trouble: the layout, other samples, forwards side by side.
+
+        Raises:
+            CalibrationError: None of that is left.
+        """
+        if self._is_channels_last:
+            self._is_channels_last = False
+        elif self._joins:
+            self._joins = False
+            batches, self._held = self._batches, {}
+            self._hold(batches)
+        elif self._runs_side_by_side:
+            self._runs_side_by_side = False
+        else:
+            raise CalibrationError(f"{trouble}: use method 'precise'")
+
+    def _leave_out(self, index: int) -> bool:
+        """Remove the batches that bring NaN or Inf to a layer; return whether there are any."""
+        kept: list[Batch] = []
+        for batch in self._batches:
+            moments = observe(self._job, batch).moments.get(index)
+            if moments is None or is_finite(moments):
+                kept.append(batch)
+            else:
+                self._job.refuse(batch, self._job.layers[index])
+        removed = len(self._batches) - len(kept)
+        self._left_out += removed
+        self._held = {}
+        self._hold(kept)
+        return removed > 0
+
+    @property
+    def _witness(self) -> Witness | None:
+        """The first samples as they came, to run alone; None if nothing can disturb them."""
+        chunks = list(self._held.values())
+        if not chunks or (len(self._batches) == 1 and not self._is_channels_last):
+            return None
+        first = chunks[0][0]
+        count = max(2, _WITNESS_BYTES * first.size // max(1, first.nbytes))
+        alone = first.rows(0, count) if self._joins and first.can_be_cut else first
+        return Witness(alone, alone.size / sum(batch.size for batch in chunks[0]))

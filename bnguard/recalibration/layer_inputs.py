@@ -15,6 +15,10 @@ from bnguard.layers.moments import Moments, channel_moments, wide
 OnInput = Callable[[int, Tensor], None]
 
 
+class ForwardCancelled(BaseException):
+    """Raised in a forward to end it; no ``except Exception`` of a model stops it."""
+
+
 @contextmanager
 def read_inputs(layers: Sequence[BatchNormLayer], on_input: OnInput) -> Iterator[None]:
     """Call ``on_input`` with the index of a layer and its input, at each call of the layer.

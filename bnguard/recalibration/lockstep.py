@@ -1,4 +1,8 @@
-"""The exact statistics in one forward: every chunk pauses at each layer until all are there."""
+"""The exact statistics in one forward: each layer gets its statistics when its inputs are known.
+
+One chunk runs in the caller's thread. Several run in a thread each, and pause at each layer until
+all are there.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,16 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
+from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
-from bnguard.layers.preserve import RandomStream
-from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
+from bnguard.layers.preserve import RandomStream, draw_from_seed
+from bnguard.recalibration.batches import Batch, call
+from bnguard.recalibration.layer_inputs import ForwardCancelled, input_moments, read_inputs
 from bnguard.recalibration.statistics import Job
-from bnguard.recalibration.trial_forward import ForwardTraits, is_disturbed, observe
+from bnguard.recalibration.trial_forward import ForwardTraits, Witness
 
 # The forward that runs in each thread.
 _running = threading.local()
-
-
-class ForwardCancelled(BaseException):
-    """Raised in a paused forward to end it; no ``except Exception`` of a model stops it."""
 
 
 class StuckError(Exception):
@@ -34,10 +35,6 @@ class StuckError(Exception):
 
 class IrregularError(Exception):
     """The chunks cannot go through the layers side by side."""
-
-
-class DivergingError(IrregularError):
-    """Batches call other layers than those they are joined to, so each has to run alone."""
 
 
 class PausableForward:
@@ -183,103 +180,180 @@ class ThreadContext:
             yield
 
 
-# Samples of a chunk that run again alone.
-_WITNESSES = 2
 # A forward that takes longer waits for a lock, say, that a paused one holds.
 _TIMEOUT_SECONDS = 10.0
 _TIMEOUT_FORWARDS = 5
 
 
 def lockstep(
-    job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None, samples: int
+    job: Job,
+    chunks: Sequence[Batch],
+    witness: Witness | None,
+    traits: ForwardTraits | None,
+    samples: int,
 ) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
-    In the end some samples run again alone: if their inputs differ then, the chunks disturbed one
-    another, as in a model that stores features on itself.
+    In the end the witness runs alone, since a model that stores features on itself, say, mixes up
+    forwards.
 
-    ``chunks`` and ``traits`` are those of this rank, which may have no data; ``samples`` counts all
-    ranks.
+    ``chunks``, ``witness`` and ``traits`` are those of this rank, which may have no data;
+    ``samples`` counts all ranks.
 
     Raises:
-        IrregularError: On every rank, if the chunks of one cannot run side by side.
+        IrregularError: On every rank, if the chunks of one cannot run this way.
         NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
         CalibrationError: A layer cannot have the statistics.
     """
-    forwards = _Forwards(job, chunks, traits)
-    parts: dict[int, tuple[Moments, ...]] = {}
-    try:
-        with read_inputs(job.layers, forwards.on_input):
-            while (
-                index := _find_common_layer(positions := job.ranks.together(forwards.advance))
-            ) is not None:
-                if index in parts:
-                    raise IrregularError(f"{job.layers[index].name} is called several times")
-                parts[index] = job.set_statistics(
-                    index, [position.inputs for position in positions], samples
-                )
-                forwards.mark_done(index)
-    finally:
-        forwards.end()
-    compared = job.ranks.together(forwards.compare_with_witness)
-    if any(is_parted for _, is_parted in compared):
-        raise DivergingError("samples call other layers when they are joined to others")
-    if any(is_disturbed for is_disturbed, _ in compared):
-        raise IrregularError("forwards that run side by side disturb one another")
-    return parts
+    layers = _Layers(job, witness, samples)
+    if len(chunks) == 1:
+        _run_in_place(job, chunks[0], layers)
+    else:
+        _run_in_threads(job, chunks, traits, layers)
+    if any(job.ranks.together(layers.were_disturbed)):
+        raise IrregularError("samples that run next to others are disturbed by them")
+    return layers.parts
 
 
 @dataclass(frozen=True, eq=False)
-class _Positions:
-    """Where the forwards of a rank are paused.
+class _Position:
+    """Where the forwards of a rank are.
 
     Attributes:
-        layers: Indices of the layers.
-        inputs: Moments of the inputs there, by the number of the chunk.
+        layers: Indices of the layers that they are about to run.
+        inputs: Moments of the inputs there, in parts.
         has_ended: Whether a forward has ended.
-        trouble: Why they cannot run side by side; None if they can.
+        trouble: Why they cannot go on; None if they can.
     """
 
-    layers: frozenset[int]
-    inputs: dict[int, Moments]
-    has_ended: bool
-    trouble: str | None
+    layers: frozenset[int] = frozenset()
+    inputs: tuple[Moments, ...] = ()
+    has_ended: bool = False
+    trouble: str | None = None
 
 
-def _find_common_layer(positions: Sequence[_Positions]) -> int | None:
-    """Return the layer where the forwards of all ranks are paused; None if all have ended."""
-    for position in positions:
-        if position.trouble is not None:
-            raise IrregularError(position.trouble)
-    layers = frozenset[int]().union(*(position.layers for position in positions))
-    if len(layers) > 1 or (layers and any(position.has_ended for position in positions)):
-        raise DivergingError("batches call the layers in different order, or not the same ones")
-    return next(iter(layers), None)
+class _Layers:
+    """Gives layers their statistics, one after the other and in step with the other ranks.
+
+    Attributes:
+        parts: Moments of the inputs of each layer so far, on all ranks.
+    """
+
+    def __init__(self, job: Job, witness: Witness | None, samples: int) -> None:
+        self.parts: dict[int, tuple[Moments, ...]] = {}
+        self._job = job
+        self._samples = samples
+        self._witness = witness
+        self._met_by_witness: dict[int, Moments] = {}
+
+    def read(self, index: int, values: Tensor, is_first: bool) -> tuple[Moments, ...]:
+        """Return the moments of the inputs of a layer in a chunk, the first one or another."""
+        if is_first and self._witness is not None:
+            self._met_by_witness[index] = input_moments(self._witness.rows(values))
+        self._job.progress.advance(len(values))
+        return self._job.read_moments(values)
+
+    def settle(self, advance: Callable[[], _Position]) -> bool:
+        """Let the forwards advance and set the statistics where they are; return if any are left.
+
+        Raises:
+            IrregularError: They are not all at the same layer.
+        """
+        positions = self._job.ranks.together(advance)
+        for position in positions:
+            if position.trouble is not None:
+                raise IrregularError(position.trouble)
+        layers = frozenset[int]().union(*(position.layers for position in positions))
+        if not layers:
+            return False
+        if len(layers) > 1 or any(position.has_ended for position in positions):
+            raise IrregularError("batches call the layers in different order, or not the same ones")
+        (index,) = layers
+        if index in self.parts:
+            raise IrregularError(f"{self._job.layers[index].name} is called several times")
+        self.parts[index] = tuple(part for position in positions for part in position.inputs)
+        self._job.set_statistics(index, self.parts[index], self._samples)
+        return len(self.parts) < len(self._job.layers)
+
+    def were_disturbed(self) -> bool:
+        """Return whether the witness has other inputs when it runs alone."""
+        return self._witness is not None and self._witness.is_disturbed(
+            self._job, tuple(self.parts), self._met_by_witness
+        )
+
+
+def _run_in_place(job: Job, chunk: Batch, layers: _Layers) -> None:
+    """Run a chunk in this thread, up to the last layer."""
+    is_over = False
+    failure: BaseException | None = None
+
+    def on_input(index: int, values: Tensor) -> None:
+        nonlocal is_over, failure
+        if not is_over:
+            try:
+                is_over = not layers.settle(
+                    lambda: _Position(frozenset([index]), layers.read(index, values, True))
+                )
+            except BaseException as error:
+                # Kept, since the model may catch it.
+                is_over, failure = True, error
+        if is_over:
+            raise ForwardCancelled
+
+    def end() -> _Position:
+        if isinstance(error, CalibrationError):
+            return _Position(trouble=str(error))
+        if error is not None:
+            raise error
+        return _Position(has_ended=True)
+
+    error: BaseException | None = None
+    with draw_from_seed(chunk.index, job.device), read_inputs(job.layers, on_input):
+        try:
+            call(job.model, job.forward, chunk)
+        except BaseException as raised:
+            error = raised
+    if failure is not None:
+        raise failure
+    if not is_over:
+        layers.settle(end)
+
+
+def _run_in_threads(
+    job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None, layers: _Layers
+) -> None:
+    """Run each chunk in a thread, up to the last layer."""
+    forwards = _Forwards(job, chunks, traits, layers)
+    try:
+        with read_inputs(job.layers, forwards.on_input):
+            while layers.settle(forwards.advance):
+                pass
+    finally:
+        forwards.end()
 
 
 class _Forwards:
-    """The forwards of this rank's chunks."""
+    """The forwards of this rank's chunks, each in a thread."""
 
-    def __init__(self, job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None) -> None:
-        self._job = job
-        self._chunks = chunks
-        self._done: list[int] = []
-        self._witness = _choose_witness(chunks, traits)
-        self._met_by_witness: dict[int, Moments] = {}
+    def __init__(
+        self, job: Job, chunks: Sequence[Batch], traits: ForwardTraits | None, layers: _Layers
+    ) -> None:
+        self._layers = layers
         self._trouble: str | None = None
-        seconds = 0.0 if traits is None else traits.seconds_per_sample
-        largest = max((chunk.size for chunk in chunks), default=0)
-        self._timeout = _TIMEOUT_SECONDS + _TIMEOUT_FORWARDS * largest * seconds
-
+        self._timeout = _TIMEOUT_SECONDS
         self._threads = torch.get_num_threads()
-        can_run_at_once = traits is not None and traits.is_stateless and job.device.type == "cpu"
-        self._width = max(1, min(self._threads, len(chunks))) if can_run_at_once else 1
+        self._width = 1
+        if traits is not None:
+            largest = max(chunk.size for chunk in chunks)
+            self._timeout += _TIMEOUT_FORWARDS * largest * traits.seconds_per_sample
+            if not (traits.keeps_state or traits.draws_random) and job.device.type == "cpu":
+                self._width = min(self._threads, len(chunks))
         context = ThreadContext(self._threads // self._width)
         self._forwards = [
             PausableForward(partial(job.run, chunk), context, RandomStream(chunk.index, job.device))
             for chunk in chunks
         ]
-        self._reached: dict[PausableForward, tuple[int, Moments]] = {}
+        self._reached: dict[PausableForward, tuple[int, tuple[Moments, ...]]] = {}
 
     def on_input(self, index: int, values: Tensor) -> None:
         """Read the inputs of a layer, and pause there."""
@@ -287,14 +361,11 @@ class _Forwards:
         if paused is None:
             self._trouble = "the model calls BN layers in threads of its own"
             return
-        self._reached[paused] = (index, input_moments(values))
-        if self._witness is not None and paused is self._forwards[0]:
-            share = len(values) * self._witness.size // self._chunks[0].size
-            self._met_by_witness[index] = input_moments(values[:share])
-        self._job.progress.advance(len(values))
+        is_first = paused is self._forwards[0]
+        self._reached[paused] = (index, self._layers.read(index, values, is_first))
         paused.stop()
 
-    def advance(self) -> _Positions:
+    def advance(self) -> _Position:
         """Let every forward continue to its next layer, or its end."""
         self._reached.clear()
         going = [paused for paused in self._forwards if not paused.is_finished]
@@ -304,22 +375,17 @@ class _Forwards:
             self._trouble = str(error)
         if any(paused.error is not None for paused in going):
             self._trouble = "a forward fails next to others"
-        return _Positions(
+        return _Position(
             layers=frozenset(index for index, _ in self._reached.values()),
-            inputs={
-                number: on_host(self._reached[paused][1])
-                for number, paused in enumerate(self._forwards)
+            inputs=tuple(
+                part
+                for paused in self._forwards
                 if paused in self._reached
-            },
+                for part in self._reached[paused][1]
+            ),
             has_ended=any(paused.is_finished for paused in self._forwards),
             trouble=self._trouble,
         )
-
-    def mark_done(self, index: int) -> None:
-        """Note that a layer has its statistics; the forwards end after the last one."""
-        self._done.append(index)
-        if len(self._done) == len(self._job.layers):
-            self.end()
 
     def end(self) -> None:
         """End every forward where it is paused."""
@@ -330,26 +396,3 @@ class _Forwards:
             paused.join()
         if self._width > 1:
             torch.set_num_threads(self._threads)
-
-    def compare_with_witness(self) -> tuple[bool, bool]:
-        """Run a few samples again, alone and joined to others.
-
-        Returns:
-            Whether the other chunks changed their inputs; if so, whether joining them does too.
-        """
-        if self._witness is None:
-            return False, False
-        job, chunk = self._job, self._chunks[0]
-        alone = observe(job, self._witness)
-        if not is_disturbed(job, alone, tuple(self._done), self._met_by_witness):
-            return False, False
-        share = self._witness.size / chunk.size
-        joined = observe(job, chunk, lambda values: values[: round(len(values) * share)])
-        return True, is_disturbed(job, alone, joined.calls, joined.moments)
-
-
-def _choose_witness(chunks: Sequence[Batch], traits: ForwardTraits | None) -> Batch | None:
-    """Return the first samples, or the first chunk if it must stay whole; None for a sole chunk."""
-    if traits is None or len(chunks) < 2:
-        return None
-    return chunks[0].rows(0, _WITNESSES) if traits.takes_rows else chunks[0]

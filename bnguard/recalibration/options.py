@@ -1,16 +1,13 @@
-"""Options of the repairs: samples, scores, memory, and which BN layers to work on."""
+"""Options of the repairs: samples, scores, and which BN layers to work on."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
-from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -19,15 +16,6 @@ from bnguard.layers.bn_layer import BatchNormLayer, explain_missing_layers, find
 
 Score = Callable[[nn.Module], float]
 Keep = Literal["if-better", "always"]
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-# If the system does not report what is free.
-_UNKNOWN_FREE = 4 * 2**30
 
 
 def is_whole(number: object, fewest: int) -> bool:
@@ -73,46 +61,6 @@ def as_number(score: object) -> float:
         raise ConfigurationError(
             f"the score has to be a number, the higher the better, not {score!r}"
         ) from error
-
-
-def memory_limit(memory: str | float, device: torch.device) -> int:
-    """Return a limit in bytes.
-
-    Args:
-        memory: ``"2GiB"``, ``"500 MB"``, bytes as a whole number, or a share of the free memory,
-            between 0 and 1.
-        device: Whose memory is shared.
-
-    Raises:
-        ConfigurationError: ``memory`` is none of these.
-
-    Example:
-        >>> memory_limit("2GiB", torch.device("cpu")) == 2 * 2**30
-        True
-    """
-    if isinstance(memory, float) and 0.0 < memory <= 1.0:
-        return int(memory * free_memory(device))
-    if isinstance(memory, int) and memory > 0:
-        return memory
-    if isinstance(memory, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?i?)b?", memory.strip().lower())
-        if match and match[2] in _UNITS and float(match[1]) > 0:
-            return int(float(match[1]) * _UNITS[match[2]])
-    raise ConfigurationError(f"memory {memory!r} is not an amount: use '2GiB', or a share like 0.5")
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, as far as the system reports them."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        return free + reserved - used
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return _UNKNOWN_FREE
-    match = re.search(r"MemAvailable: *(\d+) kB", text)
-    return int(match[1]) * 2**10 if match else _UNKNOWN_FREE
 
 
 @dataclass(frozen=True)

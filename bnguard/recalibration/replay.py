@@ -21,10 +21,15 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.preserve import draw_from_seed, preserve_statistics
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import input_moments, on_host, read_inputs
-from bnguard.recalibration.lockstep import ForwardCancelled
+from bnguard.recalibration.layer_inputs import ForwardCancelled, on_host, read_inputs
+from bnguard.recalibration.lockstep import IrregularError
 from bnguard.recalibration.statistics import Job, current_statistics, write_statistics
-from bnguard.recalibration.trial_forward import Observation, find_differing_layers, observe
+from bnguard.recalibration.trial_forward import (
+    Observation,
+    Witness,
+    find_differing_layers,
+    observe,
+)
 
 # A layer depends on another if its input moves by this share of a standard deviation.
 _DEPENDS = 1e-4
@@ -35,18 +40,26 @@ _MOST_ATTEMPTS = 4
 _PROBE_SAMPLES = 4
 
 
-def replay(job: Job, chunks: Sequence[Batch], samples: int) -> dict[int, tuple[Moments, ...]]:
+def replay(
+    job: Job, chunks: Sequence[Batch], witness: Witness | None, samples: int
+) -> dict[int, tuple[Moments, ...]]:
     """Set the statistics of each layer reached; return its inputs on all ranks, by its index.
 
     A last forward checks that the inputs of each layer are still those of its statistics.
 
-    ``chunks`` are those of this rank, which may have none; ``samples`` counts all ranks.
+    ``chunks`` and ``witness`` are those of this rank, which may have no data; ``samples`` counts
+    all ranks.
 
     Raises:
+        IrregularError: On every rank, if other samples disturb the witness.
         NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
         CalibrationError: A layer depends on its own statistics, cannot hold the computed ones, or
             has other inputs each time.
     """
+    if any(
+        job.ranks.together(lambda: witness is not None and _is_disturbed(job, chunks[0], witness))
+    ):
+        raise IrregularError("samples that are joined to others are disturbed by them")
     seen = _observe_all(job, chunks)
     for _ in range(_MOST_ATTEMPTS):
         parts: dict[int, tuple[Moments, ...]] = {}
@@ -56,11 +69,10 @@ def replay(job: Job, chunks: Sequence[Batch], samples: int) -> dict[int, tuple[M
         for generation in generations:
             on_ranks = job.ranks.together(partial(_read_generation, job, chunks, generation, seen))
             for index in generation:
-                parts[index] = job.set_statistics(
-                    index, [rank[index] for rank in on_ranks], samples
-                )
+                parts[index] = tuple(part for rank in on_ranks for part in rank[index])
+                job.set_statistics(index, parts[index], samples)
                 mine = on_ranks[job.ranks.rank][index]
-                met |= {index: merge_moments(mine.values())} if mine else {}
+                met |= {index: merge_moments(mine)} if mine else {}
         seen = _observe_all(job, chunks)
         differing = partial(find_differing_layers, _pool(seen), met, _SAME, job.noise)
         unstable = set[int]().union(*job.ranks.together(differing))
@@ -70,6 +82,11 @@ def replay(job: Job, chunks: Sequence[Batch], samples: int) -> dict[int, tuple[M
         f"{job.layers[min(unstable)].name}: its inputs differ from forward to forward, so there is "
         "no single answer: use method 'precise'"
     )
+
+
+def _is_disturbed(job: Job, chunk: Batch, witness: Witness) -> bool:
+    joined = observe(job, chunk, witness.rows)
+    return witness.is_disturbed(job, joined.calls, joined.moments)
 
 
 def _observe_all(job: Job, chunks: Sequence[Batch]) -> list[Observation]:
@@ -158,21 +175,21 @@ def _choose_probe(job: Job, chunk: Batch, calls: tuple[int, ...]) -> tuple[Batch
 
 def _read_generation(
     job: Job, chunks: Sequence[Batch], generation: tuple[int, ...], seen: Sequence[Observation]
-) -> dict[int, dict[int, Moments]]:
-    """Return the inputs of the layers of a generation, by the number of the chunk."""
-    inputs: dict[int, dict[int, Moments]] = {index: {} for index in generation}
-    for number, (chunk, observation) in enumerate(zip(chunks, seen, strict=True)):
-        for index, moments in _run_to_last_call(job, chunk, generation, observation).items():
-            inputs[index][number] = moments
+) -> dict[int, list[Moments]]:
+    """Return the inputs of the layers of a generation, in parts."""
+    inputs: dict[int, list[Moments]] = {index: [] for index in generation}
+    for chunk, observation in zip(chunks, seen, strict=True):
+        for index, parts in _run_to_last_call(job, chunk, generation, observation).items():
+            inputs[index] += parts
         job.progress.advance(chunk.size)
     return inputs
 
 
 def _run_to_last_call(
     job: Job, chunk: Batch, generation: tuple[int, ...], before: Observation
-) -> dict[int, Moments]:
-    """Run a chunk up to the last call of these layers; return the moments of their inputs."""
-    parts: dict[int, list[Moments]] = {}
+) -> dict[int, list[Moments]]:
+    """Run a chunk up to the last call of these layers; return their inputs, over all calls."""
+    calls: dict[int, list[tuple[Moments, ...]]] = {}
     left = sum(index in generation for index in before.calls)
     if left == 0:
         return {}
@@ -180,7 +197,7 @@ def _run_to_last_call(
     def on_input(index: int, values: Tensor) -> None:
         nonlocal left
         if index in generation:
-            parts.setdefault(index, []).append(on_host(input_moments(values)))
+            calls.setdefault(index, []).append(job.read_moments(values))
             left -= 1
         if left == 0 and not before.starts_threads:
             raise ForwardCancelled
@@ -191,4 +208,8 @@ def _run_to_last_call(
         read_inputs(job.layers, on_input),
     ):
         job.run(chunk)
-    return {index: merge_moments(found) for index, found in parts.items()}
+    # Parts of the same samples belong together.
+    return {
+        index: [merge_moments(parts) for parts in zip(*found, strict=True)]
+        for index, found in calls.items()
+    }

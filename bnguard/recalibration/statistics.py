@@ -23,13 +23,14 @@ from bnguard.layers.preserve import (
 )
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import is_finite
+from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host
 
 OnNonfinite = Literal["skip", "error"]
 
 # Fewer parts say too little about how they scatter.
 _MIN_PARTS = 8
 _MOST_PARTS = 64
+_PARTS = 16
 
 
 def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
@@ -166,13 +167,11 @@ class NonFiniteError(Exception):
 
     Attributes:
         index: Index of the layer.
-        chunks: Numbers of this rank's chunks that bring it; empty if only other ranks' do.
     """
 
-    def __init__(self, index: int, chunks: frozenset[int]) -> None:
-        super().__init__(index, chunks)
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
         self.index = index
-        self.chunks = chunks
 
 
 class Pool:
@@ -229,27 +228,24 @@ class Job:
         """Put a copy of a batch through the model, which may write to it."""
         call(self.model, self.forward, batch.copied())
 
-    def set_statistics(
-        self, index: int, inputs: Sequence[Mapping[int, Moments]], samples: int
-    ) -> tuple[Moments, ...]:
-        """Give a layer the statistics of its inputs; return their moments in parts.
+    def read_moments(self, values: Tensor) -> tuple[Moments, ...]:
+        """Return the moments of a layer's inputs; in parts, whose scatter a tolerance needs."""
+        parts = values.tensor_split(1 if self.tolerance is None else _PARTS)
+        return tuple(on_host(input_moments(part)) for part in parts)
 
-        ``inputs`` has an entry per rank, by the number of the chunk; ``samples`` counts all ranks.
+    def set_statistics(self, index: int, parts: Sequence[Moments], samples: int) -> None:
+        """Give a layer the statistics of its inputs on all ranks.
 
         Raises:
-            NonFiniteError: On every rank, if there is NaN or Inf in the inputs of one.
+            NonFiniteError: There is NaN or Inf in the inputs.
             CalibrationError: The layer cannot hold the statistics, or has too few values.
         """
-        parts = tuple(moments for on_rank in inputs for moments in on_rank.values())
         merged = merge_moments(parts)
         if not is_finite(merged):
-            mine = inputs[self.ranks.rank]
-            bad = frozenset(number for number, moments in mine.items() if not is_finite(moments))
-            raise NonFiniteError(index, bad)
+            raise NonFiniteError(index)
         layer = self.layers[index]
         estimate = self.estimate(layer, merged, samples)
         write_statistics(layer, estimate.mean, estimate.var)
-        return parts
 
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
         """Raise CalibrationError if batches with NaN or Inf are an error."""

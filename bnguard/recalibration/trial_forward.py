@@ -1,11 +1,11 @@
-"""Find out with small forwards whether batches may be joined, and run at once or side by side."""
+"""Learn from small forwards how a model has to run, and whether samples disturb each other."""
 
 from __future__ import annotations
 
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.preserve import draw_from_seed
-from bnguard.recalibration.batches import Batch, can_be_joined, join_batches
+from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.layer_inputs import input_moments, read_inputs
 from bnguard.recalibration.statistics import Job
 
@@ -27,8 +27,12 @@ from bnguard.recalibration.statistics import Job
 _SAME = 0.05
 # In half precision too, some differences must count.
 _MAX_NOISE = 0.3
-# Samples of small batches that are run to see whether all call the same layers.
-_SAMPLES_TO_COMPARE = 16
+# Samples in a trial. A single one may lose its axis in a squeeze.
+_TRIAL_SAMPLES = 2
+# Functions that tell Python the values of a tensor, on which its next steps may depend.
+_READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"} | {
+    f"__{name}__" for name in ("bool", "int", "float", "index", "contains", "array")
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,24 +43,20 @@ class Observation:
         calls: Indices of the layers, in the order in which they were called.
         moments: Moments of the inputs of each layer, over all its calls, by its index.
         starts_threads: Whether a layer was called in a thread that the model started.
-        draws_random: Whether the forward drew random numbers from PyTorch.
     """
 
     calls: tuple[int, ...]
     moments: Mapping[int, Moments]
     starts_threads: bool
-    draws_random: bool
 
 
-def observe(
-    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
-) -> Observation:
+def observe(job: Job, batch: Batch, rows: Callable[[Tensor], Tensor] = lambda x: x) -> Observation:
     """Run a batch through the model, with the same random numbers each time.
 
     Args:
         job: The job with the model.
         batch: The batch.
-        look_at: Selects the rows to read from the inputs of a layer; None for all.
+        rows: Selects the rows to read from the inputs of a layer.
     """
     calls: list[int] = []
     inputs: dict[int, list[Moments]] = {}
@@ -65,28 +65,45 @@ def observe(
     def on_input(index: int, values: Tensor) -> None:
         threads.add(threading.get_ident())
         calls.append(index)
-        inputs.setdefault(index, []).append(input_moments(look_at(values) if look_at else values))
+        inputs.setdefault(index, []).append(input_moments(rows(values)))
 
-    with draw_from_seed(batch.index, job.device) as stream, read_inputs(job.layers, on_input):
+    with draw_from_seed(batch.index, job.device), read_inputs(job.layers, on_input):
         job.run(batch)
     return Observation(
         calls=tuple(calls),
         moments={index: merge_moments(parts) for index, parts in inputs.items()},
         starts_threads=len(threads) > 1,
-        draws_random=not stream.is_untouched,
     )
 
 
-def is_disturbed(
-    job: Job, alone: Observation, calls: tuple[int, ...], moments: Mapping[int, Moments]
-) -> bool:
-    """Return whether samples that run next to others make other calls, or have other inputs.
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """Samples that run next to others and also alone, to see whether the others disturb them.
 
-    A single value per channel has no spread to compare with, so rounding counts in full here, not
-    as a share of the tolerance.
+    Attributes:
+        alone: The samples as they came.
+        share: Their share of the samples that they are joined to, which begin with them.
     """
-    noise = min(job.noise / _SAME, _MAX_NOISE)
-    return alone.calls != calls or bool(find_differing_layers(alone.moments, moments, _SAME, noise))
+
+    alone: Batch
+    share: float
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return their rows in the inputs of a layer."""
+        return values[: round(len(values) * self.share)]
+
+    def is_disturbed(
+        self, job: Job, calls: tuple[int, ...], moments: Mapping[int, Moments]
+    ) -> bool:
+        """Return whether, alone, they make other calls than these, or have other inputs.
+
+        A single value per channel has no spread to compare with, so rounding counts in full here,
+        not as a share of the tolerance.
+        """
+        noise = min(job.noise / _SAME, _MAX_NOISE)
+        alone = observe(job, self.alone)
+        differing = find_differing_layers(alone.moments, moments, _SAME, noise)
+        return alone.calls != calls or bool(differing)
 
 
 def find_differing_layers(
@@ -126,21 +143,25 @@ class ForwardTraits:
 
     Attributes:
         calls: Indices of the layers, in the order in which they are called.
-        takes_rows: Whether a sample behaves the same with any other in its batch, as far as the
-            first two samples show.
-        is_channels_last: Whether images should go through in that layout.
-        is_stateless: Whether it keeps nothing from one forward to the next and draws no random
-            numbers, so that several forwards may run at once.
+        takes_rows: Whether a few rows of a batch can run without the others.
+        reads_values: Whether it lets Python look at values before its last layer, so that a batch
+            may decide what is done.
+        draws_random: Whether it draws random numbers.
+        keeps_state: Whether it keeps something from one forward to the next, so that only one may
+            run at a time.
         starts_threads: Whether it calls BN layers in threads of its own.
-        bytes_per_sample: The most memory that a sample takes when it is paused at a layer.
+        is_channels_last: Whether images go through in that layout.
+        bytes_per_sample: The most memory that a sample takes.
         seconds_per_sample: Duration of a forward.
     """
 
     calls: tuple[int, ...]
     takes_rows: bool
-    is_channels_last: bool
-    is_stateless: bool
+    reads_values: bool
+    draws_random: bool
+    keeps_state: bool
     starts_threads: bool
+    is_channels_last: bool
     bytes_per_sample: int
     seconds_per_sample: float
 
@@ -150,78 +171,50 @@ class ForwardTraits:
         return len(set(self.calls)) == len(self.calls) and not self.starts_threads
 
 
-def find_traits(job: Job, head: Sequence[Batch]) -> ForwardTraits:
-    """Run two samples of the first two batches, and one also alone; if that fails, a batch."""
-    with suppress(CalibrationError):
-        return _find_traits_from_samples(job, *_take_two_samples(head))
-    _, traits = _try_forward(job, head[0])
-    return traits
-
-
-def _take_two_samples(head: Sequence[Batch]) -> tuple[Batch, Batch]:
-    if len(head) > 1 and can_be_joined(head[0], head[1]):
-        return head[0].rows(0, 1), head[1].rows(0, 1)
-    if head[0].can_be_cut and head[0].size > 1:
-        return head[0].rows(0, 1), head[0].rows(1, 2)
-    raise CalibrationError("no two samples go through the model together")
-
-
-def call_same_layers(job: Job, batches: Iterable[Batch], calls: tuple[int, ...]) -> bool:
-    """Return whether the first few small batches make the given calls.
-
-    If they do not, a batch decides which layers it calls, and would for those joined to it.
-    """
-    left = _SAMPLES_TO_COMPARE
-    for batch in batches:
-        left -= batch.size
-        if left < 0:
-            break
-        if observe(job, batch).calls != calls:
-            return False
-    return True
-
-
-def _find_traits_from_samples(job: Job, first: Batch, second: Batch) -> ForwardTraits:
-    both = join_batches([first, second])
-    alone = observe(job, second)
+def find_traits(job: Job, batch: Batch) -> ForwardTraits:
+    """Run two samples of a batch, or all if that fails; in channels-last layout if that is fast."""
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in job.model.modules())
-    if has_convolutions and job.device.type == "cpu":  # Those are faster in that layout.
-        with suppress(CalibrationError):  # Some models take only one layout.
-            seen, traits = _try_forward(job, both.in_channels_last(), _second_half)
-            if not is_disturbed(job, alone, seen.calls, seen.moments):
+    prefers_channels_last = has_convolutions and job.device.type == "cpu"
+    if batch.can_be_cut:
+        few = batch.rows(0, _TRIAL_SAMPLES)
+        if prefers_channels_last:
+            with suppress(CalibrationError):  # Some models take only one layout.
+                traits = _try_forward(job, few.in_channels_last())
                 return replace(traits, takes_rows=True, is_channels_last=True)
-    seen, traits = _try_forward(job, both, _second_half)
-    return replace(traits, takes_rows=not is_disturbed(job, alone, seen.calls, seen.moments))
+        with suppress(CalibrationError):
+            return replace(_try_forward(job, few), takes_rows=True)
+    return _try_forward(job, batch)
 
 
-def _second_half(values: Tensor) -> Tensor:
-    return values[len(values) // 2 :]
+def _try_forward(job: Job, batch: Batch) -> ForwardTraits:
+    """Run a batch through the model; note its memory and time, and what it leaves behind."""
+    order: list[int] = []
+    threads = {threading.get_ident()}
+    reads_values = False
 
-
-def _try_forward(
-    job: Job, batch: Batch, look_at: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Observation, ForwardTraits]:
-    """Run a batch through the model; measure its memory and time, and whether it leaves state."""
-    most_held = 0
-
-    def look(values: Tensor) -> Tensor:
-        nonlocal most_held
-        most_held = max(most_held, live.nbytes)
-        return look_at(values) if look_at else values
+    def on_input(index: int, values: Tensor) -> None:
+        nonlocal reads_values
+        order.append(index)
+        threads.add(threading.get_ident())
+        reads_values = calls.read_values
 
     state, begin = _read_state(job.model), time.perf_counter()
-    with _LiveTensors(job.model) as live:
-        seen = observe(job, batch, look)
+    with (
+        draw_from_seed(batch.index, job.device) as stream,
+        read_inputs(job.layers, on_input),
+        _TrackedCalls(job.model) as calls,
+    ):
+        job.run(batch)
     seconds = time.perf_counter() - begin
-    ours = [values for each in seen.moments.values() for values in (each.mean, each.squares)]
-    keeps_state = live.are_left_besides(ours) or not _is_same_state(state, _read_state(job.model))
-    return seen, ForwardTraits(
-        calls=seen.calls,
+    return ForwardTraits(
+        calls=tuple(order),
         takes_rows=False,
+        reads_values=reads_values,
+        draws_random=not stream.is_untouched,
+        keeps_state=calls.leave_tensors or not _is_same_state(state, _read_state(job.model)),
+        starts_threads=len(threads) > 1,
         is_channels_last=False,
-        is_stateless=not (keeps_state or seen.draws_random),
-        starts_threads=seen.starts_threads,
-        bytes_per_sample=(most_held + batch.nbytes) // batch.size + 1,
+        bytes_per_sample=(calls.most_bytes + batch.nbytes) // batch.size + 1,
         seconds_per_sample=seconds / batch.size,
     )
 
@@ -250,18 +243,23 @@ def _is_same_state(before: list[tuple[object, int]], after: list[tuple[object, i
     )
 
 
-class _LiveTensors(TorchFunctionMode):
-    """Tracks which tensors made under it are still alive, apart from those of the model."""
+class _TrackedCalls(TorchFunctionMode):
+    """Tracks the tensors that PyTorch's functions make, apart from those of the model.
+
+    Attributes:
+        read_values: Whether Python looked at the values of one.
+        most_bytes: The most bytes of storages that were alive at once.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         own = _strided([*model.parameters(), *model.buffers()])
         self._own = {tensor.data_ptr() for tensor in own}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.read_values = False
+        self.most_bytes = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storages that are still alive."""
+    def _count_bytes(self) -> int:
         self._storages = {
             key: (storage, nbytes)
             for key, (storage, nbytes) in self._storages.items()
@@ -269,12 +267,12 @@ class _LiveTensors(TorchFunctionMode):
         }
         return sum(nbytes for _, nbytes in self._storages.values())
 
-    def are_left_besides(self, ours: Iterable[Tensor]) -> bool:
-        """Return whether the model keeps a tensor somewhere, such as in the closure of a hook."""
-        known = {tensor.untyped_storage()._cdata for tensor in ours}
-        if self.nbytes and not self._storages.keys() <= known:
+    @property
+    def leave_tensors(self) -> bool:
+        """Whether the model keeps a tensor somewhere, such as in the closure of a hook."""
+        if self._count_bytes():
             gc.collect()
-        return self.nbytes > 0 and not self._storages.keys() <= known
+        return self._count_bytes() > 0
 
     def __torch_function__(
         self,
@@ -284,11 +282,14 @@ class _LiveTensors(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _READS_VALUES:
+            self.read_values = True
         for tensor in _strided(out):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._own:
                 reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 self._storages[reference.cdata] = (reference, storage.nbytes())
+                self.most_bytes = max(self.most_bytes, self._count_bytes())
         return out
 
 

@@ -41,7 +41,9 @@ def merge_reports(
     # A round more: rank zero often holds the store, and may end as soon as it has its report.
     exchange.merge((), len)
     history = _with_distances(own.history, merged.distances)
-    return dataclasses.replace(own, history=history, findings=merged.findings)
+    present = {(f.code, f.layer) for f in merged.findings if f.severity > Severity.INFO}
+    over = tuple(past for past in own.over if (past.code, past.layer) not in present)
+    return dataclasses.replace(own, history=history, findings=merged.findings, over=over)
 
 
 def merge_findings(by_rank: Sequence[Iterable[Finding] | None]) -> tuple[Finding, ...]:

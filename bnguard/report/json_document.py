@@ -19,7 +19,7 @@ Schema version 1, the keys of a report:
 * ``skipped``: a list of what is unknown; each with ``code``, ``layer``, ``reason``.
 * ``notes``: lines on what was read in another way than usual, or could not be seen.
 
-Numbers that are not finite stand as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
+Numbers that are not finite are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``,
 since JSON has no word for them.
 """
 
@@ -43,10 +43,12 @@ SCHEMA = 1
 
 def report_document(report: Report) -> dict[str, Any]:
     """Return a report as plain data, in the schema of this module."""
+    overhead = report.history.run.overhead
     document = {
         "schema": SCHEMA,
         "bnguard": __version__,
         "steps": report.history.run.steps,
+        "overhead": None if overhead is None else dataclasses.asdict(overhead),
         "findings": [finding.to_dict() for finding in report.findings],
         "over": [dataclasses.asdict(past) for past in report.over],
         "layers": [_layer(layer) for layer in report.layers],
@@ -66,7 +68,7 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     (``name``, ``message``, ``evidence``, ``is_fault``, ``advice``, ``next_step``, ``cured_by``: the
     name of a row, or null), ``rows`` (each with ``name``, ``label``, ``score``, ``change``,
     ``flipped_share``, ``gap``, ``drift_std``, ``drift_log_variance``, ``drift_layer``,
-    ``input_drift``; null where there is no such number), ``layers`` (the worst first, each with
+    ``input_drift``; null if unknown), ``layers`` (the worst first, each with
     ``name``, ``share``, ``shift_std``, ``log_variance_ratio``), ``skipped`` (each with ``name`` and
     ``reason``), ``notes``.
     """

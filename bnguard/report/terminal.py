@@ -14,7 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnguard.findings import FindingGroup, PastFinding, Severity, counted, notice
+from bnguard.findings import (
+    FindingGroup,
+    PastFinding,
+    Severity,
+    by_root_cause,
+    counted,
+    group_findings,
+    notice,
+)
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.measurements import distance_of
 
@@ -37,7 +45,9 @@ def report_view(report: Report) -> RenderableType:
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
         parts.append(findings_view(findings))
-    if any(layer.evaluated is not None for layer in report.layers):
+    if any(
+        distance is not None and distance.measured for distance in map(distance_of, report.layers)
+    ):
         parts.append(_layers_view(report.layers))
     # A rule that raised does so at each layer: once is enough.
     failures = {
@@ -76,17 +86,18 @@ def past_findings(report: Report) -> Iterator[str]:
 
 
 def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
-    """Return findings as blocks: severity, code and place; what is wrong; evidence; what to do.
+    """Return a block per root cause: number and limit, where and what, the fix, what it leads to.
 
-    What another finding explains is short and under it: one fix mends both.
+    One fix mends all of a block, so that its severity is the worst in it.
     """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for group in groups:
-        severity = group.worst.severity
-        block = _consequence(group) if group.causes else _root(group)
-        table.add_row(Text(str(severity), style=_STYLES[severity]), block)
+    for root, consequences in by_root_cause(groups).items():
+        severity = max(group.worst.severity for group in (root, *consequences))
+        parts: list[RenderableType] = [_root_view(root)]
+        parts += [_consequences_view(consequences)] if consequences else []
+        table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
     return table
 
 
@@ -125,7 +136,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
 class CalibrationBar:
     """A bar that says which layer the samples are at, and how long the rest will take.
 
-    A context manager; the bar appears where the work is long, and is gone afterwards.
+    A context manager; the bar appears if the work takes long, and disappears afterwards.
     """
 
     def __init__(self) -> None:
@@ -155,13 +166,13 @@ class CalibrationBar:
             self._progress.stop()
 
     def start(self, samples: int, layers: int) -> None:
-        """Begin anew: so many samples are to pass so many layers."""
+        """Restart the bar for a number of samples, each to pass a number of layers."""
         self._samples, self._layers = max(1, samples), max(1, layers)
         total = self._samples * self._layers
         self._progress.reset(self._task, total=total, samples=samples, layer=self._layer(0))
 
     def advance(self, samples: int) -> None:
-        """So many samples passed one more layer; may be called from any thread."""
+        """Count samples that passed one more layer; may be called from any thread."""
         if time.monotonic() - self._begin >= _LONG_SECONDS:
             self._progress.start()  # Again and again, which does nothing.
         self._progress.advance(self._task, samples)
@@ -169,30 +180,31 @@ class CalibrationBar:
         self._progress.update(self._task, layer=self._layer(done))
 
     def _layer(self, done: int) -> str:
-        """Return which layer the samples are at; nothing where they pass all of them at once."""
+        """Return which layer the samples are at; empty if they pass all of them at once."""
         return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
 
 
-def _root(group: FindingGroup) -> Text:
+def _root_view(group: FindingGroup) -> Text:
     finding = group.worst
-    block = _place(group)
-    if group.step is not None:
-        block.append(f", since step {group.step}")
-    block.append(f"\n{finding.message}")
-    block.append(f"; {finding.evidence}", style="dim")
-    return block.append(f"\n→ {finding.fix.summary}")
-
-
-def _consequence(group: FindingGroup) -> Text:
-    block = _place(group)
-    block.append(f"\n{group.worst.evidence}", style="dim")
-    return block.append(f" because of {' and '.join(group.causes)}")
-
-
-def _place(group: FindingGroup) -> Text:
-    return (
-        Text().append(f"{group.worst.code} {group.worst.name}", "bold").append(f"  {group.where}")
+    since = "" if group.step is None else f", since step {group.step}"
+    return Text.assemble(
+        (f"{finding.code} {finding.name}", "bold"),
+        f": {finding.evidence}\nat {group.where}{since}: {finding.message}",
+        f"\n→ {finding.fix.summary}",
     )
+
+
+def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for group in groups:
+        finding = group.worst
+        text = f"{finding.code} {finding.name}: {finding.evidence} at {group.where}"
+        if len(group.causes) > 1:
+            text += f"; because of {' and '.join(group.causes)}"
+        grid.add_row(Text("leads to", "dim"), Text(text, "dim"))
+    return grid
 
 
 def _heading(report: Report) -> Text:
@@ -200,16 +212,7 @@ def _heading(report: Report) -> Text:
     parts = ["bnguard", counted(layers, "BN layer")]
     if steps:
         parts.append(counted(steps, "step"))
-    if report.findings:
-        counts = (
-            (severity, sum(group.worst.severity is severity for group in report.groups))
-            for severity in sorted(Severity, reverse=True)
-        )
-        parts += [
-            counted(number, str(severity), "info" if severity is Severity.INFO else None)
-            for severity, number in counts
-            if number
-        ]
+    parts += _counts(report)
     if report.history.run.unknown and not report.findings:
         parts.append("no problems found in these, but not all that normalises was watched")
     elif report.failure is None and report.history.run.steps and not _has_problems(report):
@@ -221,6 +224,18 @@ def _heading(report: Report) -> Text:
     elif not report.findings:
         parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")
+
+
+def _counts(report: Report) -> Iterator[str]:
+    """Yield how many root causes there are, in how many layers; then what is only to know."""
+    accused = [finding for finding in report.findings if finding.severity > Severity.INFO]
+    if accused:
+        layers = {finding.layer for finding in accused} - {None}
+        where = f" in {counted(len(layers), 'layer')}" if layers else ""
+        yield f"{counted(len(by_root_cause(group_findings(accused))), 'root cause')}{where}"
+    infos = sum(group.worst.severity is Severity.INFO for group in report.groups)
+    if infos:
+        yield counted(infos, "info", "info")
 
 
 def _has_problems(report: Report) -> bool:

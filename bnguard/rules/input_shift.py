@@ -10,9 +10,17 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Finding, Fix, Severity, Skipped, counted
-from bnguard.observe.history import EvalWindow, History, LayerHistory
+from bnguard.layers.distances import log_variance_ratio, shift_std
+from bnguard.observe.history import (
+    BatchWindow,
+    EvalWindow,
+    History,
+    LayerHistory,
+    RunningStatistics,
+)
 from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import (
+    Distance,
     DriftLimits,
     is_known_harmless,
     is_sampling,
@@ -136,8 +144,7 @@ class InputShift(ModelRule):
         if distance.worst is None:
             yield self._skipped(layer, "no channel has finite statistics")
             return
-        # The more moving weights spread the window, the further it is behind them.
-        is_beyond = distance.excess > max(1.0, window.trend)
+        is_beyond = distance.excess > 1.0 + self._lag(window, running, layer.eps)
         if not is_beyond or layer.run.has_new_weights_in_evaluation:
             return
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
@@ -150,3 +157,19 @@ class InputShift(ModelRule):
             Fix("compare mean and standard deviation of a training and an evaluation batch"),
             step=seen.step,
         )
+
+    def _lag(self, window: BatchWindow, running: RunningStatistics, eps: float) -> float:
+        """Return how far weights that move take training data from its own average, in limits."""
+        with np.errstate(all="ignore"):
+            # Of values that move evenly, the newest is √3 standard deviations from the mean.
+            moved = np.maximum(window.var_of_means - window.var_of_means_successive, 0.0)
+            moved = np.sqrt(3.0 * moved / (window.var_unbiased + eps))
+            apart = np.abs(shift_std(window.mean, running.mean, running.var, eps))
+            ratio = np.abs(log_variance_ratio(window.var_unbiased, running.var, eps))
+        return Distance(
+            np.maximum(moved, apart),
+            ratio,
+            self.max_shift_std,
+            self.max_log_variance_ratio,
+            self.channel_quantile,
+        ).excess

@@ -9,6 +9,7 @@ from typing import ClassVar
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory, Run
 from bnguard.rules.base import Rule
+from bnguard.rules.measurements import distance_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,17 @@ class TrainedInEval(Rule):
         A layer in eval mode with trained statistics, in a model in train mode, is a choice, and
         frozen layers and copies that others write to are not judged. If the whole model is in eval
         mode from the first step on, it may be a choice too: ``info`` as long as the inputs of the
-        newest evaluation match the statistics as closely as BN301 asks.
+        newest evaluation match the statistics as closely as BN301 asks, a ``warning`` once the
+        weights have moved away from them.
 
     Evidence:
         Training steps that end with the whole model in eval mode, if more than half of them called
-        it with gradients: their share, or how many in a row. Or training in eval mode with initial
-        statistics. Fine-tuned in eval mode on digits, networks end within 1 point of those in train
-        mode at a learning rate of 0.01, where the inputs stay within half of the limits of BN301;
-        at 0.05 an MLP loses 4 to 16 points, and its inputs are beyond the limits up to 8 times.
+        it with gradients: their share, or how many in a row; after a validation in the middle of an
+        epoch that forgets ``train()``, that is every step until the next one. Or training in eval
+        mode with initial statistics. Fine-tuned in eval mode on digits, networks end within 1 point
+        of those in train mode at a learning rate of 0.01, where the inputs stay within half of the
+        limits of BN301; at 0.05 an MLP loses 4 to 16 points, and its inputs are beyond the limits
+        up to 8 times.
 
     Limits:
         max_share_in_eval_mode: 0.5 of the training steps.
@@ -91,19 +95,39 @@ class TrainedInEval(Rule):
                 Fix("model.train() before training"),
             )
         elif is_model_in_eval and _is_trained(layer):
-            yield self._finding(
+            yield self._of_model(layer)
+
+    def _of_model(self, layer: LayerHistory) -> Finding:
+        """Return what a whole model in eval mode is at a layer: a choice, perhaps, or a fault."""
+        run, evidence = layer.run, self._evidence(layer.run)
+        if run.steps_in_eval_mode < run.steps:
+            return self._finding(
                 layer,
                 Severity.WARNING,
                 f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
                 "training steps: BN uses fixed statistics, and dropout is off",
-                self._evidence(run),
+                evidence,
                 Fix(
                     "model.train() after each validation, also in the middle of an epoch; without "
                     "it every step until the next model.train() is in eval mode"
-                    if run.steps_in_eval_mode < run.steps
-                    else "model.train() at the start of every epoch, and after each validation"
                 ),
             )
+        fix = Fix("model.train() at the start of every epoch, and after each validation")
+        message = (
+            f"the whole model was in eval mode in all {run.steps} training steps: BN uses fixed "
+            "statistics, and dropout is off"
+        )
+        if layer.running is not None and layer.running.is_initial:
+            message += "; they are still the initial mean 0 and variance 1"
+            return self._finding(layer, Severity.WARNING, message, evidence, fix)
+        distance = distance_of(layer)
+        if distance is None or distance.worst is None or not distance.is_beyond:
+            message += "; fine if the network is fine-tuned like this on purpose"
+            return self._finding(layer, Severity.INFO, message, evidence, fix)
+        message += ", which the inputs of the layer no longer match"
+        return self._finding(
+            layer, Severity.WARNING, message, distance.worst, fix, reasons=(evidence,)
+        )
 
     def _is_model_in_eval(self, run: Run) -> bool:
         return self._evidence(run).excess > 1.0

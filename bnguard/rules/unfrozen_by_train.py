@@ -68,18 +68,30 @@ class UnfrozenByTrain(Rule):
     min_frozen_calls: int = 2
 
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
-        """Look for calls in eval mode before the first in train mode, and for none after it."""
-        if layer.calls.unfrozen_step is None or layer.calls.frozen_after:
+        """Look for eval mode before the first call in train mode, and for none after it."""
+        calls = layer.calls
+        if layer.is_affine_frozen_at_start and not layer.is_affine_frozen:
             return
-        was_thawed = layer.is_affine_frozen_at_start and not layer.is_affine_frozen
-        if was_thawed or layer.calls.frozen < self.min_frozen_calls:
-            return
-        yield self._finding(
-            layer,
-            Severity.WARNING,
-            f"after {layer.calls.frozen} batches in eval mode the layer is in train mode again, "
-            "and its statistics move: a model.train() undid the freezing",
-            Evidence("batches in eval mode before", layer.calls.frozen, self.min_frozen_calls),
-            Fix("call .eval() on the frozen layers after every model.train(), in Module.train"),
-            step=layer.calls.unfrozen_step,
-        )
+        if calls.unfrozen_step is not None and not calls.frozen_after:
+            if calls.frozen >= self.min_frozen_calls:
+                yield self._finding(
+                    layer,
+                    Severity.WARNING,
+                    f"after {calls.frozen} batches in eval mode the layer is in train mode again, "
+                    "and its statistics move: a model.train() undid the freezing",
+                    Evidence("batches in eval mode before", calls.frozen, self.min_frozen_calls),
+                    _FREEZE,
+                    step=calls.unfrozen_step,
+                )
+        elif layer.is_held_at_start and calls.in_training and not calls.frozen:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                "the layer was in eval mode when watching began, unlike the modules next to it, "
+                "and trains in train mode: a model.train() undid the freezing",
+                Evidence("batches in train mode", calls.in_training, 0),
+                _FREEZE,
+            )
+
+
+_FREEZE = Fix("call .eval() on the frozen layers after every model.train(), in Module.train")

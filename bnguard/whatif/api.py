@@ -203,6 +203,7 @@ def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Num
     return Numbers(
         rows=table.rows,
         samples=len(bench.samples),
+        batch_size=bench.samples.batch_size,
         changed_share=table.changed_share,
         orders=table.orders,
         poisoned=tuple(
@@ -250,7 +251,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
             raise CalibrationError(
-                f"{name} holds NaN or Inf, and no BN statistics can help: load earlier weights"
+                f"{name} contains NaN or Inf, which BN statistics cannot repair: load other weights"
             )
 
 

@@ -18,6 +18,9 @@ from bnguard.whatif.evidence import (
 )
 from bnguard.whatif.result import Row, Verdict
 
+# Samples of a batch from which its noise is below 0.18 σ, less than networks learn to rely on.
+_MAX_NOISY_BATCH = 32
+
 _RECALIBRATE = "bnguard.recalibrate(model, train_loader)"
 _ADAPT = 'bnguard.recalibrate(model, loader, method="adapt")'
 _SWAP = 'model = bnguard.swap(model, to="group").model'
@@ -114,10 +117,21 @@ def batches_alone(numbers: Numbers) -> Verdict | None:
         return None
     compared = numbers.compared("stored", numbers.best, name)
     alike = _what_batches_share(numbers, name)
+    size = numbers.batch_size or 0
+    if not alike and name == "batches" and size > _MAX_NOISY_BATCH:
+        return Verdict(
+            name="correlated-batches",
+            message=f"only the statistics of each batch do well, and batches of {size} have little "
+            "noise: the network was trained on batches whose samples are alike, as where a step "
+            "forwards several streams separately (domains, real and generated samples)",
+            evidence=(compared,),
+            advice=_MIX,
+            next_step=_SHUFFLE,
+        )
     if not alike:
         return Verdict(
             name="small-batch-noise",
-            message="only the statistics of small batches do well: the network has learnt with "
+            message="only the statistics of small batches do well: the network has learned with "
             "their noise, which running statistics do not have",
             evidence=(compared,),
             advice="train on with larger batches, or with another norm in place of BN",
@@ -277,7 +291,7 @@ def unfit_statistics(numbers: Numbers) -> Verdict | None:
             else ": either they are stale, or the data differ from those of training"
         ),
         evidence=(numbers.compared("stored", "evaluation"), *_input_drift(numbers)),
-        advice="give the training data as reference=, which tells the two apart",
+        advice="pass the training data as reference= to tell the two apart",
         next_step=_DIAGNOSE_WITH_REFERENCE,
         cured_by="evaluation",
     )
@@ -297,7 +311,7 @@ def poor_weights(numbers: Numbers) -> Verdict | None:
             numbers.compared("stored", numbers.fresh, "evaluation"),
             *(_input_drift(numbers) if numbers.is_off_training or numbers.is_off_stored else ()),
         ),
-        advice="diagnose it on training data: that tells a fault of training from overfitting",
+        advice="diagnose it on training data: that distinguishes bad training from overfitting",
         next_step=_DIAGNOSE_TRAINING,
     )
 

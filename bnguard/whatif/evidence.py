@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.preserve import preserve_modes
@@ -54,7 +57,7 @@ class Training:
 
     Attributes:
         batch_size: Samples per batch.
-        order: Whether the batches are sorted; None if that cannot be told.
+        order: Whether the batches are sorted; None if unknown.
         change: How far shuffling the batches changes the outputs if each batch is normalised by
             its own statistics, in standard deviations; None if not measured.
         flipped_share: Share of the predictions that shuffling changes.
@@ -95,7 +98,7 @@ class Dropout:
     """How far the variances of data are from the stored ones, with dropout and without.
 
     Attributes:
-        kind: Class of the dropout.
+        kind: Class or function of the dropout.
         active: Log-variance ratio with dropout active.
         inactive: The same without dropout.
     """
@@ -117,6 +120,7 @@ class Numbers:
     Attributes:
         rows: The rows of the table by name.
         samples: How many evaluation samples they were measured on.
+        batch_size: Samples of an evaluation batch; None if unknown.
         changed_share: Share of the predictions that differ from those with the statistics of the
             evaluation data, ties included, by the name of the row: what a score may gain by chance.
         orders: Whether evaluation batches are sorted, by the name of the row that uses them.
@@ -132,6 +136,7 @@ class Numbers:
 
     rows: Mapping[str, Row]
     samples: int
+    batch_size: int | None = None
     changed_share: Mapping[str, float] = field(default_factory=dict)
     orders: Mapping[str, BatchOrder] = field(default_factory=dict)
     training: Training | None = None
@@ -242,8 +247,8 @@ class Numbers:
     def chance(self, name: str) -> float:
         """Return what a score that is a share may gain by chance, in a row that flips predictions.
 
-        Three standard deviations of a sum of changes, each of which corrects or breaks one
-        prediction, also if two classes tie.
+        Three standard deviations of a sum of changes, each correcting or breaking one prediction,
+        also if two classes tie.
         """
         changed = self.changed_share.get(name, self.rows[name].flipped_share or 0.0)
         return 3.0 * math.sqrt(changed / max(self.samples, 1))
@@ -319,21 +324,56 @@ def read_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training
 def read_dropout(bench: Bench, stored: Statistics) -> Dropout | None:
     """Return what dropout explains of the stored variances; None without active dropout."""
     dropouts = [module for module in bench.inner.modules() if drops_values(module)]
+    kind = type(dropouts[0]).__name__ if dropouts else ""
     if not dropouts:
+        layers = {layer.module for layer in (*bench.layers, *bench.untracked)}
+        dropouts = [module for module in bench.inner.modules() if module not in layers]
+        kind = _functional_dropout(bench, dropouts)
+    if not kind:
         return None
     inactive = average_over_batches(bench, stored).log_variance_ratio
     with preserve_modes(bench.inner):
         for dropout in dropouts:
-            dropout.train()
+            dropout.training = True
         active = average_over_batches(bench, stored).log_variance_ratio
-    return Dropout(type(dropouts[0]).__name__, active, inactive)
+    return Dropout(kind, active, inactive)
+
+
+def _functional_dropout(bench: Bench, modules: Sequence[nn.Module]) -> str:
+    """Return the dropout function that forwards call if these modules are in train mode, if any."""
+    calls = _DropoutCalls()
+    with preserve_modes(bench.inner), calls:
+        for module in modules:
+            module.training = True
+        try:
+            bench.outputs_in_batches(bench.samples.batches[:1])
+        except Exception:  # such as a loss in train mode, for which targets are missing
+            return ""
+    return calls.name
+
+
+class _DropoutCalls(TorchFunctionMode):
+    """Notes the name of a function that drops values, such as ``F.dropout(x, self.training)``."""
+
+    name = ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if "dropout" in func.__name__:
+            self.name = func.__name__
+        return func(*args, **(kwargs or {}))
 
 
 def _noise(bench: Bench) -> float:
     """Return the log-variance ratio that a running average over batches has by chance.
 
-    The variance of n normal values has a relative variance of 2 / (n - 1), of which an average
-    with momentum m keeps m / (2 - m).
+    The variance of n normal values has a relative variance of 2 / (n - 1); an average with
+    momentum m keeps m / (2 - m) of it.
     """
     size = bench.samples.batch_size
     per_layer = [

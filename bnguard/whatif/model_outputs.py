@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from bnguard.observe.mode_gap import (
 )
 from bnguard.recalibration.batches import Batch, Forward, call
 from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
+from bnguard.whatif.samples import copy_inputs
 
 # Numbers that are kept of an output with positions, as an image; class scores are kept whole.
 _MAX_NUMBERS_A_SAMPLE = 4096
@@ -141,7 +141,7 @@ def collect_inputs(
     sizes: dict[str, tuple[int, int]] = {}
     size = 1
 
-    def arrive(index: int, values: Tensor) -> None:
+    def add_moments(index: int, values: Tensor) -> None:
         name = layers[index].name
         moments = on_host(input_moments(values))
         parts.setdefault(name, []).append(moments)
@@ -153,7 +153,7 @@ def collect_inputs(
             size = batch.size
             yield batch
 
-    with read_inputs(layers, arrive):
+    with read_inputs(layers, add_moments):
         outputs = collect_outputs(model, forward, noting_sizes())
     return {name: LayerInput(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
 
@@ -165,7 +165,7 @@ def _merged(parts: Iterable[Moments]) -> Moments | None:
 
 def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[Tensor]:
     # A copy, because a forward may write to its input.
-    given = Batch(batch.index, copy.deepcopy(batch.args), copy.deepcopy(batch.kwargs), batch.size)
+    given = Batch(batch.index, copy_inputs(batch.args), copy_inputs(batch.kwargs), batch.size)
     return [tensor.detach().float().cpu() for tensor in float_tensors(call(model, forward, given))]
 
 

@@ -53,7 +53,7 @@ class Row:
 
     @property
     def drift(self) -> float | None:
-        """The larger of the two drifts at the worst layer; NaN where one is not a number."""
+        """The larger of the two drifts at the worst layer; NaN if one is not a number."""
         known = [d for d in (self.drift_std, self.drift_log_variance) if d is not None]
         return next((d for d in known if math.isnan(d)), max(known, default=None))
 

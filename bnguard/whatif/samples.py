@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mode
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bnguard.errors import CalibrationError
 from bnguard.observe.model_inputs import compare_batches, usual_ratio
@@ -25,6 +27,8 @@ from bnguard.recalibration.batches import (
 
 # Fewer batches cannot show whether they are sorted.
 MIN_BATCHES = 8
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class Samples:
     def fresh_payloads(self) -> Iterator[object]:
         """Yield copies of what the loader yields, because a forward may write to its input."""
         for payload in self.payloads:
-            yield copy.deepcopy(payload)
+            yield copy_inputs(payload)
 
     @cached_property
     def whole(self) -> Batch | None:
@@ -72,7 +76,7 @@ class Samples:
         return size != self.batch_size and 2 * size > self.batch_size
 
     def shuffled(self) -> tuple[list[int], tuple[Batch, ...]] | None:
-        """Return batches of the same size with other neighbours, and which sample is where.
+        """Return batches of the same size with other neighbours, and the position of each sample.
 
         None if there is nothing to shuffle, or the samples do not fit together.
         """
@@ -94,7 +98,7 @@ class Samples:
         return tuple(chosen)
 
     def order(self, size: int | None = None) -> BatchOrder | None:
-        """Return how far the batches differ from one another; None if that cannot be told.
+        """Return how far the batches differ from one another; None if unknown.
 
         Args:
             size: Samples in each of the parts that are compared; None for batches as they come.
@@ -160,7 +164,7 @@ def read_samples(
     """Read the first samples of a loader, and keep them.
 
     Raises:
-        CalibrationError: There are none, or the model does not take what the loader yields.
+        CalibrationError: The loader is empty, or the model does not take its batches.
     """
     payloads: list[object] = []
 
@@ -175,6 +179,16 @@ def read_samples(
             f"the {name} is empty: an iterator that can be read only once may have been read"
         )
     return Samples(batches, tuple(payloads))
+
+
+def copy_inputs(inputs: _T) -> _T:
+    """Return a copy of what a model takes; a deep copy fails on compressed sparse tensors."""
+    compressed = {
+        id(leaf): leaf.clone()
+        for leaf in tree_leaves(inputs)
+        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo)
+    }
+    return copy.deepcopy(inputs, compressed)
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:

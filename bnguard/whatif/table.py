@@ -203,7 +203,7 @@ class LayerDrift:
 
     @property
     def largest(self) -> float:
-        """The larger of the two; NaN where one is not a number."""
+        """The larger of the two; NaN if one is not a number."""
         return float(np.maximum(self.shift_std, self.log_variance_ratio))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ _FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "lightning.py
 
 
 def bnguard(folder, *arguments, prepare=None, meanwhile=None):
-    """Run a command in a folder.
+    """Run ``bnguard ARGUMENTS`` in a folder.
 
     Args:
         folder: The current directory of the process.
@@ -35,7 +36,19 @@ def bnguard(folder, *arguments, prepare=None, meanwhile=None):
         prepare: Called in the process, before the command.
         meanwhile: Called with the process while the command runs.
     """
-    command = ["bnguard", *map(str, arguments)]
+    return _fork(folder, ["bnguard", *map(str, arguments)], prepare, meanwhile)
+
+
+def script(folder, *arguments, prepare=None):
+    """Run ``python ARGUMENTS``, a script and its arguments, as :func:`bnguard` runs a command."""
+    return _fork(folder, [*map(str, arguments)], prepare, None)
+
+
+def import_first_from(folder):
+    sys.path.insert(0, str(folder))
+
+
+def _fork(folder, command, prepare, meanwhile):
     with TemporaryDirectory() as files:
         out, err = Path(files, "out"), Path(files, "err")
         process = _FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
@@ -61,10 +74,14 @@ def _run(folder, command, out, err, prepare):
     sys.argv = command
     import torch
 
-    from bnguard.cli.main import main
-
     # The networks are tiny: a second thread costs more than it brings.
     torch.set_num_threads(1)
+    if command[0] != "bnguard":
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
+        return
+    from bnguard.cli.main import main
+
     sys.exit(main())
 
 

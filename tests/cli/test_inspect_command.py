@@ -194,7 +194,7 @@ def test_a_pipe_is_told_to_be_one_and_one_that_nobody_reads_is_no_fault(tmp_path
         torch.save(nn.BatchNorm1d(2).state_dict(), tmp_path / f"{number}.pt")
     os.mkfifo(tmp_path / "pipe")
     line = is_one_line_error(bnguard(tmp_path, "inspect", "pipe"))
-    assert "a pipe or a device; write it to a file" in line
+    assert "a pipe or a device; save it to a file first" in line
     with subprocess.Popen(
         [BNGUARD, "inspect", tmp_path, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -68,7 +68,7 @@ def test_of_several_models_the_one_that_is_meant(folder):
     state = network.state_dict()
     torch.save({"model": state, "ema": state}, folder / "two.pt")
     line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN))
-    assert "holds several models, 'model', 'ema', of which 'model', 'ema' fit Network" in line
+    assert "has several models, 'model', 'ema' ('model', 'ema' fit Network)" in line
     assert "--weights NAME" in line
     line = is_one_line_error(bnguard(folder, "recalibrate", "two.pt", *PLAIN, "--weights", "emma"))
     assert "did you mean 'ema'?" in line
@@ -87,6 +87,22 @@ def test_of_several_models_the_one_that_is_meant(folder):
     )
     assert done.returncode == 0, done.stderr
     assert moved(folder / "gan.pt", folder / "gan-recalibrated.pt") == [False] * 3 + [True]
+
+
+def test_a_checkpoint_that_training_saves_again_meanwhile_is_not_repaired(folder):
+    torch.save(used_network().state_dict(), folder / "last.pt")
+    (folder / "saving.py").write_text(
+        "import mine, torch\n"
+        "def images():\n"
+        "    torch.save(mine.build().state_dict(), 'last.pt')\n"
+        "    return mine.images()\n"
+    )
+    names = {path.name for path in folder.iterdir()}
+    line = is_one_line_error(
+        bnguard(folder, "recalibrate", "last.pt", *PLAIN[:2], "--data=saving:images", "--in-place")
+    )
+    assert "last.pt: was saved again meanwhile" in line
+    assert {path.name for path in folder.iterdir() if path.is_file()} == names
 
 
 def test_averaged_weights_as_torch_saves_them(folder):
@@ -300,8 +316,8 @@ def test_a_pickled_module_is_repaired_with_its_own_settings(folder):
     torch.save({"model": copy.deepcopy(network).half(), "ema": network}, folder / "whole.pt")
     done = bnguard(folder, "recalibrate", "whole.pt", *PLAIN, "--weights", "ema")
     assert done.returncode == 0, done.stderr
-    assert "eps 0.001 from the checkpoint, where Network has 1e-05 (3 layers)" in done.stdout
-    assert "momentum 0.03 from the checkpoint, where Network has 0.1 (3 layers)" in done.stdout
+    assert "eps 0.001 from the checkpoint, not Network's 1e-05 (3 layers)" in done.stdout
+    assert "momentum 0.03 from the checkpoint, not Network's 0.1 (3 layers)" in done.stdout
     path = folder / "whole-recalibrated.pt"
     assert moved(folder / "whole.pt", path) == [False] * 3 + [True] * 3
     loaded = torch.load(path, weights_only=False)["ema"]
@@ -330,4 +346,4 @@ def test_an_output_inside_the_checkpoint_is_refused_at_once(folder):
     line = is_one_line_error(
         bnguard(folder, "recalibrate", name, *PLAIN, "--output", f"{name}/sub/x")
     )
-    assert "lies inside the checkpoint" in line
+    assert "is inside the checkpoint" in line

@@ -201,8 +201,8 @@ def test_the_precision_reaches_the_distillation(checkpoint, monkeypatch, capsys,
         (["--to", "grop", *DEMO], "did you mean 'group'?"),
         ([*DEMO[2:]], "--model is missing"),
         ([*DEMO, "--model.width", "4"], "does not fit DigitsNet"),
-        ([*DEMO, "--output", "last.ckpt", "--force"], "is the original; choose another output"),
-        ([*DEMO, "--output", "."], "is a folder"),
+        ([*DEMO, "--output", "last.ckpt", "--force"], "the original itself; choose another output"),
+        ([*DEMO, "--output", "."], "a folder, but the output is a file"),
         ([*QUICK, "--output", "nowhere/x.ckpt"], "the folder nowhere does not exist"),
         ([*DEMO, "--split", "holdout"], "has no holdout_dataloader"),
         ([*DEMO, "--metric", "val_accuracie"], "did you mean 'val_accuracy'?"),
@@ -226,6 +226,4 @@ def test_errors_are_one_line_and_nothing_is_written(
 def test_a_checkpoint_without_bn_is_refused(tmp_path, capsys):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "plain.pt")
     assert main(["swap", str(tmp_path / "plain.pt"), *DEMO]) == 2
-    assert (
-        "has no BN layers with running statistics, so there is nothing" in capsys.readouterr().err
-    )
+    assert "has no BN layers with running statistics: nothing to do" in capsys.readouterr().err

@@ -33,5 +33,4 @@ SITUATION = Situation(
     faulty=partial(_train, has_distractors=True),
     cause="BN305",
     repaired=lambda: _train(has_distractors=False).accuracy,
-    expected_failure="BN301 alone: weights that move, however little, keep BN305 silent",
 )

@@ -17,5 +17,4 @@ def _healthy() -> Run:
 
 SITUATION = Situation(
     healthy=_healthy,
-    expected_failure="BN209 takes a network held in eval mode on purpose for a forgotten train()",
 )

@@ -32,6 +32,7 @@ def _train(*, freezes_each_epoch: bool) -> Run:
     def loss(batch: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(images[batch] + 0.1 * torch.rand(4, 1)), labels[batch])
 
+    model.train()
     freeze()
     photographs = torch.randperm(150).repeat_interleave(4).split(4)
     return train(
@@ -44,5 +45,4 @@ SITUATION = Situation(
     faulty=partial(_train, freezes_each_epoch=False),
     cause="BN208",
     repaired=lambda: _train(freezes_each_epoch=True).accuracy,
-    expected_failure="BN203 comes first: layers frozen before watching count as never frozen",
 )

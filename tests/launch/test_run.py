@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import tomllib
 import torch
 
 from bnguard.launch.trained_models import find_roots
+from tests.cli.running import bnguard, import_first_from, script
 
 SCRIPT = Path(__file__).with_name("trainings.py")
 PROJECT = Path(__file__).parents[2]
@@ -38,6 +40,7 @@ def entry_points(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, entry_points):
+    """Run ``python ARGUMENTS`` in a folder, as a user does."""
     path = os.pathsep.join([str(entry_points), str(PROJECT), os.environ.get("PYTHONPATH", "")])
 
     def run(*arguments, folder="watched", **environment):
@@ -53,6 +56,24 @@ def run(tmp_path, entry_points):
         )
 
     return run
+
+
+@pytest.fixture
+def run_both(tmp_path, entry_points):
+    """Run a script without bnguard and with it, in processes that begin with torch imported."""
+
+    def run_both(*arguments):
+        add = functools.partial(import_first_from, entry_points)
+        for folder in ("plain", "watched"):
+            (tmp_path / folder).mkdir()
+        plain = script(tmp_path / "plain", SCRIPT, *arguments, prepare=add)
+        own = ("run", "--log-dir", "log")
+        done = bnguard(tmp_path / "watched", *own, SCRIPT, *arguments, prepare=add)
+        assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
+        assert_same_weights(tmp_path)
+        return plain, done
+
+    return run_both
 
 
 BNGUARD = ("-m", "bnguard", "run", "--log-dir", "log")
@@ -84,13 +105,10 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_script_trains_the_same_weights_and_its_fault_is_named(name, run, tmp_path):
+def test_a_script_trains_the_same_weights_and_its_fault_is_named(name, run_both, tmp_path):
     if name in ("accelerate", "transformers") and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    plain = run(SCRIPT, name, folder="plain")
-    done = run(*BNGUARD, SCRIPT, name)
-    assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
-    assert_same_weights(tmp_path)
+    run_both(name)
     assert codes(tmp_path / "watched/log") == CASES[name]
     assert list((tmp_path / "watched/log").glob("events.out.tfevents*"))
 
@@ -136,11 +154,8 @@ def test_a_variable_of_the_environment_is_enough_for_lightning(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_models", "gan"])
-def test_each_model_has_its_report(name, run, tmp_path):
-    assert run(SCRIPT, name, folder="plain").returncode == 0
-    done = run(*BNGUARD, SCRIPT, name)
-    assert done.returncode == 0, done.stderr
-    assert_same_weights(tmp_path)
+def test_each_model_has_its_report(name, run_both, tmp_path):
+    run_both(name)
     log = tmp_path / "watched/log"
     reports = [codes(log), codes(log / "Sequential-2")]
     assert reports == ([{"BN303"}, set()] if name == "two_models" else [set(), set()])
@@ -204,13 +219,18 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["0", "7", "text", "interrupt", "syntax"])
-@pytest.mark.parametrize("target", [("script.py",), ("-m", "package.script")])
+@pytest.mark.parametrize(
+    ("target", "end"),
+    [
+        *((("script.py",), end) for end in ("0", "7", "text", "interrupt", "syntax")),
+        *((("-m", "package.script"), end) for end in ("7", "interrupt")),
+    ],
+)
 def test_a_script_finds_what_python_gives_it(target, end, run, tmp_path):
     folder = tmp_path / "watched"
     (folder / "package").mkdir(parents=True)
-    for script in (folder / "script.py", folder / "package/script.py"):
-        script.write_text(_ENVIRONMENT)
+    for path in (folder / "script.py", folder / "package/script.py"):
+        path.write_text(_ENVIRONMENT)
     plain, done = run(*target, end), run(*BNGUARD, *target, end)
     assert done.returncode == plain.returncode
     assert done.stdout == plain.stdout
@@ -222,7 +242,7 @@ def test_a_script_finds_what_python_gives_it(target, end, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no script is named: bnguard run SCRIPT.py, or -m MODULE"),
+        ([], "the script is missing: bnguard run SCRIPT.py, or -m MODULE"),
         (["nowhere.py"], "nowhere.py is not a file: name a script, or a module with -m"),
         (["-m"], "-m needs the name of a module"),
         (["--fail-on", "info", "x.py"], "--fail-on: "),

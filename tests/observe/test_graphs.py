@@ -73,3 +73,10 @@ def test_nodes_are_not_judged_as_samples(links, graphs):
         assert "mat1" not in shown
         assert "Error" not in shown
         assert " 0 samples" not in shown
+
+
+def test_compressed_sparse_inputs_are_diagnosed():
+    model = GraphNet()
+    batches = [batch_of_graphs("csr", 1) for _ in range(2)]
+    diagnosis = bnguard.diagnose(model, batches, forward=lambda model, batch: model(*batch))
+    assert diagnosis.cause.name == "unconverged-statistics"

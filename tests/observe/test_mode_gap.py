@@ -65,11 +65,11 @@ def test_change_and_flips_are_those_of_the_two_modes():
     with torch.no_grad():
         running = twin(images)
         batch = twin.train()(images)
-        half = copy.deepcopy(model).train()(images[:16])
+        half = copy.deepcopy(model).train()(images[::2])
     gap = measured(model, images)
     assert gap.samples == 32
     assert gap.relative_change == pytest.approx(changed(running, batch), rel=1e-5)
-    assert gap.sampling_change == pytest.approx(changed(half, batch[:16]), rel=1e-5)
+    assert gap.sampling_change == pytest.approx(changed(half, batch[::2]), rel=1e-5)
     samples = torch.arange(32)
     places = (samples, running.argmax(1)), (samples, batch.argmax(1))
     margins = [(p[places[0]] - p[places[1]]).abs() for p in (running.softmax(1), batch.softmax(1))]
@@ -261,6 +261,33 @@ def test_the_batch_is_kept_as_it_was_before_the_model_wrote_to_it():
     model.norm.running_var.fill_(1e4)
     gap = measured(model, torch.randn(4000, 4))
     assert gap.relative_change < 0.1
+
+
+def test_a_model_that_is_back_in_train_mode_is_measured_in_eval_mode():
+    model, images = spoilt_net().append(nn.Dropout(0.5)).eval(), torch.randn(32, 1, 8, 8)
+    expected = measured(model, images).relative_change
+    probe = GapProbe(model, find_layers(model))
+    with torch.no_grad():
+        model(images)
+    model.train()
+    assert probe.measure().relative_change == expected > 0.1
+    assert all(module.training for module in model.modules())
+
+
+def test_rows_of_several_batches_are_mixed():
+    model = conv_net().train()
+    kinds = torch.randn(64, 1, 8, 8), 3.0 + torch.randn(64, 1, 8, 8)
+    for layer in find_layers(model):
+        layer.module.momentum = 1.0
+    with torch.no_grad():
+        model(torch.cat(kinds))
+    probe = GapProbe(model.eval(), find_layers(model))
+    with torch.no_grad():
+        for images in kinds:
+            model(images)
+    gap = probe.measure()
+    assert gap.samples == 64
+    assert gap.relative_change < 0.3 < measured(model, kinds[0]).relative_change
 
 
 def test_a_model_without_a_call_in_eval_mode_is_not_measured():

@@ -292,9 +292,10 @@ def test_nothing_waits_for_the_device_between_readings():
                 layer(torch.randn(4, layer.num_features))
             with waiting.watched():
                 probe.read(step)
-    # On a CPU one look a turn is allowed, which costs nothing there: is everything finite?
+    # On a CPU two looks a turn are allowed, which cost nothing there: is everything finite, and
+    # are the weights the same?
     assert set(waiting.seen) <= {"aten._local_scalar_dense.default"}
-    assert len(waiting.seen) <= 70 / 32 + 1
+    assert len(waiting.seen) <= 2 * (70 / 32 + 1)
 
 
 class Waiting(TorchDispatchMode):

@@ -18,7 +18,6 @@ from bnguard.recalibration.batches import (
     read_batches,
     shuffle_indices,
 )
-from bnguard.recalibration.exact import ChunkedBatches
 
 
 def read_all(loader, *, samples=100, forward=None):
@@ -115,20 +114,6 @@ def test_batches_of_the_same_shape_can_be_joined():
 )
 def test_others_cannot(other):
     assert not can_be_joined(batch_of(torch.zeros(2, 3), scale=1.0), other)
-
-
-def test_neighbours_are_joined_until_a_chunk_is_full_and_split_if_one_is_bad():
-    held = ChunkedBatches()
-    for index, (size, width) in enumerate([(2, 3), (2, 3), (2, 3), (2, 4), (5, 4)]):
-        held.append(batch_of(torch.zeros(size, width), index=index))
-    assert len(held.chunks) == 5
-    held.join(4)
-    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0, 1], [2], [3, 4]]
-    assert (held.samples, len(held.batches)) == (13, 5)
-    assert held.remove({0}) == []
-    assert [[b.index for b in chunk] for chunk in held.chunks] == [[0], [1], [2], [3, 4]]
-    assert [batch.index for batch in held.remove({1, 2})] == [1, 2]
-    assert (held.samples, len(held.batches)) == (9, 3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,27 +54,22 @@ def test_either_part_counts():
     assert not is_finite(Moments(3, good, bad))
 
 
-def test_parts_of_all_ranks_are_pooled():
+def test_parts_are_pooled():
     model, x = nn.BatchNorm1d(3), torch.randn(30, 3) * 2.0 + torch.arange(30.0).view(-1, 1)
-    parts = [channel_moments(part) for part in x.split(7)]
-    ranks = [{0: parts[0], 1: parts[1]}, {}, {0: parts[2], 1: parts[3], 2: parts[4]}]
-    assert len(job_of(model).set_statistics(0, ranks, 30)) == 5
+    job_of(model).set_statistics(0, [channel_moments(part) for part in x.split(7)], 30)
     assert torch.allclose(model.running_mean, x.mean(0), rtol=1e-5)
     assert torch.allclose(model.running_var, x.var(0), rtol=1e-5)
 
 
-def test_nonfinite_inputs_are_reported_by_chunk_on_the_rank_that_has_them():
+def test_nonfinite_inputs_are_an_error_that_names_the_layer():
     bad = torch.randn(4, 3)
     bad[0, 0] = math.nan
-    job, good = job_of(nn.BatchNorm1d(3)), channel_moments(torch.randn(4, 3))
-    with pytest.raises(NonFiniteError) as mine:
-        job.set_statistics(0, [{0: good, 5: channel_moments(bad)}, {0: good}], 12)
-    assert (mine.value.index, mine.value.chunks) == (0, {5})
-    with pytest.raises(NonFiniteError) as others:
-        job.set_statistics(0, [{0: good}, {0: channel_moments(bad)}], 12)
-    assert others.value.chunks == frozenset()
+    parts = [channel_moments(torch.randn(4, 3)), channel_moments(bad)]
+    with pytest.raises(NonFiniteError) as raised:
+        job_of(nn.BatchNorm1d(3)).set_statistics(0, parts, 8)
+    assert raised.value.index == 0
 
 
 def test_one_value_is_too_few():
     with pytest.raises(CalibrationError, match="1 value a channel is too few"):
-        job_of(nn.BatchNorm1d(3)).set_statistics(0, [{0: channel_moments(torch.ones(1, 3))}], 1)
+        job_of(nn.BatchNorm1d(3)).set_statistics(0, [channel_moments(torch.ones(1, 3))], 1)

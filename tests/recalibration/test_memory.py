@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bnguard.errors import ConfigurationError
-from bnguard.recalibration.options import free_memory, memory_limit
+from bnguard.recalibration.memory import free_memory, memory_limit
 
 CPU = torch.device("cpu")
 

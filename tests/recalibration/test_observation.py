@@ -9,9 +9,8 @@ from torch import nn
 from bnguard.layers.moments import channel_moments
 from bnguard.recalibration.batches import Batch
 from bnguard.recalibration.trial_forward import (
-    Observation,
+    Witness,
     find_differing_layers,
-    is_disturbed,
     observe,
 )
 from tests.recalibration.jobs import job_of
@@ -46,7 +45,6 @@ def test_calls_and_moments_of_all_calls_together():
     assert seen.calls == (0, 1, 1)
     assert set(seen.moments) == {0, 1}
     assert (seen.moments[0].count, seen.moments[1].count) == (20, 40)
-    assert seen.draws_random
     assert not seen.starts_threads
     assert observed(Model(in_thread=True), x).starts_threads
 
@@ -58,7 +56,6 @@ def test_a_batch_draws_the_same_random_numbers_each_time_and_leaves_the_global_o
     assert torch.equal(first.moments[1].mean, again.moments[1].mean)
     assert not torch.equal(first.moments[1].mean, other.moments[1].mean)
     assert torch.equal(state, torch.get_rng_state())
-    assert not observed(nn.Sequential(nn.BatchNorm1d(4)), x).draws_random
 
 
 @pytest.mark.parametrize(("change", "differs"), [(0.0, False), (0.04, False), (0.06, True)])
@@ -72,7 +69,8 @@ def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
 @pytest.mark.parametrize(("change", "differs"), [(5e-5, False), (1e-2, True)])
 def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
     alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
-    job = job_of(nn.BatchNorm1d(4))
-    seen = Observation((0,), {0: channel_moments(alone)}, starts_threads=False, draws_random=False)
-    assert is_disturbed(job, seen, (0,), {0: channel_moments(beside)}) == differs
-    assert is_disturbed(job, seen, (0, 0), seen.moments)
+    job, witness = job_of(nn.BatchNorm1d(4)), Witness(Batch(0, (alone,), {}, 1), 0.5)
+    moments = {0: channel_moments(witness.rows(torch.cat([beside, torch.zeros(1, 4)])))}
+    with torch.no_grad():
+        assert witness.is_disturbed(job, (0,), moments) == differs
+        assert witness.is_disturbed(job, (0, 0), moments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnguard
 from bnguard.errors import CalibrationError
@@ -467,6 +468,26 @@ def test_synchronised_layers_and_subclasses():
         nn.Conv2d(3, 4, 3), BatchNormAct(4), nn.Conv2d(4, 4, 3), nn.SyncBatchNorm(4)
     )
     check(model, images(20).split(3))
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.names.append((len(args[0]), threading.current_thread()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("threads")
+def test_batches_run_joined_in_the_thread_of_the_caller():
+    with Operations() as operations:
+        bnguard.recalibrate(conv_net(), images(48).split(4))
+    assert (48, threading.main_thread()) in operations.names
 
 
 def test_layers_given_by_keyword():

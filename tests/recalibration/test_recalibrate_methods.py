@@ -97,51 +97,49 @@ def test_adapt_needs_a_source_to_mix_with():
 
 
 def held_at_once(model, batches, **options):
-    """Recalibrate; return the most batches that stood inside the model at once, and the result."""
-    standing = most = 0
+    """Recalibrate; return the most forwards and samples in the model at once, and the result."""
+    sizes, most_forwards, most_samples = [], 0, 0
 
     class Counted(nn.Module):
         def forward(self, x):
-            nonlocal standing, most
-            standing += 1
-            most = max(most, standing)
+            nonlocal most_forwards, most_samples
+            sizes.append(len(x))
+            most_forwards = max(most_forwards, len(sizes))
+            most_samples = max(most_samples, sum(sizes))
             try:
                 return model(x)
             finally:
-                standing -= 1
+                sizes.remove(len(x))
 
     counted = Counted()
     counted.model = model
     result = bnguard.recalibrate(counted, batches, **options)
-    return most, result
+    return most_forwards, most_samples, result
 
 
 def test_memory_bounds_how_many_samples_are_held_at_once():
-    # A sample takes its 128 values, and 4 x 6 x 6 of the first convolution, a layer's output more.
+    # A sample takes its 128 values twice, 4 x 6 x 6 of the first convolution, and as many behind.
     model, x = net(), images(640)
     truth = {
         f"model.{name}": statistics
         for name, statistics in true_statistics(copy.deepcopy(model).double(), [x.double()]).items()
     }
-    most, whole = held_at_once(model, x.split(16))
-    assert (most, whole.virtual_batches) == (40, 1)
-    most, parts = held_at_once(model, x.split(16), samples=640, memory="300 kB")
+    forwards, samples, whole = held_at_once(model, x.split(16))
+    assert (forwards, samples, whole.virtual_batches) == (1, 640, 1)
+    forwards, samples, parts = held_at_once(model, x.split(16), samples=640, memory="300 kB")
     assert 2 <= parts.virtual_batches <= 8
-    assert most <= 40 / parts.virtual_batches + 1
+    assert forwards == 1
+    assert samples <= 640 / parts.virtual_batches + 16
     assert any(f"ran as {parts.virtual_batches} virtual batches" in note for note in parts.notes)
     assert max(errors(whole, truth)) < 1e-5 < max(errors(parts, truth))
     assert abs(parts.after["model.1"].mean - truth["model.1"][0]).max() < 1e-5
 
 
 def test_the_thread_count_is_bounded():
-    model, x = net(), images(800)
-    most, result = held_at_once(model, x.split(1), samples=800)
-    assert most <= 64
-    assert result.virtual_batches == 1
-    ragged = [torch.randn(1, 2, 8 + i % 3, 8 + i % 5) for i in range(600)]
-    most, result = held_at_once(model, ragged)
-    assert most <= 256
-    assert result.virtual_batches == 3
+    ragged = [torch.randn(1, 2, 8, 8 + width) for width in range(300)]
+    forwards, _, result = held_at_once(net(), ragged)
+    assert forwards == 256
+    assert result.virtual_batches == 2
 
 
 def test_batches_are_only_joined_if_samples_do_not_depend_on_one_another():

@@ -117,6 +117,20 @@ class MixesTheBatch(Chain):
         return self.second(x + x.mean(0, keepdim=True))
 
 
+class LooksAtTheSize(Chain):
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x * 3.0 if len(x) == 5 else x)
+
+
+class ReadsInMemoryOrder(Chain):
+    """Gives other values where the layout is another."""
+
+    def forward(self, x):
+        scale = torch.linspace(0, 1, x[0].numel(), dtype=x.dtype)
+        return super().forward(x * scale.as_strided(x.shape[1:], x.stride()[1:]))
+
+
 class GlobalPooling(Chain):
     """One value per channel and sample below the pooling."""
 
@@ -137,6 +151,8 @@ class GlobalPooling(Chain):
         TwoAtATime,
         MemorisesGlobally,
         MixesTheBatch,
+        LooksAtTheSize,
+        ReadsInMemoryOrder,
         GlobalPooling,
     ],
 )

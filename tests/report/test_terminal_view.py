@@ -9,7 +9,9 @@ from rich.console import Console
 from torch import nn
 
 import bnguard
-from bnguard.findings import notice
+from bnguard.findings import Evidence, Finding, Fix, Severity, notice
+from bnguard.observe.history import History, Run
+from bnguard.report import Report
 from bnguard.report.terminal import as_terminal_text, as_text, notice_view, report_view
 
 
@@ -44,3 +46,39 @@ def test_a_live_line_has_the_colour_of_the_report_and_is_not_wrapped(monkeypatch
     live = as_terminal_text(notice_view(group))
     assert live.startswith("\x1b[1;33mbnguard: warning: BN103")
     assert re.sub(r"\x1b\[[\d;]*m", "", live) == notice(group)
+
+
+def finding(code, name, severity, layer, *evidence, cause=None):
+    return Finding(
+        code=code,
+        name=name,
+        severity=severity,
+        layer=layer,
+        message="the mean is far off",
+        evidence=Evidence(*evidence),
+        fix=Fix("recalibrate"),
+        step=9,
+        cause=cause,
+    )
+
+
+def test_a_root_cause_is_a_block_with_its_number_its_fix_and_what_it_leads_to():
+    findings = (
+        finding("BN303", "slow", Severity.WARNING, "1", "initial left", 94.0, 5.0, "%"),
+        finding("BN303", "slow", Severity.WARNING, "4", "initial left", 90.0, 5.0, "%"),
+        finding("BN301", "drift", Severity.ERROR, "1", "shift", 2.5, 1.0, "σ", cause="BN303"),
+        finding("BN302", "gap", Severity.WARNING, None, "change", 0.9, 0.75, "σ", cause="BN301"),
+        finding("BN204", "dead", Severity.INFO, "1", "dead channels", 12.5, 75.0, "%"),
+    )
+    report = Report(History(layers=(), run=Run(steps=20)), findings, ())
+    assert str(report).splitlines()[:-2] == [
+        "bnguard · 0 BN layers · 20 steps · 1 root cause in 2 layers · 1 info",
+        "error  BN303 slow: initial left 94% (limit 5%)",
+        "       at 2 layers, worst 1, since step 9: the mean is far off",
+        "       → recalibrate",
+        "       leads to BN301 drift: shift 2.5 σ (limit 1 σ) at 1",
+        "       leads to BN302 gap: change 0.9 σ (limit 0.75 σ) at the model",
+        "info   BN204 dead: dead channels 12.5% (limit 75%)",
+        "       at 1, since step 9: the mean is far off",
+        "       → recalibrate",
+    ]

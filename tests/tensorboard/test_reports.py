@@ -67,6 +67,23 @@ def test_channels_are_as_dead_as_the_rule_finds_them(tmp_path):
     assert series.values[-1, CHANNEL_ROWS.index("is_dead")].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
+def test_what_is_over_is_logged_with_its_steps(tmp_path):
+    layer = nn.BatchNorm1d(4, momentum=0.0)
+    with (
+        SummaryWriter(tmp_path) as writer,
+        bnguard.watch(layer, every_n_steps=10, on_findings=lambda group: None) as monitor,
+    ):
+        for step in range(40):
+            layer.momentum = 0.0 if step < 20 else 0.1
+            layer(torch.randn(16, 4))
+            monitor.step()
+        TensorBoard(writer).log_layers(monitor.report(), 40)
+    (run,) = logged_runs(tmp_path)
+    (past,) = [record for record in run.findings if record["code"] == "BN103"]
+    assert past["severity"] == "info"
+    assert past["message"].startswith("error at steps 1–20, gone since: ")
+
+
 def test_a_model_without_bn_writes_nothing(tmp_path):
     with pytest.warns(UserWarning, match="no BN layers"):
         monitor = bnguard.watch(nn.Linear(2, 2))

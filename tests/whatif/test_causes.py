@@ -180,6 +180,13 @@ def test_samples_of_a_batch_that_are_alike_are_not_the_noise_of_small_batches():
     assert reach_verdict(alike).name == "correlated-batches"
 
 
+def test_large_batches_that_do_well_alone_are_not_taken_for_noisy():
+    assert reach_verdict(numbers(0.4, None, 0.4, batch_size=16)).name == "small-batch-noise"
+    verdict = reach_verdict(numbers(0.4, None, 0.4, batch_size=64))
+    assert verdict.name == "correlated-batches"
+    assert "several streams" in verdict.message
+
+
 @pytest.mark.parametrize(
     ("stored", "active", "name"),
     [(0.3, 0.1, "dropout-before-bn"), (0.3, 0.9, "other-preprocessing"), (0.95, 0.1, "harmless")],

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bnguard
@@ -310,6 +311,17 @@ def test_dropout_before_bn_is_not_another_preprocessing(score, reference):
     before = trained.accuracy(IMAGES)(model)
     bnguard.recalibrate(model, REFERENCE.split(32))
     assert trained.accuracy(IMAGES)(model) > before + 0.02
+
+
+def test_dropout_that_a_forward_calls_as_a_function_is_named():
+    class Thins(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training)
+
+    layers = [Thins() if isinstance(m, nn.Dropout) else m for m in trained.with_dropout()]
+    cause = diagnosed(nn.Sequential(*layers).eval()).cause
+    assert cause.name == "dropout-before-bn"
+    assert cause.message.startswith("dropout comes before BN layers")
 
 
 def test_dropout_behind_the_last_bn_layer_is_not_named():

@@ -260,7 +260,7 @@ class Varying(Twice):
         (net, [], {}, CalibrationError, "the loader is empty"),
         (net, [{"y": X}], {}, CalibrationError, "pass a forward"),
         (net, [torch.randn(8, 5)], {}, CalibrationError, "the forward failed at batch 0"),
-        (poisoned_weights, X.split(10), {}, CalibrationError, "0.bias holds NaN or Inf"),
+        (poisoned_weights, X.split(10), {}, CalibrationError, "0.bias contains NaN or Inf"),
         (Classes, X.split(10), {}, CalibrationError, "returns no floating-point tensors"),
         (Varying, X.split(10), {}, CalibrationError, "outputs change their shape"),
         (net, X.split(10), {"samples": 1}, ConfigurationError, "samples 1"),

@@ -37,7 +37,7 @@ class OpenCheckpoint(ABC):
             the user names is read whatever its name.
         path: The file or folder.
         root: The object that was saved: containers and atoms, with ``StoredTensor`` and
-            inert stand-ins for everything else.
+            inert placeholders for everything else.
         extras: What the format keeps next to the object, by name.
         provenance: What bnguard noted when it wrote the checkpoint; None if it did not.
 
@@ -82,7 +82,7 @@ class OpenCheckpoint(ABC):
 
         Args:
             target: An empty file or folder.
-            patches: The places, which lie in storages of tensors.
+            patches: The places, all in storages of tensors.
             provenance: The note, as JSON; it replaces an older one.
 
         Raises:

@@ -81,7 +81,7 @@ class Archive:
         if not pickles:
             raise CheckpointError(
                 f"{self.source.path}: an archive without a pickle of torch; "
-                "give a file that torch.save wrote"
+                "use a file that torch.save wrote"
             )
         return min(pickles, key=len).removesuffix(_PICKLE)
 

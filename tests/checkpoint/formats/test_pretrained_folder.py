@@ -72,7 +72,7 @@ def test_a_folder_is_never_replaced_by_force_unless_it_is_a_checkpoint(folder, t
     home.mkdir()
     (home / "precious").touch()
     statistics = new_statistics(folder)
-    with pytest.raises(CheckpointError, match="and not a checkpoint, so it is not replaced"):
+    with pytest.raises(CheckpointError, match="a folder that is not a checkpoint is not replaced"):
         write_statistics(folder, home, statistics, {}, force=True)
     assert (home / "precious").exists()
     output = write_statistics(folder, tmp_path / "copy", statistics, {})
