@@ -442,7 +442,7 @@ class Monitor:
     def _end_noticed(self) -> None:
         """End the evaluation that was noticed; drop it if weights or statistics are others now.
 
-        Fewer samples than a batch of training, step after step, are no evaluation: an agent acts.
+        Fewer samples than a training batch, step after step, are not an evaluation: an agent acts.
         """
         state, self._evaluated_state = self._evaluated_state, None
         if state is None:

@@ -222,7 +222,7 @@ class Announcements:
     def date(self, findings: Iterable[Finding], step: int) -> tuple[Finding, ...]:
         """Return the findings of this step, each with the first step since which it holds.
 
-        It counts from ``info`` on; a finding that was gone begins anew.
+        It counts from ``info`` on; a finding that was gone begins again.
         """
         findings = tuple(findings)
         first_steps: dict[_Place, int] = {}

@@ -69,8 +69,9 @@ class InputShift(ModelRule):
         At the first BN layer that training updates: inputs in eval mode against the newest batches
         of training *and* against the running statistics, as shift in standard deviations or
         log-variance ratio, the quantile over channels; the smaller of the two distances counts. If
-        weights move, the limits grow by how much wider the batch means spread over the window than
-        from one batch to the next. After dropout, a smaller variance in evaluation does not count.
+        weights move, both lag behind them: the limits grow by the distance of the newest batches
+        from the running statistics, or from each other. After dropout, a smaller variance in
+        evaluation does not count.
 
     Limits:
         max_shift_std: 1. Healthy runs of the zoo, with noise and shifts as augmentation, stay below
@@ -159,7 +160,7 @@ class InputShift(ModelRule):
         )
 
     def _lag(self, window: BatchWindow, running: RunningStatistics, eps: float) -> float:
-        """Return how far weights that move take training data from its own average, in limits."""
+        """Return how far moving weights take training data from its own average, in limits."""
         with np.errstate(all="ignore"):
             # Of values that move evenly, the newest is √3 standard deviations from the mean.
             moved = np.maximum(window.var_of_means - window.var_of_means_successive, 0.0)

@@ -92,13 +92,13 @@ class TrainedInEval(Rule):
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
                 "normalises nothing",
                 Evidence("calls in eval mode", layer.calls.frozen, 0),
-                Fix("model.train() before training"),
+                Fix("call model.train() before training"),
             )
         elif is_model_in_eval and _is_trained(layer):
             yield self._of_model(layer)
 
     def _of_model(self, layer: LayerHistory) -> Finding:
-        """Return what a whole model in eval mode is at a layer: a choice, perhaps, or a fault."""
+        """Return the finding for a whole model in eval mode: a choice, perhaps, or a fault."""
         run, evidence = layer.run, self._evidence(layer.run)
         if run.steps_in_eval_mode < run.steps:
             return self._finding(
@@ -108,11 +108,11 @@ class TrainedInEval(Rule):
                 "training steps: BN uses fixed statistics, and dropout is off",
                 evidence,
                 Fix(
-                    "model.train() after each validation, also in the middle of an epoch; without "
-                    "it every step until the next model.train() is in eval mode"
+                    "call model.train() after each validation, also in the middle of an epoch; "
+                    "until then every step is in eval mode"
                 ),
             )
-        fix = Fix("model.train() at the start of every epoch, and after each validation")
+        fix = Fix("call model.train() at the start of every epoch, and after each validation")
         message = (
             f"the whole model was in eval mode in all {run.steps} training steps: BN uses fixed "
             "statistics, and dropout is off"
