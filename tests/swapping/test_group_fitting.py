@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnguard import swap
+from bnguard.layers.bn_layer import find_layers
+from bnguard.swapping.distillation import OwnDevice, Pair, distil
 from bnguard.swapping.group_fitting import fit_norms, pick_values
 from tests.benchmarks.digit_tasks import DenseNet, Generator, restoration
 from tests.networks import digits
@@ -49,6 +51,36 @@ def test_layers_without_affine_parameters_or_calls_stay_as_they_are():
     fit_norms([bare, uncalled, other], wanted, lambda: other(bare(x)), choose_groups=True)
     assert bare.weight is None
     assert uncalled.weight.tolist() == [1.0] * 8
+
+
+def test_four_forwards_of_the_sample_choose_the_groups_and_fit():
+    passes = []
+
+    def forward(model, batch):
+        passes.append(len(batch))
+        return model(batch)
+
+    model = DenseNet().eval()
+    for layer in find_layers(model):
+        layer.module.running_var.fill_(0.01)
+    student = swap(model, "group").model
+    pairs = [
+        Pair(layer, student.get_submodule(layer.name), student.get_submodule(layer.name))
+        for layer in find_layers(model)
+    ]
+    result = distil(
+        student,
+        model,
+        digits()[0][:128].split(64),
+        pairs=pairs,
+        chooses_groups=True,
+        steps=0,
+        forward=forward,
+        engine=OwnDevice(model),
+        show_progress=lambda step, distance: None,
+    )
+    assert result.distance_fitted < result.distance_before
+    assert sum(passes) <= 4 * 128
 
 
 def test_a_dense_network_keeps_its_accuracy_from_the_first_step_on():
