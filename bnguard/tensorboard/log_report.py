@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import posixpath
 import re
 from collections.abc import Iterable
@@ -21,11 +20,11 @@ from tensorboard.backend.event_processing import (
 )
 
 from bnguard.errors import in_one_line, printable
-from bnguard.findings import Evidence, counted
+from bnguard.findings import counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned
-from bnguard.tensorboard.records import Record
+from bnguard.tensorboard.records import Record, excess
 
 _SEVERITIES = ("error", "warning", "info")
 _LAYERS_SHOWN = 5
@@ -178,7 +177,7 @@ def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
 
 
 def _group_text(group: list[Record]) -> str:
-    group = sorted(group, key=_excess, reverse=True)
+    group = sorted(group, key=excess, reverse=True)
     worst = group[0]
     evidence = worst["evidence"]
     where = "" if len(group) == 1 else f" at {_place(worst)}"
@@ -192,17 +191,6 @@ def _group_text(group: list[Record]) -> str:
         f"  → {worst['fix']['command'] or worst['fix']['summary']}",
     ]
     return "\n".join(map(printable, lines))
-
-
-def _excess(finding: Record) -> float:
-    """Return the evidence relative to its limit; 0 if unknown."""
-    evidence = finding["evidence"]
-    value, limit = evidence["value"], evidence["limit"]
-    if value in ("NaN", "Infinity"):
-        return math.inf
-    if not (isinstance(value, float) and isinstance(limit, float)):
-        return 0.0
-    return Evidence("", value, limit, is_minimum=not evidence["above"]).excess
 
 
 def _place(finding: Record) -> str:

@@ -127,11 +127,11 @@ _METRICS = (
     ),
     Metric(
         key="eval_log_variance_ratio",
-        name="Eval log-variance ratio",
+        name="Eval variance",
         unit="",
-        description="Logarithm of the variance in eval mode over the running variance; "
-        "0 is equal, 0.69 is twice.",
-        panel="Log-variance ratio",
+        description="Running variance against the variance in eval mode, as a factor "
+        "(logged as a logarithm).",
+        panel="Running variance, as a factor",
         limit_side="either",
         rules=("BN301", "BN305"),
     ),
@@ -146,11 +146,11 @@ _METRICS = (
     ),
     Metric(
         key="batch_log_variance_ratio",
-        name="Batch log-variance ratio",
+        name="Batch variance",
         unit="",
-        description="Logarithm of the variance of the training batch over the running variance; "
-        "0 is equal, 0.69 is twice.",
-        panel="Log-variance ratio",
+        description="Running variance against the variance of the training batch, as a factor "
+        "(logged as a logarithm).",
+        panel="Running variance, as a factor",
         limit_side="either",
         rules=("BN202",),
     ),
@@ -225,6 +225,16 @@ _METRICS = (
         rules=("BN303",),
         has_quantiles=False,
     ),
+    Metric(
+        key="frozen_moved_std",
+        name="Moved while frozen",
+        unit="σ",
+        description="Largest distance of the running mean from where it was at the start, of "
+        "layers whose gamma and beta are frozen; the others are not observed.",
+        panel="Moved while frozen",
+        rules=("BN101",),
+        has_quantiles=False,
+    ),
 )
 
 _LIMITS = {
@@ -234,6 +244,7 @@ _LIMITS = {
     "values_per_channel": "BN201.min_values_per_channel",
     "gain": "BN403.max_gain",
     "dead_channel_share": "BN204.max_dead_share",
+    "frozen_moved_std": "BN101.max_updates",
 }
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from bnguard.tensorboard.metadata import (
     Metric,
     decode_rows,
 )
-from bnguard.tensorboard.records import Record, decode_findings, json_number
+from bnguard.tensorboard.records import Record, decode_findings, group_causes, json_number
 
 # A step's tensor beyond this is refused: 20,000 layers of 64 metrics are 5 MB.
 MOST_VALUES_A_STEP = 4_000_000
@@ -58,17 +59,30 @@ class LogReader:
     damages: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the runs that bnguard logged, each with its newest step or its problem."""
+        """Return the runs that bnguard logged: version, problem, and root causes by severity."""
         listed = self.provider.list_tensors(
             self.context, experiment_id=self.experiment, plugin_name=PLUGIN_NAME
         )
         hidden = [
-            {"name": name, "version": "", "problem": damage}
+            {"name": name, "version": "", "problem": damage, "causes": {}}
             for name, damage in self.damages.items()
             if name not in listed
         ]
-        runs = [_listed(name, tags) for name, tags in listed.items()]
+        runs = [self._listed(name, tags) for name, tags in listed.items()]
         return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
+
+    def _listed(self, name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
+        problem, causes = "", {}
+        try:
+            _header(tags)
+            findings, _ = self._findings(name, tags)
+            causes = count_causes(findings)
+        except LogError as error:
+            problem = str(error)
+        return {"name": name, "version": _version(tags), "problem": problem, "causes": causes}
+
+    def _findings(self, name: str, tags: Mapping[str, Any]) -> tuple[list[Record], str]:
+        return newest_findings(self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else [])
 
     def run(self, name: str) -> dict[str, Any]:
         """Return layers, metrics, steps and findings of a run, and the layers with channels.
@@ -78,9 +92,7 @@ class LogReader:
         """
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
-        findings, unreadable = newest_findings(
-            self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else []
-        )
+        findings, unreadable = self._findings(name, tags)
         problems = [self.damages.get(name, ""), series.left_out, unreadable]
         return {
             "name": name,
@@ -95,6 +107,7 @@ class LogReader:
             "first_step": series.steps[0],
             "last_step": series.steps[-1],
             "findings": findings,
+            "causes": group_causes(findings),
             "channels": [
                 tag.removeprefix(CHANNELS_TAG)
                 for tag in sorted(tags)
@@ -283,6 +296,13 @@ class Series:
         )
 
 
+def count_causes(findings: Sequence[Record]) -> dict[str, int]:
+    """Return the number of root causes of each severity."""
+    return dict(
+        Counter(findings[group["roots"][0]]["severity"] for group in group_causes(findings))
+    )
+
+
 def stats_series(events: Iterable[Event], shape: tuple[int, int]) -> Series:
     """Return the statistics of a run: every event whose tensor has the shape of the header.
 
@@ -376,14 +396,6 @@ def _by_step(events: Iterable[Event]) -> list[Event]:
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _listed(name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        _header(tags)
-    except LogError as error:
-        return {"name": name, "version": _version(tags), "problem": str(error)}
-    return {"name": name, "version": _version(tags), "problem": ""}
 
 
 def _version(tags: Mapping[str, Any]) -> str:
