@@ -226,7 +226,7 @@ def page_html(reader: LogReader) -> str:
     runs, problems = [], []
     for entry in reader.runs():
         try:
-            runs.append(_embedded(reader, entry["name"]))
+            runs.append({"listed": {**entry, "version": ""}, **_embedded(reader, entry["name"])})
         except LogError as error:
             problems.append(f"{entry['name']}: {error}")
     if not runs:

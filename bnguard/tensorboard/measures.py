@@ -76,18 +76,23 @@ def _frozen_moved_std(layer: LayerHistory) -> float:
 
 
 def _typical(values: FloatArray | None) -> float:
-    """Return the absolute value that nine of ten channels stay below, signed as the furthest."""
+    """Return the absolute value that nine of ten channels stay below, signed as the furthest.
+
+    Infinite if no channel is finite; NaN if nothing was observed.
+    """
     if values is None or values.size == 0:
         return math.nan
     size = float(np.quantile(np.abs(values), _CHANNEL_QUANTILE))
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        return math.nan if np.isnan(values).all() else math.inf
+        return math.inf
     return math.copysign(size, finite[np.argmax(np.abs(finite))])
 
 
 def _average(values: FloatArray | None) -> float:
-    return math.nan if values is None or not values.size else float(np.mean(values))
+    if values is None or not values.size:
+        return math.nan
+    return float(np.mean(values)) if np.isfinite(values).all() else math.inf
 
 
 MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {

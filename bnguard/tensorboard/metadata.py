@@ -72,7 +72,7 @@ class Metric:
         panel: Title of the chart that shows its curve, with related ones.
         limit: Limit of a rule, if any.
         limit_side: The faulty side of the limit; ``either`` is for the absolute value.
-        rules: Codes of the rules that use it.
+        rules: Codes of the rules that use it; the one that sets the limit first.
         has_quantiles: Whether its quantiles over the layers are written as scalars.
 
     Example:
@@ -123,7 +123,7 @@ _METRICS = (
         description="Distance of the mean in eval mode from the running mean, in running "
         "standard deviations; nine of ten channels are below.",
         panel="Shift of the mean",
-        rules=("BN301", "BN305"),
+        rules=("BN301", "BN302", "BN303", "BN305"),
     ),
     Metric(
         key="eval_log_variance_ratio",
@@ -133,7 +133,7 @@ _METRICS = (
         "(logged as a logarithm).",
         panel="Running variance, as a factor",
         limit_side="either",
-        rules=("BN301", "BN305"),
+        rules=("BN301", "BN302", "BN303", "BN305"),
     ),
     Metric(
         key="batch_shift_std",
@@ -172,7 +172,7 @@ _METRICS = (
         "estimated from.",
         panel="Values per channel",
         limit_side="below",
-        rules=("BN102", "BN201", "BN106", "BN107"),
+        rules=("BN201", "BN102", "BN106", "BN107"),
     ),
     Metric(
         key="gain",
@@ -205,7 +205,7 @@ _METRICS = (
         unit="",
         description="Running mean, averaged over the channels.",
         panel="Mean",
-        rules=("BN402",),
+        rules=("BN401", "BN402"),
         has_quantiles=False,
     ),
     Metric(
@@ -222,7 +222,6 @@ _METRICS = (
         unit="",
         description="Square root of the running variance, averaged over the channels.",
         panel="Standard deviation",
-        rules=("BN303",),
         has_quantiles=False,
     ),
     Metric(

@@ -93,6 +93,7 @@ class LogReader:
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
         findings, unreadable = self._findings(name, tags)
+        findings = [{**found, "step": since(found, header, series)} for found in findings]
         problems = [self.damages.get(name, ""), series.left_out, unreadable]
         return {
             "name": name,
@@ -301,6 +302,24 @@ def count_causes(findings: Sequence[Record]) -> dict[str, int]:
     return dict(
         Counter(findings[group["roots"][0]]["severity"] for group in group_causes(findings))
     )
+
+
+def since(finding: Record, header: Header, series: Series) -> int | None:
+    """Return the logged step since which a layer is beyond the limit of the finding's rule.
+
+    A rule that judges the newest evaluation names its step; the layer may be off for longer.
+    """
+    steps: list[int] = []
+    if finding["layer"] in header.layers:
+        values = series.values[:, :, header.layers.index(finding["layer"])]
+        for row, metric in enumerate(header.metrics):
+            if metric.limit is None or metric.rules[:1] != (finding["code"],):
+                continue
+            known = np.flatnonzero(~np.isnan(values[:, row]))
+            within = np.flatnonzero(~metric.is_over(values[known, row]))
+            first = int(within[-1]) + 1 if within.size else 0
+            steps += series.steps[known[first : first + 1]].astype(int).tolist()
+    return min(steps, default=finding["step"])
 
 
 def stats_series(events: Iterable[Event], shape: tuple[int, int]) -> Series:

@@ -81,7 +81,7 @@ export class EmbeddedSource {
   }
 
   async runs() {
-    return this.#data.runs.map(({ run }) => ({ name: run.name, version: "", problem: "" }));
+    return this.#data.runs.map(({ listed }) => listed);
   }
 
   async rules() {
