@@ -68,8 +68,11 @@ class TensorBoard(Reporter):
                 self._add_channels(layer, step)
 
     def log_report(self, report: Report, step: int) -> None:
-        """Write the channels of layers that no evaluation has shown, and all that is buffered."""
-        for layer in self._layers(report):
+        """Write the last evaluation, other layers' channels, and all that is buffered."""
+        layers = self._layers(report)
+        if self._log is not None:
+            self._log.replace_stats(compute_metrics(layers, self._metrics), step)
+        for layer in layers:
             if layer.name not in self._shown:
                 self._add_channels(layer, step)
         self._writer.flush()

@@ -66,14 +66,17 @@ class BatchNormLog:
         Raises:
             ValueError: The shape does not match the header.
         """
+        # With gradient accumulation a step is logged once per micro-batch.
+        if step != self._last_step:
+            self.replace_stats(values, step)
+
+    def replace_stats(self, values: npt.ArrayLike, step: int) -> None:
+        """Write the numbers of a step, as an evaluation after it changed them."""
         tensor = np.asarray(values, dtype=np.float32)
         if tensor.shape != self._header.shape:
             raise ValueError(
                 f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
             )
-        # With gradient accumulation a step is logged once per micro-batch.
-        if step == self._last_step:
-            return
         self._last_step = step
         self._sink.add_array(STATS_TAG, tensor, step, self._content)
 
@@ -166,7 +169,7 @@ def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
     causes = group_causes(records)
     if not causes:
         return "No problems found."
-    lines = []
+    lines: list[str] = []
     for cause in causes:
         roots = [records[place] for place in cause["roots"]]
         effects = dict.fromkeys(records[place]["code"] for place in cause["effects"])

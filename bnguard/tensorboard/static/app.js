@@ -204,7 +204,8 @@ class Page {
   async #opening(run, metrics) {
     const [cause] = causesOf(run);
     if (!cause || cause.worst.severity === "info") {
-      return { metric: metrics.find(({ limit, over_now: now }) => limit !== null && !now) };
+      const calm = (key) => metrics.find((metric) => metric.limit !== null && !metric[key]);
+      return { metric: calm("over_ever") ?? calm("over_now") };
     }
     for (const code of new Set([...cause.roots, ...cause.effects].map((finding) => finding.code))) {
       const named = [...cause.roots, ...cause.effects].filter((finding) => finding.code === code);

@@ -260,8 +260,9 @@ function legend(metric) {
   };
   const swatch = (background, text) => h("span", { class: "key" }, bar(background, "swatch"), text);
   const hasLimit = metric.limit !== null;
+  const most = metric.limit === 0 ? amount(metric.largest, metric.unit) : `${MOST_TIMES_LIMIT}×`;
   const low = metric.limit_side === "below" ? "more" : "0";
-  const high = metric.limit_side === "below" ? `1/${MOST_TIMES_LIMIT} of it` : `${MOST_TIMES_LIMIT}×`;
+  const high = metric.limit_side === "below" ? `1/${MOST_TIMES_LIMIT} of it` : most;
   const scale = hasLimit
     ? [
         h("span", { class: "end" }, low),

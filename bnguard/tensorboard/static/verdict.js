@@ -2,8 +2,8 @@
 
 import { copyButton, counted, h, layerName, shown } from "./dom.js";
 import { severityIcon } from "./heatmap.js";
+import { factorTicks, ticks } from "./plot.js";
 import { amount, factor, figure } from "./scale.js";
-import { ticks } from "./plot.js";
 
 const LAYERS_SHOWN = 3;
 const CAUSES_SHOWN = 50;
@@ -155,9 +155,12 @@ function sentence(text) {
 }
 
 /** Return a number of the evidence with its unit; a logarithm of variances as a factor. */
-function measured(value, { name, unit }) {
-  const isFactor = name.includes("log variance ratio") && Number.isFinite(Number(value));
-  return isFactor ? factor(value) : amount(value, shown(unit, 12));
+function measured(value, about) {
+  return isFactor(about) && Number.isFinite(Number(value)) ? factor(value) : amount(value, shown(about.unit, 12));
+}
+
+function isFactor({ name }) {
+  return name.includes("log variance ratio");
 }
 
 function numbers(evidence) {
@@ -175,8 +178,8 @@ function evidence(about) {
   const text = h("div", {}, h("strong", { class: "number" }, numbers(about)));
   if (about.limit === null || !Number.isFinite(value + limit)) return h("div", { class: "evidence" }, text);
   const top = Math.max(value, limit, 1e-9);
-  const marks = ticks(0, 2 * top, 4);
-  const end = marks.find((mark) => mark >= top * 1.05) ?? top;
+  const marks = isFactor(about) ? factorTicks(0, 2 * top + 3, 99) : ticks(0, 2 * top, 2);
+  const end = marks.find((mark) => mark >= top * 1.02) ?? top;
   const bar = (name, share) => {
     const part = h("span", { class: name });
     part.style[name === "fill" ? "width" : "left"] = `${100 * share}%`;
