@@ -106,12 +106,13 @@ export class Channels {
   #draw(name, { xs, bands }, series, limit) {
     const isFactor = name === "ratio";
     const y = { ...spanOf(...series.map(({ ys }) => ys ?? []), [0]), isFactor };
+    const label = `limit ${isFactor ? factor(limit) : `±${figure(limit)} σ`}`;
     const limits =
       limit === null
         ? []
         : [
-            { value: limit, label: `limit ${isFactor ? factor(limit) : `±${figure(limit)} σ`}`, side: "above" },
-            { value: -limit, label: "", side: "below" },
+            { value: limit, label, side: "above" },
+            { value: -limit, label, side: "below", isMirrored: true },
           ];
     const { min, max } = this.#zoom ?? { min: -Infinity, max: Infinity };
     const x = { min: Math.max(min, -0.5), max: Math.min(max, xs.length - 0.5), label: "channel", whole: true };

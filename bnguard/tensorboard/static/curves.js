@@ -153,7 +153,7 @@ function limitsOf(metrics) {
     const { limit, limit_side: side } = metric;
     if (limit === null) continue;
     limits.set(limit, { value: limit, label: limitText(metric), side });
-    if (side === "either") limits.set(-limit, { value: -limit, label: "", side: "below" });
+    if (side === "either") limits.set(-limit, { value: -limit, label: limitText(metric), side: "below", isMirrored: true });
   }
   return [...limits.values()];
 }

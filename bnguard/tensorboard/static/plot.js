@@ -14,7 +14,8 @@ const BOTTOM = 20;
  *
  *   x, y       {min, max, label}: what the axes span; y of logarithms of factors has `isFactor`
  *   series     [{style, colour, dash, xs, ys, size}]: style is "line", "dots", "stems" or "area"
- *   limits     [{value, label, side}]: horizontal lines, with what lies beyond them shaded
+ *   limits     [{value, label, side, isMirrored}]: lines, with what lies beyond them shaded; of the
+ *              two sides of a limit the mirrored one has its label only if all is beyond it
  *   bands      [{at, colour}]: single places on x that are marked
  *   cursor     place on x that is chosen
  *
@@ -283,7 +284,7 @@ class Painter {
     context.fillRect(LEFT, Math.min(y, edge), this.right - LEFT, Math.abs(y - edge));
   }
 
-  limit({ value, label, side }) {
+  limit({ value, label, side, isMirrored }) {
     const { context } = this;
     const [y, isAbove, isBelow] = [this.y(value), value > this.spec.y.max, value < this.spec.y.min];
     context.strokeStyle = colour("over");
@@ -291,9 +292,9 @@ class Painter {
     context.setLineDash([5, 3]);
     this.path([[LEFT, y], [this.right, y]]);
     context.setLineDash([]);
-    // All that is shown is beyond a limit that lies outside.
-    const isBeyond = side === "below" ? isAbove : isBelow;
-    if (!label || ((isAbove || isBelow) && !isBeyond)) return;
+    const isWrong = (y) => Number.isNaN(y) || (side === "below" ? y < value : y > value);
+    const isBeyond = this.spec.series.every(({ ys }) => ys.every(isWrong));
+    if (!isBeyond && (isMirrored || isAbove || isBelow)) return;
     const isUnder = isAbove || (!isBelow && (y - TOP < 14 || (side === "below" && this.bottom - y > 14)));
     context.textAlign = "left";
     context.textBaseline = isUnder ? "top" : "bottom";
