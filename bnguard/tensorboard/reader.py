@@ -278,12 +278,12 @@ class Series:
     names: tuple[str, ...] = ()
     left_out: str = ""
 
-    def pack(self) -> bytes:
+    def pack(self, dtype: str = "<f4") -> bytes:
         """Return the series as bytes that keep NaN and Inf.
 
         Little-endian: a uint32 with the length of the JSON that follows (``shape``, ``names``;
         padded, so that 8 divides what precedes the numbers), the steps as float64, the values as
-        float32.
+        float32 or, for a smaller page, float16.
         """
         head = json.dumps({"shape": self.values.shape, "names": self.names}).encode()
         head += b" " * (-(len(head) + 4) % 8)
@@ -292,7 +292,7 @@ class Series:
                 len(head).to_bytes(4, "little"),
                 head,
                 self.steps.astype("<f8").tobytes(),
-                self.values.astype("<f4").tobytes(),
+                self.values.astype(dtype).tobytes(),
             ]
         )
 

@@ -107,6 +107,7 @@ export class MetricBar {
         badge(metric),
       );
     this.element.replaceChildren(...metrics.map(button));
+    this.element.scrollLeft = this.element.querySelector("[aria-pressed=true]")?.offsetLeft ?? 0;
     if (focused) this.element.querySelector("[aria-pressed=true]")?.focus();
   }
 }
