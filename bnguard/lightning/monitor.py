@@ -11,7 +11,7 @@ from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, FindingGroup, Severity, counted, show
 from bnguard.layers.bn_layer import find_layers
-from bnguard.lightning.commands import commands, subject_options
+from bnguard.lightning.commands import commands, newest_checkpoint, subject_options
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.trainer import (
     CHECKPOINT_ENTRY,
@@ -210,7 +210,10 @@ class BatchNormMonitor(GuardedCallback):
             monitor.load_state_dict(resumed)
         if trainer.is_global_zero:
             chosen = reporters_of_lightning(
-                trainer.loggers, monitor.rules, subject_options(trainer)
+                trainer.loggers,
+                monitor.rules,
+                subject_options(trainer),
+                lambda: newest_checkpoint(trainer),
             )
             self._log = RunLog((*chosen, *self._reporters), monitor.rules, self._scalars)
         if self._is_printed and trainer.is_global_zero and not is_rehearsal(trainer):

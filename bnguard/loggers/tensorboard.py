@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bnguard.findings import Finding, PastFinding
@@ -25,6 +25,8 @@ class TensorBoard(Reporter):
         writer: A ``SummaryWriter`` of torch or tensorboardX.
         rules: The rules in force, whose limits the colours of the tab are anchored at.
         subjects: What names the model and its data in the commands that are proposed.
+        checkpoint: Returns the path of the newest checkpoint, for the same commands; None before
+            one is saved.
 
     Example:
         A plain loop writes the tab with ``reporter = TensorBoard(writer)`` and, now and then,
@@ -32,10 +34,15 @@ class TensorBoard(Reporter):
     """
 
     def __init__(
-        self, writer: Any, rules: Iterable[Rule] = RULES, subjects: str = SUBJECTS
+        self,
+        writer: Any,
+        rules: Iterable[Rule] = RULES,
+        subjects: str = SUBJECTS,
+        checkpoint: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._writer = writer
         self._subjects = subjects
+        self._checkpoint = checkpoint
         self._metrics = standard_metrics(rules)
         self._names: tuple[str, ...] = ()
         self._log: BatchNormLog | None = None
@@ -62,8 +69,11 @@ class TensorBoard(Reporter):
                 self._add_channels(layer, step)
 
     def log_report(self, report: Report, step: int) -> None:
-        """Write the channels of layers that no evaluation has shown, and all that is buffered."""
-        for layer in self._layers(report):
+        """Write the last evaluation, other layers' channels, and all that is buffered."""
+        layers = self._layers(report)
+        if self._log is not None:
+            self._log.replace_stats(compute_metrics(layers, self._metrics), step)
+        for layer in layers:
             if layer.name not in self._shown:
                 self._add_channels(layer, step)
         self._writer.flush()
@@ -88,7 +98,7 @@ class TensorBoard(Reporter):
         self._log.add_channels(layer.name, snapshot, step)
 
     def _record(self, finding: Finding) -> Record:
-        command = repair_command(finding.fix.repair, self._subjects)
+        command = repair_command(finding.fix.repair, self._subjects, self._checkpoint() or "CKPT")
         raw = finding.to_dict()
         return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ class LightningLogger(Reporter):
 
 
 def reporters_of_lightning(
-    loggers: Iterable[Any], rules: Sequence[Rule], subjects: str
+    loggers: Iterable[Any],
+    rules: Sequence[Rule],
+    subjects: str,
+    checkpoint: Callable[[], str | None],
 ) -> Iterator[Reporter]:
     """Yield the reporter of each logger of a Lightning ``Trainer``, on rank zero.
 
@@ -41,18 +44,21 @@ def reporters_of_lightning(
         loggers: The loggers.
         rules: The rules in force.
         subjects: What names the model and its data in the commands that are proposed.
+        checkpoint: Returns the path of the newest checkpoint, if one is saved.
     """
     for logger in loggers:
         try:
-            yield _reporter_of(logger, rules, subjects)
+            yield _reporter_of(logger, rules, subjects, checkpoint)
         except Exception as error:
             show_failure(logger, error)
 
 
-def _reporter_of(logger: Any, rules: Sequence[Rule], subjects: str) -> Reporter:
+def _reporter_of(
+    logger: Any, rules: Sequence[Rule], subjects: str, checkpoint: Callable[[], str | None]
+) -> Reporter:
     kinds = {cls.__name__ for cls in type(logger).__mro__}
     if "TensorBoardLogger" in kinds:
-        return TensorBoard(logger.experiment, rules, subjects)
+        return TensorBoard(logger.experiment, rules, subjects, checkpoint)
     if "WandbLogger" in kinds:
         return WeightsAndBiases(logger.experiment, "trainer/global_step")
     if "MLFlowLogger" in kinds:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
-import math
 import posixpath
 import re
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboard import context
 from tensorboard.backend.event_processing import (
     data_provider,
@@ -21,17 +22,17 @@ from tensorboard.backend.event_processing import (
 )
 
 from bnguard.errors import in_one_line, printable
-from bnguard.findings import Evidence, counted
+from bnguard.findings import counted
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned
-from bnguard.tensorboard.records import Record
+from bnguard.tensorboard.records import Record, excess
 
 _SEVERITIES = ("error", "warning", "info")
 _LAYERS_SHOWN = 5
 # As many as a plot can show; an attachment should stay small.
 _MOST_STEPS = 600
-_MOST_SNAPSHOTS = 12
+_MOST_SNAPSHOTS = 3
 # A module at a data: address has no folder, so its imports need bare names.
 _IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
 _START = """
@@ -178,7 +179,7 @@ def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
 
 
 def _group_text(group: list[Record]) -> str:
-    group = sorted(group, key=_excess, reverse=True)
+    group = sorted(group, key=excess, reverse=True)
     worst = group[0]
     evidence = worst["evidence"]
     where = "" if len(group) == 1 else f" at {_place(worst)}"
@@ -192,17 +193,6 @@ def _group_text(group: list[Record]) -> str:
         f"  → {worst['fix']['command'] or worst['fix']['summary']}",
     ]
     return "\n".join(map(printable, lines))
-
-
-def _excess(finding: Record) -> float:
-    """Return the evidence relative to its limit; 0 if unknown."""
-    evidence = finding["evidence"]
-    value, limit = evidence["value"], evidence["limit"]
-    if value in ("NaN", "Infinity"):
-        return math.inf
-    if not (isinstance(value, float) and isinstance(limit, float)):
-        return 0.0
-    return Evidence("", value, limit, is_minimum=evidence["is_minimum"]).excess
 
 
 def _place(finding: Record) -> str:
@@ -238,7 +228,7 @@ def page_html(reader: LogReader) -> str:
     runs, problems = [], []
     for entry in reader.runs():
         try:
-            runs.append(_embedded(reader, entry["name"]))
+            runs.append({"listed": {**entry, "version": ""}, **_embedded(reader, entry["name"])})
         except LogError as error:
             problems.append(f"{entry['name']}: {error}")
     if not runs:
@@ -246,7 +236,9 @@ def page_html(reader: LogReader) -> str:
     # The page shows remarks per run, so each run names those that cannot be shown.
     for embedded in runs:
         embedded["run"]["problems"] += [f"not shown: run {problem}" for problem in problems]
-    data = json.dumps({"runs": runs, "rules": rule_pages()})
+    codes = {finding["code"] for embedded in runs for finding in embedded["run"]["findings"]}
+    rules = {code: page for code, page in rule_pages().items() if code in codes}
+    data = json.dumps({"runs": runs, "rules": rules})
     scripts = {
         "importmap": json.dumps({"imports": _modules()}),
         "module": _START,
@@ -285,22 +277,30 @@ def _embedded(reader: LogReader, name: str) -> dict[str, Any]:
     return {
         "run": {**run, "channels": list(channels), "problems": problems, "version": ""},
         "stats": {
-            metric["key"]: _packed(reader.stats(name, metric["key"]), _MOST_STEPS)
+            metric["key"]: _packed(_rounded(reader.stats(name, metric["key"])).pack())
             for metric in run["metrics"]
         },
         "channels": channels,
     }
 
 
-def _packed(series: Series, most_steps: int) -> str:
-    return base64.b64encode(thinned(series, most_steps).pack()).decode()
+def _rounded(series: Series) -> Series:
+    """Return a series with the steps and the figures that a chart can show."""
+    series = thinned(series, _MOST_STEPS)
+    # The 12 leading bits of each fraction: zeros at the end compress well.
+    bits = (series.values.view(np.uint32) + np.uint32(0x400)) & np.uint32(0xFFFFF800)
+    return Series(series.steps, bits.view(np.float32))
+
+
+def _packed(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
 def _snapshots(series: Series) -> str:
     # Keep the newest: a merged snapshot would belong to no step.
     newest = slice(-_MOST_SNAPSHOTS, None)
     kept = Series(series.steps[newest], series.values[newest], series.names)
-    return base64.b64encode(kept.pack()).decode()
+    return _packed(kept.pack("<f2"))  # They are logged in half precision.
 
 
 def _modules() -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.dead_channels import DeadChannels
+from bnguard.rules.frozen_but_updating import FrozenButUpdating
 from bnguard.tensorboard.metadata import Metric
 
 # Share of the channels that a layer's number speaks for, as in the rules on drift.
@@ -18,6 +19,7 @@ _CHANNEL_QUANTILE = 0.9
 
 # Which channels of a layer never vary, as BN204 sees it.
 dead_channels = DeadChannels().dead
+_frozen = FrozenButUpdating()
 
 
 def compute_metrics(
@@ -63,19 +65,34 @@ def _dead_channel_share(layer: LayerHistory) -> float:
     return math.nan if is_dead is None else float(is_dead.mean())
 
 
+def _frozen_moved_std(layer: LayerHistory) -> float:
+    start, now = layer.running_at_start, layer.running
+    if not (layer.is_affine_frozen and layer.updates_seen) or start is None or now is None:
+        return math.nan
+    is_harmless = layer.calls.are_without_grad and not _frozen.has_done_harm(layer)
+    if is_harmless or start.mean.shape != now.mean.shape:
+        return math.nan
+    return float(np.max(np.abs(shift_std(now.mean, start.mean, start.var, layer.eps)), initial=0.0))
+
+
 def _typical(values: FloatArray | None) -> float:
-    """Return the absolute value that nine of ten channels stay below, signed as the furthest."""
+    """Return the absolute value that nine of ten channels stay below, signed as the furthest.
+
+    Infinite if no channel is finite; NaN if nothing was observed.
+    """
     if values is None or values.size == 0:
         return math.nan
     size = float(np.quantile(np.abs(values), _CHANNEL_QUANTILE))
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        return math.nan if np.isnan(values).all() else math.inf
+        return math.inf
     return math.copysign(size, finite[np.argmax(np.abs(finite))])
 
 
 def _average(values: FloatArray | None) -> float:
-    return math.nan if values is None or not values.size else float(np.mean(values))
+    if values is None or not values.size:
+        return math.nan
+    return float(np.mean(values)) if np.isfinite(values).all() else math.inf
 
 
 MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {
@@ -95,4 +112,5 @@ MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {
     "running_std": lambda layer: _average(
         None if layer.running is None else np.sqrt(layer.running.var)
     ),
+    "frozen_moved_std": _frozen_moved_std,
 }

@@ -72,7 +72,7 @@ class Metric:
         panel: Title of the chart that shows its curve, with related ones.
         limit: Limit of a rule, if any.
         limit_side: The faulty side of the limit; ``either`` is for the absolute value.
-        rules: Codes of the rules that use it.
+        rules: Codes of the rules that use it; the one that sets the limit first.
         has_quantiles: Whether its quantiles over the layers are written as scalars.
 
     Example:
@@ -123,17 +123,17 @@ _METRICS = (
         description="Distance of the mean in eval mode from the running mean, in running "
         "standard deviations; nine of ten channels are below.",
         panel="Shift of the mean",
-        rules=("BN301", "BN305"),
+        rules=("BN301", "BN302", "BN303", "BN305"),
     ),
     Metric(
         key="eval_log_variance_ratio",
-        name="Eval log-variance ratio",
+        name="Eval variance",
         unit="",
-        description="Logarithm of the variance in eval mode over the running variance; "
-        "0 is equal, 0.69 is twice.",
-        panel="Log-variance ratio",
+        description="Running variance against the variance in eval mode, as a factor "
+        "(logged as a logarithm).",
+        panel="Running variance, as a factor",
         limit_side="either",
-        rules=("BN301", "BN305"),
+        rules=("BN301", "BN302", "BN303", "BN305"),
     ),
     Metric(
         key="batch_shift_std",
@@ -146,11 +146,11 @@ _METRICS = (
     ),
     Metric(
         key="batch_log_variance_ratio",
-        name="Batch log-variance ratio",
+        name="Batch variance",
         unit="",
-        description="Logarithm of the variance of the training batch over the running variance; "
-        "0 is equal, 0.69 is twice.",
-        panel="Log-variance ratio",
+        description="Running variance against the variance of the training batch, as a factor "
+        "(logged as a logarithm).",
+        panel="Running variance, as a factor",
         limit_side="either",
         rules=("BN202",),
     ),
@@ -172,7 +172,7 @@ _METRICS = (
         "estimated from.",
         panel="Values per channel",
         limit_side="below",
-        rules=("BN102", "BN201", "BN106", "BN107"),
+        rules=("BN201", "BN102", "BN106", "BN107"),
     ),
     Metric(
         key="gain",
@@ -205,7 +205,7 @@ _METRICS = (
         unit="",
         description="Running mean, averaged over the channels.",
         panel="Mean",
-        rules=("BN402",),
+        rules=("BN401", "BN402"),
         has_quantiles=False,
     ),
     Metric(
@@ -222,7 +222,16 @@ _METRICS = (
         unit="",
         description="Square root of the running variance, averaged over the channels.",
         panel="Standard deviation",
-        rules=("BN303",),
+        has_quantiles=False,
+    ),
+    Metric(
+        key="frozen_moved_std",
+        name="Moved while frozen",
+        unit="σ",
+        description="Largest distance of the running mean from where it was at the start, of "
+        "layers whose gamma and beta are frozen; the others are not observed.",
+        panel="Moved while frozen",
+        rules=("BN101",),
         has_quantiles=False,
     ),
 )
@@ -234,6 +243,7 @@ _LIMITS = {
     "values_per_channel": "BN201.min_values_per_channel",
     "gain": "BN403.max_gain",
     "dead_channel_share": "BN204.max_dead_share",
+    "frozen_moved_std": "BN101.max_updates",
 }
 
 

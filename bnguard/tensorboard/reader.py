@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from bnguard.tensorboard.metadata import (
     Metric,
     decode_rows,
 )
-from bnguard.tensorboard.records import Record, decode_findings, json_number
+from bnguard.tensorboard.records import Record, decode_findings, group_causes, json_number
 
 # A step's tensor beyond this is refused: 20,000 layers of 64 metrics are 5 MB.
 MOST_VALUES_A_STEP = 4_000_000
@@ -58,17 +59,30 @@ class LogReader:
     damages: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the runs that bnguard logged, each with its newest step or its problem."""
+        """Return the runs that bnguard logged: version, problem, and root causes by severity."""
         listed = self.provider.list_tensors(
             self.context, experiment_id=self.experiment, plugin_name=PLUGIN_NAME
         )
         hidden = [
-            {"name": name, "version": "", "problem": damage}
+            {"name": name, "version": "", "problem": damage, "causes": {}}
             for name, damage in self.damages.items()
             if name not in listed
         ]
-        runs = [_listed(name, tags) for name, tags in listed.items()]
+        runs = [self._listed(name, tags) for name, tags in listed.items()]
         return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
+
+    def _listed(self, name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
+        problem, causes = "", {}
+        try:
+            _header(tags)
+            findings, _ = self._findings(name, tags)
+            causes = count_causes(findings)
+        except LogError as error:
+            problem = str(error)
+        return {"name": name, "version": _version(tags), "problem": problem, "causes": causes}
+
+    def _findings(self, name: str, tags: Mapping[str, Any]) -> tuple[list[Record], str]:
+        return newest_findings(self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else [])
 
     def run(self, name: str) -> dict[str, Any]:
         """Return layers, metrics, steps and findings of a run, and the layers with channels.
@@ -78,9 +92,8 @@ class LogReader:
         """
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
-        findings, unreadable = newest_findings(
-            self._events(name, FINDINGS_TAG) if FINDINGS_TAG in tags else []
-        )
+        findings, unreadable = self._findings(name, tags)
+        findings = [{**found, "step": since(found, header, series)} for found in findings]
         problems = [self.damages.get(name, ""), series.left_out, unreadable]
         return {
             "name": name,
@@ -95,6 +108,7 @@ class LogReader:
             "first_step": series.steps[0],
             "last_step": series.steps[-1],
             "findings": findings,
+            "causes": group_causes(findings),
             "channels": [
                 tag.removeprefix(CHANNELS_TAG)
                 for tag in sorted(tags)
@@ -264,12 +278,12 @@ class Series:
     names: tuple[str, ...] = ()
     left_out: str = ""
 
-    def pack(self) -> bytes:
+    def pack(self, dtype: str = "<f4") -> bytes:
         """Return the series as bytes that keep NaN and Inf.
 
         Little-endian: a uint32 with the length of the JSON that follows (``shape``, ``names``;
         padded, so that 8 divides what precedes the numbers), the steps as float64, the values as
-        float32.
+        float32 or, for a smaller page, float16.
         """
         head = json.dumps({"shape": self.values.shape, "names": self.names}).encode()
         head += b" " * (-(len(head) + 4) % 8)
@@ -278,9 +292,34 @@ class Series:
                 len(head).to_bytes(4, "little"),
                 head,
                 self.steps.astype("<f8").tobytes(),
-                self.values.astype("<f4").tobytes(),
+                self.values.astype(dtype).tobytes(),
             ]
         )
+
+
+def count_causes(findings: Sequence[Record]) -> dict[str, int]:
+    """Return the number of root causes of each severity."""
+    return dict(
+        Counter(findings[group["roots"][0]]["severity"] for group in group_causes(findings))
+    )
+
+
+def since(finding: Record, header: Header, series: Series) -> int | None:
+    """Return the logged step since which a layer is beyond the limit of the finding's rule.
+
+    A rule that judges the newest evaluation names its step; the layer may be off for longer.
+    """
+    steps: list[int] = []
+    if finding["layer"] in header.layers:
+        values = series.values[:, :, header.layers.index(finding["layer"])]
+        for row, metric in enumerate(header.metrics):
+            if metric.limit is None or metric.rules[:1] != (finding["code"],):
+                continue
+            known = np.flatnonzero(~np.isnan(values[:, row]))
+            within = np.flatnonzero(~metric.is_over(values[known, row]))
+            first = int(within[-1]) + 1 if within.size else 0
+            steps += series.steps[known[first : first + 1]].astype(int).tolist()
+    return min(steps, default=finding["step"])
 
 
 def stats_series(events: Iterable[Event], shape: tuple[int, int]) -> Series:
@@ -376,14 +415,6 @@ def _by_step(events: Iterable[Event]) -> list[Event]:
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _listed(name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        _header(tags)
-    except LogError as error:
-        return {"name": name, "version": _version(tags), "problem": str(error)}
-    return {"name": name, "version": _version(tags), "problem": ""}
 
 
 def _version(tags: Mapping[str, Any]) -> str:

@@ -1,17 +1,20 @@
 """Findings in an event file: plain records, normalised when written and when read.
 
 A record has the keys of ``Finding.to_dict`` that the tab shows: ``code``, ``name``, ``severity``,
-``layer``, ``channels``, ``step``, ``message``, ``evidence`` and ``fix``; the fix has a ``command``
-too, and ``layers`` names several layers.
+``layer``, ``channels``, ``step``, ``message``, ``evidence``, ``fix`` and ``cause`` (code of the
+finding that explains this one; empty for a root cause). The fix has a ``command`` too, and
+``layers`` names several layers.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bnguard.findings import Evidence
 from bnguard.report.json_document import json_float
 
 Record = dict[str, Any]
@@ -57,6 +60,7 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
             "summary": _text(fix.get("summary")),
             "command": _text(fix.get("command")) or repair_command(fix.get("repair")),
         },
+        "cause": _text(raw.get("cause")),
     }
 
 
@@ -84,13 +88,54 @@ def decode_findings(text: bytes) -> list[Record]:
     return [finding_record(item) for item in raw[:_MOST_RECORDS] if isinstance(item, dict)]
 
 
-def repair_command(repair: object, subjects: str = SUBJECTS) -> str:
+def group_causes(records: Sequence[Record]) -> list[dict[str, list[int]]]:
+    """Return the places of each root cause's findings and of what they explain.
+
+    Findings of one rule and severity are one cause: errors before warnings, the worst layer first.
+
+    >>> codes = [("BN302", "BN301"), ("BN301", "BN303"), ("BN303", None)]
+    >>> group_causes([finding_record({"code": code, "cause": cause}) for code, cause in codes])
+    [{'roots': [2], 'effects': [0, 1]}]
+    """
+    codes = {record["code"] for record in records}
+    causes = {r["code"]: r["cause"] for r in reversed(records) if r["cause"] in codes}
+    root_codes = {record["code"] for record in records if record["cause"] not in codes}
+    groups: dict[tuple[str, str], dict[str, list[int]]] = {}
+    effects = []
+    for place, record in enumerate(records):
+        code = record["cause"]
+        for _ in codes:
+            code = code if code in root_codes else causes.get(code, "")
+        if code in root_codes:
+            effects.append((code, place))
+        else:
+            key = (record["code"], record["severity"])
+            groups.setdefault(key, {"roots": [], "effects": []})["roots"].append(place)
+    for code, place in effects:
+        next(group for (root, _), group in groups.items() if root == code)["effects"].append(place)
+    for group in groups.values():
+        group["roots"].sort(key=lambda place: excess(records[place]), reverse=True)
+    return [groups[key] for key in sorted(groups, key=lambda key: -_SEVERITIES.index(key[1]))]
+
+
+def excess(record: Record) -> float:
+    """Return the evidence relative to its limit; 0 if unknown."""
+    evidence = record["evidence"]
+    value, limit = evidence["value"], evidence["limit"]
+    if value in ("NaN", "Infinity"):
+        return math.inf
+    if not (isinstance(value, float) and isinstance(limit, float)):
+        return 0.0
+    return Evidence("", value, limit, is_minimum=evidence["is_minimum"]).excess
+
+
+def repair_command(repair: object, subjects: str = SUBJECTS, checkpoint: str = "CKPT") -> str:
     """Return the command that repairs a checkpoint; empty if there is none.
 
     >>> repair_command("swap", "--model my.Net --data my.Data")
     'bnguard swap CKPT --model my.Net --data my.Data'
     """
-    return f"bnguard {repair} CKPT {subjects}" if repair in _COMMANDS else ""
+    return f"bnguard {repair} {shlex.quote(checkpoint)} {subjects}" if repair in _COMMANDS else ""
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,7 @@ Viewers without the tab get the findings as Markdown.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from bnguard.tensorboard.records import (
     Record,
     encode_findings,
     finding_record,
+    group_causes,
 )
 
 
@@ -65,14 +66,17 @@ class BatchNormLog:
         Raises:
             ValueError: The shape does not match the header.
         """
+        # With gradient accumulation a step is logged once per micro-batch.
+        if step != self._last_step:
+            self.replace_stats(values, step)
+
+    def replace_stats(self, values: npt.ArrayLike, step: int) -> None:
+        """Write the numbers of a step, as an evaluation after it changed them."""
         tensor = np.asarray(values, dtype=np.float32)
         if tensor.shape != self._header.shape:
             raise ValueError(
                 f"statistics have shape {tensor.shape}, and {self._header.shape} was announced"
             )
-        # With gradient accumulation a step is logged once per micro-batch.
-        if step == self._last_step:
-            return
         self._last_step = step
         self._sink.add_array(STATS_TAG, tensor, step, self._content)
 
@@ -156,35 +160,40 @@ class ChannelSnapshot:
 
 
 def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
-    """Return findings as a Markdown table, a row per rule and severity; their text is escaped.
+    """Return findings as a Markdown list, an item per root cause; their text is escaped.
 
     >>> print(findings_markdown([]))
-    Nothing is wrong.
+    No problems found.
     """
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in map(finding_record, findings):
-        groups.setdefault((record["code"], record["severity"]), []).append(record)
-    if not groups:
-        return "Nothing is wrong."
-    head = "| finding | severity | layer | since step | evidence | next step |"
-    rows = ["| " + " | ".join(map(_cell, _cells(group))) + " |" for group in groups.values()]
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+    records = [finding_record(finding) for finding in findings]
+    causes = group_causes(records)
+    if not causes:
+        return "No problems found."
+    lines: list[str] = []
+    for cause in causes:
+        roots = [records[place] for place in cause["roots"]]
+        effects = dict.fromkeys(records[place]["code"] for place in cause["effects"])
+        lines += _item(roots, list(effects))
+    return "\n".join(lines)
 
 
-def _cells(group: Sequence[Record]) -> tuple[str, ...]:
-    record = group[0]
-    evidence, fix = record["evidence"], record["fix"]
-    where = "the model" if record["layer"] is None else record["layer"]
-    return (
-        f"{record['code']} {record['name']}",
-        record["severity"],
-        where if len(group) == 1 else f"{len(group)} layers, worst {where}",
-        str(min((r["step"] for r in group if r["step"] is not None), default="")),
-        f"{record['message']}: {evidence['measure']} "
-        f"{_amount(evidence['value'], evidence['unit'])} "
-        f"(limit {_amount(evidence['limit'], evidence['unit'])})",
-        fix["command"] or fix["summary"],
-    )
+def _item(roots: Sequence[Record], effects: Sequence[str]) -> Iterator[str]:
+    worst = roots[0]
+    evidence, fix = worst["evidence"], worst["fix"]
+    where = "the model" if worst["layer"] is None else worst["layer"] or "the model itself"
+    where = where if len(roots) == 1 else f"{len(roots)} layers, worst {where}"
+    since = min((r["step"] for r in roots if r["step"] is not None), default=None)
+    when = "" if since is None else f", since step {since}"
+    yield f"- **{worst['severity']}: {_escape(worst['message'] or worst['name'])}**"
+    yield f"    - {_escape(worst['code'] + ' ' + worst['name'])} at {_escape(where)}{when}"
+    if evidence["value"] is not None:
+        value, limit = (_amount(evidence[key], evidence["unit"]) for key in ("value", "limit"))
+        yield f"    - {_escape(evidence['measure'])} {_escape(value)} (limit {_escape(limit)})"
+    if effects:
+        yield f"    - leads to {_escape(', '.join(effects))}"
+    for step in (fix["summary"], fix["command"]):
+        if step:
+            yield f"    - → {_escape(step)}"
 
 
 def _amount(value: float | str | None, unit: str) -> str:
@@ -192,7 +201,7 @@ def _amount(value: float | str | None, unit: str) -> str:
     return f"{number} {unit}".rstrip()
 
 
-def _cell(text: str) -> str:
+def _escape(text: str) -> str:
     """Escape Markdown and HTML: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)

@@ -79,11 +79,11 @@ def test_a_click_on_a_finding_selects_its_layer_step_and_metric(tab):
     tab.wait("document.querySelector('.overview h2').textContent === 'Gain'")
     chip = tab.frame.locator(".finding .chip").nth(1)
     name = chip.get_attribute("data-layer")
-    step = re.search(r"since step (\d+)", chip.inner_text()).group(1)
+    step = re.search(r"since step (\d+)", chip.get_attribute("title")).group(1)
     chip.click()
     tab.wait(f"document.querySelector('.layer h2').textContent === '{name}'")
     assert tab.text(".stepper .step") == f"step {step}"
-    assert tab.text(".overview h2") in ("Eval shift", "Eval log-variance ratio")
+    assert tab.text(".overview h2") in ("Eval shift", "Eval variance")
     assert chip.get_attribute("aria-pressed") == "true"
     chosen = tab.frame.locator(".heat-names li[aria-selected=true]")
     assert chosen.inner_text() == name
@@ -113,7 +113,7 @@ def test_keys_move_through_layers_steps_numbers_and_findings(tab):
     tab.page.keyboard.press("ArrowUp")
     tab.wait(f"document.querySelector('.layer h2').textContent !== '{before}'")
     tab.page.keyboard.press("m")
-    tab.wait("document.querySelector('.overview h2').textContent === 'Eval log-variance ratio'")
+    tab.wait("document.querySelector('.overview h2').textContent === 'Eval variance'")
     tab.page.keyboard.press("f")
     tab.frame.locator(".finding.chosen").wait_for()
 
@@ -225,6 +225,7 @@ def test_hostile_names_are_text(browser, hostile_log):
         _assert_is_text(tab.frame)
         assert "not finite" in tab.text(".verdict")
         tab.frame.locator(".finding-title").first.click()
+        tab.frame.locator(".notes summary").first.click()
         tab.frame.locator(".finding-title").nth(1).click()
         tab.frame.locator(".finding.chosen").first.wait_for()
         tab.close()

@@ -2,18 +2,17 @@
 
 import { copied, h } from "./dom.js";
 import { emptyState, problem } from "./empty.js";
-import { Findings, groupedFindings } from "./findings.js";
 import { followTheme, isVisible, onReload, readLink, writeLink } from "./host.js";
 import { LayerView } from "./layer.js";
 import { Overview, nearest, valuesAt } from "./overview.js";
-import { closeness, isOver } from "./scale.js";
+import { closeness } from "./scale.js";
 import { Choice, fromLink, toLink } from "./state.js";
 import { MetricBar, Toolbar, comparison } from "./toolbar.js";
+import { Verdict, causesOf } from "./verdict.js";
 
 const RELOAD_MS = 10_000;
 const EMPTY_RELOAD_MS = 1_500;
 const LINK_MS = 250;
-const NARROW = "(max-width: 1080px)";
 
 /** Draw the page into an element, and keep it up to date. */
 export async function start(root, source) {
@@ -35,7 +34,7 @@ class Page {
   #toolbar;
   #metrics;
   #overview;
-  #findings;
+  #verdict;
   #layer;
   #comparison = h("div");
   #main;
@@ -54,16 +53,19 @@ class Page {
     this.#toolbar = new Toolbar(this.#choice, (button) => this.#copyLink(button));
     this.#metrics = new MetricBar(this.#choice);
     this.#overview = new Overview(this.#choice);
-    this.#findings = new Findings((finding, layer) => this.#chooseFinding(finding, layer));
+    this.#verdict = new Verdict((finding, layer) => this.#chooseFinding(finding, layer, true));
     this.#overview.onFinding = (finding, layer) => this.#chooseFinding(finding, layer);
     this.#layer = new LayerView(this.#choice, (by) => this.#moveStep(by));
     this.#main = h(
       "main",
       { hidden: true },
-      h("div", { class: "left" }, this.#metrics.element, this.#comparison, this.#overview.element, this.#layer.element),
-      h("aside", {}, this.#findings.element),
+      this.#verdict.element,
+      this.#comparison,
+      this.#metrics.element,
+      this.#overview.element,
+      this.#layer.element,
     );
-    root.replaceChildren(this.#toolbar.element, this.#message, this.#main);
+    root.replaceChildren(this.#toolbar.element, this.#toolbar.strip, this.#message, this.#main);
     this.#choice.onChange((now, before) => this.#changed(now, before));
     document.addEventListener("keydown", (event) => this.#key(event));
   }
@@ -139,23 +141,27 @@ class Page {
       ...wanted.map(({ name, version }) => this.#source.run(name, version)),
     ]);
     const [run] = runs;
-    const metrics = run.metrics.filter((metric) => metric.has_quantiles && metric.is_observed);
+    const accused = new Set(run.findings.map(({ code }) => code));
+    const isTelling = ({ limit, rules: codes, has_quantiles: isMain }) =>
+      isMain || limit !== null || codes.some((code) => accused.has(code));
+    const metrics = run.metrics.filter((metric) => metric.is_observed && isTelling(metric));
     const offered = metrics.length ? metrics : run.metrics;
-    const metric = offered.find(({ key }) => key === now.metric) ?? foremost(offered, run);
+    const asked = offered.find(({ key }) => key === now.metric);
+    const opening = now.layer === null ? await this.#opening(run, asked ? [asked] : offered) : {};
+    const metric = asked ?? opening.metric ?? offered[0];
     const holders = runs.filter(({ metrics: own }) => own.some(({ key }) => key === metric.key));
     const series = await Promise.all(holders.map((holder) => this.#source.stats(holder, metric.key)));
     if (turn !== this.#turn) return;
     const entries = holders.map((holder, place) => ({ run: holder, series: series[place] }));
-    const layer = this.#layerOf(runs, now.layer) ?? worstLayer(run, series[0], metric);
+    const layer = this.#layerOf(runs, now.layer) ?? opening.layer ?? worstLayer(run, series[0], metric);
     this.#shown = { run, runs, series: series[0], metric, offered, layer };
     this.#message.hidden = true;
     this.#main.hidden = false;
-    this.#toolbar.showVerdict(run);
     this.#metrics.show(offered, metric.key);
     this.#comparison.replaceChildren(...(runs.length > 1 ? [comparison(run, runs[1], offered)] : []));
     this.#comparison.append(...run.problems.map((text) => problem(text)));
-    this.#findings.show(run.findings, rules);
-    this.#choice.fill({ layer });
+    this.#verdict.show(run, rules);
+    this.#choice.fill({ layer, metric: metric.key, step: now.step ?? opening.step ?? null });
     this.#overview.show({ runs: entries, metric });
     await this.#showLayer(turn);
   }
@@ -181,7 +187,7 @@ class Page {
     if (!this.#shown) return;
     const { step, channel, layer } = this.#choice.now;
     this.#overview.update();
-    this.#findings.choose(this.#finding, layer);
+    this.#verdict.choose(this.#finding, layer);
     this.#layer.update(step ?? this.#shown.run.last_step, channel, step === null);
   }
 
@@ -194,8 +200,41 @@ class Page {
     return runs.some(({ layers }) => layers.includes(name)) ? name : null;
   }
 
+  /** Return what to open on: the measure of the first cause at its worst layer and step, if any. */
+  async #opening(run, metrics) {
+    const [cause] = causesOf(run);
+    if (!cause || cause.worst.severity === "info") {
+      const calm = (key) => metrics.find((metric) => metric.limit !== null && !metric[key]);
+      return { metric: calm("over_ever") ?? calm("over_now") };
+    }
+    for (const code of new Set([...cause.roots, ...cause.effects].map((finding) => finding.code))) {
+      const named = [...cause.roots, ...cause.effects].filter((finding) => finding.code === code);
+      const judged = metrics.filter(({ rules }) => rules.includes(code));
+      const spots = await Promise.all(judged.map((metric) => this.#worstSpot(run, metric, named)));
+      const worst = spots.sort((a, b) => b.size - a.size)[0];
+      if (worst?.size > 1) return worst;
+    }
+    const { layer } = cause.worst;
+    return { layer: run.layers.includes(layer) ? layer : undefined };
+  }
+
+  /** Return the layer and step at which a metric is furthest beyond its limit, among those named. */
+  async #worstSpot(run, metric, findings) {
+    const series = await this.#source.stats(run, metric.key);
+    const close = closeness(metric, Number(metric.largest));
+    const names = new Set(findings.map(({ layer }) => layer));
+    const worst = { metric, size: 0 };
+    series.values.forEach((value, place) => {
+      const layer = run.layers[place % run.layers.length];
+      const size = Number.isFinite(value) ? close(value) : Number.isNaN(value) ? 0 : Infinity;
+      if (size <= worst.size || !(names.has(layer) || names.has(null))) return;
+      Object.assign(worst, { size, layer, step: series.steps[Math.floor(place / run.layers.length)] });
+    });
+    return worst;
+  }
+
   /** Go to where a finding shows: its layer, its step, and the metric that tells it best. */
-  async #chooseFinding(finding, layer) {
+  async #chooseFinding(finding, layer, isScrolled = false) {
     const { run, offered, metric } = this.#shown;
     this.#finding = finding.code;
     const judged = offered.filter(({ rules }) => rules.includes(finding.code));
@@ -204,8 +243,7 @@ class Page {
     const best = await this.#tellingMetric(judged, name, step ?? run.last_step);
     this.#choice.set({ layer: name, step, metric: (best ?? metric).key, channel: finding.channels[0] ?? null });
     this.#update();
-    // In a narrow window the list stands above the picture.
-    if (matchMedia(NARROW).matches) this.#overview.element.scrollIntoView();
+    if (isScrolled) this.#overview.element.scrollIntoView({ block: "nearest" });
   }
 
   /** Return which metric is furthest beyond its limit at a layer, from a step on. */
@@ -271,7 +309,7 @@ class Page {
   }
 
   #nextFinding() {
-    const finding = this.#findings.after(this.#finding);
+    const finding = this.#verdict.after(this.#finding);
     if (finding) this.#chooseFinding(finding, finding.layer);
   }
 
@@ -284,19 +322,10 @@ class Page {
   }
 }
 
-/** Return the metric to begin with: the one by which most layers are over a limit. */
-function foremost(metrics, run) {
-  const [worst] = groupedFindings(run.findings);
-  const accused = worst && metrics.find(({ rules, over_ever: ever }) => ever && rules.includes(worst[0].code));
-  return accused ?? metrics.reduce((best, metric) => (metric.over_ever > best.over_ever ? metric : best));
-}
-
-/** Return the layer to begin with: of the first finding, or the one closest to its limit. */
+/** Return the layer that is closest to the limit, or furthest beyond it, at the newest step. */
 function worstLayer(run, series, metric) {
-  const [worst] = groupedFindings(run.findings.filter((finding) => run.layers.includes(finding.layer)));
-  if (worst) return worst[0].layer;
   const close = closeness(metric, Number(metric.largest));
   const values = valuesAt(run, series, run.layers, run.last_step);
-  const badness = values.map((value) => (isOver(metric, value) ? 1e9 : 0) + (close(value) || 0));
+  const badness = values.map((value) => close(value) || 0);
   return run.layers[badness.indexOf(Math.max(...badness))];
 }

@@ -4,7 +4,7 @@
 import { counted, h } from "./dom.js";
 import { nearest } from "./overview.js";
 import { Plot, spanOf } from "./plot.js";
-import { amount, figure } from "./scale.js";
+import { amount, factor, figure, valueText } from "./scale.js";
 
 // A smaller gamma than this lets nothing through.
 const CLOSED_GAMMA = 1e-3;
@@ -29,6 +29,8 @@ export class Channels {
   #charts = h("div", { class: "channel-charts" });
   #snapshot = null;
   #chosen = null;
+  #shown = null;
+  #zoom = null;
   #plots = {};
   element = h("div", { class: "channels" }, this.#text, this.#charts, this.#readout);
 
@@ -41,13 +43,15 @@ export class Channels {
     };
     this.#charts.append(
       chart("Shift of the mean, σ", [["training", "in training"], ["evaluation", "in evaluation"]], this.#plots.shift),
-      chart("Log-variance ratio", [["training", "in training"], ["evaluation", "in evaluation"]], this.#plots.ratio),
+      chart("Running variance, as a factor", [["training", "in training"], ["evaluation", "in evaluation"]], this.#plots.ratio),
       chart("Gamma and beta", [["running", "gamma"], ["beta", "beta"]], this.#plots.affine),
     );
   }
 
   /** Show a snapshot; `metrics` of the run tell the limits. */
   show(snapshot, metrics, chosen) {
+    this.#shown = [snapshot, metrics, chosen];
+    if (this.#snapshot?.count !== snapshot.count) this.#zoom = null;
     this.#snapshot = snapshot;
     this.#chosen = chosen;
     const { count } = snapshot;
@@ -88,19 +92,30 @@ export class Channels {
         this.#onPick(channel === this.#chosen ? null : channel);
       },
       onHover: (x) => this.#read(x === null ? this.#chosen : Math.round(x)),
+      onZoom: (zoom) => {
+        this.#zoom = zoom;
+        this.show(...this.#shown);
+      },
+      onMove: (by) => {
+        const { count } = this.#snapshot;
+        this.#onPick(this.#chosen === null ? 0 : (this.#chosen + by + count) % count);
+      },
     });
   }
 
   #draw(name, { xs, bands }, series, limit) {
-    const y = spanOf(...series.map(({ ys }) => ys), [0]);
+    const isFactor = name === "ratio";
+    const y = { ...spanOf(...series.map(({ ys }) => ys ?? []), [0]), isFactor };
+    const label = `limit ${isFactor ? factor(limit) : `±${figure(limit)} σ`}`;
     const limits =
       limit === null
         ? []
         : [
-            { value: limit, label: `limit ${figure(limit)}`, side: "above" },
-            { value: -limit, label: "", side: "below" },
-          ].filter(({ value }) => value < y.max && value > y.min);
-    const x = { min: -0.5, max: xs.length - 0.5, label: "channel", whole: true };
+            { value: limit, label, side: "above" },
+            { value: -limit, label, side: "below", isMirrored: true },
+          ];
+    const { min, max } = this.#zoom ?? { min: -Infinity, max: Infinity };
+    const x = { min: Math.max(min, -0.5), max: Math.min(max, xs.length - 0.5), label: "channel", whole: true };
     const described = `${name} of ${xs.length} channels, from ${figure(y.min)} to ${figure(y.max)}`;
     this.#plots[name].draw({ x, y, series, limits, bands, cursor: this.#chosen }, described);
   }
@@ -108,14 +123,15 @@ export class Channels {
   #read(channel) {
     const snapshot = this.#snapshot;
     if (channel === null || !snapshot || channel < 0 || channel >= snapshot.count) {
-      this.#readout.textContent = "Click a channel to see what the layer does to it.";
+      this.#readout.textContent = "Click a channel, or use ← → in a chart, to see what the layer does to it.";
       return;
     }
     const at = (row, unit = "") => amount(snapshot[row]?.[channel], unit);
+    const ratio = (key) => valueText({ key, unit: "" }, snapshot[key]?.[channel]);
     this.#readout.textContent =
       `Channel ${channel}: shift in training ${at("batch_shift_std", "σ")}, in evaluation ` +
-      `${at("eval_shift_std", "σ")}; log-variance ratio ${at("batch_log_variance_ratio")} and ` +
-      `${at("eval_log_variance_ratio")}; running mean ${at("running_mean")}, deviation ` +
+      `${at("eval_shift_std", "σ")}; running variance ${ratio("batch_log_variance_ratio")} and ` +
+      `${ratio("eval_log_variance_ratio")}; running mean ${at("running_mean")}, deviation ` +
       `${at("running_std")}; gamma ${at("gamma")}, beta ${at("beta")}` +
       (snapshot.is_dead?.[channel] > 0 ? "; dead: it has no variance" : "");
   }

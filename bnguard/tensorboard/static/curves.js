@@ -3,7 +3,7 @@
 import { h, layerName } from "./dom.js";
 import { nearest } from "./overview.js";
 import { Plot, spanOf } from "./plot.js";
-import { amount, isOver, limitText } from "./scale.js";
+import { isFactor, isOver, limitText, valueText } from "./scale.js";
 
 const DASHES = [[], [5, 3]];
 
@@ -11,6 +11,8 @@ const DASHES = [[], [5, 3]];
 export class Curves {
   #onPick;
   #charts = [];
+  #step = null;
+  #zoom = null;
   element = h("div", { class: "curves" });
 
   constructor(onPick) {
@@ -21,8 +23,13 @@ export class Curves {
   show(entries, step) {
     const { metrics } = entries[0].run;
     const panels = groupedBy(metrics, ({ panel }) => panel);
+    this.#zoom = null;
+    const onZoom = (zoom) => {
+      this.#zoom = zoom;
+      this.update(this.#step);
+    };
     this.#charts = [...panels.entries()]
-      .map(([title, members]) => new Chart(title, members, entries, this.#onPick))
+      .map(([title, members]) => new Chart(title, members, entries, this.#onPick, onZoom))
       .filter((chart) => chart.isObserved);
     this.element.replaceChildren(...this.#charts.map((chart) => chart.element));
     this.update(step);
@@ -30,7 +37,8 @@ export class Curves {
 
   /** Rule the chosen step, and write the values there. */
   update(step) {
-    for (const chart of this.#charts) chart.draw(step);
+    this.#step = step;
+    for (const chart of this.#charts) chart.draw(step, this.#zoom);
   }
 }
 
@@ -40,10 +48,11 @@ class Chart {
   #lines;
   #limits;
   #title;
+  #isConstant;
   #legend = h("div", { class: "series" });
   #plot;
 
-  constructor(title, metrics, entries, onPick) {
+  constructor(title, metrics, entries, onPick, onZoom) {
     this.#title = title;
     this.#lines = entries.flatMap(({ run, series }, place) =>
       metrics.map((metric) => lineOf(metric, run, series, place, entries.length > 1)),
@@ -54,8 +63,13 @@ class Chart {
       height: 124,
       onPick: (x) => onPick(this.#nearestStep(x)),
       onHover: (x) => this.#write(x === null ? this.#step : x),
+      onZoom,
     });
-    this.element = h("figure", { class: "chart" }, h("h3", {}, title), this.#legend, this.#plot.element);
+    // What never changes needs no picture.
+    this.#isConstant = this.#lines.every(({ ys }) => new Set(ys.filter((y) => !Number.isNaN(y))).size === 1);
+    const body = this.#isConstant ? h("span", { class: "muted" }, "the same in every step") : this.#plot.element;
+    const kind = this.#isConstant ? "constant" : "chart";
+    this.element = h("figure", { class: kind }, h("h3", {}, title), this.#legend, body);
   }
 
   get isObserved() {
@@ -63,21 +77,24 @@ class Chart {
   }
 
   /** Draw the chart with a step chosen. */
-  draw(step) {
+  draw(step, zoom) {
     this.#step = step;
-    const lines = this.#lines;
-    const y = this.#span();
-    const ends = lines.map(({ xs }) => [xs[0], xs[xs.length - 1]]).flat();
-    const x = { min: Math.min(...ends), max: Math.max(...ends), label: "step", whole: true };
-    const limits = this.#limits.filter(({ value }) => value <= y.max && value >= y.min);
-    const series = lines.map(({ xs, ys, colour, dash }) => ({ style: "line", xs, ys, colour, dash }));
     this.#write(step);
+    if (this.#isConstant) return;
+    const lines = this.#lines;
+    const ends = lines.map(({ xs }) => [xs[0], xs[xs.length - 1]]).flat();
+    const all = { min: Math.min(...ends), max: Math.max(...ends) };
+    const inside = zoom && { min: Math.max(zoom.min, all.min), max: Math.min(zoom.max, all.max) };
+    const x = { ...(inside ?? all), label: "step", whole: true };
+    const y = { ...this.#span(x), isFactor: lines.every(({ metric }) => isFactor(metric)) };
+    const limits = this.#limits;
+    const series = lines.map(({ xs, ys, colour, dash }) => ({ style: "line", xs, ys, colour, dash }));
     this.#plot.draw({ x, y, series, limits, cursor: step }, this.#description(step));
   }
 
-  /** Return the span of y: with the limit, where the curve comes near it. */
-  #span() {
-    const span = spanOf(...this.#lines.map(({ ys }) => ys));
+  /** Return the span of y within a span of x: with the limit, where the curve comes near it. */
+  #span({ min, max }) {
+    const span = spanOf(...this.#lines.map(({ xs, ys }) => ys.filter((_, i) => xs[i] >= min && xs[i] <= max)));
     for (const { value } of this.#limits) {
       if (value > span.max && value < 4 * span.max) span.max = value * 1.15;
       if (value < span.min && (value > 0 || value > 4 * span.min)) span.min = Math.min(value * 1.15, 0);
@@ -99,7 +116,7 @@ class Chart {
         { class: "key", title: metric.description },
         h("span", { class: `stroke ${colour} ${dash.length ? "dashed" : ""}` }),
         `${name} `,
-        h("strong", { class: over ? "over" : "" }, `${over ? "▲ " : ""}${amount(value, metric.unit)}`),
+        h("strong", { class: over ? "over" : "" }, `${over ? "▲ " : ""}${valueText(metric, value)}`),
       );
     });
     this.#legend.replaceChildren(...keys);
@@ -107,7 +124,7 @@ class Chart {
 
   #description(step) {
     const values = this.#lines.map(
-      ({ metric, name, xs, ys }) => `${name} ${amount(ys[nearest(xs, step)], metric.unit)}`,
+      ({ metric, name, xs, ys }) => `${name} ${valueText(metric, ys[nearest(xs, step)])}`,
     );
     const limits = this.#limits.map(({ label }) => label).join(", ");
     return `${this.#title} at step ${Math.round(step)}: ${values.join(", ")}. ${limits}`;
@@ -136,7 +153,7 @@ function limitsOf(metrics) {
     const { limit, limit_side: side } = metric;
     if (limit === null) continue;
     limits.set(limit, { value: limit, label: limitText(metric), side });
-    if (side === "either") limits.set(-limit, { value: -limit, label: "", side: "below" });
+    if (side === "either") limits.set(-limit, { value: -limit, label: limitText(metric), side: "below", isMirrored: true });
   }
   return [...limits.values()];
 }

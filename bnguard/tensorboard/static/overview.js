@@ -3,7 +3,7 @@
 import { h, layerName } from "./dom.js";
 import { STRIP, Heatmap, severityIcon } from "./heatmap.js";
 import { theme } from "./host.js";
-import { MOST_TIMES_LIMIT, amount, closeness, isOver, legendColours, limitText } from "./scale.js";
+import { MOST_TIMES_LIMIT, amount, closeness, isOver, legendColours, limitText, valueText } from "./scale.js";
 
 const LABEL_HEIGHT = 13;
 const TALLEST_ROW = 20;
@@ -132,7 +132,7 @@ export class Overview {
     this.#names.style.height = `${STRIP + layers.length * this.#rowHeight}px`;
     this.#names.classList.toggle("framed", this.#panels[0].title.textContent !== "");
     for (const [row, item] of [...this.#names.children].entries()) {
-      const texts = values.map((of) => valueText(metric, of[row]));
+      const texts = values.map((of) => inWords(metric, of[row]));
       item.setAttribute("aria-label", `${layerName(layers[row])}: ${texts.join(", ")}`);
       item.setAttribute("aria-selected", row === chosen);
       item.classList.toggle("faint", !isShown[row]);
@@ -151,7 +151,7 @@ export class Overview {
       const item = h(
         "span",
         { class: over ? "over" : "" },
-        `${over ? "▲ " : ""}${amount(value, "")}`,
+        `${over ? "▲ " : ""}${valueText({ ...metric, unit: "" }, value).replace("too ", "")}`,
       );
       item.style.top = `${STRIP + (row + 0.5) * this.#rowHeight}px`;
       return isShown[row] ? item : null;
@@ -197,7 +197,7 @@ export class Overview {
     this.#tip.replaceChildren(
       h("strong", {}, layerName(layers[at.row], 60)),
       h("span", {}, `step ${step.toLocaleString("en")}`),
-      h("span", { class: isOver(metric, value) ? "over" : "" }, valueText(metric, value)),
+      h("span", { class: isOver(metric, value) ? "over" : "" }, inWords(metric, value)),
       metric.limit === null || Number.isNaN(value)
         ? null
         : h("span", { class: "muted" }, `${verdict} (${limitText(metric)})`),
@@ -231,9 +231,9 @@ function ownMetric(run, metric) {
   return run.metrics.find(({ key }) => key === metric.key) ?? metric;
 }
 
-function valueText(metric, value) {
+function inWords(metric, value) {
   if (Number.isNaN(value)) return "not observed";
-  return Number.isFinite(value) ? amount(value, metric.unit) : "not finite";
+  return Number.isFinite(value) ? valueText(metric, value) : "not finite";
 }
 
 /** Return the stage of a network that a layer belongs to: the first part of its name. */
@@ -260,8 +260,9 @@ function legend(metric) {
   };
   const swatch = (background, text) => h("span", { class: "key" }, bar(background, "swatch"), text);
   const hasLimit = metric.limit !== null;
+  const most = metric.limit === 0 ? amount(metric.largest, metric.unit) : `${MOST_TIMES_LIMIT}×`;
   const low = metric.limit_side === "below" ? "more" : "0";
-  const high = metric.limit_side === "below" ? `1/${MOST_TIMES_LIMIT} of it` : `${MOST_TIMES_LIMIT}×`;
+  const high = metric.limit_side === "below" ? `1/${MOST_TIMES_LIMIT} of it` : most;
   const scale = hasLimit
     ? [
         h("span", { class: "end" }, low),

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { theme } from "./host.js";
-import { figure } from "./scale.js";
+import { factor, figure } from "./scale.js";
 
 const LEFT = 46;
 const RIGHT = 10;
@@ -12,42 +12,73 @@ const BOTTOM = 20;
 /**
  * One chart on a canvas. `draw(spec)` draws it anew:
  *
- *   x, y       {min, max, label}: what the axes span
+ *   x, y       {min, max, label}: what the axes span; y of logarithms of factors has `isFactor`
  *   series     [{style, colour, dash, xs, ys, size}]: style is "line", "dots", "stems" or "area"
- *   limits     [{value, label}]: horizontal lines, with what lies beyond them shaded
+ *   limits     [{value, label, side, isMirrored}]: lines, with what lies beyond them shaded; of the
+ *              two sides of a limit the mirrored one has its label only if all is beyond it
  *   bands      [{at, colour}]: single places on x that are marked
  *   cursor     place on x that is chosen
  *
- * `onPick(x)` and `onHover(x or null)` tell of the pointer, in the units of x.
+ * `onPick(x)`, `onHover(x or null)`, `onZoom({min, max} or null)` and `onMove(±1)` tell of the
+ * pointer and the arrow keys, in the units of x. Dragging zooms, a double click shows all, and so
+ * does the wheel with Ctrl, Alt or ⌘.
  */
 export class Plot {
   #canvas = h("canvas", { role: "img" });
   #spec = null;
   #hover = null;
+  #from = null;
   #isSeen = true;
   #isStale = false;
 
-  constructor({ height = 120, onPick = null, onHover = null } = {}) {
+  constructor({ height = 120, onPick = null, onHover = null, onZoom = null, onMove = null } = {}) {
     this.element = h("div", { class: "plot" }, this.#canvas);
     this.#canvas.style.height = `${height}px`;
+    const on = (type, listener) => this.#canvas.addEventListener(type, listener);
     const at = (event) => this.#xAt(event.offsetX);
-    this.#canvas.addEventListener("pointermove", (event) => {
+    on("pointermove", (event) => {
       this.#hover = at(event);
       this.#paint();
       onHover?.(this.#hover);
     });
-    this.#canvas.addEventListener("pointerleave", () => {
+    on("pointerleave", () => {
       this.#hover = null;
       this.#paint();
       onHover?.(null);
     });
-    if (onPick) {
-      this.#canvas.classList.add("pickable");
-      this.#canvas.addEventListener("click", (event) => {
-        const x = at(event);
-        if (x !== null) onPick(x);
+    if (onMove) {
+      this.#canvas.tabIndex = 0;
+      on("keydown", (event) => {
+        const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+        if (!by) return;
+        event.preventDefault();
+        event.stopPropagation();
+        onMove(by);
       });
     }
+    if (onPick) this.#canvas.classList.add("pickable");
+    on("pointerdown", (event) => {
+      this.#from = at(event);
+      if (onZoom) this.#canvas.setPointerCapture(event.pointerId);
+    });
+    on("pointerup", (event) => {
+      const [from, to] = [this.#from, at(event)];
+      this.#from = null;
+      if (from === null || to === null) return;
+      const { min, max } = this.#spec.x;
+      const isDrag = onZoom && Math.abs(to - from) > 0.02 * (max - min);
+      if (isDrag) onZoom({ min: Math.min(from, to), max: Math.max(from, to) });
+      else onPick?.(to);
+    });
+    on("dblclick", () => onZoom?.(null));
+    on("wheel", (event) => {
+      const x = at(event);
+      if (!onZoom || x === null || !(event.ctrlKey || event.altKey || event.metaKey)) return;
+      event.preventDefault();
+      const { min, max } = this.#spec.x;
+      const scale = event.deltaY < 0 ? 0.8 : 1.25;
+      onZoom({ min: x - (x - min) * scale, max: x + (max - x) * scale });
+    });
     new ResizeObserver(() => this.#paint()).observe(this.#canvas);
     // What is scrolled out of sight is drawn when it comes back.
     new IntersectionObserver(([entry]) => {
@@ -77,7 +108,7 @@ export class Plot {
     this.#isStale = !this.#isSeen;
     if (!this.#spec || width === 0 || this.#isStale) return;
     const context = sharpContext(canvas);
-    new Painter(context, this.#spec, width, height).paint(this.#hover);
+    new Painter(context, this.#spec, width, height).paint(this.#hover, this.#from);
   }
 }
 
@@ -116,6 +147,18 @@ export function ticks(min, max, most) {
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
+/** Return the ticks of an axis of logarithms: factors 1, 2, 5, 10 … to both sides. */
+export function factorTicks(min, max, most) {
+  const size = Math.max(-min, max);
+  const factors = [];
+  for (let power = 1; Math.log(power) <= size; power *= 10) factors.push(power, 2 * power, 5 * power);
+  const places = factors.map(Math.log).flatMap((place) => (place ? [-place, place] : [0]));
+  const seen = places.filter((place) => place >= min && place <= max).sort((a, b) => a - b);
+  // Where they would touch, powers of ten are enough.
+  const isTen = (place) => Number.isInteger(Number(Math.log10(Math.exp(Math.abs(place))).toFixed(6)));
+  return seen.length > most && seen.some((place) => place && isTen(place)) ? seen.filter(isTen) : seen;
+}
+
 /** Return a span that holds the finite numbers given, with a little air; `[0, 1]` without any. */
 export function spanOf(...arrays) {
   let [min, max] = [Infinity, -Infinity];
@@ -151,7 +194,7 @@ class Painter {
     return this.bottom - ((value - min) / (max - min || 1)) * (this.bottom - TOP);
   }
 
-  paint(hover) {
+  paint(hover, from) {
     const { context, spec } = this;
     context.font = "11px system-ui, Roboto, sans-serif";
     context.lineJoin = "round";
@@ -165,20 +208,59 @@ class Painter {
     for (const series of spec.series) this[series.style](series);
     for (const limit of spec.limits ?? []) this.limit(limit);
     if (spec.cursor !== null && spec.cursor !== undefined) this.rule(spec.cursor, "ink", []);
-    if (hover !== null) this.rule(hover, "muted", [2, 3]);
+    if (hover !== null && from !== null) {
+      const [a, b] = [this.x(from), this.x(hover)];
+      context.fillStyle = colour("dead");
+      context.fillRect(Math.min(a, b), TOP - 4, Math.abs(b - a), this.bottom - TOP + 8);
+    }
+    if (hover !== null) this.crossHair(hover);
     context.restore();
+  }
+
+  /** Rule the place of the pointer, and write the place and the values there. */
+  crossHair(at) {
+    const { context, spec } = this;
+    this.rule(at, "muted", [2, 3]);
+    const isRight = this.x(at) > (LEFT + this.right) / 2;
+    context.textAlign = isRight ? "right" : "left";
+    context.textBaseline = "middle";
+    const write = (text, x, y, name) => {
+      context.strokeStyle = colour("card");
+      context.lineWidth = 3;
+      context.strokeText(text, x + (isRight ? -6 : 6), y);
+      context.fillStyle = colour(name);
+      context.fillText(text, x + (isRight ? -6 : 6), y);
+    };
+    for (const { xs, ys, colour: name } of spec.series) {
+      if (!xs.length) continue;
+      let place = 0;
+      while (place < xs.length - 1 && Math.abs(xs[place + 1] - at) <= Math.abs(xs[place] - at)) place += 1;
+      const value = ys[place];
+      if (!Number.isFinite(value)) continue;
+      const [x, y] = [this.x(xs[place]), this.y(value)];
+      this.dots({ xs: [xs[place]], ys: [value], colour: name, size: 3 });
+      const text = spec.y.isFactor ? factor(value) : figure(value);
+      write(text, x, Math.min(Math.max(y, TOP + 4), this.bottom - 16), name);
+    }
+    write(`${spec.x.label ?? ""} ${figure(spec.x.whole ? Math.round(at) : at)}`, this.x(at), this.bottom - 4, "text");
   }
 
   axes() {
     const { context, spec } = this;
     context.textBaseline = "middle";
     context.textAlign = "right";
-    for (const value of ticks(spec.y.min, spec.y.max, Math.max(2, (this.bottom - TOP) / 34))) {
+    const { min, max, isFactor } = spec.y;
+    for (const value of (isFactor ? factorTicks : ticks)(min, max, Math.max(2, (this.bottom - TOP) / (isFactor ? 14 : 34)))) {
       const y = Math.round(this.y(value)) + 0.5;
       context.strokeStyle = colour(value === 0 ? "line-strong" : "line");
       this.path([[LEFT, y], [this.right, y]]);
       context.fillStyle = colour("muted");
-      context.fillText(figure(Number(value.toPrecision(10))), LEFT - 6, y);
+      context.fillText(isFactor ? factor(value) : figure(Number(value.toPrecision(10))), LEFT - 6, y);
+    }
+    if (isFactor) {
+      context.textAlign = "right";
+      if (max > 0) context.fillText("too small ↑", this.right, TOP + 4);
+      if (min < 0) context.fillText("too large ↓", this.right, this.bottom - 6);
     }
     context.textBaseline = "top";
     context.textAlign = "center";
@@ -202,19 +284,22 @@ class Painter {
     context.fillRect(LEFT, Math.min(y, edge), this.right - LEFT, Math.abs(y - edge));
   }
 
-  limit({ value, label, side }) {
+  limit({ value, label, side, isMirrored }) {
     const { context } = this;
-    const y = this.y(value);
+    const [y, isAbove, isBelow] = [this.y(value), value > this.spec.y.max, value < this.spec.y.min];
     context.strokeStyle = colour("over");
     context.lineWidth = 1;
     context.setLineDash([5, 3]);
     this.path([[LEFT, y], [this.right, y]]);
     context.setLineDash([]);
-    if (!label) return;
-    const isUnder = y - TOP < 14 || (side === "below" && this.bottom - y > 14);
+    const isWrong = (y) => Number.isNaN(y) || (side === "below" ? y < value : y > value);
+    const isBeyond = this.spec.series.every(({ ys }) => ys.every(isWrong));
+    if (!isBeyond && (isMirrored || isAbove || isBelow)) return;
+    const isUnder = isAbove || (!isBelow && (y - TOP < 14 || (side === "below" && this.bottom - y > 14)));
     context.textAlign = "left";
     context.textBaseline = isUnder ? "top" : "bottom";
-    const place = [label, LEFT + 4, y + (isUnder ? 3 : -2)];
+    const text = isBeyond ? `all beyond ${label.replace("limit ", "")}` : label;
+    const place = [text, LEFT + 4, Math.min(Math.max(y, TOP), this.bottom) + (isUnder ? 3 : -2)];
     context.strokeStyle = colour("card");
     context.lineWidth = 3;
     context.strokeText(...place);

@@ -8,8 +8,8 @@ const NOT_FINITE = NOT_OBSERVED + 1;
 /** The colours of "over" end here: this many times the limit. */
 export const MOST_TIMES_LIMIT = 8;
 
-// Darker is worse on a light page, brighter on a dark one; blue within the limit and red beyond it
-// differ in lightness too, so that the picture reads without telling colours apart.
+// Worse is darker on a light page, and brighter and more vivid on a dark one, never paler. Blue
+// within the limit and red beyond it differ in lightness too, for colour-blind eyes.
 const RAMPS = {
   light: {
     within: ["#f4f8fc", "#d3e3f3", "#9ec4e8"],
@@ -18,8 +18,8 @@ const RAMPS = {
     notFinite: ["#1a1a1a", "#d428c0"],
   },
   dark: {
-    within: ["#1a222d", "#22374f", "#2f5783"],
-    over: ["#f0442f", "#ff8d70", "#ffe3d6"],
+    within: ["#1a222d", "#1f3148", "#26466b"],
+    over: ["#c4402f", "#e23c22", "#ff4a1c"],
     notObserved: ["#15171b", "#24272d"],
     notFinite: ["#f2f2f2", "#d428c0"],
   },
@@ -33,7 +33,7 @@ export function closeness(metric, largest) {
     return (value) => Math.min(Math.abs(value) / top, 0.999);
   }
   if (side === "below") return (value) => (value <= 0 ? Infinity : limit / value);
-  if (limit === 0) return (value) => (value > 0 ? MOST_TIMES_LIMIT : 0);
+  if (limit === 0) return (value) => (value > 0 ? 1 + ((MOST_TIMES_LIMIT - 1) * value) / largest : 0);
   return side === "either" ? (value) => Math.abs(value) / limit : (value) => Math.max(value / limit, 0);
 }
 
@@ -113,8 +113,26 @@ export function amount(value, unit) {
   return unit && text !== "–" ? `${text} ${unit}` : text;
 }
 
+/** Return whether a metric is logged as the logarithm of a factor. */
+export function isFactor({ key }) {
+  return key.endsWith("log_variance_ratio");
+}
+
+/** Return a logarithm as a factor: "4.5×". */
+export function factor(logarithm) {
+  return `${figure(Number(Math.exp(Math.abs(logarithm)).toPrecision(2)))}×`;
+}
+
+/** Return a value of a metric in words: "2 σ", "28× too small" of a running variance. */
+export function valueText(metric, value) {
+  if (!isFactor(metric) || !Number.isFinite(value)) return amount(value, metric.unit);
+  const text = factor(value);
+  return text === "1×" ? text : `${text} too ${value > 0 ? "small" : "large"}`;
+}
+
 /** Return a limit in words: "limit 1 σ", "at least 3". */
 export function limitText(metric) {
+  if (isFactor(metric)) return `limit ${factor(metric.limit)}`;
   const text = amount(metric.limit, metric.unit);
   if (metric.limit_side === "below") return `at least ${text}`;
   return metric.limit_side === "either" ? `limit ±${text}` : `limit ${text}`;

@@ -1,12 +1,12 @@
 // Where the page gets its data: TensorBoard's server, or the file that the page stands in.
 
 /** Return a packed series: `{shape, names, steps, values}`; see `Series.pack` in decoding.py. */
-export function unpack(buffer) {
+export function unpack(buffer, read = (bytes, start) => new Float32Array(bytes, start)) {
   const length = new DataView(buffer).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   const count = head.shape[0];
   const steps = new Float64Array(buffer, 4 + length, count);
-  const values = new Float32Array(buffer, 4 + length + 8 * count);
+  const values = read(buffer, 4 + length + 8 * count);
   return { shape: head.shape, names: head.names, steps, values };
 }
 
@@ -81,7 +81,7 @@ export class EmbeddedSource {
   }
 
   async runs() {
-    return this.#data.runs.map(({ run }) => ({ name: run.name, version: "", problem: "" }));
+    return this.#data.runs.map(({ listed }) => listed);
   }
 
   async rules() {
@@ -110,7 +110,7 @@ export class EmbeddedSource {
   }
 
   async channels(run, layer) {
-    return this.#series(this.#entry(run.name).channels, layer);
+    return this.#series(this.#entry(run.name).channels, layer, halves);
   }
 
   #entry(name) {
@@ -119,9 +119,19 @@ export class EmbeddedSource {
     return entry;
   }
 
-  #series(packed, key) {
+  async #series(packed, key, read) {
     if (!Object.hasOwn(packed, key)) throw new Error("this was left out of the page");
     const bytes = Uint8Array.from(atob(packed[key]), (char) => char.charCodeAt(0));
-    return unpack(bytes.buffer);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return unpack(await new Response(stream).arrayBuffer(), read);
   }
+}
+
+/** Return the half-precision numbers from a place on, as float32. */
+function halves(buffer, start) {
+  return Float32Array.from(new Uint16Array(buffer, start), (bits) => {
+    const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
+    if (exponent === 31) return fraction ? NaN : sign * Infinity;
+    return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
+  });
 }
