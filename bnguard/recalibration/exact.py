@@ -29,7 +29,7 @@ _MOST_CHUNKS = 256
 # With a tolerance, this number of samples is tried first, then twice as many, and so on.
 _PILOT_SAMPLES = 128
 # Samples of this size in all, and at least two, run again alone to see if others disturb them.
-_WITNESS_BYTES = 2**18
+_WITNESS_BYTES = 2**16
 
 
 def calibrate_exactly(job: Job) -> Calibration:

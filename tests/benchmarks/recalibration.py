@@ -99,10 +99,10 @@ def images(samples: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def images_of_any_size() -> list[Tensor]:
-    """Return single images, each of another size, from 32 × 32 to 92 × 92 pixels."""
-    values, _ = images(_IMAGES_OF_ANY_SIZE, 92)
+    """Return single images, each of another size, from 36 × 36 to 96 × 96 pixels."""
+    values, _ = images(_IMAGES_OF_ANY_SIZE, 96)
     return [
-        values[index : index + 1, :, : 32 + 4 * (index // 16), : 32 + 4 * (index % 16)].contiguous()
+        values[index : index + 1, :, : 36 + 4 * (index // 16), : 36 + 4 * (index % 16)].contiguous()
         for index in range(_IMAGES_OF_ANY_SIZE)
     ]
 
