@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 STEPS_ALWAYS_READ = 200
 
 
-class _OwnTime:
-    """Adds up the seconds spent inside, of all monitors in this process; it may be nested."""
+class _OwnTime(threading.local):
+    """Adds up the seconds spent inside, of all monitors in this thread; it may be nested."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

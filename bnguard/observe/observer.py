@@ -151,8 +151,9 @@ class Observer:
             self._pause.enter_context(paused(*hooks))
             self._last = self._value_of_last_layer()
             self.is_pausing = True
+        before = self.steps
         self._count_step(step)
-        self.steps_left_out += 1
+        self.steps_left_out += self.steps - before
         if self._last is not None and not math.isfinite(self._last[-1]):
             self._end_pause()
 
