@@ -135,7 +135,7 @@ def difficult_log(tmp_path_factory):
     for start, offset in ((0, 0.0), (50, 1000.0)):
         writer = SummaryWriter(folder / "resumed")
         log = BatchNormLog(writer, ["bn"], metrics)
-        log.add_findings([{"code": "BN301", "layer": "bn", "step": start}], start)
+        log.add_findings([{"code": "BN302", "layer": "bn", "step": start}], start)
         for step in range(start, 120 if start else 100):
             log.add_stats(np.full((len(metrics), 1), offset + step), step)
         writer.close()
@@ -278,11 +278,11 @@ def test_findings_and_channels_survive_what_cannot_be_read(difficult):
 def test_a_live_run_shows_what_was_written_since(tmp_path, loader):
     writer = SummaryWriter(tmp_path / "live")
     log = BatchNormLog(writer, ["bn"], standard_metrics())
-    log.add_stats(np.zeros((12, 1)), 0)
+    log.add_stats(np.zeros((len(standard_metrics()), 1)), 0)
     writer.flush()
     with tensorboard(tmp_path, "--load_fast", loader) as running:
         (before,) = running.wait_for_runs(1)
-        log.add_stats(np.ones((12, 1)), 1)
+        log.add_stats(np.ones((len(standard_metrics()), 1)), 1)
         writer.flush()
         for _ in range(100):
             (after,) = running.get("runs").json()
@@ -298,7 +298,7 @@ def test_many_steps_are_kept_and_a_path_prefix_holds(tmp_path, loader):
     writer = SummaryWriter(tmp_path / "long")
     log = BatchNormLog(writer, ["bn"], standard_metrics())
     for step in range(1500):
-        log.add_stats(np.zeros((12, 1)), step)
+        log.add_stats(np.zeros((len(standard_metrics()), 1)), step)
     writer.close()
     with tensorboard(tmp_path, "--load_fast", loader, "--path_prefix", "/here") as running:
         assert running.url.endswith("/here/")

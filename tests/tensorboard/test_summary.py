@@ -110,7 +110,7 @@ def test_findings_are_written_when_they_change_and_as_text_too(tmp_path):
     reader = open_log(tmp_path)
     assert [event.step for event in reader._events(".", "bnguard/findings")] == [3]
     content = next(tmp_path.iterdir()).read_bytes()
-    assert content.count(b"| finding | severity |") == 1
+    assert content.count(b"- **info: ") == 1
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path):

@@ -233,7 +233,7 @@ class Page {
     return worst;
   }
 
-  /** Go to where a finding shows: its layer, its step, and the metric that tells it best. */
+  /** Go to where a finding shows: its layer, its step, and the metric that shows it best. */
   async #chooseFinding(finding, layer, isScrolled = false) {
     const { run, offered, metric } = this.#shown;
     this.#finding = finding.code;

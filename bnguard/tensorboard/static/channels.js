@@ -21,7 +21,7 @@ export function snapshotAt(series, step) {
   return snapshot;
 }
 
-/** The card of a layer's channels; `onPick(channel)` is told which one is clicked. */
+/** The card of a layer's channels; a click calls `onPick(channel)`. */
 export class Channels {
   #onPick;
   #text = h("p", { class: "about" });

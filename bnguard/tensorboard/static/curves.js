@@ -7,7 +7,7 @@ import { isFactor, isOver, limitText, valueText } from "./scale.js";
 
 const DASHES = [[], [5, 3]];
 
-/** The charts of a layer; `onPick(step)` is told where one is clicked. */
+/** The charts of a layer; a click calls `onPick(step)`. */
 export class Curves {
   #onPick;
   #charts = [];

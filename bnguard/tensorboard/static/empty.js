@@ -1,4 +1,4 @@
-// What stands in place of the picture where there is nothing to show.
+// Shown in place of the picture if there is no data.
 
 import { h, shown } from "./dom.js";
 

@@ -16,7 +16,7 @@ const SEVERITY_SHAPES = {
   info: "M-4,0 a4,4 0 1,0 8,0 a4,4 0 1,0 -8,0 Z",
 };
 
-/** Return the shape that stands for a severity, beside its word. */
+/** Return the shape of a severity, shown next to its word. */
 export function severityIcon(severity) {
   const path = svg("path", { d: SEVERITY_SHAPES[severity] ?? SEVERITY_SHAPES.info });
   return svg(
@@ -27,7 +27,7 @@ export function severityIcon(severity) {
 }
 
 /**
- * The cells of one run. `onPick(row, step)` and `onHover(row, step, event)` tell of the pointer.
+ * The cells of one run. `onPick(row, step)` and `onHover(row, step, event)` report the pointer.
  */
 export class Heatmap {
   #canvas = h("canvas", { "aria-hidden": "true" });
@@ -54,7 +54,7 @@ export class Heatmap {
 
   /**
    * Show `{series, metric, columns, first, last, groups, marks}`: `columns[row]` is the column of
-   * the series that stands in a row, -1 where the run has no such layer.
+   * the series shown in a row, -1 if the run lacks the layer.
    */
   show(data, rowHeight) {
     this.#data = data;
@@ -69,7 +69,7 @@ export class Heatmap {
     this.#frame();
   }
 
-  /** Return the share of the width at which a step stands. */
+  /** Return the share of the width at which a step lies. */
   #share(step) {
     const { first, last } = this.#data;
     return (step - first) / (last - first || 1);
@@ -190,7 +190,7 @@ function merged(marks, rowHeight) {
   return joined;
 }
 
-/** Colour the pixels: each column of pixels stands for the worst of the steps it spans. */
+/** Colour the pixels: each column of pixels shows the worst of the steps it spans. */
 function fillCells(image, { series, metric, columns, first, last }, rowHeight, { first: even, second: odd }) {
   const { width } = image;
   const pixels = new Uint32Array(image.data.buffer);

@@ -5,7 +5,7 @@ import { Curves } from "./curves.js";
 import { copyButton, h, layerName } from "./dom.js";
 import { Signal } from "./signal.js";
 
-/** The card of the chosen layer; `choice` is told what is clicked. */
+/** The card of the chosen layer; a click changes `choice`. */
 export class LayerView {
   #name = h("h2", { id: "layer-title" });
   #kind = h("span", { class: "muted" });

@@ -10,7 +10,7 @@ const TALLEST_ROW = 20;
 const BEST_HEIGHT = 540;
 const MOST_MARKS = 400;
 
-/** The card with the picture; `choice` is told what is clicked. */
+/** The card with the picture; a click changes `choice`. */
 export class Overview {
   #choice;
   #view = null;
@@ -297,6 +297,7 @@ function howToRead() {
     "Blue is within the limit of the rule that judges by this number, red is beyond it, in every run alike: the worst step of a column is shown.",
     "The marks say where a finding first showed; those above the picture are about the whole model.",
     "At the right stand the values at the chosen step. Click a cell to choose a layer and a step.",
+    "Drag in a curve to zoom all curves, or turn the wheel with Ctrl; a double click shows all steps again.",
     "Keys: ↑ ↓ layer, ← → step (with Shift: ten), Home and End first and newest step, M the next number, F the next finding.",
   ];
   return h(

@@ -19,9 +19,9 @@ const BOTTOM = 20;
  *   bands      [{at, colour}]: single places on x that are marked
  *   cursor     place on x that is chosen
  *
- * `onPick(x)`, `onHover(x or null)`, `onZoom({min, max} or null)` and `onMove(±1)` tell of the
- * pointer and the arrow keys, in the units of x. Dragging zooms, a double click shows all, and so
- * does the wheel with Ctrl, Alt or ⌘.
+ * `onPick(x)`, `onHover(x or null)`, `onZoom({min, max} or null)` and `onMove(±1)` report clicks,
+ * the pointer, zooming and arrow keys, in the units of x. Dragging zooms, as does the wheel with
+ * Ctrl, Alt or ⌘; a double click shows all again.
  */
 export class Plot {
   #canvas = h("canvas", { role: "img" });

@@ -1,4 +1,4 @@
-// Where the page gets its data: TensorBoard's server, or the file that the page stands in.
+// Where the page gets its data: TensorBoard's server, or the page itself.
 
 /** Return a packed series: `{shape, names, steps, values}`; see `Series.pack` in decoding.py. */
 export function unpack(buffer, read = (bytes, start) => new Float32Array(bytes, start)) {

@@ -4,7 +4,7 @@
 const NOTHING = { run: null, compare: null, metric: null, layer: null, step: null, channel: null };
 const NUMBERS = new Set(["step", "channel"]);
 
-/** Holds the choice, and tells those who listen when it changes. */
+/** Holds the choice, and calls its listeners when it changes. */
 export class Choice {
   #state = { ...NOTHING };
   #listeners = [];
@@ -21,7 +21,7 @@ export class Choice {
     for (const listener of this.#listeners) listener(next, before);
   }
 
-  /** Fill in what was left to the page; nobody is told, and the link stays as short as it was. */
+  /** Fill in what was left to the page; no listener is called. */
   fill(patch) {
     this.#state = { ...this.#state, ...patch };
   }

@@ -4,7 +4,7 @@ import { counted, h, layerName } from "./dom.js";
 import { severityIcon } from "./heatmap.js";
 import { valueText } from "./scale.js";
 
-/** The bar with the runs and the link; `choice` is told what is chosen. */
+/** The bar with the runs and the link; a selection changes `choice`. */
 export class Toolbar {
   #run = h("select", { id: "run" });
   #compare = h("select", { id: "compare" });

@@ -8,7 +8,7 @@ import { amount, factor, figure } from "./scale.js";
 const LAYERS_SHOWN = 3;
 const CAUSES_SHOWN = 50;
 
-/** The cards of a run; `onChoose(finding, layer)` is told what is clicked. */
+/** The cards of a run; a click calls `onChoose(finding, layer)`. */
 export class Verdict {
   #onChoose;
   #rules = {};
