@@ -32,7 +32,7 @@ class AccumulationBlind(Rule):
     Fix:
         Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
         use a norm that needs no batch; unlabelled batches teach the swapped network what the old
-        one knew::
+        one knew, and a fine-tuning at batch 2 then beats BN (figures: BN202)::
 
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
