@@ -97,7 +97,7 @@ def swap(
             layer; without data 32 at most, of four channels at least.
         layers: Names or patterns (``"backbone.*"``) of the layers to replace; all by default.
         exclude: Names or patterns of layers to leave.
-        sample: A batch as a loader yields it: tells how many values arrive at each layer, and how
+        sample: A batch as a loader yields it, to measure how many values reach each layer and how
             far the outputs change. The first batch of ``teacher_data`` by default.
         teacher_data: Batches, with or without labels, on which the swapped model learns to give
             what the model gave. Each group norm begins with the affine parameters that fit best.
@@ -151,7 +151,7 @@ def swap(
         raise ConfigurationError("fabric is for distilling: give teacher_data too")
     if fabric is not None and not hasattr(fabric, "all_reduce"):
         raise ConfigurationError(f"fabric takes a Fabric of Lightning, not {fabric!r}")
-    data = None if teacher_data is None else make_repeatable(teacher_data)
+    data = _Remembered(teacher_data) if isinstance(teacher_data, Iterator) else teacher_data
     score_before = None if score is None else measure_score(model, score)
     with preserve_random_states(model), run_uncompiled():
         batch = _read_sample(model, sample, data, forward)
@@ -383,7 +383,12 @@ def _distance(output: object, expected: object, samples: int) -> float:
 
 
 class _Remembered:
-    """What an iterator yields, kept as far as it was read."""
+    """Data that an iterator yields once, kept as far as they were read.
+
+    >>> numbers = _Remembered(iter([1, 2]))
+    >>> next(iter(numbers)), list(numbers), list(numbers)
+    (1, [1, 2], [1, 2])
+    """
 
     def __init__(self, source: Iterator[object]) -> None:
         self._source = source
@@ -394,13 +399,3 @@ class _Remembered:
         for item in self._source:
             self._kept.append(item)
             yield item
-
-
-def make_repeatable(data: Iterable[object]) -> Iterable[object]:
-    """Return the data, or what can be read again where they can be read once.
-
-    >>> numbers = make_repeatable(iter([1, 2]))
-    >>> next(iter(numbers)), list(numbers), list(numbers)
-    (1, [1, 2], [1, 2])
-    """
-    return _Remembered(data) if isinstance(data, Iterator) else data

@@ -53,7 +53,7 @@ _MAX_GRADIENT_NORM = 1.0
 _MIN_SAMPLES_PER_STEP = 32
 _SAMPLES_TO_MEASURE = 128
 _MEASUREMENTS = 10
-# Stop after so many measurements without a better one: half, since a large learning rate may do
+# Stop after this many measurements without a better one: half, since a large learning rate may do
 # harm at first.
 _PATIENCE = 5
 # Share of the rows of a batch whose features are compared: with all of them a DenseNet scored the
@@ -101,7 +101,7 @@ class Pair:
 
 
 class OwnDevice:
-    """What Lightning's ``Fabric`` is asked for, on the device and in the precision of a model.
+    """The part of Lightning's ``Fabric`` that a distillation uses, on the device of a model.
 
     Attributes:
         device: Device of the model's first parameter.
@@ -268,7 +268,7 @@ class _Training:
         )
 
     def _fit_norms(self, before: float, *, chooses_groups: bool) -> float:
-        """Fit the group norms to their BN layers unless that is no nearer; return the distance."""
+        """Fit the group norms to their BN layers if that is nearer; return the distance."""
         norms = [pair.norm for pair in self._imitation.pairs if isinstance(pair.norm, nn.GroupNorm)]
         groups, weights = [norm.num_groups for norm in norms], _copy_weights(self._student)
         with self._engine.autocast():
@@ -357,7 +357,7 @@ def _endless(
 
 
 def _take(batches: Iterator[Batch], samples: int) -> list[Batch]:
-    """Return the next batches, until they have so many samples together."""
+    """Return the next batches, which have at least that many samples together."""
     taken: list[Batch] = []
     while sum(batch.size for batch in taken) < samples:
         taken.append(next(batches))

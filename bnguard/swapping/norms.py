@@ -156,7 +156,7 @@ class BatchRenorm(nn.Module):
         self.register_buffer("running_mean", mean)
         self.register_buffer("running_var", var)
         self.register_buffer("num_batches_tracked", batches)
-        # In the state dict, so that whoever loads it goes on as far in the schedule.
+        # In the state dict, so that a loaded model continues at the same place in the schedule.
         self.register_buffer("batches_ahead", torch.zeros_like(batches))
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)

@@ -5,7 +5,6 @@ A new one is a class with the two methods of :class:`Target`, and a line in :fun
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -106,8 +105,8 @@ class GroupTarget:
     """Group normalisation, and layer and instance normalisation, which are its two ends.
 
     Attributes:
-        groups_for: Returns the groups of a layer at which so many values a channel and sample
-            arrive.
+        groups_for: Returns the groups of a layer, given the values per channel and sample that
+            reach it.
     """
 
     groups_for: Callable[[BatchNormLayer, int | None], int]
@@ -115,10 +114,6 @@ class GroupTarget:
     def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
         """Leave no layer alone."""
         return None
-
-    def wanted(self, layer: BatchNormLayer) -> int:
-        """Return the groups of a layer at which there are values enough."""
-        return self.groups_for(layer, sys.maxsize)
 
     def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
         """Return a group norm with as many groups as there are values for."""
@@ -278,7 +273,7 @@ class SyncTarget:
 
 @dataclass(frozen=True)
 class FactoryTarget:
-    """Whatever a function of the user's makes of a BN layer.
+    """What a function makes of a BN layer.
 
     Attributes:
         factory: ``factory(bn)`` returns the module to put in place of the BN module.

@@ -64,7 +64,7 @@ def teach(
         chooses_groups: Whether the numbers of groups of group norms are chosen too.
         steps: Optimizer steps at most.
         forward: ``forward(model, batch)`` calls a model; None if the batch says how.
-        score: ``score(model)``, the higher the better, tells which mode works; None if unknown.
+        score: ``score(model)``, the higher the better, decides which mode works; None if unknown.
         engine: Lightning's ``Fabric``, or :class:`~bnguard.swapping.distillation.OwnDevice`.
         progress: Whether to show a progress bar.
 

@@ -434,7 +434,7 @@ class ReadsItsLayer(nn.Module):
         (conv_net, {"to": "grup"}, "did you mean 'group'"),
         (conv_net, {"groups": 0}, "whole numbers of at least 1"),
         (conv_net, {"to": "layer", "groups": {"1": 2}}, "are for the norm 'group'"),
-        (conv_net, {"steps": 0}, "at least 1, not 0"),
+        (conv_net, {"steps": -1}, "at least 0, not -1"),
         (lambda: nn.DataParallel(conv_net()), {}, "wrapped in DataParallel"),
         (lambda: torch.compile(conv_net()), {}, "wrapped in OptimizedModule"),
         (lambda: nn.Sequential(nn.LazyBatchNorm2d()), {}, "0 is lazy"),
