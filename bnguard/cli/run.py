@@ -157,6 +157,7 @@ def _conclude(
             logs = logs if reports else own_folder or logs
         if severities:
             tell_user(f"bnguard: report written to {_short(folder)}")
+            tell_user(f"bnguard: to see it: tensorboard --logdir {_short(logs)}")
         elif watching.is_first_rank:
             tell_user(f"bnguard: {watching.why_nothing}")
         if page is not None and severities:
