@@ -352,7 +352,8 @@ def test_the_log_ends_with_the_report_that_is_shown(tmp_path, capsys, is_interru
         "--model bnguard.demo.DigitsNet "
         "--data bnguard.demo:function_that_gives_the_training_loader\n"
     )
-    assert f"bnguard recalibrate CKPT {subjects}" in f"{run}\n"
+    checkpoint = "CKPT" if is_interrupted else ".ckpt"
+    assert f"{checkpoint} {subjects}" in f"{run}\n"
     printed = capsys.readouterr().out
     assert is_interrupted or f".ckpt {subjects}" in f"{printed}\n"
 
