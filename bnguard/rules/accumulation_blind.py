@@ -32,7 +32,7 @@ class AccumulationBlind(Rule):
     Fix:
         Enlarge the batch itself as far as memory goes (activation checkpointing, autocast), or
         use a norm that needs no batch; unlabelled batches teach the swapped network what the old
-        one knew, and fine-tuned at batch 2 it did better than BN (BN202)::
+        one knew, and fine-tuned at batch 2 a classifier did better than with BN (BN202)::
 
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 

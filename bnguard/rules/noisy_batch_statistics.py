@@ -43,11 +43,12 @@ class NoisyBatchStatistics(Rule):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
-        A smaller ``momentum`` and a recalibration help eval mode alone. A trained network is worth
+        A smaller ``momentum`` and a recalibration help eval mode alone. A classifier is worth
         swapping before it is fine-tuned at batch 2: a small DenseNet (98.3 % of digits right) had
         95.0 % after an epoch with BN, 97.3 % with a swap that was taught for 200 steps, 95.6 %
         with a GroupNorm that took over gamma and beta, 93.0 % with one trained from scratch; a
         small Inception (99.3 %) 98.5, 99.0, 98.8 and 98.2 % (one run each).
+        A U-Net, with many positions a sample, lost: 92.7 % Dice with BN, 92.2 % with a swap.
 
     Which norm:
         Error of a ResNet-50 on ImageNet at 32, 16, 8, 4 and 2 samples a device: 23.6, 23.7, 24.8,

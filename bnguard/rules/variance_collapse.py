@@ -41,8 +41,8 @@ class VarianceCollapse(Rule):
 
     Fix:
         Enlarge what one batch holds (more samples, or samples from more sources), or replace the
-        layers by GroupNorm, which needs no batch and, swapped and fine-tuned at batch 2, did
-        better than BN (BN202)::
+        layers by GroupNorm, which needs no batch and did better than BN in classifiers
+        that were swapped and fine-tuned at batch 2 (BN202)::
 
             swapped = bnguard.swap(model, to="group", teacher_data=train_loader).model
 
