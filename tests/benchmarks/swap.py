@@ -1,6 +1,6 @@
 """What a network is worth after BN was swapped: at once, and fine-tuned at batch size 2.
 
-python -m tests.benchmarks.swap                                  about a CPU minute a network and seed
+python -m tests.benchmarks.swap                                  a CPU minute or so each time
 python -m tests.benchmarks.swap --networks DenseNet,Inception    some of them
 python -m tests.benchmarks.swap --results swap.jsonl             go on where an earlier run ended
 
