@@ -177,7 +177,7 @@ def _stream_note(layer: BatchNormLayer, shapes: ShapeProbe, streams: _Streams) -
     def note(args: tuple[object, ...], output: object) -> None:
         if not (args and layer.uses_batch_statistics) or is_recomputing():
             return
-        # Estimating the statistics anew sets another momentum.
+        # Estimating the statistics again sets another momentum.
         if layer.momentum != usual_momentum:
             return
         # Activations that the backward computes again run under no_grad first.

@@ -104,7 +104,7 @@ class ShapeProbe:
         self._is_inside = False
 
     def _noted(self, layer: BatchNormLayer, record: ShapeRecord, part: _Part) -> Note:
-        # Estimating the statistics anew sets another momentum.
+        # Estimating the statistics again sets another momentum.
         usual_momentum = layer.momentum
         module, has_modes = layer.module, layer.has_modes
 
@@ -271,7 +271,7 @@ class ShapeRecord:
         self.calls.frozen += 1
         self.calls.frozen_after += self.calls.unfrozen_step is not None
         self._earlier_step = max(self._earlier_step, self.step)
-        self.step = -1  # the next call with batch statistics is no repetition
+        self.step = -1  # the next call with batch statistics does not repeat this one
 
     def count_without_grad(self, step: int) -> None:
         """Count a call under ``torch.no_grad`` in this step."""
@@ -291,7 +291,7 @@ class ShapeRecord:
             self.calls.since_training = 0
 
     def note_eval_mode(self, step: int, *, is_evaluating: bool) -> None:
-        """Note a call in eval mode, which shows that earlier ones in this step are no mistake."""
+        """Note a call in eval mode, which shows that earlier ones in the step are not a mistake."""
         self._step_in_eval_mode = step
         self.calls.is_in_eval_mode = True
         if not is_evaluating:

@@ -262,7 +262,7 @@ class _Summary:
 
 
 def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
-    """Return how much batches differ that come one after another; None if that cannot be told."""
+    """Return how much successive batches differ; None if that cannot be known."""
     samples = [_select_samples(batch) for batch in batches]
     found = [_select_features(each) for each in samples if each is not None]
     if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
@@ -363,7 +363,7 @@ def _select_features(samples: Tensor) -> Tensor:
 def _have_relations(tensors: Sequence[Tensor]) -> bool:
     """Return whether some inputs relate the rows of others, as the edges of a graph do.
 
-    The rows are then nodes, and those of one graph are no independent samples.
+    The rows are then nodes, and those of one graph are not independent samples.
 
     >>> nodes, edges, adjacency = torch.rand(5, 3), torch.ones(2, 7), torch.ones(5, 5)
     >>> _have_relations([nodes, edges]), _have_relations([nodes, adjacency])

@@ -202,7 +202,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """Return the children that plain layers lack and others at the same place of blocks have.
 
-    The place is the class of the block and the attribute; numbers, as in a list, are no places.
+    The place is the class of the block and the attribute; numbers, as in a list, are left out.
     """
     by_place: dict[tuple[type[nn.Module], str], list[nn.Module]] = {}
     for parent in model.modules():

@@ -335,7 +335,7 @@ class BufferReading:
         updates: Updates since watching began.
         window: Batch statistics of the current window; None without a batch.
         poisoned_step: First step after which a running statistic was not finite.
-        restored_updates: Steps in which statistics were put back.
+        restored_updates: Steps in which statistics were restored.
     """
 
     running: RunningStatistics

@@ -27,7 +27,7 @@ class Calls:
             an evaluation without eval().
         steps_with_some_between: Steps that such calls preceded.
         since_training: Those under ``torch.no_grad`` since the newest training call.
-        estimating: Calls that estimate the statistics anew, as ``update_bn`` does; counted only
+        estimating: Calls that estimate the statistics again, as ``update_bn`` does; counted only
             here.
         in_evaluation: Calls inside an evaluation; counted only here.
         is_in_eval_mode: Whether it was ever called in eval mode.

@@ -75,7 +75,7 @@ def free_memory(device: torch.device) -> int:
 def keep_freed_memory() -> Iterator[None]:
     """Let glibc reuse the memory of large tensors instead of returning it to the system.
 
-    Otherwise the system clears the pages of every activation anew, which takes as long as some
+    Otherwise the system clears the pages of every activation again, which takes as long as some
     layers. At the end everything unused goes back, and glibc is as in any process that has freed
     a tensor of 32 MiB. Without glibc nothing happens.
     """

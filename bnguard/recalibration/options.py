@@ -80,7 +80,7 @@ class Selection:
 
 
 def select_layers(model: nn.Module, names: Iterable[str] | None) -> Selection:
-    """Return the BN layers that have statistics to compute anew.
+    """Return the BN layers whose statistics can be computed again.
 
     Args:
         model: The model, in the modes that the user set.

@@ -82,7 +82,7 @@ def swap(
     """Replace BN by another norm, and distil the original network into the result.
 
     Affine parameters, eps, dtype, device, modes, ``requires_grad`` and hooks are kept, and so are
-    the activation and drop that a BN subclass brings along. The outputs change all the same, and
+    the activation and drop that a BN subclass brings along. The outputs change anyway, and
     a trained network is worth little after a swap to ``"group"``, ``"layer"`` or ``"instance"``
     until it has been distilled: give ``teacher_data``.
 

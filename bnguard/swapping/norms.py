@@ -1,4 +1,4 @@
-"""The layers that stand in for BN: group norm that refuses groups of one, batch renorm, frozen BN.
+"""The layers that replace BN: group norm that refuses groups of one, batch renorm, frozen BN.
 
 Each keeps the names of BN's parameters and buffers, so a state dict of one loads into the other as
 far as both have the entry.

@@ -91,7 +91,7 @@ def replace_modules(model: nn.Module, replacements: Replacements) -> nn.Module:
 
 
 def check_reachable(model: nn.Module, replacements: Replacements) -> None:
-    """Make sure that the modules are only where they can be replaced.
+    """Check that each module is only in places where it can be replaced.
 
     Raises:
         ConfigurationError: A plain attribute, or a list or dictionary in one, holds one of them

@@ -95,7 +95,7 @@ def _choose_mode(
     """Put a teacher into the mode in which it works, and return what a reader should know of it.
 
     Running statistics that do not fit the data are recalibrated. If the outputs still differ from
-    those with batch statistics, the network learnt to work with the statistics of small batches:
+    those with batch statistics, the network learned to work with the statistics of small batches:
     then its BN layers use those. A score, if there is one, decides both.
     """
     if not any(layer.is_tracking for layer in find_layers(teacher)):

@@ -86,7 +86,7 @@ class Page {
     return this.#shown === null;
   }
 
-  /** Draw anew in other colours. */
+  /** Draw again in other colours. */
   repaint() {
     this.#overview?.repaint();
     const { step, channel } = this.#choice.now;

@@ -1,4 +1,4 @@
-// The channels of one layer at one step: shift, variance ratio, gamma and beta; training beside
+// The channels of one layer at one step: shift, variance ratio, gamma and beta; training next to
 // evaluation, dead channels marked.
 
 import { counted, h } from "./dom.js";

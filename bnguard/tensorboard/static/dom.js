@@ -28,7 +28,7 @@ function filled(element, attributes, children) {
 // Control characters, and those that turn the direction of writing or take no room.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 
-/** Return a text of a log as it can stand in a line: nothing unseen, and not endless. */
+/** Return a text of a log for use in a line: without invisible characters, and not endless. */
 export function shown(text, most = 200) {
   const visible = String(text).replace(UNSEEN, "\ufffd");
   if (visible.length <= most) return visible;

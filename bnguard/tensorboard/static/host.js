@@ -32,7 +32,7 @@ export function readLink() {
   return parameters;
 }
 
-/** Put parameters into the address, beside those of others, and return the address. */
+/** Put parameters into the address, next to those of others, and return the address. */
 export function writeLink(parameters) {
   const target = hostWindow() ?? window;
   const own = Object.entries(parameters).map(

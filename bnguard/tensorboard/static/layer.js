@@ -58,7 +58,7 @@ export class LayerView {
     this.#curves.show(entries, step);
   }
 
-  /** Show the channels of the layer; `series` is null where no snapshot was logged. */
+  /** Show the channels of the layer; `series` is null if no snapshot was logged. */
   showChannels(series, step, channel) {
     this.#series = series;
     this.#snapshots.hidden = series === null;

@@ -81,7 +81,7 @@ export class Overview {
     this.#showNames(row, values, at);
   }
 
-  /** Draw anew, in the colours of the theme. */
+  /** Draw again, in the colours of the theme. */
   repaint() {
     if (!this.#view) return;
     this.#legend.replaceChildren(...legend(this.#view.metric));
@@ -220,7 +220,7 @@ export function nearest(steps, step) {
   return low > 0 && step - steps[low - 1] <= steps[low] - step ? low - 1 : low;
 }
 
-/** Return the value of each layer at the logged step nearest to a step; NaN where there is none. */
+/** Return the value of each layer at the logged step nearest to a step; NaN if there is none. */
 export function valuesAt(run, series, layers, step) {
   const at = nearest(series.steps, step) * run.layers.length;
   const places = new Map(run.layers.map((name, column) => [name, column]));
@@ -296,7 +296,7 @@ function howToRead() {
     "A row is a batch-normalisation layer, the first of the network on top; a column is a training step.",
     "Blue is within the limit of the rule that judges by this number, red is beyond it, in every run alike: the worst step of a column is shown.",
     "The marks say where a finding first showed; those above the picture are about the whole model.",
-    "At the right stand the values at the chosen step. Click a cell to choose a layer and a step.",
+    "The values at the chosen step are on the right. Click a cell to choose a layer and a step.",
     "Drag in a curve to zoom all curves, or turn the wheel with Ctrl; a double click shows all steps again.",
     "Keys: ↑ ↓ layer, ← → step (with Shift: ten), Home and End first and newest step, M the next number, F the next finding.",
   ];

@@ -1,4 +1,4 @@
-// A small chart: axes, lines, points, filled curves, a limit, a cursor; its numbers stand as text.
+// A small chart: axes, lines, points, filled curves, a limit, a cursor; its numbers are also text.
 
 import { h } from "./dom.js";
 import { theme } from "./host.js";
@@ -10,7 +10,7 @@ const TOP = 8;
 const BOTTOM = 20;
 
 /**
- * One chart on a canvas. `draw(spec)` draws it anew:
+ * One chart on a canvas. `draw(spec)` draws it again:
  *
  *   x, y       {min, max, label}: what the axes span; y of logarithms of factors has `isFactor`
  *   series     [{style, colour, dash, xs, ys, size}]: style is "line", "dots", "stems" or "area"

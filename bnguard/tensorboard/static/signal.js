@@ -20,7 +20,7 @@ export class Signal {
     h(
       "div",
       { class: "pair" },
-      h("figure", { class: "chart" }, h("h3", {}, "What arrives"), this.#legends[0], this.#before.element),
+      h("figure", { class: "chart" }, h("h3", {}, "Inputs"), this.#legends[0], this.#before.element),
       h("figure", { class: "chart" }, h("h3", {}, "What leaves the layer"), this.#legends[1], this.#after.element),
     ),
     h(
@@ -36,7 +36,7 @@ export class Signal {
     const parts = channels.map((place) => signalOf(snapshot, place)).filter(Boolean);
     const of = channel === null ? "all channels" : `channel ${channel}`;
     this.#verdict.textContent = verdict(parts, channel);
-    this.#draw(0, this.#before, `what arrives, ${of}`, [
+    this.#draw(0, this.#before, `inputs, ${of}`, [
       curve("training batch", "training", "area", parts.map(({ batch }) => batch)),
       curve("evaluation", "evaluation", "area", parts.map(({ evaluation }) => evaluation)),
       curve("running statistics", "running", "line", parts.map(({ running }) => running)),
@@ -71,7 +71,7 @@ export class Signal {
   }
 }
 
-/** Return the normal curves of one channel as [mean, deviation]; null where it is not finite. */
+/** Return the normal curves of one channel as [mean, deviation]; null if it is not finite. */
 function signalOf(snapshot, channel) {
   const at = (row) => snapshot[row]?.[channel] ?? NaN;
   const [mean, deviation, gamma, beta] = [at("running_mean"), at("running_std"), at("gamma"), at("beta")];
@@ -111,7 +111,7 @@ function density(xs, normals) {
   return ys;
 }
 
-/** Return the span that holds nearly all of the curves: a few odd channels may stand out of it. */
+/** Return the span that holds nearly all of the curves: a few odd channels may lie outside of it. */
 function reach(normals) {
   if (!normals.length) return { min: -1, max: 1 };
   const lows = normals.map(([mean, deviation]) => mean - 3 * deviation).sort((a, b) => a - b);

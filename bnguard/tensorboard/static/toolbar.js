@@ -35,7 +35,7 @@ export class Toolbar {
 
   /** Offer the runs, and show the chosen ones. */
   showRuns(runs, chosen, compared) {
-    // A list that is open must not be built anew under the pointer.
+    // A list that is open must not be built again under the pointer.
     const text = JSON.stringify([runs.map(({ name, problem, causes }) => [name, problem, causes]), chosen, compared]);
     if (text === this.#text) return;
     this.#text = text;

@@ -25,7 +25,7 @@ export class Verdict {
   /** Show what is wrong in a run; `rules` are the pages of the rules by code. */
   show(run, rules) {
     const looked = `${counted(run.layers.length, "layer")}, step ${figure(run.first_step)} to ${figure(run.last_step)}`;
-    // What is shown already stays as it is: a page may stand open in it.
+    // What is shown already stays as it is: a page may be open in it.
     const text = JSON.stringify([run.name, looked, run.findings]);
     if (text === this.#text) return;
     this.#text = text;
