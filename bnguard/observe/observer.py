@@ -273,7 +273,7 @@ class Observer:
 
     @contextmanager
     def pass_over_evaluation(self) -> Iterator[None]:
-        """Read nothing of an evaluation, to save time; its writes to the buffers are not updates."""
+        """Read nothing of an evaluation, to save time; its writes to buffers are not updates."""
         self._catch_up()
         self.evaluations_left_out += 1
         self._evaluation_hooks = ()
