@@ -65,3 +65,14 @@ def test_the_top_level_holds_what_it_should():
         "examples",
         "CHANGELOG.md",
     }
+
+
+def test_printing_draws_nothing_from_the_random_numbers_of_python():
+    code = (
+        "import random; random.seed(1); import torch, bnguard; "
+        "model = torch.nn.Sequential(torch.nn.BatchNorm1d(4)); "
+        "print(bnguard.watch(model).report()); bnguard.inspect(model)._repr_html_(); "
+        "bnguard.diagnose(model, [torch.randn(64, 4)]); import sys; assert 'rich' in sys.modules; "
+        "drawn = random.random(); random.seed(1); assert drawn == random.random()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

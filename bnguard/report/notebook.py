@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +16,14 @@ _WIDTH = 100
 _GREY, _RED, _GREEN, _YELLOW = (117, 117, 117), (220, 50, 47), (0, 135, 70), (155, 115, 0)
 _BLUE, _MAGENTA, _CYAN = (60, 120, 220), (190, 70, 170), (0, 130, 150)
 _COLOURS = [_GREY, _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY]
+
+
+@contextmanager
+def importing_rich() -> Iterator[None]:
+    """Restore Python's random numbers, which are the user's: rich draws one when it is imported."""
+    state = random.getstate()
+    yield
+    random.setstate(state)
 
 
 class NotebookView:
@@ -28,8 +39,9 @@ class NotebookView:
 
 def as_html(renderable: RenderableType) -> str:
     """Return what rich would print as HTML, readable on a light and on a dark page."""
-    from rich.console import Console
-    from rich.terminal_theme import TerminalTheme
+    with importing_rich():
+        from rich.console import Console
+        from rich.terminal_theme import TerminalTheme
 
     console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False)
     console.print(renderable, crop=False)

@@ -8,12 +8,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import rich
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
-
 from bnguard.findings import (
     FindingGroup,
     PastFinding,
@@ -24,7 +18,15 @@ from bnguard.findings import (
     notice,
 )
 from bnguard.observe.history import LayerHistory
+from bnguard.report.notebook import importing_rich
 from bnguard.rules.measurements import distance_of
+
+with importing_rich():
+    import rich
+    from rich.console import Console, Group, RenderableType
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+    from rich.text import Text
 
 if TYPE_CHECKING:
     from bnguard.report import Report

@@ -15,6 +15,7 @@ from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
 from bnguard.recalibration.api import measure_score, recalibrate
 from bnguard.recalibration.batches import Forward
 from bnguard.recalibration.options import Score
+from bnguard.report.notebook import importing_rich
 from bnguard.swapping.distillation import Distillation, Pair, distil
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
@@ -199,7 +200,8 @@ def _progress_bar(steps: int, *, is_shown: bool) -> Iterator[Callable[[int, floa
     if not is_shown:
         yield lambda step, distance: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    with importing_rich():
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
         TextColumn("distilling"),

@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.report.notebook import NotebookView
+from bnguard.report.notebook import NotebookView, importing_rich
+
+with importing_rich():
+    from rich.console import Group, RenderableType
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True, kw_only=True)
