@@ -125,8 +125,8 @@ def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> 
     for pattern in patterns:
         if not any(fnmatchcase(layer.name, pattern) for layer in found):
             raise ConfigurationError(
-                f"{option} {pattern!r} matches no BN layer: there are {found[0].name!r} and "
-                f"{len(found) - 1} more"
+                f"{option} {pattern!r} matches no BN layer: the first of {len(found)} is "
+                f"{found[0].name!r}"
             )
     return patterns
 
