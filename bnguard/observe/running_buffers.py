@@ -46,6 +46,8 @@ class BufferRow:
         restore_poisoned: Put the last finite statistics back in the step that poisons them.
     """
 
+    # Trainer.validate runs in inference mode, whose tensors cannot be written to in training.
+    @torch.inference_mode(False)
     def __init__(
         self,
         layers: Sequence[BatchNormLayer],
@@ -111,6 +113,7 @@ class BufferRow:
             return not all(map(operator.is_, current, self._buffers))
         return list(map(_kind, current)) != list(map(_kind, self._buffers))
 
+    @torch.inference_mode(False)
     def start_window(self) -> None:
         """Begin a new window of batch statistics."""
         self._condense()
@@ -207,6 +210,7 @@ class BufferRow:
     def _current_momenta(self) -> list[object]:
         return [getattr(module, name) for module, name in self._momentum_places]
 
+    @torch.inference_mode(False)
     def _use_momenta(self, momenta: list[object]) -> None:
         self._momenta = momenta
         values = [layer.momentum for layer in self._layers]
@@ -230,6 +234,7 @@ class BufferRow:
                 factor = self._of_channels(1.0 / weights)
             self._single = factor, weight_squares
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _condense(self, calls: InputProbe | None = None) -> None:
         """Turn the steps that wait into batches, and add these to the window."""

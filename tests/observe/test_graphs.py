@@ -59,7 +59,7 @@ def test_nodes_are_not_judged_as_samples(links, graphs):
         report = monitor.report()
     assert not {"BN203", "BN302"} & {finding.code for finding in report.findings}
     reasons = {skipped.code: skipped.reason for skipped in report.skipped}
-    assert "are not independent samples (as in graphs" in reasons["BN302"]
+    assert "are not independent samples (graphs" in reasons["BN302"]
     assert "row of numbers per sample (as with graphs)" in reasons["BN203"]
     shown = str(report) + " ".join(report.notes)
     assert "Error" not in shown

@@ -89,7 +89,7 @@ def test_nan_in_the_data_is_distinguished_from_the_weights_that_it_ruins(is_forw
     assert report.history.run.origin.bad_parameters
     finding = next(finding for finding in report.findings if finding.code == "BN401")
     assert finding.step == 6
-    assert "it is in the data; the weights are not finite since" in finding.message
+    assert "the model's input already did; the weights are not finite since" in finding.message
     assert "go back to a checkpoint whose weights are finite" in finding.fix.summary
 
 
