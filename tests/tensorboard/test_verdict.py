@@ -174,10 +174,18 @@ def test_what_never_changes_is_one_line(page):
     assert lines.locator("canvas").count() == 0
 
 
+_IS_AT_REST = """() => new Promise((done) => {
+  const top = () => document.querySelector(".curves canvas").getBoundingClientRect().top;
+  const before = top();
+  setTimeout(() => done(top() === before), 200);
+})"""
+
+
 def test_dragging_zooms_all_curves_and_a_double_click_shows_all(page):
     _open(page, "slow")
     canvas = page.locator(".curves canvas").first
     canvas.scroll_into_view_if_needed()
+    page.wait_for_function(_IS_AT_REST)
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 40)
     page.mouse.down()
