@@ -22,7 +22,7 @@ from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import (
     Distance,
     DriftLimits,
-    is_known_harmless,
+    is_known_cause_harmless,
     is_sampling,
     jump_of_network,
     left_when_evaluated,
@@ -62,8 +62,8 @@ class InputShift(ModelRule):
 
     What it does not mean:
         Noise and shifts as augmentation stay within the limits. It is ``info`` if the mode gap was
-        measured and shows no harm. It is not judged if the network before the layer changes from
-        batch to batch, as in a supernet.
+        measured and is below 0.4 σ and 7 % flips, which harms no network. It is not judged if the
+        network before the layer changes from batch to batch, as in a supernet.
 
     Evidence:
         At the first BN layer that training updates: inputs in eval mode against the newest batches
@@ -151,7 +151,7 @@ class InputShift(ModelRule):
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
         yield self._finding(
             layer,
-            Severity.INFO if is_unsure or is_known_harmless(layer.run) else Severity.WARNING,
+            Severity.INFO if is_unsure or is_known_cause_harmless(layer.run) else Severity.WARNING,
             "evaluation data differ from training data before the first BN layer: another "
             "preprocessing or domain",
             distance.worst,

@@ -32,6 +32,11 @@ MAX_EXCESS_CHANGE_WITH_FLIPS = 0.3
 MAX_FLIPPED_SHARE = 0.12
 SAMPLING_FACTOR = 2.0
 
+# The same if the cause is known. In 184 of 252 small networks, recalibration gained less than 1 %
+# accuracy: it changed the outputs of these by up to 0.36 σ, and 6.5 % of the predictions.
+HARMFUL_CHANGE = 0.4
+HARMFUL_FLIPPED_SHARE = 0.07
+
 # Samples of evaluation from which the part that sampling explains is known well enough.
 MIN_GAP_SAMPLES = 16
 
@@ -88,6 +93,14 @@ def is_known_harmless(run: Run) -> bool:
     gap = run.mode_gap
     return gap is not None and not _exceeds(
         gap, MAX_EXCESS_CHANGE, MAX_EXCESS_CHANGE_WITH_FLIPS, MAX_FLIPPED_SHARE
+    )
+
+
+def is_known_cause_harmless(run: Run) -> bool:
+    """Return whether the mode gap was measured, and is too small for a cause that is certain."""
+    gap = run.mode_gap
+    return gap is not None and not _exceeds(
+        gap, HARMFUL_CHANGE, MAX_EXCESS_CHANGE_WITH_FLIPS, HARMFUL_FLIPPED_SHARE
     )
 
 
