@@ -62,8 +62,8 @@ class InputShift(ModelRule):
 
     What it does not mean:
         Noise and shifts as augmentation stay within the limits. It is ``info`` if the mode gap was
-        measured and is below 0.4 σ and 7 % flips, which harms no network. It is not judged if the
-        network before the layer changes from batch to batch, as in a supernet.
+        measured and, at the end, is below 0.4 σ and 7 % flips, which harms no network. It is not
+        judged if the network before the layer changes from batch to batch, as in a supernet.
 
     Evidence:
         At the first BN layer that training updates: inputs in eval mode against the newest batches

@@ -97,7 +97,12 @@ def is_known_harmless(run: Run) -> bool:
 
 
 def is_known_cause_harmless(run: Run) -> bool:
-    """Return whether the mode gap was measured, and is too small for a cause that is certain."""
+    """Return whether the mode gap was measured, and is too small for a cause that is certain.
+
+    Until training ends it has to be as large as without a known cause: early gaps close again.
+    """
+    if not run.is_settled:
+        return is_known_harmless(run)
     gap = run.mode_gap
     return gap is not None and not _exceeds(
         gap, HARMFUL_CHANGE, MAX_EXCESS_CHANGE_WITH_FLIPS, HARMFUL_FLIPPED_SHARE

@@ -59,7 +59,7 @@ class ModesDisagree(ExplainedRule):
         run together twice, with running and with batch statistics; everything else is in eval mode,
         as are layers that training called in eval mode too. Two numbers count: the root mean square
         change of the outputs, in their standard deviations, minus what sampling explains (twice the
-        change between the statistics of every second row and of all); and, for class scores, the
+        change between the statistics of half of the rows and of all); and, for class scores, the
         share of predictions that flip. A flip counts if one mode finds the two classes more than
         0.05 of probability apart. If many flip, a smaller change is harm already.
 

@@ -61,9 +61,9 @@ class StaleStatistics(ModelRule):
         they are exactly (0, 1) after training, as after a callback that resets them and sets
         momentum to 0. (3) Weights were written between the newest training step and the evaluation,
         or into a watched copy of the model, and inputs in eval mode have drifted from the
-        statistics; ``info`` if the mode gap is below 0.4 σ and 7 % flips. (4) The same for a
-        teacher or target network that no optimizer trains and no batch updates. (5) Without a run,
-        the statistics are those of the reference and the weights are not:
+        statistics; ``info`` if the mode gap at the end is below 0.4 σ and 7 % flips. (4) The same
+        for a teacher or target network that no optimizer trains and no batch updates. (5) Without a
+        run, the statistics are those of the reference and the weights are not:
         ``bnguard.inspect(averaged, reference=model)``.
 
     Limits:

@@ -65,11 +65,11 @@ def test_change_and_flips_are_those_of_the_two_modes():
     with torch.no_grad():
         running = twin(images)
         batch = twin.train()(images)
-        half = copy.deepcopy(model).train()(images[::2])
+        half = copy.deepcopy(model).train()(images[:16])
     gap = measured(model, images)
     assert gap.samples == 32
     assert gap.relative_change == pytest.approx(changed(running, batch), rel=1e-5)
-    assert gap.sampling_change == pytest.approx(changed(half, batch[::2]), rel=1e-5)
+    assert gap.sampling_change == pytest.approx(changed(half, batch[:16]), rel=1e-5)
     samples = torch.arange(32)
     places = (samples, running.argmax(1)), (samples, batch.argmax(1))
     margins = [(p[places[0]] - p[places[1]]).abs() for p in (running.softmax(1), batch.softmax(1))]
