@@ -149,7 +149,7 @@ def drift(layer: str, probe: Probe, step: int) -> dict[str, object] | None:
         "layer": layer,
         "step": step,
         "channels": [int(probe.eval_shift().abs().argmax())],
-        "message": "what arrives in eval mode is not what the running statistics describe",
+        "message": "inputs in eval mode do not match the running statistics",
         "evidence": {
             "measure": metric.name,
             "value": value,
@@ -157,7 +157,7 @@ def drift(layer: str, probe: Probe, step: int) -> dict[str, object] | None:
             "unit": metric.unit,
         },
         "fix": {
-            "summary": "estimate the running statistics again, with the weights as they are now",
+            "summary": "recalibrate the running statistics",
             "command": "bnguard recalibrate last.ckpt --config config.yaml",
         },
     }
