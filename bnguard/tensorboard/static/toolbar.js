@@ -116,7 +116,7 @@ function badge({ limit, over_now: now, over_ever: ever }) {
   if (limit === null || !ever) return null;
   return now
     ? h("span", { class: "badge over", title: "layers beyond the limit now" }, `▲ ${now}`)
-    : h("span", { class: "badge", title: "layers that were beyond the limit" }, `${ever} were`);
+    : h("span", { class: "badge", title: "layers that were beyond the limit" }, `${ever} earlier`);
 }
 
 /** Return a card that compares two runs: layers beyond each limit, and the worst value. */
