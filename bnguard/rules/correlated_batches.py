@@ -158,22 +158,19 @@ class CorrelatedBatches(ModelRule):
         has_order = inputs.neighbour_excess_std > self.max_neighbour_std
         is_harm = gap is not None and is_harmful(gap) and is_lasting(layer.run)
         is_shown = is_harm or self._is_mixed(layer, evidence.value)
+        ratio = f"batches differ {evidence.value:.2g} times as much as independent samples would"
         if has_order and change < 1.0:
-            why = "neighbouring batches are alike, so the data are sorted or grouped"
+            why = f"the data are sorted or grouped: neighbouring batches are alike, and {ratio}"
         elif has_order:
-            why = "kinds of data take turns from batch to batch"
-        elif is_shown:
-            why = "each batch holds one group, or one draw of an augmentation for all its samples"
+            why = f"kinds of data take turns from batch to batch: {ratio}"
         else:
-            why = (
-                "each batch holds one group, or one draw of an augmentation for all its samples; "
-                + ("evaluation shows no harm" if gap else "no evaluation shows harm so far")
-            )
+            why = f"each batch holds one group, or one draw of an augmentation: {ratio}"
+        if not (has_order or is_shown):
+            why += "; evaluation shows no harm" if gap else "; no evaluation shows harm so far"
         return self._finding(
             layer,
             Severity.WARNING if has_order or is_shown else Severity.INFO,
-            f"batches differ {evidence.value:.2g} times as much as independent samples explain: "
-            + why,
+            why,
             evidence,
             _SHUFFLE if has_order else _MIX,
         )

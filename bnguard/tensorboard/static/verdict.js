@@ -97,7 +97,7 @@ export class Verdict {
           title: finding.step === null ? null : `since step ${finding.step.toLocaleString("en")}`,
           onclick: () => this.#onChoose(finding, name),
         },
-        name === null ? "the whole model" : layerName(name, 40),
+        name === null ? "the whole model" : /^\d+$/.test(name) ? `layer ${name}` : layerName(name, 40),
       );
     const box = h("div", { class: "places" }, places.slice(0, LAYERS_SHOWN).map(chip));
     const rest = places.slice(LAYERS_SHOWN);
