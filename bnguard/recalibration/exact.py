@@ -176,7 +176,7 @@ class _Engine:
 
     def _run_chunks(self, samples: int) -> dict[int, tuple[Moments, ...]]:
         job = self._job
-        chunks = [join_batches(batches) for batches in self._held.values()]
+        chunks = [join_batches(batches) for batches in self._chunks]
         if self._is_channels_last:
             chunks = [chunk.in_channels_last() for chunk in chunks]
         if not self._runs_side_by_side:
@@ -218,12 +218,23 @@ class _Engine:
         return removed > 0
 
     @property
+    def _chunks(self) -> list[list[Batch]]:
+        """The batches that run as one; the first are those that most were joined in."""
+        return sorted(self._held.values(), key=len, reverse=True)
+
+    @property
     def _witness(self) -> Witness | None:
-        """The first samples as they came, to run alone; None if nothing can disturb them."""
-        chunks = list(self._held.values())
-        if not chunks or (len(self._batches) == 1 and not self._is_channels_last):
+        """Samples of the first chunk as they came, to run alone; None if nothing can disturb them.
+
+        Not from its beginning: some models let each sample depend on earlier ones alone. Nor from
+        its middle, which stays in place where samples are paired in reverse order.
+        """
+        if not self._held or (len(self._batches) == 1 and not self._is_channels_last):
             return None
-        first = chunks[0][0]
-        count = max(2, _WITNESS_BYTES * first.size // max(1, first.nbytes))
-        alone = first.rows(0, count) if self._joins and first.can_be_cut else first
-        return Witness(alone, alone.size / sum(batch.size for batch in chunks[0]))
+        batches = self._chunks[0]
+        place = min(max(1, len(batches) // 3), len(batches) - 1)
+        batch, before = batches[place], sum(batch.size for batch in batches[:place])
+        count = max(2, _WITNESS_BYTES * batch.size // max(1, batch.nbytes))
+        alone = batch.rows(0, count) if self._joins and batch.can_be_cut else batch
+        size = sum(batch.size for batch in batches)
+        return Witness(alone, before / size, (before + alone.size) / size)

@@ -78,19 +78,21 @@ def observe(job: Job, batch: Batch, rows: Callable[[Tensor], Tensor] = lambda x:
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """Samples that run next to others and also alone, to see whether the others disturb them.
+    """Samples that run between others and also alone, to see whether the others disturb them.
 
     Attributes:
         alone: The samples as they came.
-        share: Their share of the samples that they are joined to, which begin with them.
+        start: How many of those that they are joined to come before them, as a share of all.
+        stop: The same with them.
     """
 
     alone: Batch
-    share: float
+    start: float
+    stop: float
 
     def rows(self, values: Tensor) -> Tensor:
         """Return their rows in the inputs of a layer."""
-        return values[: round(len(values) * self.share)]
+        return values[round(len(values) * self.start) : round(len(values) * self.stop)]
 
     def is_disturbed(
         self, job: Job, calls: tuple[int, ...], moments: Mapping[int, Moments]

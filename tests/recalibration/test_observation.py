@@ -69,8 +69,9 @@ def test_layers_differ_by_more_than_a_share_of_their_spread(change, differs):
 @pytest.mark.parametrize(("change", "differs"), [(5e-5, False), (1e-2, True)])
 def test_a_single_value_may_be_off_by_what_rounding_does_in_a_deep_network(change, differs):
     alone, beside = torch.full((1, 4), 3.0), torch.full((1, 4), 3.0 * (1 + change))
-    job, witness = job_of(nn.BatchNorm1d(4)), Witness(Batch(0, (alone,), {}, 1), 0.5)
-    moments = {0: channel_moments(witness.rows(torch.cat([beside, torch.zeros(1, 4)])))}
+    job, witness = job_of(nn.BatchNorm1d(4)), Witness(Batch(0, (alone,), {}, 1), 0.25, 0.5)
+    joined = torch.cat([torch.zeros(1, 4), beside, torch.zeros(2, 4)])
+    moments = {0: channel_moments(witness.rows(joined))}
     with torch.no_grad():
         assert witness.is_disturbed(job, (0,), moments) == differs
         assert witness.is_disturbed(job, (0, 0), moments)

@@ -168,6 +168,38 @@ def test_the_statistics_are_those_of_the_whole_set(kind, monkeypatch):
     assert threading.active_count() == alive
 
 
+class Between(Chain):
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: 5 * x.softmax(0),
+        lambda x: x.cumsum(0),
+        lambda x: x.flip(0).cumsum(0).flip(0),
+        lambda x: x - x[:1],
+        lambda x: x - x[-1:],
+        lambda x: x + 0.5 * x.flip(0),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: torch.cat([3 * x[: len(x) // 2], x[len(x) // 2 :]]),
+    ],
+    ids=["mean", "softmax", "sum", "sum back", "first", "last", "pairs", "untracked", "half"],
+)
+@pytest.mark.parametrize("batch_size", [5, 8])
+def test_samples_that_depend_on_one_another_are_not_joined(between, batch_size):
+    model, x = Between(between), torch.randn(65, 3, 6, 6) + torch.arange(65).view(-1, 1, 1, 1) / 20
+    batches = x.split(batch_size)
+    truth = true_statistics(copy.deepcopy(model).double(), [batch.double() for batch in batches])
+    assert max(errors(bnguard.recalibrate(model, batches), truth)) < 1e-4
+
+
 class EarlyExit(nn.Module):
     """Leaves out the second block where a test on the whole batch says so."""
 
