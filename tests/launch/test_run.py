@@ -219,13 +219,8 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "end"),
-    [
-        *((("script.py",), end) for end in ("0", "7", "text", "interrupt", "syntax")),
-        *((("-m", "package.script"), end) for end in ("7", "interrupt")),
-    ],
-)
+@pytest.mark.parametrize("end", ["0", "7", "text", "interrupt", "syntax"])
+@pytest.mark.parametrize("target", [("script.py",), ("-m", "package.script")])
 def test_a_script_finds_what_python_gives_it(target, end, run, tmp_path):
     folder = tmp_path / "watched"
     (folder / "package").mkdir(parents=True)
