@@ -144,7 +144,11 @@ def _train(
         # Where GroupNorm was the repair, nothing is left to watch.
         warnings.filterwarnings("ignore", ".*nothing to watch")
         monitor = watch(
-            model, optimizer=optimizer, every_n_steps=20, on_findings=lambda group: None
+            model,
+            optimizer=optimizer,
+            every_n_steps=20,
+            max_overhead=0.0,
+            on_findings=lambda group: None,
         )
     with monitor:
         for _ in range(3):

@@ -208,9 +208,9 @@ class Monitor:
         views: TrainingViews | None,
         strict: bool,
     ) -> None:
-        if not max_overhead >= 0.0:
+        if not (isinstance(max_overhead, (int, float)) and max_overhead >= 0.0):
             raise ConfigurationError(
-                f"max_overhead={max_overhead} is not a share of the training's time: give 0 for "
+                f"max_overhead={max_overhead!r} is not a share of the training's time: give 0 for "
                 "no limit, or a number such as 0.02"
             )
         self._stopwatch: Stopwatch | None = None

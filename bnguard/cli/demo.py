@@ -86,6 +86,8 @@ def _demonstrate(name: str, seed: int, picture: str | None) -> None:
     from bnguard.gallery import find_fault
 
     fault = find_fault(name)
+    if picture is not None and not Path(picture).absolute().parent.is_dir():
+        raise ConfigurationError(f"--picture {picture} cannot be written: its folder is missing")
     # The network is so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bnguard.errors import ConfigurationError, in_one_line
 from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper
 from bnguard.layers.moments import wide
 from bnguard.layers.preserve import preserve_buffers, preserve_gradients, preserve_random_states
@@ -34,10 +36,23 @@ class TrainingViews:
     Attributes:
         loss: Returns the loss of the model, which is in train mode, on a batch that stays the same.
         every_n_steps: Steps from one measurement to the next; the first is after step 2.
+
+    Raises:
+        ConfigurationError: The loss cannot be called, or the steps are not a positive number.
     """
 
     loss: Callable[[nn.Module], Tensor]
     every_n_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise ConfigurationError(
+                f"loss={self.loss!r} cannot be called: give a function that takes the model"
+            )
+        if not (isinstance(self.every_n_steps, int) and self.every_n_steps > 0):
+            raise ConfigurationError(
+                f"every_n_steps must be a whole number of at least 1, not {self.every_n_steps!r}"
+            )
 
 
 class ViewProbe:
@@ -61,6 +76,7 @@ class ViewProbe:
         self._pause = pause
         self._newest: int | None = None
         self._steps = 0
+        self._is_on = True
         self._before: dict[nn.Parameter, Tensor] = {}
         self.measured: dict[str, LayerView] = {}
 
@@ -78,10 +94,20 @@ class ViewProbe:
         self._newest = step
         if self._before and self._model.training:
             with self._pause():
-                self.measured = self._measure(step, layers)
-        is_due = self._steps % max(1, self._views.every_n_steps) == 0
+                self._try_to_measure(step, layers)
+        is_due = self._is_on and self._steps % self._views.every_n_steps == 0
         self._before = _values(self._model.parameters()) if is_due else {}
         self._steps += 1
+
+    def _try_to_measure(self, step: int, layers: Sequence[BatchNormLayer]) -> None:
+        try:
+            self.measured = self._measure(step, layers)
+        except Exception as error:  # the user's loss; watching goes on without it
+            self._is_on = False
+            warnings.warn(
+                f"bnguard: nothing is measured for views any more: {in_one_line(error)}",
+                stacklevel=2,
+            )
 
     def _measure(self, step: int, layers: Sequence[BatchNormLayer]) -> dict[str, LayerView]:
         model, before = self._model, self._before

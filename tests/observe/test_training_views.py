@@ -181,11 +181,21 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(batch):
         loss_of(batch)(model).backward()
         expected = [p - 0.5 * p.grad for p in model.parameters()]
         statistics = copy.deepcopy(dict(model.named_buffers()))
-        optimizer.step()
-        assert "no more" in monitor.report().failure
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
-    torch.testing.assert_close(dict(model.named_buffers()), statistics, rtol=0, atol=0)
+        with pytest.warns(UserWarning, match="nothing is measured for views any more: .*no more"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))
+        torch.testing.assert_close(dict(model.named_buffers()), statistics, rtol=0, atol=0)
+        # The error is the user's: watching goes on.
+        assert monitor.report().failure is None
+        step(model, optimizer, batch)
+        assert monitor.report().history.run.steps == 3
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("views", [(3, 10), (loss_of, 0), (loss_of, 1.5)])
+def test_views_that_cannot_be_measured_are_a_clear_error(views):
+    with pytest.raises(ConfigurationError, match=r"cannot be called|at least 1"):
+        TrainingViews(*views)
 
 
 def test_a_word_in_the_place_of_the_loss_is_a_clear_error():
