@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
@@ -34,6 +34,9 @@ from bnguard.observe.unknown_layers import UnknownProbe
 
 # Mode gaps kept next to the newest, to distinguish a lasting gap from a passing one.
 _MAX_EARLIER_GAPS = 4
+
+# Of running statistics that can be read without a copy.
+_NUMPY_DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
 class Observer:
@@ -165,14 +168,16 @@ class Observer:
     def _value_of_last_layer(self) -> FloatArray | None:
         """Return a view of the running variance of the layer that is called last.
 
-        None if it is not on the CPU, in a dtype that NumPy lacks, or poisoned already.
+        None if there is no layer, or if it is not on the CPU, in a dtype that NumPy lacks, or
+        poisoned already.
         """
         positions = {layer: self._shapes.records[layer.name].position for layer in self.layers}
-        last = max(self.layers, key=lambda layer: positions[layer] or 0).running_var
-        if last is None or not last.is_cpu or last.dtype is torch.bfloat16:
+        last = max(self.layers, key=lambda layer: positions[layer] or 0, default=None)
+        var = None if last is None else last.running_var
+        if type(var) is not Tensor or not var.is_cpu or var.dtype not in _NUMPY_DTYPES:
             return None
-        values: FloatArray = last.detach().numpy()
-        return values if math.isfinite(values[-1]) else None
+        values: FloatArray = var.detach().numpy().reshape(-1)
+        return values if values.size and math.isfinite(values[-1]) else None
 
     def _count_step(self, step: int) -> None:
         # The batches of a step, whose gradients are accumulated, have one number.
