@@ -1,6 +1,9 @@
 """Checkpoints: read safely without model code, compared, and written with BN statistics replaced.
 
 Reading imports no torch, so that an inspection answers at once; writing and loading do.
+
+All of it raises :class:`~bnguard.errors.CheckpointError` for a file that is missing, damaged, of an
+unknown format, or larger than any model, and for one that cannot be written.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,22 +19,14 @@ from bnguard.checkpoint.reading import checkpoint_at, format_of
 from bnguard.checkpoint.storage import OpenFiles
 from bnguard.errors import CheckpointError
 
-_PREFIX, _SUFFIX = ".bnguard-", ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) -> None:
-    """Refuse a name under which a file or folder cannot be written.
+    """Refuse a name under which a file, or a folder, cannot be written.
 
-    Args:
-        output: The name.
-        source: The original, which is never overwritten.
-        is_folder: Whether a folder is to be written.
-        force: Whether a file or folder of that name may be replaced.
-
-    Raises:
-        CheckpointError: It is the original or inside it, it is taken, or its folder does not exist
-            or cannot be written into.
+    It is the original or inside it, it is taken and not to be replaced by force, or its folder does
+    not exist or cannot be written into.
     """
     with write_errors(output):
         if output.exists():
@@ -48,12 +39,7 @@ def check_output(output: Path, source: Path, *, is_folder: bool, force: bool) ->
 
 
 def check_backup(original: Path, *, force: bool) -> None:
-    """Refuse a checkpoint that cannot be replaced in place, with the original as a backup.
-
-    Raises:
-        CheckpointError: It is a folder of several files; the backup exists, or the folder cannot
-            be written into.
-    """
+    """Refuse a checkpoint that cannot be replaced in place, with the original as a backup."""
     if original.is_dir():
         raise CheckpointError(
             f"{original}: only a checkpoint of one file can be replaced in place; write a copy of "
@@ -89,69 +75,47 @@ def backup_of(original: Path) -> Path:
 
 
 @contextmanager
-def temporary_beside(path: Path, *, like: Path) -> Iterator[Path]:
-    """Make an empty file or folder next to ``path``, of the kind that ``like`` is.
-
-    If it still has its temporary name at the end, it is removed, also after an exception.
-    """
-    if like.is_dir():
-        made = Path(tempfile.mkdtemp(_SUFFIX, _PREFIX, path.parent))
-    else:
-        handle, name = tempfile.mkstemp(_SUFFIX, _PREFIX, path.parent)
-        os.close(handle)
-        made = Path(name)
-    try:
-        yield made
-    finally:
-        _remove(made)
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make a folder next to ``path`` for what will get that name; it is removed at the end."""
+    with tempfile.TemporaryDirectory(".tmp", ".bnguard-", path.parent) as name:
+        yield Path(name)
 
 
 def publish(copy: Path, name: Path, *, like: Path, force: bool) -> None:
-    """Give a complete copy its name.
+    """Give a complete copy its name, and the permissions of the original that it is like.
 
-    A file replaces another one in one step. A replaced folder has a temporary name between two
-    renamings.
-
-    Args:
-        copy: The copy.
-        name: The name.
-        like: The original, whose permissions the copy gets.
-        force: Whether to replace a file or folder of that name.
-
-    Raises:
-        CheckpointError: Something has the name by now.
-        OSError: The system refuses; the name leads to what it led to before.
+    A file replaces another one in one step. A replaced folder has a temporary name, next to the
+    copy, between two renamings. If the system refuses, the name leads to what it led to before.
     """
     _bring_to_disk(copy, like)
     if name.exists() and not force:
         raise _exists(name)
     if copy.is_dir() and name.exists():
-        aside = name.rename(name.with_name(f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"))
+        aside = name.rename(copy.with_name(f"{copy.name}-replaced"))
         try:
             copy.rename(name)
         except BaseException:
             aside.rename(name)
             raise
-        _remove(aside)
     else:
         copy.replace(name)
+    # Only now: a folder without write permission cannot be moved into another one.
+    shutil.copymode(like, name)
     _sync(name.parent)
 
 
 def replace_with_backup(copy: Path, name: Path) -> None:
     """Give a complete copy the name of a file, which is kept under the name of the backup.
 
-    The file has its old or its new content at any moment. An older backup is replaced.
-
-    Raises:
-        OSError: The system refuses; the file is as it was.
+    The file has its old or its new content at any moment, also if the system refuses. An older
+    backup is replaced.
     """
     _bring_to_disk(copy, name)
     backup = backup_of(name)
-    with temporary_beside(backup, like=name) as second:
-        shutil.copy2(name, second)
-        _sync(second)
-        second.replace(backup)
+    second = copy.with_name(f"{copy.name}-backup")
+    shutil.copy2(name, second)
+    _sync(second)
+    second.replace(backup)
     try:
         copy.replace(name)
     except BaseException:
@@ -162,11 +126,7 @@ def replace_with_backup(copy: Path, name: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the system into one line.
-
-    Raises:
-        CheckpointError: The block raised an ``OSError``.
-    """
+    """Turn errors of the system into a ``CheckpointError`` of one line."""
     try:
         yield
     except OSError as error:
@@ -194,14 +154,15 @@ def _exists(path: Path) -> CheckpointError:
 
 
 def _bring_to_disk(copy: Path, original: Path) -> None:
-    """Give a copy the permissions of the original, and bring it to the disk."""
-    for path in (*copy.rglob("*"), copy):
+    """Give a file, or all in a folder, the permissions of the original; bring it to the disk."""
+    for path in copy.rglob("*") if copy.is_dir() else [copy]:
         if path.is_symlink():  # a broken one
             continue
         counterpart = original / path.relative_to(copy) if path != copy else original
         if counterpart.exists():
             shutil.copymode(counterpart, path)
         _sync(path)
+    _sync(copy)
 
 
 def _sync(path: Path) -> None:
@@ -213,13 +174,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _check_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeGuard
 
 from bnguard.checkpoint.contents import Entry, entries
@@ -16,12 +17,13 @@ from bnguard.checkpoint.result import (
     Checkpoint,
     CheckpointLayer,
     CheckpointModel,
-    NotedFinding,
+    StoredArguments,
     layer_name,
 )
 from bnguard.checkpoint.storage import FLOATING, INTEGER, StoredTensor
 from bnguard.checkpoint.unpickling import InertObject, NotPlainError, mapping_of, plain
 from bnguard.errors import CheckpointError, printable
+from bnguard.findings import PastFinding
 from bnguard.layers.distances import FloatArray
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
@@ -49,39 +51,29 @@ _ABSENT = object()
 
 
 def describe(checkpoint: OpenCheckpoint) -> Checkpoint:
-    """Read the BN layers of an open checkpoint, and what it says about its training.
-
-    Raises:
-        CheckpointError: It is damaged, or holds more than can be BN state.
-    """
+    """Read the BN layers of an open checkpoint, and what it says about its training."""
     by_model = groups_by_model(checkpoint)
     sharing: dict[object, list[str]] = {}
     for group in (group for groups in by_model.values() for group in groups):
         sharing.setdefault(group.place, []).append(group.prefix)
-    reader = _Reader(checkpoint)
+    reader = _Reader(checkpoint.path)
     models = []
     for prefix, groups in by_model.items():
-        aliases = (sharing[group.place] for group in groups)
-        read = (reader.layer(prefix, *each) for each in zip(groups, aliases, strict=True))
+        read = (reader.layer(prefix, group, sharing[group.place]) for group in groups)
         layers = tuple(layer for layer in read if layer is not None)
         if layers:
             models.append(CheckpointModel(prefix, layers))
     root = mapping_of(checkpoint.root) or {}
-    own, foreign = _hyper_parameters(root.get("hyper_parameters"))
-    of_data, foreign_of_data = _hyper_parameters(root.get("datamodule_hyper_parameters"))
-    own_argument, data_argument = root.get("hparams_name"), root.get("datamodule_hparams_name")
     unknown = () if by_model else _find_unreadable_state(checkpoint)
     return Checkpoint(
         path=checkpoint.path,
         format=checkpoint.format,
         models=tuple(models),
         is_lightning=checkpoint.is_lightning,
-        hyper_parameters=own,
-        data_hyper_parameters=of_data,
-        foreign_hyper_parameters=foreign,
-        foreign_data_hyper_parameters=foreign_of_data,
-        hyper_parameters_argument=own_argument if isinstance(own_argument, str) else None,
-        data_hyper_parameters_argument=data_argument if isinstance(data_argument, str) else None,
+        hyper_parameters=_stored_arguments(root, "hyper_parameters", "hparams_name"),
+        data_hyper_parameters=_stored_arguments(
+            root, "datamodule_hyper_parameters", "datamodule_hparams_name"
+        ),
         momenta=_numbers(_noted(root, "momentum")),
         eps={name: e for name, e in _numbers(_noted(root, "eps")).items() if e is not None},
         reported=tuple(_findings(_noted(root, "findings"))),
@@ -95,16 +87,10 @@ def describe(checkpoint: OpenCheckpoint) -> Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class TensorGroup:
-    """The tensors that look like one BN layer.
-
-    Attributes:
-        prefix: The names of their entries without the attributes.
-        owner: The pickled module that holds them; None in a state dict.
-        tensors: The tensors by attribute.
-    """
+    """The tensors that look like one BN layer, by attribute."""
 
     prefix: str
-    owner: InertObject | None = None
+    owner: InertObject | None = None  # the pickled module that holds them
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
@@ -117,11 +103,7 @@ class TensorGroup:
 
 
 def groups_by_model(checkpoint: OpenCheckpoint) -> dict[str, list[TensorGroup]]:
-    """Return the groups of tensors with running statistics, by the prefix of their model.
-
-    Raises:
-        CheckpointError: The checkpoint holds more than can be BN state.
-    """
+    """Return the groups of tensors with running statistics, by the prefix of their model."""
     found: dict[tuple[str, str], TensorGroup] = {}
     for entry, tensor in _candidates(checkpoint):
         prefix, attribute = _split_key(entry.key)
@@ -172,8 +154,11 @@ def _find_unreadable_state(checkpoint: OpenCheckpoint) -> Iterator[str]:
             yield f"a {value.class_name} that hides its state; load it and save its state_dict()"
             return
     for entry in entries(checkpoint):
-        # An array is an object of NumPy, and entries are its parts.
+        # What is not read as a tensor is an object, and entries are its parts.
         is_statistic = any(_split_key(part)[1] in (MEAN, VAR) for part in entry.path[:-1])
+        if is_statistic and "torch._utils._rebuild" in str(entry.value):
+            yield "its tensors were pickled without torch.save; load it and save it by torch.save"
+            return
         if is_statistic and "numpy" in str(entry.value):
             yield (
                 "its BN statistics are NumPy arrays that cannot be read: save them as "
@@ -185,8 +170,8 @@ def _find_unreadable_state(checkpoint: OpenCheckpoint) -> Iterator[str]:
 class _Reader:
     """Reads groups of tensors as layers, and notes why one cannot be read."""
 
-    def __init__(self, checkpoint: OpenCheckpoint) -> None:
-        self._path = checkpoint.path
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._layers_by_problem: dict[str, list[str]] = {}
         self._values = 0
 
@@ -221,6 +206,7 @@ class _Reader:
             eps=float(eps) if _is_number(eps) else None,
             is_updating=options.get("track_running_stats") is not False and not is_frozen,
             aliases=tuple(prefix for prefix in same_place if prefix != group.prefix),
+            is_writable=all(p.storage.is_replaceable for t in (mean, var) for p in t.pieces),
         )
 
     def _read(self, tensor: StoredTensor) -> FloatArray:
@@ -289,15 +275,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _hyper_parameters(stored: object) -> tuple[Mapping[str, object], Mapping[str, str]]:
-    """Return Lightning's hyper-parameters: those that are plain, and the classes of the others."""
-    own, foreign = {}, {}
-    for name, value in (mapping_of(stored) or {}).items():
+def _stored_arguments(root: Mapping[object, object], key: str, name_key: str) -> StoredArguments:
+    values, objects = {}, {}
+    for name, value in (mapping_of(root.get(key)) or {}).items():
         try:
-            own[str(name)] = plain(value)
+            values[str(name)] = plain(value)
         except NotPlainError as error:
-            foreign[str(name)] = str(error)
-    return own, foreign
+            objects[str(name)] = str(error)
+    argument = root.get(name_key)
+    return StoredArguments(values, objects, argument if isinstance(argument, str) else None)
 
 
 def _noted(root: Mapping[object, object], key: str) -> object:
@@ -317,7 +303,7 @@ def _numbers(noted: object) -> dict[str, float | None]:
     }
 
 
-def _findings(noted: object) -> Iterator[NotedFinding]:
+def _findings(noted: object) -> Iterator[PastFinding]:
     """Yield the findings of the training, without what is not a finding."""
     for record in noted[:_MOST_FINDINGS] if isinstance(noted, list) else ():
         match mapping_of(record):
@@ -331,7 +317,7 @@ def _findings(noted: object) -> Iterator[NotedFinding]:
                 "first_step": int(first),
                 "last_step": int(last),
             }:
-                yield NotedFinding(
+                yield PastFinding(
                     code=printable(code),
                     name=printable(name),
                     severity=printable(severity),

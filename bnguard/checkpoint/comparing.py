@@ -29,12 +29,7 @@ _EPS = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class LayerDifference:
-    """A BN layer in two checkpoints.
-
-    Attributes:
-        before: The layer in the first.
-        after: The layer in the second.
-    """
+    """A BN layer in two checkpoints."""
 
     before: CheckpointLayer
     after: CheckpointLayer
@@ -71,12 +66,7 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class EntryDifference:
-    """An entry, other than running statistics, that is not bit-identical.
-
-    Attributes:
-        key: Its dotted name.
-        detail: What differs.
-    """
+    """An entry, other than running statistics, that is not bit-identical, and what differs."""
 
     key: str
     detail: str
@@ -122,30 +112,22 @@ def compare(a: Checkpoint, b: Checkpoint) -> CheckpointDifference:
     }
     with open_checkpoint(a.path) as before, open_checkpoint(b.path) as after:
         if all(pair.is_alike for pair in pairs):
-            values = _everything(before), _everything(after)
-            if before.format == after.format:
-                values = values[0] | _extras(before), values[1] | _extras(after)
+            has_extras = before.format == after.format
+            values = [_everything(each, has_extras=has_extras) for each in (before, after)]
         else:
             (pair,) = pairs
             name = pair.first.prefix + pair.first_stem
-            values = (
+            values = [
                 _of_model(before, pair.first.prefix, pair.first_stem, name),
                 _of_model(after, pair.second.prefix, pair.second_stem, name),
-            )
+            ]
         others = tuple(d for d in _entry_differences(*values) if d.key not in compared)
     return CheckpointDifference(a.path, b.path, tuple(layer for _, layer in layers), others)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two models to compare.
-
-    Attributes:
-        first: The first.
-        second: The second.
-        first_stem: The modules around all layers in the first that the second does not have.
-        second_stem: The modules around all layers in the second that the first does not have.
-    """
+    """Two models to compare, with the modules around all layers that the other one lacks."""
 
     first: CheckpointModel
     second: CheckpointModel
@@ -226,16 +208,14 @@ def _layer_pairs(pair: _Pair) -> Iterator[LayerDifference]:
             yield LayerDifference(layer, other)
 
 
-def _everything(checkpoint: OpenCheckpoint) -> dict[str, object]:
+def _everything(checkpoint: OpenCheckpoint, *, has_extras: bool) -> dict[str, object]:
     """Return all values of a checkpoint by dotted name, without the prefixes of wrappers."""
-    return {
+    values = {
         entry.prefix + without_wrappers(".".join(entry.path[entry.home :])): entry.value
         for entry in entries(checkpoint)
     }
-
-
-def _extras(checkpoint: OpenCheckpoint) -> dict[str, object]:
-    return {f"<{name}>": value for name, value in checkpoint.extras.items()}
+    extras = checkpoint.extras if has_extras else {}
+    return values | {f"<{name}>": value for name, value in extras.items()}
 
 
 def _of_model(checkpoint: OpenCheckpoint, prefix: str, stem: str, name: str) -> dict[str, object]:
@@ -255,17 +235,11 @@ def _entry_differences(
     for key in {**a, **b}:
         if key in a and key in b:
             detail = _difference(a[key], b[key])
-        elif _is_bookkeeping(key, a.get(key, b.get(key))):
-            detail = None
-        else:
-            detail = f"only in the {'first' if key in a else 'second'}"
-        if detail is not None:
-            yield EntryDifference(key, detail)
-
-
-def _is_bookkeeping(key: str, value: object) -> bool:
-    """Return whether an entry is what torch's state dict has in addition to a plain dictionary."""
-    return _VERSIONS in key.split(".") or value == _ORDERED
+            if detail is not None:
+                yield EntryDifference(key, detail)
+        # A plain dictionary has the same entries as torch's state dict, without these two.
+        elif _VERSIONS not in key.split(".") and a.get(key, b.get(key)) != _ORDERED:
+            yield EntryDifference(key, f"only in the {'first' if key in a else 'second'}")
 
 
 def _difference(a: object, b: object) -> str | None:

@@ -12,14 +12,7 @@ import numpy as np
 
 from bnguard.checkpoint.formats import OpenCheckpoint
 from bnguard.checkpoint.storage import NUMPY_TYPES, Source, Storage, StoredTensor
-from bnguard.checkpoint.unpickling import (
-    ATOMS,
-    Blob,
-    InertObject,
-    Reference,
-    as_sizes,
-    mapping_of,
-)
+from bnguard.checkpoint.unpickling import ATOMS, Blob, InertObject, Reference, as_sizes, mapping_of
 from bnguard.errors import CheckpointError
 
 # A file of a few bytes can describe a tree without end, by naming one branch in many places.
@@ -77,9 +70,6 @@ def entries(checkpoint: OpenCheckpoint) -> Iterator[Entry]:
     """Yield all values of a checkpoint, in the order in which they were saved.
 
     Branches may be shared; one that contains itself is followed once.
-
-    Raises:
-        CheckpointError: It is too large or too deeply nested.
     """
     count, array_bytes = 0, 0
     branches = [(0, iter([_Node((), None, checkpoint.root, None)]))]
@@ -114,19 +104,12 @@ def entries(checkpoint: OpenCheckpoint) -> Iterator[Entry]:
 
 
 class _Node(NamedTuple):
-    """A value on the way through a checkpoint.
-
-    Attributes:
-        path: The keys that lead to it.
-        module_at: How many of these lead to the outermost pickled module around it.
-        value: The value.
-        owner: The innermost pickled module around it.
-    """
+    """A value on the way through a checkpoint."""
 
     path: tuple[str, ...]
-    module_at: int | None
+    module_at: int | None  # how many of the keys lead to the outermost pickled module around it
     value: object
-    owner: InertObject | None
+    owner: InertObject | None  # the innermost pickled module around it
 
 
 def _below(node: _Node, children: Iterator[tuple[str, object]]) -> Iterator[_Node]:
@@ -185,13 +168,10 @@ def _children_of_module(state: Mapping[object, object]) -> Iterator[tuple[str, o
 
 def _members(stored: object) -> frozenset[str]:
     """Return the names in a set, which old protocols build from a list and new ones add to."""
-    match stored:
-        case InertObject(args=(list() | tuple() as listed, *_), items=added):
-            names = [*listed, *(added or ())]
-        case InertObject(items=added):
-            names = added or []
-        case _:
-            names = []
+    if not isinstance(stored, InertObject):
+        return frozenset()
+    listed = next(iter(stored.args), ()) if isinstance(stored.args, (list, tuple)) else ()
+    names = [*(listed if isinstance(listed, (list, tuple)) else ()), *(stored.items or ())]
     return frozenset(name for name in names if isinstance(name, str))
 
 
@@ -245,9 +225,7 @@ def _array_as_tensor(made: InertObject) -> StoredTensor | None:
             return None
     match dtype:
         case InertObject(
-            Reference("numpy", "dtype"),
-            (str(code), *_),
-            (_, "<" | ">" | "|" | "=" as order, *_),
+            Reference("numpy", "dtype"), (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_)
         ) if code in _NUMPY_DTYPES:
             content = _bytes_of_array(data)
         case _:

@@ -21,6 +21,7 @@ from bnguard.checkpoint.formats import (
 )
 from bnguard.checkpoint.formats.distributed import METADATA, Distributed
 from bnguard.checkpoint.formats.hugging_face import INDEX_SUFFIXES, Pretrained, Sharded
+from bnguard.checkpoint.formats.plain_pickle import PlainPickle
 from bnguard.checkpoint.formats.safetensors import Safetensors
 from bnguard.checkpoint.formats.torch_legacy import TorchLegacy
 from bnguard.checkpoint.formats.torch_zip import TorchZip
@@ -32,12 +33,27 @@ from bnguard.layers.names import without_wrappers
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The last one is asked first. The files in folders of the others could be taken for a Pretrained.
-for _built_in in (Pretrained, Sharded, Distributed, Safetensors, TorchLegacy, TorchZip):
+# The last one is asked first. The files in folders of the others could be taken for a Pretrained,
+# and the first bytes of each other file for a pickle.
+for _built_in in (
+    PlainPickle,
+    Pretrained,
+    Sharded,
+    Distributed,
+    Safetensors,
+    TorchLegacy,
+    TorchZip,
+):
     register_format(_built_in)
 
 # Enough to recognise a format, or a file that is text.
 _START_BYTES = 4096
+# What has the name of a checkpoint by mistake, by its first bytes.
+_MISTAKEN = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; get that with git lfs pull",
+    b"<": "a web page, not a checkpoint; download it again, the server may want a login",
+    b"\x1f\x8b": "compressed by gzip; decompress it with gunzip",
+}
 # What torch.optim.swa_utils.AveragedModel keeps next to the model that it wraps.
 _AVERAGED_MODELS_OWN = "n_averaged"
 
@@ -89,11 +105,7 @@ def load_model(checkpoint: OpenCheckpoint, prefix: str) -> dict[str, Tensor]:
 
 @contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[OpenCheckpoint]:
-    """Open a checkpoint; tensors in it can be read until it is closed.
-
-    Raises:
-        CheckpointError: It cannot be read, is damaged, or its format is unknown.
-    """
+    """Open a checkpoint; tensors in it can be read until it is closed."""
     path = checkpoint_at(path)
     with OpenFiles() as files:
         yield format_of(path, files)(path, files)
@@ -107,11 +119,7 @@ def checkpoint_at(path: str | Path) -> Path:
 
 
 def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
-    """Return the format of a checkpoint.
-
-    Raises:
-        CheckpointError: The file does not exist, or its format is unknown.
-    """
+    """Return the format of a checkpoint."""
     try:
         is_there = path.exists()
     except OSError as error:
@@ -128,10 +136,11 @@ def format_of(path: Path, files: OpenFiles) -> type[OpenCheckpoint]:
         raise CheckpointError(f"{path}: a pipe or a device; save it to a file first")
     if not start:
         raise CheckpointError(f"{path}: the file is empty; save the checkpoint again")
-    # Text of its own, as SpeechBrain's counters are, and not a pointer of Git LFS.
-    is_text = not start.startswith(b"version https://git-lfs") and all(
-        byte in b"\t\n\r" or 32 <= byte < 127 for byte in start
-    )
+    for beginning, what in _MISTAKEN.items():
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
+            raise CheckpointError(f"{path}: {what}")
+    # Text of its own, as SpeechBrain's counters are.
+    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
     raise (NoBatchNormError if is_text else CheckpointError)(
         f"{path}: not a checkpoint of a known format; use a file that torch, Lightning or "
         "safetensors wrote"
@@ -176,10 +185,9 @@ def _choose_model(checkpoint: OpenCheckpoint, model: str | None) -> str:
 def _load(tensor: StoredTensor) -> Tensor:
     import torch
 
-    dtype = torch_dtype(tensor.dtype)
     if tensor.is_meta:
-        return torch.empty(tensor.shape, dtype=dtype, device="meta")
-    return torch.from_numpy(tensor.read()).view(dtype)
+        return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="meta")
+    return torch.from_numpy(tensor.read()).view(torch_dtype(tensor.dtype))
 
 
 def _without_common_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

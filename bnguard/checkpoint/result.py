@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bnguard.errors import CheckpointError, nearest_name
+from bnguard.findings import PastFinding
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.names import without_wrappers
 
@@ -32,6 +33,7 @@ class CheckpointLayer:
         eps: What is added to the variance; None if the file does not hold it.
         is_updating: Whether train mode updates the statistics, as far as the file shows.
         aliases: Prefixes of the other layers whose running mean is in the same bytes.
+        is_writable: Whether the statistics can be replaced; those in NumPy arrays cannot.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CheckpointLayer:
     eps: float | None = None
     is_updating: bool = True
     aliases: tuple[str, ...] = ()
+    is_writable: bool = True
 
     @property
     def channels(self) -> int:
@@ -101,29 +104,21 @@ def layer_name(model: str, layer: str) -> str:
     return without_wrappers(layer.removeprefix(model)[:-1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class NotedFinding:
-    """A finding during the training, as ``BatchNormMonitor`` noted it in the checkpoint.
+@dataclass(frozen=True)
+class StoredArguments:
+    """What Lightning's ``save_hyperparameters`` stored of a model or a data module.
 
     Attributes:
-        code: Code of the rule.
-        name: Name of the rule.
-        severity: ``"warning"`` or ``"error"``.
-        layer: Dotted name of the layer; None for the model.
-        message: What was wrong.
-        evidence: The measured number and its limit, in words.
-        first_step: First step with the finding.
-        last_step: Last step with the finding.
+        values: Plain data by name: atoms, lists, tuples, dictionaries. A namespace is a dictionary
+            here, a path a string.
+        objects: Class names of all else that was stored, by name; objects are not rebuilt.
+        argument: The argument that received all of it as one namespace or dictionary; None if each
+            was an argument.
     """
 
-    code: str
-    name: str
-    severity: str
-    layer: str | None
-    message: str
-    evidence: str
-    first_step: int
-    last_step: int
+    values: Mapping[str, object] = field(default_factory=dict)
+    objects: Mapping[str, str] = field(default_factory=dict)
+    argument: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,16 +130,8 @@ class Checkpoint:
         format: Name of its format.
         models: The models with BN layers in it; a Lightning checkpoint has one.
         is_lightning: Whether a Lightning Trainer saved it.
-        hyper_parameters: What Lightning's ``save_hyperparameters`` stored, as far as it is plain
-            data: atoms, lists, tuples, dictionaries. A namespace is a dictionary here, a path a
-            string.
+        hyper_parameters: The stored arguments of the model.
         data_hyper_parameters: The same of the data module.
-        foreign_hyper_parameters: The names of the model's other hyper-parameters, which are
-            objects and are not built, with their classes.
-        foreign_data_hyper_parameters: The same of the data module.
-        hyper_parameters_argument: The argument that received all of the model's as one namespace
-            or dictionary; None if each was an argument.
-        data_hyper_parameters_argument: The same of the data module.
         momenta: Momentum of the BN layers by name, as ``BatchNormMonitor`` noted it during
             training; empty if it did not.
         eps: The same of their eps.
@@ -161,15 +148,11 @@ class Checkpoint:
     format: str
     models: tuple[CheckpointModel, ...]
     is_lightning: bool = False
-    hyper_parameters: Mapping[str, object] = field(default_factory=dict)
-    data_hyper_parameters: Mapping[str, object] = field(default_factory=dict)
-    foreign_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
-    foreign_data_hyper_parameters: Mapping[str, str] = field(default_factory=dict)
-    hyper_parameters_argument: str | None = None
-    data_hyper_parameters_argument: str | None = None
+    hyper_parameters: StoredArguments = field(default_factory=StoredArguments)
+    data_hyper_parameters: StoredArguments = field(default_factory=StoredArguments)
     momenta: Mapping[str, float | None] = field(default_factory=dict)
     eps: Mapping[str, float] = field(default_factory=dict)
-    reported: tuple[NotedFinding, ...] = ()
+    reported: tuple[PastFinding, ...] = ()
     monitored: Mapping[str, str] = field(default_factory=dict)
     global_step: int | None = None
     epoch: int | None = None

@@ -71,11 +71,7 @@ class Source:
     size: int
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes from ``offset``.
-
-        Raises:
-            CheckpointError: The range or the file is shorter.
-        """
+        """Return exactly ``size`` bytes from ``offset``."""
         place = self.window(offset, size)
         try:
             self.handle.seek(place.start)
@@ -107,11 +103,7 @@ class Source:
             start = stop
 
     def window(self, offset: int, size: int) -> Source:
-        """Return a part of this range.
-
-        Raises:
-            CheckpointError: The part reaches beyond the end.
-        """
+        """Return a part of this range."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise self.truncated()
         return Source(self.path, self.handle, self.start + offset, size)
@@ -171,11 +163,7 @@ class OpenFiles(ExitStack):
         self._sources: dict[Path, Source] = {}
 
     def open(self, path: Path) -> Source:
-        """Open a file to read it by position.
-
-        Raises:
-            CheckpointError: It cannot be opened.
-        """
+        """Open a file to read it by position."""
         if path not in self._sources:
             try:
                 handle = self.enter_context(path.open("rb"))
@@ -185,11 +173,7 @@ class OpenFiles(ExitStack):
         return self._sources[path]
 
     def first_bytes(self, path: Path, size: int) -> bytes:
-        """Return the first bytes of a file, fewer if it is shorter; none of a folder or a pipe.
-
-        Raises:
-            CheckpointError: It cannot be read.
-        """
+        """Return the first bytes of a file, fewer if it is shorter; none of a folder or a pipe."""
         if not path.is_file():
             return b""
         source = self.open(path)
@@ -211,11 +195,7 @@ def carrier(dtype: str, byteorder: str = "little") -> np.dtype[Any]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's type of this name.
-
-    Raises:
-        CheckpointError: This version of torch has none.
-    """
+    """Return torch's type of this name."""
     import torch
 
     dtype = getattr(torch, name, None)
@@ -228,14 +208,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Bytes in a file that one or more tensors view.
+    """Bytes in a file that one or more tensors view; they are found when they are needed.
 
-    Attributes:
-        nbytes: Their number.
-        byteorder: ``"little"`` or ``"big"``.
-        find_source: Finds the bytes; called when they are needed.
-        is_replaceable: Whether a copy of the file can have other bytes there. Those of a NumPy
-            array are a part of the pickle.
+    A copy of the file cannot have other bytes in place of a NumPy array, a part of the pickle.
     """
 
     nbytes: int
@@ -249,9 +224,7 @@ class Piece:
     """A block of a tensor, viewing a storage.
 
     Attributes:
-        storage: The storage.
         start: First element, counted in elements from the beginning of the storage.
-        shape: Shape of the block.
         stride: Step of each dimension, in elements.
         corner: Where the block begins in the tensor; all zeros if it is the whole.
     """
@@ -269,11 +242,7 @@ class Piece:
         return all(size == 1 or step == expected for size, step, expected in steps)
 
     def byte_span(self, dtype: str) -> tuple[int, int]:
-        """Return the first byte of the block in its storage, and the one behind the last.
-
-        Raises:
-            CheckpointError: The block reaches outside its storage, or the type is unknown.
-        """
+        """Return the first byte of the block in its storage, and the one behind the last."""
         itemsize = self.carrier(dtype).itemsize
         reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         stop = self.start if 0 in self.shape else self.start + reach + 1
@@ -296,11 +265,7 @@ class Piece:
         return view.astype(code.newbyteorder("="))
 
     def carrier(self, dtype: str) -> np.dtype[Any]:
-        """Return the numpy type that carries the elements.
-
-        Raises:
-            CheckpointError: Torch's type is unknown.
-        """
+        """Return the numpy type that carries the elements."""
         if dtype not in CARRIERS:
             path = self.storage.find_source().path
             raise CheckpointError(
@@ -311,13 +276,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file; its values are read when they are needed.
-
-    Attributes:
-        dtype: Element type as torch names it.
-        shape: Shape.
-        find_pieces: Finds the blocks that cover the tensor; called once.
-    """
+    """A tensor in a file, of an element type as torch names it; read when its values are needed."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -344,11 +303,7 @@ class StoredTensor:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """Blocks that cover the tensor; none if it has no values (meta device).
-
-        Raises:
-            CheckpointError: The file that says where they are cannot be read.
-        """
+        """Blocks that cover the tensor; none if it has no values (meta device)."""
         return self.find_pieces()
 
     @property
@@ -362,12 +317,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self) -> npt.NDArray[Any]:
-        """Return the elements in the type that carries them, native byte order.
-
-        Raises:
-            CheckpointError: Elements are outside their storage, have an unknown type, or are far
-                more than are stored.
-        """
+        """Return the elements in the type that carries them, native byte order."""
         if self._is_one_piece:
             return self.pieces[0].read(self.dtype)
         whole = np.empty(self.shape, self.pieces[0].carrier(self.dtype).newbyteorder("="))
@@ -388,10 +338,17 @@ class StoredTensor:
             return carried.astype(np.float64)
 
     def byte_chunks(self) -> Iterator[bytes]:
-        """Yield the bytes of the elements in order, in pieces of equal size except the last."""
+        """Yield the bytes of the elements in order, in pieces of equal size except the last.
+
+        Of an unknown type these are all bytes of its storage.
+        """
         if self.is_meta or self.numel == 0:
             return
         piece = self.pieces[0]
+        if self.dtype not in CARRIERS:  # and the size of an element is unknown
+            for each in self.pieces:
+                yield from each.storage.find_source().chunks()
+            return
         # A contiguous tensor is never held in memory at once, however large it is.
         if self._is_one_piece and piece.is_contiguous and piece.storage.byteorder == "little":
             first, stop = piece.byte_span(self.dtype)

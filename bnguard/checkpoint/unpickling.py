@@ -49,6 +49,9 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": "complex128",
 }
 
+# The functions by which torch pickles a tensor.
+_REBUILD = "torch._utils._rebuild_tensor"
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -69,12 +72,9 @@ class Reference:
 class InertObject:
     """An object that a pickle describes, and that nobody creates.
 
-    Attributes:
-        made_by: What would have been called: a :class:`Reference`, or another inert object.
-        args: The arguments of the call.
-        state: The state that the object would have received.
-        items: What would have been appended or added to it; None if nothing.
-        pairs: What would have been set in it by key; None if nothing.
+    It would have been made by calling ``made_by``, a :class:`Reference` or another inert object,
+    with ``args``; would have received ``state``; and ``items`` would have been appended or added to
+    it, ``pairs`` set by key. The last two are None if there are none.
     """
 
     made_by: object
@@ -137,8 +137,7 @@ class NotPlainError(Exception):
 def plain(value: object) -> object:
     """Return a value as atoms, lists, tuples and dictionaries; paths become strings.
 
-    Raises:
-        NotPlainError: It holds an object of another class; the argument names that.
+    An object of another class in it raises :class:`NotPlainError`, which names the class.
 
     >>> plain([1, {"a": InertObject(Reference("argparse", "Namespace"), state={"lr": 0.1})}])
     [1, {'a': {'lr': 0.1}}]
@@ -178,8 +177,7 @@ def _plain(value: object, budget: Iterator[int], depth: int) -> object:
 def call(made_by: object, args: object) -> object:
     """Return the result of a call in a pickle: a tensor, a container, or an inert object.
 
-    Raises:
-        ValueError: The description of a tensor or its shape makes no sense.
+    A tensor that makes no sense raises ``ValueError``.
     """
     match str(made_by) if isinstance(made_by, Reference) else None, args:
         case (
@@ -209,7 +207,7 @@ def call(made_by: object, args: object) -> object:
             (function, cls, arguments, state),
         ):
             # A tensor of a class of its own, or with attributes, is read as a plain one.
-            if str(function).startswith("torch._utils._rebuild_tensor"):
+            if str(function).startswith(_REBUILD):
                 return call(function, arguments)
             return InertObject(cls, (function, arguments), state)
         case "torch.Size", tuple(sizes):
@@ -217,7 +215,9 @@ def call(made_by: object, args: object) -> object:
         case "collections.OrderedDict", tuple(given):
             pairs: Any = given[0] if given and isinstance(given[0], (list, tuple)) else ()
             return InertObject(made_by, pairs={as_key(key): value for key, value in pairs})
-        case str(name), _ if name.startswith("torch._utils._rebuild_tensor"):
+        case str(name), (InertObject(), *_) if name.startswith(_REBUILD):
+            pass  # pickled without torch.save
+        case str(name), _ if name.startswith(_REBUILD):
             raise ValueError("a tensor without a storage or a type")
     return InertObject(made_by, args)
 
@@ -226,8 +226,8 @@ def _view(
     storage: Storage, dtype: str, start: object, shape: object, stride: object
 ) -> StoredTensor:
     sizes, steps, (first,) = as_sizes(shape), as_sizes(stride), as_sizes((start,))
-    if dtype not in CARRIERS or len(sizes) != len(steps):
-        raise ValueError("a tensor of an unknown type, or without a stride for each dimension")
+    if len(sizes) != len(steps):
+        raise ValueError("a tensor without a stride for each dimension")
     return StoredTensor.viewing(storage, dtype, sizes, first, steps)
 
 
@@ -259,15 +259,9 @@ def _no_storage(name: str, nbytes: int) -> Storage:
 def read_pickle(
     source: Source, stream: BinaryIO, find_storage: Callable[[str, int], Storage] = _no_storage
 ) -> object:
-    """Read one pickle from the position of the stream, which ends up behind it.
+    """Read one pickle from the position of a stream of ``source``, which ends up behind it.
 
-    Args:
-        source: The bytes of the stream, for messages and for texts too long to keep.
-        stream: The stream.
-        find_storage: Returns the storage of a name, and as many bytes as the pickle says.
-
-    Raises:
-        CheckpointError: It is not a pickle, is damaged, or is too large.
+    ``find_storage`` returns the storage of a name, with as many bytes as the pickle says.
     """
     try:
         return _Machine(source, stream, find_storage).run()
@@ -370,16 +364,12 @@ class _Machine:
             return Reference(self.line(), self.line())
         if name == "STRING":
             return _unquoted(self.line())
-        if kind.n not in _SIZE_BYTES:
+        if kind.n not in _SIZE_BYTES or name in ("LONG1", "LONG4"):
             value = kind.reader(self.stream)
             if isinstance(value, int) and value.bit_length() > 8 * _LONGEST_INTEGER_BYTES:
                 raise ValueError("an integer that is too long")
             return value
         size = int.from_bytes(self.read(_SIZE_BYTES[kind.n]), "little")
-        if name in ("LONG1", "LONG4"):
-            if size > _LONGEST_INTEGER_BYTES:
-                raise ValueError("an integer that is too long")
-            return int.from_bytes(self.read(size), "little", signed=True)
         if size > _LONGEST_TEXT_BYTES or self.text_bytes + size > _MOST_TEXT_BYTES:
             blob = Blob(self.source.window(self.stream.tell(), size))
             self.stream.seek(size, io.SEEK_CUR)
@@ -416,11 +406,10 @@ def _reference(module: object, name: object) -> Reference:
 
 
 def _add(target: object, *items: object) -> object:
+    present = target
     if isinstance(target, InertObject):
         present = target.items = [] if target.items is None else target.items
-    elif isinstance(target, list):
-        present = target
-    else:
+    if not isinstance(present, list):
         raise TypeError("items for something that is not a list")
     present.extend(items)
     return target

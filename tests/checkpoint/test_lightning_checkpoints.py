@@ -62,8 +62,8 @@ def test_it_is_read_as_lightning_reads_it(trained):
     checkpoint = read_checkpoint(trained)
     (layer,) = checkpoint.layers
     assert (layer.name, layer.prefix, layer.counter) == ("net.1", "state_dict.net.1.", 8)
-    assert checkpoint.hyper_parameters == {"width": 4, "betas": (0.9, 0.99)}
-    assert checkpoint.foreign_hyper_parameters.keys() == {"config"}
+    assert checkpoint.hyper_parameters.values == {"width": 4, "betas": (0.9, 0.99)}
+    assert checkpoint.hyper_parameters.objects.keys() == {"config"}
     theirs = torch.load(trained, weights_only=False)
     assert (checkpoint.epoch, checkpoint.global_step) == (theirs["epoch"], theirs["global_step"])
     assert load_state_dict(trained).keys() == theirs["state_dict"].keys()

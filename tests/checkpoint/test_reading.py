@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import gzip
 import os
 import pathlib
 import re
@@ -137,7 +138,7 @@ def test_lightning_layout(network, tmp_path):
     checkpoint = read_checkpoint(saved(value, tmp_path))
     assert layers(checkpoint) == {"state_dict.": NAMES, "callbacks.EMA.state_dict.": NAMES}
     assert (checkpoint.epoch, checkpoint.global_step) == (2, 40)
-    assert checkpoint.hyper_parameters == {
+    assert checkpoint.hyper_parameters.values == {
         "width": 6,
         "betas": (0.9, 0.999),
         "data": "data/train",
@@ -147,8 +148,8 @@ def test_lightning_layout(network, tmp_path):
         "size": (3, 4),
         "_instantiator": "os.system",
     }
-    assert checkpoint.foreign_hyper_parameters.keys() == {"config", "list", "backbone"}
-    assert checkpoint.foreign_hyper_parameters["config"].endswith(".Config")
+    assert checkpoint.hyper_parameters.objects.keys() == {"config", "list", "backbone"}
+    assert checkpoint.hyper_parameters.objects["config"].endswith(".Config")
     # Of several models Lightning's own is meant.
     assert load_state_dict(tmp_path / "value.pt").keys() == network.state_dict().keys()
 
@@ -296,6 +297,22 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, make):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        ("\ufeff\n<!DOCTYPE html><p>Quota überschritten".encode(), "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
+        (gzip.compress(b"a checkpoint", mtime=0), "gunzip"),
+    ],
+    ids=["pointer", "html", "xml", "gzip"],
+)
+def test_what_was_downloaded_in_place_of_a_checkpoint_is_named(tmp_path, content, advice):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=advice):
+        read_checkpoint(tmp_path / "model.pt")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(network, tmp_path):
     path = save_zip(network, tmp_path)
@@ -332,9 +349,10 @@ def test_a_file_that_names_one_branch_endlessly_is_refused(tmp_path, leaf, monke
         read_checkpoint(saved(value, tmp_path))
 
 
-def test_a_long_list_of_numbers_is_no_obstacle(network, tmp_path):
+def test_a_long_list_of_numbers_is_no_obstacle(network, tmp_path, monkeypatch):
     """A sampler may keep the order of its data set."""
-    value = {"model": network.state_dict(), "order": list(range(2_000_000))}
+    monkeypatch.setattr(bnguard.checkpoint.contents, "_MOST_ENTRIES", 150_000)
+    value = {"model": network.state_dict(), "order": list(range(200_000))}
     assert layers(read_checkpoint(saved(value, tmp_path))) == {"model.": NAMES}
 
 
@@ -352,6 +370,21 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
     path = saved(state | {"other": torch.zeros(1).expand(2**40)}, tmp_path)
     assert read_checkpoint(path).layers == ()
     with pytest.raises(CheckpointError, match="too large to be expanded"):
+        load_state_dict(path)
+
+
+def test_a_tensor_of_a_new_type_does_not_hide_the_others(network, tmp_path):
+    new = torch.ones(2, dtype=torch.uint8).view(torch.bits8)
+    path = saved({"model": network.state_dict() | {"packed": new}}, tmp_path)
+    assert layers(read_checkpoint(path)) == {"model.": NAMES}
+    statistics = {"model.stem.1.running_mean": torch.ones(6)}
+    copy = write_statistics(path, tmp_path / "copy.pt", statistics, {})
+    assert compare(read_checkpoint(path), read_checkpoint(copy)).entries == ()
+    new.untyped_storage()[0] = 7
+    other = saved({"model": network.state_dict() | {"packed": new}}, tmp_path, "other.pt")
+    (entry,) = compare(read_checkpoint(path), read_checkpoint(other)).entries
+    assert (entry.key, entry.detail) == ("model.packed", "values differ")
+    with pytest.raises(CheckpointError, match="holds a tensor of type bits8"):
         load_state_dict(path)
 
 

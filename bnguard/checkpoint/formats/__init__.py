@@ -81,7 +81,7 @@ class OpenCheckpoint(ABC):
         """Copy the checkpoint with other bytes in some places, and with a note of what was done.
 
         Args:
-            target: An empty file or folder.
+            target: The file or folder to make.
             patches: The places, all in storages of tensors.
             provenance: The note, as JSON; it replaces an older one.
 
@@ -110,11 +110,12 @@ class OpenFolder(OpenCheckpoint):
 
         Links are followed, as a cache of the Hub consists of them; a broken one stays one.
         """
+        target.mkdir()
         for path in sorted(self.path.rglob("*")):
             copy = target / path.relative_to(self.path)
             inside = [patch for patch in patches if patch.path == path]
             if path.is_dir():
-                copy.mkdir(exist_ok=True)
+                copy.mkdir()
             elif not path.exists():
                 copy.symlink_to(path.readlink())
             elif inside:
@@ -156,11 +157,7 @@ def parse_provenance(text: bytes | str) -> Mapping[str, object]:
 
 
 def member(folder: Path, name: object) -> Path:
-    """Return a file in a folder by the name that the checkpoint gives it.
-
-    Raises:
-        CheckpointError: The name leads out of the folder, or is not a name.
-    """
+    """Return a file in a folder by the name that the checkpoint gives it."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         shown = name if isinstance(name, str) else type(name).__name__
         raise damaged(folder, f"it names a file outside the folder: {shown}")
@@ -168,11 +165,7 @@ def member(folder: Path, name: object) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the files in a folder, not below it, that are checkpoints by their names.
-
-    Raises:
-        CheckpointError: The folder cannot be read.
-    """
+    """Return the files in a folder, not below it, that are checkpoints by their names."""
     return [
         path for path in sort_folder(folder) if path.is_file() and is_checkpoint_name(path.name)
     ]
@@ -188,11 +181,7 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def sort_folder(folder: Path) -> list[Path]:
-    """Return what is in a folder, in the order of names.
-
-    Raises:
-        CheckpointError: The folder cannot be read.
-    """
+    """Return what is in a folder, in the order of names."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:

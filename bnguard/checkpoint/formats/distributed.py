@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 from bnguard.checkpoint.formats import OpenFolder, member
 from bnguard.checkpoint.formats.torch_zip import Archive, TorchZip
 from bnguard.checkpoint.storage import OpenFiles, Patch, Piece, Source, StoredTensor
-from bnguard.checkpoint.unpickling import (
-    Reference,
-    as_sizes,
-    damaged,
-    mapping_of,
-    read_pickle,
-)
+from bnguard.checkpoint.unpickling import Reference, as_sizes, damaged, mapping_of, read_pickle
 from bnguard.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -129,7 +123,7 @@ class Distributed(OpenFolder):
     ) -> Piece:
         stored = Archive.read(self._source(place)).read_object()
         if not isinstance(stored, StoredTensor) or (stored.dtype, stored.shape) != (dtype, sizes):
-            raise damaged(self.path, f"{name} is not what its metadata say")
+            raise damaged(self.path, f"{name} does not match its metadata")
         (piece,) = stored.pieces
         return Piece(piece.storage, piece.start, piece.shape, piece.stride, corner)
 

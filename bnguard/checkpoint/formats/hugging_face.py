@@ -36,11 +36,7 @@ class _OpenShards(OpenFolder):
         self.shards: dict[Path, OpenCheckpoint] = {}
 
     def open_shard(self, shard: Path) -> OpenCheckpoint:
-        """Open a file of weights, once.
-
-        Raises:
-            CheckpointError: It is missing or damaged.
-        """
+        """Open a file of weights, once."""
         if shard not in self.shards:
             start = self.files.first_bytes(shard, 64)
             fitting = [each for each in _SHARD_FORMATS if each.recognises(shard, start)]

@@ -59,8 +59,8 @@ class Safetensors(OpenCheckpoint):
             for name, description in self._header.items()
         }
         places = [tensor.pieces[0].storage.find_source() for tensor in tensors.values()]
-        places.sort(key=lambda place: (place.start, place.size))
-        if any(low.start + low.size > high.start for low, high in itertools.pairwise(places)):
+        spans = sorted((place.start, place.start + place.size) for place in places)
+        if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
             raise damaged(path, "its tensors overlap")
         self.root = tensors
         self.extras = {

@@ -54,11 +54,7 @@ class Archive:
 
     @classmethod
     def read(cls, source: Source) -> Archive:
-        """Read the directory of an archive.
-
-        Raises:
-            CheckpointError: It has none, or it is damaged.
-        """
+        """Read the directory of an archive."""
         try:
             with ZipFile(source.stream()) as archive:
                 return cls(source, tuple(archive.infolist()), archive.start_dir)
@@ -72,11 +68,7 @@ class Archive:
 
     @cached_property
     def folder(self) -> str:
-        """The folder that holds all records, with its slash.
-
-        Raises:
-            CheckpointError: torch did not write this archive.
-        """
+        """The folder that holds all records, with its slash."""
         pickles = [name for name in self.records if name.endswith("/" + _PICKLE)]
         if not pickles:
             raise CheckpointError(
@@ -86,11 +78,7 @@ class Archive:
         return min(pickles, key=len).removesuffix(_PICKLE)
 
     def content(self, record: ZipInfo) -> Source:
-        """Return the content of a record.
-
-        Raises:
-            CheckpointError: It is compressed or encrypted, or its header is damaged.
-        """
+        """Return the content of a record."""
         if not _is_stored(record):
             raise CheckpointError(
                 f"{self.source.path}: its record {printable(record.filename[:80])} is compressed "
@@ -104,11 +92,7 @@ class Archive:
         return self.source.window(start, record.file_size)
 
     def read_object(self) -> object:
-        """Return what was saved.
-
-        Raises:
-            CheckpointError: It is damaged.
-        """
+        """Return what was saved."""
         byteorder = self.records.get(self.folder + "byteorder")
         is_big = byteorder is not None and byteorder.file_size == len("big")
         known: dict[str, Storage] = {}
@@ -129,11 +113,7 @@ class Archive:
         return Storage(record.file_size, byteorder, lambda: self.content(record))
 
     def checksum_patches(self, patches: Sequence[Patch]) -> Iterator[Patch]:
-        """Yield patches for the CRC-32 of every record whose content the given patches change.
-
-        Raises:
-            CheckpointError: A record cannot be read.
-        """
+        """Yield patches for the CRC-32 of every record whose content the given patches change."""
         source = self.source
         positions = sorted(patch.position for patch in patches)
         entry_start = self.directory_start

@@ -158,5 +158,5 @@ def test_what_lightning_does_not_distribute_is_read(network, tmp_path):
     }
     torch.save(beside, folder / "meta.pt")
     checkpoint = read_checkpoint(folder)
-    assert (checkpoint.global_step, checkpoint.hyper_parameters) == (70, {"width": 6})
+    assert (checkpoint.global_step, checkpoint.hyper_parameters.values) == (70, {"width": 6})
     assert len(checkpoint.layers) == 3
