@@ -21,23 +21,23 @@ from bnguard.layers.bn_layer import (
     require_module,
     run_uncompiled,
 )
-from bnguard.layers.preserve import preserve_random_states
+from bnguard.layers.preserve import preserve_modes, preserve_random_states
 from bnguard.observe.mode_gap import float_tensors, places_of_rows, relative_change
 from bnguard.recalibration.api import measure_score
-from bnguard.recalibration.batches import Batch, Forward, read_batches
-from bnguard.recalibration.layer_inputs import read_inputs
+from bnguard.recalibration.batches import Batch, Forward, call, read_batches
 from bnguard.recalibration.options import (
     Keep,
     Score,
+    Selection,
     is_whole,
     patterns_of,
     require_keep,
     require_score,
 )
+from bnguard.recalibration.statistics import read_inputs
 from bnguard.swapping.distillation import OwnDevice, Pair
 from bnguard.swapping.result import HARMFUL_CHANGE_STD, ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
-    SwapPlan,
     add_tail,
     check_optimizer,
     check_reachable,
@@ -45,14 +45,7 @@ from bnguard.swapping.surgery import (
     plan_swap,
     replace_modules,
 )
-from bnguard.swapping.targets import (
-    Factory,
-    Groups,
-    Target,
-    find_target,
-    measure_positions,
-    run_in_eval_mode,
-)
+from bnguard.swapping.targets import Factory, Groups, Target, find_target
 from bnguard.swapping.teacher import Taught, teach
 
 _SAMPLES_TO_COMPARE = 128
@@ -158,7 +151,7 @@ def swap(
         positions: Mapping[str, int] = {}
         expected: object = None
         if batch is not None:
-            positions, expected = measure_positions(model, plan.layers, forward, batch)
+            positions, expected = _measure_positions(model, plan.layers, forward, batch)
         teacher = None if data is None else _copy_model(model)[0]
         subject, successors = (model, {}) if in_place else _copy_model(model)
         swapped = _replace_layers(subject, plan, target, positions)
@@ -286,9 +279,11 @@ def _read_sample(
     if sample is None and data is None:
         return None
     source = data if sample is None and data is not None else [sample]
-    lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
-    if lazy is not None:
-        raise ConfigurationError(f"{lazy} is lazy: put a batch through the model first")
+    for name, value in model.named_parameters():
+        if is_lazy(value):
+            raise ConfigurationError(f"{name} is lazy: put a batch through the model first")
+        if value.is_meta:
+            raise ConfigurationError(f"{name} is on the meta device: load the weights first")
     device = device_of(model)
     batches = read_batches(source, model, forward, samples=_SAMPLES_TO_COMPARE, device=device)
     for batch in batches:
@@ -296,8 +291,33 @@ def _read_sample(
     raise ConfigurationError("there are no samples to distil on: the data are empty")
 
 
+def _measure_positions(
+    model: nn.Module, layers: Sequence[BatchNormLayer], forward: Forward | None, sample: Batch
+) -> tuple[Mapping[str, int], object]:
+    """Return the values per channel and sample that reach each layer, the fewest of its calls.
+
+    Layers that the sample does not reach are left out. The second value is what the model, in
+    eval mode, returned.
+    """
+    positions: dict[str, int] = {}
+
+    def measure(index: int, values: Tensor) -> None:
+        name, here = layers[index].name, values.shape[2:].numel()
+        positions[name] = min(here, positions.get(name, here))
+
+    with read_inputs(layers, measure):
+        return positions, _run_in_eval_mode(model, forward, sample)
+
+
+def _run_in_eval_mode(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
+    """Return what a model gives for a batch in eval mode; the model stays as it is."""
+    with preserve_modes(model), preserve_random_states(model), torch.no_grad():
+        model.eval()
+        return call(model, forward, batch)
+
+
 def _replace_layers(
-    model: nn.Module, plan: SwapPlan, target: Target, positions: Mapping[str, int]
+    model: nn.Module, plan: Selection, target: Target, positions: Mapping[str, int]
 ) -> _SwappedModel:
     """Replace the layers of the plan; a model that fails stays as it was."""
     names = {layer.name for layer in plan.layers}
@@ -314,7 +334,7 @@ def _check_nothing_left(swapped: _SwappedModel) -> None:
     for layer in find_layers(swapped.model):
         if layer.module in swapped.replacements:
             raise ConfigurationError(
-                f"{layer.name} is part of another BN layer, where it cannot be replaced: leave "
+                f"{layer.label} is part of another BN layer, where it cannot be replaced: leave "
                 f"that one out, or pass a factory that makes both"
             )
 
@@ -361,7 +381,7 @@ def _run_swapped(
     called: list[str] = []
     try:
         with read_inputs(before, lambda index, _: called.append(before[index].name)):
-            output = run_in_eval_mode(model, forward, batch)
+            output = _run_in_eval_mode(model, forward, batch)
     except CalibrationError as error:
         raise ConfigurationError(
             f"the swapped {type(model).__name__} fails on a batch that the model takes: "

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bnguard.distributed import current_ranks
+from bnguard.distributed import Ranks
 from bnguard.errors import ConfigurationError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of
 from bnguard.layers.moments import Moments, channel_moments, merge_moments
@@ -41,7 +41,7 @@ from bnguard.recalibration.batches import (
     join_batches,
     read_batches,
 )
-from bnguard.recalibration.layer_inputs import read_inputs
+from bnguard.recalibration.statistics import read_inputs
 from bnguard.swapping.group_fitting import VALUES_PER_CHANNEL, fit_norms, normalise, pick_values
 
 # Found by experiment on residual, depthwise and encoder-decoder networks (tests/benchmarks/swap).
@@ -111,7 +111,7 @@ class OwnDevice:
 
     def __init__(self, model: nn.Module) -> None:
         self.device = device_of(model)
-        ranks = current_ranks()
+        ranks = Ranks()
         self.world_size = ranks.size
         self.is_global_zero = ranks.rank == 0
 
@@ -175,12 +175,12 @@ def distil(
     Args:
         student: The network to train, on the device of the engine; its weights change, its modes
             and ``requires_grad`` stay.
-        teacher: The network to imitate, on the same device; its weights stay as they are.
+        teacher: The network to imitate, on the same device.
         data: Batches as for :func:`bnguard.recalibrate`; passed over again when it ends.
         pairs: Layers of the teacher and the student whose outputs are to agree.
         chooses_groups: Whether the numbers of groups of the student's group norms are chosen too.
         steps: Optimizer steps at most; fewer if nothing improves any more.
-        forward: ``forward(model, batch)`` calls a model, where ``data`` yields anything else.
+        forward: ``forward(model, batch)`` calls a model, if ``data`` yields anything else.
         engine: Lightning's ``Fabric``, or :class:`OwnDevice`: device, precision and ranks.
         show_progress: Called with the number of steps taken and the best distance so far.
 
@@ -387,12 +387,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 class _Imitation:
     """How far a student is from its teacher, at the outputs and behind each pair of layers.
 
-    Args:
-        student: The network that learns.
-        teacher: The network to imitate.
-        pairs: Layers of the teacher and the student whose outputs are to agree.
-        forward: ``forward(model, batch)`` calls a model; None if the batch says how.
-        measured: Batches on which the distance is measured.
+    The distance is measured on the batches ``measured``.
 
     Raises:
         ConfigurationError: The model returns nothing to compare, or nothing finite.

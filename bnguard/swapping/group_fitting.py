@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,9 @@ class _Fit:
 
 
 def pick_values(values: Tensor, count: int) -> Tensor:
-    """Return some of the values of each channel, the same positions of every sample.
+    """Return at most ``count`` values per channel and sample, the same positions of every sample.
 
-    Args:
-        values: Shape ``(N, C, …)``.
-        count: Values per channel and sample, at most.
-
-    Returns:
-        A copy of shape ``(N, C, P)``.
+    They are a copy of shape ``(N, C, P)``, of values of shape ``(N, C, …)``.
     """
     rows = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
     order = torch.randperm(rows.shape[2], generator=torch.Generator().manual_seed(0))
@@ -105,14 +101,13 @@ def fit_norms(
             fit, norm.num_groups = best
             _set_affine(norm, fit)
 
+    def hook(index: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args:
+            before_call(index, args[0])
+
     with ExitStack() as stack:
         for index, norm in enumerate(norms):
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-                if args:
-                    before_call(index, args[0])
-
-            stack.callback(norm.register_forward_pre_hook(hook).remove)
+            stack.callback(norm.register_forward_pre_hook(partial(hook, index)).remove)
         run()
 
 

@@ -137,7 +137,7 @@ class Swap(NotebookView):
         lines = [f"left  {layer.name} {layer.reason}" for layer in self.skipped]
         lines.append(_describe_outputs(self))
         if self.distillation is not None and self.distillation.distance > _FAR_OFF_STD:
-            lines.append("still far off, so measure it before use: more steps bring it nearer")
+            lines.append("still far off, so measure it before use: more steps bring it closer")
         if self.score_before is not None and self.score_after is not None:
             lines.append(f"score {self.score_before:.4g} → {self.score_after:.4g}")
         if not self.is_kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,7 +19,7 @@ from bnguard.layers.bn_layer import (
     is_wrapper,
 )
 from bnguard.layers.moments import wide
-from bnguard.recalibration.options import SkippedLayer, patterns_of
+from bnguard.recalibration.options import Selection, SkippedLayer, patterns_of
 from bnguard.swapping.targets import Target
 
 Replacements = Mapping[nn.Module, nn.Module]
@@ -60,7 +59,7 @@ def add_tail(norm: nn.Module, layer: BatchNormLayer) -> nn.Module:
         tail = {}
     else:
         raise ConfigurationError(
-            f"{layer.name}: {type(module).__name__} computes more than BN and then its children, "
+            f"{layer.label}: {type(module).__name__} computes more than BN and then its children, "
             f"and would lose it; exclude {layer.name!r}, or pass a "
             "factory"
         )
@@ -190,29 +189,10 @@ def _is_close(found: object, expected: object) -> bool:
     return torch.allclose(wide(found), wide(expected), rtol=tolerance, atol=tolerance)
 
 
-@dataclass(frozen=True)
-class SwapPlan:
-    """Which layers a swap replaces.
-
-    Attributes:
-        layers: The BN layers to replace.
-        skipped: Those to keep, and why.
-    """
-
-    layers: tuple[BatchNormLayer, ...]
-    skipped: tuple[SkippedLayer, ...]
-
-
 def plan_swap(
     model: nn.Module, target: Target, names: Iterable[str] | None, exclude: Iterable[str]
-) -> SwapPlan:
-    """Choose the layers of a model to replace.
-
-    Args:
-        model: The model.
-        target: What replaces them.
-        names: Names or patterns of the layers to replace; None for all.
-        exclude: Names or patterns of layers to keep.
+) -> Selection:
+    """Choose the layers of a model to replace, by the options ``layers`` and ``exclude`` of swap.
 
     Raises:
         ConfigurationError: There are none, a pattern fits none, one is not initialised, or has
@@ -239,7 +219,7 @@ def plan_swap(
         raise ConfigurationError(
             f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
         )
-    return SwapPlan(tuple(layers), tuple(skipped))
+    return Selection(tuple(layers), tuple(skipped))
 
 
 def _reason_to_skip(
@@ -255,7 +235,7 @@ def _reason_to_skip(
 def _check_parameters(layer: BatchNormLayer) -> None:
     if layer.channels == 0:
         raise ConfigurationError(
-            f"{layer.name} is lazy and has seen no batch: put one through the model first"
+            f"{layer.label} is lazy and has seen no batch: put one through the model first"
         )
     for name in ("weight", "bias"):
         # Pruning and the old weight norm make the value a plain attribute.
@@ -263,7 +243,7 @@ def _check_parameters(layer: BatchNormLayer) -> None:
             f"{name}_{kind}" in layer.module._parameters for kind in ("orig", "g")
         ):
             raise ConfigurationError(
-                f"{layer.name}: its {name} is recomputed at each call, by pruning or a weight "
+                f"{layer.label}: its {name} is recomputed at each call, by pruning or a weight "
                 "norm: make that permanent first, e.g. with torch.nn.utils.prune.remove"
             )
 

@@ -1,14 +1,14 @@
-"""What BN can be swapped for: a target says which layers it leaves alone, and builds the others.
+"""What BN can be swapped for: a target builds the new layer, and says which layers stay.
 
-A new one is a class with the two methods of :class:`Target`, and a line in :func:`find_target`.
+A new one is a function that builds a layer, and a line in :data:`TARGETS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,34 @@ from torch.nn.utils import parametrize
 from bnguard.errors import ConfigurationError, in_one_line, nearest_name
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers
 from bnguard.layers.distances import FORGOTTEN_WEIGHT, updates_to_forget
-from bnguard.layers.preserve import preserve_modes, preserve_random_states
-from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import read_inputs
 from bnguard.recalibration.options import is_whole
 from bnguard.swapping.group_fitting import MIN_VALUES_PER_GROUP
-from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm, RenormSchedule
+from bnguard.swapping.norms import BatchRenorm, FrozenNorm, GroupNorm
+
+Factory = Callable[[nn.Module], nn.Module]
+Groups = int | Mapping[str, int]
+# Takes a layer, and the values per channel and sample that reach it, or None if not known.
+_GroupsFor = Callable[[BatchNormLayer, int | None], int]
+
+# Wu and He 2018, section 4.1: the number of groups that did best on ImageNet.
+_USUAL_GROUPS = 32
+# A group of one channel loses the channel's mean: 98.7 % fell to 23.5 % in a DenseNet-like network.
+_USUAL_MIN_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What takes the place of BN layers.
+
+    Attributes:
+        build: Returns the new layer, with the parameters of the old one, which stays as it is.
+            Takes the BN layer, and the values per channel and sample that reach it, or None if not
+            known. Raises ConfigurationError if the layer cannot be replaced by this target.
+        reason_to_skip: Returns why a layer stays as it is; None if it is to be replaced.
+    """
+
+    build: Callable[[BatchNormLayer, int | None], nn.Module]
+    reason_to_skip: Callable[[BatchNormLayer], str | None] = lambda layer: None
 
 
 def choose_groups(channels: int, wanted: int, positions: int | None) -> int:
@@ -48,129 +70,51 @@ def choose_groups(channels: int, wanted: int, positions: int | None) -> int:
     return 1
 
 
-def measure_positions(
-    model: nn.Module, layers: Sequence[BatchNormLayer], forward: Forward | None, sample: Batch
-) -> tuple[Mapping[str, int], object]:
-    """Return the values per channel and sample that reach each layer, the fewest of its calls.
-
-    Layers that the sample does not reach are left out. The second value is what the model, in
-    eval mode, returned.
-    """
-    positions: dict[str, int] = {}
-
-    def measure(index: int, values: Tensor) -> None:
-        name, here = layers[index].name, values.shape[2:].numel()
-        positions[name] = min(here, positions.get(name, here))
-
-    with read_inputs(layers, measure):
-        return positions, run_in_eval_mode(model, forward, sample)
+def _build_group_norm(
+    groups_for: _GroupsFor, layer: BatchNormLayer, positions: int | None
+) -> nn.Module:
+    groups = groups_for(layer, positions)
+    if positions is not None and layer.channels * positions < 2:
+        raise _one_value_error(layer)
+    norm = GroupNorm(groups, layer.channels, eps=layer.eps, affine=layer.weight is not None)
+    take_affine(norm, layer.module)
+    return norm
 
 
-def run_in_eval_mode(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
-    """Return what a model gives for a batch in eval mode; the model stays as it is."""
-    with preserve_modes(model), preserve_random_states(model), torch.no_grad():
-        model.eval()
-        return call(model, forward, batch)
+def _groups_at_most(
+    groups: int, min_channels: int, layer: BatchNormLayer, positions: int | None
+) -> int:
+    """Return as many groups as asked for, fewer if they would have too few values or channels."""
+    wanted = min(groups, max(1, layer.channels // min_channels))
+    return choose_groups(layer.channels, wanted, _at_least(layer, positions))
 
 
-Factory = Callable[[nn.Module], nn.Module]
-Groups = int | Mapping[str, int]
-
-# Wu and He 2018, section 4.1: the number of groups that did best on ImageNet.
-_USUAL_GROUPS = 32
-# A group of one channel loses the channel's mean: 98.7 % fell to 23.5 % in a DenseNet-like network.
-_USUAL_MIN_CHANNELS = 4
+_usual_groups = partial(_groups_at_most, _USUAL_GROUPS, _USUAL_MIN_CHANNELS)
 
 
-class Target(Protocol):
-    """What takes the place of BN layers."""
-
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Return why a layer stays as it is; None if it is to be replaced."""
-
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return the new layer, with the parameters of the old one, which stays as it is.
-
-        Args:
-            layer: The BN layer.
-            positions: Values per channel and sample that reach it; None if not known.
-
-        Raises:
-            ConfigurationError: The layer cannot be replaced by this target.
-        """
+def _one_per_channel(layer: BatchNormLayer, positions: int | None) -> int:
+    """Return the channels, as in instance norm; fewer if a channel has one value per sample."""
+    positions = _at_least(layer, positions)
+    if positions == 1:
+        return choose_groups(layer.channels, layer.channels, positions)
+    return layer.channels
 
 
-@dataclass(frozen=True)
-class GroupTarget:
-    """Group normalisation, and layer and instance normalisation, which are its two ends.
-
-    Attributes:
-        groups_for: Returns the groups of a layer, given the values per channel and sample that
-            reach it.
-    """
-
-    groups_for: Callable[[BatchNormLayer, int | None], int]
-
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Leave no layer alone."""
-        return None
-
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return a group norm with as many groups as there are values for."""
-        groups = self.groups_for(layer, positions)
-        if positions is not None and layer.channels * positions < 2:
-            raise _one_value_error(layer)
-        affine = layer.weight is not None
-        norm = GroupNorm(groups, layer.channels, eps=layer.eps, affine=affine)
-        take_affine(norm, layer.module)
-        return norm
-
-
-@dataclass(frozen=True)
-class AtMost:
-    """As many groups as asked for, fewer where they would have too few values or channels."""
-
-    groups: int
-    min_channels: int = 1
-
-    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
-        """Return as many groups as there are values for."""
-        wanted = min(self.groups, max(1, layer.channels // self.min_channels))
-        return choose_groups(layer.channels, wanted, _at_least(layer, positions))
-
-
-@dataclass(frozen=True)
-class OnePerChannel:
-    """Instance normalisation; fewer groups where a channel has one value a sample."""
-
-    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
-        """Return the channels, or fewer groups."""
-        positions = _at_least(layer, positions)
-        if positions == 1:
-            return choose_groups(layer.channels, layer.channels, positions)
-        return layer.channels
-
-
-@dataclass(frozen=True)
-class AsNamed:
-    """Exactly the groups that the first pattern gives that fits the name of the layer."""
-
-    groups: Mapping[str, int]
-    otherwise: AtMost
-
-    def __call__(self, layer: BatchNormLayer, positions: int | None) -> int:
-        """Return the groups given; raise a ConfigurationError where they cannot be."""
-        fitting = (n for pattern, n in self.groups.items() if fnmatchcase(layer.name, pattern))
-        groups = next(fitting, None)
-        if groups is None:
-            return self.otherwise(layer, positions)
-        if layer.channels % groups or groups == layer.channels * (positions or 2):
-            size = "" if positions is None else f" of {positions} value{'s' * (positions != 1)}"
-            raise ConfigurationError(
-                f"{layer.name}: its {layer.channels} channels{size} do not make {groups} groups of "
-                "more than one value; give another number"
-            )
-        return groups
+def _groups_as_named(
+    by_name: Mapping[str, int], layer: BatchNormLayer, positions: int | None
+) -> int:
+    """Return exactly the groups of the first pattern that fits the layer's name."""
+    fitting = (n for pattern, n in by_name.items() if fnmatchcase(layer.name, pattern))
+    groups = next(fitting, None)
+    if groups is None:
+        return _usual_groups(layer, positions)
+    if layer.channels % groups or groups == layer.channels * (positions or 2):
+        size = "" if positions is None else f" of {positions} value{'s' * (positions != 1)}"
+        raise ConfigurationError(
+            f"{layer.label}: its {layer.channels} channels{size} do not make {groups} groups of "
+            "more than one value; give another number"
+        )
+    return groups
 
 
 def _at_least(layer: BatchNormLayer, positions: int | None) -> int | None:
@@ -184,141 +128,99 @@ def _at_least(layer: BatchNormLayer, positions: int | None) -> int | None:
 
 def _one_value_error(layer: BatchNormLayer) -> ConfigurationError:
     return ConfigurationError(
-        f"{layer.name}: gets one value a sample, which a group norm always sets to 0; leave it "
+        f"{layer.label}: gets one value a sample, which a group norm always sets to 0; leave it "
         f"out with exclude {layer.name!r}, or swap to 'batch-renorm' or 'frozen'"
     )
 
 
-@dataclass(frozen=True)
-class RenormTarget:
-    """Batch renormalisation, from the running statistics that the layer has.
+def _build_renorm(layer: BatchNormLayer, positions: int | None) -> nn.Module:
+    """Return a batch renorm that goes on where the layer is."""
+    mean, var = _statistics(layer) or _initial_statistics(layer)
+    batches = torch.zeros((), dtype=torch.long, device=mean.device)
+    if layer.counter is not None:
+        batches += layer.counter.to(mean.device)
+    norm = BatchRenorm(mean, var, batches, eps=layer.eps, momentum=layer.momentum)
+    # Trained statistics need no schedule.
+    if bool(batches >= updates_to_forget(layer.momentum, FORGOTTEN_WEIGHT)):
+        norm.skip_warm_up()
+    take_affine(norm, layer.module)
+    return norm
 
-    Attributes:
-        schedule: The schedule for layers without trained statistics; the others need none.
-    """
 
-    schedule: RenormSchedule
+def _build_frozen(layer: BatchNormLayer, positions: int | None) -> nn.Module:
+    """Return an affine transform that computes what the layer computes in eval mode."""
+    statistics = _statistics(layer)
+    if statistics is None:
+        raise ConfigurationError(
+            f"{layer.label}: has no running statistics to freeze; leave it out with "
+            f"exclude {layer.name!r}"
+        )
+    norm = FrozenNorm(*statistics, layer.eps)
+    take_affine(norm, layer.module)
+    return norm
 
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Leave layers alone that never use the statistics of a batch."""
-        return None if layer.has_modes else "is frozen, and uses no batch statistics"
 
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return a batch renorm that goes on where the layer is."""
-        mean, var = _statistics(layer) or _initial_statistics(layer)
+def _build_sync(layer: BatchNormLayer, positions: int | None) -> nn.Module:
+    """Return a SyncBatchNorm with the statistics of the layer."""
+    norm = nn.SyncBatchNorm(
+        layer.channels, layer.eps, layer.momentum, affine=False, track_running_stats=False
+    )
+    statistics = _statistics(layer)
+    if statistics is not None:
         counter = layer.counter
-        batches = torch.zeros((), dtype=torch.long, device=mean.device)
-        if counter is not None:
-            batches += counter.to(mean.device)
-        norm = BatchRenorm(
-            mean,
-            var,
-            batches,
-            eps=layer.eps,
-            momentum=layer.momentum,
-            schedule=self.schedule,
+        norm.track_running_stats = True
+        norm.running_mean, norm.running_var = statistics
+        norm.num_batches_tracked = torch.tensor(0) if counter is None else counter.clone()
+    norm.affine = layer.weight is not None
+    take_affine(norm, layer.module)
+    return norm
+
+
+def _build_with_factory(
+    factory: Factory, layer: BatchNormLayer, positions: int | None
+) -> nn.Module:
+    """Return what a function makes of a BN module, on its device and in its element type."""
+    try:
+        norm = factory(layer.module)
+    except Exception as error:
+        raise ConfigurationError(
+            f"to= failed for {layer.label}: {in_one_line(error)}: it is called with the BN "
+            "layer, and returns the module to put in its place"
+        ) from error
+    if not isinstance(norm, nn.Module):
+        raise ConfigurationError(
+            f"to= made a {type(norm).__name__} for {layer.label}, not a torch.nn.Module"
         )
-        if bool(batches >= updates_to_forget(layer.momentum, FORGOTTEN_WEIGHT)):
-            norm.skip_warm_up()
-        take_affine(norm, layer.module)
-        return norm
-
-
-@dataclass(frozen=True)
-class FrozenTarget:
-    """The running statistics as constants."""
-
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Leave layers alone whose statistics are constants already."""
-        return None if layer.has_modes else "is frozen already"
-
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return an affine transform that computes what the layer computes in eval mode."""
-        statistics = _statistics(layer)
-        if statistics is None:
-            raise ConfigurationError(
-                f"{layer.name}: has no running statistics to freeze; leave it out with "
-                f"exclude {layer.name!r}"
-            )
-        norm = FrozenNorm(*statistics, layer.eps)
-        take_affine(norm, layer.module)
-        return norm
-
-
-@dataclass(frozen=True)
-class SyncTarget:
-    """BN over the batches of all ranks."""
-
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Leave layers alone that share statistics already, or have none of a batch."""
-        if isinstance(layer.module, nn.SyncBatchNorm) and layer.module._modules == {}:
-            return "is a SyncBatchNorm already"
-        return None if layer.has_modes else "is frozen, and uses no batch statistics"
-
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return a SyncBatchNorm with the statistics of the layer."""
-        norm = nn.SyncBatchNorm(
-            layer.channels, layer.eps, layer.momentum, affine=False, track_running_stats=False
+    if find_layers(norm):
+        raise ConfigurationError(
+            f"to= made a {type(norm).__name__} for {layer.label}, which still is BN; to keep "
+            f"the layer, use exclude {layer.name!r}"
         )
-        statistics = _statistics(layer)
-        if statistics is not None:
-            counter = layer.counter
-            norm.track_running_stats = True
-            norm.running_mean, norm.running_var = statistics
-            norm.num_batches_tracked = torch.tensor(0) if counter is None else counter.clone()
-        norm.affine = layer.weight is not None
+    like = layer.weight if layer.weight is not None else layer.running_mean
+    if like is not None:
+        norm.to(device=like.device, dtype=like.dtype)
+    if _has_same_affine(norm, layer.module):
         take_affine(norm, layer.module)
-        return norm
+    return norm
 
 
-@dataclass(frozen=True)
-class FactoryTarget:
-    """What a function makes of a BN layer.
-
-    Attributes:
-        factory: ``factory(bn)`` returns the module to put in place of the BN module.
-    """
-
-    factory: Factory
-
-    def reason_to_skip(self, layer: BatchNormLayer) -> str | None:
-        """Leave no layer alone."""
-        return None
-
-    def build(self, layer: BatchNormLayer, positions: int | None) -> nn.Module:
-        """Return what the factory makes, on the layer's device and in its element type."""
-        try:
-            norm = self.factory(layer.module)
-        except Exception as error:
-            raise ConfigurationError(
-                f"to= failed for {layer.name}: {in_one_line(error)}: it is called with the BN "
-                "layer, and returns the module to put in its place"
-            ) from error
-        if not isinstance(norm, nn.Module):
-            raise ConfigurationError(
-                f"to= made a {type(norm).__name__} for {layer.name}, not a torch.nn.Module"
-            )
-        if find_layers(norm):
-            raise ConfigurationError(
-                f"to= made a {type(norm).__name__} for {layer.name}, which still is BN; to keep "
-                f"the layer, use exclude {layer.name!r}"
-            )
-        like = layer.weight if layer.weight is not None else layer.running_mean
-        if like is not None:
-            norm.to(device=like.device, dtype=like.dtype)
-        if _has_same_affine(norm, layer.module):
-            take_affine(norm, layer.module)
-        return norm
+def _skip_frozen(layer: BatchNormLayer) -> str | None:
+    return None if layer.has_modes else "is frozen, and uses no batch statistics"
 
 
-_USUAL = AtMost(_USUAL_GROUPS, _USUAL_MIN_CHANNELS)
-TARGETS: Mapping[str, Callable[[], Target]] = {
-    "group": lambda: GroupTarget(_USUAL),
-    "layer": lambda: GroupTarget(AtMost(1)),
-    "instance": lambda: GroupTarget(OnePerChannel()),
-    "batch-renorm": lambda: RenormTarget(RenormSchedule()),
-    "frozen": FrozenTarget,
-    "sync": SyncTarget,
+def _skip_synchronised(layer: BatchNormLayer) -> str | None:
+    if isinstance(layer.module, nn.SyncBatchNorm) and layer.module._modules == {}:
+        return "is a SyncBatchNorm already"
+    return _skip_frozen(layer)
+
+
+TARGETS: Mapping[str, Target] = {
+    "group": Target(partial(_build_group_norm, _usual_groups)),
+    "layer": Target(partial(_build_group_norm, partial(_groups_at_most, 1, 1))),
+    "instance": Target(partial(_build_group_norm, _one_per_channel)),
+    "batch-renorm": Target(_build_renorm, _skip_frozen),
+    "frozen": Target(_build_frozen, lambda layer: None if layer.has_modes else "is frozen already"),
+    "sync": Target(_build_sync, _skip_synchronised),
 }
 
 
@@ -332,7 +234,7 @@ def find_target(to: str | Factory, groups: Groups | None) -> Target:
     if not all(is_whole(number, 1) for number in numbers):
         raise ConfigurationError("groups takes whole numbers of at least 1")
     if callable(to):
-        return FactoryTarget(to)
+        return Target(partial(_build_with_factory, to))
     if to not in TARGETS:
         near = nearest_name(str(to), TARGETS)
         hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(TARGETS)}"
@@ -340,8 +242,10 @@ def find_target(to: str | Factory, groups: Groups | None) -> Target:
     if to != "group" and groups is not None:
         raise ConfigurationError(f"groups are for the norm 'group', not for {to!r}")
     if groups is None:
-        return TARGETS[to]()
-    return GroupTarget(AsNamed(groups, _USUAL) if isinstance(groups, Mapping) else AtMost(groups))
+        return TARGETS[to]
+    if isinstance(groups, Mapping):
+        return Target(partial(_build_group_norm, partial(_groups_as_named, groups)))
+    return Target(partial(_build_group_norm, partial(_groups_at_most, groups, 1)))
 
 
 def take_affine(norm: nn.Module, module: nn.Module) -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
+from bnguard.layers.names import layer_label
+from bnguard.layers.preserve import preserve_random_states, preserve_statistics
+from bnguard.observe.mode_gap import float_tensors, join_rows, places_of_rows, relative_change
 from bnguard.recalibration.api import measure_score, recalibrate
-from bnguard.recalibration.batches import Forward
+from bnguard.recalibration.batches import Forward, call, read_batches
 from bnguard.recalibration.options import Score
 from bnguard.report.notebook import importing_rich
 from bnguard.swapping.distillation import Distillation, Pair, distil
@@ -29,13 +32,7 @@ _MIN_SAMPLES_TO_CHECK = 32
 
 @dataclass(frozen=True)
 class Taught:
-    """How the teaching went.
-
-    Attributes:
-        distillation: How the distillation went.
-        notes: What else a reader should know, a sentence each.
-        score: Score of the teacher in the mode in which it taught; None without a score.
-    """
+    """How the teaching went; the score is the teacher's, in the mode in which it taught."""
 
     distillation: Distillation
     notes: tuple[str, ...]
@@ -57,18 +54,8 @@ def teach(
 ) -> Taught:
     """Distil a network into its swapped copy, in the mode in which the network works.
 
-    Args:
-        student: The swapped network; its weights change.
-        teacher: A copy of the original, whose statistics may be recalibrated.
-        data: Batches, which can be read more than once.
-        pairs: Layers of the teacher and the student whose outputs are to agree.
-        chooses_groups: Whether the numbers of groups of group norms are chosen too.
-        steps: Optimizer steps at most.
-        forward: ``forward(model, batch)`` calls a model; None if the batch says how.
-        score: ``score(model)``, the higher the better, decides which mode works; None if unknown.
-        engine: Lightning's ``Fabric``, or :class:`~bnguard.swapping.distillation.OwnDevice`.
-        progress: Whether to show a progress bar.
-
+    The score decides which mode that is. The statistics of the teacher, a copy of the original, may
+    be recalibrated. All else is as for :func:`~bnguard.swapping.distillation.distil`.
     """
     with _on_device_of(engine, student):
         engine.to_device(teacher)
@@ -117,22 +104,31 @@ def _choose_mode(
         return ()
     notes = []
     worst = max(found.layers, key=lambda layer: layer.distance)
-    is_better = score is None or score_as_is is None or measure_score(teacher, score) > score_as_is
-    if worst.distance > _MAX_STATISTICS_DISTANCE and is_better:
+    is_off = worst.distance > _MAX_STATISTICS_DISTANCE
+    if is_off and (
+        score is None or score_as_is is None or measure_score(teacher, score) > score_as_is
+    ):
         notes.append(
-            f"the running statistics did not fit these data (the worst: {worst.name}), so they "
-            "were recalibrated before the model taught"
+            "the running statistics did not fit these data (worst at "
+            f"{layer_label(worst.name)}), so they were recalibrated before the model taught"
         )
     else:
         found.undo()
     gap = found.mode_gap_after
-    if isinstance(gap, str) or gap.relative_change - (gap.sampling_change or 0.0) <= _MAX_MODE_GAP:
+    if isinstance(gap, str):
+        return tuple(notes)
+    change = gap.relative_change - (gap.sampling_change or 0.0)
+    # Eval mode of a network that was trained with large batches works, though a small batch of
+    # them gives other outputs. Then its running statistics are right, or a score says so.
+    if is_off or score is not None:
+        change = max(change, _change_of_small_batches(teacher, data, forward))
+    if change <= _MAX_MODE_GAP:
         return tuple(notes)
     score_in_eval_mode = None if score is None else measure_score(teacher, score)
     undo = _use_batch_statistics([layer for layer in find_layers(teacher) if layer.is_tracking])
     if score is None or score_in_eval_mode is None:
         why = (
-            f"eval mode changes the outputs by {gap.relative_change:.2g} σ, also with recalibrated "
+            f"eval mode changes the outputs by {change:.2g} σ, also with recalibrated "
             "statistics (pass a score to check)"
         )
     else:
@@ -143,8 +139,44 @@ def _choose_mode(
         why = (
             f"the score is {score_of_batches:.4g} with them, {score_in_eval_mode:.4g} in eval mode"
         )
-    notes.append(f"the model taught with the statistics of each batch: {why}")
-    return tuple(notes)
+    return (f"the model taught with the statistics of each batch: {why}",)
+
+
+@torch.no_grad()
+def _change_of_small_batches(
+    teacher: nn.Module, data: Iterable[object], forward: Forward | None
+) -> float:
+    """Return the change of the outputs if each batch is normalised by itself; 0 of large batches.
+
+    The mode gap joins small batches, but what works may be their own statistics: a generator that
+    was trained at batch size 1 has learned to work with the statistics of each image.
+    """
+    device = device_of(teacher)
+    read = read_batches(data, teacher, forward, samples=_MIN_SAMPLES_TO_CHECK, device=device)
+    batches = list(read)
+    sizes = [batch.size for batch in batches]
+    if sizes[0] >= _MIN_SAMPLES_TO_CHECK:
+        return 0.0
+    layers = [layer for layer in find_layers(teacher) if layer.is_tracking]
+
+    def run() -> list[list[Tensor]]:
+        return [list(float_tensors(call(teacher, forward, batch.copied()))) for batch in batches]
+
+    with preserve_random_states(teacher), preserve_statistics(layers):
+        running = run()
+        undo = _use_batch_statistics(layers)
+        try:
+            of_batches = run()
+        except CalibrationError:  # one value per channel, with which no network is trained
+            return 0.0
+        finally:
+            undo()
+    places = places_of_rows(running, sizes) or range(len(running[0]))
+    joined = (
+        [join_rows([each[place] for each in outputs]) for place in places]
+        for outputs in (running, of_batches)
+    )
+    return relative_change(*joined)
 
 
 def _use_batch_statistics(layers: Sequence[BatchNormLayer]) -> Callable[[], None]:

@@ -392,9 +392,9 @@ def test_a_factory_gets_the_layer_and_its_norm_gets_the_affine_parameters(net):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda bn: nn.BatchNorm2d(bn.num_features), "made a BatchNorm2d for 1, which still is BN"),
-        (lambda bn: None, "made a NoneType for 1, not a torch.nn.Module"),
-        (nn.GroupNorm, "failed for 1: TypeError: .*: it is called with the BN layer"),
+        (lambda bn: nn.BatchNorm2d(bn.num_features), "made a BatchNorm2d for layer 1, which still"),
+        (lambda bn: None, "made a NoneType for layer 1, not a torch.nn.Module"),
+        (nn.GroupNorm, "failed for layer 1: TypeError: .*: it is called with the BN layer"),
     ],
 )
 def test_a_factory_that_makes_no_other_norm_is_refused(net, factory, message):
@@ -439,6 +439,11 @@ class ReadsItsLayer(nn.Module):
         (lambda: torch.compile(conv_net()), {}, "wrapped in OptimizedModule"),
         (lambda: nn.Sequential(nn.LazyBatchNorm2d()), {}, "0 is lazy"),
         (with_a_lazy_head, {"sample": torch.rand(4, 8)}, "1.weight is lazy"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm1d(8)).to("meta"),
+            {"sample": torch.rand(4, 8)},
+            "0.weight is on the meta device",
+        ),
         (conv_net, {"groups": {"backbone.*": 4}}, r"groups 'backbone.\*' matches no BN layer"),
         (conv_net, {"groups": 2.5}, "whole numbers of at least 1"),
         (conv_net, {"layers": 3}, "layers '3' matches no BN layer"),

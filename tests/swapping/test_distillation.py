@@ -70,7 +70,7 @@ def test_bad_statistics_are_recalibrated_before_they_teach(trained):
     broken[1].running_mean += 5.0
     kept = broken[1].running_mean.clone()
     result = swap(broken, "group", teacher_data=batches, steps=100, progress=False)
-    assert "did not fit these data (the worst: 1)" in result.notes[0]
+    assert "did not fit these data (worst at layer 1)" in result.notes[0]
     assert torch.equal(broken[1].running_mean, kept)
     assert accuracy(result.model) > accuracy(model) - 0.02 > accuracy(broken)
     assert swap(model, "group", teacher_data=batches, steps=1, progress=False).notes == ()

@@ -209,3 +209,15 @@ def test_statistics_that_are_frozen_on_purpose_teach(trained_on_pretrained):
         )
         assert accuracy(result.model) > before - 0.08
         assert result.is_kept
+
+
+def test_the_statistics_of_each_small_batch_teach_where_joined_ones_hide_them():
+    """Joined, images of any contrast have the statistics of eval mode; one by one they do not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    images = torch.randn(512, 1, 8, 8) * torch.rand(512, 1, 1, 1) * 30
+    result = swap(model, teacher_data=images.split(1), steps=0, progress=False)
+    one_by_one = torch.cat([model.train()(image) for image in images[:32].split(1)])
+    error = (result.model.eval()(images[:32]) - one_by_one).std() / one_by_one.std()
+    assert "taught with the statistics of each batch" in result.notes[-1]
+    assert error < 0.05
