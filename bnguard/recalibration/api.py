@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from numbers import Real
 from statistics import fmean
@@ -15,12 +15,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bnguard.distributed import Ranks, current_ranks
+from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.findings import counted
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers, require_module
 from bnguard.layers.distances import DEFAULT_MOMENTUM, FORGOTTEN_WEIGHT, updates_to_forget
 from bnguard.layers.preserve import (
+    SavedStatistics,
     preserve_modes,
     preserve_random_states,
     preserve_statistics,
@@ -31,13 +32,11 @@ from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
-from bnguard.recalibration.layer_inputs import ForwardCancelled, read_inputs
 from bnguard.recalibration.memory import keep_freed_memory, memory_limit
 from bnguard.recalibration.options import (
     Keep,
     Score,
     SkippedLayer,
-    as_number,
     require_keep,
     require_samples,
     require_score,
@@ -50,6 +49,7 @@ from bnguard.recalibration.statistics import (
     Calibration,
     CalibrationProgress,
     Estimate,
+    ForwardCancelled,
     Job,
     NoProgress,
     OnNonfinite,
@@ -57,6 +57,7 @@ from bnguard.recalibration.statistics import (
     estimate_unbiased,
     fit_to_buffer,
     prepare_for_calibration,
+    read_inputs,
     running_statistics,
 )
 
@@ -150,8 +151,7 @@ def recalibrate(
         memory=memory,
         tolerance=tolerance,
     )
-    inner, ranks = unwrap(model), current_ranks()
-    device = device_of(inner)
+    inner, ranks = unwrap(model), Ranks()
     selection = select_layers(inner, layers)
     _require_writable(selection.layers)
     saved = save_statistics(selection.layers)
@@ -159,52 +159,41 @@ def recalibrate(
     score_before = None if score is None else measure_score(model, score)
     share = samples // ranks.size + (ranks.rank < samples % ranks.size)
     rows = SampledRows()
-    batches = read_batches(loader, inner, forward, samples=share, device=device)
-    estimate = mix_with_source(selection.layers, prior) if prior else estimate_unbiased
-    with (
-        prepare_for_calibration(inner, selection.layers),
-        keep_freed_memory(),
-        _show_progress(progress, ranks) as shown,
-    ):
-        calibration = METHODS[method](
-            Job(
-                model=inner,
-                device=device,
-                noise=_estimate_noise(inner, device),
-                layers=selection.layers,
-                batches=rows.sample_from(batches),
-                samples=share,
-                forward=forward,
-                estimate=estimate,
-                on_nonfinite=on_nonfinite,
-                memory=memory_limit(memory, device),
-                tolerance=tolerance,
-                ranks=ranks,
-                progress=shown,
-            )
+    batches = read_batches(loader, inner, forward, samples=share, device=device_of(inner))
+    with keep_freed_memory():
+        calibration = calibrate(
+            inner,
+            selection.layers,
+            rows.sample_from(batches),
+            method=method,
+            samples=share,
+            forward=forward,
+            on_nonfinite=on_nonfinite,
+            prior=prior,
+            memory=memory,
+            tolerance=tolerance,
+            progress=progress,
         )
-    reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
-    if not reached:
-        raise CalibrationError(
-            "no batch reached a BN layer: check that the forward runs them, and as layer(x), since "
-            "layer.forward(x) and functional.batch_norm go unseen"
-        )
-    try:
-        with closing(GapProbe(inner, reached)) as probe:
-            gap_before = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
+        reached = [layer for layer in selection.layers if layer.name in calibration.estimates]
+        sample = rows.batch
+        if sample is not None and calibration.is_channels_last:
+            sample = sample.in_channels_last()
+        with _roll_back_on_error(reached, saved), closing(GapProbe(inner, reached)) as probe:
+            gap_before = _measure_mode_gap(probe, inner, reached, forward, sample)
             for layer in reached:
                 counter = _count_updates(layer, before[layer.name], prior, calibration)
                 _write(layer, calibration.estimates[layer.name], counter)
             after = {layer.name: running_statistics(layer) for layer in reached}
-            gap_after = _measure_mode_gap(probe, inner, reached, forward, rows.batch)
+            gap_after = _measure_mode_gap(probe, inner, reached, forward, sample)
+    with _roll_back_on_error(reached, saved):
         score_after = None if score is None else measure_score(model, score)
         is_worse = _is_worse(score_before, score_after)
         is_kept = keep == "always" or not is_worse
         if not is_kept:
             restore_statistics(reached, saved)
-    except BaseException:
-        restore_statistics(reached, saved)
-        raise
+    notes = list(describe_calibration(calibration, method, prior, tolerance))
+    if is_worse:
+        notes.insert(0, "the score is worse with the new statistics")
     if calibration.left_out:
         warnings.warn(f"bnguard: {_describe_left_out(calibration)}", stacklevel=2)
     return Recalibration(
@@ -221,7 +210,7 @@ def recalibrate(
         ),
         skipped=selection.skipped
         + tuple(
-            SkippedLayer(layer.name, "was reached by no batch")
+            SkippedLayer(layer.name, "was not reached by any batch")
             for layer in selection.layers
             if layer.name not in calibration.estimates
         ),
@@ -234,9 +223,71 @@ def recalibrate(
         score_after=score_after,
         mode_gap_before=gap_before,
         mode_gap_after=gap_after,
-        notes=tuple(_notes(calibration, method, prior, tolerance, is_worse)),
+        notes=tuple(notes),
         restore=partial(restore_statistics, reached, saved),
     )
+
+
+@contextmanager
+def _roll_back_on_error(layers: Sequence[BatchNormLayer], saved: SavedStatistics) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        restore_statistics(layers, saved)
+        raise
+
+
+def calibrate(
+    model: nn.Module,
+    layers: tuple[BatchNormLayer, ...],
+    batches: Iterator[Batch],
+    *,
+    method: Method,
+    samples: int,
+    forward: Forward | None,
+    on_nonfinite: OnNonfinite = "skip",
+    prior: float = 0.0,
+    memory: str | float = 0.5,
+    tolerance: float | None = None,
+    progress: bool,
+) -> Calibration:
+    """Compute statistics for layers, which keep those that they have.
+
+    ``batches`` are this rank's share of the data, on the model's device, and ``samples`` the most
+    samples in it; ``model`` has no wrappers. All else is as for :func:`recalibrate`.
+
+    Raises:
+        CalibrationError: The statistics cannot be computed, or no batch reached a layer.
+    """
+    ranks, device = Ranks(), device_of(model)
+    estimate = mix_with_source(layers, prior) if prior else estimate_unbiased
+    with (
+        prepare_for_calibration(model, layers),
+        _show_progress(progress, ranks) as shown,
+    ):
+        calibration = METHODS[method](
+            Job(
+                model=model,
+                device=device,
+                noise=_estimate_noise(model, device),
+                layers=layers,
+                batches=batches,
+                samples=samples,
+                forward=forward,
+                estimate=estimate,
+                on_nonfinite=on_nonfinite,
+                memory=memory_limit(memory, device),
+                tolerance=tolerance,
+                ranks=ranks,
+                progress=shown,
+            )
+        )
+    if not calibration.estimates:
+        raise CalibrationError(
+            "no batch reached a BN layer: check that the forward runs them, and as layer(x), since "
+            "layer.forward(x) and functional.batch_norm go unseen"
+        )
+    return calibration
 
 
 def check_options(
@@ -286,7 +337,16 @@ def measure_score(model: nn.Module, score: Score) -> float:
         torch.no_grad(),
     ):
         model.eval()
-        return fmean(current_ranks().together(lambda: as_number(score(model))))
+        return fmean(Ranks().together(lambda: _as_number(score(model))))
+
+
+def _as_number(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"the score has to be a number, the higher the better, not {score!r}"
+        ) from error
 
 
 def _is_worse(before: float | None, after: float | None) -> bool:
@@ -296,16 +356,13 @@ def _is_worse(before: float | None, after: float | None) -> bool:
     return math.isnan(after) if math.isnan(before) else not after >= before
 
 
-@contextmanager
-def _show_progress(progress: bool, ranks: Ranks) -> Iterator[CalibrationProgress]:
+def _show_progress(progress: bool, ranks: Ranks) -> AbstractContextManager[CalibrationProgress]:
     """Show a progress bar on a terminal, on the first rank."""
     if not progress or ranks.rank or not sys.stderr.isatty():
-        yield NoProgress()
-        return
+        return nullcontext(NoProgress())
     from bnguard.report.terminal import CalibrationBar
 
-    with CalibrationBar() as bar:
-        yield bar
+    return CalibrationBar()
 
 
 def _measure_mode_gap(
@@ -321,7 +378,7 @@ def _measure_mode_gap(
     for layer in layers:
         mean, var = current_statistics(layer)
         if not bool(mean.isfinite().all() and var.isfinite().all()):
-            return f"the statistics of {layer.name} were not finite"
+            return f"the statistics of {layer.label} were not finite"
     with prepare_for_calibration(model, layers):
         try:
             if not probe.has_batch:
@@ -372,11 +429,10 @@ def _count_updates(
     return min(_MOST_UPDATES, int(max(filter(math.isfinite, enough))))
 
 
-def _notes(
-    calibration: Calibration, method: Method, prior: float, tolerance: float | None, is_worse: bool
+def describe_calibration(
+    calibration: Calibration, method: Method, prior: float = 0.0, tolerance: float | None = None
 ) -> Iterator[str]:
-    if is_worse:
-        yield "the score is worse with the new statistics"
+    """Yield what a reader should know about how statistics were computed, a sentence each."""
     if calibration.left_out:
         yield _describe_left_out(calibration)
     # An upper limit: all values of a sample may be alike, and means mixed in do not scatter.
@@ -408,7 +464,7 @@ def _require_writable(layers: Sequence[BatchNormLayer]) -> None:
         mean, _ = current_statistics(layer)
         if mean.is_inference() and not torch.is_inference_mode_enabled():
             raise CalibrationError(
-                f"{layer.name} was made in inference mode, so its statistics can only be written "
+                f"{layer.label} was made in inference mode, so its statistics can only be written "
                 "there: call recalibrate under torch.inference_mode(), or make the model outside it"
             )
 

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from bnguard.errors import CalibrationError, in_one_line
 
@@ -228,6 +228,21 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
 
 
 def _read_loader(loader: Iterable[object]) -> Iterator[object]:
+    kind = type(loader)
+    if isinstance(loader, Tensor):
+        raise CalibrationError(
+            f"the loader is a tensor of shape {tuple(loader.shape)}, each row of which would be a "
+            "batch: pass loader.split(32)"
+        )
+    if isinstance(loader, Dataset) and not hasattr(kind, "__iter__"):
+        raise CalibrationError(
+            f"the loader is a {kind.__name__}, which yields samples and not batches: pass "
+            "torch.utils.data.DataLoader(loader, batch_size=32)"
+        )
+    if isinstance(loader, (str, Mapping)) or not (
+        hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+    ):
+        raise CalibrationError(f"the loader is of type {kind.__name__}, and yields no batches")
     count = 0
     try:
         for payload in loader:

@@ -18,10 +18,16 @@ from math import ceil
 from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
 from bnguard.recalibration.batches import Batch, join_batches
-from bnguard.recalibration.layer_inputs import is_finite
 from bnguard.recalibration.lockstep import IrregularError, lockstep
 from bnguard.recalibration.replay import replay
-from bnguard.recalibration.statistics import Calibration, Job, NonFiniteError, Pool, is_precise
+from bnguard.recalibration.statistics import (
+    Calibration,
+    Job,
+    NonFiniteError,
+    Pool,
+    is_finite,
+    is_precise,
+)
 from bnguard.recalibration.trial_forward import ForwardTraits, Witness, find_traits, observe
 
 # A virtual batch ends at this number of chunks, each of which takes a thread.
@@ -110,6 +116,7 @@ class _Engine:
             virtual_batches=virtual_batches,
             left_out=sum(job.ranks.together(lambda: self._left_out)),
             is_within_tolerance=is_precise_enough,
+            is_channels_last=self._is_channels_last,
         )
 
     def _fill(self, goal: int) -> tuple[int, bool]:
@@ -163,14 +170,14 @@ class _Engine:
             if samples == 0:
                 raise CalibrationError(
                     f"NaN or Inf in the inputs of {where} in every batch: fix the data, or the "
-                    "weights and statistics that stay as they are"
+                    "weights, or the statistics of layers that are not recalibrated"
                 )
             try:
                 return _VirtualBatch(self._run_chunks(samples), samples, batches)
             except IrregularError as error:
                 self._run_differently(str(error))
             except NonFiniteError as error:
-                where = job.layers[error.index].name
+                where = job.layers[error.index].label
                 if not any(job.ranks.together(partial(self._leave_out, error.index))):
                     self._run_differently(f"NaN or Inf in the inputs of {where} come and go")
 

@@ -21,8 +21,7 @@ from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments
 from bnguard.layers.preserve import RandomStream, draw_from_seed
 from bnguard.recalibration.batches import Batch, call
-from bnguard.recalibration.layer_inputs import ForwardCancelled, input_moments, read_inputs
-from bnguard.recalibration.statistics import Job
+from bnguard.recalibration.statistics import ForwardCancelled, Job, input_moments, read_inputs
 from bnguard.recalibration.trial_forward import ForwardTraits, Witness
 
 # The forward that runs in each thread.
@@ -211,7 +210,7 @@ def lockstep(
     else:
         _run_in_threads(job, chunks, traits, layers)
     if any(job.ranks.together(layers.were_disturbed)):
-        raise IrregularError("samples that run next to others are disturbed by them")
+        raise IrregularError("samples that run together influence each other")
     return layers.parts
 
 
@@ -384,7 +383,7 @@ class _Forwards:
         except StuckError as error:
             self._trouble = str(error)
         if any(paused.error is not None for paused in going):
-            self._trouble = "a forward fails next to others"
+            self._trouble = "a forward fails when others run at the same time"
         return _Position(
             layers=frozenset(index for index, _ in self._reached.values()),
             inputs=tuple(

@@ -33,13 +33,6 @@ def require_samples(samples: object, fewest: int) -> None:
         raise ConfigurationError(f"samples {samples!r} is not a whole number of at least {fewest}")
 
 
-def require_batch_sizes(sizes: object) -> None:
-    """Raise ConfigurationError unless these are several whole numbers of at least 1."""
-    numbers = tuple(sizes) if isinstance(sizes, Iterable) else (0,)
-    if not all(is_whole(number, 1) for number in numbers):
-        raise ConfigurationError(f"batch sizes {sizes!r} are not whole numbers of at least 1")
-
-
 def require_score(score: object) -> None:
     """Raise ConfigurationError unless the score is a function or None."""
     if score is not None and not callable(score):
@@ -51,16 +44,6 @@ def require_keep(keep: object) -> None:
     if keep not in get_args(Keep):
         known = " or ".join(map(repr, get_args(Keep)))
         raise ConfigurationError(f"keep {keep!r} does not exist: use {known}")
-
-
-def as_number(score: object) -> float:
-    """Return a score as a float, or raise ConfigurationError if it is not a number."""
-    try:
-        return float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"the score has to be a number, the higher the better, not {score!r}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -131,19 +114,24 @@ def patterns_of(option: str, names: object, found: Sequence[BatchNormLayer]) -> 
     return patterns
 
 
+def require_values(layer: BatchNormLayer) -> None:
+    """Raise CalibrationError if a layer is lazy, or on the meta device."""
+    if is_lazy(getattr(layer.module, layer.adapter.mean)):
+        raise CalibrationError(
+            f"{layer.label} is lazy and has seen no batch: put one through the model first"
+        )
+    if layer.running_mean is not None and layer.running_mean.is_meta:
+        raise CalibrationError(
+            f"{layer.label} is on the meta device and holds no values: load the weights first"
+        )
+
+
 def _find_reason_to_skip(
     layer: BatchNormLayer, model: nn.Module, patterns: Sequence[str] | None
 ) -> str | None:
     if patterns is not None and not any(fnmatchcase(layer.name, each) for each in patterns):
         return "is not among the layers asked for"
-    if is_lazy(getattr(layer.module, layer.adapter.mean)):
-        raise CalibrationError(
-            f"{layer.name} is lazy and has seen no batch: put one through the model first"
-        )
-    if layer.running_mean is not None and layer.running_mean.is_meta:
-        raise CalibrationError(
-            f"{layer.name} is on the meta device and holds no values: load the weights first"
-        )
+    require_values(layer)
     if not layer.is_tracking:
         return "has no running statistics"
     if layer.adapter.momentum == 0.0:

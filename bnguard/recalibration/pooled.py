@@ -13,7 +13,6 @@ from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
 from bnguard.recalibration.statistics import (
     Calibration,
     Estimate,
@@ -22,7 +21,11 @@ from bnguard.recalibration.statistics import (
     Pool,
     current_statistics,
     estimate_unbiased,
+    input_moments,
+    is_finite,
     is_precise,
+    on_host,
+    read_inputs,
     write_statistics,
 )
 
@@ -129,7 +132,7 @@ def mix_with_source(layers: Sequence[BatchNormLayer], prior: float) -> Estimator
         mean, var = current_statistics(layer)
         if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
             raise CalibrationError(
-                f"{layer.name}: the statistics to mix with are not finite: use prior 0"
+                f"{layer.label}: the statistics to mix with are not finite: use prior 0"
             )
         sources[layer.name] = mean.cpu().double(), var.cpu().double()
 

@@ -21,9 +21,15 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.preserve import draw_from_seed, preserve_statistics
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import ForwardCancelled, on_host, read_inputs
 from bnguard.recalibration.lockstep import IrregularError
-from bnguard.recalibration.statistics import Job, current_statistics, write_statistics
+from bnguard.recalibration.statistics import (
+    ForwardCancelled,
+    Job,
+    current_statistics,
+    on_host,
+    read_inputs,
+    write_statistics,
+)
 from bnguard.recalibration.trial_forward import (
     Observation,
     Witness,
@@ -59,7 +65,7 @@ def replay(
     if any(
         job.ranks.together(lambda: witness is not None and _is_disturbed(job, chunks[0], witness))
     ):
-        raise IrregularError("samples that are joined to others are disturbed by them")
+        raise IrregularError("samples that run together influence each other")
     seen = _observe_all(job, chunks)
     for _ in range(_MOST_ATTEMPTS):
         parts: dict[int, tuple[Moments, ...]] = {}

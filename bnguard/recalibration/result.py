@@ -228,25 +228,23 @@ def _show_heading(recalibration: Recalibration) -> RenderableType:
 
 
 def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
-    from rich.table import Table
     from rich.text import Text
 
+    from bnguard.report.terminal import layer_table
+
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for heading in ("n", "shift, σ", "log var ratio"):
-        table.add_column(heading, justify="right")
-    for layer in shown:
-        table.add_row(
+    rows = (
+        (
             layer.name or "(the model)",
             f"{layer.values:,}",
             _format_change(layer.max_shift_std),
             _format_change(layer.extreme_log_variance_ratio),
         )
+        for layer in shown
+    )
     title = Text("How far the statistics moved, the furthest first", style="dim")
-    rest = len(layers) - len(shown)
-    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
-    return [title, table, *more]
+    headings = ("layer", "n", "shift, σ", "log var ratio")
+    return [title, layer_table(headings, rows, len(layers) - len(shown))]
 
 
 def _show_gap(before: ModeGap | str, after: ModeGap | str) -> RenderableType:

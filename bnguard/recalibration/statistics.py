@@ -1,11 +1,11 @@
-"""What a calibration reads, computes and writes: running statistics, the job, pooled moments."""
+"""What a calibration reads, computes and writes: layer inputs, running statistics, the job."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer, run_uncompiled
-from bnguard.layers.moments import Moments, merge_moments
+from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide
 from bnguard.layers.preserve import (
     preserve_buffers,
     preserve_gradients,
@@ -23,14 +23,63 @@ from bnguard.layers.preserve import (
 )
 from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host
 
 OnNonfinite = Literal["skip", "error"]
+OnInput = Callable[[int, Tensor], None]
 
 # Fewer parts say too little about how they scatter.
 _MIN_PARTS = 8
 _MOST_PARTS = 64
 _PARTS = 16
+
+
+class ForwardCancelled(BaseException):
+    """Raised in a forward to end it; no ``except Exception`` of a model stops it."""
+
+
+@contextmanager
+def read_inputs(layers: Sequence[BatchNormLayer], on_input: OnInput) -> Iterator[None]:
+    """Call ``on_input`` with the index of a layer and its input, at each call of the layer.
+
+    The hooks run after those of the user, and so see what the layer sees.
+    """
+
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            on_input(index, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook_for(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_moments(values: Tensor) -> Moments:
+    """Return the moments of a layer's inputs; they are finite if the inputs are.
+
+    Finite values whose squares overflow their dtype are computed again in float64.
+    """
+    moments = channel_moments(values)
+    if not is_finite(moments) and bool(torch.isfinite(values).all()):
+        return channel_moments(wide(values))
+    return moments
+
+
+def is_finite(moments: Moments) -> bool:
+    """Return whether mean and variance are finite in every channel."""
+    return bool((moments.mean + moments.squares).isfinite().all())
+
+
+def on_host(moments: Moments) -> Moments:
+    """Return the moments on the CPU in float64, where parts are merged and exchanged."""
+    return Moments(moments.count, moments.mean.cpu().double(), moments.squares.cpu().double())
 
 
 def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
@@ -156,7 +205,7 @@ def estimate_unbiased(layer: BatchNormLayer, moments: Moments, samples: int) -> 
     """
     if moments.count < 2:
         raise CalibrationError(
-            f"{layer.name}: {moments.count} value a channel is too few for a variance: use more "
+            f"{layer.label}: {moments.count} value a channel is too few for a variance: use more "
             "samples"
         )
     return Estimate(moments.mean, moments.var_unbiased, moments.count)
@@ -251,7 +300,7 @@ class Job:
         """Raise CalibrationError if batches with NaN or Inf are an error."""
         if self.on_nonfinite == "error":
             raise CalibrationError(
-                f"batch {batch.index} has NaN or Inf in the inputs of {layer.name}: fix the "
+                f"batch {batch.index} has NaN or Inf in the inputs of {layer.label}: fix the "
                 "data, or skip such batches"
             )
 
@@ -273,6 +322,7 @@ class Calibration:
         estimates: Statistics for the layers that were reached, by name.
         left_out: Batches left out because of NaN or Inf.
         is_within_tolerance: Whether the standard errors came below the tolerance.
+        is_channels_last: Whether images went through the model in that layout.
     """
 
     estimates: Mapping[str, Estimate]
@@ -281,6 +331,7 @@ class Calibration:
     virtual_batches: int
     left_out: int
     is_within_tolerance: bool
+    is_channels_last: bool = False
 
 
 def is_precise(inputs: Mapping[int, Sequence[Moments]], tolerance: float) -> bool:

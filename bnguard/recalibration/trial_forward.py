@@ -20,8 +20,7 @@ from bnguard.errors import CalibrationError
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.layers.preserve import draw_from_seed
 from bnguard.recalibration.batches import Batch
-from bnguard.recalibration.layer_inputs import input_moments, read_inputs
-from bnguard.recalibration.statistics import Job
+from bnguard.recalibration.statistics import Job, input_moments, read_inputs
 
 # Inputs that depend on other samples differ by far more.
 _SAME = 0.05

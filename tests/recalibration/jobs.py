@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bnguard.distributed import SingleRank
+from bnguard.distributed import Ranks
 from bnguard.layers.bn_layer import find_layers
 from bnguard.recalibration.statistics import Job, NoProgress, estimate_unbiased
 
@@ -24,6 +24,6 @@ def job_of(model: nn.Module) -> Job:
         on_nonfinite="skip",
         memory=2**30,
         tolerance=None,
-        ranks=SingleRank(),
+        ranks=Ranks(),
         progress=NoProgress(),
     )

@@ -62,7 +62,7 @@ def test_a_gap_that_cannot_be_measured_says_why():
     model, x = net(), torch.randn(90, 4)
     model[1].running_mean[0] = float("nan")
     result = bnguard.recalibrate(model, x.split(7))
-    assert result.mode_gap_before == "the statistics of 1 were not finite"
+    assert result.mode_gap_before == "the statistics of layer 1 were not finite"
     assert f"mode gap ? → {result.mode_gap_after.relative_change:.3g}" in str(result)
 
 

@@ -227,7 +227,7 @@ def test_a_layer_that_no_batch_reaches_is_kept_and_reported():
         model, torch.randn(30, 4).split(7), forward=lambda model, batch: model[0](batch)
     )
     assert [(layer.name, layer.reason) for layer in result.skipped] == [
-        ("1", "was reached by no batch")
+        ("1", "was not reached by any batch")
     ]
     assert (model[1].running_var == 1.0).all()
 
@@ -239,10 +239,27 @@ def test_no_layer_is_reached():
         )
 
 
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (torch.randn(32, 4), r"is a tensor of shape \(32, 4\), .*: pass loader\.split\(32\)"),
+        (TensorDataset(torch.randn(32, 4)), "is a TensorDataset, which yields samples"),
+        ({"train": [torch.randn(32, 4)]}, "is of type dict, and yields no batches"),
+        ("data.pt", "is of type str, and yields no batches"),
+        (None, "is of type NoneType, and yields no batches"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_yields_no_batches_is_named(loader, message):
+    with pytest.raises(CalibrationError, match=f"^the loader {message}"):
+        bnguard.recalibrate(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), loader)
+
+
 def test_lazy_layers_want_a_batch_first():
     model = nn.Sequential(nn.LazyBatchNorm1d())
-    with pytest.raises(CalibrationError, match="0 is lazy and has seen no batch"):
-        bnguard.recalibrate(model, [torch.randn(30, 4)])
+    for repair in (bnguard.recalibrate, bnguard.diagnose):
+        with pytest.raises(CalibrationError, match="0 is lazy and has seen no batch"):
+            repair(model, [torch.randn(30, 4)])
     model(torch.randn(30, 4))
     assert bnguard.recalibrate(model, [torch.randn(30, 4)]).is_kept
 

@@ -86,7 +86,7 @@ def test_bad_batches_are_left_out_of_irregular_models_too():
 def test_it_can_be_an_error_that_names_batch_and_layer(method, model):
     value = 7.0 if isinstance(model, BadInside) else float("nan")
     before = copy.deepcopy(model.state_dict())
-    layer = r"net\.3" if isinstance(model, BadInside) else "0"
+    layer = r"net\.3" if isinstance(model, BadInside) else "layer 0"
     with pytest.raises(CalibrationError, match=f"batch 7 has .* in the inputs of {layer}:"):
         bnguard.recalibrate(
             model, batches_with((7,), value=value), method=method, on_nonfinite="error"
@@ -103,14 +103,14 @@ def test_when_all_batches_are_bad(method):
 def test_weights_that_are_not_finite():
     model = net()
     model[1].weight.data[0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match=r"of 3 in every batch: fix .* the weights"):
+    with pytest.raises(CalibrationError, match=r"of layer 3 in every batch: fix .* the weights"):
         bnguard.recalibrate(model, batches_with(()))
 
 
 def test_kept_statistics_that_are_poisoned():
     model = net()
     model[0].running_var.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"of 3 in every batch: .* statistics that stay"):
+    with pytest.raises(CalibrationError, match=r"layer 3 in every batch: .* statistics of layers"):
         bnguard.recalibrate(model, batches_with(()), layers=["3", "4"])
 
 
