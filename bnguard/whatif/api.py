@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.distributed import current_ranks
+from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.layers.bn_layer import (
     BatchNormLayer,
@@ -26,26 +25,26 @@ from bnguard.layers.preserve import preserve_modes, preserve_random_states, pres
 from bnguard.recalibration.batches import Forward
 from bnguard.recalibration.options import (
     Score,
-    require_batch_sizes,
+    is_whole,
     require_samples,
     require_score,
+    require_values,
     select_layers,
     unwrap,
 )
 from bnguard.recalibration.statistics import running_statistics
-from bnguard.whatif.blame import blame_layers
+from bnguard.whatif.bench import Bench, Statistics
 from bnguard.whatif.causes import no_statistics, reach_verdict
-from bnguard.whatif.cures import Cure, average_over_batches, compute_cure
+from bnguard.whatif.cures import Cure, average_over_batches, blame_layers, compute_cure
 from bnguard.whatif.evidence import (
     MAX_STORED_DRIFT,
     Numbers,
     read_dropout,
     read_training,
 )
-from bnguard.whatif.result import Diagnosis
+from bnguard.whatif.result import Diagnosis, LayerShare
 from bnguard.whatif.samples import Samples, read_samples
-from bnguard.whatif.statistics import Statistics
-from bnguard.whatif.table import Bench, Table, measure_drift, measure_table
+from bnguard.whatif.table import Table, measure_drift, measure_table
 
 
 def diagnose(
@@ -104,11 +103,19 @@ def diagnose(
     found = find_layers(inner)
     if not found:
         raise CalibrationError(f"{explain_missing_layers(inner)}: nothing to diagnose")
+    for layer in found:
+        require_values(layer)
     if not any(layer.is_tracking for layer in found):
         return Diagnosis(cause=no_statistics(found))
     selection = select_layers(inner, None)
     layers = selection.layers
-    with _untouched(model, layers):
+    with (
+        preserve_modes(model),
+        preserve_random_states(model),
+        preserve_statistics(layers),
+        run_uncompiled(),
+        torch.no_grad(),
+    ):
         _check_weights(inner)
         read = partial(
             read_samples, model=inner, forward=forward, samples=samples, device=device_of(inner)
@@ -132,15 +139,15 @@ def diagnose(
         bench = _without_left_out(bench, by_evaluation)
         stored = {layer.name: running_statistics(layer) for layer in layers}
         cures: dict[str, Cure] = {}
-        shown, on_data = None, bench
+        shown, averaged, on_data = None, None, bench
         if training is not None and by_training is not None:
             on_data = replace(bench, score=None, samples=training)
             on_data = _without_left_out(on_data, by_training)
-            averaged = average_over_batches(on_data, stored)
+            averaged, outputs = average_over_batches(on_data, stored)
             cures["reference"] = by_training
             if averaged.changes:
                 cures["averaged"] = averaged
-            shown = read_training(on_data, by_training, averaged)
+            shown = read_training(on_data, by_training, averaged, outputs)
         cures["evaluation"] = by_evaluation
         statistics = {name: each.statistics for name, each in cures.items()}
         table = measure_table(bench, stored, statistics, batch_sizes)
@@ -148,11 +155,13 @@ def diagnose(
         numbers = replace(
             _numbers(bench, table, stored, fresh),
             training=shown,
-            dropout=read_dropout(on_data, stored),
+            dropout=read_dropout(on_data, stored, averaged),
             expected_score=expected_score() if callable(expected_score) else expected_score,
         )
         cause = reach_verdict(numbers)
-        blamed = () if cause.cured_by is None else blame_layers(bench, cures[cause.cured_by])
+        blamed: tuple[LayerShare, ...] = ()
+        if cause.cured_by is not None:
+            blamed = blame_layers(bench, cures, cause.cured_by, table.measured)
     return Diagnosis(
         rows=tuple(table.rows.values()),
         cause=cause,
@@ -164,19 +173,6 @@ def diagnose(
     )
 
 
-@contextmanager
-def _untouched(model: nn.Module, layers: Sequence[BatchNormLayer]) -> Iterator[None]:
-    """Leave modes, statistics, counters, random state and gradients as they are."""
-    with (
-        preserve_modes(model),
-        preserve_random_states(model),
-        preserve_statistics(layers),
-        run_uncompiled(),
-        torch.no_grad(),
-    ):
-        yield
-
-
 def _without_left_out(bench: Bench, cure: Cure) -> Bench:
     """Return a bench without the batches that a cure, computed from its samples, left out."""
     return bench.without_nonfinite_batches(cure.statistics) if cure.left_out else bench
@@ -185,19 +181,11 @@ def _without_left_out(bench: Bench, cure: Cure) -> Bench:
 def _numbers(bench: Bench, table: Table, stored: Statistics, fresh: Cure) -> Numbers:
     """Return what was measured on the evaluation data.
 
-    Args:
-        bench: The model on the evaluation data.
-        table: The rows.
-        stored: The statistics that it has.
-        fresh: Those of the training data, or of the evaluation data without any.
+    ``fresh`` are the statistics of the training data, or of the evaluation data without any.
     """
     reached = table.measured["stored"].inputs
-    changes = [fresh.changes[name] for name in reached if name in fresh.changes]
     drifts = [
-        measure_drift(
-            change.name, change.after.mean, change.after.var, change.before, change.eps
-        ).largest
-        for change in changes
+        measure_drift(fresh.changes[name]).largest for name in reached if name in fresh.changes
     ]
     fits = all(drift <= MAX_STORED_DRIFT for drift in drifts)
     return Numbers(
@@ -260,8 +248,10 @@ def _check_options(
 ) -> None:
     require_samples(samples, 2)
     require_score(score)
-    require_batch_sizes(batch_sizes)
+    numbers = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else (0,)
+    if not all(is_whole(number, 1) for number in numbers):
+        raise ConfigurationError(f"batch sizes {batch_sizes!r} are not whole numbers of at least 1")
     if expected_score is not None and score is None:
         raise ConfigurationError("an expected score needs a score to compare with")
-    if current_ranks().size > 1:
+    if Ranks().size > 1:
         raise ConfigurationError("diagnose runs on one process: call it before the others start")

@@ -15,11 +15,11 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.preserve import preserve_modes
 from bnguard.observe.eval_statistics import drops_values
 from bnguard.rules.measurements import HARMFUL_CHANGE, HARMFUL_FLIPPED_SHARE
+from bnguard.whatif.bench import Bench, Statistics
 from bnguard.whatif.cures import Cure, average_over_batches
+from bnguard.whatif.model_outputs import Outputs
 from bnguard.whatif.result import Row
 from bnguard.whatif.samples import BatchOrder
-from bnguard.whatif.statistics import Statistics
-from bnguard.whatif.table import Bench
 
 # Between stored and recalibrated statistics, healthy networks change their outputs by up to 0.25 σ,
 # 4 % of their predictions, and their score by up to 1.7 %. Less than all of these is no harm.
@@ -291,22 +291,19 @@ def is_harmful(change: float, flipped_share: float) -> bool:
     )
 
 
-def read_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training:
-    """Return what the training data show.
+def read_training(bench: Bench, from_data: Cure, from_batches: Cure, outputs: Outputs) -> Training:
+    """Return what the training data show, on whose samples the bench is.
 
-    Args:
-        bench: The model on the training data.
-        from_data: Statistics of all of them.
-        from_batches: What training on their batches would converge to.
+    ``from_data`` are statistics of all of them, ``from_batches`` and ``outputs`` what
+    :func:`average_over_batches` gives.
     """
     samples = bench.samples
     order, change, flipped_share = samples.order(), None, None
     if order is not None and order.is_sorted:
         shuffled = bench.outputs_in_shuffled_batches()
         if shuffled is not None:
-            as_they_come = bench.outputs_in_batches(samples.batches)
-            change = as_they_come.change_from(shuffled)
-            flipped_share = as_they_come.flipped_share(shuffled)
+            change = outputs.change_from(shuffled)
+            flipped_share = outputs.flipped_share(shuffled)
     return Training(
         batch_size=samples.batch_size,
         order=order,
@@ -318,8 +315,11 @@ def read_training(bench: Bench, from_data: Cure, from_batches: Cure) -> Training
     )
 
 
-def read_dropout(bench: Bench, stored: Statistics) -> Dropout | None:
-    """Return what dropout explains of the stored variances; None without active dropout."""
+def read_dropout(bench: Bench, stored: Statistics, averaged: Cure | None) -> Dropout | None:
+    """Return what dropout explains of the stored variances; None without active dropout.
+
+    ``averaged`` is what :func:`average_over_batches` gives, if that is known already.
+    """
     dropouts = [module for module in bench.inner.modules() if drops_values(module)]
     kind = type(dropouts[0]).__name__ if dropouts else ""
     if not dropouts:
@@ -328,12 +328,13 @@ def read_dropout(bench: Bench, stored: Statistics) -> Dropout | None:
         kind = _functional_dropout(bench, dropouts)
     if not kind:
         return None
-    inactive = average_over_batches(bench, stored).log_variance_ratio
+    if averaged is None:
+        averaged, _ = average_over_batches(bench, stored)
     with preserve_modes(bench.inner):
         for dropout in dropouts:
             dropout.training = True
-        active = average_over_batches(bench, stored).log_variance_ratio
-    return Dropout(kind, active, inactive)
+        active, _ = average_over_batches(bench, stored)
+    return Dropout(kind, active.log_variance_ratio, averaged.log_variance_ratio)
 
 
 def _functional_dropout(bench: Bench, modules: Sequence[nn.Module]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from bnguard.errors import CalibrationError
-from bnguard.layers.bn_layer import BatchNormLayer
+from bnguard.layers.bn_layer import BatchNormLayer, device_of
 from bnguard.layers.moments import Moments, merge_moments
 from bnguard.observe.mode_gap import (
     flipped_share,
@@ -19,8 +21,8 @@ from bnguard.observe.mode_gap import (
     relative_change,
 )
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.layer_inputs import input_moments, is_finite, on_host, read_inputs
-from bnguard.whatif.samples import copy_inputs
+from bnguard.recalibration.statistics import input_moments, is_finite, on_host, read_inputs
+from bnguard.whatif.samples import copy_batch
 
 # Numbers that are kept of an output with positions, as an image; class scores are kept whole.
 _MAX_NUMBERS_A_SAMPLE = 4096
@@ -74,6 +76,12 @@ class Outputs:
             [expected.tensors[place] for place in places],
         )
 
+    def first(self, samples: int) -> Outputs | None:
+        """Return the outputs of the first samples; None without a row per sample."""
+        if any(len(tensor) != self.samples for tensor in self.tensors.values()):
+            return None
+        return Outputs({place: rows[:samples] for place, rows in self.tensors.items()}, samples)
+
     def in_order(self, order: Sequence[int]) -> Outputs | None:
         """Return the outputs of shuffled samples in their original order; None without rows.
 
@@ -87,32 +95,6 @@ class Outputs:
             tensors={place: tensor[back] for place, tensor in self.tensors.items()},
             samples=self.samples,
         )
-
-
-def collect_outputs(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
-    """Run a model on batches, and return its outputs.
-
-    Raises:
-        CalibrationError: The forward failed, or its outputs cannot be compared.
-    """
-    returned, sizes = [], []
-    for batch in batches:
-        returned.append(_returned(model, forward, batch))
-        sizes.append(batch.size)
-    if not returned[0] or len({len(tensors) for tensors in returned}) > 1:
-        raise CalibrationError(
-            f"{type(model).__name__} returns no floating-point tensors, or not always as many: "
-            "wrap the model in one that returns scores or features, or pass a forward"
-        )
-    columns = tuple(zip(*returned, strict=True))
-    places = places_of_rows(returned, sizes)
-    return Outputs(
-        tensors={
-            place: join_rows([_thinned(tensor) for tensor in columns[place]])
-            for place in places or range(len(columns))
-        },
-        samples=sum(sizes) if places else None,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,43 +112,155 @@ class LayerInput:
     values_per_sample: int
 
 
+class Readings:
+    """What a model returned and what its layers met, batch by batch."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[BatchNormLayer]) -> None:
+        self.sizes: list[int] = []
+        self._model = model
+        self._layers = layers
+        self._returned: list[list[Tensor]] = []
+        self._pending: list[tuple[str, Moments, int]] = []
+        self._met: dict[str, list[Moments]] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+
+    def start_batch(self) -> None:
+        """Forget the inputs of a forward that has not ended."""
+        self._pending.clear()
+
+    def add_input(self, index: int, values: Tensor) -> None:
+        """Add the inputs of a layer in the present batch."""
+        moments = on_host(input_moments(values))
+        self._pending.append((self._layers[index].name, moments, len(values)))
+
+    def end_batch(self, output: object, size: int) -> None:
+        """Add what the model returned for the present batch."""
+        self.sizes.append(size)
+        # A copy of its own, because the caller may write to the output.
+        self._returned.append(
+            [
+                _thinned(tensor.detach()).to("cpu", torch.float32, copy=True)
+                for tensor in float_tensors(output)
+            ]
+        )
+        for name, moments, rows in self._pending:
+            self._met.setdefault(name, []).append(moments)
+            self._shapes.setdefault(name, (max(1, rows // size), max(1, moments.count // size)))
+        self._pending.clear()
+
+    @property
+    def inputs(self) -> dict[str, LayerInput]:
+        """The inputs of each layer, in the order of first calls."""
+        return {
+            name: LayerInput(_merged(met), *self._shapes[name]) for name, met in self._met.items()
+        }
+
+    @property
+    def outputs(self) -> Outputs:
+        """The outputs; raises CalibrationError if they cannot be compared."""
+        returned = self._returned
+        if not returned[0] or len({len(tensors) for tensors in returned}) > 1:
+            raise CalibrationError(
+                f"{type(self._model).__name__} returns no floating-point tensors, or not always as "
+                "many: wrap the model in one that returns scores or features, or pass a forward"
+            )
+        columns = tuple(zip(*returned, strict=True))
+        places = places_of_rows(returned, self.sizes)
+        return Outputs(
+            tensors={place: join_rows(columns[place]) for place in places or range(len(columns))},
+            samples=sum(self.sizes) if places else None,
+        )
+
+
 def collect_inputs(
     layers: Sequence[BatchNormLayer],
     model: nn.Module,
     forward: Forward | None,
     batches: Iterable[Batch],
 ) -> tuple[dict[str, LayerInput], Outputs]:
-    """Return the inputs of each layer, in the order of first calls, and the outputs."""
-    parts: dict[str, list[Moments]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    size = 1
+    """Run a model on batches; return the inputs of each layer, and the outputs.
 
-    def add_moments(index: int, values: Tensor) -> None:
-        name = layers[index].name
-        moments = on_host(input_moments(values))
-        parts.setdefault(name, []).append(moments)
-        sizes.setdefault(name, (max(1, len(values) // size), max(1, moments.count // size)))
-
-    def noting_sizes() -> Iterable[Batch]:
-        nonlocal size
+    Raises:
+        CalibrationError: The forward failed, or its outputs cannot be compared.
+    """
+    readings = Readings(model, layers)
+    with read_inputs(layers, readings.add_input):
         for batch in batches:
-            size = batch.size
-            yield batch
+            readings.end_batch(call(model, forward, copy_batch(batch)), batch.size)
+    return readings.inputs, readings.outputs
 
-    with read_inputs(layers, add_moments):
-        outputs = collect_outputs(model, forward, noting_sizes())
-    return {name: LayerInput(_merged(seen), *sizes[name]) for name, seen in parts.items()}, outputs
+
+def collect_outputs(model: nn.Module, forward: Forward | None, batches: Iterable[Batch]) -> Outputs:
+    """Run a model on batches, and return its outputs; raises as :func:`collect_inputs`."""
+    return collect_inputs((), model, forward, batches)[1]
+
+
+@contextmanager
+def overhear(
+    layers: Sequence[BatchNormLayer], model: nn.Module, batches: Sequence[Batch]
+) -> Iterator[Readings]:
+    """Collect what :func:`collect_inputs` does from forwards that other code makes of the batches.
+
+    A forward counts if it has the values of the next batch, and the modes and autocast settings
+    from outside. The other code may leave batches out, or run others.
+    """
+    readings, settings = Readings(model, layers), _settings(model)
+    batch: Batch | None = None
+
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal batch
+        readings.start_batch()
+        awaited = next(iter(batches[len(readings.sizes) :]), None)
+        is_heard = (
+            # A copy of the model has these hooks too.
+            module is model
+            and awaited is not None
+            and _settings(model) == settings
+            and _are_equal((awaited.args, dict(awaited.kwargs)), (args, kwargs))
+        )
+        batch = awaited if is_heard else None
+
+    def on_input(index: int, values: Tensor) -> None:
+        if batch is not None:
+            readings.add_input(index, values)
+
+    def after(module: nn.Module, args: object, output: object) -> None:
+        nonlocal batch
+        if batch is not None:
+            readings.end_batch(output, batch.size)
+        batch = None
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(after).remove)
+        stack.enter_context(read_inputs(layers, on_input))
+        yield readings
+
+
+def _settings(model: nn.Module) -> tuple[object, ...]:
+    device = device_of(model).type
+    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    return (*autocast, *(module.training for module in model.modules()))
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Return whether two calls have the same arguments: equal tensors and plain values."""
+    (mine, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(map(_is_equal, mine, others))
+
+
+def _is_equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        is_alike = (one.dtype, one.device, one.layout) == (other.dtype, other.device, torch.strided)
+        return is_alike and torch.equal(one, other)
+    return one is other or (
+        type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other
+    )
 
 
 def _merged(parts: Iterable[Moments]) -> Moments | None:
     finite = [part for part in parts if is_finite(part)]
     return merge_moments(finite) if finite else None
-
-
-def _returned(model: nn.Module, forward: Forward | None, batch: Batch) -> list[Tensor]:
-    # A copy, because a forward may write to its input.
-    given = Batch(batch.index, copy_inputs(batch.args), copy_inputs(batch.kwargs), batch.size)
-    return [tensor.detach().float().cpu() for tensor in float_tensors(call(model, forward, given))]
 
 
 def _thinned(tensor: Tensor) -> Tensor:

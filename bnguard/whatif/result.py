@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView, importing_rich
+from bnguard.report.terminal import layer_table
 
 with importing_rich():
     from rich.console import Group, RenderableType
@@ -140,7 +140,20 @@ class Diagnosis(NotebookView):
         return f"Diagnosis(cause={cause!r}, rows={len(self.rows)}, samples={samples})"
 
     def __rich__(self) -> RenderableType:
-        return diagnosis_view(self)
+        parts: list[RenderableType] = [_heading(self)]
+        if self.rows:
+            parts.append(_rows_view(self.rows))
+        parts.append(_cause_view(self.cause))
+        if self.layers:
+            parts.append(_layers_view(self.layers))
+        parts += [
+            Text(f"skipped: {layer.name or '(the model)'} {layer.reason}", style="yellow")
+            for layer in self.skipped
+        ]
+        parts += [Text(f"note: {note}", style="dim") for note in self.notes]
+        # Commands and code are copied: rich must not break their lines.
+        code = Text(self.cause.next_step, style="bold", no_wrap=True, overflow="ignore")
+        return Group(*parts, Text(f"→ {self.cause.advice}:"), code)
 
     def __str__(self) -> str:
         from bnguard.report.terminal import as_text
@@ -155,23 +168,6 @@ _VERDICTS = {
     "harmless": "no harm on these data",
     "no-statistics": "nothing to compare",
 }
-
-
-def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
-    """Return a heading, the table, the cause with its evidence, the layers, and the next step."""
-    parts: list[RenderableType] = [
-        _heading(diagnosis),
-        *([_rows_view(diagnosis.rows)] if diagnosis.rows else []),
-        _cause_view(diagnosis.cause),
-    ]
-    if diagnosis.layers:
-        parts.append(_layers_view(diagnosis.layers))
-    parts += [
-        Text(f"skipped: {layer.name or '(the model)'} {layer.reason}", style="yellow")
-        for layer in diagnosis.skipped
-    ]
-    parts += [Text(f"note: {note}", style="dim") for note in diagnosis.notes]
-    return Group(*parts, *_next_step(diagnosis.cause))
 
 
 def _heading(diagnosis: Diagnosis) -> Text:
@@ -216,26 +212,17 @@ def _cause_view(cause: Verdict) -> RenderableType:
 
 
 def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layers to blame", overflow="fold")
-    for heading in ("share of the harm", "shift, σ", "log var ratio"):
-        table.add_column(heading, justify="right")
-    for layer in layers[:_MOST_LAYERS_SHOWN]:
-        table.add_row(
+    rows = (
+        (
             layer.name or "(the model)",
             _share(layer.share, digits=0),
             _moved(layer.shift_std),
             _moved(layer.log_variance_ratio),
         )
-    rest = len(layers) - _MOST_LAYERS_SHOWN
-    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")]
-    return Group(table, *(more if rest > 0 else []))
-
-
-def _next_step(cause: Verdict) -> list[RenderableType]:
-    # Commands and code are copied: rich must not break their lines.
-    code = Text(cause.next_step, style="bold", no_wrap=True, overflow="ignore")
-    return [Text(f"→ {cause.advice}:"), code]
+        for layer in layers[:_MOST_LAYERS_SHOWN]
+    )
+    headings = ("layers to blame", "share of the harm", "shift, σ", "log var ratio")
+    return layer_table(headings, rows, len(layers) - _MOST_LAYERS_SHOWN)
 
 
 def _score(value: float | None) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mode
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ from bnguard.recalibration.batches import (
 # Fewer batches cannot show whether they are sorted.
 MIN_BATCHES = 8
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True, eq=False)
 class Samples:
@@ -37,11 +34,9 @@ class Samples:
 
     Attributes:
         batches: As the model takes them, on its device.
-        payloads: As the loader yields them.
     """
 
     batches: tuple[Batch, ...]
-    payloads: tuple[object, ...]
 
     def __len__(self) -> int:
         return sum(batch.size for batch in self.batches)
@@ -50,11 +45,6 @@ class Samples:
     def batch_size(self) -> int:
         """The size that most batches have."""
         return mode(batch.size for batch in self.batches)
-
-    def fresh_payloads(self) -> Iterator[object]:
-        """Yield copies of what the loader yields, because a forward may write to its input."""
-        for payload in self.payloads:
-            yield copy_inputs(payload)
 
     @cached_property
     def whole(self) -> Batch | None:
@@ -166,29 +156,28 @@ def read_samples(
     Raises:
         CalibrationError: The loader is empty, or the model does not take its batches.
     """
-    payloads: list[object] = []
-
-    def keep() -> Iterator[object]:
-        for payload in loader:
-            payloads.append(payload)
-            yield payload
-
-    batches = tuple(read_batches(keep(), model, forward, samples=samples, device=device))
+    batches = tuple(read_batches(loader, model, forward, samples=samples, device=device))
     if not batches:
         raise CalibrationError(
             f"the {name} is empty: an iterator that can be read only once may have been read"
         )
-    return Samples(batches, tuple(payloads))
+    return Samples(batches)
 
 
-def copy_inputs(inputs: _T) -> _T:
-    """Return a copy of what a model takes; a deep copy fails on compressed sparse tensors."""
+def copy_batch(batch: Batch) -> Batch:
+    """Return a copy for a forward, which may write to it.
+
+    All objects in it are copied, and not only tensors as by :meth:`Batch.copied`.
+    """
+    inputs = (batch.args, batch.kwargs)
+    # A deep copy fails on compressed sparse tensors.
     compressed = {
         id(leaf): leaf.clone()
         for leaf in tree_leaves(inputs)
         if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo)
     }
-    return copy.deepcopy(inputs, compressed)
+    args, kwargs = copy.deepcopy(inputs, compressed)
+    return Batch(batch.index, args, kwargs, batch.size)
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """The table, and the cause that it names, on networks that were really trained into each fault."""
 
+import contextlib
 import copy
 
 import pytest
@@ -71,11 +72,94 @@ def test_too_few_updates_are_unconverged_statistics(score, reference):
     assert sum(layer.share for layer in diagnosis.layers) == pytest.approx(1.0)
 
 
-def test_it_takes_at_most_eight_forwards_of_its_data():
+@pytest.mark.parametrize("score", [True, False], ids=["score", "no score"])
+def test_it_takes_at_most_seven_forwards_of_its_data(score):
     model, sizes = trained.unconverged(), []
     with model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))):
-        diagnosis = diagnosed(model, score=False)
-    assert sum(sizes) <= 8 * (diagnosis.samples + diagnosis.reference_samples)
+        diagnosis = diagnosed(model, score=score)
+    assert sum(sizes) <= 7 * (diagnosis.samples + diagnosis.reference_samples)
+
+
+def run_on_other_batches(model, batches):
+    for batch in torch.cat(batches).split(100):
+        model(batch)
+
+
+def run_in_other_modes(model, batches):
+    for batch in batches:
+        model.train()
+        model(batch)
+        model.eval()
+
+
+def run_in_half_precision(model, batches):
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, batches)
+
+
+def run_a_copy(model, batches):
+    twin = copy.deepcopy(model)
+    twin[-1].weight.data.zero_()
+    run(twin, batches)
+
+
+def run_and_write_to_outputs(model, batches):
+    for batch in batches:
+        with torch.inference_mode():
+            model(batch).softmax(1).zero_()
+            model(batch).zero_()
+
+
+def run_after_a_failure(model, batches):
+    def fail(*_):
+        raise ValueError
+
+    with model[-1].register_forward_pre_hook(fail), contextlib.suppress(ValueError):
+        model(batches[0])
+    run(model, [-batches[0], *batches])
+
+
+def run(model, batches):
+    for batch in batches:
+        model(batch)
+
+
+@pytest.mark.parametrize(
+    ("run_batches", "is_shared"),
+    [
+        (run, True),
+        (run_and_write_to_outputs, True),
+        (run_after_a_failure, True),
+        (run_on_other_batches, False),
+        (run_in_other_modes, False),
+        (run_in_half_precision, False),
+        (run_a_copy, False),
+    ],
+)
+def test_forwards_of_the_score_count_as_ours_if_they_are_the_same(run_batches, is_shared):
+    model, batches = trained.healthy(), IMAGES.split(128)
+    scoring, own = [], []
+
+    def score(scored):
+        scoring.append(True)
+        run_batches(scored, batches)
+        scoring.clear()
+        return 0.0
+
+    def count(*_):
+        if not scoring:
+            own.append(True)
+
+    def figures(row):
+        return row.change, row.flipped_share, row.gap, row.drift or 0.0, row.input_drift or 0.0
+
+    with model.register_forward_pre_hook(count):
+        expected, all_forwards = bnguard.diagnose(model, batches), len(own)
+        found = bnguard.diagnose(model, batches, score=score)
+    # Five batches for each row but that of shuffled batches.
+    assert 2 * all_forwards - len(own) == (5 * 6 if is_shared else 0)
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        assert figures(row) == pytest.approx(figures(other), rel=1e-4, abs=1e-6)
 
 
 def test_averaged_weights_are_stale_statistics():
