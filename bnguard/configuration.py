@@ -42,7 +42,7 @@ Limit = float | int
 class Configuration:
     """Which rules run, on which layers, with which limits.
 
-    A rule is named by its code, its name, or a prefix of its code (``BN3`` for BN301 to BN305).
+    A rule is named by its code, its name, or a prefix of its code (``BN3`` for BN301 to BN306).
 
     Attributes:
         select: The rules to run; None runs all.
@@ -122,15 +122,11 @@ class Configuration:
         )
 
 
-def codes_meant(name: str) -> set[str]:
+def _codes_meant(name: str) -> set[str]:
     """Return the codes of the rules that a code, a name or a prefix of codes names.
 
-    Raises:
-        ConfigurationError: There is no such rule; the message has the nearest name.
-
-    Example:
-        >>> sorted(codes_meant("BN40"))
-        ['BN401', 'BN402', 'BN403', 'BN404']
+    >>> sorted(_codes_meant("BN40"))
+    ['BN401', 'BN402', 'BN403', 'BN404']
     """
     if name.upper().startswith("BN") and len(name) < len("BN101"):
         codes = {rule.code for rule in installed_rules() if rule.code.startswith(name.upper())}
@@ -168,7 +164,9 @@ def read_configuration(path: Path | None = None) -> Configuration:
     Raises:
         ConfigurationError: The file cannot be read, or names an unknown key, rule or limit.
     """
-    path = _nearest_project_file(Path.cwd()) if path is None else path
+    if path is None:
+        above = (folder / "pyproject.toml" for folder in (Path.cwd(), *Path.cwd().parents))
+        path = next(filter(Path.is_file, above), None)
     if path is None:
         return Configuration()
     table = _table(path)
@@ -192,12 +190,7 @@ def read_configuration(path: Path | None = None) -> Configuration:
 
 
 def _codes(names: Iterable[str]) -> set[str]:
-    return {code for name in names for code in codes_meant(name)}
-
-
-def _nearest_project_file(folder: Path) -> Path | None:
-    candidates = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
-    return next((path for path in candidates if path.is_file()), None)
+    return {code for name in names for code in _codes_meant(name)}
 
 
 def _table(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Several processes: what each has is brought together, in a training and in a calibration.
 
-:class:`Exchange` does not wait for a process that is gone; :class:`ProcessGroup` runs in step.
+:class:`Exchange` does not wait for a process that is gone; :class:`Ranks` run in step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -50,7 +50,7 @@ class Exchange:
         self._laid_out: list[str] = []
         # Rank zero may itself be waiting for another.
         self._first_patience_s = _FIRST_PATIENCE_S * (1 if self.rank == 0 else 2)
-        self._store = None if self.size == 1 else _store(name)
+        self._store: Any = None if self.size == 1 else _store(name)
         self._set(f"here/{self.rank}", b"")
 
     def merge(self, mine: T, merge: Callable[[Sequence[T | None]], Result]) -> Result:
@@ -95,7 +95,7 @@ class Exchange:
         """Return what a rank has published, or nothing if the rank is gone."""
         # Whoever holds the store may have ended.
         with contextlib.suppress(RuntimeError):
-            if self._store is not None and self._arrives(key, rank):
+            if self._arrives(key, rank):
                 parts = [f"{key}/{number}" for number in range(int(self._store.get(key)))]
                 value = pickle.loads(b"".join(map(self._store.get, parts)))
                 if self.rank == 0:
@@ -106,20 +106,17 @@ class Exchange:
     def _arrives(self, key: str, rank: int) -> bool:
         """Wait until a rank has laid something out, and return whether it has."""
         start, pause = time.monotonic(), _PAUSES_S[0]
-        while not self._has(key):
+        while not self._store.check([key]):
             waited = time.monotonic() - start
-            if self._has(f"left/{rank}") or waited > _PATIENCE_S:
-                return self._has(key)
-            if waited > self._first_patience_s and not self._has(f"here/{rank}"):
+            if self._store.check([f"left/{rank}"]) or waited > _PATIENCE_S:
+                return bool(self._store.check([key]))
+            if waited > self._first_patience_s and not self._store.check([f"here/{rank}"]):
                 # Once is enough.
                 self._first_patience_s = 0.0
                 return False
             time.sleep(pause)
             pause = min(2 * pause, _PAUSES_S[1])
         return True
-
-    def _has(self, key: str) -> bool:
-        return self._store is not None and self._store.check([key])
 
     def _set(self, key: str, value: bytes) -> None:
         with contextlib.suppress(RuntimeError):
@@ -130,8 +127,7 @@ class Exchange:
         # Not every store can.
         with contextlib.suppress(RuntimeError):
             for key in keys:
-                if self._store is not None:
-                    self._store.delete_key(key)
+                self._store.delete_key(key)
 
 
 def _store(name: str) -> Any:
@@ -143,57 +139,42 @@ def _store(name: str) -> Any:
         return None
 
 
-class Ranks(Protocol):
-    """The processes that calibrate together.
+class Ranks:
+    """The processes of ``torch.distributed`` that calibrate together; without a group, this one.
 
     Attributes:
         rank: Number of this one, from 0.
         size: How many there are.
     """
 
-    rank: int
-    size: int
+    def __init__(self) -> None:
+        self.size = number_of_ranks()
+        self.rank = 0 if self.size == 1 else dist.get_rank()
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do this rank's part of a work; return the results of all, in the order of the ranks.
 
         Every rank calls this as often as the others, so that none waits for one that failed.
+        Results must be picklable.
 
         Raises:
             CalibrationError: The work failed on another rank. What this rank's own raises, passes.
         """
-
-
-class SingleRank:
-    """A process on its own."""
-
-    rank, size = 0, 1
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Do the work."""
-        return [work()]
-
-
-class ProcessGroup:
-    """The processes of the default group of ``torch.distributed``."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Do this rank's part, and exchange the results, which must be picklable."""
+        if self.size == 1:
+            return [work()]
         try:
             mine = work()
         except BaseException as error:
-            self._exchanged(_Failure(_told(error)))
+            message = str(error) if isinstance(error, BNGuardError) else in_one_line(error)
+            self._exchange(_Failure(message))
             raise
-        results = self._exchanged(mine)
+        results = self._exchange(mine)
         for rank, result in enumerate(results):
             if isinstance(result, _Failure):
                 raise CalibrationError(f"rank {rank} failed: {result.message}")
         return cast("list[T]", results)
 
-    def _exchanged(self, mine: object) -> list[object]:
+    def _exchange(self, mine: object) -> list[object]:
         results: list[object] = [None] * self.size
         dist.all_gather_object(results, mine)
         return results
@@ -202,14 +183,3 @@ class ProcessGroup:
 @dataclass(frozen=True)
 class _Failure:
     message: str
-
-
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, BNGuardError) else in_one_line(error)
-
-
-def current_ranks() -> Ranks:
-    """Return the default process group if one is initialised, else this process alone."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return ProcessGroup()
-    return SingleRank()

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from bnguard.layers.names import layer_label
+
 
 class Severity(enum.IntEnum):
     """How bad a finding is: an error breaks the model, a warning costs quality, info does not.
@@ -34,7 +36,7 @@ class Evidence:
     Attributes:
         measure: What was measured, as a noun: ``"largest shift"``.
         value: The number measured.
-        limit: The limit of that number.
+        limit: The limit of that number; NaN if it has none.
         unit: Unit of both, ``""`` for a plain number.
         is_minimum: Whether the limit is a minimum; by default it is a maximum.
 
@@ -43,6 +45,8 @@ class Evidence:
         'largest shift 2.25 σ (limit 1 σ)'
         >>> str(Evidence("values per channel", 2, 3, is_minimum=True))
         'values per channel 2 (at least 3)'
+        >>> str(Evidence("|log variance ratio|", 7.329, 1.5))
+        'variance off by 1,500× (limit 4.5×)'
     """
 
     measure: str
@@ -54,16 +58,51 @@ class Evidence:
     @property
     def excess(self) -> float:
         """The value relative to the limit: above 1 is beyond it; infinite beyond a limit of 0."""
+        if math.isnan(self.limit):
+            return 0.0
         value, limit = abs(self.value), abs(self.limit)
         near, far = (value, limit) if self.is_minimum and limit else (limit, value)
         if not math.isfinite(value) or near == 0.0:
             return math.inf if far else 0.0
         return far / near
 
+    @property
+    def noun(self) -> str:
+        """The measure for people, who read a factor and not its logarithm."""
+        if _LOG_RATIO not in self.measure:
+            return self.measure
+        return f"{self.measure.replace(_LOG_RATIO, 'variance')} off by"
+
+    def amount(self, number: float) -> str:
+        """Return a number of this measure with its unit, or as a factor: 2.25 σ, 4.5×."""
+        if _LOG_RATIO in self.measure and math.isfinite(number):
+            return factor(number)
+        is_short = float(number).is_integer() and abs(number) < 1e6
+        figures = f"{number:,.0f}" if is_short else f"{number:.4g}"
+        return figures + ("" if self.unit in ("", "%") else " ") + self.unit
+
+    @property
+    def reading(self) -> str:
+        """The measure and its value, without the limit: largest shift 2.25 σ."""
+        return f"{self.noun} {self.amount(self.value)}"
+
     def __str__(self) -> str:
-        space = "" if self.unit in ("", "%") else " "
-        value, limit = (f"{number:.4g}{space}{self.unit}" for number in (self.value, self.limit))
-        return f"{self.measure} {value} ({'at least' if self.is_minimum else 'limit'} {limit})"
+        bound = "at least" if self.is_minimum else "limit"
+        limit = "" if math.isnan(self.limit) else f" ({bound} {self.amount(self.limit)})"
+        return f"{self.reading}{limit}"
+
+
+_LOG_RATIO = "|log variance ratio|"
+
+
+def factor(log_ratio: float) -> str:
+    """Return the logarithm of a ratio as a factor of two figures, whichever is larger.
+
+    >>> factor(-1.5), factor(7.329), factor(1e9)
+    ('4.5×', '1,500×', '1e+304×')
+    """
+    size = math.exp(min(abs(log_ratio), 700.0))
+    return f"{float(f'{size:.2g}'):,.6g}×"
 
 
 @dataclass(frozen=True)
@@ -78,6 +117,17 @@ class Fix:
 
     summary: str
     repair: str | None = None
+
+    @property
+    def call(self) -> str:
+        """The call that does it to a model in memory; empty if the user has to change code."""
+        return _CALLS.get(self.repair or "", "")
+
+
+_CALLS = {
+    "recalibrate": "bnguard.recalibrate(model, train_loader)",
+    "swap": 'bnguard.swap(model, to="group")',
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +227,7 @@ class FindingGroup:
     @property
     def where(self) -> str:
         """The layers in words: one name, or how many and the worst of them."""
-        name = self.worst.layer
-        if name is None:
-            return "the model"
-        name = name or "the model itself"
+        name = layer_label(self.worst.layer)
         return name if len(self.findings) == 1 else f"{len(self.findings)} layers, worst {name}"
 
 
@@ -196,21 +243,17 @@ def group_findings(findings: Iterable[Finding]) -> tuple[FindingGroup, ...]:
 def by_root_cause(groups: Iterable[FindingGroup]) -> dict[FindingGroup, list[FindingGroup]]:
     """Return each root cause with what it leads to, both in the order given."""
     groups = tuple(groups)
+    by_code = {group.worst.code: group for group in reversed(groups)}
     consequences: dict[FindingGroup, list[FindingGroup]] = {}
     for group in groups:
         root, codes = group, {group.worst.code}
-        while (cause := _cause_of(root, groups)) is not None and cause.worst.code not in codes:
-            root = cause
-            codes.add(root.worst.code)
+        while (code := next(iter(root.causes), "")) in by_code and code not in codes:
+            root = by_code[code]
+            codes.add(code)
         consequences.setdefault(root, [])
         if root is not group:
             consequences[root].append(group)
     return consequences
-
-
-def _cause_of(group: FindingGroup, groups: Iterable[FindingGroup]) -> FindingGroup | None:
-    code = next(iter(group.causes), None)
-    return next((cause for cause in groups if cause.worst.code == code), None)
 
 
 def worst_first(finding: Finding) -> tuple[float, float]:

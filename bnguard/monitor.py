@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -86,9 +85,10 @@ def watch(
     """Watch the BN layers of a model while it trains.
 
     With ``optimizer`` this is the only line needed: steps are noticed through the optimizer's own
-    hook, and evaluations by the forwards in eval mode without gradients. If no report was asked
-    for, it is printed when the process ends. A loop can also be explicit, without ``optimizer``
-    it has to be: call :meth:`Monitor.step` after each optimizer step, and run validation inside
+    hook, and evaluations by the forwards in eval mode: those without gradients, and those of a
+    model whose training steps are in train mode. If no report was asked for, it is printed when the
+    process ends. A loop can also be explicit, without ``optimizer`` it has to be: call
+    :meth:`Monitor.step` after each optimizer step, and run validation inside
     :meth:`Monitor.evaluation`. Nothing is counted twice.
 
     The model gets hooks, which :meth:`Monitor.close` removes, and stays as it is otherwise.
@@ -179,7 +179,7 @@ def watch(
             f"bnguard: {explain_missing_layers(model)}, so there is nothing to watch",
             stacklevel=2,
         )
-    elif monitor._has_shards:
+    elif any(layer.is_sharded for layer in monitor._observer.layers):
         warnings.warn(
             "bnguard: each rank has a part of gamma and beta alone, so that the rules on them are "
             "silent; the statistics are watched",
@@ -288,12 +288,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -310,11 +305,6 @@ class Monitor:
     def rank(self) -> int:
         """The number of this process among those that train together."""
         return self._exchange.rank
-
-    @property
-    def _has_shards(self) -> bool:
-        """Whether parameters are spread over the ranks, and are not looked at."""
-        return any(layer.is_sharded for layer in self._observer.layers)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -527,7 +517,7 @@ class Monitor:
         Call it after a loop of your own loads, exchanges or restores statistics.
         """
         self._checked = None
-        self._guard(self._observer.forget_changes)
+        self._guard(self._observer.batches.forget_changes)
 
     def check(self) -> Report:
         """Run the rules unless nothing has happened since they last ran; announce what is new.
@@ -607,7 +597,7 @@ class Monitor:
                 name: {
                     name: torch.from_numpy(values).float() for name, values in vars(window).items()
                 }
-                for name, window in (self._guard(self._observer.windows) or {}).items()
+                for name, window in (self._guard(self._observer.batches.windows) or {}).items()
             },
         }
 
@@ -615,7 +605,7 @@ class Monitor:
         """Resume from what :meth:`state_dict` returned."""
         self._step = state["step"]
         self._announcements.resume(state["findings"], state.get("announced", ()))
-        self._observer.resume(
+        self._observer.batches.resume(
             {name: _window_of(window) for name, window in state["windows"].items()}
         )
 

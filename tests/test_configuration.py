@@ -30,6 +30,7 @@ def test_rules_are_meant_by_code_name_or_prefix():
         "BN301",
         "BN303",
         "BN304",
+        "BN306",
     }
 
 

@@ -178,7 +178,8 @@ def test_a_finding_is_logged_once(caplog):
             model(torch.randn(4, 1, 8, 8))
             monitor.step()
     (record,) = caplog.records
-    assert record.getMessage().startswith("BN303 unconverged-statistics at 3 layers, worst 1,")
+    expected = "BN303 unconverged-statistics at 3 layers, worst layer 1,"
+    assert record.getMessage().startswith(expected)
 
 
 def test_a_finding_does_not_continue_the_line_of_a_progress_bar(capsys):
@@ -257,7 +258,9 @@ def test_the_report_fits_eighty_columns_without_a_terminal():
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert "BN402 poisoned-statistics" in text
-    assert "3 layers, worst 1" in text
+    assert "3 layers, worst layer 1" in text
+    assert "then recalibrate the running statistics" in " ".join(text.split())
+    assert "\n           bnguard.recalibrate(model, train_loader)\n" in text
 
 
 def test_a_loop_that_tells_of_no_step_is_told_so():
@@ -322,7 +325,7 @@ def test_steps_and_evaluations_after_close_do_no_harm():
         "bnguard.observe.layer_calls.values_per_channel",
         "bnguard.observe.eval_statistics.channel_moments",
         "bnguard.observe.observer.Observer.history",
-        "bnguard.observe.mode_gap.GapProbe.__init__",
+        "bnguard.observe.mode_gap.GapProbe.measure",
     ],
 )
 def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):

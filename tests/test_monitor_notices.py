@@ -216,6 +216,35 @@ def test_an_evaluation_with_weights_that_are_exchanged_is_dropped():
     assert all(layer.evaluated is None for layer in report.layers)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.running_mean.add_(1.0),
+        lambda layer: setattr(layer, "running_var", layer.running_var.clone()),
+        lambda layer: layer.weight.add_(1.0),
+        lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.clone())),
+    ],
+    ids=["mean", "another variance", "gamma", "another beta"],
+)
+def test_an_evaluation_ends_where_a_layer_changes(change):
+    model = conv_net()
+    # A lazy layer that is never called has no values to compare.
+    model.unused = nn.LazyBatchNorm1d()
+    layer = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    optimizer = sgd(model)
+    monitor = watched(model, optimizer)
+    backward(model, 0)
+    optimizer.step()
+    with torch.no_grad():
+        model.eval()(IMAGES[1200:1300])
+        state = monitor._observer.state_now()
+        model(IMAGES[1200:1300])
+        assert monitor._observer.state_now() == state == monitor._evaluated_state
+        change(layer)
+        assert monitor._observer.state_now() != state
+    assert monitor.report().failure is None
+
+
 def test_a_loop_that_acts_in_eval_mode_is_read_now_and_then():
     model = conv_net()
     optimizer = sgd(model)

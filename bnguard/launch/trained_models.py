@@ -94,8 +94,9 @@ class Watching:
                 self._is_watched_by_script = True
                 # A callback reports by itself.
                 if not monitor._is_led:
+                    number = len(self._models) + 1
                     self._models.append(
-                        _WatchedModel.adopt(monitor, self._folder, len(self._models) + 1)
+                        _WatchedModel.adopt(monitor, self._folder, number, is_of_script=True)
                     )
                 return
         for root in find_roots(owned):
@@ -130,8 +131,8 @@ class _WatchedModel:
     folder: Path
     monitor: weakref.ref[Monitor]
     log: _Log
+    is_of_script: bool
     report: Report | None = None
-    is_of_script: bool = False
 
     @classmethod
     def begin(
@@ -145,23 +146,19 @@ class _WatchedModel:
 
         monitor = watch(root, optimizer=_optimizers_of(root, optimizer), on_findings=tell)
         monitor._step = 1  # the step that has just been taken
-        return cls._of(monitor, folder, number)
+        return cls.adopt(monitor, folder, number, is_of_script=False)
 
     @classmethod
-    def adopt(cls, monitor: Monitor, folder: Path, number: int) -> _WatchedModel:
-        """Take over the results of a monitor that the script made."""
-        model = cls._of(monitor, folder, number)
-        model.is_of_script = True
-        return model
-
-    @classmethod
-    def _of(cls, monitor: Monitor, folder: Path, number: int) -> _WatchedModel:
+    def adopt(
+        cls, monitor: Monitor, folder: Path, number: int, *, is_of_script: bool
+    ) -> _WatchedModel:
+        """Take over the results of a monitor, perhaps one that the script made."""
         root = monitor.model
         name = type(next((part for part in root.modules() if not is_wrapper(part)), root)).__name__
         if number > 1:
             folder = folder / f"{name}-{number}"
         log = _Log(folder if monitor.rank == 0 else None)
-        model = cls(name, folder, weakref.ref(monitor), log)
+        model = cls(name, folder, weakref.ref(monitor), log, is_of_script)
         monitor._follow_script(log.add, model._keep)
         return model
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import ConfigurationError
-from bnguard.layers.names import WRAPPED, without_wrappers
+from bnguard.layers.names import WRAPPED, layer_label, without_wrappers
 
 
 def _in_train_mode(module: nn.Module) -> bool:
@@ -138,6 +138,11 @@ class BatchNormLayer:
     name: str
     module: nn.Module
     adapter: Adapter
+
+    @property
+    def label(self) -> str:
+        """The name for people: a layer called "1" is "layer 1"."""
+        return layer_label(self.name)
 
     @property
     def running_mean(self) -> Tensor | None:

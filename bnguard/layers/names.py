@@ -1,4 +1,4 @@
-"""Dotted names of modules and of their tensors."""
+"""Dotted names of modules and of their tensors, and how people read them."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def without_wrappers(name: str) -> str:
     while parts and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
+
+
+def layer_label(name: str | None) -> str:
+    """Return a layer in words; a name without letters would read as a number.
+
+    >>> layer_label("stem.bn"), layer_label("0.1"), layer_label(""), layer_label(None)
+    ('stem.bn', 'layer 0.1', 'the model itself', 'the model')
+    """
+    if name is None:
+        return "the model"
+    is_number = not any(map(str.isalpha, name))
+    return (f"layer {name}" if is_number else name) if name else "the model itself"

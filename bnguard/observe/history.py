@@ -69,6 +69,8 @@ class Run:
         mode_gap: Mode gap of the newest evaluation; None if not measured.
         mode_gap_reason: Why it was not measured.
         earlier_mode_gaps: Those of the evaluations before, the newest last.
+        mode_gap_in_training: The same on batches of training, by the weights of the newest
+            evaluation; None unless :attr:`mode_gap` is large.
         origin: Where NaN or Inf appeared.
         inputs: How much the training batches differ; None if no input has samples to compare.
         bad_input_step: First step whose input held NaN or Inf.
@@ -93,6 +95,7 @@ class Run:
     mode_gap: ModeGap | None = None
     mode_gap_reason: str = "no evaluation was watched"
     earlier_mode_gaps: tuple[ModeGap, ...] = ()
+    mode_gap_in_training: ModeGap | None = None
     origin: BadValueOrigin | None = None
     inputs: InputWindow | None = None
     bad_input_step: int | None = None
@@ -127,6 +130,8 @@ class LayerHistory:
         is_held_at_start: Whether the layer was in eval mode when watching began, and a module next
             to it in train mode.
         is_left_out: Whether gamma or beta require gradients but no optimizer has them.
+        is_fed_by_trained: Whether the weights before the layer, in order of registration, are
+            trained.
         is_following: Whether something other than training writes the weights around the layer, as
             in a teacher or target network, while its statistics stay as at the start.
         unsaved: Names of the statistics missing from the layer's state dict.
@@ -178,6 +183,7 @@ class LayerHistory:
     is_affine_frozen_at_start: bool | None = None
     is_held_at_start: bool = False
     is_left_out: bool = False
+    is_fed_by_trained: bool = False
     is_following: bool = False
     unsaved: tuple[str, ...] = ()
     is_updating: bool = True
@@ -363,7 +369,11 @@ class History:
             )
         if not self.run.steps and any(layer.calls.in_training for layer in self.layers):
             notes.append("no training step was noticed: call monitor.step() after each one")
-        elif self.run.steps and not unseen and not any(layer.evaluated for layer in self.layers):
+        elif (
+            self.run.steps
+            and not unseen
+            and not any(layer.evaluated or layer.calls.left_out for layer in self.layers)
+        ):
             was_tried = any(layer.calls.in_evaluation for layer in self.layers)
             nothing = "no evaluation (eval mode, no_grad) was seen"
             what = "evaluation ran in train mode" if was_tried else nothing
@@ -391,10 +401,10 @@ class History:
         cost = self.run.overhead
         if cost is not None and (cost.steps_left_out or cost.evaluations_left_out):
             notes.append(
-                f"watching took {cost.seconds:.2g} s, {cost.share:.1%} of the training's time: "
-                f"{cost.steps_left_out:,} of {self.run.steps:,} steps and "
+                f"watching took {cost.seconds:.2g} s, {cost.share:.1%} of the training's time; "
+                f"to keep that low, {cost.steps_left_out:,} of {self.run.steps:,} steps and "
                 f"{cost.evaluations_left_out:,} evaluation{'s' * (cost.evaluations_left_out != 1)} "
-                "were left out to keep max_overhead"
+                "were left out (max_overhead=0 reads all)"
             )
         return tuple(notes)
 
@@ -414,8 +424,8 @@ class History:
             fewest, _ = min(undecided)
             needed = 1.0 - FORGOTTEN_WEIGHT ** (1.0 / fewest)
             yield (
-                f"momentum is not stored, and 0.1 is assumed: below {needed:.2g} the {fewest} "
-                f"updates of {_layers([name for _, name in undecided])} were too few"
+                f"momentum is not stored, and 0.1 is assumed; if it was below {needed:.2g}, the "
+                f"{fewest:,} updates of {_layers([name for _, name in undecided])} were too few"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 import torch
@@ -154,12 +155,8 @@ class _Hook:
                 self._hooks._error = error
                 Hooks.errors += 1
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Callable[..., None]:
-    return _do_nothing
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial, (_do_nothing,)
 
 
 def _do_nothing(module: nn.Module, *call: object) -> None:

@@ -1,10 +1,10 @@
-"""Counts of the calls of layers in training, and the shapes of their batches, from cheap hooks."""
+"""Counts of the calls of layers, the shapes of their batches, and calls that evaluation skips."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +30,6 @@ class ShapeProbe:
 
     Args:
         model: The model, whose forwards separate the calls of a layer.
-        layers: The layers to watch.
         on_batch_of_one: Called with the name of a layer before its first batch with one value per
             channel, which PyTorch will reject.
 
@@ -177,25 +176,17 @@ class ShapeProbe:
 
 @dataclass(slots=True)
 class ShapeRecord:
-    """The calls of a layer, and the shapes of their batches.
+    """The calls of a layer, and the shapes of their batches."""
 
-    Attributes:
-        calls: The counts, without ``in_training``, which the shapes give.
-        calls_now: Calls so far in the current step.
-        position: Index in the order of first calls, in any mode.
-        is_inside: Whether the newest call with batch statistics was in a forward of the model.
-        repeated: Steps in a row with one call that repeats that of the step before.
-        step: Step of the newest call with batch statistics; -1 after a frozen one.
-        forward: Forward of that call.
-    """
-
-    calls: Calls = field(default_factory=Calls)
-    calls_now: int = 0
-    position: int | None = None
+    calls: Calls = field(default_factory=Calls)  # without ``in_training``, which the shapes give
+    calls_now: int = 0  # of the current step
+    position: int | None = None  # in the order of first calls, in any mode
+    # Of the newest call with batch statistics: whether it was in a forward of the model, its step
+    # (-1 after a frozen call), its forward, and the steps in a row with one such call.
     is_inside: bool = True
-    repeated: int = 0
     step: int = 0
     forward: int = 0
+    repeated: int = 0
     _step_without_grad: int = 0
     _waiting: int = 0
     _step_in_eval_mode: int = 0
@@ -309,16 +300,11 @@ class _Member(NamedTuple):
 
 
 class _Part:
-    """Layers that are called together: while the first repeats itself, others need no hook.
-
-    Attributes:
-        members: The layers.
-        first: The record of the one that is called first, while others rest.
-        resting: Those without a hook, and it.
-    """
+    """Layers that are called together: while the first repeats itself, others need no hook."""
 
     def __init__(self) -> None:
         self.members: list[_Member] = []
+        # Of the layer that is called first, while others rest; these, and their hooks.
         self.first: ShapeRecord | None = None
         self.resting: list[tuple[_Member, Callable[..., object]]] = []
         self._modules: list[nn.Module] = []
@@ -402,3 +388,46 @@ def _count(counts: dict[int, int], number: int, times: int) -> int:
         number = 1 << (number.bit_length() - 1) if number else 0
     counts[number] = counts.get(number, 0) + times
     return counts[number]
+
+
+class SkipProbe:
+    """Counts the forwards in which a module in eval mode calls none of the layers inside it.
+
+    Modules that an evaluation does not call, as an auxiliary head, leave out nothing.
+
+    Args:
+        model: The model.
+        layers: Its BN layers.
+        records: Their calls so far, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[BatchNormLayer],
+        records: Mapping[str, ShapeRecord],
+    ) -> None:
+        self.hooks = Hooks()
+        names = {layer.module: layer.name for layer in layers}
+        for parent in model.modules():
+            own = [records[names[part]] for part in parent.children() if part in names]
+            if own and all(map(_is_idle, own)):
+                inside = [records[names[part]] for part in parent.modules() if part in names]
+                self._watch(parent, own, inside)
+
+    def _watch(
+        self, parent: nn.Module, own: Sequence[ShapeRecord], inside: Sequence[ShapeRecord]
+    ) -> None:
+        def note(args: tuple[object, ...], output: object) -> None:
+            if not parent.training and all(map(_is_idle, inside)):
+                for record in own:
+                    record.calls.left_out += 1
+
+        self.hooks.after(parent, note)
+
+
+def _is_idle(record: ShapeRecord) -> bool:
+    """Return whether training calls the layer, and nothing ever called it in evaluation."""
+    calls = record.calls
+    is_called = calls.is_in_eval_mode or calls.in_evaluation or calls.without_grad
+    return record.position is not None and not is_called

@@ -47,7 +47,10 @@ class LoopProbe:
     forward begins: a loop that reports its steps itself has done so by then.
 
     An evaluation begins with a forward in eval mode without gradients, and ends with the next
-    forward that has gradients. Forwards in train mode without gradients do neither.
+    forward that has gradients, or that is in train mode where an earlier one was in eval mode: a
+    teacher's, at the start of the next step. Others in train mode without gradients do neither.
+    After steps in train mode, a forward of the model in eval mode with gradients begins one too, if
+    no input requires them, as those of an attack do: ``torch.no_grad`` was left out.
 
     Args:
         model: The model, wrapped or not.
@@ -56,7 +59,7 @@ class LoopProbe:
         on_step: Called after each step.
         on_evaluation: Called with module, arguments and keywords before each forward of an
                 evaluation.
-        on_training: Called before each forward with gradients.
+        on_training: Called before each forward with gradients, and where an evaluation has ended.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class LoopProbe:
         on_training: Callable[[], None],
     ) -> None:
         self.hooks = Hooks()
+        self._model = model
         self._on_step = on_step
         self._on_evaluation = on_evaluation
         self._on_training = on_training
@@ -84,6 +88,9 @@ class LoopProbe:
         self._is_due = False
         self._is_confirmed = False
         self._forwards = 0
+        self._evaluated: set[nn.Module] = set()
+        self._has_trained_in_train_mode = False
+        self._evaluates_with_gradients = False
         for optimizer in optimizers:
             self.follow(optimizer)
         if not self._optimizer_handles:
@@ -181,15 +188,43 @@ class LoopProbe:
     def _note_forward(
         self, is_in_eval_mode: bool, module: nn.Module, args: Arguments, kwargs: Keywords
     ) -> None:
-        if torch.is_grad_enabled():
-            self._on_training()
+        if torch.is_grad_enabled() and self._is_without_no_grad(is_in_eval_mode, module, args):
+            self.flush()
+            # A training that forgets train() begins like this: its step is counted.
+            self._evaluates_with_gradients = self._has_trained = True
+            if module is self._model:
+                self._on_evaluation(module, args, kwargs)
+        elif torch.is_grad_enabled():
+            if module is self._model:
+                self._has_trained_in_train_mode = not is_in_eval_mode
+            self._evaluates_with_gradients = False
+            self._end_evaluation()
             self.flush()
             if self._is_step_skipped():
                 self._end_step()
             self._has_trained = True
         elif is_in_eval_mode:
             self.flush()
+            self._evaluated.add(module)
             self._on_evaluation(module, args, kwargs)
+        elif module in self._evaluated:
+            self._end_evaluation()
+
+    def _is_without_no_grad(
+        self, is_in_eval_mode: bool, module: nn.Module, args: Arguments
+    ) -> bool:
+        """Return whether a forward with gradients belongs to an evaluation."""
+        if not is_in_eval_mode:
+            return False
+        if module is not self._model:
+            return self._evaluates_with_gradients
+        return self._has_trained_in_train_mode and not any(
+            isinstance(value, Tensor) and value.requires_grad for value in args
+        )
+
+    def _end_evaluation(self) -> None:
+        self._evaluated.clear()
+        self._on_training()
 
     def _is_step_skipped(self) -> bool:
         return (
@@ -210,6 +245,8 @@ class LoopProbe:
             self._end_step()
 
     def _end_step(self) -> None:
+        if self._evaluates_with_gradients:
+            self._has_trained_in_train_mode = self._evaluates_with_gradients = False
         self._participants = set()
         self._has_gradients = False
         if self._has_trained:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +50,8 @@ from bnguard.observe.hooks import Hooks, paused
 # Largest batch that is kept, in bytes, of the smallest and the largest module each; rows of later
 # batches make as much again.
 MAX_CAPTURED_BYTES = 128 * 2**20
+# The same for batches of training, which are kept from one evaluation to the next.
+_MAX_TRAINING_BYTES = 32 * 2**20
 
 # Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
 _ENOUGH_SAMPLES = 32
@@ -231,6 +233,11 @@ class _Call:
         )
         return dataclasses.replace(self, args=args, kwargs=kwargs, first=None)
 
+    def spread_part(self, count: int) -> _Call:
+        """Return the call for that many of its rows, which may be in some order, or for all."""
+        step = max(self.rows // max(count, 1), 1)
+        return self.part(slice(0, count * step, step))
+
     def joined_with(self, other: _Call) -> _Call:
         """Return one call for the rows of both; this one if their inputs do not fit together."""
         if not other.rows or self.is_inference != other.is_inference:
@@ -248,28 +255,38 @@ def _mix(calls: Sequence[_Call]) -> _Call:
     if not others:
         return first
     share = first.rows if first.rows < _ENOUGH_SAMPLES else first.rows // len(calls)
-    start = mixed = first.part(slice(share))
+    start = mixed = first.spread_part(share)
     for other in others:
-        mixed = mixed.joined_with(other.part(slice(share)))
+        mixed = mixed.joined_with(other.spread_part(share))
     return first if mixed is start else dataclasses.replace(mixed, first=first)
 
 
 class GapProbe:
-    """Keeps rows of the first batches of an evaluation, and measures the mode gap on them.
+    """Keeps rows of the first batches in a mode, and measures the mode gap on them.
 
     Args:
         model: The model.
         layers: Its BN layers.
+        is_training: Whether the batches are those of training: with some of the layers in train
+            mode.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[BatchNormLayer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[BatchNormLayer],
+        *,
+        is_training: bool = False,
+    ) -> None:
         self.hooks = Hooks()
+        self._is_training = is_training
         self._model = model
         self._layers = [layer for layer in layers if layer.is_tracking and layer.has_modes]
         means = [layer.running_mean for layer in self._layers]
         self._device = "cpu" if not means or means[0] is None else means[0].device.type
         # By the depth of the module in the model: the largest and the smallest that is called.
         self._kept: dict[int, list[_Call]] = {}
+        self._full: set[int] = set()
         self._of_batch: _OfBatch | None = None
         self._reason = (
             "training called every BN layer in eval mode, as evaluation does"
@@ -286,15 +303,20 @@ class GapProbe:
         """Whether a batch was kept."""
         return bool(self._kept)
 
+    def start_anew(self) -> None:
+        """Drop the batch, and keep the next one."""
+        self._kept, self._full, self._of_batch = {}, set(), None
+
     def close(self) -> None:
         """Remove the hooks and drop the batch."""
         self.hooks.close()
-        self._kept, self._of_batch = {}, None
+        self.start_anew()
 
-    def measure(self) -> ModeGap | str:
+    def measure(self, held: Collection[str] = ()) -> ModeGap | str:
         """Return the mode gap on the batch, or why it was not measured.
 
-        A second call, with other running statistics, costs one forward.
+        A second call, with other running statistics, costs one forward. Layers that are held in
+        eval mode, by name, keep their running statistics.
         """
         if not self._kept:
             return self._reason
@@ -313,13 +335,13 @@ class GapProbe:
                 # The loop may have put the model back in train mode since.
                 for module in self._model.modules():
                     module.training = False
-                return self._compare(smallest, largest)
+                return self._compare(smallest, largest, held)
         except Exception as error:
             if _mix(self._kept[smallest]).rows == 1:
                 return "1 sample of evaluation is too few for batch statistics"
             return f"the model raised {type(error).__name__} when the batch was run again"
 
-    def _compare(self, smallest: int, largest: int) -> ModeGap:
+    def _compare(self, smallest: int, largest: int, held: Collection[str]) -> ModeGap:
         inner, running = _run(_mix(self._kept[smallest]))
         outer, scores = inner, running
         if largest != smallest:
@@ -328,7 +350,7 @@ class GapProbe:
         if self._of_batch is None:
             are_samples = _has_independent_rows(inner, running)
             for layer in self._layers:
-                layer.module.training = True
+                layer.module.training = layer.name not in held
             self._of_batch = _run_on_batch_statistics(inner, outer, are_samples=are_samples)
         batch = self._of_batch
         return ModeGap(
@@ -345,13 +367,18 @@ class GapProbe:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> None:
+        if depth in self._full:
+            return
         kept = self._kept.get(depth, [])
         if not kept:
             is_wanted = not self._kept or not min(self._kept) < depth < max(self._kept)
         else:
             rows = [call.rows for call in kept]
             is_wanted = all(rows) and (len(kept) < _MIXED_BATCHES or sum(rows) < _ENOUGH_SAMPLES)
-        if not is_wanted or any(layer.is_training for layer in self._layers):
+        if not is_wanted:
+            self._full.add(depth)
+            return
+        if any(layer.is_training for layer in self._layers) != self._is_training:
             return
         call = _Call(
             module,
@@ -362,10 +389,12 @@ class GapProbe:
             autocast_dtype=torch.get_autocast_dtype(self._device),
             is_inference=torch.is_inference_mode_enabled(),
         )
+        if self._is_training and not call.rows:  # whatever it is, it would be kept for an epoch
+            return
         if kept and kept[0].rows >= _ENOUGH_SAMPLES:
-            call = call.part(slice(kept[0].rows // (len(kept) + 1)))
+            call = call.spread_part(kept[0].rows // (len(kept) + 1))
         size = sum(map(_bytes, _tensors((call.args, call.kwargs))))
-        if size > MAX_CAPTURED_BYTES:
+        if size > (_MAX_TRAINING_BYTES if self._is_training else MAX_CAPTURED_BYTES):
             self._reason = f"a batch of {size / 2**20:.0f} MiB is too large to keep"
             return
         args, kwargs = _copy((call.args, call.kwargs))

@@ -33,7 +33,9 @@ _USUAL_SHARE = 0.75
 # Windows that are kept, and that a comparison needs.
 _MAX_WINDOWS = 64
 _MIN_WINDOWS = 4
-_MIN_OVER_CHANCE = 2.0
+# Standard deviations by which windows have to differ more than chance explains. If brightness makes
+# most of an input, a median over its features does not average anything.
+_MIN_OVER_CHANCE_STD = 5.0
 # Batches from which a slow trend is removed, as in what a generator feeds a discriminator.
 _MIN_BATCHES_OF_TREND = 16
 # Of the first batches of a run, which are compared with their neighbours.
@@ -204,10 +206,6 @@ class Entrance:
     A training step may call a part of the model (``self.network(x)``) and never the model itself,
     so all modules around the first BN layer have a hook, and the outermost call counts.
 
-    Args:
-        model: The model.
-        notes: Functions that receive the tensors of each call.
-
     Attributes:
         is_fed_by_network: Whether an input ever had a gradient function.
     """
@@ -238,15 +236,9 @@ class Entrance:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The statistics of a batch.
+    """Mean and biased variance of a batch over its samples, shape ``(F,)`` each."""
 
-    Attributes:
-        origin: Place among the calls of its step, number of the step, and samples.
-        mean: Mean over the samples, shape ``(F,)``.
-        variance: Biased variance over the samples, shape ``(F,)``.
-    """
-
-    origin: tuple[int, int, int]
+    origin: tuple[int, int, int]  # place among the calls of its step, step, and samples
     mean: Tensor
     variance: Tensor
 
@@ -297,7 +289,8 @@ def _between_windows(windows: Sequence[_Summary]) -> FloatArray:
         chance = np.mean([window.spread / window.batches for window in windows], axis=0)
         within = np.mean([window.variance + window.spread for window in windows], axis=0)
         between = np.square(np.diff(means, axis=0)).mean(0) / 2
-        between = np.where(between > _MIN_OVER_CHANCE * chance, between - chance, 0.0)
+        most = 1.0 + _MIN_OVER_CHANCE_STD * math.sqrt(3.0 / len(windows))
+        between = np.where(between > most * chance, between - chance, 0.0)
         share = between / (between + within)
     return np.asarray(share[np.isfinite(share)])
 

@@ -21,12 +21,7 @@ _MAX_FORWARDS = 200
 
 
 class OriginProbe:
-    """Finds the first module to return an output that is not finite.
-
-    Args:
-        model: The model.
-        first_step: Number of the current step.
-    """
+    """Finds the first module to return an output that is not finite, from this step on."""
 
     def __init__(self, model: nn.Module, first_step: int) -> None:
         self.hooks = Hooks()

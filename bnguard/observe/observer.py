@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
 from bnguard.layers.distances import FloatArray
-from bnguard.observe.batch_statistics import BatchProbe, fitting
-from bnguard.observe.call_statistics import StreamProbe
+from bnguard.observe.batch_statistics import BatchProbe, StreamProbe, fitting
 from bnguard.observe.eval_statistics import EvalProbe, drops_values
-from bnguard.observe.history import BatchWindow, EvalWindow, History, LayerHistory, ModeGap, Run
+from bnguard.observe.history import EvalWindow, History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
-from bnguard.observe.layer_calls import ShapeProbe
+from bnguard.observe.layer_calls import ShapeProbe, SkipProbe
 from bnguard.observe.mode_gap import GapProbe
 from bnguard.observe.model_inputs import Entrance, FinitenessProbe, SampleProbe
 from bnguard.observe.model_state import describe_layers, running_statistics
@@ -35,6 +36,12 @@ from bnguard.observe.unknown_layers import UnknownProbe
 # Mode gaps kept next to the newest, to distinguish a lasting gap from a passing one.
 _MAX_EARLIER_GAPS = 4
 
+# Names of gamma and beta.
+_AFFINE = ("weight", "bias", "gamma", "beta")
+
+# A smaller change harms no network, so that nobody asks whether the data make it.
+_LARGE_GAP = 0.3
+
 # Of running statistics that can be read without a copy.
 _NUMPY_DTYPES = (torch.float16, torch.float32, torch.float64)
 
@@ -42,20 +49,13 @@ _NUMPY_DTYPES = (torch.float16, torch.float32, torch.float64)
 class Observer:
     """Reads the BN layers of a model after each step and in each evaluation.
 
-    Args:
-        model: The model; :meth:`close` removes the hooks, and nothing else changes.
-        optimizers: The optimizers of the model that are known.
-        eval_batches: First batches read in each evaluation, each of 32 samples or several smaller
-            ones together; of the rest ever fewer are read.
-        planned_steps: Steps that training will take in all; None if unknown.
-        plan: What is known before the first batch.
-        restore_poisoned: Put the last finite statistics back in the step that poisons them.
-        on_batch_of_one: Called before a layer's first batch with one value per channel.
-        views: Measures what BN does to training, if asked for.
+    :meth:`close` removes the hooks, and nothing else of the model changes. The arguments are those
+    of :func:`bnguard.watch`, and a function called before a layer's first batch with one value per
+    channel.
 
     Attributes:
-        model: The model.
-        layers: Its BN layers.
+        layers: The BN layers of the model.
+        batches: The batch statistics of the layers.
         steps: Training steps observed.
         is_pausing: Whether the newest steps were passed over.
         steps_left_out: Training steps that were passed over.
@@ -96,29 +96,32 @@ class Observer:
         self._evaluated: dict[str, EvalWindow] = {}
         self._gap: ModeGap | str = Run().mode_gap_reason
         self._earlier_gaps: tuple[ModeGap, ...] = ()
+        self._gap_in_training: ModeGap | None = None
         self._origin: OriginProbe | None = None
         self._following: dict[str, EvalWindow] = {}
         self._followers: tuple[BatchNormLayer, ...] = ()
         self._follower_probe = self._moments = EvalProbe(model, (), eval_batches)
 
-        self._batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
+        self.batches = BatchProbe(self.layers, restore_poisoned=restore_poisoned)
         self._shapes = ShapeProbe(model, self.layers, self._note_batch_of_one)
         self._broadcasts, self._loading = Hooks(), Hooks()
         self._watch_broadcasts()
         self._watch_loading()
         self._evaluation_hooks: tuple[Hooks, ...] = ()
+        self._training_gap = GapProbe(model, self.layers, is_training=True)
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe(plan.accumulated_batches)
         self._finiteness = FinitenessProbe()
         self._unknown = UnknownProbe(model, self.layers)
         self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
-        self._at_start = self._batches.readings()
+        self._at_start = self.batches.readings()
         self._trained_by = OptimizerProbe(optimizers, self.layers)
-        self._weights = WeightProbe(model)
+        self._weights = WeightProbe(model, self.layers)
         self._described_at_start = describe_layers(model)
         known = {layer.module for layer in self.layers}
         self._held_at_start = {layer.name for layer in self.layers if _is_held(model, layer, known)}
         self._places = _places_of(self.layers)
+        self._state_places = list(_state_places_of(self.layers))
         self._choose_sources()
         self._follow_entrance()
 
@@ -134,7 +137,7 @@ class Observer:
         if self.is_pausing:
             self._end_pause()
         else:
-            self._batches.read(step)
+            self.batches.read(step)
         if self._views is not None:
             self._views.note_step(step, self.layers)
         if self.steps == 1:
@@ -150,7 +153,7 @@ class Observer:
         """
         self._raise_errors()
         if not self.is_pausing:
-            hooks = (self._entrance.hooks, self._batches.hooks, self._streams.hooks)
+            hooks = (self._entrance.hooks, self.batches.hooks, self._streams.hooks)
             self._pause.enter_context(paused(*hooks))
             self._last = self._value_of_last_layer()
             self.is_pausing = True
@@ -163,13 +166,13 @@ class Observer:
     def _end_pause(self) -> None:
         self._pause.close()
         self.is_pausing = False
-        self._batches.skip_to(self._step)
+        self.batches.skip_to(self._step)
 
     def _value_of_last_layer(self) -> FloatArray | None:
         """Return a view of the running variance of the layer that is called last.
 
-        None if there is no layer, or if it is not on the CPU, in a dtype that NumPy lacks, or
-        poisoned already.
+        None without layers, and if the last one is not on the CPU, has a dtype that NumPy lacks,
+        or is poisoned already.
         """
         positions = {layer: self._shapes.records[layer.name].position for layer in self.layers}
         last = max(self.layers, key=lambda layer: positions[layer] or 0, default=None)
@@ -203,15 +206,18 @@ class Observer:
         if self._is_closed:
             return
         self._shapes.wake()
-        self._weights.follow_model()
         layers = find_layers(self.model)
+        self._weights.follow_model(layers)
         places = _places_of(layers)
         if places != self._places:
             self.layers, self._places = layers, places
-            self._batches.follow(layers)
+            self.batches.follow(layers)
             self._shapes.follow(layers)
+            self._training_gap.close()
+            self._training_gap = GapProbe(self.model, layers, is_training=True)
             self._watch_loading()
             self._evaluated = fitting(self._evaluated, layers)
+        self._state_places = list(_state_places_of(layers))
         calls = {layer.name: self._shapes.records[layer.name].calls for layer in layers}
         self._streams.follow(
             layer for layer in layers if calls[layer.name].may_be_of_several_sources
@@ -225,7 +231,7 @@ class Observer:
 
     def start_window(self) -> None:
         """Begin a new window of batch statistics and keep the old one as the newest full one."""
-        self._batches.start_window()
+        self.batches.start_window()
         self._samples.start_window()
         self._weights.note_places()
         self._watch_followers()
@@ -241,7 +247,9 @@ class Observer:
         self._evaluation_hooks = (moments.hooks,)
         held = self._held_in_eval_mode()
         gap = GapProbe(self.model, [layer for layer in self.layers if layer.name not in held])
-        self._evaluation_hooks = (moments.hooks, gap.hooks)
+        self._shapes.wake()
+        left_out = SkipProbe(self.model, self.layers, self._shapes.records)
+        self._evaluation_hooks = (moments.hooks, gap.hooks, left_out.hooks)
         self._weights.start_evaluation()
         self._shapes.is_evaluating = True
         try:
@@ -255,6 +263,7 @@ class Observer:
             )
             moments.hooks.close()
             gap.hooks.close()
+            left_out.hooks.close()
             self._evaluated.update(
                 (name, dataclasses.replace(window, is_held=name in held))
                 for name, window in moments.windows(self._step).items()
@@ -263,11 +272,19 @@ class Observer:
                 if isinstance(self._gap, ModeGap):
                     self._earlier_gaps = (*self._earlier_gaps, self._gap)[-_MAX_EARLIER_GAPS:]
                 self._gap = gap.measure()
+                self._gap_in_training = None
+                if isinstance(self._gap, ModeGap) and self._gap.relative_change > _LARGE_GAP:
+                    in_training = self._training_gap.measure(held)
+                    self._gap_in_training = (
+                        in_training if isinstance(in_training, ModeGap) else None
+                    )
         finally:
+            self._training_gap.start_anew()
             self._shapes.is_evaluating = False
             moments.hooks.close()
+            left_out.hooks.close()
             gap.close()
-            self._batches.forget_changes()
+            self.batches.forget_changes()
 
     def has_read_a_batch(self) -> bool:
         """Return whether the newest evaluation has as many values as a batch of training."""
@@ -288,7 +305,7 @@ class Observer:
                 yield
         finally:
             self._shapes.is_evaluating = False
-            self._batches.forget_changes()
+            self.batches.forget_changes()
 
     def catch_up(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -303,11 +320,7 @@ class Observer:
         self._catch_up()
         with paused(self._shapes.hooks, *self._training_hooks, *self._evaluation_hooks):
             yield
-        self._batches.forget_changes()
-
-    def forget_changes(self) -> None:
-        """Do not count changes of the buffers since the newest step as updates."""
-        self._batches.forget_changes()
+        self.batches.forget_changes()
 
     def note_training(self) -> None:
         """Note that the loop goes on after a step, without an evaluation between."""
@@ -318,24 +331,17 @@ class Observer:
         return any(module.training for module in self.model.modules() if drops_values(module))
 
     def state_now(self) -> tuple[object, ...]:
-        """Return what changes with any weight, or any statistic of the BN layers, cheaply."""
-        tensors = [
-            tensor
-            for layer in self.layers
-            if not layer.is_sharded
-            for tensor in (*layer.affine, layer.running_mean, layer.running_var)
-            if tensor is not None and not tensor.is_inference() and not tensor.is_meta
+        """Return what changes with any weight, or any statistic of the BN layers, cheaply.
+
+        It is read at each forward of an evaluation.
+        """
+        tensors = [holder.get(name) for holder, name in self._state_places]
+        versions = [
+            (tensor._version, tensor.data_ptr())
+            for tensor in tensors
+            if isinstance(tensor, Tensor) and not (tensor.is_inference() or tensor.is_meta)
         ]
-        versions = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
         return (self._weights.version_now(), versions)
-
-    def windows(self) -> dict[str, BatchWindow]:
-        """Return the window of batch statistics by which each layer is judged."""
-        return self._batches.windows()
-
-    def resume(self, windows: Mapping[str, BatchWindow]) -> None:
-        """Continue from the windows of an interrupted run, for layers of the same size."""
-        self._batches.resume(windows)
 
     def history(self, *, is_settled: bool) -> History:
         """Return everything observed so far.
@@ -347,8 +353,8 @@ class Observer:
         self.follow_model()
         if self.steps == 0:
             # A loop whose steps are not noticed changes the buffers too.
-            self._batches.forget_changes()
-        readings = self._batches.readings()
+            self.batches.forget_changes()
+        readings = self.batches.readings()
         self._look_for_origin(readings)
         owned = self._trained_by.owned_parameters()
         run = Run(
@@ -358,6 +364,7 @@ class Observer:
             mode_gap=self._gap if isinstance(self._gap, ModeGap) else None,
             mode_gap_reason=self._gap if isinstance(self._gap, str) else "",
             earlier_mode_gaps=self._earlier_gaps,
+            mode_gap_in_training=self._gap_in_training,
             origin=None if self._origin is None else self._origin.origin,
             inputs=self._samples.window(),
             bad_input_step=self._finiteness.first_bad_step(),
@@ -370,11 +377,15 @@ class Observer:
             is_optimized=self._trained_by.trains(self.model) if owned else None,
         )
         described = describe_layers(self.model)
+        fed = self._trained_by.fed_by_trained(self.model, self.layers)
         self._following.update(self._follower_probe.windows(self._step))
         return History(
             layers=tuple(
-                self._layer_history(
-                    layer, described[layer.name], readings.get(layer.name), owned, run
+                dataclasses.replace(
+                    self._layer_history(
+                        layer, described[layer.name], readings.get(layer.name), owned, run
+                    ),
+                    is_fed_by_trained=layer.name in fed,
                 )
                 for layer in self.layers
                 if layer.name in described
@@ -385,7 +396,7 @@ class Observer:
     def _catch_up(self) -> None:
         """Take the buffers as they are, if the newest steps were passed over."""
         if self.is_pausing and not self._is_closed:
-            self._batches.skip_to(self._step)
+            self.batches.skip_to(self._step)
 
     def close(self) -> None:
         """Remove the hooks; the observations stay."""
@@ -395,6 +406,7 @@ class Observer:
         self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
+        self._training_gap.close()
 
     def _raise_errors(self) -> None:
         """Raise the first error of a hook, which did not end the user's forward."""
@@ -413,10 +425,11 @@ class Observer:
         """The hooks for training only, without the cheap ones on shapes."""
         hooks = [
             self._unknown.hooks,
-            self._batches.hooks,
+            self.batches.hooks,
             self._streams.hooks,
             self._entrance.hooks,
             self._follower_probe.hooks,
+            self._training_gap.hooks,
         ]
         return hooks if self._origin is None else [*hooks, self._origin.hooks]
 
@@ -456,7 +469,7 @@ class Observer:
             running_at_start=None if start is None else start.running,
             # A copied counter counts the updates of another layer.
             updates_seen=0 if reading is None or is_written else reading.updates,
-            source=self._batches.source(layer.name),
+            source=self.batches.source(layer.name),
             calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
             streams=self._streams.streams(layer.name),
             without_grad=self._streams.without_grad(layer.name),
@@ -465,7 +478,7 @@ class Observer:
             batch_of_one_step=self._batch_of_one_steps.get(layer.name),
             poisoned_step=None if reading is None else reading.poisoned_step,
             restored_updates=0 if reading is None else reading.restored_updates,
-            window=self._batches.window(layer.name),
+            window=self.batches.window(layer.name),
             evaluated=self._evaluated.get(layer.name) or self._following.get(layer.name),
             is_following=layer in self._followers,
             view=None if self._views is None else self._views.measured.get(layer.name),
@@ -530,7 +543,7 @@ class Observer:
 
     def _choose_sources(self) -> None:
         """Choose from the calls seen so far where the batch statistics of a layer are read."""
-        self._batches.choose_sources(
+        self.batches.choose_sources(
             {layer.name: self._shapes.records[layer.name].repeats() for layer in self.layers}
         )
 
@@ -556,7 +569,7 @@ class Observer:
 
     def _note_broadcast(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self.is_pausing:
-            self._batches.forget_changes()
+            self.batches.forget_changes()
 
     def _watch_loading(self) -> None:
         """Notice a state dict that is loaded into a layer, alone or with the model."""
@@ -566,7 +579,7 @@ class Observer:
 
     def _note_loading(self, layer: BatchNormLayer, incompatible_keys: object) -> None:
         """Do not take what was loaded into a layer for an update of training."""
-        self._batches.forget_changes()
+        self.batches.forget_changes()
         self._is_loaded = True
         start = self._at_start.get(layer.name)
         running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
@@ -596,3 +609,17 @@ def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:
         kind = None if mean is None else (mean.shape, mean.dtype, mean.device)
         places.append((layer.name, layer.module, kind))
     return places
+
+
+def _state_places_of(layers: Iterable[BatchNormLayer]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield dictionary and key of gamma, beta, mean and variance, unless other ranks have parts."""
+    for layer in layers:
+        if layer.is_sharded:
+            continue
+        parameters = layer.module._parameters
+        affine = [(parameters, name) for name in _AFFINE if name in parameters]
+        mean, var, *_ = layer.statistics()
+        for holder, name in (*affine, mean, var):
+            values: Any = holder.get(name)
+            if not is_lazy(values):
+                yield holder, name

@@ -24,7 +24,6 @@ from torch import Tensor
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.distances import FloatArray
 from bnguard.layers.moments import wide, wide_dtype
-from bnguard.observe.call_statistics import InputProbe
 from bnguard.observe.history import BatchWindow, RunningStatistics
 
 # Steps that are processed together, because small operations cost by their number: as many as fit
@@ -43,7 +42,7 @@ class BufferRow:
     Args:
         layers: The layers; either all have counters or none.
         repeats: Calls per batch of a layer, by name; 1 if not given.
-        restore_poisoned: Put the last finite statistics back in the step that poisons them.
+        restore_poisoned: As of :class:`bnguard.observe.batch_statistics.BatchProbe`.
     """
 
     # Trainer.validate runs in inference mode, whose tensors cannot be written to in training.
@@ -146,16 +145,22 @@ class BufferRow:
         self._repeats = dict(repeats)
         self._use_momenta(self._momenta)
 
-    def read(self, step: int, calls: InputProbe) -> None:
-        """Read the buffers after a step, and at the calls of layers whose buffers are coarse."""
+    def read(self, step: int, at_calls: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Read the buffers after a step.
+
+        Args:
+            step: Number of the step.
+            at_calls: Statistics, ``(2, C)``, and number of the batches that the layers with these
+                names were called with, where the buffers are too coarse to show them.
+        """
         momenta = self._current_momenta()
         if momenta != self._momenta:
             self._condense()
             self._use_momenta(momenta)
         self._steps.append(step)
         self._copy_to(len(self._steps))
-        if len(self._steps) == self._most_steps or calls.layers:
-            self._condense(calls)
+        if len(self._steps) == self._most_steps or at_calls:
+            self._condense(at_calls)
 
     def readings(self) -> dict[str, BufferReading]:
         """Return the readings by layer name, in one transfer from the device."""
@@ -236,7 +241,7 @@ class BufferRow:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _condense(self, calls: InputProbe | None = None) -> None:
+    def _condense(self, at_calls: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
         """Turn the steps that wait into batches, and add these to the window."""
         if not self._steps:
             return
@@ -252,8 +257,11 @@ class BufferRow:
             weights, weight_squares = self._weights(rises, counters[1:])
             factor = self._of_channels(1.0 / weights)
         batches = torch.lerp(old, new, factor)
-        if calls is not None:
-            self._put_in(batches[-1], weight_squares[-1], calls)
+        for name, (statistics, count) in (at_calls or {}).items():
+            index = self._index.get(name)
+            if index is not None:
+                batches[-1, :, self._slices[index]] = statistics.to(batches)
+                weight_squares[-1, index] = 1.0 / count
         # Batches are finite only if the buffers are.
         is_finite = self._knows_at_once(batches.sum().isfinite())
         if not is_finite:
@@ -292,15 +300,6 @@ class BufferRow:
         weights = torch.where(self._is_plain, rises / counters.clamp_min(1), 1.0 - kept)
         exponential = self._blend_factor * (1.0 + kept) / (1.0 - kept)
         return weights, torch.where(self._is_plain, self._repeated / rises, exponential)
-
-    def _put_in(self, batch: Tensor, weight_squares: Tensor, calls: InputProbe) -> None:
-        """Put in the statistics of the layers that are read at their calls; NaN without a call."""
-        for name in calls.layers:
-            index = self._index.get(name)
-            if index is not None:
-                values, count = calls.take(name) or (torch.tensor(math.nan), 1)
-                batch[:, self._slices[index]] = values.to(batch)
-                weight_squares[index] = 1.0 / count
 
     def _note_poison(self, new: Tensor) -> None:
         """Note the first step after which the statistics of a layer are not finite."""

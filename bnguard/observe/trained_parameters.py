@@ -10,18 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from bnguard.layers.bn_layer import BatchNormLayer, find_layers
+from bnguard.layers.bn_layer import BatchNormLayer
 
 _VERSION = operator.attrgetter("_version")
 
 
 class OptimizerProbe:
-    """Finds the layers that no optimizer trains.
-
-    Args:
-        optimizers: The optimizers of the model that are known.
-        layers: The layers when watching begins.
-    """
+    """Finds the layers that no optimizer trains, of those with which watching begins."""
 
     def __init__(self, optimizers: Iterable[Optimizer], layers: Iterable[BatchNormLayer]) -> None:
         self._optimizers = tuple(optimizers)
@@ -66,6 +61,19 @@ class OptimizerProbe:
                 waiting.extend(module.children())
             else:
                 yield module
+
+    def fed_by_trained(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> set[str]:
+        """Return the names of the layers that follow trained weights, in order of registration."""
+        owned = self.owned_parameters()
+        names = {layer.module: layer.name for layer in layers}
+        found, is_trained = set(), False
+        for module in model.modules():
+            if module in names:
+                if is_trained:
+                    found.add(names[module])
+            elif own := list(module.parameters(recurse=False)):
+                is_trained = any(p.requires_grad and (not owned or id(p) in owned) for p in own)
+        return found
 
     @property
     def are_several(self) -> bool:
@@ -115,18 +123,19 @@ class WeightProbe:
     Loading, averaging, pruning and rounding do.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
         self._model = model
         self._version = 0
         self._usual_writes = 0
         self._trained: list[Tensor] = []
-        self.follow_model()
+        self.follow_model(layers)
         self._places: dict[nn.Parameter, int] = {}
         self._are_moved_by_training = False
         self._norms_at_start: dict[int, float] = self._norms(model)
 
-    def follow_model(self) -> None:
-        """Notice parameters that were added or removed."""
+    def follow_model(self, layers: Iterable[BatchNormLayer]) -> None:
+        """Notice parameters that were added or removed; these are the BN layers now."""
+        self._layers = layers
         # Inference tensors do not count how often they were written to.
         self._counting = [
             parameter
@@ -198,9 +207,7 @@ class WeightProbe:
         }
 
     def _affine_values(self) -> list[Tensor]:
-        return [
-            part.detach().clone() for layer in find_layers(self._model) for part in layer.affine
-        ]
+        return [part.detach().clone() for layer in self._layers for part in layer.affine]
 
 
 def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:

@@ -56,13 +56,7 @@ class TrainingViews:
 
 
 class ViewProbe:
-    """Measures every N steps what BN does to training.
-
-    Args:
-        model: The model.
-        views: The loss, and how often.
-        pause: Returns a context in which nothing else observes the model.
-    """
+    """Measures every N steps what BN does to training, while nothing else observes the model."""
 
     def __init__(
         self,
@@ -84,10 +78,6 @@ class ViewProbe:
         """Measure the newest update if the weights before it are known; keep them now and then.
 
         Batches whose gradients are accumulated share the number of their step.
-
-        Args:
-            step: Number of the training step just taken.
-            layers: The BN layers of the model.
         """
         if step == self._newest:
             return

@@ -35,12 +35,7 @@ _FIRST_CALLS = 4
 
 
 class UnknownProbe:
-    """Finds modules that normalise over the batch without being known.
-
-    Args:
-        model: The model.
-        layers: The BN layers that are known.
-    """
+    """Finds modules of a model that normalise over the batch without being known."""
 
     def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
         self.hooks = Hooks()

@@ -35,6 +35,8 @@ class Calls:
         frozen: Those while the model was in train mode.
         frozen_after: Those after ``unfrozen_step``.
         unfrozen_step: Step of the first call with batch statistics after a frozen one.
+        left_out: Forwards of evaluation, in eval mode, of the module that holds the layer, without
+            a call of it or of another layer inside that module.
         most_per_forward: Most calls in one forward of the model, or in a step of its parts alone.
         most_per_step: Most calls in one step.
     """
@@ -54,6 +56,7 @@ class Calls:
     frozen: int = 0
     frozen_after: int = 0
     unfrozen_step: int | None = None
+    left_out: int = 0
     most_per_forward: int = 0
     most_per_step: int = 0
 

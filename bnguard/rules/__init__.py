@@ -31,6 +31,7 @@ from bnguard.rules import (  # noqa: F401
     poisoned_statistics,
     rank_disagreement,
     several_streams,
+    skipped_in_evaluation,
     stale_statistics,
     statistic_drift,
     trained_in_eval,

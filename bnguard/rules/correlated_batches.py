@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.layers.distances import FloatArray
 from bnguard.observe.history import History, InputWindow, LayerHistory
 from bnguard.rules.base import ModelRule
 from bnguard.rules.measurements import is_harmful, is_lasting
@@ -64,21 +65,22 @@ class CorrelatedBatches(ModelRule):
     Limits:
         min_variance_ratio: 2, below which it does no harm.
         max_excess_std: 5 standard deviations of what K batches of independent samples give, 1 + 5
-            sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. Healthy runs of the zoo stay below
-            2.8 (95 % of them below 1.2); batches sorted by class have 3.9, batches of one scanner
-            each more than 100.
+            sqrt(2 / (K - 1)): 3.4 for 10 batches, 2.0 for 50. 95 % of the healthy runs of the
+            zoo stay below 1.2; batches sorted by class have 3.9, batches of one scanner each 52 and
+            more, and those with one brightness each 26 to 62 (``info``).
         max_neighbour_std: 4 standard deviations of von Neumann's ratio, the change from batch to
             batch over the variance of the batch means, for the principal components of the first
             batches of a run. It is 1 in random order, 0.3 for digits sorted by class, 2 for two
             domains in turn.
         min_between_within: 0.5, the variance between batches over that within, and
         min_mixed_share: 0.3, the share of it that evaluation adds to the variance within batches at
-            the first BN layer. Scanners that evaluation mixes have 0.45 and more; brightness drawn
-            per batch at most 0.07.
+            the first BN layer: the median over channels, each weighted by how much the batches
+            differ in it. Scanners that evaluation mixes have 0.5 and more; brightness drawn per
+            batch at most 0.03.
         min_batches: 8 batches in the window before they are judged.
         max_between_windows: 0.015 of the variance between samples is between windows, the median
-            over numbers of a sample, and twice what chance explains. Digits sorted by class have
-            0.09 and more, shuffled ones 0.
+            over numbers of a sample, and 5 standard deviations beyond chance, 1 + 5 sqrt(3 / K)
+            times it for K windows. Digits sorted by class have 0.09 and more, shuffled ones 0.
         max_label_run: 4 times the samples of one label in a row that a random order has, and at
             least a quarter of a batch.
 
@@ -86,7 +88,7 @@ class CorrelatedBatches(ModelRule):
         Ioffe, "Batch Renormalization" (2017), on non-i.i.d. minibatches, arXiv:1702.03275.
         Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 6, arXiv:2105.07576.
         pytorch/pytorch#4741, where batches of one recording are one of the causes.
-        xuyxu/Deep-Clustering-Network#2 and jiecaoyu/XNOR-Net-PyTorch#38, sorted by class.
+        xuyxu/Deep-Clustering-Network#2 and jiecaoyu/XNOR-Net-PyTorch#38, not shuffled.
         SimonVandenhende/Multi-Task-Learning-PyTorch#28, one dataset per batch.
     """
 
@@ -135,8 +137,7 @@ class CorrelatedBatches(ModelRule):
             yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
             return
         value = float(np.median(ratio))
-        by_chance = 1.0 + self.max_excess_std * math.sqrt(2.0 / (inputs.batches - 1))
-        limit = max(self.min_variance_ratio, by_chance)
+        limit = self.limit_of(inputs.batches)
         share = float(np.median(inputs.between_windows)) if inputs.between_windows.size else 0.0
         if value > limit:
             yield self._unlike(layer, inputs, Evidence(_RATIO, value, limit))
@@ -151,6 +152,11 @@ class CorrelatedBatches(ModelRule):
                 ),
                 _SHUFFLE,
             )
+
+    def limit_of(self, batches: int) -> float:
+        """Return the limit of the F ratio of some batches: few differ more by chance."""
+        by_chance = 1.0 + self.max_excess_std * math.sqrt(2.0 / (batches - 1))
+        return max(self.min_variance_ratio, by_chance)
 
     def _unlike(self, layer: LayerHistory, inputs: InputWindow, evidence: Evidence) -> Finding:
         """Return why batches differ: an order, groups that do harm, or augmentation per batch."""
@@ -188,7 +194,18 @@ class CorrelatedBatches(ModelRule):
             return False
         with np.errstate(all="ignore"):
             share = (seen.var_unbiased - window.var_unbiased) / window.var_of_means_successive
-        return float(np.median(share)) > self.min_mixed_share
+            weight = window.var_of_means_successive / window.var_unbiased
+        return _weighted_median(share, weight) > self.min_mixed_share
+
+
+def _weighted_median(values: FloatArray, weights: FloatArray) -> float:
+    """Return the value with half of the weight below it; NaN if no value is finite."""
+    known = np.isfinite(values) & np.isfinite(weights)
+    order = np.argsort(values[known])
+    below = np.cumsum(weights[known][order])
+    if not below.size:
+        return math.nan
+    return float(values[known][order][np.searchsorted(below, below[-1] / 2)])
 
 
 _RATIO = "variance of batch means, relative to independent samples"

@@ -248,9 +248,9 @@ def initial_values(drift: Drift) -> Cause | None:
     if rest.excess > _NEARER * drift.distance.excess:
         return None
     return Cause(
-        f"because {100 * weight:.2g}% of them is still the initial mean 0 and variance 1, a lot "
+        f"because {100 * weight:.2g}% of them are still the initial mean 0 and variance 1, a lot "
         "for data of this scale: without that part they match evaluation "
-        f"({rest.worst.measure} {rest.worst.value:.2g})",
+        f"({rest.worst.reading})",
         Fix("train longer, or recalibrate; standardise the data in the next run", "recalibrate"),
         (rest.worst,),
     )
@@ -285,7 +285,7 @@ def lag(drift: Drift) -> Cause | None:
     )
     return Cause(
         "because they lag behind the weights: the newest training batches match evaluation "
-        f"({worst.measure} {worst.value:.2g}); {span}",
+        f"({worst.reading}); {span}",
         _CATCH_UP,
         (worst,),
     )
@@ -304,7 +304,7 @@ def dropout(drift: Drift) -> Cause | None:
     return Cause(
         f"because {drift.seen.dropout_before} before the layer acts in training only: evaluation "
         "has less variance than the newest training batches "
-        f"({worst.measure} {worst.value:.2g})",
+        f"({worst.reading})",
         Fix("move dropout after the last BN layer, or lower its rate, and train on"),
         (worst,),
     )
@@ -363,7 +363,7 @@ def other_data(drift: Drift) -> Cause | None:
     return Cause(
         "because the data differ, or the weights have just moved: evaluation differs from the "
         "newest training batches at the first BN layer already "
-        f"({batches.worst.measure} {batches.worst.value:.2g})",
+        f"({batches.worst.reading})",
         Fix(
             "recalibrate on training data; if that does not help, compare mean and standard "
             "deviation of a training and an evaluation batch"
@@ -381,7 +381,7 @@ def other_path(drift: Drift) -> Cause | None:
     return Cause(
         "because something between this and the earlier BN layers, which match, differs in eval "
         "mode, or the data differ: evaluation differs from the newest training batches "
-        f"({batches.worst.measure} {batches.worst.value:.2g})",
+        f"({batches.worst.reading})",
         Fix("check for dropout and branches on self.training before the layer, then the data"),
         (batches.worst,),
         is_vague=True,

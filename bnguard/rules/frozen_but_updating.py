@@ -12,7 +12,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import shift_std
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
-from bnguard.rules.measurements import distance_of
+from bnguard.rules.measurements import distance_of, is_lasting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,10 @@ class FrozenButUpdating(Rule):
         moved.
 
     What it does not mean:
-        Not every layer with frozen gamma and beta is a fault. It is ``info`` if all calls in train
-        mode ran under ``torch.no_grad`` (a teacher) and its statistics still fit evaluation, and
-        before the first training step. Layers without gamma and beta are not judged.
+        Not every layer with frozen gamma and beta is a fault. It is ``info`` if the weights before
+        the layer are trained, which its statistics have to follow; if all calls in train mode ran
+        under ``torch.no_grad`` (a teacher) and its statistics still fit evaluation; and before the
+        first training step. Layers without gamma and beta are not judged.
 
     Evidence:
         Updates of the running statistics while gamma and beta are frozen: ``requires_grad`` is
@@ -76,6 +77,12 @@ class FrozenButUpdating(Rule):
         distance = distance_of(layer) if layer.calls.are_without_grad else None
         return distance is not None and distance.is_beyond
 
+    def is_harmless(self, layer: LayerHistory) -> bool:
+        """Return whether the statistics of a frozen layer have to move, or may."""
+        if not layer.calls.are_without_grad:
+            return _is_following_weights(layer)
+        return not (self.has_done_harm(layer) and is_lasting(layer.run))
+
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the updates seen in training with what a frozen layer may have."""
         if layer.training is None:
@@ -95,19 +102,26 @@ class FrozenButUpdating(Rule):
             return
         if layer.updates_seen <= self.max_updates:
             return
-        is_harmless = layer.calls.are_without_grad and not self.has_done_harm(layer)
         reason, fix = _why(layer)
+        reason += ", but the layer is in train mode and its running statistics move"
+        if _is_following_weights(layer):
+            reason += " with the weights before it, which are trained"
+            fix = fix if layer.is_left_out else Fix(_NONE)
         yield self._finding(
             layer,
-            Severity.INFO if is_harmless else Severity.WARNING,
-            f"{reason}, but the layer is in train mode and its running statistics "
-            f"move{_distance(layer)}",
+            Severity.INFO if self.is_harmless(layer) else Severity.WARNING,
+            reason + _distance(layer),
             Evidence("updates while frozen", layer.updates_seen, self.max_updates),
             fix,
         )
 
 
 _FREEZE = "call .eval() on the frozen layers after every model.train()"
+_NONE = "none, if this is meant: in eval mode the statistics would not follow the weights"
+
+
+def _is_following_weights(layer: LayerHistory) -> bool:
+    return layer.is_fed_by_trained and not layer.calls.are_without_grad
 
 
 def _why(layer: LayerHistory) -> tuple[str, Fix]:

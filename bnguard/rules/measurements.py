@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -192,21 +193,20 @@ class Distance:
     max_ratio: float
     quantile: float
 
-    @property
+    @cached_property
     def measured(self) -> tuple[Evidence, Evidence] | None:
         """Shift and ratio at the quantile, each with its limit; None if none is finite."""
         judged = np.isfinite(self.shift) & np.isfinite(self.ratio)
         if not judged.any():
             return None
-        shift, ratio = (
-            float(np.quantile(values[judged], self.quantile)) for values in (self.shift, self.ratio)
-        )
+        values = np.stack([self.shift, self.ratio])[:, judged]
+        shift, ratio = np.quantile(values, self.quantile, axis=1).tolist()
         return (
             Evidence("shift of the mean", shift, self.max_shift, "σ"),
             Evidence("|log variance ratio|", ratio, self.max_ratio),
         )
 
-    @property
+    @cached_property
     def worst(self) -> Evidence | None:
         """The one that is larger relative to its limit; None if none is finite."""
         return max(self.measured or (), key=lambda found: found.value / found.limit, default=None)

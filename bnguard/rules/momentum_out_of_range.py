@@ -47,8 +47,9 @@ class MomentumOutOfRange(Rule):
         ``momentum`` of a layer that updates its statistics. A checkpoint does not hold it.
 
     Limits:
-        max_momentum: 0.5, where the last batch alone has half of the weight. PyTorch's default is
-            0.1, published models use 0.001 to 0.3.
+        max_momentum: 0.5, beyond which the last batch alone has most of the weight. PyTorch's
+            default is 0.1, published models use 0.001 to 0.3, and PointNet and VoteNet begin with
+            0.5, which falls during training.
         min_momentum: 1e-12, the smallest that has any effect.
 
     References:
@@ -57,6 +58,7 @@ class MomentumOutOfRange(Rule):
         kazuto1011/deeplab-pytorch#79, pytorch/vision#8250 and r9y9/tacotron_pytorch#19, copied
             values.
         Cadene/pretrained-models.pytorch#5, momentum 0 in pretrained layers.
+        charlesq34/pointnet#49, a momentum that falls.
     """
 
     code: ClassVar[str] = "BN103"
@@ -90,7 +92,7 @@ class MomentumOutOfRange(Rule):
                 Evidence("momentum", momentum, self.min_momentum, is_minimum=True),
                 Fix("use momentum=0.1, or eval() for layers whose statistics should not change"),
             )
-        elif momentum >= self.max_momentum:
+        elif momentum > self.max_momentum:
             yield self._finding(
                 layer,
                 Severity.WARNING,

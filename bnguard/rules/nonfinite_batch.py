@@ -98,6 +98,8 @@ class NonFiniteBatch(ModelRule):
         elif not is_alive:
             where = f"{where}; the weights are not finite now"
             fix = Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
+        if is_alive and any(other.running and other.running.bad_channels for other in layers):
+            fix = Fix(f"{fix.summary}; then recalibrate the running statistics", "recalibrate")
         return self._finding(
             layer,
             Severity.ERROR,

@@ -52,7 +52,7 @@ class SeveralStreams(Rule):
 
     Limits:
         max_distance_std: 1. Healthy runs of the zoo, siamese ones and accumulation among them, stay
-            below 0.72, 95 % of them below 0.3.
+            below 0.03.
         max_log_variance_ratio: 1, a factor of 2.7; a digit and its negative have 2.3.
         min_batches: 8 batches of each stream before it is compared.
 

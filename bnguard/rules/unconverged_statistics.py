@@ -137,7 +137,8 @@ class UnconvergedStatistics(ModelRule):
         if _is_written_otherwise(layer):
             yield self._skipped(layer, "the statistics change without counted updates")
             return
-        left, updates, verb = layer.initial_weight, layer.running.updates, "is still"
+        left, updates = layer.initial_weight, layer.running.updates
+        when, verb = "", "are still"
         if updates is None or left is None:
             yield self._skipped(layer, "no counter of updates")
             return
@@ -147,23 +148,23 @@ class UnconvergedStatistics(ModelRule):
                 yield self._skipped(layer, "training goes on, and its length is unknown")
                 return
             left, updates = initial_weight(layer.momentum, planned), planned
-            verb = "will still be, when training ends,"
+            when, verb = "when training ends, ", "will still be"
         if left <= self.max_initial_weight:
-            yield from self._shifted(layer, left, updates, verb)
+            yield from self._shifted(layer, left, updates, f"{when}only", verb)
             return
         needed = updates_to_forget(layer.momentum, self.max_initial_weight)
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
+            f"{when}{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
             f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
         )
 
     def _shifted(
-        self, layer: LayerHistory, left: float, updates: int, verb: str
+        self, layer: LayerHistory, left: float, updates: int, only: str, verb: str
     ) -> Iterator[Finding]:
         """Compare the shift by the rest of the initial mean 0 with its limit."""
         running, now = layer.running, layer.initial_weight
@@ -178,7 +179,7 @@ class UnconvergedStatistics(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"only {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
+            f"{only} {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
             "variance 1, but the batch means are so far from 0 that this shifts the running mean: "
             f"{counted(updates, 'update')}, {_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
@@ -192,7 +193,7 @@ class UnconvergedStatistics(ModelRule):
 
 
 def _needed(updates: float) -> str:
-    return "and more do not change that" if math.isinf(updates) else f"{updates:g} needed"
+    return "and more do not change that" if math.isinf(updates) else f"{updates:,.0f} needed"
 
 
 def _updates_at_end(layer: LayerHistory, updates: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -97,28 +98,58 @@ class UpdateOutsideTraining(Rule):
         """Count the calls with batch statistics outside of training."""
         if layer.running is None or not layer.is_updating:
             return
-        if layer.calls.in_evaluation > self.max_calls_in_evaluation:
-            yield self._in_evaluation(layer)
+        calls = layer.calls
+        number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
+        if calls.in_evaluation > self.max_calls_in_evaluation:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                "the layer was in train mode during evaluation: "
+                f"{counted(calls.in_evaluation, 'batch', 'batches')} of it entered the running "
+                "statistics",
+                Evidence(
+                    "batches of evaluation in the statistics",
+                    calls.in_evaluation,
+                    self.max_calls_in_evaluation,
+                ),
+                _EVAL,
+            )
         elif (other := self._of_other_data(layer)) is not None:
-            yield self._without_grad(layer, Severity.WARNING, other)
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"{_when(layer)}: a missing eval(), since they differ from the training batches",
+                other,
+                _EVAL,
+                reasons=(number,),
+            )
         elif self._was_moved_without_training(layer):
             yield self._finding(
                 layer,
                 Severity.WARNING,
-                f"{layer.calls.without_grad} batches entered the running statistics under no_grad, "
+                f"{calls.without_grad} batches entered the running statistics under no_grad, "
                 "without a training step, and evaluation does not match them: dummy forwards, or "
                 "a missing eval()",
-                Evidence(
-                    "batches under no_grad", layer.calls.without_grad, self.max_calls_without_grad
-                ),
+                number,
+                _EVAL,
+            )
+        elif self._is_unusual(layer) and calls.between_steps > self.max_calls_without_grad:
+            yield self._finding(
+                layer,
+                Severity.WARNING,
+                f"{calls.between_steps} batches entered the running statistics under no_grad, "
+                f"before {calls.steps_with_some_between} of {layer.run.steps} steps, and none "
+                "in eval mode: an evaluation without eval()",
+                dataclasses.replace(number, value=calls.between_steps),
                 _EVAL,
             )
         elif self._is_unusual(layer):
-            is_evaluation = layer.calls.between_steps > self.max_calls_without_grad
-            yield (
-                self._between_steps(layer)
-                if is_evaluation
-                else self._without_grad(layer, Severity.INFO)
+            yield self._finding(
+                layer,
+                Severity.INFO,
+                f"{_when(layer)}: re-estimation, or a missing eval()",
+                number,
+                _EVAL,
             )
 
     def _of_other_data(self, layer: LayerHistory) -> Evidence | None:
@@ -148,62 +179,17 @@ class UpdateOutsideTraining(Rule):
         has_some = layer.calls.without_grad > self.max_calls_without_grad
         return has_some and bool(with_grad) and not is_usual
 
-    def _in_evaluation(self, layer: LayerHistory) -> Finding:
-        return self._finding(
-            layer,
-            Severity.WARNING,
-            "the layer was in train mode during evaluation: "
-            f"{counted(layer.calls.in_evaluation, 'batch', 'batches')} of it entered the running "
-            "statistics",
-            Evidence(
-                "batches of evaluation in the statistics",
-                layer.calls.in_evaluation,
-                self.max_calls_in_evaluation,
-            ),
-            _EVAL,
-        )
 
-    def _between_steps(self, layer: LayerHistory) -> Finding:
-        return self._finding(
-            layer,
-            Severity.WARNING,
-            f"{layer.calls.between_steps} batches entered the running statistics under no_grad, "
-            f"before {layer.calls.steps_with_some_between} of {layer.run.steps} steps, and none "
-            "in eval mode: an evaluation without eval()",
-            Evidence(
-                "batches under no_grad", layer.calls.between_steps, self.max_calls_without_grad
-            ),
-            _EVAL,
-        )
-
-    def _without_grad(
-        self, layer: LayerHistory, severity: Severity, other: Evidence | None = None
-    ) -> Finding:
-        calls = layer.calls
-        what = (
-            "re-estimation, or a missing eval()"
-            if other is None
-            else "a missing eval(), since they differ from the training batches"
-        )
-        steps, after = calls.steps_without_grad, calls.since_training
-        if after:
-            steps -= 1
-        if not steps:
-            when = "all after the last step"
-        else:
-            when = f"in {steps} of {layer.run.steps} steps" + (
-                f" and {after} of them after the last" if after else ""
-            )
-        number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
-        return self._finding(
-            layer,
-            severity,
-            f"{calls.without_grad} batches entered the running statistics under no_grad, {when}: "
-            f"{what}",
-            other or number,
-            _EVAL,
-            reasons=() if other is None else (number,),
-        )
+def _when(layer: LayerHistory) -> str:
+    """Return, in words, how many batches entered the statistics under ``no_grad``, and when."""
+    calls = layer.calls
+    # The calls after the last step count as a step.
+    after = calls.since_training
+    steps = calls.steps_without_grad - bool(after)
+    when = f"in {steps} of {layer.run.steps} steps" if steps else "all after the last step"
+    if steps and after:
+        when += f" and {after} of them after the last"
+    return f"{calls.without_grad} batches entered the running statistics under no_grad, {when}"
 
 
 _EVAL = Fix(

@@ -51,8 +51,8 @@ class VarianceCollapse(Rule):
     Evidence:
         n, the values per channel of a typical batch; or the share of a channel's variance that is
         within batches, biased within-batch variance / (itself + variance of the batch means), the
-        median over channels. The variance of the means comes from successive differences, so that
-        slow changes of the weights do not count.
+        median over channels that vary (BN204 has the others). The variance of the means comes from
+        successive differences, so that slow changes of the weights do not count.
 
     Limits:
         min_values_per_channel: 3, since fewer leave nothing but a sign.
@@ -63,8 +63,8 @@ class VarianceCollapse(Rule):
 
     References:
         Wu & He, "Group Normalization" (2018), figure 1, arXiv:1803.08494.
-        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3, arXiv:2105.07576.
-        yassouali/pytorch-segmentation#8, BN behind global pooling with two images.
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 4, arXiv:2105.07576.
+        VainF/DeepLabV3Plus-Pytorch#27, BN after global pooling.
     """
 
     code: ClassVar[str] = "BN201"
@@ -90,7 +90,8 @@ class VarianceCollapse(Rule):
         if layer.window is None:
             yield self._skipped(layer, "no batch statistics were observed")
             return
-        share = _within_batch_share(layer.window, n, self.min_batches)
+        least = _LEAST_VAR_IN_EPS * min(layer.eps, 1e-5)
+        share = _within_batch_share(layer.window, n, self.min_batches, least)
         if share is None:
             yield self._skipped(
                 layer, f"fewer than {self.min_batches} batches with variance in the window"
@@ -111,13 +112,18 @@ class VarianceCollapse(Rule):
             )
 
 
+# Share of eps, at most of PyTorch's, below which a variance is that of a dead channel (BN204).
+_LEAST_VAR_IN_EPS = 0.1
+
 _FIX = Fix("enlarge or mix the batches, or use GroupNorm here")
 
 
-def _within_batch_share(window: BatchWindow, n: int | None, min_batches: int) -> float | None:
+def _within_batch_share(
+    window: BatchWindow, n: int | None, min_batches: int, least: float
+) -> float | None:
     biased = window.var_unbiased if n is None else window.var_unbiased * ((n - 1) / n)
     total = biased + window.var_of_means_successive
-    judged = (window.batches >= min_batches) & np.isfinite(total) & (total > 0.0)
+    judged = (window.batches >= min_batches) & np.isfinite(total) & (total > least)
     if not judged.any():
         return None
     return float(np.median(biased[judged] / total[judged]))

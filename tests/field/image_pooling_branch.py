@@ -1,8 +1,8 @@
-"""BN behind a global pooling, at batches of two: yassouali/pytorch-segmentation#8.
+"""BN behind a global pooling, at batches of two: VainF/DeepLabV3Plus-Pytorch#27.
 
 The image-level branch of ASPP has one value per channel and image, so that BN turns two images into
-plus and minus one, whatever they show. VainF/DeepLabV3Plus-Pytorch#27 meets it as an error, with
-batches of one.
+plus and minus one, whatever they show. The report meets it as an error, with batches of one; the
+answer there is a larger batch.
 """
 
 from __future__ import annotations

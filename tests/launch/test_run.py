@@ -195,6 +195,7 @@ def test_the_exit_status_is_the_level_of_the_findings_if_asked_for(run, tmp_path
     page = tmp_path / "page.html"
     done = run(*BNGUARD, "--fail-on=warning", "--html", page, SCRIPT, "plain")
     assert done.returncode == 1
+    assert "means: bnguard explain BN" in done.stderr
     assert "<html" in page.read_text()[:200]
 
 
@@ -232,6 +233,8 @@ def test_a_script_finds_what_python_gives_it(target, end, run, tmp_path):
     nothing = "bnguard: no optimizer took a step, so nothing was watched\n"
     own = [line for line in plain.stderr.splitlines() if "runpy" not in line]
     assert done.stderr.replace(nothing, "").splitlines() == own
+    # A script that failed has said why itself.
+    assert (nothing in done.stderr) is (end == "0")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tests.zoo.training import EVALUATE, shuffled
 
 SYMPTOMS = [rule_named("BN301"), rule_named("BN302")]
 HARM = ModeGap(samples=64, relative_change=2.0, sampling_change=0.1, flipped_share=0.5)
+SMALL_HARM = dataclasses.replace(HARM, relative_change=0.5, flipped_share=0.2)
 
 
 def window(mean=0.0, noise=0.0, batches=20, trend=1.0):
@@ -152,7 +153,7 @@ def test_a_rest_of_the_initial_variance_is_told_as_such_and_not_as_lag():
             for _ in range(8):
                 model(0.05 * torch.randn(32, 8))
     (told,) = (found for found in monitor.report().findings if found.code == "BN301")
-    assert "because 1.5% of them is still the initial mean 0 and variance 1" in told.message
+    assert "because 1.5% of them are still the initial mean 0 and variance 1" in told.message
     assert told.fix.repair == "recalibrate"
 
 
@@ -193,6 +194,36 @@ def test_without_batches_of_training_nothing_is_guessed():
     assert "because" not in drift.message
     assert "because of BN301" in gap.message
     assert drift.fix.repair == gap.fix.repair == "recalibrate"
+
+
+@pytest.mark.parametrize(
+    ("in_training", "severity"),
+    [
+        ({"relative_change": 0.2, "flipped_share": 0.02}, Severity.INFO),
+        ({}, Severity.WARNING),
+        ({"relative_change": 0.2, "samples": 8}, Severity.WARNING),
+        (None, Severity.WARNING),
+    ],
+)
+def test_a_gap_is_info_if_the_modes_agree_on_training_batches(in_training, severity):
+    """The running statistics are right then, and the data of the evaluation differ."""
+    known = None if in_training is None else dataclasses.replace(HARM, **in_training)
+    run = Run(steps=100, mode_gap=HARM, mode_gap_in_training=known)
+    _, (found,) = symptoms(drifted(mean=0.6, window=window(mean=0.0), run=run))
+    assert found.severity is severity
+    assert ("the modes agree on training batches" in found.message) == (severity is Severity.INFO)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "is_settled", "codes"),
+    [(0.1, True, []), (0.0001, True, ["BN303", "BN302"]), (0.0001, False, [])],
+)
+def test_a_gap_may_be_smaller_at_the_end_if_its_cause_is_known(momentum, is_settled, codes):
+    gap = dataclasses.replace(SMALL_HARM, flipped_share=0.08)
+    run = Run(steps=100, mode_gap=gap, is_settled=is_settled)
+    layer = drifted(mean=0.6, momentum=momentum, window=window(), run=run)
+    findings = diagnose(History(layers=(layer,), run=run)).findings
+    assert [f.code for f in findings if f.severity > Severity.INFO] == codes
 
 
 def watched(fault, architecture="mlp"):

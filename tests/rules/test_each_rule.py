@@ -112,7 +112,7 @@ def test_bn102_names_the_layer_before_torch_refuses_the_batch():
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             model(torch.randn(1, 64))
     assert [(group.worst.code, group.where, group.worst.step) for group in told] == [
-        ("BN102", "1", 3)
+        ("BN102", "layer 1", 3)
     ]
     assert codes(monitor.report(), Severity.ERROR) == {"BN102"}
 

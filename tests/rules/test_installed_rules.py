@@ -56,7 +56,9 @@ def test_a_rule_of_another_package_runs_and_is_chosen_and_listed(install, tmp_pa
     assert "WD101" in repr(bnguard.watch(model).report())
 
     def command(*words):
-        program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import bnguard.cli as c; "
+        program = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import bnguard.cli.main as c; "
+        )
         program += f"sys.exit(c.main({list(words)!r}))"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         return done.stdout

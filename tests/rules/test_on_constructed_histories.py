@@ -17,6 +17,7 @@ from bnguard.observe.history import (
     Calls,
     EvalWindow,
     History,
+    InputWindow,
     LayerHistory,
     ModeGap,
     Run,
@@ -62,12 +63,24 @@ def layer(**options):
     )
 
 
-@pytest.mark.parametrize(
-    ("momentum", "proposed"), [(0.5, "0.1"), (0.6, "0.4"), (0.99, "0.01"), (1.0, "0.001")]
-)
+@pytest.mark.parametrize(("momentum", "proposed"), [(0.6, "0.4"), (0.99, "0.01"), (1.0, "0.001")])
 def test_the_momentum_proposed_is_within_the_range(momentum, proposed):
     (finding,) = found("BN103", layer(momentum=momentum))
     assert finding.fix.summary == f"use momentum={proposed}, then recalibrate"
+
+
+def test_the_largest_momentum_that_is_published_is_within_the_range():
+    assert found("BN103", layer(momentum=0.5)) == []
+
+
+@pytest.mark.parametrize(("between", "fires"), [(1e-8, False), (1.0, True)])
+def test_channels_that_do_not_vary_at_all_are_no_collapse(between, fires):
+    rows = ("mean", "var_unbiased", "var_max", "var_of_means", "var_of_means_successive")
+    window = BatchWindow(
+        batches=np.full(4, 20.0), **dict(zip(rows, np.full((5, 4), 1e-9), strict=True))
+    )
+    window = dataclasses.replace(window, var_of_means_successive=np.full(4, between))
+    assert bool(found("BN201", layer(window=window))) is fires
 
 
 @pytest.mark.parametrize(
@@ -153,6 +166,32 @@ def test_bn302_does_not_judge_a_gap_that_sampling_may_explain(samples, reason):
     assert [reason in skipped.reason for skipped in judged.skipped] == [True]
     broken = dataclasses.replace(gap, relative_change=float("inf"))
     assert found("BN302", layer(run=Run(steps=100, mode_gap=broken)))
+
+
+@pytest.mark.parametrize(
+    ("added", "severity"),
+    [([0.6, 0.6, -0.1, -0.1], Severity.WARNING), ([0.0, 0.0, 0.1, 0.1], Severity.INFO)],
+)
+def test_bn203_looks_for_groups_in_the_channels_in_which_batches_differ(added, severity):
+    """In the others, the variance that evaluation adds is noise over next to nothing."""
+    grouped = layer(
+        position=0,
+        samples=32,
+        calls=Calls(in_training=100),
+        window=BatchWindow(
+            batches=np.full(4, 20.0),
+            mean=np.zeros(4),
+            var_unbiased=np.ones(4),
+            var_max=np.ones(4),
+            **dict.fromkeys(
+                ("var_of_means", "var_of_means_successive"), np.array([1.0, 1.0, 0.001, 0.001])
+            ),
+        ),
+        evaluated=evaluated(var=1.0 + np.array(added)),
+        run=Run(steps=100, inputs=InputWindow(batches=20, variance_ratio=np.full(8, 60.0))),
+    )
+    (finding,) = found("BN203", grouped)
+    assert finding.severity is severity
 
 
 @pytest.mark.parametrize(("share", "spread", "fires"), [(0.4, 0.2, True), (0.4, 0.0, False)])

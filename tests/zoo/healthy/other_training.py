@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.zoo.architectures import build
 from tests.zoo.fault import Healthy
+from tests.zoo.healthy.other_networks import settling
 from tests.zoo.training import loss_of, pretrained, sgd, train
 
 
@@ -274,7 +275,7 @@ OTHER_TRAINING: tuple[Healthy, ...] = (
         Healthy(f"{name}, one brightness per batch", with_(name, prepare=one_brightness))
         for name in ("conv", "mlp")
     ),
-    Healthy("imbalanced classes", with_("conv", order=imbalanced)),
+    Healthy("imbalanced classes", settling(lambda: build("conv"), order=imbalanced)),
     Healthy("class-balanced batches", with_("conv", order=class_balanced, batch_size=30)),
     Healthy("average with its buffers", averaged_with_buffers),
     Healthy("sharpness-aware steps", sharpness_aware),

@@ -1,0 +1,78 @@
+"""BN306 skipped-in-evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.observe.history import LayerHistory
+from bnguard.rules.base import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedInEvaluation(Rule):
+    """A layer normalises in training, and evaluation leaves it out.
+
+    Why it matters:
+        What follows the layer has learned with inputs of mean beta and standard deviation gamma. In
+        evaluation it gets them as they come. Nothing is called in eval mode, so no statistics look
+        wrong.
+
+    What you see:
+        Training is fine, and evaluation is bad from the first epoch on, at any batch size or at
+        batch size 1 alone.
+
+    Example:
+        A layer inside a condition::
+
+            # Fault: eval mode does not need a batch to normalise with
+            def fault(images):
+                return images if len(images) == 1 else layer(images)
+            # Fix: leave the mode to the layer
+            def fixed(images):
+                return layer(images)
+
+    Fix:
+        Call the layer in both modes, and the model in eval mode, where a batch of one has the same
+        output as in any other batch. The running statistics were updated all the time: nothing has
+        to be trained again.
+
+    What it does not mean:
+        A head that training alone calls, as an auxiliary classifier or a projector, is not meant:
+        evaluation does not call the module that holds the layer. Nor is one of several layers to
+        choose from, as one per domain, if another one of them is called. A block that folds its
+        layer into a convolution in eval mode looks the same and is fine: silence it there.
+
+    Evidence:
+        Forwards in evaluation of the module that holds the layer, in eval mode, in which no BN
+        layer inside it was called; only if none of them was ever called in eval mode or without
+        gradients, while training calls them.
+
+    Limits:
+        max_forwards: 0 of those forwards.
+
+    References:
+        ludwig-ai/ludwig#2299, a layer skipped for single rows.
+        torch.nn.Module.eval.
+    """
+
+    code: ClassVar[str] = "BN306"
+    name: ClassVar[str] = "skipped-in-evaluation"
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
+
+    max_forwards: int = 0
+
+    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+        """Compare the forwards that left the layer out with the limit."""
+        forwards = layer.calls.left_out
+        if layer.calls.is_in_eval_mode or forwards <= self.max_forwards:
+            return
+        yield self._finding(
+            layer,
+            Severity.WARNING,
+            "training normalises with the layer, and evaluation does not call it",
+            Evidence("forwards of evaluation without it", forwards, self.max_forwards),
+            Fix("call the layer in eval mode too, which needs no batch, whatever the batch size"),
+        )
