@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bnguard.configuration import read_configuration
 from bnguard.distributed import number_of_ranks
 from bnguard.errors import ConfigurationError
 from bnguard.findings import Finding, FindingGroup, Severity, counted, show
 from bnguard.layers.bn_layer import find_layers
-from bnguard.lightning.commands import commands, newest_checkpoint, subject_options
 from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.trainer import (
     CHECKPOINT_ENTRY,
     GuardedCallback,
+    commands,
     guarded,
     is_fitting,
     is_last_batch,
@@ -23,16 +23,20 @@ from bnguard.lightning.trainer import (
     is_rehearsal,
     log_folder,
     logged_step,
+    newest_checkpoint,
     planned_steps,
+    subject_options,
     unlogged,
 )
 from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
 from bnguard.loggers.trainer_loggers import reporters_of_lightning
-from bnguard.monitor import Monitor, watch
 from bnguard.observe.training_views import TrainingViews
 from bnguard.report import Report
 from bnguard.rules import Rule
 from bnguard.rules.engine import Announcements
+
+if TYPE_CHECKING:  # What watches is imported when a run begins.
+    from bnguard.monitor import Monitor
 
 StopOn = Literal["error", "warning"]
 Destination = Literal["terminal", "file", "both", "none"]
@@ -360,6 +364,8 @@ class BatchNormMonitor(GuardedCallback):
                 name = type(pl_module).__name__
                 show(f"bnguard: {name} has no BN layers, so there is nothing to watch")
             return None
+        from bnguard.monitor import watch
+
         self._monitor = watch(
             pl_module,
             optimizer=trainer.optimizers,

@@ -128,26 +128,22 @@ class BatchNormRecalibration(GuardedCallback):
             raise ConfigurationError(f"when={when!r} is unknown: use one of {known}")
         if isinstance(data, str) and data not in ("train", "validation"):
             raise ConfigurationError(f"data={data!r} is unknown: use 'train' or 'validation'")
-        check_options(
-            method=method,
-            samples=samples,
-            score=score,
-            keep=keep,
-            on_nonfinite=on_nonfinite,
-            prior=prior,
-            memory=memory,
-        )
+        self._options: dict[str, Any] = {
+            "method": method,
+            "samples": samples,
+            "keep": keep,
+            "on_nonfinite": on_nonfinite,
+            "prior": prior,
+            "memory": memory,
+        }
+        check_options(**self._options, score=score)
         self.result: Recalibration | None = None
         self._when = when
         self._data = data
         self._every_n_epochs = max(1, every_n_epochs)
         self._samples = samples
-        self._method = method
         patterns = "*" if layers is None else layers
         self._layers = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-        self._prior = prior
-        self._memory = memory
-        self._on_nonfinite = on_nonfinite
         self._keep = keep
         self._score = score
         self._forward = forward
@@ -294,11 +290,13 @@ class BatchNormRecalibration(GuardedCallback):
         ]
         if not layers:
             return
-        with ExitStack() as stack:
-            stack.enter_context(preserve_random_states(module))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(unlogged(module))
+        with (
+            preserve_random_states(module),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            unlogged(module),
+            ExitStack() as stack,
+        ):
             for monitor in _monitors(trainer):
                 stack.enter_context(monitor.paused())
             score = self._make_score(trainer, module)
@@ -306,15 +304,10 @@ class BatchNormRecalibration(GuardedCallback):
             result = recalibrate(
                 module,
                 transferred(self._batches(trainer), trainer, module),
-                method=self._method,
-                samples=self._samples,
+                **self._options,
                 forward=self._make_forward(trainer),
                 layers=[layer.name for layer in layers] if len(layers) < len(found) else None,
-                prior=self._prior,
-                memory=self._memory,
-                on_nonfinite=self._on_nonfinite,
                 score=score,
-                keep=self._keep,
                 progress=False,
             )
             changed = [layer for layer in layers if result.is_kept and layer.name in result.after]

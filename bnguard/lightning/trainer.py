@@ -1,9 +1,14 @@
-"""Reads a Trainer's state, and guards the user's run; only here private names are used."""
+"""Reads a Trainer's state, names the commands for its checkpoint, and guards the user's run.
+
+Only here private names of Lightning are used.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +19,7 @@ from torch import nn
 from bnguard.errors import Guard
 from bnguard.findings import show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
+from bnguard.report import Report
 
 Split = Literal["train", "validation"]
 
@@ -109,6 +115,68 @@ def log_folder(trainer: Trainer) -> Path | None:
 def datamodule_of(trainer: Trainer) -> Any:
     """Return the data module of the trainer; None if it has none."""
     return getattr(trainer, "datamodule", None)
+
+
+def commands(trainer: Trainer, report: Report) -> Iterator[str]:
+    """Yield the commands to inspect and repair the checkpoint of the run."""
+    path = newest_checkpoint(trainer) if is_fitting(trainer) else None
+    if path is None or not report.findings:
+        return
+    yield f"The checkpoint saved: bnguard inspect {shlex.quote(path)}"
+    if any(finding.fix.repair == "recalibrate" for finding in report.findings):
+        yield f"Its repair: bnguard recalibrate {shlex.quote(path)} {subject_options(trainer)}"
+
+
+def newest_checkpoint(trainer: Trainer) -> str | None:
+    """Return the path of the best checkpoint, else of the last; None if none was saved."""
+    for callback in trainer.checkpoint_callbacks:
+        for attribute in ("best_model_path", "last_model_path"):
+            path = getattr(callback, attribute, "")
+            if path:
+                return str(path)
+    return None
+
+
+def subject_options(trainer: Trainer) -> str:
+    """Return the options that name the model and its training data on the command line.
+
+    Loaders and local classes cannot be imported by name: a placeholder names a function to write.
+    """
+    module, data = trainer.lightning_module, datamodule_of(trainer)
+    options = ["--model", class_path(module) or _function_in(module, "that_makes_the_model")]
+    if data is not None:
+        options += ["--data", class_path(data) or _function_in(data, "that_makes_the_data_module")]
+    elif not _has_loader(module):
+        loader = _function_in(module, "that_gives_the_training_loader")
+        return shlex.join([*options, "--data", loader])
+    return shlex.join([*options, "--split", "train"])
+
+
+def class_path(instance: object) -> str | None:
+    """Return where the class of an instance can be imported from; None for a local class."""
+    kind = type(instance)
+    return None if "<locals>" in kind.__qualname__ else f"{_module_name(kind)}.{kind.__qualname__}"
+
+
+def _function_in(instance: object, what_it_does: str) -> str:
+    return f"{_module_name(type(instance))}:function_{what_it_does}"
+
+
+def _has_loader(module: LightningModule) -> bool:
+    """Return whether a module has a training loader; Lightning's default only raises."""
+    method = getattr(module.train_dataloader, "__qualname__", "")
+    return not method.startswith("DataHooks.")
+
+
+def _module_name(kind: type) -> str:
+    """Return the module of a class, of a running script by its file; ``my`` in a notebook."""
+    if kind.__module__ != "__main__":
+        return kind.__module__
+    script = sys.modules["__main__"]
+    if script.__spec__ is not None:
+        return script.__spec__.name
+    path = getattr(script, "__file__", None)
+    return "my" if path is None else Path(path).stem
 
 
 class GuardedCallback(Callback):

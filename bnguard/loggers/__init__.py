@@ -1,13 +1,10 @@
-"""Reporters of a run's results, a file each, behind one protocol."""
+"""Reporters of a run's results, behind one protocol: a file for each service, and one for text."""
 
-from bnguard.loggers.console import Console
-from bnguard.loggers.csv import CSV
-from bnguard.loggers.json import JSON, REPORT_FILE
 from bnguard.loggers.mlflow import MLflow
-from bnguard.loggers.reporter import Reporter
-from bnguard.loggers.run_log import RunLog
+from bnguard.loggers.reporter import Reporter, RunLog
 from bnguard.loggers.scalars import Scalars
 from bnguard.loggers.tensorboard import TensorBoard
+from bnguard.loggers.text import CSV, JSON, REPORT_FILE, Console
 from bnguard.loggers.wandb import WeightsAndBiases
 
 __all__ = [

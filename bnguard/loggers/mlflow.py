@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bnguard.findings import FindingGroup, one_line
-from bnguard.loggers.json import REPORT_FILE
 from bnguard.loggers.reporter import Reporter
+from bnguard.loggers.text import REPORT_FILE
 from bnguard.report import Report
 from bnguard.report.json_document import json_text
 

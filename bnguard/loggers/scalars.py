@@ -53,20 +53,15 @@ def scalars_of(report: Report, rules: Iterable[Rule], scalars: Scalars) -> dict[
     if scalars == "none" or not report.layers:
         return {}
     rules = tuple(rules)
-    summary = summary_scalars(report, rules)
-    if scalars == "summary":
-        return summary
-    metrics = standard_metrics(rules)
-    return {**summary, **layer_quantiles(metrics, compute_metrics(report.layers, metrics))}
-
-
-def summary_scalars(report: Report, rules: Sequence[Rule]) -> dict[str, float]:
-    """Return at most five numbers: how far the worst layer is towards each limit, and findings."""
     metrics = {metric.key: metric for metric in standard_metrics(rules)}
     values = {name: _worst(report.layers, metrics[key]) for name, key in _METRICS.items()}
     values["mode_gap"] = _mode_gap(report.history.run, rules)
     values["findings"] = float(sum(f.severity > Severity.INFO for f in report.findings))
-    return {f"{PREFIX}/{name}": value for name, value in values.items() if value is not None}
+    summary = {f"{PREFIX}/{name}": value for name, value in values.items() if value is not None}
+    if scalars == "summary":
+        return summary
+    every = tuple(metrics.values())
+    return {**summary, **layer_quantiles(every, compute_metrics(report.layers, every))}
 
 
 def layer_quantiles(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[str, float]:
@@ -79,7 +74,7 @@ def layer_quantiles(metrics: Sequence[Metric], values: npt.ArrayLike) -> dict[st
         values: Shape ``(metrics, layers)``.
 
     Example:
-        >>> shift = Metric(key="shift", name="Shift", unit="σ", description="", panel="")
+        >>> shift = Metric(key="shift", name="Shift", description="")
         >>> layer_quantiles([shift], [[1.0, 3.0]])["zz_bnguard/shift/max"]
         3.0
     """

@@ -12,7 +12,7 @@ from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.measures import compute_metrics, dead_channels
 from bnguard.tensorboard.metadata import standard_metrics
-from bnguard.tensorboard.records import SUBJECTS, Record, finding_record, repair_command
+from bnguard.tensorboard.records import Record, finding_record, repair_command
 from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 
 
@@ -24,7 +24,8 @@ class TensorBoard(Reporter):
     Args:
         writer: A ``SummaryWriter`` of torch or tensorboardX.
         rules: The rules in force, whose limits the colours of the tab are anchored at.
-        subjects: What names the model and its data in the commands that are proposed.
+        subjects: What names the model and its data in the commands that are proposed; without it
+            calls are proposed.
         checkpoint: Returns the path of the newest checkpoint, for the same commands; None before
             one is saved.
 
@@ -37,7 +38,7 @@ class TensorBoard(Reporter):
         self,
         writer: Any,
         rules: Iterable[Rule] = RULES,
-        subjects: str = SUBJECTS,
+        subjects: str = "",
         checkpoint: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._writer = writer
@@ -98,8 +99,10 @@ class TensorBoard(Reporter):
         self._log.add_channels(layer.name, snapshot, step)
 
     def _record(self, finding: Finding) -> Record:
-        command = repair_command(finding.fix.repair, self._subjects, self._checkpoint() or "CKPT")
-        raw = finding.to_dict()
+        raw, command = finding.to_dict(), finding.fix.call
+        if self._subjects:
+            path = self._checkpoint() or "CKPT"
+            command = repair_command(finding.fix.repair, self._subjects, path)
         return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
 
     def _layers(self, report: Report) -> Sequence[LayerHistory]:

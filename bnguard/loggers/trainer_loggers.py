@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnguard.loggers.mlflow import MLflow
-from bnguard.loggers.reporter import Reporter
-from bnguard.loggers.run_log import show_failure
+from bnguard.loggers.reporter import Reporter, show_failure
 from bnguard.loggers.tensorboard import TensorBoard
 from bnguard.loggers.wandb import WeightsAndBiases
 from bnguard.rules import Rule

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bnguard.findings import Finding, FindingGroup, Severity, one_line
-from bnguard.loggers.json import REPORT_FILE
 from bnguard.loggers.reporter import Reporter
 from bnguard.loggers.scalars import PREFIX
-from bnguard.loggers.table import COLUMNS, rows_of
+from bnguard.loggers.text import COLUMNS, REPORT_FILE, rows_of
 from bnguard.report import Report
 from bnguard.report.json_document import json_text
 

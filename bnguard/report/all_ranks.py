@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnguard.distributed import Exchange
-from bnguard.findings import Finding, Severity, group_findings
+from bnguard.findings import Finding, Severity, by_root_cause, group_findings
 from bnguard.layers.distances import FloatArray, shift_std
 from bnguard.observe.history import History, LayerHistory, RunningStatistics
 from bnguard.report import Report
@@ -89,24 +89,12 @@ def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
     A root cause is as urgent as the worst finding that it explains; infos are last.
     """
-    cause_of = {finding.code: finding.cause for finding in reversed(findings)}
-
-    def root(code: str) -> str:
-        chain = [code]
-        while (cause := cause_of.get(chain[-1])) is not None and cause not in chain:
-            chain.append(cause)
-        return chain[-1]
-
-    worst: dict[str, Severity] = {}
-    for finding in findings:
-        code = root(finding.code)
-        worst[code] = max(worst.get(code, Severity.INFO), finding.severity)
-
-    def urgency(finding: Finding) -> Severity:
-        is_info = finding.severity is Severity.INFO
-        return Severity.INFO if is_info else worst[root(finding.code)]
-
-    groups = group_findings(sorted(findings, key=urgency, reverse=True))
+    serious = [finding for finding in findings if finding.severity > Severity.INFO]
+    causes = by_root_cause(group_findings(serious))
+    blocks = [(root, *effects) for root, effects in causes.items()]
+    blocks.sort(key=lambda block: max(group.worst.severity for group in block), reverse=True)
+    infos = group_findings(finding for finding in findings if finding.severity is Severity.INFO)
+    groups = [group for block in (*blocks, infos) for group in block]
     return tuple(finding for group in groups for finding in group.findings)
 
 

@@ -32,7 +32,7 @@ def rules_view(rules: Iterable[Rule]) -> RenderableType:
 
 def page_view(rule: Rule) -> RenderableType:
     """Return the page of a rule under its code and name."""
-    headline, sections = _sections(rule)
+    headline, sections = sections_of(rule)
     parts: list[RenderableType] = [Text(f"{rule.code} {rule.name}", style="bold"), Text(headline)]
     for title, paragraphs in sections:
         parts.append(Text(f"\n{title}", style="bold"))
@@ -80,7 +80,7 @@ ul { list-style: none; padding: 0 }
 
 
 def _page_html(rule: Rule) -> str:
-    headline, sections = _sections(rule)
+    headline, sections = sections_of(rule)
     parts = [f'<h2 id="{rule.code}">{rule.code} {rule.name}</h2><p><b>{_html(headline)}</b></p>']
     for title, paragraphs in sections:
         parts.append(f"<h3>{title}</h3>")
@@ -104,8 +104,8 @@ def _html(text: str) -> str:
     )
 
 
-def _sections(rule: Rule) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
-    """Return the headline, and the sections: title, and paragraphs with the code after each."""
+def sections_of(rule: Rule) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
+    """Return the headline of a page, and its sections: title, and paragraphs with their code."""
     headline, *rest = re.split(r"^(\w[\w ]*):\n", rule.page(), flags=re.MULTILINE)
     return headline.strip(), [
         (title, list(_paragraphs(body, is_list=title in _LISTS)))

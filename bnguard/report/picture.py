@@ -123,9 +123,10 @@ def draw(report: Report) -> Figure:
     time = "training step" if report.course else "now"
     axes.set_xlabel(f"{time} (grey: nothing measured)" if has_gaps else time)
     figure.suptitle(_verdict(report), x=0.01, ha="left", fontsize="medium")
-    measure_and_unit = f"{evidence.measure}, {evidence.unit}".removesuffix(", ")
-    bar = figure.colorbar(image, fraction=0.03, label=textwrap.fill(measure_and_unit, _LABEL_WIDTH))
-    ticks = {top: f"{top:.3g}", bottom: f"{bottom:.3g}", limit: f"limit {limit:.3g}"}
+    label = textwrap.fill(evidence.noun, _LABEL_WIDTH)
+    bar = figure.colorbar(image, fraction=0.03, label=label)
+    ticks = {place: evidence.amount(place) for place in (top, bottom)}
+    ticks[limit] = f"limit {evidence.amount(limit)}"
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.set_ylim(bottom, top)
     return figure

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bnguard.findings import (
     FindingGroup,
+    Fix,
     PastFinding,
     Severity,
     by_root_cause,
     counted,
+    factor,
     group_findings,
     notice,
 )
+from bnguard.layers.names import layer_label
 from bnguard.observe.history import LayerHistory
+from bnguard.observe.windows import LayerView
 from bnguard.report.notebook import importing_rich
-from bnguard.rules.measurements import distance_of
+from bnguard.rules.measurements import Distance, distance_of
 
 with importing_rich():
     import rich
@@ -35,7 +39,7 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity
 _MOST_LAYERS_SHOWN = 4
 # A redundant setting is harmless: it is a line at the end.
 _HABITS = "BN109"
-_UNWRAPPED = 10_000
+UNWRAPPED = 10_000
 # Shorter work shows no progress bar.
 _LONG_SECONDS = 1.0
 
@@ -46,7 +50,10 @@ def report_view(report: Report) -> RenderableType:
     habits = [group for group in report.groups if group.worst.code == _HABITS]
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
-        parts.append(findings_view(findings))
+        is_in_memory = not _is_checkpoint(report)
+        parts.append(
+            findings_view(by_root_cause(findings), lambda fix: fix.call if is_in_memory else "")
+        )
     if any(
         distance is not None and distance.measured for distance in map(distance_of, report.layers)
     ):
@@ -83,23 +90,28 @@ def past_findings(report: Report) -> Iterator[str]:
         groups.setdefault((past.code, past.name, past.severity), []).append(past)
     for (code, name, severity), group in groups.items():
         first, last = min(p.first_step for p in group), max(p.last_step for p in group)
-        layer = "the model" if group[0].layer is None else group[0].layer or "the model itself"
+        layer = layer_label(group[0].layer)
         where = layer if len(group) == 1 else counted(len(group), "layer")
         steps = f"step {first}" if first == last else f"steps {first}–{last}"
         yield f"{code} {name} ({severity}) at {where}, {steps}, gone since"
 
 
-def findings_view(groups: tuple[FindingGroup, ...]) -> RenderableType:
+def findings_view(
+    causes: Mapping[FindingGroup, Sequence[FindingGroup]], repair_of: Callable[[Fix], str]
+) -> RenderableType:
     """Return a block per root cause: number and limit, where and what, the fix, what it leads to.
 
-    One fix mends the whole block, so the block has the worst severity in it.
+    One fix mends the whole block, so the block has the worst severity in it. The fix is followed by
+    the command or call that does it, if there is one.
     """
     table = Table.grid(padding=(0, 2, 1, 0), expand=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for root, consequences in by_root_cause(groups).items():
+    for root, consequences in causes.items():
         severity = max(group.worst.severity for group in (root, *consequences))
         parts: list[RenderableType] = [root_view(root)]
+        repair = repair_of(root.worst.fix)
+        parts += [Text(f"  {repair}", "bold")] if repair else []
         parts += [_consequences_view(consequences)] if consequences else []
         table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
     return table
@@ -128,12 +140,15 @@ def heading(report: Report) -> Text:
     elif report.failure is None and report.history.run.steps and not _has_problems(report):
         parts.append("no problems found")
     elif not report.findings and report.failure is None:
-        is_stored = all(layer.training is None for layer in report.layers)
-        what = "checkpoint" if is_stored else "model"
+        what = "checkpoint" if _is_checkpoint(report) else "model"
         parts.append(f"no problems found in what a {what} shows; training was not looked at")
     elif not report.findings:
         parts.append("nothing found, but not all was watched")
     return Text(" · ".join(parts), style="bold")
+
+
+def _is_checkpoint(report: Report) -> bool:
+    return all(layer.training is None for layer in report.layers)
 
 
 def notice_view(group: FindingGroup) -> RenderableType:
@@ -159,7 +174,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
     # Not by the terminal's own console, which would draw a progress bar of rich along with it.
     console = Console(
         file=io.StringIO(),
-        width=terminal.width if terminal.is_terminal or terminal.is_jupyter else _UNWRAPPED,
+        width=terminal.width if terminal.is_terminal or terminal.is_jupyter else UNWRAPPED,
         force_terminal=terminal.is_terminal,
         force_jupyter=False,
     )
@@ -219,7 +234,7 @@ class CalibrationBar:
         return f"layer {min(done + 1, self._layers)}/{self._layers}" if self._layers > 1 else ""
 
 
-def _consequences_view(groups: list[FindingGroup]) -> RenderableType:
+def _consequences_view(groups: Sequence[FindingGroup]) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -249,38 +264,41 @@ def _has_problems(report: Report) -> bool:
 
 
 def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
-    measured = [(layer, distance_of(layer)) for layer in layers]
-    measured.sort(key=lambda row: 0.0 if row[1] is None else row[1].excess, reverse=True)
-    shown = measured[:_MOST_LAYERS_SHOWN]
-    rest = len(layers) - len(shown)
-    title = Text("Eval mode against the running statistics, largest drift first", style="bold")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    for heading in ("n", "updates", "shift, σ", "|log var ratio|"):
-        table.add_column(heading, justify="right")
-    for layer, distance in shown:
+    def row(layer: LayerHistory, distance: Distance | None) -> list[str]:
         known = None if distance is None else distance.measured
-        table.add_row(
-            Text(layer.name),
+        return [
+            layer.name,
             _number(layer.typical_values_per_channel),
             _number(None if layer.running is None else layer.running.updates),
-            *(("–", "–") if known is None else (_number(evidence.value) for evidence in known)),
-        )
-    more = [Text(f"and {counted(rest, 'more layer')}", style="dim")] if rest else []
-    return Group(title, table, *more)
+            *(("–", "–") if known is None else (_number(known[0].value), factor(known[1].value))),
+        ]
+
+    measured = [(layer, distance_of(layer)) for layer in layers]
+    measured.sort(key=lambda pair: 0.0 if pair[1] is None else pair[1].excess, reverse=True)
+    title = Text("Eval mode against the running statistics, largest drift first", style="bold")
+    headings = ("layer", "n", "updates", "shift, σ", "variance off by")
+    rows = (row(*pair) for pair in measured[:_MOST_LAYERS_SHOWN])
+    return Group(title, layer_table(headings, rows, len(layers) - _MOST_LAYERS_SHOWN))
+
+
+def layer_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], left_out: int = 0
+) -> RenderableType:
+    """Return a table of layers, each a name and numbers, and how many more there are."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for name, *numbers in rows:
+        table.add_row(Text(name), *numbers)
+    more = [Text(f"and {counted(left_out, 'more layer')}", style="dim")] if left_out > 0 else []
+    return Group(table, *more)
 
 
 def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     """Return what BN does to training: shares with and without it, noise, and gradients."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    headings = ("beyond ±2", "without", "dead", "without", "noise, σ", "grad. cosine", "change")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for layer in layers:
-        view = layer.view
-        if view is None:
-            continue
+
+    def row(name: str, view: LayerView) -> list[str]:
         shares = (
             view.saturated_share,
             view.saturated_share_without,
@@ -288,11 +306,12 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
             view.dead_share_without,
         )
         numbers = (view.noise_std, view.gradient_cosine, view.gradient_change)
-        table.add_row(
-            Text(layer.name), *(f"{share:.1%}" for share in shares), *map(_number, numbers)
-        )
+        return [name, *(f"{share:.1%}" for share in shares), *map(_number, numbers)]
+
+    headings = ("beyond ±2", "without", "dead", "without", "noise, σ", "grad. cosine", "change")
+    rows = (row(layer.name, layer.view) for layer in layers if layer.view is not None)
     title = "What BN does to training: activations with and without it, noise, gradients"
-    return Group(Text(title, style="bold"), table)
+    return Group(Text(title, style="bold"), layer_table(("layer", *headings), rows))
 
 
 def _number(value: float | None) -> str:

@@ -8,10 +8,12 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from tensorboard import context
@@ -22,19 +24,22 @@ from tensorboard.backend.event_processing import (
 )
 
 from bnguard.errors import in_one_line, printable
-from bnguard.findings import counted
+from bnguard.findings import Finding, Severity, counted
+from bnguard.report.terminal import UNWRAPPED, as_text, findings_view
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned
-from bnguard.tensorboard.records import Record, excess
+from bnguard.tensorboard.records import as_findings, group_causes
 
-_SEVERITIES = ("error", "warning", "info")
-_LAYERS_SHOWN = 5
 # As many as a plot can show; an attachment should stay small.
 _MOST_STEPS = 600
 _MOST_SNAPSHOTS = 3
 # A module at a data: address has no folder, so its imports need bare names.
 _IMPORT = re.compile(r'(\bfrom )"\./([\w.]+)"')
+# Comments, blank lines and indents.
+_UNNEEDED = re.compile(r"^ */\*\*.*?\*/\n|^ *//[^\n]*\n|^\n|^ +", re.MULTILINE | re.DOTALL)
+# In a data: address nearly all characters may stay as they are.
+_SAFE_IN_DATA = " !\"$&'()*+,/:;=>?@[]^`{|}"
 _START = """
 import { start } from "bnguard/app.js";
 import { EmbeddedSource } from "bnguard/source.js";
@@ -52,8 +57,7 @@ class LoggedRun:
         layers: Names in forward order.
         first_step: First training step logged.
         last_step: Newest training step logged.
-        findings: Records, as in :mod:`bnguard.tensorboard.records`; the worst first, and root
-            causes before what they explain.
+        findings: As they were logged; the repair of a fix is the whole command.
         problem: Why the run cannot be shown; empty if it can.
         remarks: What could not be read, a line each.
     """
@@ -62,31 +66,33 @@ class LoggedRun:
     layers: tuple[str, ...] = ()
     first_step: int = 0
     last_step: int = 0
-    findings: tuple[Record, ...] = ()
+    findings: tuple[Finding, ...] = ()
     problem: str = ""
     remarks: tuple[str, ...] = ()
 
     @property
-    def worst_severity(self) -> str | None:
-        """``error``, ``warning`` or ``info``; None without findings."""
-        return self.findings[0]["severity"] if self.findings else None
+    def worst_severity(self) -> Severity | None:
+        """The highest severity among the findings; None if there are none."""
+        return max((finding.severity for finding in self.findings), default=None)
 
     def __str__(self) -> str:
         name = printable(self.name)
         if self.problem:
             return f"{name} · cannot be shown: {printable(self.problem)}"
+        numbers = Counter(finding.severity for finding in self.findings)
         counts = [
-            counted(number, severity, "info" if severity == "info" else None)
-            for severity in _SEVERITIES
-            if (number := sum(finding["severity"] == severity for finding in self.findings))
+            counted(numbers[severity], str(severity), "info" if severity is Severity.INFO else None)
+            for severity in reversed(Severity)
+            if numbers[severity]
         ]
         nothing = "no findings in what can be read" if self.remarks else "nothing is wrong"
         head = (
             f"{name} · {counted(len(self.layers), 'BN layer')} · step {self.first_step} to "
             f"{self.last_step} · {' · '.join(counts) or nothing}"
         )
+        causes = findings_view(group_causes(self.findings), lambda fix: fix.repair or "")
         remarks = [printable(f"note: {remark}") for remark in self.remarks]
-        return "\n".join([head, *map(_group_text, _groups(self.findings)), *remarks])
+        return "\n".join([head, *as_text(causes, UNWRAPPED).splitlines(), *remarks])
 
 
 def open_log(folder: Path) -> LogReader:
@@ -162,46 +168,9 @@ def _logged(reader: LogReader, name: str) -> LoggedRun:
         layers=run["layers"],
         first_step=int(run["first_step"]),
         last_step=int(run["last_step"]),
-        findings=tuple(sorted(run["findings"], key=_rank)),
+        findings=tuple(as_findings(run["findings"])),
         remarks=tuple(run["problems"]),
     )
-
-
-def _rank(finding: Record) -> int:
-    return _SEVERITIES.index(finding["severity"])
-
-
-def _groups(findings: tuple[Record, ...]) -> list[list[Record]]:
-    groups: dict[tuple[int, str], list[Record]] = {}
-    for finding in findings:
-        groups.setdefault((_rank(finding), finding["code"]), []).append(finding)
-    return list(groups.values())
-
-
-def _group_text(group: list[Record]) -> str:
-    group = sorted(group, key=excess, reverse=True)
-    worst = group[0]
-    evidence = worst["evidence"]
-    where = "" if len(group) == 1 else f" at {_place(worst)}"
-    layers = [printable(_place(finding)) for finding in group]
-    more = len(layers) - _LAYERS_SHOWN
-    lines = [
-        f"{worst['severity']}  {worst['code']} {worst['name']}: {worst['message']}",
-        f"  {', '.join(layers[:_LAYERS_SHOWN])}" + (f" and {more} more" if more > 0 else ""),
-        f"  {evidence['measure']} {_number(evidence['value'])} {evidence['unit']}".rstrip()
-        + f" (limit {_number(evidence['limit'])}){where}",
-        f"  → {worst['fix']['command'] or worst['fix']['summary']}",
-    ]
-    return "\n".join(map(printable, lines))
-
-
-def _place(finding: Record) -> str:
-    name = "the model" if finding["layer"] is None else finding["layer"] or "the model itself"
-    return name if finding["step"] is None else f"{name} (step {finding['step']})"
-
-
-def _number(value: float | str | None) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
 
 
 def write_page(folder: Path, file: Path) -> None:
@@ -225,20 +194,21 @@ def page_html(reader: LogReader) -> str:
     Raises:
         LogError: No run can be shown; the message says why.
     """
-    runs, problems = [], []
+    runs, problems, codes = [], [], set()
     for entry in reader.runs():
         try:
-            runs.append({"listed": {**entry, "version": ""}, **_embedded(reader, entry["name"])})
+            run = reader.run(entry["name"])
+            runs.append({"listed": {**entry, "version": ""}, **_embedded(reader, run)})
+            codes |= {finding["code"] for finding in run["findings"]}
         except LogError as error:
             problems.append(f"{entry['name']}: {error}")
     if not runs:
         raise LogError(f"no run can be shown: {problems[0]}")
     # The page shows remarks per run, so each run names those that cannot be shown.
     for embedded in runs:
-        embedded["run"]["problems"] += [f"not shown: run {problem}" for problem in problems]
-    codes = {finding["code"] for embedded in runs for finding in embedded["run"]["findings"]}
+        embedded["problems"] += [f"not shown: run {problem}" for problem in problems]
     rules = {code: page for code, page in rule_pages().items() if code in codes}
-    data = json.dumps({"runs": runs, "rules": rules})
+    data = json.dumps({"runs": runs, "rules": _compressed(json.dumps(rules).encode())})
     scripts = {
         "importmap": json.dumps({"imports": _modules()}),
         "module": _START,
@@ -253,7 +223,7 @@ def page_html(reader: LogReader) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_policy(scripts.values())}">
 <title>BatchNorm report</title>
-<style>{static_text("style.css")}</style>
+<style>{_UNNEEDED.sub("", static_text("style.css"))}</style>
 </head>
 <body>
 <script type="application/json" id="data">{_inert(data)}</script>
@@ -263,9 +233,8 @@ def page_html(reader: LogReader) -> str:
 """
 
 
-def _embedded(reader: LogReader, name: str) -> dict[str, Any]:
-    run = reader.run(name)
-    channels, problems = {}, list(run["problems"])
+def _embedded(reader: LogReader, run: dict[str, Any]) -> dict[str, Any]:
+    name, channels, problems = run["name"], {}, list(run["problems"])
     for layer in run["channels"]:
         if layer in run["layers"]:
             try:
@@ -274,25 +243,36 @@ def _embedded(reader: LogReader, name: str) -> dict[str, Any]:
                 problems += [f"{layer}: {series.left_out}"] if series.left_out else []
             except LogError as error:
                 problems.append(f"{layer}: {error}")
+    kept = {**run, "channels": list(channels), "version": ""}
+    stats = [reader.stats(name, metric["key"]) for metric in run["metrics"]]
     return {
-        "run": {**run, "channels": list(channels), "problems": problems, "version": ""},
-        "stats": {
-            metric["key"]: _packed(_rounded(reader.stats(name, metric["key"])).pack())
-            for metric in run["metrics"]
-        },
+        "run": _compressed(json.dumps(kept).encode()),
+        "problems": problems,
+        "stats": _packed(_rounded(stats), "<f4"),
         "channels": channels,
     }
 
 
-def _rounded(series: Series) -> Series:
-    """Return a series with the steps and the figures that a chart can show."""
-    series = thinned(series, _MOST_STEPS)
-    # The 12 leading bits of each fraction: zeros at the end compress well.
-    bits = (series.values.view(np.uint32) + np.uint32(0x400)) & np.uint32(0xFFFFF800)
+def _rounded(metrics: Sequence[Series]) -> Series:
+    """Return the metrics of a run as one series, with the steps and figures a chart can show."""
+    values = np.stack([metric.values for metric in metrics], axis=1)
+    series = thinned(Series(metrics[0].steps, values), _MOST_STEPS)
+    # The 10 leading bits of each fraction: zeros at the end compress well.
+    bits = (series.values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return Series(series.steps, bits.view(np.float32))
 
 
-def _packed(content: bytes) -> str:
+def _packed(series: Series, dtype: str) -> str:
+    """Return a series as text: first bytes together, then second ones; the steps in a row.
+
+    Neighbouring bytes are alike then, which halves what is left of them.
+    """
+    values = np.moveaxis(series.values.astype(dtype), 0, -1)
+    planes = np.frombuffer(values.tobytes(), np.uint8).reshape(-1, values.itemsize).T
+    return _compressed(series.pack(planes.tobytes()))
+
+
+def _compressed(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
@@ -300,17 +280,16 @@ def _snapshots(series: Series) -> str:
     # Keep the newest: a merged snapshot would belong to no step.
     newest = slice(-_MOST_SNAPSHOTS, None)
     kept = Series(series.steps[newest], series.values[newest], series.names)
-    return _packed(kept.pack("<f2"))  # They are logged in half precision.
+    return _packed(kept, "<f2")  # They are logged in half precision.
 
 
 def _modules() -> dict[str, str]:
-    """Return the modules of the tab as data: addresses, by bare name."""
+    """Return the modules of the tab as data: addresses, by bare name; without their comments."""
     modules = {}
     for name in STATIC_FILES:
         if posixpath.splitext(name)[1] == ".js" and name != "index.js":
-            text = _IMPORT.sub(r'\1"bnguard/\2"', static_text(name))
-            content = base64.b64encode(text.encode()).decode()
-            modules[f"bnguard/{name}"] = f"data:text/javascript;base64,{content}"
+            text = _IMPORT.sub(r'\1"bnguard/\2"', _UNNEEDED.sub("", static_text(name)))
+            modules[f"bnguard/{name}"] = f"data:text/javascript,{quote(text, _SAFE_IN_DATA)}"
     return modules
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import LayerHistory
+from bnguard.rules.correlated_batches import CorrelatedBatches
 from bnguard.rules.dead_channels import DeadChannels
 from bnguard.rules.frozen_but_updating import FrozenButUpdating
 from bnguard.tensorboard.metadata import Metric
@@ -20,6 +21,7 @@ _CHANNEL_QUANTILE = 0.9
 # Which channels of a layer never vary, as BN204 sees it.
 dead_channels = DeadChannels().dead
 _frozen = FrozenButUpdating()
+_correlated = CorrelatedBatches()
 
 
 def compute_metrics(
@@ -69,10 +71,23 @@ def _frozen_moved_std(layer: LayerHistory) -> float:
     start, now = layer.running_at_start, layer.running
     if not (layer.is_affine_frozen and layer.updates_seen) or start is None or now is None:
         return math.nan
-    is_harmless = layer.calls.are_without_grad and not _frozen.has_done_harm(layer)
-    if is_harmless or start.mean.shape != now.mean.shape:
+    if _frozen.is_harmless(layer) or start.mean.shape != now.mean.shape:
         return math.nan
     return float(np.max(np.abs(shift_std(now.mean, start.mean, start.var, layer.eps)), initial=0.0))
+
+
+def _data_order(layer: LayerHistory) -> float:
+    inputs = layer.run.inputs
+    if layer.position != 0 or inputs is None or inputs.batches < _correlated.min_batches:
+        return math.nan
+    ratio = inputs.variance_ratio[np.isfinite(inputs.variance_ratio)]
+    if not ratio.size:
+        return math.nan
+    between = float(np.median(inputs.between_windows)) if inputs.between_windows.size else 0.0
+    return max(
+        float(np.median(ratio)) / _correlated.limit_of(inputs.batches),
+        between / _correlated.max_between_windows,
+    )
 
 
 def _typical(values: FloatArray | None) -> float:
@@ -113,4 +128,5 @@ MEASURES: Mapping[str, Callable[[LayerHistory], float]] = {
         None if layer.running is None else np.sqrt(layer.running.var)
     ),
     "frozen_moved_std": _frozen_moved_std,
+    "data_order": _data_order,
 }

@@ -67,25 +67,25 @@ class Metric:
     Attributes:
         key: Name in tags and links.
         name: Name for people.
-        unit: Unit of the values, ``""`` for a plain number.
         description: What it is, in one sentence.
-        panel: Title of the chart that shows its curve, with related ones.
+        unit: Unit of the values; empty for a plain number.
+        panel: Title of the chart that shows its curve with related ones; empty for one of its own.
         limit: Limit of a rule, if any.
         limit_side: The faulty side of the limit; ``either`` is for the absolute value.
         rules: Codes of the rules that use it; the one that sets the limit first.
         has_quantiles: Whether its quantiles over the layers are written as scalars.
 
     Example:
-        >>> shift = Metric(key="s", name="Shift", unit="σ", description="", panel="", limit=1.0)
+        >>> shift = Metric(key="s", name="Shift", description="", limit=1.0)
         >>> shift.is_over(np.array([0.5, -2.0, np.inf, np.nan])).tolist()
         [False, False, True, False]
     """
 
     key: str
     name: str
-    unit: str
     description: str
-    panel: str
+    unit: str = ""
+    panel: str = ""
     limit: float | None = None
     limit_side: LimitSide = "above"
     rules: tuple[str, ...] = ()
@@ -108,7 +108,10 @@ def standard_metrics(rules: Iterable[Rule] = RULES) -> tuple[Metric, ...]:
     >>> [metric.limit for metric in standard_metrics([]) if metric.key == "eval_shift_std"]
     [None]
     """
+    rules = tuple(rules)
     limits = {f"{rule.code}.{name}": value for rule in rules for name, value in vars(rule).items()}
+    # Of a value that is relative to the limit of its rule.
+    limits |= {rule.code: 1.0 for rule in rules}
     return tuple(
         dataclasses.replace(metric, limit=limits.get(_LIMITS.get(metric.key, "")))
         for metric in _METRICS
@@ -128,7 +131,6 @@ _METRICS = (
     Metric(
         key="eval_log_variance_ratio",
         name="Eval variance",
-        unit="",
         description="Running variance against the variance in eval mode, as a factor "
         "(logged as a logarithm).",
         panel="Running variance, as a factor",
@@ -147,7 +149,6 @@ _METRICS = (
     Metric(
         key="batch_log_variance_ratio",
         name="Batch variance",
-        unit="",
         description="Running variance against the variance of the training batch, as a factor "
         "(logged as a logarithm).",
         panel="Running variance, as a factor",
@@ -157,44 +158,35 @@ _METRICS = (
     Metric(
         key="variance_kept",
         name="Variance kept",
-        unit="",
         description="Share of a channel's variance that lies within a batch; the rest is removed "
         "by normalising.",
-        panel="Variance kept",
         limit_side="below",
         rules=("BN201",),
     ),
     Metric(
         key="values_per_channel",
         name="Values per channel",
-        unit="",
         description="n, samples times positions: what the mean and variance of a batch are "
         "estimated from.",
-        panel="Values per channel",
         limit_side="below",
         rules=("BN201", "BN102", "BN106", "BN107"),
     ),
     Metric(
         key="gain",
         name="Gain",
-        unit="",
         description="Largest |gamma| / sqrt(running_var + eps): what one unit at the input becomes "
         "in eval mode.",
-        panel="Gain",
         rules=("BN403", "BN404"),
     ),
     Metric(
         key="dead_channel_share",
         name="Dead channels",
-        unit="",
         description="Share of the channels that have no variance.",
-        panel="Dead channels",
         rules=("BN204",),
     ),
     Metric(
         key="batch_mean",
         name="Batch mean",
-        unit="",
         description="Mean of the training batch, averaged over the channels.",
         panel="Mean",
         has_quantiles=False,
@@ -202,7 +194,6 @@ _METRICS = (
     Metric(
         key="running_mean",
         name="Running mean",
-        unit="",
         description="Running mean, averaged over the channels.",
         panel="Mean",
         rules=("BN401", "BN402"),
@@ -211,7 +202,6 @@ _METRICS = (
     Metric(
         key="batch_std",
         name="Batch deviation",
-        unit="",
         description="Standard deviation of the training batch, averaged over the channels.",
         panel="Standard deviation",
         has_quantiles=False,
@@ -219,7 +209,6 @@ _METRICS = (
     Metric(
         key="running_std",
         name="Running deviation",
-        unit="",
         description="Square root of the running variance, averaged over the channels.",
         panel="Standard deviation",
         has_quantiles=False,
@@ -230,8 +219,15 @@ _METRICS = (
         unit="σ",
         description="Largest distance of the running mean from where it was at the start, of "
         "layers whose gamma and beta are frozen; the others are not observed.",
-        panel="Moved while frozen",
         rules=("BN101",),
+        has_quantiles=False,
+    ),
+    Metric(
+        key="data_order",
+        name="Data order",
+        description="How much training batches differ at the input of the model, relative to the "
+        "limit of BN203: sorted or grouped data are above 1. Shown at the first layer.",
+        rules=("BN203",),
         has_quantiles=False,
     ),
 )
@@ -244,6 +240,7 @@ _LIMITS = {
     "gain": "BN403.max_gain",
     "dead_channel_share": "BN204.max_dead_share",
     "frozen_moved_std": "BN101.max_updates",
+    "data_order": "BN203",
 }
 
 
@@ -350,7 +347,7 @@ def _metric(raw: dict[str, Any]) -> Metric:
         name=str(raw.get("name", raw["key"])),
         unit=str(raw.get("unit", "")),
         description=str(raw.get("description", "")),
-        panel=str(raw.get("panel") or raw["key"]),
+        panel=str(raw.get("panel", "")),
         limit=None if limit is None else float(limit),
         limit_side=side,
         rules=_texts(raw.get("rules", [])),

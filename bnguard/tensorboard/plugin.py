@@ -96,13 +96,16 @@ def static_text(name: str) -> str:
     return _STATIC.joinpath(name).read_text("utf-8")
 
 
-def rule_pages() -> dict[str, str]:
-    """Return the page of each rule, by its code; the first line is code and name.
+def rule_pages() -> dict[str, Any]:
+    """Return the page of each rule, by its code: headline, and sections of text and code.
 
-    >>> rule_pages()["BN301"].splitlines()[0]
-    'BN301 statistic-drift'
+    >>> rule_pages()["BN301"][0]
+    'Inputs in eval mode do not match the running statistics.'
     """
-    return {rule.code: f"{rule.code} {rule.name}\n\n{rule.page()}" for rule in installed_rules()}
+    # TensorBoard starts without rich.
+    from bnguard.report.pages import sections_of
+
+    return {rule.code: sections_of(rule) for rule in installed_rules()}
 
 
 def _static_app(name: str, kind: str) -> _App:

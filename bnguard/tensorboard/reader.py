@@ -20,6 +20,7 @@ from tensorboard.data import provider as provider_api
 from tensorboard.data.proto import data_provider_pb2
 from tensorboard.util import tensor_util
 
+from bnguard.findings import Finding, FindingGroup
 from bnguard.tensorboard.metadata import (
     CHANNELS_TAG,
     FINDINGS_TAG,
@@ -30,7 +31,13 @@ from bnguard.tensorboard.metadata import (
     Metric,
     decode_rows,
 )
-from bnguard.tensorboard.records import Record, decode_findings, group_causes, json_number
+from bnguard.tensorboard.records import (
+    Record,
+    as_findings,
+    decode_findings,
+    group_causes,
+    json_number,
+)
 
 # A step's tensor beyond this is refused: 20,000 layers of 64 metrics are 5 MB.
 MOST_VALUES_A_STEP = 4_000_000
@@ -72,11 +79,12 @@ class LogReader:
         return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
 
     def _listed(self, name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
-        problem, causes = "", {}
+        problem, causes = "", Counter[str]()
         try:
             _header(tags)
-            findings, _ = self._findings(name, tags)
-            causes = count_causes(findings)
+            records, _ = self._findings(name, tags)
+            roots = group_causes(as_findings(records))
+            causes = Counter(str(root.worst.severity) for root in roots)
         except LogError as error:
             problem = str(error)
         return {"name": name, "version": _version(tags), "problem": problem, "causes": causes}
@@ -92,8 +100,9 @@ class LogReader:
         """
         tags = self._tags(name)
         header, series = _header(tags), self._stats(name, tags)
-        findings, unreadable = self._findings(name, tags)
-        findings = [{**found, "step": since(found, header, series)} for found in findings]
+        records, unreadable = self._findings(name, tags)
+        records = [{**record, "step": since(record, header, series)} for record in records]
+        findings = as_findings(records)
         problems = [self.damages.get(name, ""), series.left_out, unreadable]
         return {
             "name": name,
@@ -107,8 +116,11 @@ class LogReader:
             "steps": len(series.steps),
             "first_step": series.steps[0],
             "last_step": series.steps[-1],
-            "findings": findings,
-            "causes": group_causes(findings),
+            "findings": [
+                {**record, "evidence": {**record["evidence"], "text": str(finding.evidence)}}
+                for record, finding in zip(records, findings, strict=True)
+            ],
+            "causes": _causes(findings),
             "channels": [
                 tag.removeprefix(CHANNELS_TAG)
                 for tag in sorted(tags)
@@ -278,12 +290,12 @@ class Series:
     names: tuple[str, ...] = ()
     left_out: str = ""
 
-    def pack(self, dtype: str = "<f4") -> bytes:
+    def pack(self, values: bytes | None = None) -> bytes:
         """Return the series as bytes that keep NaN and Inf.
 
         Little-endian: a uint32 with the length of the JSON that follows (``shape``, ``names``;
         padded, so that 8 divides what precedes the numbers), the steps as float64, the values as
-        float32 or, for a smaller page, float16.
+        float32, unless they are given in another form.
         """
         head = json.dumps({"shape": self.values.shape, "names": self.names}).encode()
         head += b" " * (-(len(head) + 4) % 8)
@@ -292,16 +304,22 @@ class Series:
                 len(head).to_bytes(4, "little"),
                 head,
                 self.steps.astype("<f8").tobytes(),
-                self.values.astype(dtype).tobytes(),
+                self.values.astype("<f4").tobytes() if values is None else values,
             ]
         )
 
 
-def count_causes(findings: Sequence[Record]) -> dict[str, int]:
-    """Return the number of root causes of each severity."""
-    return dict(
-        Counter(findings[group["roots"][0]]["severity"] for group in group_causes(findings))
-    )
+def _causes(findings: Sequence[Finding]) -> list[dict[str, list[int]]]:
+    """Return the places of each root cause's findings, and of what they lead to."""
+    places = {id(finding): place for place, finding in enumerate(findings)}
+
+    def placed(*groups: FindingGroup) -> list[int]:
+        return [places[id(finding)] for group in groups for finding in group.findings]
+
+    return [
+        {"roots": placed(root), "effects": placed(*effects)}
+        for root, effects in group_causes(findings).items()
+    ]
 
 
 def since(finding: Record, header: Header, series: Series) -> int | None:

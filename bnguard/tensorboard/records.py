@@ -2,8 +2,7 @@
 
 A record has the keys of ``Finding.to_dict`` that the tab shows: ``code``, ``name``, ``severity``,
 ``layer``, ``channels``, ``step``, ``message``, ``evidence``, ``fix`` and ``cause`` (code of the
-finding that explains this one; empty for a root cause). The fix has a ``command`` too, and
-``layers`` names several layers.
+finding that explains this one; empty for a root cause). The fix has a ``command`` too.
 """
 
 from __future__ import annotations
@@ -11,15 +10,24 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bnguard.findings import Evidence
+from bnguard.errors import printable
+from bnguard.findings import (
+    Evidence,
+    Finding,
+    FindingGroup,
+    Fix,
+    Severity,
+    by_root_cause,
+    group_findings,
+)
 from bnguard.report.json_document import json_float
 
 Record = dict[str, Any]
 
-_SEVERITIES = ("info", "warning", "error")
+_SEVERITIES = tuple(map(str, Severity))
 # Placeholders for the model and its data in a command.
 SUBJECTS = "--model PACKAGE.CLASS --data PACKAGE.CLASS"
 _COMMANDS = ("recalibrate", "swap")
@@ -45,7 +53,6 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
         "name": _text(raw.get("name")),
         "severity": severity if severity in _SEVERITIES else "info",
         "layer": None if layer is None else _text(layer),
-        "layers": [_text(name) for name in _items(raw.get("layers"))],
         "channels": [item for item in _items(raw.get("channels")) if _is_index(item)],
         "step": _step(raw.get("step")),
         "message": _text(raw.get("message")),
@@ -88,45 +95,42 @@ def decode_findings(text: bytes) -> list[Record]:
     return [finding_record(item) for item in raw[:_MOST_RECORDS] if isinstance(item, dict)]
 
 
-def group_causes(records: Sequence[Record]) -> list[dict[str, list[int]]]:
-    """Return the places of each root cause's findings and of what they explain.
+def as_findings(records: Iterable[Record]) -> list[Finding]:
+    """Return records as findings, in which nothing can control a terminal.
 
-    Findings of one rule and severity are one cause: errors before warnings, the worst layer first.
-
-    >>> codes = [("BN302", "BN301"), ("BN301", "BN303"), ("BN303", None)]
-    >>> group_causes([finding_record({"code": code, "cause": cause}) for code, cause in codes])
-    [{'roots': [2], 'effects': [0, 1]}]
+    What is unknown is NaN in the evidence; a cause that is not among the records is left out. The
+    repair of a fix is the whole command.
     """
+    records = list(records)
     codes = {record["code"] for record in records}
-    causes = {r["code"]: r["cause"] for r in reversed(records) if r["cause"] in codes}
-    root_codes = {record["code"] for record in records if record["cause"] not in codes}
-    groups: dict[tuple[str, str], dict[str, list[int]]] = {}
-    effects = []
-    for place, record in enumerate(records):
-        code = record["cause"]
-        for _ in codes:
-            code = code if code in root_codes else causes.get(code, "")
-        if code in root_codes:
-            effects.append((code, place))
-        else:
-            key = (record["code"], record["severity"])
-            groups.setdefault(key, {"roots": [], "effects": []})["roots"].append(place)
-    for code, place in effects:
-        next(group for (root, _), group in groups.items() if root == code)["effects"].append(place)
-    for group in groups.values():
-        group["roots"].sort(key=lambda place: excess(records[place]), reverse=True)
-    return [groups[key] for key in sorted(groups, key=lambda key: -_SEVERITIES.index(key[1]))]
+    return [
+        Finding(
+            code=printable(record["code"]),
+            name=printable(record["name"]),
+            severity=Severity[record["severity"].upper()],
+            layer=None if record["layer"] is None else printable(record["layer"]),
+            message=printable(record["message"]),
+            evidence=_evidence(record["evidence"]),
+            fix=Fix(printable(record["fix"]["summary"]), printable(record["fix"]["command"])),
+            step=record["step"],
+            cause=printable(record["cause"]) if record["cause"] in codes else None,
+        )
+        for record in records
+    ]
 
 
-def excess(record: Record) -> float:
-    """Return the evidence relative to its limit; 0 if unknown."""
-    evidence = record["evidence"]
-    value, limit = evidence["value"], evidence["limit"]
-    if value in ("NaN", "Infinity"):
-        return math.inf
-    if not (isinstance(value, float) and isinstance(limit, float)):
-        return 0.0
-    return Evidence("", value, limit, is_minimum=evidence["is_minimum"]).excess
+def _evidence(evidence: Mapping[str, Any]) -> Evidence:
+    value, limit = (
+        math.nan if evidence[key] is None else float(evidence[key]) for key in ("value", "limit")
+    )
+    measure, unit = printable(evidence["measure"]), printable(evidence["unit"])
+    return Evidence(measure, value, limit, unit, evidence["is_minimum"])
+
+
+def group_causes(findings: Iterable[Finding]) -> dict[FindingGroup, list[FindingGroup]]:
+    """Return each root cause with what it leads to, errors before warnings."""
+    causes = by_root_cause(group_findings(findings))
+    return dict(sorted(causes.items(), key=lambda cause: -cause[0].worst.severity))
 
 
 def repair_command(repair: object, subjects: str = SUBJECTS, checkpoint: str = "CKPT") -> str:

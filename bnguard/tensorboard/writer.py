@@ -1,11 +1,14 @@
 """Writes statistics, channels and findings into event files, as the tab reads them.
 
-Viewers without the tab get the findings as Markdown.
+Tensors go through the file writer of the user's summary writer: this needs no TensorFlow and no
+second event file, and the protocol buffers are those of the writer's own package. Viewers without
+the tab get the findings as Markdown.
 """
 
 from __future__ import annotations
 
 import html
+import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +16,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnguard.findings import FindingGroup
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
-from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.metadata import (
     CHANNEL_ROWS,
     CHANNELS_TAG,
     FINDINGS_TAG,
+    PLUGIN_NAME,
     STATS_TAG,
     Header,
     Metric,
     encode_rows,
 )
 from bnguard.tensorboard.records import (
-    Record,
+    as_findings,
     encode_findings,
     finding_record,
     group_causes,
@@ -165,43 +169,93 @@ def findings_markdown(findings: Iterable[Mapping[str, Any]]) -> str:
     >>> print(findings_markdown([]))
     No problems found.
     """
-    records = [finding_record(finding) for finding in findings]
-    causes = group_causes(records)
-    if not causes:
-        return "No problems found."
-    lines: list[str] = []
-    for cause in causes:
-        roots = [records[place] for place in cause["roots"]]
-        effects = dict.fromkeys(records[place]["code"] for place in cause["effects"])
-        lines += _item(roots, list(effects))
-    return "\n".join(lines)
+    causes = group_causes(as_findings(map(finding_record, findings)))
+    lines = (line for root, effects in causes.items() for line in _item(root, effects))
+    return "\n".join(lines) if causes else "No problems found."
 
 
-def _item(roots: Sequence[Record], effects: Sequence[str]) -> Iterator[str]:
-    worst = roots[0]
-    evidence, fix = worst["evidence"], worst["fix"]
-    where = "the model" if worst["layer"] is None else worst["layer"] or "the model itself"
-    where = where if len(roots) == 1 else f"{len(roots)} layers, worst {where}"
-    since = min((r["step"] for r in roots if r["step"] is not None), default=None)
-    when = "" if since is None else f", since step {since}"
-    yield f"- **{worst['severity']}: {_escape(worst['message'] or worst['name'])}**"
-    yield f"    - {_escape(worst['code'] + ' ' + worst['name'])} at {_escape(where)}{when}"
-    if evidence["value"] is not None:
-        value, limit = (_amount(evidence[key], evidence["unit"]) for key in ("value", "limit"))
-        yield f"    - {_escape(evidence['measure'])} {_escape(value)} (limit {_escape(limit)})"
-    if effects:
-        yield f"    - leads to {_escape(', '.join(effects))}"
-    for step in (fix["summary"], fix["command"]):
+def _item(root: FindingGroup, effects: Iterable[FindingGroup]) -> Iterator[str]:
+    worst = root.worst
+    since = "" if root.step is None else f", since step {root.step}"
+    yield f"- **{worst.severity}: {_escape(worst.message or worst.name)}**"
+    yield f"    - {_escape(f'{worst.code} {worst.name} at {root.where}{since}')}"
+    if worst.evidence.measure:
+        yield f"    - {_escape(str(worst.evidence))}"
+    codes = dict.fromkeys(effect.worst.code for effect in effects)
+    if codes:
+        yield f"    - leads to {_escape(', '.join(codes))}"
+    for step in (worst.fix.summary, worst.fix.repair):
         if step:
             yield f"    - → {_escape(step)}"
-
-
-def _amount(value: float | str | None, unit: str) -> str:
-    number = f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
-    return f"{number} {unit}".rstrip()
 
 
 def _escape(text: str) -> str:
     """Escape Markdown and HTML: names come from anywhere."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in r"\`*_[]|#" else char for char in escaped)
+
+
+_DT_STRING = 7
+_DT_OF = {"float32": 1, "float16": 19}
+
+# Field 4 of SummaryMetadata, data_class, set to DATA_CLASS_TENSOR. The class of some writers lacks
+# the field; without it TensorBoard's readers ignore the data.
+_DATA_CLASS_TENSOR = b"\x20\x02"
+
+
+class EventSink:
+    """Sends tensors to the event file of a ``SummaryWriter`` of torch or tensorboardX.
+
+    Anything else, such as the placeholder that Lightning uses on other ranks, is ignored.
+    """
+
+    def __init__(self, writer: object) -> None:
+        self._writer = writer
+        self._described: set[str] = set()
+
+    def add_array(
+        self,
+        tag: str,
+        array: npt.NDArray[np.float32] | npt.NDArray[np.float16],
+        step: int,
+        description: bytes = b"",
+    ) -> None:
+        """Send an array; the first one of each tag carries the description."""
+        data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        self._add(
+            tag,
+            {
+                "dtype": _DT_OF[array.dtype.name],
+                "tensor_shape": {"dim": [{"size": size} for size in data.shape]},
+                "tensor_content": data.tobytes(),
+            },
+            step,
+            description,
+        )
+
+    def add_string(self, tag: str, text: bytes, step: int) -> None:
+        """Send a text as a tensor with one string."""
+        self._add(tag, {"dtype": _DT_STRING, "string_val": [text]}, step, b"")
+
+    def _add(self, tag: str, tensor: dict[str, Any], step: int, description: bytes) -> None:
+        # After close() a writer has no file writer until it is asked for one.
+        file_writer = getattr(self._writer, "_get_file_writer", lambda: None)()
+        if file_writer is None:
+            return
+        summary_class = _summary_class(file_writer)
+        value: dict[str, Any] = {"tag": tag, "tensor": tensor}
+        if tag not in self._described:
+            value["metadata"] = {
+                "plugin_data": {"plugin_name": PLUGIN_NAME, "content": description}
+            }
+        summary = summary_class(value=[value])
+        if tag not in self._described:
+            summary.value[0].metadata.MergeFromString(_DATA_CLASS_TENSOR)
+            self._described.add(tag)
+        file_writer.add_summary(summary, step)
+
+
+def _summary_class(file_writer: object) -> Any:
+    package = type(file_writer).__module__.partition(".")[0]
+    protos = "tensorboardX.proto" if package == "tensorboardX" else "tensorboard.compat.proto"
+    return importlib.import_module(f"{protos}.summary_pb2").Summary

@@ -19,7 +19,7 @@ from torch import nn
 
 from bnguard.errors import CalibrationError, ConfigurationError
 from bnguard.lightning import BatchNormMonitor, BatchNormRecalibration
-from bnguard.lightning.commands import class_path
+from bnguard.lightning.trainer import class_path
 from tests.lightning.conftest import loader
 
 
@@ -210,8 +210,8 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
     "place",
     [
         "bnguard.lightning.monitor.show",
-        "bnguard.loggers.console.as_terminal_text",
-        "bnguard.lightning.monitor.watch",
+        "bnguard.loggers.text.as_terminal_text",
+        "bnguard.monitor.watch",
         "bnguard.lightning.monitor.RunLog.write",
         "bnguard.lightning.monitor.RunLog.conclude",
         "bnguard.monitor.Monitor.state_dict",

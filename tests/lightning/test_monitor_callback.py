@@ -23,7 +23,7 @@ from bnguard.demo import DigitsData, DigitsNet
 from bnguard.errors import ConfigurationError
 from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
-from bnguard.lightning.commands import subject_options
+from bnguard.lightning.trainer import subject_options
 from bnguard.report.terminal import as_text
 from bnguard.tensorboard.log_report import logged_runs
 from tests.lightning.conftest import loader
@@ -297,10 +297,10 @@ def test_a_checkpoint_holds_the_momentum_of_each_layer(tmp_path):
 
 def test_a_checkpoint_repeats_what_was_reported_of_its_training(lightning, tmp_path):
     class Frozen(lightning.Callback):
-        """Gamma and beta are frozen, in train mode: BN101, which no checkpoint shows."""
+        """A block is frozen, in train mode: BN101, which no checkpoint shows."""
 
         def on_fit_start(self, trainer, pl_module):
-            for part in (pl_module.features[0][1].weight, pl_module.features[0][1].bias):
+            for part in pl_module.features[0].parameters():
                 part.requires_grad_(False)
 
     callback = BatchNormMonitor(every_n_steps=10, strict=True)
@@ -340,12 +340,12 @@ def test_the_log_ends_with_the_report_that_is_shown(tmp_path, capsys, is_interru
     options = {"logger": logger, "limit_val_batches": 0, "limit_train_batches": 40}
     with pytest.raises(ValueError, match="the user's") if is_interrupted else nullcontext():
         fit(pl, tmp_path, callback, **options, callbacks=[callback, Stop()])
-    shown = {
-        (f.code, f.severity.name.lower(), f.layer, f.message) for f in callback.report.findings
-    }
     (run,) = logged_runs(tmp_path)
-    keys = ("code", "severity", "layer", "message")
-    assert {tuple(finding[key] for key in keys) for finding in run.findings} == shown
+    logged, shown = (
+        {(f.code, f.severity, f.layer, f.message) for f in findings}
+        for findings in (run.findings, callback.report.findings)
+    )
+    assert logged == shown
     assert "still the initial mean" in str(run)
     # The Trainer was given loaders, which have no name.
     subjects = (

@@ -38,8 +38,8 @@ def test_a_picture_is_layers_by_steps_with_the_limit_and_the_verdict(report):
     )
     assert title.endswith("→ recalibrate the running statistics, or raise momentum")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "4"]
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["99.9", "0", "limit 5"]
-    assert bar.get_ylabel() == "initial statistics left,\n%"
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["99.9%", "0%", "limit 5%"]
+    assert bar.get_ylabel() == "initial statistics left"
     (image,) = axes.collections
     steps = np.array([1, 10, 20, 30])
     np.testing.assert_allclose(image.get_array(), np.tile(100 * 0.999**steps, (2, 1)))

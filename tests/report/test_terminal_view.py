@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 import bnguard
-from bnguard.findings import Evidence, Finding, Fix, Severity, notice
+from bnguard.findings import Evidence, Finding, Fix, Severity, notice, one_line
 from bnguard.observe.history import History, Run
 from bnguard.report import Report
 from bnguard.report.terminal import as_terminal_text, as_text, notice_view, report_view
@@ -48,6 +48,25 @@ def test_a_live_line_has_the_colour_of_the_report_and_is_not_wrapped(monkeypatch
     assert re.sub(r"\x1b\[[\d;]*m", "", live) == notice(group)
 
 
+def test_a_repair_is_the_call_for_a_model_and_no_call_for_a_checkpoint():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    with torch.no_grad():
+        model[0].running_mean.fill_(torch.nan)
+    call = "\n         bnguard.recalibrate(model, train_loader)\n"
+    assert call in f"{bnguard.inspect(model)}\n"
+    assert "bnguard.recalibrate" not in str(bnguard.inspect(model.state_dict()))
+
+
+def test_a_variance_is_off_by_a_factor_in_print_and_by_its_logarithm_in_json():
+    drift = finding("BN301", "drift", Severity.WARNING, "4", "|log variance ratio|", 7.329, 1.5)
+    report = Report(History(layers=(), run=Run(steps=20)), (drift,), ())
+    assert "BN301 drift: variance off by 1,500× (limit 4.5×)\n" in str(report)
+    assert "variance off by 1,500× (limit 4.5×). Fix" in one_line(report.groups[0])
+    assert report.to_dict()["findings"][0]["evidence"]["value"] == 7.329
+    streams = Evidence("|log variance ratio| of the streams", 2.0, 1.0)
+    assert str(streams) == "variance of the streams off by 7.4× (limit 2.7×)"
+
+
 def finding(code, name, severity, layer, *evidence, cause=None):
     return Finding(
         code=code,
@@ -74,11 +93,11 @@ def test_a_root_cause_is_a_block_with_its_number_its_fix_and_what_it_leads_to():
     assert str(report).splitlines()[:-2] == [
         "bnguard · 0 BN layers · 20 steps · 1 root cause in 2 layers · 1 info",
         "error  BN303 slow: initial left 94% (limit 5%)",
-        "       at 2 layers, worst 1, since step 9: the mean is far off",
+        "       at 2 layers, worst layer 1, since step 9: the mean is far off",
         "       → recalibrate",
-        "       leads to BN301 drift: shift 2.5 σ (limit 1 σ) at 1",
+        "       leads to BN301 drift: shift 2.5 σ (limit 1 σ) at layer 1",
         "       leads to BN302 gap: change 0.9 σ (limit 0.75 σ) at the model",
         "info   BN204 dead: dead channels 12.5% (limit 75%)",
-        "       at 1, since step 9: the mean is far off",
+        "       at layer 1, since step 9: the mean is far off",
         "       → recalibrate",
     ]

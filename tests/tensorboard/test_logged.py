@@ -6,20 +6,34 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from bnguard.cli.main import main
-from bnguard.tensorboard.events import EventSink
+from bnguard.findings import Severity
 from bnguard.tensorboard.log_report import LoggedRun, logged_runs
 from bnguard.tensorboard.metadata import FINDINGS_TAG, STATS_TAG, LogError, standard_metrics
-from bnguard.tensorboard.records import finding_record
-from bnguard.tensorboard.writer import BatchNormLog
+from bnguard.tensorboard.records import as_findings, finding_record
+from bnguard.tensorboard.writer import BatchNormLog, EventSink
 
 
 def test_runs_tell_their_findings(digits_log):
     healthy, lagging = logged_runs(digits_log)
     assert (healthy.name, lagging.name) == ("healthy", "lagging")
     assert (lagging.first_step, lagging.last_step, len(lagging.layers)) == (2, 80, 21)
-    assert lagging.worst_severity == "warning"
+    assert lagging.worst_severity is Severity.WARNING
     assert "21 BN layers · step 2 to 80" in str(lagging)
     assert "BN301 statistic-drift" in str(lagging)
+    fix = (
+        "\n         → recalibrate the running statistics\n           bnguard recalibrate last.ckpt"
+    )
+    assert fix in str(lagging)
+
+
+def test_a_root_cause_is_above_what_it_explains_whatever_its_severity():
+    raw = {"evidence": {"measure": "shift", "value": 2.0, "limit": 1.0}, "layer": "bn"}
+    gap = {**raw, "code": "BN302", "severity": "error", "cause": "BN301"}
+    drift = {**raw, "code": "BN301", "severity": "warning", "cause": "BN999"}
+    findings = as_findings(map(finding_record, [gap, drift]))
+    _, first, *lines = str(LoggedRun(name="run", findings=tuple(findings))).splitlines()
+    assert first == "error  BN301 : shift 2 (limit 1)"
+    assert lines[-1].strip() == "leads to BN302 : shift 2 (limit 1) at bn"
 
 
 def test_a_clean_run_says_so(tmp_path):
@@ -32,17 +46,15 @@ def test_a_clean_run_says_so(tmp_path):
 
 
 def test_a_terminal_is_told_nothing_by_a_name():
-    finding = {
-        "code": "BN1",
-        "name": "x",
-        "severity": "error",
-        "layer": "\x1b]0;owned\x07\nfake line",
-        "step": None,
-        "message": "\u202eeman",
-        "evidence": {"measure": "", "value": 1.0, "limit": None, "unit": ""},
-        "fix": {"summary": "", "command": ""},
-    }
-    text = str(LoggedRun(name="a\x1b[2J", findings=(finding,)))
+    texts = ("code", "name", "layer", "message", "cause")
+    finding = finding_record(
+        {
+            **dict.fromkeys(texts, "\x1b]0;owned\x07\nfake line\u202e"),
+            "evidence": {"measure": "\x1b\n", "value": 1.0, "unit": "\x1b\n"},
+            "fix": {"summary": "\x1b\n", "command": "\x1b\n"},
+        }
+    )
+    text = str(LoggedRun(name="a\x1b[2J", findings=tuple(as_findings([finding]))))
     assert not set(text) & {"\x1b", "\x07", "\u202e"}
     assert len(text.splitlines()) == 5
 
@@ -59,13 +71,17 @@ def test_the_numbers_of_a_group_are_those_of_its_worst_layer():
         raw = {"code": "BN1", "severity": "warning", "layer": layer, "evidence": evidence}
         return finding_record(raw)
 
+    def text(*records):
+        run = str(LoggedRun(name="run", findings=tuple(as_findings(records))))
+        return " ".join(run.partition("BN1 : ")[2].split())
+
     shifts = [found("a", value=2.0, limit=1.0), found("b", value=7.0, limit=1.0)]
-    assert " 7 (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(shifts)))
+    assert text(*shifts).startswith("7 (limit 1) at 2 layers, worst b:")
     least = {"limit": 0.5, "is_minimum": True}
     shares = [found("a", value=0.1, **least), found("b", value=0.3, **least)]
-    assert " 0.1 (limit 0.5) at a" in str(LoggedRun(name="run", findings=tuple(shares)))
+    assert text(*shares).startswith("0.1 (at least 0.5) at 2 layers, worst a:")
     broken = [found("a", value=9.0, limit=1.0), found("b", value=float("nan"), limit=1.0)]
-    assert " NaN (limit 1) at b" in str(LoggedRun(name="run", findings=tuple(broken)))
+    assert text(*broken).startswith("nan (limit 1) at 2 layers, worst b:")
 
 
 def written(folder, *, findings=()):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import bnguard
+from bnguard.findings import Severity
 from bnguard.loggers import RunLog, TensorBoard
 from bnguard.rules import RULES
 from bnguard.tensorboard.log_report import logged_runs, open_log
@@ -44,7 +45,7 @@ def test_what_was_observed_is_what_is_read(tmp_path):
     (run,) = logged_runs(tmp_path)
     assert run.layers == ("1", "4", "7")
     assert (run.first_step, run.last_step, run.problem) == (57, 57, "")
-    assert {record["code"] for record in run.findings} >= {"BN303"}
+    assert {finding.code for finding in run.findings} >= {"BN303"}
     # The evaluation was shown once, whatever was logged after it.
     assert open_log(tmp_path).channels(".", "1").steps.tolist() == [57]
 
@@ -67,6 +68,20 @@ def test_channels_are_as_dead_as_the_rule_finds_them(tmp_path):
     assert series.values[-1, CHANNEL_ROWS.index("is_dead")].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
+def test_sorted_data_are_beyond_the_limit_at_the_first_layer():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    with bnguard.watch(model, on_findings=lambda group: None) as monitor:
+        for step in range(16):
+            model(torch.randn(32, 4) + 3 * (step % 2))
+            monitor.step()
+        report = monitor.report()
+    (finding,) = [found for found in report.findings if found.code == "BN203"]
+    (metric,) = [metric for metric in standard_metrics() if metric.key == "data_order"]
+    first, second = compute_metrics(report.layers, [metric])[0]
+    assert (first, metric.limit) == (pytest.approx(finding.evidence.excess), 1.0)
+    assert np.isnan(second)
+
+
 def test_what_is_over_is_logged_with_its_steps(tmp_path):
     layer = nn.BatchNorm1d(4, momentum=0.0)
     with (
@@ -79,9 +94,10 @@ def test_what_is_over_is_logged_with_its_steps(tmp_path):
             monitor.step()
         TensorBoard(writer).log_layers(monitor.report(), 40)
     (run,) = logged_runs(tmp_path)
-    (past,) = [record for record in run.findings if record["code"] == "BN103"]
-    assert past["severity"] == "info"
-    assert past["message"].startswith("error at steps 1–20, gone since: ")
+    (past,) = [finding for finding in run.findings if finding.code == "BN103"]
+    assert past.severity is Severity.INFO
+    assert past.message.startswith("error at steps 1–20, gone since: ")
+    assert str(past.evidence) == "last step with it 20"
 
 
 def test_a_model_without_bn_writes_nothing(tmp_path):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from bnguard.tensorboard.events import EventSink
 from bnguard.tensorboard.log_report import write_page
 from bnguard.tensorboard.metadata import STATS_TAG, LogError, standard_metrics
-from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
+from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot, EventSink
 from tests.tensorboard.browsing import Tab, chromium
 from tests.tensorboard.serving import tensorboard
 

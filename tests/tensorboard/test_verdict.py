@@ -1,15 +1,21 @@
 """What the page answers at first sight, in the one-file report of three small runs."""
 
+import itertools
+import shutil
+
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from bnguard.report import picture
 from bnguard.tensorboard.log_report import write_page
 from bnguard.tensorboard.metadata import standard_metrics
 from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 from tests.tensorboard.browsing import chromium
 
 METRICS = standard_metrics()
+MOMENTS = ("running_mean", "running_var", "batch_mean", "batch_var", "eval_mean", "eval_var",
+           "gamma", "beta")  # fmt: skip
 LAYERS = ("stem.bn", "body.bn", "head.bn")
 CALM = {"values_per_channel": 64.0, "variance_kept": 0.9, "frozen_moved_std": np.nan}
 COMMAND = "bnguard recalibrate 'runs/my run/last.ckpt' --model my.Net --data my.Data"
@@ -19,7 +25,7 @@ SLOW = {
     "severity": "warning",
     "layer": "body.bn",
     "step": 0,
-    "message": "62% of the running statistics is still the initial mean",
+    "message": "62% of the running statistics are still the initial mean",
     "evidence": {"measure": "initial statistics left", "value": 62.0, "limit": 5.0, "unit": "%"},
     "fix": {"summary": "raise momentum", "command": COMMAND},
 }
@@ -39,6 +45,15 @@ FROZEN = {
     "layer": "stem.bn",
     "message": "gamma and beta are frozen, but the running statistics move",
     "evidence": {"measure": "updates while frozen", "value": 120, "limit": 0},
+}
+SORTED = {
+    **SLOW,
+    "code": "BN203",
+    "name": "correlated-batches",
+    "layer": "stem.bn",
+    "message": "the data are sorted or grouped",
+    "evidence": {"measure": "variance of batch means", "value": 8.1, "limit": 3.4},
+    "fix": {"summary": "shuffle"},
 }
 
 
@@ -66,6 +81,8 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verdict")
     _write(folder / "slow", [DRIFT, SLOW], _slow)
     _write(folder / "frozen", [FROZEN], lambda step: {"frozen_moved_std": [0.01 * step, 0, 0]})
+    calm = {"eval_shift_std": 0.2, "data_order": [2.4, np.nan, np.nan]}
+    _write(folder / "sorted", [SORTED], lambda step: calm)
     _write(folder / "fine", [], lambda step: {"eval_shift_std": 3.0 if step < 10 else 0.1})
     file = folder / "report.html"
     write_page(folder, file)
@@ -108,6 +125,7 @@ def test_all_runs_show_their_verdict_the_worst_first(page):
     assert [" ".join(text.split()) for text in strip] == [
         "frozen: 1 error",
         "slow: 1 warning",
+        "sorted: 1 warning",
         "✓ fine: no problems",
     ]
     assert "slow · 1 warning" in page.locator("#run option").all_inner_texts()
@@ -118,10 +136,10 @@ def test_a_cause_is_one_card_with_its_number_its_effects_and_its_command(page):
     assert _first(page, ".headline").startswith("1 cause, 1 layer")
     assert page.locator(".finding").count() == 1
     assert (
-        _first(page, ".finding-title") == "62% of the running statistics is still the initial mean"
+        _first(page, ".finding-title") == "62% of the running statistics are still the initial mean"
     )
-    assert _first(page, ".number") == "initial statistics left 62 % (limit 5 %)"
-    assert page.locator(".gauge").inner_text().split("\n") == ["limit 5 %", "100 %"]
+    assert _first(page, ".number") == "initial statistics left 62% (limit 5%)"
+    assert page.locator(".gauge").inner_text().split("\n") == ["limit 5%", "100%"]
     assert page.locator(".effects li").first.is_hidden()
     page.locator(".effects summary").click()
     effect = "BN301 statistic-drift, 1 layer: variance off by 28× (limit 4.5×)"
@@ -138,6 +156,10 @@ def test_the_page_opens_on_the_worst_layer_and_step_of_the_first_cause(page):
     _open(page, "frozen")
     assert _first(page, ".overview h2") == "Moved while frozen"
     assert _first(page, ".layer h2") == "stem.bn"
+    _open(page, "sorted")
+    assert _first(page, ".overview h2") == "Data order"
+    assert _first(page, ".heat-values .over") == "▲ 2.4"
+    assert "▲ beyond the limit" in " ".join(_first(page, ".legend").split())
 
 
 def test_a_healthy_run_says_what_was_looked_at_and_opens_within_the_limits(page):
@@ -223,16 +245,18 @@ def test_the_measures_fit_in_one_row(page, width):
     assert max(right for _, right in boxes) <= width
 
 
+def _heat_colours(page, theme):
+    """Return the colours up to the limit and beyond it, 256 of each, in sRGB from 0 to 255."""
+    code = """async theme => {
+      const {palette} = await import("bnguard/scale.js");
+      return [...palette(theme).first].map(p => [p & 255, (p >> 8) & 255, (p >> 16) & 255]);
+    }"""
+    return np.array(page.evaluate(code, theme)[:512], dtype=float)
+
+
 def test_worse_is_never_paler(page):
     for theme, sign in (("light", -1), ("dark", 1)):
-        colours = page.evaluate(
-            """async theme => {
-              const {palette} = await import("bnguard/scale.js");
-              return [...palette(theme).first].map(p => [p & 255, (p >> 8) & 255, (p >> 16) & 255]);
-            }""",
-            theme,
-        )
-        colours = np.array(colours[:512], dtype=float)
+        colours = _heat_colours(page, theme)
         lightness = sign * colours @ [0.2126, 0.7152, 0.0722]
         assert (np.diff(lightness[:256]) >= -1).all()
         assert (np.diff(lightness[256:]) >= -1).all()
@@ -240,6 +264,84 @@ def test_worse_is_never_paler(page):
         if theme == "dark":
             chroma = np.ptp(colours[256:], axis=1)
             assert (np.diff(chroma) >= -1).all()
+
+
+# Linear RGB as it is seen without one kind of cones: Machado, Oliveira & Fernandes, "A
+# physiologically-based model for simulation of color vision deficiency" (2009), severity 1.
+SIGHTS = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+          [0.0193339, 0.1191920, 0.9503041]]  # fmt: skip
+
+
+def _seen(colours, sight):
+    """Return colours as CIELAB, in which 2.3 is a just noticeable difference."""
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.transpose(sight), 0, 1)
+    xyz = seen @ np.transpose(TO_XYZ) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return f @ [[0, 500, 0], [116, -500, 200], [0, 0, -200]] - [16, 0, 0]
+
+
+def _picture_colours():
+    stops = [(place, [int(c[i : i + 2], 16) for i in (1, 3, 5)]) for place, c in picture._COLOURS]
+    halves = (zip(*part, strict=True) for part in (stops[:2], stops[2:]))
+    ramps = [np.linspace(*colours, 256) for _, colours in halves]
+    return np.concatenate(ramps)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("shown", ["light", "dark", "picture"])
+def test_colour_blind_eyes_see_how_bad_a_value_is(page, shown, sight):
+    colours = _picture_colours() if shown == "picture" else _heat_colours(page, shown)
+    seen = _seen(colours, SIGHTS[sight])
+    # Worse is never closer to the best; beyond 50 no two colours are confused.
+    from_best = np.minimum(np.linalg.norm(seen - seen[0], axis=1), 50)
+    assert np.diff(from_best).min() > -1
+    # A quarter of the limit within it, a doubling beyond it.
+    for steps in (seen[[0, 64, 128, 192, 255]], seen[[256, 341, 426, 511]]):
+        assert np.linalg.norm(np.diff(steps, axis=0), axis=1).min() > 2 * 2.3
+    across = np.linalg.norm(seen[:256, None] - seen[None, 256:], axis=2)
+    assert across.min() > 10 * 2.3
+
+
+def test_five_runs_of_a_resnet_stay_below_600_kb(tmp_path):
+    generator = np.random.default_rng(0)
+    noisy = [metric.key.startswith(("batch", "running", "gain")) for metric in METRICS]
+    layers = [f"layer{place}.bn" for place in range(20)]
+    with SummaryWriter(tmp_path / "a") as writer:
+        log = BatchNormLog(writer, layers, METRICS)
+        level = generator.lognormal(size=(len(METRICS), 20))
+        for step in range(150):
+            level[noisy] *= generator.lognormal(0, 0.2, level[noisy].shape)
+            log.add_stats(level, step)
+        for layer, step in itertools.product(layers, (50, 100, 149)):
+            moments = generator.lognormal(size=(8, 28))
+            log.add_channels(
+                layer, ChannelSnapshot(**dict(zip(MOMENTS, moments, strict=True))), step
+            )
+        log.add_findings([{**DRIFT, "layer": layer} for layer in layers], 149)
+    for name in "bcde":
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    file = tmp_path / "report.html"
+    write_page(tmp_path, file)
+    assert file.stat().st_size <= 600_000
 
 
 def test_the_report_is_small_and_prints(report, page):

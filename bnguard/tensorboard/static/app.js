@@ -1,6 +1,6 @@
 // Puts the page together: what is chosen decides what is read, and what was read is shown.
 
-import { copied, h } from "./dom.js";
+import { h } from "./dom.js";
 import { emptyState, problem } from "./empty.js";
 import { followTheme, isVisible, onReload, readLink, writeLink } from "./host.js";
 import { LayerView } from "./layer.js";
@@ -50,11 +50,14 @@ class Page {
   constructor(root, source) {
     this.#source = source;
     this.#choice.set(fromLink(readLink()));
-    this.#toolbar = new Toolbar(this.#choice, (button) => this.#copyLink(button));
+    this.#toolbar = new Toolbar(this.#choice, () => this.#address());
     this.#metrics = new MetricBar(this.#choice);
     this.#overview = new Overview(this.#choice);
-    this.#verdict = new Verdict((finding, layer) => this.#chooseFinding(finding, layer, true));
-    this.#overview.onFinding = (finding, layer) => this.#chooseFinding(finding, layer);
+    this.#verdict = new Verdict(async (finding) => {
+      await this.#chooseFinding(finding);
+      this.#overview.element.scrollIntoView({ block: "nearest" });
+    });
+    this.#overview.onFinding = (finding) => this.#chooseFinding(finding);
     this.#layer = new LayerView(this.#choice, (by) => this.#moveStep(by));
     this.#main = h(
       "main",
@@ -142,8 +145,8 @@ class Page {
     ]);
     const [run] = runs;
     const accused = new Set(run.findings.map(({ code }) => code));
-    const isTelling = ({ limit, rules: codes, has_quantiles: isMain }) =>
-      isMain || limit !== null || codes.some((code) => accused.has(code));
+    const isTelling = ({ rules: codes, over_ever: ever, has_quantiles: isMain }) =>
+      isMain || ever || codes.some((code) => accused.has(code));
     const metrics = run.metrics.filter((metric) => metric.is_observed && isTelling(metric));
     const offered = metrics.length ? metrics : run.metrics;
     const asked = offered.find(({ key }) => key === now.metric);
@@ -153,7 +156,8 @@ class Page {
     const series = await Promise.all(holders.map((holder) => this.#source.stats(holder, metric.key)));
     if (turn !== this.#turn) return;
     const entries = holders.map((holder, place) => ({ run: holder, series: series[place] }));
-    const layer = this.#layerOf(runs, now.layer) ?? opening.layer ?? worstLayer(run, series[0], metric);
+    const isKnown = runs.some(({ layers }) => layers.includes(now.layer));
+    const layer = isKnown ? now.layer : (opening.layer ?? worstLayer(run, series[0], metric));
     this.#shown = { run, runs, series: series[0], metric, offered, layer };
     this.#message.hidden = true;
     this.#main.hidden = false;
@@ -196,10 +200,6 @@ class Page {
     return (sound.length ? sound : this.#runs).reduce((a, b) => (Number(b.version) > Number(a.version) ? b : a));
   }
 
-  #layerOf(runs, name) {
-    return runs.some(({ layers }) => layers.includes(name)) ? name : null;
-  }
-
   /** Return what to open on: the measure of the first cause at its worst layer and step, if any. */
   async #opening(run, metrics) {
     const [cause] = causesOf(run);
@@ -207,62 +207,47 @@ class Page {
       const calm = (key) => metrics.find((metric) => metric.limit !== null && !metric[key]);
       return { metric: calm("over_ever") ?? calm("over_now") };
     }
-    for (const code of new Set([...cause.roots, ...cause.effects].map((finding) => finding.code))) {
-      const named = [...cause.roots, ...cause.effects].filter((finding) => finding.code === code);
+    let related;
+    for (const [code, named] of Map.groupBy([...cause.roots, ...cause.effects], (finding) => finding.code)) {
       const judged = metrics.filter(({ rules }) => rules.includes(code));
       const spots = await Promise.all(judged.map((metric) => this.#worstSpot(run, metric, named)));
       const worst = spots.sort((a, b) => b.size - a.size)[0];
       if (worst?.size > 1) return worst;
+      related ??= judged[0];
     }
     const { layer } = cause.worst;
-    return { layer: run.layers.includes(layer) ? layer : undefined };
+    return { metric: related, layer: run.layers.includes(layer) ? layer : undefined };
   }
 
-  /** Return the layer and step at which a metric is furthest beyond its limit, among those named. */
-  async #worstSpot(run, metric, findings) {
+  /** Return where a metric is furthest beyond its limit, from a step on, at the layers of findings. */
+  async #worstSpot(run, metric, findings, from = run.first_step) {
     const series = await this.#source.stats(run, metric.key);
-    const close = closeness(metric, Number(metric.largest));
+    const close = metric.limit === null ? () => 0 : closeness(metric, Number(metric.largest));
     const names = new Set(findings.map(({ layer }) => layer));
     const worst = { metric, size: 0 };
     series.values.forEach((value, place) => {
       const layer = run.layers[place % run.layers.length];
+      const step = series.steps[Math.floor(place / run.layers.length)];
       const size = Number.isFinite(value) ? close(value) : Number.isNaN(value) ? 0 : Infinity;
-      if (size <= worst.size || !(names.has(layer) || names.has(null))) return;
-      Object.assign(worst, { size, layer, step: series.steps[Math.floor(place / run.layers.length)] });
+      const isNamed = names.has(layer) || names.has(null);
+      if (size > worst.size && isNamed && step >= from) Object.assign(worst, { size, layer, step });
     });
     return worst;
   }
 
   /** Go to where a finding shows: its layer, its step, and the metric that shows it best. */
-  async #chooseFinding(finding, layer, isScrolled = false) {
+  async #chooseFinding(finding) {
     const { run, offered, metric } = this.#shown;
     this.#finding = finding.code;
-    const judged = offered.filter(({ rules }) => rules.includes(finding.code));
-    const name = layer ?? finding.layers[0] ?? this.#choice.now.layer;
     const step = finding.step === null ? null : Math.min(Math.max(finding.step, run.first_step), run.last_step);
-    const best = await this.#tellingMetric(judged, name, step ?? run.last_step);
-    this.#choice.set({ layer: name, step, metric: (best ?? metric).key, channel: finding.channels[0] ?? null });
+    const judged = offered.filter(({ rules }) => rules.includes(finding.code));
+    const spots = await Promise.all(
+      judged.map((judging) => this.#worstSpot(run, judging, [finding], step ?? run.last_step)),
+    );
+    const best = spots.sort((a, b) => b.size - a.size)[0] ?? { metric };
+    const layer = finding.layer ?? this.#choice.now.layer;
+    this.#choice.set({ layer, step, metric: best.metric.key, channel: finding.channels[0] ?? null });
     this.#update();
-    if (isScrolled) this.#overview.element.scrollIntoView({ block: "nearest" });
-  }
-
-  /** Return which metric is furthest beyond its limit at a layer, from a step on. */
-  async #tellingMetric(metrics, layer, step) {
-    const { run } = this.#shown;
-    if (metrics.length < 2 || !run.layers.includes(layer)) return metrics[0];
-    const series = await this.#source.layer(run, layer);
-    const rows = series.shape[1];
-    const from = nearest(series.steps, step);
-    const worst = (metric) => {
-      const row = run.metrics.findIndex(({ key }) => key === metric.key);
-      const close = closeness(metric, Number(metric.largest));
-      let most = metric.limit === null ? -1 : 0;
-      for (let i = from; i < series.steps.length && metric.limit !== null; i += 1) {
-        most = Math.max(most, close(series.values[i * rows + row]) || 0);
-      }
-      return most;
-    };
-    return metrics.reduce((best, metric) => (worst(metric) > worst(best) ? metric : best));
   }
 
   #moveStep(by) {
@@ -310,15 +295,14 @@ class Page {
 
   #nextFinding() {
     const finding = this.#verdict.after(this.#finding);
-    if (finding) this.#chooseFinding(finding, finding.layer);
+    if (finding) this.#chooseFinding(finding);
   }
 
-  async #copyLink(button) {
-    const { step, ...rest } = this.#choice.now;
+  /** Return the address that leads back to what is shown. */
+  #address() {
     const { run, metric } = this.#shown ?? {};
-    const address = writeLink(toLink({ ...rest, step, run: run?.name ?? rest.run, metric: metric?.key ?? rest.metric }));
-    button.textContent = (await copied(address)) ? "Copied" : "Not allowed";
-    setTimeout(() => (button.textContent = "Copy link"), 1500);
+    const shown = run ? { run: run.name, metric: metric.key } : {};
+    return writeLink(toLink({ ...this.#choice.now, ...shown }));
   }
 }
 

@@ -22,13 +22,13 @@ export class Curves {
   /** Show `entries`: `{run, series}` of the layer, one for each run. */
   show(entries, step) {
     const { metrics } = entries[0].run;
-    const panels = groupedBy(metrics, ({ panel }) => panel);
+    const panels = Map.groupBy(metrics, ({ panel, name }) => panel || name);
     this.#zoom = null;
     const onZoom = (zoom) => {
       this.#zoom = zoom;
       this.update(this.#step);
     };
-    this.#charts = [...panels.entries()]
+    this.#charts = [...panels]
       .map(([title, members]) => new Chart(title, members, entries, this.#onPick, onZoom))
       .filter((chart) => chart.isObserved);
     this.element.replaceChildren(...this.#charts.map((chart) => chart.element));
@@ -156,10 +156,4 @@ function limitsOf(metrics) {
     if (side === "either") limits.set(-limit, { value: -limit, label: limitText(metric), side: "below", isMirrored: true });
   }
   return [...limits.values()];
-}
-
-function groupedBy(items, keyOf) {
-  const groups = new Map();
-  for (const item of items) groups.set(keyOf(item), [...(groups.get(keyOf(item)) ?? []), item]);
-  return groups;
 }

@@ -41,23 +41,29 @@ export function layerName(name, most = 200) {
   return name === "" ? "(the model itself)" : shown(name, most);
 }
 
+/** Return a layer in words, null for the model; a name without letters would read as a number. */
+export function layerLabel(name) {
+  if (name === null) return "the whole model";
+  return name && !/\p{L}/u.test(name) ? `layer ${shown(name, 40)}` : layerName(name, 40);
+}
+
 /** Return a number of things in words: "1 layer", "2 layers". */
 export function counted(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** Return a button that copies a text, and says that it did. */
-export function copyButton(text, label, face = "Copy") {
+/** Return a button that copies what `textOf` returns, and says that it did. */
+export function copyButton(textOf, label, face = "Copy") {
   const button = h("button", { class: "quiet", type: "button", "aria-label": label }, face);
   button.addEventListener("click", async () => {
-    button.textContent = (await copied(text)) ? "Copied" : "Not allowed";
+    button.textContent = (await copied(textOf())) ? "Copied" : "Not allowed";
     setTimeout(() => (button.textContent = face), 1500);
   });
   return button;
 }
 
 /** Copy a text, and return whether that was allowed. */
-export async function copied(text) {
+async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;

@@ -164,7 +164,7 @@ export class Heatmap {
       transform: `translate(${x} ${middle(row)})`,
       onclick: (event) => {
         event.stopPropagation();
-        this.onMark(finding, row);
+        this.onMark(finding);
       },
     });
     path.append(svg("title", {}, `${finding.code} ${finding.severity}`));

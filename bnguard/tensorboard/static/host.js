@@ -5,15 +5,14 @@ const PREFIX = "p.bnguard.";
 /** Set the theme of the page to that of TensorBoard, and keep it so; calls back on changes. */
 export function followTheme(onChange) {
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const host = hostDocument();
+  const host = hostWindow()?.document.body;
   const apply = () => {
-    const isDark = host ? host.body.classList.contains("dark-mode") : system.matches;
+    const isDark = host ? host.classList.contains("dark-mode") : system.matches;
     document.documentElement.dataset.theme = isDark ? "dark" : "light";
     onChange();
   };
   if (host) {
-    const observer = new MutationObserver(apply);
-    observer.observe(host.body, { attributes: true, attributeFilter: ["class"] });
+    new MutationObserver(apply).observe(host, { attributes: true, attributeFilter: ["class"] });
   } else system.addEventListener("change", apply);
   apply();
 }
@@ -71,10 +70,6 @@ export function isVisible() {
 function hashParts() {
   const target = hostWindow() ?? window;
   return target.location.hash.replace(/^#/, "").split("&").filter(Boolean);
-}
-
-function hostDocument() {
-  return hostWindow()?.document ?? null;
 }
 
 function hostWindow() {

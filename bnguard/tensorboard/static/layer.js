@@ -54,7 +54,7 @@ export class LayerView {
     this.#metrics = run.metrics;
     this.#name.textContent = layerName(name);
     this.#kind.textContent = layerName(run.kinds[run.layers.indexOf(name)] ?? " ", 60);
-    this.#copy.replaceChildren(copyButton(layerName(name), "Copy the layer's name", "Copy name"));
+    this.#copy.replaceChildren(copyButton(() => layerName(name), "Copy the layer's name", "Copy name"));
     this.#curves.show(entries, step);
   }
 

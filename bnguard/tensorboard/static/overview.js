@@ -44,7 +44,7 @@ export class Overview {
     });
   }
 
-  /** Show `{runs: [{run, series}], metric, findings}`; the second run is there to compare. */
+  /** Show `{runs: [{run, series}], metric}`; the second run is there to compare. */
   show({ runs, metric }) {
     const layers = [...new Set(runs.flatMap(({ run }) => run.layers))];
     const first = Math.min(...runs.map(({ run }) => run.first_step));
@@ -54,7 +54,7 @@ export class Overview {
     this.#rowHeight = Math.max(3, Math.min(TALLEST_ROW, Math.floor(BEST_HEIGHT / layers.length)));
     this.#title.textContent = metric.name;
     this.#about.textContent = metric.description;
-    this.#legend.replaceChildren(...legend(this.#view.metric));
+    this.#legend.replaceChildren(...legend(this.#view));
     this.#names.replaceChildren(...layers.map((name, row) => this.#nameItem(name, row)));
     const parts = runs.map((entry, place) => {
       this.#showPanel(entry, place);
@@ -84,7 +84,7 @@ export class Overview {
   /** Draw again, in the colours of the theme. */
   repaint() {
     if (!this.#view) return;
-    this.#legend.replaceChildren(...legend(this.#view.metric));
+    this.#legend.replaceChildren(...legend(this.#view));
     this.#panels.forEach(({ heatmap }) => heatmap.paint());
   }
 
@@ -92,7 +92,7 @@ export class Overview {
     const heatmap = new Heatmap({
       onPick: ({ row, step }) => this.#pick(row, this.#loggedStep(step, place)),
       onHover: (at, event) => this.#hover(at, event, place),
-      onMark: (finding, row) => this.onFinding(finding, row < 0 ? null : this.#view.layers[row]),
+      onMark: (finding) => this.onFinding(finding),
     });
     const title = h("div", { class: "heat-run" });
     const values = h("div", { class: "heat-values", "aria-hidden": "true" });
@@ -130,7 +130,6 @@ export class Overview {
     const { layers, metric } = this.#view;
     const isShown = this.#readable(chosen, values[0]);
     this.#names.style.height = `${STRIP + layers.length * this.#rowHeight}px`;
-    this.#names.classList.toggle("framed", this.#panels[0].title.textContent !== "");
     for (const [row, item] of [...this.#names.children].entries()) {
       const texts = values.map((of) => inWords(metric, of[row]));
       item.setAttribute("aria-label", `${layerName(layers[row])}: ${texts.join(", ")}`);
@@ -243,15 +242,12 @@ function stage(name) {
 
 function marksOf(run, layers) {
   const rows = new Map(layers.map((name, row) => [name, row]));
-  const marks = run.findings.flatMap((finding) => {
-    const names = finding.layers.length ? finding.layers : [finding.layer];
-    const step = finding.step ?? run.first_step;
-    return names.map((name) => ({ finding, row: name === null ? -1 : (rows.get(name) ?? -1), step }));
+  return run.findings.slice(0, MOST_MARKS).map((finding) => {
+    return { finding, row: rows.get(finding.layer) ?? -1, step: finding.step ?? run.first_step };
   });
-  return marks.slice(0, MOST_MARKS);
 }
 
-function legend(metric) {
+function legend({ metric, runs }) {
   const colours = legendColours(theme());
   const bar = (background, kind) => {
     const element = h("span", { class: `bar ${kind}` });
@@ -259,6 +255,7 @@ function legend(metric) {
     return element;
   };
   const swatch = (background, text) => h("span", { class: "key" }, bar(background, "swatch"), text);
+  const marked = new Set(runs.flatMap(({ run }) => run.findings.map(({ severity }) => severity)));
   const hasLimit = metric.limit !== null;
   const most = metric.limit === 0 ? amount(metric.largest, metric.unit) : `${MOST_TIMES_LIMIT}×`;
   const low = metric.limit_side === "below" ? "more" : "0";
@@ -284,9 +281,10 @@ function legend(metric) {
       { class: "keys" },
       swatch(colours.notObserved, "not observed"),
       swatch(colours.notFinite, "NaN or Inf"),
-      ...["error", "warning", "info"].map((severity) =>
-        h("span", { class: "key" }, severityIcon(severity), severity),
+      ["error", "warning", "info"].filter((severity) => marked.has(severity)).map(
+        (severity) => h("span", { class: "key" }, severityIcon(severity), severity),
       ),
+      hasLimit ? h("span", { class: "key" }, h("span", { class: "over" }, "▲"), "beyond the limit") : null,
     ),
   ];
 }

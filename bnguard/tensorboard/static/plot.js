@@ -324,11 +324,11 @@ class Painter {
     context.setLineDash([]);
   }
 
-  line({ xs, ys, colour: name, dash = [], width = 1.5 }) {
+  line({ xs, ys, colour: name, dash = [] }) {
     const { context } = this;
     context.strokeStyle = colour(name);
     context.fillStyle = colour("not-finite");
-    context.lineWidth = width;
+    context.lineWidth = 1.5;
     context.setLineDash(dash);
     context.beginPath();
     let isDown = false;
@@ -372,17 +372,14 @@ class Painter {
     if (place !== null) yield [place, low, high, isFinite];
   }
 
-  dots({ xs, ys, colour: name, size = 2, hollow = false }) {
+  dots({ xs, ys, colour: name, size }) {
     const { context } = this;
     context.fillStyle = colour(name);
-    context.strokeStyle = colour(name);
-    context.lineWidth = 1;
     for (let i = 0; i < xs.length; i += 1) {
       if (!Number.isFinite(ys[i])) continue;
       context.beginPath();
       context.arc(this.x(xs[i]), this.y(ys[i]), size, 0, 2 * Math.PI);
-      if (hollow) context.stroke();
-      else context.fill();
+      context.fill();
     }
   }
 

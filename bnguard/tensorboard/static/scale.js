@@ -19,7 +19,7 @@ const RAMPS = {
   },
   dark: {
     within: ["#1a222d", "#1f3148", "#26466b"],
-    over: ["#c4402f", "#e23c22", "#ff4a1c"],
+    over: ["#b23c2d", "#dd3b21", "#ff5f12"],
     notObserved: ["#15171b", "#24272d"],
     notFinite: ["#f2f2f2", "#d428c0"],
   },
@@ -110,7 +110,8 @@ export function figure(value) {
 /** Return a value with its unit. */
 export function amount(value, unit) {
   const text = figure(value);
-  return unit && text !== "–" ? `${text} ${unit}` : text;
+  if (!unit || text === "–") return text;
+  return unit === "%" ? `${text}%` : `${text} ${unit}`;
 }
 
 /** Return whether a metric is logged as the logarithm of a factor. */

@@ -1,12 +1,12 @@
 // Where the page gets its data: TensorBoard's server, or the page itself.
 
-/** Return a packed series: `{shape, names, steps, values}`; see `Series.pack` in decoding.py. */
-export function unpack(buffer, read = (bytes, start) => new Float32Array(bytes, start)) {
+/** Return a packed series: `{shape, names, steps, values}`; see `Series.pack` in reader.py. */
+function unpack(buffer, read = (bytes, start) => new Float32Array(bytes, start)) {
   const length = new DataView(buffer).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   const count = head.shape[0];
   const steps = new Float64Array(buffer, 4 + length, count);
-  const values = read(buffer, 4 + length + 8 * count);
+  const values = read(buffer, 4 + length + 8 * count, count);
   return { shape: head.shape, names: head.names, steps, values };
 }
 
@@ -85,51 +85,75 @@ export class EmbeddedSource {
   }
 
   async rules() {
-    return this.#data.rules;
+    return JSON.parse(new TextDecoder().decode(await inflated(this.#data.rules)));
   }
 
   async run(name) {
-    return this.#entry(name).run;
+    const { run, problems } = this.#entry(name);
+    return { ...JSON.parse(new TextDecoder().decode(await inflated(run))), problems };
   }
 
-  async stats(run, metric) {
-    return this.#series(this.#entry(run.name).stats, metric);
+  stats(run, metric) {
+    const row = run.metrics.findIndex(({ key }) => key === metric);
+    return this.#slice(run, run.layers.length, (layer) => [row, layer]);
   }
 
-  async layer(run, layer) {
-    const metrics = await Promise.all(run.metrics.map(({ key }) => this.stats(run, key)));
+  layer(run, layer) {
     const column = run.layers.indexOf(layer);
-    const { steps } = metrics[0];
-    const values = new Float32Array(steps.length * metrics.length);
-    for (let i = 0; i < steps.length; i += 1) {
-      metrics.forEach((series, row) => {
-        values[i * metrics.length + row] = series.values[i * run.layers.length + column];
-      });
-    }
-    return { shape: [steps.length, metrics.length], names: [], steps, values };
+    return this.#slice(run, run.metrics.length, (row) => [row, column]);
   }
 
   async channels(run, layer) {
-    return this.#series(this.#entry(run.name).channels, layer, halves);
+    const { channels } = this.#entry(run.name);
+    if (!Object.hasOwn(channels, layer)) throw new Error("this was left out of the page");
+    return unpack(await inflated(channels[layer]), halves);
+  }
+
+  /** Return `size` numbers of each step: `placeOf` says in which row and column they are. */
+  async #slice(run, size, placeOf) {
+    const entry = this.#entry(run.name);
+    entry.unpacked ??= inflated(entry.stats).then((buffer) => unpack(buffer, singles));
+    const { steps, values: all } = await entry.unpacked;
+    const values = new Float32Array(steps.length * size);
+    for (let i = 0; i < values.length; i += 1) {
+      const [row, column] = placeOf(i % size);
+      values[i] = all[(Math.floor(i / size) * run.metrics.length + row) * run.layers.length + column];
+    }
+    return { shape: [steps.length, size], steps, values };
   }
 
   #entry(name) {
-    const entry = this.#data.runs.find(({ run }) => run.name === name);
+    const entry = this.#data.runs.find(({ listed }) => listed.name === name);
     if (!entry) throw new Error(`there is no run ${name} in this page`);
     return entry;
   }
-
-  async #series(packed, key, read) {
-    if (!Object.hasOwn(packed, key)) throw new Error("this was left out of the page");
-    const bytes = Uint8Array.from(atob(packed[key]), (char) => char.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return unpack(await new Response(stream).arrayBuffer(), read);
-  }
 }
 
-/** Return the half-precision numbers from a place on, as float32. */
-function halves(buffer, start) {
-  return Float32Array.from(new Uint16Array(buffer, start), (bits) => {
+/** Return the bytes of a compressed text. */
+function inflated(text) {
+  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}
+
+/** Return numbers in the order of steps, from bytes that are packed as in log_report.py. */
+function ordered(buffer, start, steps, size) {
+  const packed = new Uint8Array(buffer, start);
+  const bytes = new Uint8Array(packed.length);
+  const [count, each] = [packed.length / size, packed.length / size / steps];
+  for (let i = 0; i < count; i += 1) {
+    const place = (i % steps) * each + Math.floor(i / steps);
+    for (let byte = 0; byte < size; byte += 1) bytes[place * size + byte] = packed[byte * count + i];
+  }
+  return bytes.buffer;
+}
+
+function singles(buffer, start, steps) {
+  return new Float32Array(ordered(buffer, start, steps, 4));
+}
+
+/** Return half-precision numbers as float32. */
+function halves(buffer, start, steps) {
+  return Float32Array.from(new Uint16Array(ordered(buffer, start, steps, 2)), (bits) => {
     const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
     if (exponent === 31) return fraction ? NaN : sign * Infinity;
     return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);

@@ -1,6 +1,6 @@
 // The top of the page: which run, compared with which, and which number is looked at.
 
-import { counted, h, layerName } from "./dom.js";
+import { copyButton, counted, h, layerName } from "./dom.js";
 import { severityIcon } from "./heatmap.js";
 import { valueText } from "./scale.js";
 
@@ -10,18 +10,16 @@ export class Toolbar {
   #compare = h("select", { id: "compare" });
   #choice;
   #text = null;
-  #link = h("button", { class: "quiet", type: "button" }, "Copy link");
 
   /** The verdict of every run, the worst first. */
   strip = h("nav", { class: "runs", "aria-label": "Runs" });
 
-  constructor(choice, onLink) {
+  constructor(choice, addressOf) {
     this.#choice = choice;
     this.#run.addEventListener("change", () => this.#open(this.#run.value));
     this.#compare.addEventListener("change", () =>
       choice.set({ compare: this.#compare.value === "" ? null : this.#compare.value.slice(1) }),
     );
-    this.#link.addEventListener("click", () => onLink(this.#link));
     this.element = h(
       "header",
       { class: "toolbar" },
@@ -29,7 +27,7 @@ export class Toolbar {
       this.#run,
       h("label", { for: "compare" }, "Compare with"),
       this.#compare,
-      this.#link,
+      copyButton(addressOf, "Copy a link to what is shown", "Copy link"),
     );
   }
 

@@ -1,6 +1,6 @@
 // The verdict: a card for each root cause, with its number, what it leads to and what to do next.
 
-import { copyButton, counted, h, layerName, shown } from "./dom.js";
+import { copyButton, counted, h, layerLabel, shown } from "./dom.js";
 import { severityIcon } from "./heatmap.js";
 import { factorTicks, ticks } from "./plot.js";
 import { amount, factor, figure } from "./scale.js";
@@ -8,7 +8,7 @@ import { amount, factor, figure } from "./scale.js";
 const LAYERS_SHOWN = 3;
 const CAUSES_SHOWN = 50;
 
-/** The cards of a run; a click calls `onChoose(finding, layer)`. */
+/** The cards of a run; a click calls `onChoose(finding)`. */
 export class Verdict {
   #onChoose;
   #rules = {};
@@ -63,7 +63,7 @@ export class Verdict {
   #card({ worst, roots, effects }) {
     const title = h(
       "button",
-      { class: "finding-title", type: "button", onclick: () => this.#onChoose(worst, worst.layer) },
+      { class: "finding-title", type: "button", onclick: () => this.#onChoose(worst) },
       severityIcon(worst.severity),
       h("strong", {}, sentence(shown(worst.message || worst.name, 600))),
     );
@@ -82,25 +82,21 @@ export class Verdict {
   }
 
   #places(findings) {
-    const places = findings.flatMap((finding) => {
-      const names = finding.layers.length ? finding.layers : [finding.layer];
-      return names.map((name) => ({ finding, name }));
-    });
-    const chip = ({ finding, name }) =>
+    const chip = (finding) =>
       h(
         "button",
         {
           class: "chip",
           type: "button",
-          "data-layer": name ?? "",
+          "data-layer": finding.layer ?? "",
           "aria-pressed": "false",
           title: finding.step === null ? null : `since step ${finding.step.toLocaleString("en")}`,
-          onclick: () => this.#onChoose(finding, name),
+          onclick: () => this.#onChoose(finding),
         },
-        name === null ? "the whole model" : /^\d+$/.test(name) ? `layer ${name}` : layerName(name, 40),
+        layerLabel(finding.layer),
       );
-    const box = h("div", { class: "places" }, places.slice(0, LAYERS_SHOWN).map(chip));
-    const rest = places.slice(LAYERS_SHOWN);
+    const box = h("div", { class: "places" }, findings.slice(0, LAYERS_SHOWN).map(chip));
+    const rest = findings.slice(LAYERS_SHOWN);
     if (rest.length) {
       const more = h("button", { class: "quiet", type: "button" }, `${rest.length} more`);
       more.addEventListener("click", () => more.replaceWith(...rest.map(chip)));
@@ -111,12 +107,11 @@ export class Verdict {
 
   #effects(effects) {
     if (!effects.length) return null;
-    const codes = new Map();
-    for (const finding of effects) codes.set(finding.code, [...(codes.get(finding.code) ?? []), finding]);
+    const codes = Map.groupBy(effects, ({ code }) => code);
     const item = ([code, [first, ...rest]]) => {
       const where = first.layer === null ? "the whole model" : counted(rest.length + 1, "layer");
-      const text = `${shown(code, 20)} ${shown(first.name, 60)}, ${where}: ${numbers(first.evidence)}`;
-      return h("li", {}, h("button", { class: "link", type: "button", onclick: () => this.#onChoose(first, first.layer) }, text));
+      const text = `${shown(code, 20)} ${shown(first.name, 60)}, ${where}: ${shown(first.evidence.text, 160)}`;
+      return h("li", {}, h("button", { class: "link", type: "button", onclick: () => this.#onChoose(first) }, text));
     };
     const names = [...codes.values()].map(([{ name }]) => shown(name, 60));
     return h("details", { class: "effects" }, h("summary", {}, `Leads to ${names.join(", ")}`), h("ul", {}, [...codes].map(item)));
@@ -143,10 +138,8 @@ export function causesOf({ findings, causes }) {
 
 function headline(causes) {
   if (!causes.length) return "✓ No problems found";
-  const names = causes.flatMap(({ roots, effects }) =>
-    [...roots, ...effects].flatMap(({ layer, layers }) => (layers.length ? layers : [layer])),
-  );
-  const layers = new Set(names.filter((name) => name !== null)).size;
+  const findings = causes.flatMap(({ roots, effects }) => [...roots, ...effects]);
+  const layers = new Set(findings.map(({ layer }) => layer).filter((name) => name !== null)).size;
   return `${counted(causes.length, "cause")}, ${layers ? counted(layers, "layer") : "the whole model"}`;
 }
 
@@ -154,7 +147,7 @@ function sentence(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
-/** Return a number of the evidence with its unit; a logarithm of variances as a factor. */
+/** Return a number of the evidence's scale with its unit; a logarithm of variances as a factor. */
 function measured(value, about) {
   return isFactor(about) && Number.isFinite(Number(value)) ? factor(value) : amount(value, shown(about.unit, 12));
 }
@@ -163,19 +156,11 @@ function isFactor({ measure }) {
   return measure.includes("log variance ratio");
 }
 
-function numbers(evidence) {
-  const { measure, value, limit, is_minimum } = evidence;
-  if (value === null) return "";
-  const what = shown(measure, 80).replace("|log variance ratio|", "variance off by");
-  const bound = limit === null ? "" : ` (${is_minimum ? "at least" : "limit"} ${measured(limit, evidence)})`;
-  return `${what} ${measured(value, evidence)}${bound}`;
-}
-
 /** Return the number against its limit, in words and as a bar with a labelled scale from 0. */
 function evidence(about) {
   if (about.value === null) return null;
   const [value, limit] = [Math.abs(Number(about.value)), Math.abs(Number(about.limit))];
-  const text = h("div", {}, h("strong", { class: "number" }, numbers(about)));
+  const text = h("div", {}, h("strong", { class: "number" }, shown(about.text, 160)));
   if (about.limit === null || !Number.isFinite(value + limit)) return h("div", { class: "evidence" }, text);
   const top = Math.max(value, limit, 1e-9);
   const marks = isFactor(about) ? factorTicks(0, 2 * top + 3, 99) : ticks(0, 2 * top, 2);
@@ -202,38 +187,16 @@ function nextStep({ code, fix }) {
     { class: "next" },
     fix.summary ? h("p", {}, h("strong", {}, "Next: "), shown(fix.summary, 600)) : null,
     command
-      ? h("div", { class: "command" }, h("code", {}, command), copyButton(command, `Copy: ${command}`))
+      ? h("div", { class: "command" }, h("code", {}, command), copyButton(() => command, `Copy: ${command}`))
       : null,
   );
 }
 
-/** Return the page of a rule: its headings, paragraphs and code blocks. */
-function rulePage(text) {
-  const [, ...blocks] = text.split(/\n{2,}/);
-  return h("div", { class: "rule-page" }, blocks.flatMap(block));
-}
-
-function block(text) {
-  const lines = text.split("\n");
-  const depth = Math.min(...lines.filter(Boolean).map((line) => line.search(/\S/)));
-  const heading = /^[A-Z][\w ]*:$/.exec(lines[0]);
-  if (heading) {
-    const rest = lines.slice(1).join("\n");
-    return [h("h4", {}, heading[0].slice(0, -1)), ...(rest.trim() ? block(rest) : [])];
-  }
-  if (depth >= 8) return [h("pre", {}, lines.map((line) => line.slice(8)).join("\n"))];
-  return paragraphs(lines, depth).map((part) => h("p", {}, part));
-}
-
-/** Return lines as paragraphs; of a list of fields, as under "Limits", each is one. */
-function paragraphs(lines, depth) {
-  const isField = (line) => line.search(/\S/) === depth && /^\s*[a-z_]+: /.test(line);
-  const parts = [];
-  for (const line of lines) {
-    if (parts.length && !isField(line)) parts[parts.length - 1] += ` ${line.trim()}`;
-    else parts.push(line.trim());
-  }
-  return parts.map((part) => part.replace(/::$/, ":").replaceAll("``", ""));
+/** Return the page of a rule: its headline, and sections of paragraphs with code after them. */
+function rulePage([headline, sections]) {
+  const paragraph = ([text, code]) => [h("p", {}, text.replaceAll("`", "")), code ? h("pre", {}, code) : null];
+  const section = ([title, paragraphs]) => [h("h4", {}, title), paragraphs.map(paragraph)];
+  return h("div", { class: "rule-page" }, [h("p", {}, headline), sections.map(section)].flat(4));
 }
 
 function nothingWrong({ metrics, steps }) {
