@@ -227,7 +227,7 @@ def test_the_furthest_towards_the_limit_comes_first_on_either_side_of_it():
     report = bnguard.inspect(partly_dead([1 / 64, 8 / 64, 3 / 64]))
     assert [finding.layer for finding in report.findings] == ["1", "2", "0"]
     assert [finding["layer"] for finding in report.to_dict()["findings"]] == ["1", "2", "0"]
-    assert "at 3 layers, worst 1" in str(report)
+    assert "at 3 layers, worst layer 1" in str(report)
     assert "dead channels 12.5% (limit 75%)" in str(report)
 
 
@@ -253,9 +253,10 @@ def test_the_tab_and_the_text_of_a_run_have_the_same_order(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         TensorBoard(writer).log_layers(report, 1)
     (run,) = logged_runs(tmp_path)
-    assert [finding["layer"] for finding in run.findings] == ["1", "2", "0"]
-    assert not any(finding["evidence"]["is_minimum"] for finding in run.findings)
-    assert "(limit 75) at 1" in str(run)
+    assert [finding.layer for finding in run.findings] == ["1", "2", "0"]
+    assert not any(finding.evidence.is_minimum for finding in run.findings)
+    assert "(limit 75%)" in str(run)
+    assert "at 3 layers, worst layer 1" in str(run)
 
 
 @pytest.mark.parametrize("as_state", [False, True])
@@ -349,7 +350,7 @@ def test_an_assumed_momentum_is_told_where_it_decides(updates, is_told):
     layer.running_mean.fill_(0.5)
     layer.num_batches_tracked.fill_(updates)
     report = bnguard.inspect({f"bn.{key}": value for key, value in layer.state_dict().items()})
-    told = "momentum is not stored, and 0.1 is assumed: below 0.049 the 60 updates of bn were"
+    told = "momentum is not stored, and 0.1 is assumed; if it was below 0.049, the 60 updates of bn"
     assert (told in " ".join(report.notes)) is is_told
     assert report.findings == ()
     assert "no problems found in what a checkpoint shows; training was not looked at" in (

@@ -62,7 +62,7 @@ def make_parser() -> ArgumentParser:
         help="sizes at which batches are normalised by their own statistics",
     )
     parser.add_argument(
-        "--expected", type=float, help="what the metric should be, as in training perhaps"
+        "--expected", type=float, help="what the metric should be, such as its value in training"
     )
     return parser
 
@@ -132,17 +132,14 @@ def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, l
 
 def _score_notes(scorer: ValidationScore | None) -> tuple[str, ...]:
     if scorer is None:
-        return ("not scored: that takes a validation_step, and a data module",)
+        return ("not scored: that needs a validation_step of Lightning, and a data module",)
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
 def _propose_command(cause: Verdict, request: Request, *, is_module: bool) -> Verdict:
     """Return the cause with a command in place of the code that it proposes, if one does it.
 
-    Args:
-        cause: The cause.
-        request: What the command line says.
-        is_module: Whether the data have splits, rather than a function for each loader.
+    With ``is_module`` the data have splits; else each loader has a function of its own.
     """
     split = request.values.split
     match cause.name, cause.cured_by:
@@ -172,7 +169,7 @@ def _command(name: str, request: Request, *more: str, data: str = "data") -> str
     """Return a command on the same checkpoint and model, with the data that an option names."""
     words = ["bnguard", name, str(request.checkpoint.path)]
     for option in request.options:
-        if option.section in {"model", "config", "weights", data}:
+        if option.name.partition(".")[0] in {"model", "config", "weights", data}:
             first, *value = option.words
             words += [re.sub(rf"^--{data}(?=$|[.=])", "--data", first), *value]
     return shlex.join([*words, *more])

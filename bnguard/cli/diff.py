@@ -98,12 +98,7 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
 
 
 def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
-    """Return a comparison as plain data.
-
-    Schema version 1: ``schema``, ``bnguard``, ``before``, ``after`` (paths), ``layers`` (each with
-    ``name``, ``identical``, ``max_shift_std``, ``max_log_variance_ratio``, absolute, null if
-    not finite), ``entries`` (everything else that is not bit-identical: ``key``, ``detail``).
-    """
+    """Return a comparison as plain data; numbers are absolute, null if not finite."""
     return {
         "schema": SCHEMA,
         "bnguard": __version__,

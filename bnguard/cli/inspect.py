@@ -20,12 +20,13 @@ from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
+from bnguard.layers.names import layer_label
 from bnguard.report import Report
 from bnguard.report.json_document import SCHEMA
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
-    from bnguard.checkpoint.result import NotedFinding
+    from bnguard.findings import PastFinding
 
 _HELP = """
 --json prints one document:
@@ -95,7 +96,7 @@ def make_parser() -> ArgumentParser:
         _HELP,
     )
     parser.add_argument("paths", type=str, nargs="+", help="checkpoints, folders of them or globs")
-    parser.add_argument("--select", type=str, help="run these rules alone: BN3,BN402")
+    parser.add_argument("--select", type=str, help="run only these rules: BN3,BN402")
     parser.add_argument("--ignore", type=str, help="leave these rules out: BN303")
     parser.add_argument(
         "--weights",
@@ -134,15 +135,7 @@ def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool)
 def inspection_document(
     inspected: Iterable[tuple[Checkpoint, Report]], errors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the inspection of several checkpoints as plain data.
-
-    Schema version 1: ``schema``, ``bnguard``, ``checkpoints`` and ``errors`` (each with ``path``
-    and ``message``). A checkpoint has ``path``, ``format``, ``models`` (their names),
-    ``global_step``, ``epoch``, ``provenance`` (null if bnguard did not write it), ``problems``
-    (sentences), ``reported`` (what ``BatchNormMonitor`` reported of the training, each with
-    ``code``, ``name``, ``severity``, ``layer``, ``message``, ``evidence``, ``first_step``,
-    ``last_step``), and ``report``, as :mod:`bnguard.report.json_document` describes it.
-    """
+    """Return the inspection of several checkpoints as plain data, as the help describes it."""
     return {
         "schema": SCHEMA,
         "bnguard": __version__,
@@ -164,16 +157,16 @@ def inspection_document(
     }
 
 
-def _reported_lines(reported: Iterable[NotedFinding]) -> Iterator[str]:
+def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:
     """Yield what the callback reported while the checkpoint was trained, a line each rule."""
-    groups: dict[tuple[str, str], list[NotedFinding]] = {}
+    groups: dict[tuple[str, str], list[PastFinding]] = {}
     for noted in reported:
         groups.setdefault((noted.severity, noted.code), []).append(noted)
     for (severity, code), group in groups.items():
         first, last = min(n.first_step for n in group), max(n.last_step for n in group)
         when = f"at step {first}" if first == last else f"at steps {first} to {last}"
         noted = group[0]
-        place = "the model" if noted.layer is None else noted.layer or "the model itself"
+        place = layer_label(noted.layer)
         where = place if len(group) == 1 else f"{len(group)} layers, {place} among them"
         yield (
             f"while training, bnguard reported: {severity} {code} {noted.name} {when}, {where}: "

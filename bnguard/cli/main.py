@@ -2,6 +2,7 @@
 
 0: done, and nothing at the fail level; 1: findings at it; 2: unusable input; 130: Ctrl-C was
 pressed; 141: the reader of the output, such as ``head``, stopped before its end.
+Unusable input is a ``CheckpointError`` or a ``ConfigurationError`` wherever it is found.
 Standard output carries what the command prints, and nothing that the user's code prints.
 """
 
@@ -17,13 +18,7 @@ from contextlib import nullcontext
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bnguard import __version__
-from bnguard.cli.output import (
-    STANDARD_ERROR,
-    STANDARD_OUTPUT,
-    in_a_line,
-    output_apart,
-    print_error,
-)
+from bnguard.cli.output import STANDARD_ERROR, STANDARD_OUTPUT, in_a_line, output_apart, print_error
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 
 # A command's module is imported, and torch with it, only when the command is called.

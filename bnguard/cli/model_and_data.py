@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from bnguard.checkpoint.result import StoredArguments
 from bnguard.cli.output import failing_as
 from bnguard.cli.stored_arguments import (
-    StoredArguments,
     annotations_of,
     as_argument,
     types_by_value,
@@ -35,13 +35,10 @@ _SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class LightningConfig:
-    """A configuration file as LightningCLI saves it.
+    """A configuration file as LightningCLI saves it, with sections ``"model"`` and ``"data"``.
 
-    Attributes:
-        path: The file.
-        sections: Its content, by ``"model"`` and ``"data"``.
-        is_named: Whether the user named it; a file found next to a checkpoint may belong to
-            another model, and is ignored if it does not fit.
+    One that was found next to a checkpoint, not named by the user, may belong to another model, and
+    is ignored if it does not fit.
     """
 
     path: Path
@@ -78,11 +75,7 @@ def find_config(checkpoint: Path) -> LightningConfig | None:
 
 
 def read_config(path: Path, *, is_named: bool = True) -> LightningConfig:
-    """Read a configuration file.
-
-    Raises:
-        ConfigurationError: It cannot be read.
-    """
+    """Read a configuration file."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -122,36 +115,39 @@ class Factory:
         """Whether it is a class with loaders of its own, as a Lightning module may be."""
         return isinstance(self.build, type) and any(_has_loader(self.build, s) for s in _SPLITS)
 
-    def add_arguments(self, parser: ArgumentParser) -> None:
+    def add_arguments(self, parser: ArgumentParser, given: Collection[str]) -> None:
         """Add the arguments of the class or function as ``--model.NAME``.
 
         Defaults are the stored hyper-parameters that it takes and that import nothing; the
-        configuration file overrides them.
-
-        Raises:
-            ConfigurationError: The configuration file gives an argument that it does not take.
+        configuration file overrides them. A stored object is not rebuilt: its name, as
+        ``model.body``, has to be among those given on the command line.
         """
         self._declare(parser)
         known = parser.get_defaults().get(self.option) or {}
         configured = self._configured(known)
-        stored = {k: v for k, v in self.stored.values.items() if k not in configured}
         with failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
-            parser.set_defaults(usable_defaults(parser, self.option, stored)[0])
+            usable, unusable = usable_defaults(parser, self.option, self.stored.values)
+            stored = {k: v for k, v in usable.items() if k.split(".")[1] not in configured}
+            parser.set_defaults(stored)
             parser.get_defaults()
         with failing_as(f"the configuration of --{self.option} {self.path}"):
             parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
             parser.get_defaults()
+        self._check_names(parser, given)
+        objects = dict.fromkeys(unusable, "")
+        for name, class_name in self.stored.objects.items():
+            if name.partition(".")[0] in known:
+                objects[f"{self.option}.{name}"] = f", a {class_name}"
+        for name, what in objects.items():
+            is_given = any(_is_part(one, name) for one in given)
+            if not is_given and name.split(".")[1] not in configured:
+                raise ConfigurationError(
+                    f"the checkpoint stores {name} as an object{what}, which is not rebuilt: "
+                    f"pass --{name}"
+                )
 
-    def check_given(self, parser: ArgumentParser, given: Collection[str]) -> None:
-        """Check that the arguments exist, and replace each stored object, which is not rebuilt.
-
-        Args:
-            parser: The parser with the arguments.
-            given: Names of the options on the command line, as ``model.width``.
-
-        Raises:
-            ConfigurationError: An argument does not exist, or the model would silently be another.
-        """
+    def _check_names(self, parser: ArgumentParser, given: Collection[str]) -> None:
+        """Refuse an option on the command line that is not an argument, nor a part of one."""
         dests = [a.dest for a in parser._actions if a.dest.startswith(f"{self.option}.")]
         for name in given:
             is_other = not name.startswith(f"{self.option}.")
@@ -161,26 +157,9 @@ class Factory:
             meant = f"did you mean --{near}? " if near else ""
             listed = ", ".join(f"--{one}" for one in dests) or "no arguments"
             raise ConfigurationError(f"--{name} does not exist: {meant}it takes {listed}")
-        known = parser.get_defaults().get(self.option) or {}
-        configured = self._configured(known)
-        unusable = dict.fromkeys(usable_defaults(parser, self.option, self.stored.values)[1], "")
-        for name, class_name in self.stored.objects.items():
-            if name.partition(".")[0] in known:
-                unusable[f"{self.option}.{name}"] = f", a {class_name}"
-        for name, what in unusable.items():
-            is_given = any(_is_part(one, name) for one in given)
-            if not is_given and name.split(".")[1] not in configured:
-                raise ConfigurationError(
-                    f"the checkpoint stores {name} as an object{what}, which is not rebuilt: "
-                    f"pass --{name}"
-                )
 
     def make(self, values: Namespace) -> object:
-        """Call the class or function with the parsed arguments.
-
-        Raises:
-            ConfigurationError: It raised an exception.
-        """
+        """Call the class or function with the parsed arguments."""
         parser = ArgumentParser(exit_on_error=False)
         self._declare(parser)
         with failing_as(f"--{self.option} {self.path}"):
@@ -189,11 +168,7 @@ class Factory:
             return self.build(**self.arguments(parser.instantiate(given)[self.option]))
 
     def make_model(self, values: Namespace) -> nn.Module:
-        """Return the model.
-
-        Raises:
-            ConfigurationError: It cannot be built, or is not a ``torch.nn.Module``.
-        """
+        """Return the model."""
         from torch import nn
 
         model = self.make(values)
@@ -241,7 +216,7 @@ class Factory:
         if self.config.is_named:
             raise ConfigurationError(
                 f"{self.config.path} gives the {self.option} {unknown!r}, which "
-                f"{self.path} does not take: name the --{self.option} that it is for"
+                f"{self.path} does not take: name the class that it is for with --{self.option}"
             )
         return {}
 
@@ -256,16 +231,7 @@ def _is_part(name: str, whole: str) -> bool:
 
 
 def find_factory(option: str, named: str | None, config: LightningConfig | None) -> Factory | None:
-    """Return what makes the model or the data; None if neither option nor configuration name it.
-
-    Args:
-        option: ``"model"``, ``"data"`` or ``"reference"``.
-        named: What the command line names.
-        config: The configuration.
-
-    Raises:
-        ConfigurationError: It cannot be imported.
-    """
+    """Return what the command line names for an option, or the configuration; None without both."""
     configured = None if config is None else config.section(option)[0]
     path = named or configured
     if path is None:
@@ -301,6 +267,11 @@ def _import(path: str, option: str) -> Callable[..., object]:
         with failing_as(f"--{option} {path}: the import"):
             module = importlib.import_module(module_name)
     except ConfigurationError as error:
+        if isinstance(error.__cause__, SystemExit):
+            raise ConfigurationError(
+                f"--{option} {path}: {module_name} parses arguments or exits when it is imported: "
+                "move that under if __name__ == '__main__'"
+            ) from error
         missing = getattr(error.__cause__, "name", None)
         is_absent = isinstance(error.__cause__, ModuleNotFoundError) and missing
         if not is_absent or not f"{module_name}.".startswith(f"{missing}."):
@@ -318,16 +289,15 @@ def _import(path: str, option: str) -> Callable[..., object]:
             f"--{option} {path}: {module_name} has no class or function {name!r}: {hint}"
         )
     if not callable(found):
-        raise ConfigurationError(f"--{option} {path} is neither a class nor a function")
+        raise ConfigurationError(
+            f"--{option} {path} is a {type(found).__name__}: name a class, or a function that "
+            "returns it"
+        )
     return found
 
 
 def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
-    """Return the folder from which a file is imported, and the name of its module there.
-
-    Raises:
-        ConfigurationError: The file does not exist, or another module of its name is imported.
-    """
+    """Return the folder from which a file is imported, and the name of its module there."""
     file = file.absolute()
     if not file.is_file():
         raise ConfigurationError(f"{what}: {file} does not exist")
@@ -342,12 +312,7 @@ def _module_of_file(file: Path, what: str) -> tuple[Path, str]:
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a command: a data module, a model with loaders of its own, or a single loader.
-
-    Attributes:
-        path: Where it was imported from.
-        source: The data module, model or loader.
-    """
+    """The data of a command: a data module, a model with loaders of its own, or a single loader."""
 
     path: str
     source: object
@@ -363,11 +328,7 @@ class Data:
         return _has_loader(self.source, split)
 
     def loader(self, split: str) -> Iterable[object]:
-        """Return the loader of a split; a single loader serves as any of them.
-
-        Raises:
-            ConfigurationError: It does not exist, or cannot be made.
-        """
+        """Return the loader of a split; a single loader serves as any of them."""
         from torch.utils.data import DataLoader
 
         name = f"{split}_dataloader"
@@ -375,7 +336,8 @@ class Data:
             if not self.is_module and isinstance(self.source, Iterable):
                 return self.source
             its = [known for known in _SPLITS if self.has(known)]
-            other = f"use --split {its[0]}" if its else "give a data module, or a loader"
+            none = "name a data module, or a function that returns a loader"
+            other = f"use --split {its[0]}" if its else none
             raise ConfigurationError(f"--data {self.path} has no {name}(): {other}")
         with failing_as(f"--data {self.path}: {name}()"):
             self._set_up("test" if split == "test" else "fit")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
+_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)\. Got value: ")
 _REQUIRED = re.compile(r"the following arguments are required: (\w+\..*)")
 
 
@@ -38,14 +39,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def command_parser(
     command: str, description: str, epilog: str, usage: str | None = None
 ) -> ArgumentParser:
-    """Return the parser of a command.
-
-    Args:
-        command: Its name.
-        description: What it does.
-        epilog: What follows the options, line by line.
-        usage: What follows the name if the parser does not know all options by itself.
-    """
+    """Return the parser of a command; ``usage`` is for one that does not know all its options."""
     program = f"bnguard {command}"
     return ArgumentParser(
         program,
@@ -65,38 +59,37 @@ def print_error(message: str) -> None:
 def in_a_line(error: ArgumentError) -> str:
     """Return the message of an error in one line, with options as they are typed.
 
-    >>> in_a_line(ArgumentError(None, 'Parser key "dry_run": Expected a bool. Got value: x'))
-    '--dry-run: Expected a bool. Got value: x'
+    >>> in_a_line(ArgumentError(None, 'Parser key "dry_run": no bool'))
+    '--dry-run: no bool'
+    >>> in_a_line(ArgumentError(None, "Expected a typing.Literal['train', 'val']. Got value: vel"))
+    "use one of 'train', 'val', not vel"
     >>> in_a_line(ArgumentError(None, "the following arguments are required: paths"))
     'the following arguments are required: paths'
     >>> in_a_line(ArgumentError(None, "the following arguments are required: model.config"))
     'missing: --model.config; pass it, or name a function that needs no arguments'
     """
+
+    def as_typed(found: re.Match[str]) -> str:
+        # The arguments of a class keep their own names.
+        return f"--{found[1] if '.' in found[1] else found[1].replace('_', '-')}: "
+
     text = " ".join(str(error).split())
     if found := _REQUIRED.fullmatch(text):
         names = ", ".join(f"--{name}" for name in found[1].split(", "))
         return f"missing: {names}; pass it, or name a function that needs no arguments"
-    return _KEY.sub(lambda found: f"{_option(found[1])}: ", text)
+    text = _EXPECTED.sub(lambda found: f"use {found[2] or f'one of {found[1]}'}, not ", text)
+    return _KEY.sub(as_typed, text)
 
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Report an error in the user's code in one line; a script may even end the process.
-
-    Raises:
-        ConfigurationError: The block raised an exception.
-    """
+    """Turn an error in the user's code, which may even exit, into a ``ConfigurationError``."""
     try:
         yield
     except ConfigurationError:
         raise
     except (Exception, SystemExit) as error:
         raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error
-
-
-def _option(key: str) -> str:
-    # The arguments of a class keep their own names.
-    return f"--{key}" if "." in key else f"--{key.replace('_', '-')}"
 
 
 # Without a terminal, tables are as wide as they need to be.
@@ -192,8 +185,11 @@ def layer_table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    rows = list(rows)
+    for column, heading in enumerate(headings, start=1):
+        # A number that is cut off would be another number.
+        widest = max((len(row[column]) for row in rows), default=0)
+        table.add_column(heading, justify="right", overflow="fold", min_width=widest)
     for name, *numbers in rows:
         table.add_row(Text(name), *numbers)
     return table

@@ -124,19 +124,24 @@ def _recalibrate_checkpoint(request: Request) -> int:
     import torch
 
     from bnguard.cli.scoring import NOT_SCORED, usable_device, validation_score
-    from bnguard.distributed import current_ranks
+    from bnguard.distributed import Ranks
 
     checkpoint, values = request.checkpoint, request.values
     output = _output(checkpoint.path, values)
     device = usable_device(values.device)
     model, stored = request.model()
+    if not values.dry_run and not all(layer.is_writable for layer in stored.layers):
+        raise CheckpointError(
+            f"{checkpoint.path}: its statistics are NumPy arrays, which bnguard reads but does not "
+            "change; save {k: torch.as_tensor(v) for k, v in state.items()} by torch.save"
+        )
     data = request.data(model)
     torch.manual_seed(0)  # so that a shuffling loader gives the same samples each time
     samples = _samples(data, values)
     scorer = validation_score(request, model, samples.scoring, device)
     result = _recalibrate_model(model.eval(), samples, scorer, device, values)
     status = 0 if result.is_kept else 1
-    if current_ranks().rank > 0:  # The first rank prints and writes.
+    if Ranks().rank > 0:  # The first rank prints and writes.
         return status
 
     document = _document(result, stored, data, scorer, values)
@@ -293,10 +298,10 @@ def _share_of_rank(loader: Iterable[object]) -> Iterable[object]:
 
     The random order is the same on all ranks, so no sample is in two shares.
     """
-    from bnguard.distributed import current_ranks
+    from bnguard.distributed import Ranks
     from bnguard.recalibration.batches import can_draw, load_samples, shuffle_indices
 
-    ranks = current_ranks()
+    ranks = Ranks()
     if ranks.size == 1:
         return loader
     if not can_draw(loader):

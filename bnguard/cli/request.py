@@ -15,7 +15,7 @@ from bnguard.checkpoint.bn_entries import describe
 from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
 from bnguard.cli.output import command_parser
-from bnguard.cli.stored_arguments import StoredArguments
+from bnguard.cli.stored_arguments import arguments_for
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.layers.names import without_wrappers
 
@@ -42,14 +42,7 @@ the model and its data:
 def model_command_parser(
     command: str, description: str, epilog: str, usage: str = ""
 ) -> ArgumentParser:
-    """Return the parser of a command on a checkpoint with model and data, and its first options.
-
-    Args:
-        command: Its name.
-        description: What it does.
-        epilog: What the help shows after the options, next to the help on model and data.
-        usage: Options that the parser does not know by itself, besides those of model and data.
-    """
+    """Return the parser of a command on a checkpoint with model and data, and its first options."""
     parser = command_parser(command, description, _HELP + epilog, _USAGE + usage)
     parser.add_argument("checkpoint", type=str, help="checkpoint to read")
     parser.add_argument(
@@ -95,20 +88,11 @@ class Option:
     value: str | None
     words: Sequence[str]
 
-    @property
-    def section(self) -> str:
-        """The first part of its name: ``model`` of ``model.width``."""
-        return self.name.partition(".")[0]
-
 
 def split_arguments(
     arguments: Iterable[str], flags: Container[str]
 ) -> tuple[list[str], list[Option]]:
-    """Return the positional arguments of a command line, and its options.
-
-    Args:
-        arguments: The arguments.
-        flags: The options that take no value, as they are typed.
+    """Return the positional arguments of a command line, and its options; flags take no value.
 
     >>> split_arguments(["a.ckpt", "--json", "--model.lr=1"], {"--json"})[0]
     ['a.ckpt']
@@ -135,11 +119,9 @@ class Request:
     """A checkpoint, and what the command line says about its model and data; nothing is built yet.
 
     Attributes:
-        checkpoint: The checkpoint.
-        opened: The same, open until the weights are loaded.
+        opened: The checkpoint, open until the weights are loaded.
         factories: What makes the model and the data, by ``"model"``, ``"data"``, ``"reference"``.
         states: What changes if the checkpoint is saved again.
-        values: All parsed arguments.
         options: The options as they were typed.
         notes: Where arguments come from, and settings of the checkpoint that :meth:`model` took,
             a line each.
@@ -154,12 +136,7 @@ class Request:
     notes: list[str] = field(default_factory=list)
 
     def model(self) -> tuple[nn.Module, CheckpointModel]:
-        """Return the model with the weights of the checkpoint, and which of its models these are.
-
-        Raises:
-            ConfigurationError: The model cannot be built, or the weights have to be chosen.
-            CheckpointError: The weights do not fit.
-        """
+        """Return the model with the checkpoint's weights, and which of its models these are."""
         model = self.factories["model"].make_model(self.values)
         stored = _choose_weights(self.checkpoint, model, self.values.weights)
         _load_weights(model, load_model(self.opened, stored.prefix), self.checkpoint.path)
@@ -168,24 +145,17 @@ class Request:
         return model, stored
 
     def data(self, model: nn.Module) -> Data:
-        """Return the data, by default those of the model itself.
-
-        Raises:
-            ConfigurationError: They cannot be built.
-        """
-        named = self.factories.get("data")
-        if named is None:
+        """Return the data, by default those of the model itself."""
+        if "data" not in self.factories:
             return Data(self.factories["model"].path, model)
-        return Data(named.path, named.make(self.values))
+        return self._make_data("data")
 
     def reference(self) -> Data | None:
-        """Return the training data that ``--reference`` names; None without that option.
+        """Return the training data that ``--reference`` names; None without that option."""
+        return self._make_data("reference") if "reference" in self.factories else None
 
-        Raises:
-            ConfigurationError: They cannot be built.
-        """
-        named = self.factories.get("reference")
-        return None if named is None else Data(named.path, named.make(self.values))
+    def _make_data(self, option: str) -> Data:
+        return Data(self.factories[option].path, self.factories[option].make(self.values))
 
 
 def run_request(
@@ -194,17 +164,9 @@ def run_request(
     work: Callable[[Request], int],
     sections: Sequence[str] = ("model", "data"),
 ) -> int:
-    """Read the checkpoint and the arguments, those of the model and the data too, and do the work.
+    """Read the checkpoint and the arguments, and do the work, which returns the exit status.
 
-    Args:
-        parser: The parser of the command.
-        arguments: The arguments.
-        work: What the command does; returns its exit status.
-        sections: The options that name a class or function with arguments of its own.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read, or has no BN layers.
-        ConfigurationError: The model or the data are not named, or cannot be imported.
+    ``sections`` are the options that name a class or function with arguments of its own.
     """
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser.parse_args(["--help"])
@@ -218,9 +180,8 @@ def run_request(
 def _read_request(
     parser: ArgumentParser, arguments: list[str], sections: Sequence[str], files: ExitStack
 ) -> Request:
-    known = parser._option_string_actions
-    flags = {typed for typed, action in known.items() if action.nargs == 0}
-    positional, options = split_arguments(arguments, flags)
+    known = parser._option_string_actions.items()
+    positional, options = split_arguments(arguments, {typed for typed, a in known if a.nargs == 0})
     if not positional:
         raise ConfigurationError(f"the checkpoint is missing: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
@@ -242,12 +203,10 @@ def _read_request(
         if named.get("config") is None
         else read_config(Path(named["config"] or ""))
     )
-    found = (find_factory(section, named.get(section), config) for section in sections)
+    found = {section: find_factory(section, named.get(section), config) for section in sections}
     factories = {
-        factory.option: replace(
-            factory, stored=StoredArguments.of(checkpoint, factory.option, factory.build)
-        )
-        for factory in found
+        section: replace(factory, stored=arguments_for(checkpoint, section, factory.build))
+        for section, factory in found.items()
         if factory is not None
     }
     if "model" not in factories:
@@ -255,10 +214,7 @@ def _read_request(
     if "data" not in factories and not factories["model"].has_loaders:
         raise ConfigurationError("--data is missing: name it as --data package.module.Class")
     for factory in factories.values():
-        factory.add_arguments(parser)
-    given = [option.name for option in options]
-    for factory in factories.values():
-        factory.check_given(parser, given)
+        factory.add_arguments(parser, [option.name for option in options])
     rest = [word for option in options if option.name not in apart for word in option.words]
     configs = {f.config.path for f in factories.values() if f.config is not None}
     here = Path.cwd()
@@ -271,14 +227,7 @@ def _read_request(
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
-    """Return which of a checkpoint's models is loaded into a model.
-
-    That is the named one; or Lightning's own; or the only one whose BN layers are those of the
-    model.
-
-    Raises:
-        CheckpointError: None has that name, or none or several fit.
-    """
+    """Return the model that is named, or Lightning's own, or the only one with the BN layers."""
     if named is not None:
         return checkpoint.model_named(named)
     if checkpoint.main is not None:
@@ -329,11 +278,7 @@ def _listed(models: Iterable[CheckpointModel]) -> str:
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load the weights into the model.
-
-    Raises:
-        CheckpointError: They do not fit the model.
-    """
+    """Load the weights into the model."""
     from bnguard.recalibration.options import unwrap
 
     inner = unwrap(model)

@@ -34,11 +34,7 @@ examples:
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """Return what runs the script that the arguments name, and returns the exit status.
-
-    Raises:
-        ConfigurationError: No script is named, or it cannot be read.
-    """
+    """Return what runs the script that the arguments name, and returns the exit status."""
     own, target = _split(arguments)
     values = make_parser().parse_args(own)
     if not target:
@@ -138,7 +134,7 @@ def _conclude(
     from bnguard.launch.trained_models import tell_user
     from bnguard.report.terminal import as_terminal_text
 
-    severities: list[Severity | None] = []
+    concluded: list[Report] = []
     logs = folder
     try:
         sys.stdout.flush()
@@ -149,25 +145,29 @@ def _conclude(
                 if len(reports) > 1:
                     tell_user(f"\n{result.name}, {_short(result.folder)}:")
                 tell_user(as_terminal_text(result.report))
-            severities.append(result.report.worst_severity)
+            concluded.append(result.report)
         for number, (report, own_folder) in enumerate(_reports_of_callbacks(), start=1):
             place = folder if not reports and number == 1 else folder / f"trainer-{number}"
             _write(place, report)
-            severities.append(report.worst_severity)
+            concluded.append(report)
             logs = logs if reports else own_folder or logs
-        if severities:
+        if concluded:
             tell_user(f"bnguard: report written to {_short(folder)}")
             tell_user(f"bnguard: to see it: tensorboard --logdir {_short(logs)}")
-        elif watching.is_first_rank:
+            accused = [group.worst.code for report in concluded for group in report.groups]
+            if accused:
+                tell_user(f"bnguard: what {accused[0]} means: bnguard explain {accused[0]}")
+        elif watching.is_first_rank and is_complete:
             tell_user(f"bnguard: {watching.why_nothing}")
-        if page is not None and severities:
+        if page is not None and concluded:
             from bnguard.tensorboard.log_report import write_page
 
             write_page(logs, page)
             tell_user(f"bnguard: page written to {_short(page)}")
     except Exception as error:  # the script ends as it would alone, whatever fails here
         tell_user(f"bnguard: the report is incomplete: {error}")
-    return max((severity for severity in severities if severity is not None), default=None)
+    severities = (finding.severity for report in concluded for finding in report.findings)
+    return max(severities, default=None)
 
 
 def _reports_of_callbacks() -> Iterable[tuple[Report, Path | None]]:

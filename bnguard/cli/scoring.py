@@ -15,18 +15,12 @@ from bnguard.lightning.framework import package_name_of
 from bnguard.lightning.scoring import TrainerScore
 from bnguard.recalibration.batches import can_draw, load_samples, shuffle_indices
 
-NOT_SCORED = "not scored: that takes a validation_step, and validation data"
+NOT_SCORED = "not scored: that needs a validation_step of Lightning, and validation data"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples calibrate, and which score.
-
-    Attributes:
-        calibration: Loader of the samples that the statistics come from.
-        scoring: Loader of the samples that the model is scored on, if there are any.
-        is_shared: Whether these are the same samples.
-    """
+    """The samples that calibrate, and those that score, if there are any; both may be the same."""
 
     calibration: Iterable[object]
     scoring: Iterable[object] | None
@@ -36,14 +30,8 @@ class Samples:
 def split_samples(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
     """Return the samples of one split, divided between calibration and scoring.
 
-    Args:
-        loader: Loader of the split.
-        samples: Samples to calibrate on at most.
-        holdout: Share of the split that scores and does not calibrate; by default what
-            ``samples`` leaves, or the whole split if nothing is left.
-
-    Raises:
-        ConfigurationError: A share of a loader is asked for that has no data set with a length.
+    ``samples`` calibrate at most. The share ``holdout`` scores and does not calibrate; by default
+    that is what ``samples`` leaves, or the whole split if nothing is left.
     """
     if not can_draw(loader):
         if holdout is not None:
@@ -68,17 +56,7 @@ def validation_score(
 ) -> TrainerScore | None:
     """Return the score of a Lightning module by the validation loop of its package's Trainer.
 
-    Args:
-        request: What the command line says.
-        model: The model.
-        loader: Validation data, if there are any.
-        device: Where to validate.
-
-    Returns:
-        The score; None without a validation step or data for it.
-
-    Raises:
-        ConfigurationError: An option needs a score, and the module has none.
+    It is None without a validation step or data for it.
     """
     values = request.values
     if loader is None or not has_validation(model):
@@ -115,12 +93,10 @@ def forward_of(model: nn.Module) -> Callable[[nn.Module, object], object] | None
     other model, which is called itself.
     """
     has_forward = not type(model).forward.__qualname__.startswith("LightningModule.")
-    if has_forward or not has_validation(model):
-        return None
-    return _validated
+    return None if has_forward or not has_validation(model) else _run_validation_step
 
 
-def _validated(module: nn.Module, batch: object) -> object:
+def _run_validation_step(module: nn.Module, batch: object) -> object:
     outputs: list[object] = []
     handles = [
         part.register_forward_hook(lambda part, args, output: outputs.append(output))
@@ -135,21 +111,16 @@ def _validated(module: nn.Module, batch: object) -> object:
     return outputs[-1] if outputs else None
 
 
-# Lightning's name for a GPU of any maker.
-_ANY_GPU = "gpu"
-
-
 def usable_device(name: str) -> torch.device:
     """Return the device of this name, of torch or Lightning.
-
-    Raises:
-        ConfigurationError: It cannot be used here.
 
     >>> usable_device("cpu")
     device(type='cpu')
     """
     try:
-        device = torch.device(_first_gpu() if name == _ANY_GPU else name)
+        # Lightning's name for a GPU of any maker.
+        any_gpu = "mps" if torch.backends.mps.is_available() else "cuda"
+        device = torch.device(any_gpu if name == "gpu" else name)
         torch.empty(0, device=device)
     # torch without CUDA raises AssertionError, a backend without kernels NotImplementedError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -171,7 +142,3 @@ def lightning_device(device: torch.device) -> tuple[str, list[int] | int]:
     if device.type == "cuda":
         return "gpu", [device.index or 0]
     return device.type, 1
-
-
-def _first_gpu() -> str:
-    return "mps" if torch.backends.mps.is_available() else "cuda"

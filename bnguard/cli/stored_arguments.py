@@ -9,75 +9,49 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from bnguard.checkpoint import Checkpoint
+from bnguard.checkpoint.result import Checkpoint, StoredArguments
 
 # The key by which jsonargparse recognises the description of an object to import.
 _DESCRIBES_OBJECT = "class_path"
-
 # jsonargparse's types of arguments that take any value as it is.
 _UNTYPED = ("UntypedType", "UnvalidatedType")
-
 # Types by which an argument without annotation is added, so that the command line can change it.
 _TYPES_BY_VALUE = (str, bool, int, float)
-
 # Namespaces of argparse, Lightning and OmegaConf.
 _SETTINGS = (argparse.Namespace.__name__, "AttributeDict", "DictConfig")
-
 _ATOMS = (str, bool, int, float, complex, bytes, types.NoneType)
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
-@dataclass(frozen=True)
-class StoredArguments:
-    """Arguments of the model or the data that a checkpoint stores.
-
-    Attributes:
-        values: Plain values by the name of the argument.
-        objects: Class names of stored objects, which are not rebuilt, by the name of the argument.
-    """
-
-    values: Mapping[str, object] = field(default_factory=dict)
-    objects: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, option: str, build: Callable[..., object]
-    ) -> StoredArguments:
-        """Return what a checkpoint stores for ``build``, named as its arguments are."""
-        if option == "model":
-            values: Mapping[str, object] = checkpoint.hyper_parameters
-            objects: Mapping[str, str] = checkpoint.foreign_hyper_parameters
-            whole = checkpoint.hyper_parameters_argument
-        elif option == "data":
-            values = checkpoint.data_hyper_parameters
-            objects = checkpoint.foreign_data_hyper_parameters
-            whole = checkpoint.data_hyper_parameters_argument
-        else:
-            return cls()
-        if whole in annotations_of(build):  # one argument took them all
-            objects = {f"{whole}.{name}": class_name for name, class_name in objects.items()}
-            values = {whole: values} if values or objects else {}
-        return cls(values, objects)
+def arguments_for(
+    checkpoint: Checkpoint, option: str, build: Callable[..., object]
+) -> StoredArguments:
+    """Return what a checkpoint stores for ``build``, named as its arguments are."""
+    match option:
+        case "model":
+            stored = checkpoint.hyper_parameters
+        case "data":
+            stored = checkpoint.data_hyper_parameters
+        case _:
+            return StoredArguments()
+    whole = stored.argument
+    if whole not in annotations_of(build):
+        return stored
+    objects = {f"{whole}.{name}": class_name for name, class_name in stored.objects.items()}
+    return StoredArguments({whole: stored.values} if stored.values or objects else {}, objects)
 
 
 def usable_defaults(
     parser: ArgumentParser, option: str, values: Mapping[str, object]
 ) -> tuple[dict[str, object], list[str]]:
-    """Return the values that an argument takes and that lead to no import, and the other names.
+    """Return the values that an argument ``--OPTION.NAME`` takes and that lead to no import.
 
-    Args:
-        parser: The parser with the arguments ``--OPTION.NAME``.
-        option: ``"model"`` or ``"data"``.
-        values: Values by the name of the argument.
-
-    Returns:
-        Values by the full name of the argument, and full names of those that cannot be used.
+    The keys are full names. The names of the values that cannot be used are returned too.
     """
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     leaves = list(_leaves(option, values, hints))
@@ -134,12 +108,7 @@ def types_by_value(
     """Return types for arguments that the signature leaves open and the stored values decide.
 
     These are mappings for an argument without annotation or for a namespace; and, if ``**kwargs``
-    lead to no names, everything that was stored beyond the named arguments.
-
-    Args:
-        build: The class or function.
-        stored: What the checkpoint stores for it.
-        known: What the parser knows of its arguments, by name.
+    lead to no names, everything that was stored beyond the ``known`` arguments.
     """
     named = annotations_of(build)
     parameters = inspect.signature(build).parameters.values()

@@ -85,30 +85,25 @@ def _swap_checkpoint(request: Request) -> int:
     validation = data.loader("val") if data.has("val") else None
     scorer = validation_score(request, model, validation, device)
     result = _swap_model(model, data, fabric, scorer, values)
-    if not result.is_kept:
-        if values.json:
-            show_json(result.to_dict() | {"action": "swap", "written": None})
-        else:
-            show(result)
-            say("not written: use --keep always to write it anyway")
-        return 1
-    provenance = {"action": "swap", "to": result.to, "groups": result.groups}
-    state_dict = result.model.state_dict()
-    write_model(checkpoint, output, state_dict, provenance, force=values.force)
-    code = _building_code(
-        result, request.factories["model"], values, loading_code(checkpoint, output)
-    )
-
+    code = None
+    if result.is_kept:
+        provenance = {"action": "swap", "to": result.to, "groups": result.groups}
+        write_model(checkpoint, output, result.model.state_dict(), provenance, force=values.force)
+        weights = loading_code(checkpoint, output)
+        code = _building_code(result, request.factories["model"], values, weights)
     if values.json:
         document = {
             "action": "swap",
-            "written": str(output),
+            "written": str(output) if result.is_kept else None,
             "code": code,
             "metric": None if scorer is None else scorer.meaning,
         }
         show_json(result.to_dict() | document)
-        return 0
+        return 0 if result.is_kept else 1
     show(result)
+    if not result.is_kept:
+        say("not written: use --keep always to write it anyway")
+        return 1
     say(NOT_SCORED if scorer is None else f"the score is {scorer.meaning}")
     say(f"written: {output}; without optimizer states, so fine-tune it in a new fit")
     say(f"the model that it fits:\n\n{code}")

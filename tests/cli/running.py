@@ -24,7 +24,9 @@ DEMOS = {
 }
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["bnguard.cli", "pytorch_lightning", "lightning.pytorch", "torch"])
+_FORKS.set_forkserver_preload(
+    ["bnguard.cli.main", "pytorch_lightning", "lightning.pytorch", "torch"]
+)
 
 
 def bnguard(folder, *arguments, prepare=None, meanwhile=None):

@@ -163,6 +163,8 @@ def test_an_unusable_checkpoint_is_one_clear_line(make, command, tmp_path):
         ((*DEMO, "--model.width", "4"), "does not fit DigitsNet"),
         ((*DEMO, "--samples", "0"), "samples"),
         ((*DEMO, "--split", "test"), "test_dataloader"),
+        ((*DEMO, "--split", "vel"), "--split: use one of 'train', 'val', 'test', not vel"),
+        ((*DEMO[:2], "--data", "bnguard.demo.__doc__"), "is a str: name a class, or a function"),
         ((*DEMO, "--config", "none.yaml"), "none.yaml cannot be read"),
         (("--model", "torch.nn.Flatten", *DEMO[2:]), "does not fit Flatten"),
     ],
@@ -181,7 +183,12 @@ def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint, of_dem
     (folder / "mine.py").write_text(
         "def empty():\n    return []\n\ndef broken():\n    raise OSError('disk on fire')\n"
     )
-    for data, message in (("mine:empty", "empty"), ("mine:broken", "disk on fire")):
+    (folder / "parses.py").write_text("import sys\n\nsys.exit()\n")
+    for data, message in (
+        ("mine:empty", "empty"),
+        ("mine:broken", "disk on fire"),
+        ("parses:train", "move that under if __name__ == '__main__'"),
+    ):
         done = bnguard(folder, "recalibrate", checkpoint, *of_demo[:2], "--data", data)
         assert message in is_one_line_error(done)
     assert not (folder / "last-recalibrated.ckpt").exists()

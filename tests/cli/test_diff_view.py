@@ -1,4 +1,4 @@
-"""How the comparison of two checkpoints prints itself."""
+"""How the comparison of two checkpoints, and a table of layers, print themselves."""
 
 import io
 
@@ -9,6 +9,7 @@ from torch import nn
 from bnguard.checkpoint import read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.diff import difference_view
+from bnguard.cli.output import layer_table
 
 
 def test_networks_without_a_layer_in_common_are_said_to_be_others(tmp_path):
@@ -24,3 +25,11 @@ def drawn(difference):
     console = Console(file=io.StringIO(), width=100)
     console.print(difference_view(difference, is_verbose=False))
     return console.file.getvalue()
+
+
+def test_numbers_are_complete_in_a_narrow_terminal():
+    console = Console(file=io.StringIO(), width=24)
+    console.print(
+        layer_table(["updates", "var min"], [("backbone.layer1.bn", "12,345", "0.25678")])
+    )
+    assert "12,345  0.25678" in console.file.getvalue()

@@ -55,7 +55,7 @@ def test_arguments_without_a_type_get_what_was_stored():
         '{"\\u0063lass_path": "evil.Net"}',
         '? "\\x63lass_path"\n: evil.Net',
         '- ["\\x63lass_path"]',
-        "[" * 5000,
+        "[" * 1000,
     ],
 )
 def test_what_describes_an_object_is_left_out(value):

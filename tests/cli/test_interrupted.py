@@ -62,7 +62,7 @@ def folder(tmp_path):
 def state_of(folder):
     """The files below a folder, each with its content."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def full_disk():
@@ -135,7 +135,7 @@ def test_a_signal_while_the_copy_is_written(folder, command, number):
     before = state_of(folder)
 
     def is_writing():
-        return any(path.stat().st_size > 0 for path in folder.glob(".bnguard-*"))
+        return any(path.stat().st_size > 0 for path in folder.glob(".bnguard-*/*"))
 
     stop = stopped(number, is_writing)
     done = bnguard(folder, *COMMANDS[command], prepare=never_done, meanwhile=stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -61,6 +62,14 @@ def moved(before, after):
     difference = compare(read_checkpoint(before), read_checkpoint(after))
     assert difference.entries == ()
     return [not layer.is_identical for layer in difference.layers]
+
+
+def test_arrays_are_refused_before_the_work(folder):
+    arrays = {key: value.numpy() for key, value in used_network().state_dict().items()}
+    (folder / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays}))
+    line = is_one_line_error(bnguard(folder, "recalibrate", "zoo.pkl", *PLAIN))
+    assert "zoo.pkl: its statistics are NumPy arrays" in line
+    assert bnguard(folder, "recalibrate", "zoo.pkl", *PLAIN, "--dry-run").returncode == 0
 
 
 def test_of_several_models_the_one_that_is_meant(folder):

@@ -125,6 +125,7 @@ def test_a_score_that_is_not_finite_is_strict_json(checkpoint, capsys):
     assert main(["swap", str(checkpoint), *options]) == 1
     document = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert (document["score_after"], document["written"]) == ("NaN", None)
+    assert document["code"] is None
     assert main(["swap", str(checkpoint), *options, "--keep=always"]) == 0
 
 
