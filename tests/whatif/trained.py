@@ -118,7 +118,7 @@ def _one_scanner(images):
 
 @functools.cache
 def of_two_streams():
-    """Each step forwards the images and their negatives, in batches of their own."""
+    """Each step forwards the images and bright negatives of them, in batches of their own."""
     torch.manual_seed(0)
     images, labels = digits()
     model = conv_net().train()
@@ -127,16 +127,16 @@ def of_two_streams():
         for batch in torch.randperm(1200).split(32):
             if len(batch) == 32:
                 optimizer.zero_grad()
-                for inputs in (images[batch], 1.0 - images[batch]):
+                for inputs in (images[batch], 2.0 - images[batch]):
                     F.cross_entropy(model(inputs), labels[batch]).backward()
                 optimizer.step()
     return model.eval()
 
 
 def in_turn(images, size):
-    """Return images, every other group of which is negative."""
+    """Return images, every other group of which is a bright negative."""
     groups = images.split(size)
-    return torch.cat([1.0 - group if i % 2 else group for i, group in enumerate(groups)])
+    return torch.cat([2.0 - group if i % 2 else group for i, group in enumerate(groups)])
 
 
 @functools.cache
