@@ -35,7 +35,7 @@ from bnguard.recalibration.options import (
     require_score,
 )
 from bnguard.recalibration.statistics import read_inputs
-from bnguard.swapping.distillation import OwnDevice, Pair
+from bnguard.swapping.imitation import Pair
 from bnguard.swapping.result import HARMFUL_CHANGE_STD, ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
     add_tail,
@@ -46,7 +46,7 @@ from bnguard.swapping.surgery import (
     replace_modules,
 )
 from bnguard.swapping.targets import Factory, Groups, Target, find_target
-from bnguard.swapping.teacher import Taught, teach
+from bnguard.swapping.teacher import OwnDevice, Taught, teach
 
 _SAMPLES_TO_COMPARE = 128
 # What a swapped model may lose of its score, and how much a negative one, a loss, may grow.

@@ -290,3 +290,11 @@ def test_a_loss_beside_the_scores_is_not_learnt():
         result = swap(model, teacher_data=batches, steps=3, progress=False)
         found.append((result.output_change, result.distillation))
     assert found[0] == found[1]
+
+
+def test_learning_ends_once_the_network_hardly_comes_nearer(trained):
+    model, batches, accuracy = trained
+    result = swap(model, "group", teacher_data=batches, steps=400, progress=False)
+    assert 40 < result.distillation.steps < 300
+    assert result.distillation.best_step > 0.75 * result.distillation.steps
+    assert accuracy(result.model) > accuracy(model) - 0.015

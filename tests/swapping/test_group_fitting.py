@@ -11,8 +11,10 @@ from torch import nn
 
 from bnguard import swap
 from bnguard.layers.bn_layer import find_layers
-from bnguard.swapping.distillation import OwnDevice, Pair, distil
+from bnguard.swapping.distillation import distil
 from bnguard.swapping.group_fitting import fit_norms, pick_values
+from bnguard.swapping.imitation import Pair
+from bnguard.swapping.teacher import OwnDevice
 from tests.benchmarks.digit_tasks import DenseNet, Generator, restoration
 from tests.networks import digits
 
