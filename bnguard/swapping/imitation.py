@@ -142,31 +142,32 @@ class Imitation:
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss on a batch, a scalar."""
         features: list[list[Tensor]] = [[] for _ in self._teacher_layers]
-        errors: list[Tensor] = []
+        differences: list[tuple[int, Tensor]] = []
 
         def keep(index: int, output: Tensor) -> None:
             # A clone: the activation that comes next may write to it.
             features[index].append(_first_rows(output).detach().clone())
 
         def compare(index: int, output: Tensor) -> None:
+            # Only subtracted here: autograd keeps nothing for that, and activation checkpointing,
+            # which runs the layer again without this hook, misses nothing.
             if features[index]:
-                wanted = features[index].pop(0)
-                error = _squared_error(_first_rows(output), wanted)
-                errors.append(error / self._feature_scales[index])
+                difference = _first_rows(output).float() - features[index].pop(0).float()
+                differences.append((index, difference))
 
         with _calling_back(self._teacher_layers, keep), torch.no_grad():
             expected = self._select(self._run(self._teacher, batch))
         with _calling_back(self._student_layers, compare):
             outputs = self._select(self._run(self._student, batch))
-        loss = torch.stack(
-            [
-                _squared_error(output, wanted) / scale
-                for output, wanted, scale in zip(
-                    outputs, expected, self._output_scales, strict=True
-                )
-            ]
-        ).mean()
-        return loss + _FEATURE_WEIGHT * torch.stack(errors).mean() if errors else loss
+        of_outputs = [
+            (output.float() - wanted.float()).square().mean() / scale
+            for output, wanted, scale in zip(outputs, expected, self._output_scales, strict=True)
+        ]
+        loss = torch.stack(of_outputs).mean()
+        if not differences:
+            return loss
+        of_features = [each.square().mean() / self._feature_scales[i] for i, each in differences]
+        return loss + _FEATURE_WEIGHT * torch.stack(of_features).mean()
 
     def _run(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return list(float_tensors(call(model, self._forward, batch)))
@@ -193,10 +194,6 @@ def _calling_back(
 
 def _first_rows(output: Tensor) -> Tensor:
     return output[: math.ceil(_FEATURE_SHARE * len(output))]
-
-
-def _squared_error(output: Tensor, wanted: Tensor) -> Tensor:
-    return (output.float() - wanted.float()).square().mean()
 
 
 def _join(outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
