@@ -32,8 +32,8 @@ the model and its data:
                           follow as --model.NAME, and start from those of
                           --config and the checkpoint's hyper-parameters
   --data PACKAGE.Class    class of a data module, or function that gives a
-                          loader, its arguments as --data.NAME; not needed
-                          if the model has loaders itself
+                          loader, its arguments as --data.NAME, or a loader;
+                          not needed if the model has loaders itself
   --config FILE           what LightningCLI saved; by default that next to the
                           checkpoint; --model names the class if it does not
 """
