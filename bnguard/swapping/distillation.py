@@ -149,15 +149,17 @@ class _Training:
         best_weights = _copy_weights(self._student)
         step = best_step = samples = 0
         interval = max(steps // _MEASUREMENTS, _MIN_STEPS_BETWEEN_MEASUREMENTS)
-        schedule = _Schedule(steps)
-        while step < schedule.steps and best >= _NEAR_ENOUGH:
+        warm_up, decay_start = _WARM_UP_SHARE * steps, round((1.0 - _DECAY_SHARE) * steps)
+        while step < steps and best >= _NEAR_ENOUGH:
             step += 1
-            samples += self._step(_LEARNING_RATE * schedule.rate(step))
-            if step % interval == 0 or step == schedule.steps:
+            rate = min(step / max(warm_up, 1.0), _rate(step, decay_start, steps))
+            samples += self._step(_LEARNING_RATE * rate)
+            if step % interval == 0 or step == steps:
                 distance = self._distance()
                 # The first measurement is of the warm-up.
-                if step > interval and distance > (1.0 - _LEAST_FALL) * best:
-                    schedule.decay_from(step)
+                hardly_falls = step > interval and distance > (1.0 - _LEAST_FALL) * best
+                if hardly_falls and step < decay_start:
+                    decay_start, steps = step, round(step / (1.0 - _DECAY_SHARE))
                 if distance < best:
                     best, best_step = distance, step
                     best_weights = _copy_weights(self._student)
@@ -243,35 +245,14 @@ def _load_weights(model: nn.Module, weights: Sequence[Tensor]) -> None:
         parameter.copy_(values)
 
 
-class _Schedule:
-    """A learning rate that warms up, stays, and decays by half a cosine before the last step.
+def _rate(step: int, decay_start: int, last: int) -> float:
+    """Return the share of the learning rate after the warm-up: 1, then half a cosine down to 0.
 
-    Attributes:
-        steps: The number of the last step.
-
-    >>> schedule = _Schedule(200)
-    >>> schedule.rate(5), schedule.rate(100), round(schedule.rate(200), 2)
-    (0.5, 1.0, 0.0)
-    >>> schedule.decay_from(60)
-    >>> schedule.steps, schedule.rate(70)
-    (80, 0.5)
+    >>> _rate(60, 60, 80), round(_rate(70, 60, 80), 2), _rate(80, 60, 80)
+    (1.0, 0.5, 0.0)
     """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self._warm_up = max(round(_WARM_UP_SHARE * steps), 1)
-        self._decay_start = round((1.0 - _DECAY_SHARE) * steps)
-
-    def rate(self, step: int) -> float:
-        """Return the share of the full learning rate in a step, the first of which is 1."""
-        progress = (step - self._decay_start) / max(self.steps - self._decay_start, 1)
-        return min(step / self._warm_up, 0.5 * (1.0 + math.cos(math.pi * max(progress, 0.0))))
-
-    def decay_from(self, step: int) -> None:
-        """Decay after a step, unless that has begun, for the usual share of all steps."""
-        if step < self._decay_start:
-            self._decay_start = step
-            self.steps = round(step / (1.0 - _DECAY_SHARE))
+    progress = (step - decay_start) / max(last - decay_start, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * max(progress, 0.0)))
 
 
 def _endless(
