@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
+from bnguard.layers.moments import values_per_channel
 from bnguard.layers.names import layer_label
 from bnguard.layers.preserve import preserve_random_states, preserve_statistics
 from bnguard.observe.mode_gap import float_tensors, join_rows, places_of_rows, relative_change
@@ -239,8 +240,10 @@ def _change_of_small_batches(
 def _use_batch_statistics(layers: Sequence[BatchNormLayer]) -> Callable[[], None]:
     """Let BN layers use the statistics of the batch in either mode; return what undoes it."""
 
-    def enter(module: nn.Module, args: object) -> None:
-        module.train()
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # A last batch of one value per channel has no variance.
+        if not args or values_per_channel(args[0].shape) > 1:
+            module.train()
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         module.eval()

@@ -223,3 +223,14 @@ def test_the_statistics_of_each_small_batch_teach_where_joined_ones_hide_them():
     error = (result.model.eval()(images[:32]) - one_by_one).std() / one_by_one.std()
     assert "taught with the statistics of each batch" in result.notes[-1]
     assert error < 0.05
+
+
+def test_a_last_batch_of_one_does_not_stop_a_teacher_with_batch_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)
+    )
+    batches = (3.0 * torch.randn(57, 8) + 1.0).split(7)
+    result = swap(model, teacher_data=batches, steps=20, keep="always", progress=False)
+    assert "taught with the statistics of each batch" in result.notes[-1]
+    assert result.distillation.distance < result.distillation.distance_before
