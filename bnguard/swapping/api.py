@@ -181,7 +181,14 @@ def swap(
         score_before = score_before if taught is None or taught.score is None else taught.score
         is_kept = keep == "always" or _is_good_enough(taught, score_before, score_after)
         replaced = tuple(
-            _describe_replacement(layer, norm, positions.get(layer.name))
+            ReplacedLayer(
+                name=layer.name,
+                before=type(layer.module).__name__,
+                after=type(norm).__name__,
+                groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
+                positions=positions.get(layer.name),
+                channels=layer.channels,
+            )
             for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
         )
         if not is_kept and in_place:
@@ -355,19 +362,6 @@ def _put_back(swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]) ->
     replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
     for parameter, values in weights.items():
         parameter.copy_(values)
-
-
-def _describe_replacement(
-    layer: BatchNormLayer, norm: nn.Module, positions: int | None
-) -> ReplacedLayer:
-    return ReplacedLayer(
-        name=layer.name,
-        before=type(layer.module).__name__,
-        after=type(norm).__name__,
-        groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
-        positions=positions,
-        channels=layer.channels,
-    )
 
 
 def _run_swapped(

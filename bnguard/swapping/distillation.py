@@ -101,7 +101,13 @@ def distil(
         ConfigurationError: There are no data, or no outputs to compare.
         CalibrationError: The forward failed.
     """
-    _check_parameters(student)
+    dtypes = {parameter.dtype for parameter in _trainable(student)}
+    if not dtypes:
+        raise ConfigurationError("the model has no parameters to train: swap it without distilling")
+    if torch.float16 in dtypes:
+        raise ConfigurationError(
+            "parameters in float16 are too coarse to train: swap model.float(), then use .half()"
+        )
     batches = _endless(data, student, forward, engine.device)
     with preserve_modes(student), preserve_random_states(student), _require_gradients(student):
         student.eval()
@@ -112,25 +118,11 @@ def distil(
         return training.run(steps, show_progress, chooses_groups=chooses_groups)
 
 
-def _check_parameters(student: nn.Module) -> None:
-    parameters = _trainable(student)
-    if not parameters:
-        raise ConfigurationError("the model has no parameters to train: swap it without distilling")
-    if any(p.dtype == torch.float16 for p in parameters):
-        raise ConfigurationError(
-            "parameters in float16 are too coarse to train: swap model.float(), then use .half()"
-        )
-
-
 class _Training:
     """The optimizer, and the way to where the student is nearest to its teacher."""
 
     def __init__(
-        self,
-        student: nn.Module,
-        imitation: Imitation,
-        batches: Iterator[Batch],
-        engine: Any,
+        self, student: nn.Module, imitation: Imitation, batches: Iterator[Batch], engine: Any
     ) -> None:
         self._student = student
         self._imitation = imitation
@@ -212,10 +204,7 @@ class _Training:
             self._engine.backward(loss * (batch.size / samples))
         self._share_gradients()
         norm = self._engine.clip_gradients(
-            self._student,
-            self._optimizer,
-            max_norm=_MAX_GRADIENT_NORM,
-            error_if_nonfinite=False,
+            self._student, self._optimizer, max_norm=_MAX_GRADIENT_NORM, error_if_nonfinite=False
         )
         if norm is not None and not bool(torch.isfinite(norm)):
             # Dropped rather than the step, which a loss scaler counts on.
