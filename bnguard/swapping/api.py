@@ -99,8 +99,8 @@ def swap(
             batches: use the batch size that it was trained with. All parameters learn, also those
             with ``requires_grad=False``. With ``torch.distributed`` initialised every rank calls
             this, with its own share of the data, and all get the same model.
-        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more; 0
-            only fits the affine parameters.
+        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more;
+            fewer once the outputs hardly come nearer. 0 only fits the affine parameters.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
         score: ``score(model)`` says how good a model is, the higher the better; measured in eval
             mode before and after. It also decides in which mode the network teaches.
