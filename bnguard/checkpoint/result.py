@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,16 +87,24 @@ class CheckpointModel:
             name: Dotted name of the module, with or without the prefixes of the model and of
                 wrappers: ``"encoder_q"``.
         """
+        for part in self.parts():
+            inner = part.prefix.removeprefix(self.prefix)[:-1]
+            if name in (inner, without_wrappers(inner), part.name):
+                return part
+        return None
+
+    def parts(self) -> Iterator[CheckpointModel]:
+        """Yield the part below each module that has BN layers in it, as a model."""
+        seen: set[str] = set()
         for layer in self.layers:
             modules = layer.prefix.removeprefix(self.prefix).split(".")[:-1]
             for depth in range(1, len(modules)):
-                inner = ".".join(modules[:depth])
-                if name in (inner, without_wrappers(inner), self.prefix + inner):
-                    prefix = f"{self.prefix}{inner}."
+                prefix = self.prefix + "".join(f"{module}." for module in modules[:depth])
+                if prefix not in seen:
+                    seen.add(prefix)
                     inside = (each for each in self.layers if each.prefix.startswith(prefix))
                     named = (replace(e, name=layer_name(prefix, e.prefix)) for e in inside)
-                    return CheckpointModel(prefix, tuple(named))
-        return None
+                    yield CheckpointModel(prefix, tuple(named))
 
 
 def layer_name(model: str, layer: str) -> str:

@@ -288,12 +288,29 @@ def _import(path: str, option: str) -> Callable[..., object]:
         raise ConfigurationError(
             f"--{option} {path}: {module_name} has no class or function {name!r}: {hint}"
         )
+    if _is_ready(found):
+
+        def ready() -> object:
+            return found
+
+        ready.__module__, ready.__qualname__ = module_name, name
+        return ready
     if not callable(found):
         raise ConfigurationError(
             f"--{option} {path} is a {type(found).__name__}: name a class, or a function that "
             "returns it"
         )
     return found
+
+
+def _is_ready(found: object) -> bool:
+    """Return whether this is a model, a data module or a loader, and not what makes one."""
+    from torch import nn
+
+    if isinstance(found, type):
+        return False
+    is_loader = isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))
+    return isinstance(found, nn.Module) or is_loader or any(_has_loader(found, s) for s in _SPLITS)
 
 
 def _module_of_file(file: Path, what: str) -> tuple[Path, str]:

@@ -32,8 +32,8 @@ the model and its data:
                           follow as --model.NAME, and start from those of
                           --config and the checkpoint's hyper-parameters
   --data PACKAGE.Class    class of a data module, or function that gives a
-                          loader, its arguments as --data.NAME; not needed
-                          if the model has loaders itself
+                          loader, its arguments as --data.NAME, or a loader;
+                          not needed if the model has loaders itself
   --config FILE           what LightningCLI saved; by default that next to the
                           checkpoint; --model names the class if it does not
 """
@@ -227,24 +227,30 @@ def _read_request(
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:
-    """Return the model that is named, or Lightning's own, or the only one with the BN layers."""
+    """Return the model that is named, or the one, or the part of it, that has the BN layers."""
     if named is not None:
         return checkpoint.model_named(named)
-    if checkpoint.main is not None:
-        return checkpoint.main
     from bnguard.layers.bn_layer import find_layers
 
     channels = {layer.name: layer.channels for layer in find_layers(model)}
-    fitting = [
-        stored
-        for stored in checkpoint.models
-        if {layer.name: layer.channels for layer in stored.layers} == channels
-    ]
+
+    def choose_fitting(models: Iterable[CheckpointModel]) -> tuple[CheckpointModel, ...]:
+        sizes = (
+            (model, {layer.name: layer.channels for layer in model.layers}) for model in models
+        )
+        return tuple(model for model, found in sizes if found == channels)
+
+    main = checkpoint.main
+    if main is None:
+        known, fitting = checkpoint.models, choose_fitting(checkpoint.models)
+    else:
+        # Perhaps the network alone, of a file that holds the Lightning module around it.
+        known = fitting = choose_fitting([main]) or choose_fitting(main.parts()) or (main,)
     if len(fitting) == 1:
         return fitting[0]
     several = f" ({_listed(fitting)} fit {type(model).__name__})" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} has several models, {_listed(checkpoint.models)}{several}: "
+        f"{checkpoint.path} has several models, {_listed(known)}{several}: "
         "choose one with --weights NAME"
     )
 

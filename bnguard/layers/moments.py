@@ -86,6 +86,8 @@ def channel_moments(values: Tensor) -> Moments:
         (2, 3.0, 8.0)
     """
     values = values.detach()
+    if values.is_quantized:
+        values = values.dequantize()
     if values.numel() == 0:
         zeros = torch.zeros(values.shape[1], dtype=wide_dtype(values.device), device=values.device)
         return Moments(0, zeros, zeros.clone())

@@ -75,7 +75,10 @@ def _restore(kept: Iterable[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None
         # An inference tensor is writable in inference mode only.
         with torch.inference_mode(tensor.is_inference()):
             # .data keeps the version counter, which a backward may check.
-            tensor.data.copy_(values)
+            if tensor.shape == values.shape:
+                tensor.data.copy_(values)
+            else:  # as observers for quantisation resize theirs at the first batch
+                tensor.data = values
         holder[key] = tensor
 
 

@@ -91,6 +91,11 @@ class Batch:
         return _tensors_in((self.args, self.kwargs))
 
     @property
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no Inf in its tensors."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -189,10 +194,11 @@ class SampledRows:
 
     @property
     def batch(self) -> Batch | None:
-        """The rows that can be joined to the first one; None without a batch."""
+        """The rows that can be joined to the first one, without NaN or Inf; None without any."""
         if not self._rows:
             return self._uncut
-        return join_batches([row for row in self._rows if can_be_joined(self._rows[0], row)])
+        rows = [row for row in self._rows if row.is_finite] or self._rows
+        return join_batches([row for row in rows if can_be_joined(rows[0], row)])
 
     def _keep_rows(self, batch: Batch) -> None:
         for row in range(batch.size):
@@ -239,6 +245,11 @@ def _read_loader(loader: Iterable[object]) -> Iterator[object]:
             f"the loader is a {kind.__name__}, which yields samples and not batches: pass "
             "torch.utils.data.DataLoader(loader, batch_size=32)"
         )
+    if _is_one_batch(loader):
+        raise CalibrationError(
+            f"the loader is a {kind.__name__} of tensors of different kinds, one batch by the look "
+            "of it: pass a list of batches, [loader]"
+        )
     if isinstance(loader, (str, Mapping)) or not (
         hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
     ):
@@ -252,6 +263,14 @@ def _read_loader(loader: Iterable[object]) -> Iterator[object]:
         raise CalibrationError(
             f"the loader failed at batch {count}: {in_one_line(error)}"
         ) from error
+
+
+def _is_one_batch(loader: object) -> bool:
+    """Return whether this is inputs and targets: tensors that differ in dtype or dimensions."""
+    if not isinstance(loader, (tuple, list)):
+        return False
+    kinds = {(item.dtype, item.dim()) if isinstance(item, Tensor) else None for item in loader}
+    return len(kinds) > 1 and None not in kinds
 
 
 def _bind_arguments(

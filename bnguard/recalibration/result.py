@@ -192,11 +192,6 @@ class Recalibration(NotebookView):
         parts += [Text(f"note: {note}") for note in self.notes]
         return Group(*parts)
 
-    def __str__(self) -> str:
-        from bnguard.report.terminal import as_text
-
-        return as_text(self)
-
 
 def _refuse_to_restore() -> None:
     raise CalibrationError(

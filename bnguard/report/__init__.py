@@ -107,8 +107,3 @@ class Report(NotebookView):
         from bnguard.report.terminal import report_view
 
         return report_view(self)
-
-    def __str__(self) -> str:
-        from bnguard.report.terminal import as_text
-
-        return as_text(self)

@@ -27,11 +27,16 @@ def importing_rich() -> Iterator[None]:
 
 
 class NotebookView:
-    """Adds an HTML view to results that rich can print."""
+    """Adds views as text and as HTML to results that rich can print."""
 
     def __rich__(self) -> RenderableType:
         """Return the terminal view."""
         raise NotImplementedError
+
+    def __str__(self) -> str:
+        from bnguard.report.terminal import as_text
+
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         return as_html(self)

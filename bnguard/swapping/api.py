@@ -35,7 +35,7 @@ from bnguard.recalibration.options import (
     require_score,
 )
 from bnguard.recalibration.statistics import read_inputs
-from bnguard.swapping.distillation import OwnDevice, Pair
+from bnguard.swapping.imitation import Pair
 from bnguard.swapping.result import HARMFUL_CHANGE_STD, ReplacedLayer, Swap
 from bnguard.swapping.surgery import (
     add_tail,
@@ -46,7 +46,7 @@ from bnguard.swapping.surgery import (
     replace_modules,
 )
 from bnguard.swapping.targets import Factory, Groups, Target, find_target
-from bnguard.swapping.teacher import Taught, teach
+from bnguard.swapping.teacher import OwnDevice, Taught, teach
 
 _SAMPLES_TO_COMPARE = 128
 # What a swapped model may lose of its score, and how much a negative one, a loss, may grow.
@@ -99,8 +99,8 @@ def swap(
             batches: use the batch size that it was trained with. All parameters learn, also those
             with ``requires_grad=False``. With ``torch.distributed`` initialised every rank calls
             this, with its own share of the data, and all get the same model.
-        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more; 0
-            only fits the affine parameters.
+        steps: Optimizer steps to learn at most, of 32 samples or one batch, whichever is more;
+            fewer once the outputs hardly come nearer. 0 only fits the affine parameters.
         forward: ``forward(model, batch)`` calls the model, where batches hold anything else.
         score: ``score(model)`` says how good a model is, the higher the better; measured in eval
             mode before and after. It also decides in which mode the network teaches.
@@ -181,7 +181,14 @@ def swap(
         score_before = score_before if taught is None or taught.score is None else taught.score
         is_kept = keep == "always" or _is_good_enough(taught, score_before, score_after)
         replaced = tuple(
-            _describe_replacement(layer, norm, positions.get(layer.name))
+            ReplacedLayer(
+                name=layer.name,
+                before=type(layer.module).__name__,
+                after=type(norm).__name__,
+                groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
+                positions=positions.get(layer.name),
+                channels=layer.channels,
+            )
             for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
         )
         if not is_kept and in_place:
@@ -355,19 +362,6 @@ def _put_back(swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]) ->
     replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
     for parameter, values in weights.items():
         parameter.copy_(values)
-
-
-def _describe_replacement(
-    layer: BatchNormLayer, norm: nn.Module, positions: int | None
-) -> ReplacedLayer:
-    return ReplacedLayer(
-        name=layer.name,
-        before=type(layer.module).__name__,
-        after=type(norm).__name__,
-        groups=norm.num_groups if isinstance(norm, nn.GroupNorm) else None,
-        positions=positions,
-        channels=layer.channels,
-    )
 
 
 def _run_swapped(

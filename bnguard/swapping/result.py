@@ -150,11 +150,6 @@ class Swap(NotebookView):
         style = "bold" if self.is_kept else "bold yellow"
         return Group(Text(_heading(self), style=style), table, *map(Text, lines))
 
-    def __str__(self) -> str:
-        from bnguard.report.terminal import as_text
-
-        return as_text(self)
-
 
 def _heading(swap: Swap) -> str:
     done = "swapped" if swap.is_kept else "not swapped"

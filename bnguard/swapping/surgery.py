@@ -209,7 +209,11 @@ def plan_swap(
     unwanted = patterns_of("exclude", exclude, found)
     layers, skipped = [], []
     for layer in found:
-        reason = _reason_to_skip(layer, wanted, unwanted) or target.reason_to_skip(layer)
+        reason = target.reason_to_skip(layer)
+        if any(fnmatchcase(layer.name, pattern) for pattern in unwanted):
+            reason = "is excluded"
+        elif not any(fnmatchcase(layer.name, pattern) for pattern in wanted):
+            reason = "is not among the layers asked for"
         if reason is None:
             _check_parameters(layer)
             layers.append(layer)
@@ -220,16 +224,6 @@ def plan_swap(
             f"no BN layer is left to swap: {skipped[0].name} {skipped[0].reason}"
         )
     return Selection(tuple(layers), tuple(skipped))
-
-
-def _reason_to_skip(
-    layer: BatchNormLayer, wanted: Sequence[str], unwanted: Sequence[str]
-) -> str | None:
-    if any(fnmatchcase(layer.name, pattern) for pattern in unwanted):
-        return "is excluded"
-    if not any(fnmatchcase(layer.name, pattern) for pattern in wanted):
-        return "is not among the layers asked for"
-    return None
 
 
 def _check_parameters(layer: BatchNormLayer) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from bnguard.distributed import Ranks
 from bnguard.errors import CalibrationError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
+from bnguard.layers.moments import values_per_channel
 from bnguard.layers.names import layer_label
 from bnguard.layers.preserve import preserve_random_states, preserve_statistics
 from bnguard.observe.mode_gap import float_tensors, join_rows, places_of_rows, relative_change
@@ -19,7 +23,8 @@ from bnguard.recalibration.api import measure_score, recalibrate
 from bnguard.recalibration.batches import Forward, call, read_batches
 from bnguard.recalibration.options import Score
 from bnguard.report.notebook import importing_rich
-from bnguard.swapping.distillation import Distillation, Pair, distil
+from bnguard.swapping.distillation import Distillation, distil
+from bnguard.swapping.imitation import Pair
 
 # Statistics further off than this teach nonsense: standard deviations, or a log-variance ratio.
 # Healthy networks of the benchmark stay below 0.2.
@@ -37,6 +42,59 @@ class Taught:
     distillation: Distillation
     notes: tuple[str, ...]
     score: float | None
+
+
+class OwnDevice:
+    """The part of Lightning's ``Fabric`` that a distillation uses, on the device of a model.
+
+    Attributes:
+        device: Device of the model's first parameter.
+        world_size: Number of ranks of ``torch.distributed``.
+        is_global_zero: Whether this is the rank that shows the progress.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = device_of(model)
+        ranks = Ranks()
+        self.world_size = ranks.size
+        self.is_global_zero = ranks.rank == 0
+
+    def to_device(self, module: nn.Module) -> nn.Module:
+        """Return the module, which is there; its parts may be on several devices."""
+        return module
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+    def setup_optimizers(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer itself."""
+        return optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the mean over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+    def broadcast(self, value: object) -> object:
+        """Return the value of the first rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def clip_gradients(
+        self, module: nn.Module, optimizer: Optimizer, *, max_norm: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        """Scale the gradients down to a norm, and return the norm that they had."""
+        return nn.utils.clip_grad_norm_(
+            module.parameters(), max_norm, error_if_nonfinite=error_if_nonfinite
+        )
 
 
 def teach(
@@ -182,8 +240,10 @@ def _change_of_small_batches(
 def _use_batch_statistics(layers: Sequence[BatchNormLayer]) -> Callable[[], None]:
     """Let BN layers use the statistics of the batch in either mode; return what undoes it."""
 
-    def enter(module: nn.Module, args: object) -> None:
-        module.train()
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # A last batch of one value per channel has no variance.
+        if not args or values_per_channel(args[0].shape) > 1:
+            module.train()
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         module.eval()

@@ -155,11 +155,6 @@ class Diagnosis(NotebookView):
         code = Text(self.cause.next_step, style="bold", no_wrap=True, overflow="ignore")
         return Group(*parts, Text(f"→ {self.cause.advice}:"), code)
 
-    def __str__(self) -> str:
-        from bnguard.report.terminal import as_text
-
-        return as_text(self)
-
 
 # The view fits 80 columns, and is readable without colour.
 _MOST_LAYERS_SHOWN = 5

@@ -194,6 +194,26 @@ def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint, of_dem
     assert not (folder / "last-recalibrated.ckpt").exists()
 
 
+def test_a_model_and_a_loader_that_are_made_already_are_named_as_they_are(checkpoint, of_demo):
+    (checkpoint.parent / "mine.py").write_text(
+        "import torch\nfrom bnguard.demo import DigitsNet\n\n"
+        "MODEL = DigitsNet()\nBATCHES = [torch.rand(4, 1, 8, 8) for _ in range(8)]\n"
+        "LOADER = torch.utils.data.DataLoader(torch.rand(32, 1, 8, 8), batch_size=8)\n"
+    )
+    for model, data in (
+        (of_demo[1], "mine.LOADER"),
+        (of_demo[1], "mine:BATCHES"),
+        ("mine.MODEL", "mine.LOADER"),
+    ):
+        options = ("--model", model, "--data", data, "--force")
+        done = bnguard(checkpoint.parent, "recalibrate", checkpoint, *options)
+        assert done.returncode == 0, done.stderr
+    done = bnguard(
+        checkpoint.parent, "recalibrate", checkpoint, *of_demo[:2], "--data", "mine.torch"
+    )
+    assert "is a module: name a class, or a function" in is_one_line_error(done)
+
+
 def test_a_loader_of_length_one_is_enough(checkpoint, of_demo):
     (checkpoint.parent / "mine.py").write_text(
         "import torch\n\ndef one_batch():\n    return [torch.rand(4, 1, 8, 8)]\n"

@@ -348,6 +348,21 @@ def test_a_part_is_repaired_and_what_shares_its_storage_is_told(folder):
     assert moved(folder / "moco.pt", folder / "moco-recalibrated.pt") == [True] * 6
 
 
+def test_the_network_alone_takes_its_part_of_a_lightning_module(folder):
+    state = used_network().state_dict()
+    module = {f"net.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(3)}
+    content = {"state_dict": module, "epoch": 1, "pytorch-lightning_version": "2.6.0"}
+    torch.save(content, folder / "last.ckpt")
+    done = bnguard(folder, "recalibrate", "last.ckpt", *PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert moved(folder / "last.ckpt", folder / "last-recalibrated.ckpt") == [True] * 3
+
+    module |= {f"teacher.{key}": value.clone() for key, value in state.items()}
+    torch.save(content | {"state_dict": module}, folder / "two.ckpt")
+    line = is_one_line_error(bnguard(folder, "recalibrate", "two.ckpt", *PLAIN))
+    assert "'state_dict.net', 'state_dict.teacher' fit Network): choose one with --weights" in line
+
+
 def test_an_output_inside_the_checkpoint_is_refused_at_once(folder):
     save_distributed(used_network(), folder)
     (name,) = (path.name for path in folder.iterdir() if path.is_dir())

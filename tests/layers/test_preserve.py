@@ -6,6 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import (
+    DeQuantStub,
+    QuantStub,
+    convert,
+    fuse_modules_qat,
+    get_default_qat_qconfig,
+    get_default_qconfig,
+    prepare,
+    prepare_qat,
+)
 from torch.utils.data import DataLoader, Dataset
 
 # Here and not in a test: the first import of rich draws from Python's generator.
@@ -202,3 +212,29 @@ def test_a_stream_knows_whether_it_was_in_use():
     with draw_from_seed(3, CPU) as stream:
         torch.rand(1)
     assert not stream.is_untouched
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its own quantisation
+def test_observers_for_quantisation_that_resize_their_buffers_are_as_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    model.qconfig = get_default_qat_qconfig("fbgemm")
+    prepare_qat(fuse_modules_qat(model, ["0", "1", "2"]), inplace=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = torch.randn(32, 3, 4, 4).split(8)
+    recalibrate(model, batches, progress=False).undo()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    model(batches[0])  # still works as an observer
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its own quantisation
+def test_layers_of_a_quantised_network_are_calibrated():
+    model = nn.Sequential(QuantStub(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), DeQuantStub()).eval()
+    model.qconfig = get_default_qconfig("fbgemm")
+    x = torch.randn(32, 3, 8, 8)
+    prepare(model, inplace=True)(x)
+    convert(model, inplace=True)
+    recalibrate(model, x.split(8), progress=False)
+    values = model[1](model[0](x)).dequantize()
+    assert torch.allclose(model[2].running_mean, values.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(model[2].running_var, values.var((0, 2, 3)), rtol=1e-3)

@@ -247,6 +247,8 @@ def test_no_layer_is_reached():
         ({"train": [torch.randn(32, 4)]}, "is of type dict, and yields no batches"),
         ("data.pt", "is of type str, and yields no batches"),
         (None, "is of type NoneType, and yields no batches"),
+        ((torch.randn(32, 4), torch.zeros(32)), "is a tuple of tensors .*, one batch by the look"),
+        ([torch.randn(32, 4), torch.zeros(32, 4).long()], "is a list of tensors .*: pass .*loader"),
     ],
     ids=lambda value: type(value).__name__,
 )

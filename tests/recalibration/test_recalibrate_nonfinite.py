@@ -1,6 +1,7 @@
 """Batches with NaN or Inf: left out of every layer and counted, or refused by number."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -118,3 +119,12 @@ def test_a_clean_run_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert bnguard.recalibrate(net(), batches_with(())).left_out == 0
+
+
+def test_the_mode_gap_is_measured_on_finite_rows():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(64, 4)
+    bad = x[:8] * float("inf")
+    with pytest.warns(UserWarning, match="1 batch left out"):
+        result = bnguard.recalibrate(model, [*x.split(8), bad], progress=False)
+    assert math.isfinite(result.mode_gap_before.relative_change)
+    assert math.isfinite(result.mode_gap_after.relative_change)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bnguard.errors import BNGuardError, ConfigurationError
 from bnguard.observe.mode_gap import float_tensors, relative_change
@@ -289,4 +291,35 @@ def test_a_loss_beside_the_scores_is_not_learnt():
         batches = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
         result = swap(model, teacher_data=batches, steps=3, progress=False)
         found.append((result.output_change, result.distillation))
+    assert found[0] == found[1]
+
+
+def test_learning_ends_once_the_network_hardly_comes_nearer(trained):
+    model, batches, accuracy = trained
+    result = swap(model, "group", teacher_data=batches, steps=400, progress=False)
+    assert 40 < result.distillation.steps < 300
+    assert result.distillation.best_step > 0.75 * result.distillation.steps
+    assert accuracy(result.model) > accuracy(model) - 0.015
+
+
+def test_activation_checkpointing_learns_the_same():
+    class Checkpointed(nn.Module):
+        def __init__(self, is_active):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+            self.head = nn.Linear(8, 2)
+            self.is_active = is_active
+
+        def forward(self, x):
+            run = partial(checkpoint, self.body, use_reentrant=False)
+            maps = run(x) if self.is_active else self.body(x)
+            return self.head(maps.mean((2, 3)))
+
+    batches = digits()[0][:64].split(16)
+    found = [
+        swap(Checkpointed(is_active), teacher_data=batches, steps=5, progress=False).distillation
+        for is_active in (False, True)
+    ]
+    assert found[0].distance < found[0].distance_fitted
     assert found[0] == found[1]

@@ -11,8 +11,10 @@ from torch import nn
 
 from bnguard import swap
 from bnguard.layers.bn_layer import find_layers
-from bnguard.swapping.distillation import OwnDevice, Pair, distil
+from bnguard.swapping.distillation import distil
 from bnguard.swapping.group_fitting import fit_norms, pick_values
+from bnguard.swapping.imitation import Pair
+from bnguard.swapping.teacher import OwnDevice
 from tests.benchmarks.digit_tasks import DenseNet, Generator, restoration
 from tests.networks import digits
 
@@ -221,3 +223,14 @@ def test_the_statistics_of_each_small_batch_teach_where_joined_ones_hide_them():
     error = (result.model.eval()(images[:32]) - one_by_one).std() / one_by_one.std()
     assert "taught with the statistics of each batch" in result.notes[-1]
     assert error < 0.05
+
+
+def test_a_last_batch_of_one_does_not_stop_a_teacher_with_batch_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)
+    )
+    batches = (3.0 * torch.randn(57, 8) + 1.0).split(7)
+    result = swap(model, teacher_data=batches, steps=20, keep="always", progress=False)
+    assert "taught with the statistics of each batch" in result.notes[-1]
+    assert result.distillation.distance < result.distillation.distance_before
