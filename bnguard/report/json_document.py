@@ -6,7 +6,8 @@ Schema version 1, the keys of a report:
 * ``steps``: training steps observed, 0 for a checkpoint.
 * ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
   ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
-  ``value``, ``limit``, ``unit``, ``is_minimum``: whether values below the limit are wrong),
+  ``value``, ``limit``, ``unit``, which is ``ln`` if value and limit are natural logarithms of a
+  factor, ``is_minimum``: whether values below the limit are wrong),
   ``reasons`` (a list of the same: the evidence for the cause in the message), ``fix``
   (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
@@ -105,7 +106,7 @@ def strict_json(value: object) -> object:
     """Return a value with numbers that are not finite as strings."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [strict_json(item) for item in value]
     return json_float(value) if isinstance(value, float) else value
 
