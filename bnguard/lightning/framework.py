@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-_NAMES = ("pytorch_lightning", "lightning.pytorch")
-_FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
+# bnguard installs pytorch-lightning, so who has lightning as well has chosen it.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_FABRIC_NAMES = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
 
 def _package(names: Iterable[str] = _NAMES) -> ModuleType:
