@@ -12,14 +12,15 @@ from rich.text import Text
 from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser, layer_table, show, show_json
+from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.layers.distances import largest
+from bnguard.report.json_document import SCHEMA
+from bnguard.report.terminal import layer_table, number_text
 
 if TYPE_CHECKING:
     from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference
 
-SCHEMA = 1
 _MOST_SHOWN = 10
 _EXAMPLES = """
 examples:
@@ -60,7 +61,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("before", type=str, help="the first checkpoint")
     parser.add_argument("after", type=str, nargs="?", help="the second; by default the first again")
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     parser.add_argument(
         "--weights",
         type=str,
@@ -118,14 +119,14 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
 
 
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:
-    headings = ("updates before", "after", "shift, σ", "|log var ratio|")
+    headings = ("layer", "updates before", "after", "shift, σ", "|log var ratio|")
     rows = (
         (
             layer.name,
-            _number(layer.before.counter),
-            _number(layer.after.counter),
-            _number(largest(layer.shift_std)),
-            _number(largest(layer.log_variance_ratio)),
+            number_text(layer.before.counter),
+            number_text(layer.after.counter),
+            number_text(largest(layer.shift_std)),
+            number_text(largest(layer.log_variance_ratio)),
         )
         for layer in layers
     )
@@ -137,10 +138,6 @@ def _distance(layer: LayerDifference) -> float:
     if not all(np.isfinite(values).all() for values in numbers):
         return float("inf")
     return max(largest(values) or 0.0 for values in numbers)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _read(path: str, model: str | None) -> Checkpoint:

@@ -15,7 +15,13 @@ from rich.text import Text
 
 from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.output import command_parser, layer_table, print_error, show, show_json
+from bnguard.cli.output import (
+    add_json_option,
+    command_parser,
+    print_error,
+    show,
+    show_json,
+)
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
@@ -23,6 +29,7 @@ from bnguard.inspection import inspect_checkpoint
 from bnguard.layers.names import layer_label
 from bnguard.report import Report
 from bnguard.report.json_document import SCHEMA
+from bnguard.report.terminal import layer_table
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
@@ -104,7 +111,7 @@ def make_parser() -> ArgumentParser:
         help="inspect this model alone, or this part of one: ema, state_dict.encoder_q",
     )
     parser.add_argument("--verbose", action="store_true", help="show a line a layer")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     parser.add_argument(
         "--fail-on",
         type=Literal["error", "warning", "never"],
@@ -175,7 +182,7 @@ def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:
 
 
 def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
-    headings = ("C", "updates", "|mean| max", "var min", "var max", "dtype")
+    headings = ("layer", "C", "updates", "|mean| max", "var min", "var max", "dtype")
     rows = (
         (
             layer.name,

@@ -7,8 +7,8 @@ import os
 import re
 import sys
 import textwrap
-from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter, _ActionsContainer
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -19,7 +19,6 @@ from bnguard.errors import ConfigurationError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
 
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
@@ -49,6 +48,11 @@ def command_parser(
         formatter_class=_HelpFormatter,
         exit_on_error=False,
     )
+
+
+def add_json_option(parser: _ActionsContainer) -> None:
+    """Add ``--json``, which every command that reports something has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def print_error(message: str) -> None:
@@ -176,23 +180,6 @@ def show(renderable: RenderableType) -> None:
     if not is_terminal:
         drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
     stream.write(drawn)
-
-
-def layer_table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table of BN layers, a row each: its name, then numbers under the headings."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    rows = list(rows)
-    for column, heading in enumerate(headings, start=1):
-        # A number that is cut off would be another number.
-        widest = max((len(row[column]) for row in rows), default=0)
-        table.add_column(heading, justify="right", overflow="fold", min_width=widest)
-    for name, *numbers in rows:
-        table.add_row(Text(name), *numbers)
-    return table
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser, say
+from bnguard.cli.output import add_json_option, command_parser, say, show, show_json
 
 _EXAMPLES = """
 examples:
@@ -19,15 +19,19 @@ def run(arguments: list[str]) -> int:
     """Print the last report of each run in a log directory, or write all of it as one page."""
     values = make_parser().parse_args(arguments)
     # TensorBoard, which takes a second to import, is not needed to say what this does.
-    from bnguard.tensorboard.log_report import logged_runs, write_page
+    from bnguard.tensorboard.log_report import logged_runs, runs_document, write_page
 
     folder = Path(values.logdir)
     if values.html is not None:
         write_page(folder, Path(values.html))
         say(f"written: {values.html}")
         return 0
-    for logged in logged_runs(folder):
-        say(str(logged))
+    runs = logged_runs(folder)
+    if values.json:
+        show_json(runs_document(runs))
+        return 0
+    for logged in runs:
+        show(logged)
     return 0
 
 
@@ -40,5 +44,7 @@ def make_parser() -> ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument("logdir", type=str, help="folder with event files")
-    parser.add_argument("--html", type=str, help="file to write the page to")
+    shown_as = parser.add_mutually_exclusive_group()
+    shown_as.add_argument("--html", type=str, help="file to write the page to")
+    add_json_option(shown_as)
     return parser

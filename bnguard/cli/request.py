@@ -14,7 +14,7 @@ from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint, file
 from bnguard.checkpoint.bn_entries import describe
 from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
-from bnguard.cli.output import command_parser
+from bnguard.cli.output import add_json_option, command_parser
 from bnguard.cli.stored_arguments import arguments_for
 from bnguard.errors import CheckpointError, ConfigurationError
 from bnguard.layers.names import without_wrappers
@@ -58,7 +58,7 @@ def model_command_parser(
         "callback monitored, else one named like an accuracy, else the loss",
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     return parser
 
 

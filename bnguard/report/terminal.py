@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bnguard.findings import (
+    Finding,
     FindingGroup,
     Fix,
     PastFinding,
@@ -28,6 +30,7 @@ from bnguard.rules.measurements import Distance, distance_of
 with importing_rich():
     import rich
     from rich.console import Console, Group, RenderableType
+    from rich.padding import Padding
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
@@ -50,10 +53,7 @@ def report_view(report: Report) -> RenderableType:
     habits = [group for group in report.groups if group.worst.code == _HABITS]
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
-        is_in_memory = not _is_checkpoint(report)
-        parts.append(
-            findings_view(by_root_cause(findings), lambda fix: fix.call if is_in_memory else "")
-        )
+        parts.append(findings_view(by_root_cause(findings), partial(_repair, report)))
     if any(
         distance is not None and distance.measured for distance in map(distance_of, report.layers)
     ):
@@ -102,19 +102,31 @@ def findings_view(
     """Return a block per root cause: number and limit, where and what, the fix, what it leads to.
 
     One fix mends the whole block, so the block has the worst severity in it. The fix is followed by
-    the command or call that does it, if there is one.
+    the command or call that does it, if there is one, in one line to be copied.
     """
-    table = Table.grid(padding=(0, 2, 1, 0), expand=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    severities = {
+        root: max(group.worst.severity for group in (root, *effects))
+        for root, effects in causes.items()
+    }
+    indent = 2 + max((len(str(severity)) for severity in severities.values()), default=0)
+    parts: list[RenderableType] = []
     for root, consequences in causes.items():
-        severity = max(group.worst.severity for group in (root, *consequences))
-        parts: list[RenderableType] = [root_view(root)]
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True, min_width=indent - 2)
+        block.add_column(overflow="fold")
+        block.add_row(Text(str(severities[root]), _STYLES[severities[root]]), root_view(root))
+        parts.append(block)
         repair = repair_of(root.worst.fix)
-        parts += [Text(f"  {repair}", "bold")] if repair else []
-        parts += [_consequences_view(consequences)] if consequences else []
-        table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
-    return table
+        parts += [copyable(f"{' ' * indent}  {repair}", "bold")] if repair else []
+        if consequences:
+            parts.append(Padding(_consequences_view(consequences), (0, 0, 0, indent)))
+    return Group(*parts)
+
+
+def copyable(line: str, style: str = "") -> RenderableType:
+    """Return a command or code in one line, however long: a break would be copied with it."""
+    # rich ignores no_wrap on a bare Text.
+    return Group(Text(line, style, no_wrap=True, overflow="ignore"))
 
 
 def root_view(group: FindingGroup) -> Text:
@@ -134,7 +146,7 @@ def heading(report: Report) -> Text:
     parts = ["bnguard", counted(layers, "BN layer")]
     if steps:
         parts.append(counted(steps, "step"))
-    parts += _counts(report)
+    parts += count_causes(report.findings)
     if report.history.run.unknown and not report.findings:
         parts.append("no problems found in these, but not all that normalises was watched")
     elif report.failure is None and report.history.run.steps and not _has_problems(report):
@@ -147,6 +159,12 @@ def heading(report: Report) -> Text:
     return Text(" · ".join(parts), style="bold")
 
 
+def _repair(report: Report, fix: Fix) -> str:
+    if report.checkpoint is not None:
+        return fix.command(str(report.checkpoint))
+    return "" if _is_checkpoint(report) else fix.call
+
+
 def _is_checkpoint(report: Report) -> bool:
     return all(layer.training is None for layer in report.layers)
 
@@ -156,7 +174,6 @@ def notice_view(group: FindingGroup) -> RenderableType:
     heading, explanation = notice(group).split("\n", 1)
     lines = Text(no_wrap=True, overflow="ignore")
     lines.append(heading, _STYLES[group.worst.severity])
-    # rich ignores no_wrap on a bare Text.
     return Group(lines.append(f"\n{explanation}"))
 
 
@@ -247,14 +264,14 @@ def _consequences_view(groups: Sequence[FindingGroup]) -> RenderableType:
     return grid
 
 
-def _counts(report: Report) -> Iterator[str]:
+def count_causes(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the number of root causes and their layers, then the number of infos."""
-    accused = [finding for finding in report.findings if finding.severity > Severity.INFO]
+    accused = [finding for finding in findings if finding.severity > Severity.INFO]
     if accused:
         layers = {finding.layer for finding in accused} - {None}
         where = f" in {counted(len(layers), 'layer')}" if layers else ""
         yield f"{counted(len(by_root_cause(group_findings(accused))), 'root cause')}{where}"
-    infos = sum(group.worst.severity is Severity.INFO for group in report.groups)
+    infos = sum(group.worst.severity is Severity.INFO for group in group_findings(findings))
     if infos:
         yield counted(infos, "info", "info")
 
@@ -266,11 +283,14 @@ def _has_problems(report: Report) -> bool:
 def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     def row(layer: LayerHistory, distance: Distance | None) -> list[str]:
         known = None if distance is None else distance.measured
+        drift = (
+            ("–", "–") if known is None else (number_text(known[0].value), factor(known[1].value))
+        )
         return [
             layer.name,
-            _number(layer.typical_values_per_channel),
-            _number(None if layer.running is None else layer.running.updates),
-            *(("–", "–") if known is None else (_number(known[0].value), factor(known[1].value))),
+            number_text(layer.typical_values_per_channel),
+            number_text(None if layer.running is None else layer.running.updates),
+            *drift,
         ]
 
     measured = [(layer, distance_of(layer)) for layer in layers]
@@ -287,8 +307,11 @@ def layer_table(
     """Return a table of layers, each a name and numbers, and how many more there are."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+    rows = list(rows)
+    for column, heading in enumerate(headings[1:], start=1):
+        # A number that is cut off would be another number.
+        widest = max((len(row[column]) for row in rows), default=0)
+        table.add_column(heading, justify="right", overflow="fold", min_width=widest)
     for name, *numbers in rows:
         table.add_row(Text(name), *numbers)
     more = [Text(f"and {counted(left_out, 'more layer')}", style="dim")] if left_out > 0 else []
@@ -306,7 +329,7 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
             view.dead_share_without,
         )
         numbers = (view.noise_std, view.gradient_cosine, view.gradient_change)
-        return [name, *(f"{share:.1%}" for share in shares), *map(_number, numbers)]
+        return [name, *(f"{share:.1%}" for share in shares), *map(number_text, numbers)]
 
     headings = ("beyond ±2", "without", "dead", "without", "noise, σ", "grad. cosine", "change")
     rows = (row(layer.name, layer.view) for layer in layers if layer.view is not None)
@@ -314,5 +337,6 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     return Group(Text(title, style="bold"), layer_table(("layer", *headings), rows))
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Return a count, or a number in three figures; a dash for None."""
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
