@@ -14,6 +14,7 @@ from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
+from bnguard.findings import counted, factor
 from bnguard.layers.distances import largest
 from bnguard.report.json_document import SCHEMA
 from bnguard.report.terminal import layer_table, number_text
@@ -54,8 +55,8 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
     parser = command_parser(
         "diff",
-        "Compare two checkpoints: BN layers in standard deviations and log-variance "
-        "ratio, everything else bit by bit. Status 1 if anything else differs.",
+        "Compare two checkpoints: BN layers in standard deviations and factors of the "
+        "variance, everything else bit by bit. Status 1 if anything else differs.",
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
@@ -87,14 +88,16 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
         parts.append(_layers_view(moved[:most]))
     lines = []
     if len(moved[:most]) < len(moved):
-        lines.append(f"and {len(moved) - _MOST_SHOWN} more layers (--verbose shows all)")
+        more = counted(len(moved) - _MOST_SHOWN, "more layer")
+        lines.append(f"and {more} (--verbose shows all)")
     if layers and not moved and entries:
         lines.append("the statistics are the same and other entries are not: do they fit?")
     if not layers:
         lines.append("no BN layer is in both, by name and channels: are they the same network?")
     lines += [f"{entry.key}: {entry.detail}" for entry in entries[:most]]
     if len(entries[:most]) < len(entries):
-        lines.append(f"and {len(entries) - _MOST_SHOWN} more entries")
+        more = counted(len(entries) - _MOST_SHOWN, "more entry", "more entries")
+        lines.append(f"and {more} (--verbose shows all)")
     return Group(*parts, *map(Text, lines))
 
 
@@ -119,18 +122,22 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
 
 
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:
-    headings = ("layer", "updates before", "after", "shift, σ", "|log var ratio|")
+    headings = ("layer", "updates before", "after", "shift, σ", "variance off by")
     rows = (
         (
             layer.name,
             number_text(layer.before.counter),
             number_text(layer.after.counter),
             number_text(largest(layer.shift_std)),
-            number_text(largest(layer.log_variance_ratio)),
+            _factor(largest(layer.log_variance_ratio)),
         )
         for layer in layers
     )
     return layer_table(headings, rows)
+
+
+def _factor(log_ratio: float | None) -> str:
+    return "–" if log_ratio is None else factor(log_ratio)
 
 
 def _distance(layer: LayerDifference) -> float:

@@ -38,6 +38,10 @@ the model and its data:
                           checkpoint; --model names the class if it does not
 """
 
+_MISSING = (
+    "--{0} is missing: name a class or a function, as --{0} package.module.{1} or --{0} file.py:{2}"
+)
+
 
 def model_command_parser(
     command: str, description: str, epilog: str, usage: str = ""
@@ -210,9 +214,9 @@ def _read_request(
         if factory is not None
     }
     if "model" not in factories:
-        raise ConfigurationError("--model is missing: name it as --model package.module.Class")
+        raise ConfigurationError(_MISSING.format("model", "Class", "build_net"))
     if "data" not in factories and not factories["model"].has_loaders:
-        raise ConfigurationError("--data is missing: name it as --data package.module.Class")
+        raise ConfigurationError(_MISSING.format("data", "DataModule", "train_loader"))
     for factory in factories.values():
         factory.add_arguments(parser, [option.name for option in options])
     rest = [word for option in options if option.name not in apart for word in option.words]

@@ -13,7 +13,7 @@ import numpy as np
 
 from bnguard import __version__
 from bnguard.errors import CalibrationError
-from bnguard.findings import counted
+from bnguard.findings import counted, factor
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
@@ -238,12 +238,12 @@ def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
             layer.name or "(the model)",
             f"{layer.values:,}",
             _format_change(layer.max_shift_std),
-            _format_change(layer.extreme_log_variance_ratio),
+            _format_factor(layer.extreme_log_variance_ratio),
         )
         for layer in shown
     )
     title = Text("How far the statistics moved, the furthest first", style="dim")
-    headings = ("layer", "n", "shift, σ", "log var ratio")
+    headings = ("layer", "n", "shift, σ", "variance off by")
     return [title, layer_table(headings, rows, len(layers) - len(shown))]
 
 
@@ -272,6 +272,10 @@ def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:
         more = f" (and {len(names) - 1:,} more like it)" if len(names) > 1 else ""
         lines.append(f"skipped: {names[0]}{more} {reason}")
     return Text("\n".join(lines), style="yellow")
+
+
+def _format_factor(log_ratio: float | None) -> str:
+    return "was not finite" if log_ratio is None else factor(log_ratio)
 
 
 def _format_change(value: float | None) -> str:

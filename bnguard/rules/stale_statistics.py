@@ -180,7 +180,7 @@ class StaleStatistics(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls.in_training} batches were normalised in train mode, but none entered "
+            f"{layer.calls.in_training:,} batches were normalised in train mode, but none entered "
             "the running statistics: something runs the layer on copies of its buffers",
             Evidence("batches without an update", layer.calls.in_training, self.min_lost_calls),
             _FIX,

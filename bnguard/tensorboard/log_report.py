@@ -124,7 +124,8 @@ def open_log(folder: Path) -> LogReader:
     reader = LogReader(provider, context.RequestContext(), "", SeriesCache(), damages)
     if not reader.runs():
         raise LogError(
-            f"{folder} holds no run that bnguard watched: train with the BatchNormMonitor callback"
+            f"{folder} holds no run that bnguard watched: train with bnguard run, or with the "
+            "BatchNormMonitor callback"
         )
     return reader
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bnguard.findings import counted, factor
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView, importing_rich
 from bnguard.report.terminal import layer_table
@@ -173,7 +174,7 @@ _VERDICTS = {
 def _heading(diagnosis: Diagnosis) -> Text:
     numbers = {"evaluation": diagnosis.samples, "training": diagnosis.reference_samples}
     parts = ["bnguard"]
-    parts += [f"{n:,} {name} sample{'s' * (n != 1)}" for name, n in numbers.items() if n]
+    parts += [counted(n, f"{name} sample") for name, n in numbers.items() if n]
     return Text(" · ".join(parts), style="bold")
 
 
@@ -195,7 +196,8 @@ def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
         Text(
             f"{'flips, ' * has_flips}change (σ): against the statistics of the evaluation data; "
             "gap (σ): against those of each batch; drift: of the evaluation data from these "
-            "statistics, in σ or |log variance ratio|, at the worst layer, and at the first",
+            "statistics, of the mean in σ or of the variance as a logarithm, at the worst layer, "
+            "and at the first",
             style="dim",
         ),
     )
@@ -217,11 +219,11 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
             layer.name or "(the model)",
             _share(layer.share, digits=0),
             _moved(layer.shift_std),
-            _moved(layer.log_variance_ratio),
+            "not finite" if layer.log_variance_ratio is None else factor(layer.log_variance_ratio),
         )
         for layer in layers[:_MOST_LAYERS_SHOWN]
     )
-    headings = ("layers to blame", "share of the harm", "shift, σ", "log var ratio")
+    headings = ("layers to blame", "share of the harm", "shift, σ", "variance off by")
     return layer_table(headings, rows, len(layers) - _MOST_LAYERS_SHOWN)
 
 
