@@ -61,8 +61,8 @@ class SeveralStreams(Rule):
             arXiv:1911.09665.
         Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5, arXiv:2105.07576.
         adapt-python/adapt#92 and scikit-adaptation/skada#252, source and target in separate calls.
-        keras-team/keras#4459, one encoder for two scales; pytorch/pytorch#1738, a block called in a
-            loop.
+        keras-team/keras#11927, one encoder for several inputs; pytorch/pytorch#1738, a block called
+            in a loop.
     """
 
     code: ClassVar[str] = "BN207"

@@ -76,7 +76,7 @@ class UpdateOutsideTraining(Rule):
     References:
         torch.nn.Module.eval, and the note on it in "Autograd mechanics".
         pytorch/pytorch#5406, "BatchNorm behaves different in train() and eval()".
-        pytorch/vision#2079, dummy images before an evaluation.
+        pytorch/vision#2079, a forward in train mode between two evaluations.
         layumi/Person_reID_baseline_pytorch#218, inference without eval().
         google-research/seed_rl#28, an actor in train mode; lightning-uq-box/lightning-uq-box#173,
             Monte Carlo dropout.
