@@ -29,7 +29,7 @@ from bnguard.inspection import inspect_checkpoint
 from bnguard.layers.names import layer_label
 from bnguard.report import Report
 from bnguard.report.json_document import SCHEMA
-from bnguard.report.terminal import layer_table
+from bnguard.report.terminal import by_rule, layer_table
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
@@ -166,18 +166,12 @@ def inspection_document(
 
 def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:
     """Yield what the callback reported while the checkpoint was trained, a line each rule."""
-    groups: dict[tuple[str, str], list[PastFinding]] = {}
-    for noted in reported:
-        groups.setdefault((noted.severity, noted.code), []).append(noted)
-    for (severity, code), group in groups.items():
-        first, last = min(n.first_step for n in group), max(n.last_step for n in group)
-        when = f"at step {first}" if first == last else f"at steps {first} to {last}"
-        noted = group[0]
+    for noted, layers, steps in by_rule(reported):
         place = layer_label(noted.layer)
-        where = place if len(group) == 1 else f"{len(group)} layers, {place} among them"
+        where = place if layers == 1 else f"{layers} layers, {place} among them"
         yield (
-            f"while training, bnguard reported: {severity} {code} {noted.name} {when}, {where}: "
-            f"{noted.message}; {noted.evidence}"
+            f"while training, bnguard reported: {noted.severity} {noted.code} {noted.name} at "
+            f"{steps}, {where}: {noted.message}; {noted.evidence}"
         )
 
 

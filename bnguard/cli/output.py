@@ -96,9 +96,6 @@ def failing_as(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error
 
 
-# Without a terminal, tables are as wide as they need to be.
-UNLIMITED_WIDTH = 100_000
-
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
 
@@ -171,15 +168,11 @@ def show(renderable: RenderableType) -> None:
     """
     from rich.console import Console
 
+    from bnguard.report.terminal import UNWRAPPED, drawn
+
     stream = output()
-    is_terminal = stream.isatty()
-    console = Console(file=stream, width=None if is_terminal else UNLIMITED_WIDTH)
-    with console.capture() as capture:
-        console.print(_Printable(renderable), crop=False)
-    drawn = capture.get()
-    if not is_terminal:
-        drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
-    stream.write(drawn)
+    console = Console(file=stream, width=None if stream.isatty() else UNWRAPPED)
+    stream.write(f"{drawn(_Printable(renderable), console)}\n")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def report_document(report: Report) -> dict[str, Any]:
             {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
             for skipped in report.skipped
         ],
-        "notes": list(report.notes),
+        "notes": report.notes,
     }
     return cast("dict[str, Any]", strict_json(document))
 
@@ -72,13 +72,8 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     ``reason``), ``notes``.
     """
     content = dataclasses.asdict(diagnosis)
-    document = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
-        **{key: content[key] for key in ("samples", "reference_samples", "cause")},
-        **{key: list(content[key]) for key in ("rows", "layers", "skipped", "notes")},
-    }
-    document["cause"]["evidence"] = list(document["cause"]["evidence"])
+    keys = ("samples", "reference_samples", "cause", "rows", "layers", "skipped", "notes")
+    document = {"schema": SCHEMA, "bnguard": __version__, **{key: content[key] for key in keys}}
     return cast("dict[str, Any]", strict_json(document))
 
 

@@ -42,7 +42,8 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity
 _MOST_LAYERS_SHOWN = 4
 # A redundant setting is harmless: it is a line at the end.
 _HABITS = "BN109"
-UNWRAPPED = 10_000
+# Without a terminal, lines are as long as they need to be.
+UNWRAPPED = 100_000
 # Shorter work shows no progress bar.
 _LONG_SECONDS = 1.0
 
@@ -85,15 +86,20 @@ def past_findings(report: Report) -> Iterator[str]:
     >>> list(past_findings(Report(History(layers=(), run=Run()), (), (), over=(past,))))
     ['BN302 mode-gap (warning) at the model, steps 30–80, gone since']
     """
-    groups: dict[tuple[str, str, str], list[PastFinding]] = {}
-    for past in report.over:
-        groups.setdefault((past.code, past.name, past.severity), []).append(past)
-    for (code, name, severity), group in groups.items():
+    for past, layers, steps in by_rule(report.over):
+        where = layer_label(past.layer) if layers == 1 else counted(layers, "layer")
+        yield f"{past.code} {past.name} ({past.severity}) at {where}, {steps}, gone since"
+
+
+def by_rule(past: Iterable[PastFinding]) -> Iterator[tuple[PastFinding, int, str]]:
+    """Yield the first finding of each rule and severity, how many there are, and their steps."""
+    groups: dict[tuple[str, str], list[PastFinding]] = {}
+    for each in past:
+        groups.setdefault((each.code, each.severity), []).append(each)
+    for group in groups.values():
         first, last = min(p.first_step for p in group), max(p.last_step for p in group)
-        layer = layer_label(group[0].layer)
-        where = layer if len(group) == 1 else counted(len(group), "layer")
         steps = f"step {first}" if first == last else f"steps {first}–{last}"
-        yield f"{code} {name} ({severity}) at {where}, {steps}, gone since"
+        yield group[0], len(group), steps
 
 
 def findings_view(
@@ -180,9 +186,7 @@ def notice_view(group: FindingGroup) -> RenderableType:
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    with console.capture() as capture:
-        console.print(renderable, crop=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return drawn(renderable, console)
 
 
 def as_terminal_text(renderable: RenderableType) -> str:
@@ -195,6 +199,11 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_terminal=terminal.is_terminal,
         force_jupyter=False,
     )
+    return drawn(renderable, console)
+
+
+def drawn(renderable: RenderableType, console: Console) -> str:
+    """Return what a console would print, without trailing spaces."""
     with console.capture() as capture:
         console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
