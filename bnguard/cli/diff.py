@@ -9,14 +9,13 @@ from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.findings import counted, factor
 from bnguard.layers.distances import largest
-from bnguard.report.json_document import SCHEMA
+from bnguard.report.json_document import versioned
 from bnguard.report.terminal import layer_table, number_text
 
 if TYPE_CHECKING:
@@ -103,9 +102,7 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
 
 def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
     """Return a comparison as plain data; numbers are absolute, null if not finite."""
-    return {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "before": str(difference.before),
         "after": str(difference.after),
         "layers": [
@@ -119,6 +116,7 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
         ],
         "entries": [{"key": entry.key, "detail": entry.detail} for entry in difference.entries],
     }
+    return versioned(content)
 
 
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:

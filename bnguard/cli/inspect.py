@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from bnguard.cli.output import (
     add_json_option,
@@ -28,7 +27,7 @@ from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.layers.names import layer_label
 from bnguard.report import Report
-from bnguard.report.json_document import SCHEMA
+from bnguard.report.json_document import versioned
 from bnguard.report.terminal import by_rule, layer_table
 
 if TYPE_CHECKING:
@@ -143,9 +142,7 @@ def inspection_document(
     inspected: Iterable[tuple[Checkpoint, Report]], errors: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the inspection of several checkpoints as plain data, as the help describes it."""
-    return {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "checkpoints": [
             {
                 "path": str(checkpoint.path),
@@ -162,6 +159,7 @@ def inspection_document(
         ],
         "errors": [{"path": path, "message": message} for path, message in errors.items()],
     }
+    return versioned(content)
 
 
 def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:

@@ -55,8 +55,9 @@ def add_json_option(parser: _ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def print_error(message: str) -> None:
+def print_error(error: Exception | str) -> None:
     """Print one line, in which no name from a file can control the terminal."""
+    message = in_a_line(error) if isinstance(error, ArgumentError) else str(error)
     print(f"bnguard: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 

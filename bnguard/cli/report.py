@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.output import add_json_option, command_parser, say, show, show_json
+from bnguard.report.json_document import versioned
 
 _EXAMPLES = """
 examples:
@@ -19,7 +20,7 @@ def run(arguments: list[str]) -> int:
     """Print the last report of each run in a log directory, or write all of it as one page."""
     values = make_parser().parse_args(arguments)
     # TensorBoard, which takes a second to import, is not needed to say what this does.
-    from bnguard.tensorboard.log_report import logged_runs, runs_document, write_page
+    from bnguard.tensorboard.log_report import logged_runs, write_page
 
     folder = Path(values.logdir)
     if values.html is not None:
@@ -28,7 +29,7 @@ def run(arguments: list[str]) -> int:
         return 0
     runs = logged_runs(folder)
     if values.json:
-        show_json(runs_document(runs))
+        show_json(versioned({"runs": [run.to_dict() for run in runs]}))
         return 0
     for logged in runs:
         show(logged)

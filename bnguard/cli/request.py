@@ -16,7 +16,7 @@ from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoin
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
 from bnguard.cli.output import add_json_option, command_parser
 from bnguard.cli.stored_arguments import arguments_for
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError, path_from_here
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
@@ -221,11 +221,7 @@ def _read_request(
         factory.add_arguments(parser, [option.name for option in options])
     rest = [word for option in options if option.name not in apart for word in option.words]
     configs = {f.config.path for f in factories.values() if f.config is not None}
-    here = Path.cwd()
-    notes = [
-        f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
-        for path in sorted(configs)
-    ]
+    notes = [f"arguments from {path_from_here(path)}" for path in sorted(configs)]
     values = parser.parse_args([*rest, "--", *positional])
     return Request(checkpoint, opened, factories, states, values, options, notes)
 

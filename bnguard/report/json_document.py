@@ -29,7 +29,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from bnguard import __version__
 from bnguard.layers.distances import largest
@@ -44,9 +45,7 @@ SCHEMA = 1
 
 def report_document(report: Report) -> dict[str, Any]:
     """Return a report as plain data, in the schema of this module."""
-    document = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "steps": report.history.run.steps,
         "findings": [finding.to_dict() for finding in report.findings],
         "over": [dataclasses.asdict(past) for past in report.over],
@@ -57,7 +56,7 @@ def report_document(report: Report) -> dict[str, Any]:
         ],
         "notes": report.notes,
     }
-    return cast("dict[str, Any]", strict_json(document))
+    return versioned(content)
 
 
 def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -73,8 +72,13 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     """
     content = dataclasses.asdict(diagnosis)
     keys = ("samples", "reference_samples", "cause", "rows", "layers", "skipped", "notes")
-    document = {"schema": SCHEMA, "bnguard": __version__, **{key: content[key] for key in keys}}
-    return cast("dict[str, Any]", strict_json(document))
+    return versioned({key: content[key] for key in keys})
+
+
+def versioned(content: Mapping[str, object]) -> dict[str, Any]:
+    """Return content as a document for JSON: under its schema and the version of the library."""
+    head = {"schema": SCHEMA, "bnguard": __version__}
+    return head | {key: strict_json(value) for key, value in content.items()}
 
 
 def json_text(report: Report) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnguard import __version__
-from bnguard.report.json_document import SCHEMA
+from bnguard.report.json_document import versioned
 from bnguard.report.terminal import copyable
 from bnguard.rules import Rule
 
@@ -38,21 +38,18 @@ def rules_document(rules: Iterable[Rule], *, with_pages: bool = False) -> dict[s
 
     Also the ``page`` as text, if it is asked for.
     """
-    return {
-        "schema": SCHEMA,
-        "bnguard": __version__,
-        "rules": [
-            {
-                "code": rule.code,
-                "name": rule.name,
-                "fault": rule.headline(),
-                "is_static": rule.is_static,
-                "limits": dict(vars(rule)),
-                **({"page": rule.page()} if with_pages else {}),
-            }
-            for rule in rules
-        ],
-    }
+    listed = [
+        {
+            "code": rule.code,
+            "name": rule.name,
+            "fault": rule.headline(),
+            "is_static": rule.is_static,
+            "limits": dict(vars(rule)),
+            **({"page": rule.page()} if with_pages else {}),
+        }
+        for rule in rules
+    ]
+    return versioned({"rules": listed})
 
 
 def page_view(rule: Rule) -> RenderableType:

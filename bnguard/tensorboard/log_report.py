@@ -25,10 +25,8 @@ from tensorboard.backend.event_processing import (
     plugin_event_multiplexer,
 )
 
-from bnguard import __version__
 from bnguard.errors import in_one_line, printable
 from bnguard.findings import Finding, Severity, counted
-from bnguard.report.json_document import SCHEMA
 from bnguard.report.terminal import UNWRAPPED, as_text, count_causes, findings_view
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
@@ -163,12 +161,6 @@ def logged_runs(folder: Path) -> tuple[LoggedRun, ...]:
     """
     reader = open_log(folder)
     return tuple(_logged(reader, entry["name"]) for entry in reader.runs())
-
-
-def runs_document(runs: Iterable[LoggedRun]) -> dict[str, Any]:
-    """Return runs as plain data, each as its :meth:`LoggedRun.to_dict`."""
-    listed = [run.to_dict() for run in runs]
-    return {"schema": SCHEMA, "bnguard": __version__, "runs": listed}
 
 
 def _logged(reader: LogReader, name: str) -> LoggedRun:
