@@ -14,7 +14,6 @@ from bnguard.report.terminal import layer_table
 with importing_rich():
     from rich.console import Group, RenderableType
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
 
@@ -181,23 +180,20 @@ def _heading(diagnosis: Diagnosis) -> Text:
 def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     has_score = any(row.score is not None for row in rows)
     has_flips = any(row.flipped_share is not None for row in rows)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("statistics", overflow="fold")
-    headings = ["score"] * has_score + ["flips"] * has_flips
+
+    def numbers(row: Row) -> list[str]:
+        known = [_score(row.score)] * has_score + [_share(row.flipped_share)] * has_flips
+        return known + [_distance(d) for d in (row.change, row.gap, row.drift, row.input_drift)]
+
+    headings = ["statistics"] + ["score"] * has_score + ["flips"] * has_flips
     headings += ["change", "gap", "drift", "first"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = [_score(row.score)] * has_score + [_share(row.flipped_share)] * has_flips
-        numbers += [_distance(value) for value in (row.change, row.gap, row.drift, row.input_drift)]
-        table.add_row(row.label, *numbers)
     return Group(
-        table,
+        layer_table(headings, ((row.label, *numbers(row)) for row in rows)),
         Text(
             f"{'flips, ' * has_flips}change (σ): against the statistics of the evaluation data; "
-            "gap (σ): against those of each batch; drift: of the evaluation data from these "
-            "statistics, of the mean in σ or of the variance as a logarithm, at the worst layer, "
-            "and at the first",
+            "gap (σ): against those of each batch; drift: from these statistics to the evaluation "
+            "data at the worst layer, first: at the first one (σ of the mean, or logarithm of the "
+            "variance ratio)",
             style="dim",
         ),
     )
