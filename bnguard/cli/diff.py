@@ -13,10 +13,10 @@ from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
-from bnguard.findings import counted, factor
+from bnguard.findings import counted
 from bnguard.layers.distances import largest
 from bnguard.report.json_document import versioned
-from bnguard.report.terminal import layer_table, number_text
+from bnguard.report.terminal import layer_table, moved_text, number_text
 
 if TYPE_CHECKING:
     from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference
@@ -126,16 +126,11 @@ def _layers_view(layers: list[LayerDifference]) -> RenderableType:
             layer.name,
             number_text(layer.before.counter),
             number_text(layer.after.counter),
-            number_text(largest(layer.shift_std)),
-            _factor(largest(layer.log_variance_ratio)),
+            *moved_text(largest(layer.shift_std), largest(layer.log_variance_ratio)),
         )
         for layer in layers
     )
     return layer_table(headings, rows)
-
-
-def _factor(log_ratio: float | None) -> str:
-    return "–" if log_ratio is None else factor(log_ratio)
 
 
 def _distance(layer: LayerDifference) -> float:

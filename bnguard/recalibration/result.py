@@ -13,7 +13,7 @@ import numpy as np
 
 from bnguard import __version__
 from bnguard.errors import CalibrationError
-from bnguard.findings import counted, factor
+from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
@@ -230,15 +230,14 @@ def _show_heading(recalibration: Recalibration) -> RenderableType:
 def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
     from rich.text import Text
 
-    from bnguard.report.terminal import layer_table
+    from bnguard.report.terminal import layer_table, moved_text
 
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
     rows = (
         (
             layer.name or "(the model)",
             f"{layer.values:,}",
-            _format_change(layer.max_shift_std),
-            _format_factor(layer.extreme_log_variance_ratio),
+            *moved_text(layer.max_shift_std, layer.extreme_log_variance_ratio),
         )
         for layer in shown
     )
@@ -272,11 +271,3 @@ def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:
         more = f" (and {len(names) - 1:,} more like it)" if len(names) > 1 else ""
         lines.append(f"skipped: {names[0]}{more} {reason}")
     return Text("\n".join(lines), style="yellow")
-
-
-def _format_factor(log_ratio: float | None) -> str:
-    return "was not finite" if log_ratio is None else factor(log_ratio)
-
-
-def _format_change(value: float | None) -> str:
-    return "was not finite" if value is None else f"{value:.3g}"

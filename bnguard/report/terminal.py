@@ -340,6 +340,15 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     return Group(Text(title, style="bold"), layer_table(("layer", *headings), rows))
 
 
+def moved_text(shift_std: float | None, log_variance_ratio: float | None) -> tuple[str, str]:
+    """Return how far statistics moved, in σ and as a factor; None was not finite before."""
+    unknown = "was not finite"
+    return (
+        unknown if shift_std is None else number_text(shift_std),
+        unknown if log_variance_ratio is None else factor(log_variance_ratio),
+    )
+
+
 def number_text(value: float | None) -> str:
     """Return a count, or a number in three figures; a dash for None."""
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"

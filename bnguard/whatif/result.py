@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bnguard.findings import counted, factor
+from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView, importing_rich
-from bnguard.report.terminal import layer_table
+from bnguard.report.terminal import layer_table, moved_text
 
 with importing_rich():
     from rich.console import Group, RenderableType
@@ -214,8 +214,7 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
         (
             layer.name or "(the model)",
             _share(layer.share, digits=0),
-            _moved(layer.shift_std),
-            "not finite" if layer.log_variance_ratio is None else factor(layer.log_variance_ratio),
+            *moved_text(layer.shift_std, layer.log_variance_ratio),
         )
         for layer in layers[:_MOST_LAYERS_SHOWN]
     )
@@ -234,7 +233,3 @@ def _distance(value: float | None) -> str:
 def _share(value: float | None, digits: int = 1) -> str:
     # -0.0 is shown without its sign.
     return "–" if value is None else f"{round(value, digits + 2) + 0.0:.{digits}%}"
-
-
-def _moved(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
