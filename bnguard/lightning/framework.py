@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-# bnguard installs pytorch-lightning, so who has lightning as well has chosen it.
-_NAMES = ("lightning.pytorch", "pytorch_lightning")
-_FABRIC_NAMES = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+_NAMES = ("pytorch_lightning", "lightning.pytorch")
+# From 2.6 on a Trainer takes the other package's callbacks too. Older ones refuse them, and bnguard
+# installs pytorch-lightning: what may be old is the lightning that is there as well.
+_NAMES_FOR_CALLBACKS = ("lightning.pytorch", "pytorch_lightning")
+_FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
 
 
 def _package(names: Iterable[str] = _NAMES) -> ModuleType:
@@ -63,7 +65,7 @@ def __getattr__(name: str) -> Any:
     """Import Lightning only when needed: perhaps only Fabric is installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package = _package()
+    package = _package(_NAMES_FOR_CALLBACKS if name == "Callback" else _NAMES)
     if name == "CombinedLoader":
         return importlib.import_module(f"{package.__name__}.utilities").CombinedLoader
     return getattr(package, name)

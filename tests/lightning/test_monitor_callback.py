@@ -250,7 +250,7 @@ def test_one_of_the_two_packages_is_enough(installed, missing):
     assert done.returncode == 0, done.stderr
 
 
-def test_of_two_packages_the_one_that_bnguard_did_not_install_is_chosen():
+def test_of_two_packages_callbacks_are_of_the_one_that_may_be_old():
     """Before 2.6, lightning's Trainer takes no other package's callbacks; both take this one."""
     code = (
         "from bnguard.lightning import BatchNormMonitor; import lightning.pytorch as package; "
