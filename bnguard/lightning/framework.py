@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
-# From 2.6 on a Trainer takes the other package's callbacks too. Older ones refuse them, and bnguard
-# installs pytorch-lightning: what may be old is the lightning that is there as well.
-_NAMES_FOR_CALLBACKS = ("lightning.pytorch", "pytorch_lightning")
 _FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
 
 
-def _package(names: Iterable[str] = _NAMES) -> ModuleType:
-    """Return the package that is already imported, else the first that is installed."""
-    by_use = sorted(names, key=lambda name: name not in sys.modules)
-    for name in by_use:
+def _package(names: Sequence[str] = _NAMES) -> ModuleType:
+    """Return the package that is already imported, else lightning if it is installed.
+
+    Before 2.6 a Trainer refuses callbacks of the other package. bnguard installs pytorch-lightning,
+    so what may be older, and is imported later, is the lightning beside it.
+    """
+    imported = [name for name in names if name in sys.modules]
+    for name in (*imported, *reversed(names)):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -53,7 +54,7 @@ def package_of(module: object) -> Any:
 def fabric_of(module: object) -> Any:
     """Return the Fabric package of a module's Lightning package, else the installed one."""
     name = package_name_of(module)
-    return _package(_FABRIC_NAMES.values() if name is None else [_FABRIC_NAMES[name]])
+    return _package([*_FABRIC_NAMES.values()] if name is None else [_FABRIC_NAMES[name]])
 
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def __getattr__(name: str) -> Any:
     """Import Lightning only when needed: perhaps only Fabric is installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package = _package(_NAMES_FOR_CALLBACKS if name == "Callback" else _NAMES)
+    package = _package()
     if name == "CombinedLoader":
         return importlib.import_module(f"{package.__name__}.utilities").CombinedLoader
     return getattr(package, name)
