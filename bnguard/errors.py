@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 _Arguments = ParamSpec("_Arguments")
@@ -147,6 +148,16 @@ def printable(text: str) -> str:
     σ\nend
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def path_from_here(path: Path) -> Path:
+    """Return a path as it is typed in the current folder: relative if it is below that.
+
+    >>> path_from_here(Path.cwd() / "last.ckpt"), path_from_here(Path("/elsewhere"))
+    (PosixPath('last.ckpt'), PosixPath('/elsewhere'))
+    """
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

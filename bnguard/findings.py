@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from bnguard.layers.names import layer_label
+
+# Of the natural logarithm of a factor.
+LOGARITHM = "ln"
 
 
 class Severity(enum.IntEnum):
@@ -37,7 +41,8 @@ class Evidence:
         measure: What was measured, as a noun: ``"largest shift"``.
         value: The number measured.
         limit: The limit of that number; NaN if it has none.
-        unit: Unit of both, ``""`` for a plain number.
+        unit: Unit of both, ``""`` for a plain number; ``LOGARITHM`` for the natural logarithm of a
+            factor, which people read as the factor.
         is_minimum: Whether the limit is a minimum; by default it is a maximum.
 
     Example:
@@ -45,7 +50,7 @@ class Evidence:
         'largest shift 2.25 σ (limit 1 σ)'
         >>> str(Evidence("values per channel", 2, 3, is_minimum=True))
         'values per channel 2 (at least 3)'
-        >>> str(Evidence("|log variance ratio|", 7.329, 1.5))
+        >>> str(Evidence("variance off by", 7.329, 1.5, LOGARITHM))
         'variance off by 1,500× (limit 4.5×)'
     """
 
@@ -66,16 +71,9 @@ class Evidence:
             return math.inf if far else 0.0
         return far / near
 
-    @property
-    def noun(self) -> str:
-        """The measure for people, who read a factor and not its logarithm."""
-        if _LOG_RATIO not in self.measure:
-            return self.measure
-        return f"{self.measure.replace(_LOG_RATIO, 'variance')} off by"
-
     def amount(self, number: float) -> str:
         """Return a number of this measure with its unit, or as a factor: 2.25 σ, 4.5×."""
-        if _LOG_RATIO in self.measure and math.isfinite(number):
+        if self.unit == LOGARITHM and math.isfinite(number):
             return factor(number)
         is_short = float(number).is_integer() and abs(number) < 1e6
         figures = f"{number:,.0f}" if is_short else f"{number:.4g}"
@@ -84,15 +82,12 @@ class Evidence:
     @property
     def reading(self) -> str:
         """The measure and its value, without the limit: largest shift 2.25 σ."""
-        return f"{self.noun} {self.amount(self.value)}"
+        return f"{self.measure} {self.amount(self.value)}"
 
     def __str__(self) -> str:
         bound = "at least" if self.is_minimum else "limit"
         limit = "" if math.isnan(self.limit) else f" ({bound} {self.amount(self.limit)})"
         return f"{self.reading}{limit}"
-
-
-_LOG_RATIO = "|log variance ratio|"
 
 
 def factor(log_ratio: float) -> str:
@@ -103,6 +98,10 @@ def factor(log_ratio: float) -> str:
     """
     size = math.exp(min(abs(log_ratio), 700.0))
     return f"{float(f'{size:.2g}'):,.6g}×"
+
+
+# Placeholders for the model and its data in a command.
+SUBJECTS = "--model PACKAGE.CLASS --data PACKAGE.CLASS"
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,17 @@ class Fix:
     def call(self) -> str:
         """The call that does it to a model in memory; empty if the user has to change code."""
         return _CALLS.get(self.repair or "", "")
+
+    def command(self, checkpoint: str = "CKPT", subjects: str = SUBJECTS) -> str:
+        """Return the command that does it to a checkpoint; empty as :attr:`call`.
+
+        ``subjects`` are the options that name the model and its data.
+
+        >>> Fix("", "swap").command("a b.ckpt", "--model my.Net --data my.Data")
+        "bnguard swap 'a b.ckpt' --model my.Net --data my.Data"
+        """
+        words = f"bnguard {self.repair} {shlex.quote(checkpoint)} {subjects}"
+        return words if self.repair in _CALLS else ""
 
 
 _CALLS = {

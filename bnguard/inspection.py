@@ -124,7 +124,8 @@ def inspect_checkpoint(
         for model in checkpoint.models
         for layer in model.layers
     ]
-    return _report(layers, rules, configuration or Configuration(), run)
+    report = _report(layers, rules, configuration or Configuration(), run)
+    return dataclasses.replace(report, checkpoint=checkpoint.path)
 
 
 # Their result does not depend on the statistics from before, unless there is a prior.

@@ -141,3 +141,16 @@ def test_examples_run(script, tmp_path):
     done = run([sys.executable, str(script)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "bnguard ·" in done.stdout
+
+
+def test_a_package_index_shows_captions_in_place_of_pictures_that_it_lacks():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    text = README
+    for change in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"][
+        "substitutions"
+    ]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    assert "](.pictures" in README
+    assert ".pictures" not in text
+    assert "\n*The BatchNorm tab of TensorBoard: layers by steps" in text
+    assert "|---|---|---|---|\n| sorted-data, BN203 |" in text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser
 
 from bnguard.cli import recalibrate
-from bnguard.cli.output import UNLIMITED_WIDTH, command_parser, output, say, show
+from bnguard.cli.output import command_parser, output, say, show
 from bnguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -118,12 +118,13 @@ def _tell_story(folder: Path, seed: int) -> None:
     from bnguard.demo import DigitsData, DigitsNet
     from bnguard.lightning import BatchNormMonitor
     from bnguard.lightning.framework import Trainer, package_of
+    from bnguard.report.terminal import UNWRAPPED
 
     # The network is so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
     console = rich.get_console()
     if not console.is_terminal:
-        console.width = UNLIMITED_WIDTH
+        console.width = UNWRAPPED
     lightning = package_of(None)
     lightning.seed_everything(seed, verbose=False)
     net, data = DigitsNet(), DigitsData()

@@ -131,8 +131,10 @@ def _reference(request: Request, data: Data) -> tuple[Iterable[object] | None, l
 
 
 def _score_notes(scorer: ValidationScore | None) -> tuple[str, ...]:
+    from bnguard.cli.scoring import NOT_SCORED
+
     if scorer is None:
-        return ("not scored: that needs a validation_step of Lightning, and a data module",)
+        return (NOT_SCORED,)
     return (f"the score is {scorer.meaning}, on the evaluation samples",)
 
 
@@ -158,10 +160,11 @@ def _propose_command(cause: Verdict, request: Request, *, is_module: bool) -> Ve
             advice, step = cause.advice, _command("recalibrate", request, "--split", on)
         case _, "reference":
             advice, step = cause.advice, _command("recalibrate", request, data="reference")
-        case _:
+        case _, _ if "reference" in request.factories:
             advice, step = cause.advice, _command("recalibrate", request)
-            if "reference" not in request.factories:
-                advice += " (--data takes a function that gives the training loader, too)"
+        case _:
+            advice = f"{cause.advice} (PACKAGE:function gives the training loader)"
+            step = _command("recalibrate", request, "--data", "PACKAGE:function", data="reference")
     return replace(cause, advice=advice, next_step=step)
 
 

@@ -9,17 +9,18 @@ from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, read_checkpoint
 from bnguard.checkpoint.comparing import compare
-from bnguard.cli.output import command_parser, layer_table, show, show_json
+from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
+from bnguard.findings import counted
 from bnguard.layers.distances import largest
+from bnguard.report.json_document import versioned
+from bnguard.report.terminal import layer_table, moved_text, number_text
 
 if TYPE_CHECKING:
     from bnguard.checkpoint.comparing import CheckpointDifference, LayerDifference
 
-SCHEMA = 1
 _MOST_SHOWN = 10
 _EXAMPLES = """
 examples:
@@ -53,14 +54,14 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command."""
     parser = command_parser(
         "diff",
-        "Compare two checkpoints: BN layers in standard deviations and log-variance "
-        "ratio, everything else bit by bit. Status 1 if anything else differs.",
+        "Compare two checkpoints: BN layers in standard deviations and factors of the "
+        "variance, everything else bit by bit. Status 1 if anything else differs.",
         _EXAMPLES,
     )
     parser.add_argument("before", type=str, help="the first checkpoint")
     parser.add_argument("after", type=str, nargs="?", help="the second; by default the first again")
     parser.add_argument("--verbose", action="store_true", help="show every layer and entry")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     parser.add_argument(
         "--weights",
         type=str,
@@ -86,22 +87,22 @@ def difference_view(difference: CheckpointDifference, *, is_verbose: bool) -> Re
         parts.append(_layers_view(moved[:most]))
     lines = []
     if len(moved[:most]) < len(moved):
-        lines.append(f"and {len(moved) - _MOST_SHOWN} more layers (--verbose shows all)")
+        more = counted(len(moved) - _MOST_SHOWN, "more layer")
+        lines.append(f"and {more} (--verbose shows all)")
     if layers and not moved and entries:
         lines.append("the statistics are the same and other entries are not: do they fit?")
     if not layers:
         lines.append("no BN layer is in both, by name and channels: are they the same network?")
     lines += [f"{entry.key}: {entry.detail}" for entry in entries[:most]]
     if len(entries[:most]) < len(entries):
-        lines.append(f"and {len(entries) - _MOST_SHOWN} more entries")
+        more = counted(len(entries) - _MOST_SHOWN, "more entry", "more entries")
+        lines.append(f"and {more} (--verbose shows all)")
     return Group(*parts, *map(Text, lines))
 
 
 def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
     """Return a comparison as plain data; numbers are absolute, null if not finite."""
-    return {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "before": str(difference.before),
         "after": str(difference.after),
         "layers": [
@@ -115,17 +116,17 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
         ],
         "entries": [{"key": entry.key, "detail": entry.detail} for entry in difference.entries],
     }
+    return versioned(content)
 
 
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:
-    headings = ("updates before", "after", "shift, σ", "|log var ratio|")
+    headings = ("layer", "updates before", "after", "shift, σ", "variance off by")
     rows = (
         (
             layer.name,
-            _number(layer.before.counter),
-            _number(layer.after.counter),
-            _number(largest(layer.shift_std)),
-            _number(largest(layer.log_variance_ratio)),
+            number_text(layer.before.counter),
+            number_text(layer.after.counter),
+            *moved_text(largest(layer.shift_std), largest(layer.log_variance_ratio)),
         )
         for layer in layers
     )
@@ -137,10 +138,6 @@ def _distance(layer: LayerDifference) -> float:
     if not all(np.isfinite(values).all() for values in numbers):
         return float("inf")
     return max(largest(values) or 0.0 for values in numbers)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _read(path: str, model: str | None) -> Checkpoint:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser, say, show
+from bnguard.cli.output import add_json_option, command_parser, say, show, show_json
 from bnguard.errors import ConfigurationError
-from bnguard.report.pages import page_view, pages_html
+from bnguard.report.pages import page_view, pages_html, rules_document
 from bnguard.rules import installed_rules, rule_named
 
 _EXAMPLES = """
@@ -25,6 +25,9 @@ def run(arguments: list[str]) -> int:
     if values.all == (values.rule is not None):
         raise ConfigurationError("name one rule, or use --all; 'bnguard rules' lists them")
     rules = installed_rules() if values.all else (rule_named(values.rule),)
+    if values.json:
+        show_json(rules_document(rules, with_pages=True))
+        return 0
     if values.html is None:
         for index, rule in enumerate(rules):
             if index:
@@ -44,5 +47,7 @@ def make_parser() -> ArgumentParser:
     parser = command_parser("explain", "Show the page of a rule.", _EXAMPLES)
     parser.add_argument("rule", type=str, nargs="?", help="code or name of the rule")
     parser.add_argument("--all", action="store_true", help="show the pages of all rules")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write HTML to a file")
+    shown_as = parser.add_mutually_exclusive_group()
+    shown_as.add_argument("--html", type=Path, metavar="FILE", help="write HTML to a file")
+    add_json_option(shown_as)
     return parser

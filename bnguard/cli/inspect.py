@@ -13,16 +13,22 @@ from jsonargparse import ArgumentParser
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bnguard import __version__
 from bnguard.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from bnguard.cli.output import command_parser, layer_table, print_error, show, show_json
+from bnguard.cli.output import (
+    add_json_option,
+    command_parser,
+    print_error,
+    show,
+    show_json,
+)
 from bnguard.configuration import read_configuration
 from bnguard.errors import BNGuardError, NoBatchNormError
 from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.layers.names import layer_label
 from bnguard.report import Report
-from bnguard.report.json_document import SCHEMA
+from bnguard.report.json_document import versioned
+from bnguard.report.terminal import by_rule, layer_table
 
 if TYPE_CHECKING:
     from bnguard.checkpoint import CheckpointLayer
@@ -104,7 +110,7 @@ def make_parser() -> ArgumentParser:
         help="inspect this model alone, or this part of one: ema, state_dict.encoder_q",
     )
     parser.add_argument("--verbose", action="store_true", help="show a line a layer")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     parser.add_argument(
         "--fail-on",
         type=Literal["error", "warning", "never"],
@@ -136,9 +142,7 @@ def inspection_document(
     inspected: Iterable[tuple[Checkpoint, Report]], errors: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the inspection of several checkpoints as plain data, as the help describes it."""
-    return {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "checkpoints": [
             {
                 "path": str(checkpoint.path),
@@ -155,27 +159,22 @@ def inspection_document(
         ],
         "errors": [{"path": path, "message": message} for path, message in errors.items()],
     }
+    return versioned(content)
 
 
 def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:
     """Yield what the callback reported while the checkpoint was trained, a line each rule."""
-    groups: dict[tuple[str, str], list[PastFinding]] = {}
-    for noted in reported:
-        groups.setdefault((noted.severity, noted.code), []).append(noted)
-    for (severity, code), group in groups.items():
-        first, last = min(n.first_step for n in group), max(n.last_step for n in group)
-        when = f"at step {first}" if first == last else f"at steps {first} to {last}"
-        noted = group[0]
+    for noted, layers, steps in by_rule(reported):
         place = layer_label(noted.layer)
-        where = place if len(group) == 1 else f"{len(group)} layers, {place} among them"
+        where = place if layers == 1 else f"{layers} layers, {place} among them"
         yield (
-            f"while training, bnguard reported: {severity} {code} {noted.name} {when}, {where}: "
-            f"{noted.message}; {noted.evidence}"
+            f"while training, bnguard reported: {noted.severity} {noted.code} {noted.name} at "
+            f"{steps}, {where}: {noted.message}; {noted.evidence}"
         )
 
 
 def _layers_view(layers: Iterable[CheckpointLayer]) -> RenderableType:
-    headings = ("C", "updates", "|mean| max", "var min", "var max", "dtype")
+    headings = ("layer", "C", "updates", "|mean| max", "var min", "var max", "dtype")
     rows = (
         (
             layer.name,

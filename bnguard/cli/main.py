@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bnguard import __version__
-from bnguard.cli.output import STANDARD_ERROR, STANDARD_OUTPUT, in_a_line, output_apart, print_error
+from bnguard.cli.output import STANDARD_ERROR, STANDARD_OUTPUT, output_apart, print_error
 from bnguard.errors import BNGuardError, ConfigurationError, nearest_name
 
 # A command's module is imported, and torch with it, only when the command is called.
@@ -57,7 +57,7 @@ def _run_script(arguments: list[str]) -> int:
     try:
         script = prepare(arguments)
     except (ArgumentError, BNGuardError) as error:
-        print_error(in_a_line(error) if isinstance(error, ArgumentError) else str(error))
+        print_error(error)
         return 2
     return script()
 
@@ -78,7 +78,7 @@ def _status(arguments: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # a shell's status of a process that SIGPIPE ended
     except (ArgumentError, BNGuardError) as error:
-        print_error(in_a_line(error) if isinstance(error, ArgumentError) else str(error))
+        print_error(error)
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interruption(error):

@@ -7,8 +7,8 @@ import os
 import re
 import sys
 import textwrap
-from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter, _ActionsContainer
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -19,7 +19,6 @@ from bnguard.errors import ConfigurationError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
 
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
@@ -51,8 +50,14 @@ def command_parser(
     )
 
 
-def print_error(message: str) -> None:
+def add_json_option(parser: _ActionsContainer) -> None:
+    """Add ``--json``, which every command that reports something has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def print_error(error: Exception | str) -> None:
     """Print one line, in which no name from a file can control the terminal."""
+    message = in_a_line(error) if isinstance(error, ArgumentError) else str(error)
     print(f"bnguard: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
@@ -91,9 +96,6 @@ def failing_as(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         raise ConfigurationError(f"{what} failed with {type(error).__name__}: {error}") from error
 
-
-# Without a terminal, tables are as wide as they need to be.
-UNLIMITED_WIDTH = 100_000
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
@@ -167,32 +169,11 @@ def show(renderable: RenderableType) -> None:
     """
     from rich.console import Console
 
+    from bnguard.report.terminal import UNWRAPPED, drawn
+
     stream = output()
-    is_terminal = stream.isatty()
-    console = Console(file=stream, width=None if is_terminal else UNLIMITED_WIDTH)
-    with console.capture() as capture:
-        console.print(_Printable(renderable), crop=False)
-    drawn = capture.get()
-    if not is_terminal:
-        drawn = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
-    stream.write(drawn)
-
-
-def layer_table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table of BN layers, a row each: its name, then numbers under the headings."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    rows = list(rows)
-    for column, heading in enumerate(headings, start=1):
-        # A number that is cut off would be another number.
-        widest = max((len(row[column]) for row in rows), default=0)
-        table.add_column(heading, justify="right", overflow="fold", min_width=widest)
-    for name, *numbers in rows:
-        table.add_row(Text(name), *numbers)
-    return table
+    console = Console(file=stream, width=None if stream.isatty() else UNWRAPPED)
+    stream.write(f"{drawn(_Printable(renderable), console)}\n")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _recalibrate_checkpoint(request: Request) -> int:
         listed = ", ".join(map(repr, shared[:3])) + more
         notes.append(f"changing {stored.name!r} also changes {listed} (they share storage)")
     if not data.is_module and values.split != _SPLIT:
-        notes.append(f"--split {values.split} was left out: {data.path} is a function")
+        notes.append(f"--split {values.split} was ignored: {data.path} has no splits")
     written, said = None, f"not written (--dry-run): {output}"
     if not result.is_kept:
         said = "not written: the score got worse (use --keep always to write it anyway)"

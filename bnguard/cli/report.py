@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from bnguard.cli.output import command_parser, say
+from bnguard.cli.output import add_json_option, command_parser, say, show, show_json
+from bnguard.report.json_document import versioned
 
 _EXAMPLES = """
 examples:
@@ -26,8 +27,12 @@ def run(arguments: list[str]) -> int:
         write_page(folder, Path(values.html))
         say(f"written: {values.html}")
         return 0
-    for logged in logged_runs(folder):
-        say(str(logged))
+    runs = logged_runs(folder)
+    if values.json:
+        show_json(versioned({"runs": [run.to_dict() for run in runs]}))
+        return 0
+    for logged in runs:
+        show(logged)
     return 0
 
 
@@ -40,5 +45,7 @@ def make_parser() -> ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument("logdir", type=str, help="folder with event files")
-    parser.add_argument("--html", type=str, help="file to write the page to")
+    shown_as = parser.add_mutually_exclusive_group()
+    shown_as.add_argument("--html", type=str, help="file to write the page to")
+    add_json_option(shown_as)
     return parser

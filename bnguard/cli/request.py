@@ -14,9 +14,9 @@ from bnguard.checkpoint import Checkpoint, CheckpointModel, OpenCheckpoint, file
 from bnguard.checkpoint.bn_entries import describe
 from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoint
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
-from bnguard.cli.output import command_parser
+from bnguard.cli.output import add_json_option, command_parser
 from bnguard.cli.stored_arguments import arguments_for
-from bnguard.errors import CheckpointError, ConfigurationError
+from bnguard.errors import CheckpointError, ConfigurationError, path_from_here
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ the model and its data:
                           checkpoint; --model names the class if it does not
 """
 
+_MISSING = (
+    "--{0} is missing: name a class or a function, as --{0} package.module.{1} or --{0} file.py:{2}"
+)
+
 
 def model_command_parser(
     command: str, description: str, epilog: str, usage: str = ""
@@ -58,7 +62,7 @@ def model_command_parser(
         "callback monitored, else one named like an accuracy, else the loss",
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, mps, …")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     return parser
 
 
@@ -210,18 +214,14 @@ def _read_request(
         if factory is not None
     }
     if "model" not in factories:
-        raise ConfigurationError("--model is missing: name it as --model package.module.Class")
+        raise ConfigurationError(_MISSING.format("model", "Class", "build_net"))
     if "data" not in factories and not factories["model"].has_loaders:
-        raise ConfigurationError("--data is missing: name it as --data package.module.Class")
+        raise ConfigurationError(_MISSING.format("data", "DataModule", "train_loader"))
     for factory in factories.values():
         factory.add_arguments(parser, [option.name for option in options])
     rest = [word for option in options if option.name not in apart for word in option.words]
     configs = {f.config.path for f in factories.values() if f.config is not None}
-    here = Path.cwd()
-    notes = [
-        f"arguments from {path.relative_to(here) if path.is_relative_to(here) else path}"
-        for path in sorted(configs)
-    ]
+    notes = [f"arguments from {path_from_here(path)}" for path in sorted(configs)]
     values = parser.parse_args([*rest, "--", *positional])
     return Request(checkpoint, opened, factories, states, values, options, notes)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.cli.output import command_parser
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, path_from_here
 from bnguard.findings import Severity
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _conclude(
             _write(result.folder, result.report)
             if not result.is_shown:
                 if len(reports) > 1:
-                    tell_user(f"\n{result.name}, {_short(result.folder)}:")
+                    tell_user(f"\n{result.name}, {path_from_here(result.folder)}:")
                 tell_user(as_terminal_text(result.report))
             concluded.append(result.report)
         for number, (report, own_folder) in enumerate(_reports_of_callbacks(), start=1):
@@ -152,8 +152,8 @@ def _conclude(
             concluded.append(report)
             logs = logs if reports else own_folder or logs
         if concluded:
-            tell_user(f"bnguard: report written to {_short(folder)}")
-            tell_user(f"bnguard: to see it: tensorboard --logdir {_short(logs)}")
+            tell_user(f"bnguard: report written to {path_from_here(folder)}")
+            tell_user(f"bnguard: to see it: tensorboard --logdir {path_from_here(logs)}")
             accused = [group.worst.code for report in concluded for group in report.groups]
             if accused:
                 tell_user(f"bnguard: what {accused[0]} means: bnguard explain {accused[0]}")
@@ -163,7 +163,7 @@ def _conclude(
             from bnguard.tensorboard.log_report import write_page
 
             write_page(logs, page)
-            tell_user(f"bnguard: page written to {_short(page)}")
+            tell_user(f"bnguard: page written to {path_from_here(page)}")
     except Exception as error:  # the script ends as it would alone, whatever fails here
         tell_user(f"bnguard: the report is incomplete: {error}")
     severities = (finding.severity for report in concluded for finding in report.findings)
@@ -183,7 +183,3 @@ def _write(folder: Path, report: Report) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     JSON(folder).log_report(report, 0)
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

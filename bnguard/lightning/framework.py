@@ -12,13 +12,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
+# Before 2.6 a Trainer refuses callbacks of the other package. bnguard installs pytorch-lightning:
+# what may be older is the lightning beside it, whether it is imported before or after bnguard.
+_FOR_CALLBACKS = [name for name in _NAMES if sys.modules.get(name)][:1] or _NAMES[::-1]
 _FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
 
 
-def _package(names: Iterable[str] = _NAMES) -> ModuleType:
-    """Return the package that is already imported, else the first that is installed."""
-    by_use = sorted(names, key=lambda name: name not in sys.modules)
-    for name in by_use:
+def _by_use(names: Iterable[str] = _NAMES) -> list[str]:
+    return sorted(names, key=lambda name: name not in sys.modules)
+
+
+def _package(names: Iterable[str]) -> ModuleType:
+    """Return the first package that is installed."""
+    for name in names:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -44,13 +50,13 @@ def package_name_of(module: object) -> str | None:
 def package_of(module: object) -> Any:
     """Return the package whose Trainer takes a Lightning module."""
     name = package_name_of(module)
-    return _package() if name is None else importlib.import_module(name)
+    return _package(_by_use()) if name is None else importlib.import_module(name)
 
 
 def fabric_of(module: object) -> Any:
     """Return the Fabric package of a module's Lightning package, else the installed one."""
     name = package_name_of(module)
-    return _package(_FABRIC_NAMES.values() if name is None else [_FABRIC_NAMES[name]])
+    return _package(_by_use(_FABRIC_NAMES.values()) if name is None else [_FABRIC_NAMES[name]])
 
 
 if TYPE_CHECKING:
@@ -62,7 +68,7 @@ def __getattr__(name: str) -> Any:
     """Import Lightning only when needed: perhaps only Fabric is installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package = _package()
+    package = _package(_FOR_CALLBACKS if name == "Callback" else _by_use())
     if name == "CombinedLoader":
         return importlib.import_module(f"{package.__name__}.utilities").CombinedLoader
     return getattr(package, name)

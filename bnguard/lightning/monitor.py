@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bnguard.configuration import read_configuration
 from bnguard.distributed import number_of_ranks
-from bnguard.errors import ConfigurationError
+from bnguard.errors import ConfigurationError, path_from_here
 from bnguard.findings import Finding, FindingGroup, Severity, counted, show
 from bnguard.layers.bn_layer import find_layers
 from bnguard.lightning.framework import LightningModule, Trainer
@@ -433,7 +433,7 @@ class BatchNormMonitor(GuardedCallback):
 
     def _greeting(self, trainer: Trainer) -> str:
         folder = log_folder(trainer) if self._is_written else None
-        where = "" if folder is None else f", and in {folder / REPORT_FILE}"
+        where = "" if folder is None else f", and in {path_from_here(folder / REPORT_FILE)}"
         ranks = number_of_ranks()
         who = "" if ranks == 1 else f" on each of {ranks} ranks"
         return (

@@ -16,8 +16,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from torch import nn
 
-from bnguard.errors import Guard
-from bnguard.findings import show
+from bnguard.errors import Guard, path_from_here
+from bnguard.findings import Fix, show
 from bnguard.lightning.framework import Callback, LightningModule, Trainer
 from bnguard.report import Report
 
@@ -122,9 +122,10 @@ def commands(trainer: Trainer, report: Report) -> Iterator[str]:
     path = newest_checkpoint(trainer) if is_fitting(trainer) else None
     if path is None or not report.findings:
         return
-    yield f"The checkpoint saved: bnguard inspect {shlex.quote(path)}"
+    name = str(path_from_here(Path(path)))
+    yield f"The checkpoint saved: bnguard inspect {shlex.quote(name)}"
     if any(finding.fix.repair == "recalibrate" for finding in report.findings):
-        yield f"Its repair: bnguard recalibrate {shlex.quote(path)} {subject_options(trainer)}"
+        yield f"Its repair: {Fix('', 'recalibrate').command(name, subject_options(trainer))}"
 
 
 def newest_checkpoint(trainer: Trainer) -> str | None:

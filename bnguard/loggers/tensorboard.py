@@ -12,7 +12,7 @@ from bnguard.report import Report
 from bnguard.rules import RULES, Rule
 from bnguard.tensorboard.measures import compute_metrics, dead_channels
 from bnguard.tensorboard.metadata import standard_metrics
-from bnguard.tensorboard.records import Record, finding_record, repair_command
+from bnguard.tensorboard.records import Record, finding_record
 from bnguard.tensorboard.writer import BatchNormLog, ChannelSnapshot
 
 
@@ -101,8 +101,7 @@ class TensorBoard(Reporter):
     def _record(self, finding: Finding) -> Record:
         raw, command = finding.to_dict(), finding.fix.call
         if self._subjects:
-            path = self._checkpoint() or "CKPT"
-            command = repair_command(finding.fix.repair, self._subjects, path)
+            command = finding.fix.command(self._checkpoint() or "CKPT", self._subjects)
         return finding_record({**raw, "fix": {**raw["fix"], "command": command}})
 
     def _layers(self, report: Report) -> Sequence[LayerHistory]:

@@ -18,6 +18,7 @@ from bnguard.layers.distances import (
     log_variance_ratio,
     shift_std,
 )
+from bnguard.layers.names import layer_label
 from bnguard.observe.budget import Overhead
 from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
@@ -431,5 +432,5 @@ class History:
 
 def _layers(names: list[str]) -> str:
     if len(names) == 1:
-        return names[0] or "the layer"
-    return f"{len(names)} layers, {names[0]} first,"
+        return layer_label(names[0]) if names[0] else "the layer"
+    return f"{len(names)} layers, {layer_label(names[0])} first,"

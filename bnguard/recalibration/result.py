@@ -225,20 +225,19 @@ def _show_heading(recalibration: Recalibration) -> RenderableType:
 def _show_layers(layers: Sequence[LayerChange]) -> list[RenderableType]:
     from rich.text import Text
 
-    from bnguard.report.terminal import layer_table
+    from bnguard.report.terminal import layer_table, moved_text
 
     shown = sorted(layers, key=lambda layer: layer.distance, reverse=True)[:_MOST_LAYERS_SHOWN]
     rows = (
         (
             layer.name or "(the model)",
             f"{layer.values:,}",
-            _format_change(layer.max_shift_std),
-            _format_change(layer.extreme_log_variance_ratio),
+            *moved_text(layer.max_shift_std, layer.extreme_log_variance_ratio),
         )
         for layer in shown
     )
     title = Text("How far the statistics moved, the furthest first", style="dim")
-    headings = ("layer", "n", "shift, σ", "log var ratio")
+    headings = ("layer", "n", "shift, σ", "variance off by")
     return [title, layer_table(headings, rows, len(layers) - len(shown))]
 
 
@@ -267,7 +266,3 @@ def _show_skipped(skipped: Sequence[SkippedLayer]) -> RenderableType:
         more = f" (and {len(names) - 1:,} more like it)" if len(names) > 1 else ""
         lines.append(f"skipped: {names[0]}{more} {reason}")
     return Text("\n".join(lines), style="yellow")
-
-
-def _format_change(value: float | None) -> str:
-    return "was not finite" if value is None else f"{value:.3g}"

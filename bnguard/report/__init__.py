@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnguard.findings import (
@@ -34,6 +35,7 @@ class Report(NotebookView):
         over: What was announced during training and is gone.
         failure: The error inside bnguard that ended the watching early; None if there was none.
         course: What was measured during training, the newest last.
+        checkpoint: The file or folder that was inspected; None for a model or a state dict.
 
     Example:
         >>> from bnguard.observe.history import History, Run
@@ -51,6 +53,7 @@ class Report(NotebookView):
     failure: str | None = None
     over: tuple[PastFinding, ...] = ()
     course: tuple[Moment, ...] = ()
+    checkpoint: Path | None = None
 
     @property
     def layers(self) -> tuple[LayerHistory, ...]:

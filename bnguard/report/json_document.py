@@ -6,7 +6,8 @@ Schema version 1, the keys of a report:
 * ``steps``: training steps observed, 0 for a checkpoint.
 * ``findings``: a list, the worst first; each with ``code``, ``name``, ``severity`` (``info``,
   ``warning``, ``error``), ``layer`` (null for the model), ``message``, ``evidence`` (``measure``,
-  ``value``, ``limit``, ``unit``, ``is_minimum``: whether values below the limit are wrong),
+  ``value``, ``limit``, ``unit``, which is ``ln`` if value and limit are natural logarithms of a
+  factor, ``is_minimum``: whether values below the limit are wrong),
   ``reasons`` (a list of the same: the evidence for the cause in the message), ``fix``
   (``summary``, ``repair``), ``channels``, ``step``,
   ``cause`` (code of a finding that explains this one, or null).
@@ -28,7 +29,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from bnguard import __version__
 from bnguard.layers.distances import largest
@@ -43,9 +45,7 @@ SCHEMA = 1
 
 def report_document(report: Report) -> dict[str, Any]:
     """Return a report as plain data, in the schema of this module."""
-    document = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
+    content = {
         "steps": report.history.run.steps,
         "findings": [finding.to_dict() for finding in report.findings],
         "over": [dataclasses.asdict(past) for past in report.over],
@@ -54,9 +54,9 @@ def report_document(report: Report) -> dict[str, Any]:
             {"code": skipped.code, "layer": skipped.layer, "reason": skipped.reason}
             for skipped in report.skipped
         ],
-        "notes": list(report.notes),
+        "notes": report.notes,
     }
-    return cast("dict[str, Any]", strict_json(document))
+    return versioned(content)
 
 
 def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -71,14 +71,14 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     ``reason``), ``notes``.
     """
     content = dataclasses.asdict(diagnosis)
-    document = {
-        "schema": SCHEMA,
-        "bnguard": __version__,
-        **{key: content[key] for key in ("samples", "reference_samples", "cause")},
-        **{key: list(content[key]) for key in ("rows", "layers", "skipped", "notes")},
-    }
-    document["cause"]["evidence"] = list(document["cause"]["evidence"])
-    return cast("dict[str, Any]", strict_json(document))
+    keys = ("samples", "reference_samples", "cause", "rows", "layers", "skipped", "notes")
+    return versioned({key: content[key] for key in keys})
+
+
+def versioned(content: Mapping[str, object]) -> dict[str, Any]:
+    """Return content as a document for JSON: under its schema and the version of the library."""
+    head = {"schema": SCHEMA, "bnguard": __version__}
+    return head | {key: strict_json(value) for key, value in content.items()}
 
 
 def json_text(report: Report) -> str:
@@ -105,7 +105,7 @@ def strict_json(value: object) -> object:
     """Return a value with numbers that are not finite as strings."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [strict_json(item) for item in value]
     return json_float(value) if isinstance(value, float) else value
 

@@ -6,6 +6,7 @@ import html
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bnguard import __version__
+from bnguard.report.json_document import versioned
+from bnguard.report.terminal import copyable
 from bnguard.rules import Rule
 
 # Sections in which every line that is not indented further begins an entry of its own.
@@ -30,6 +33,25 @@ def rules_view(rules: Iterable[Rule]) -> RenderableType:
     return Group(table, Text("\nbnguard explain CODE shows a rule's page.", style="dim"))
 
 
+def rules_document(rules: Iterable[Rule], *, with_pages: bool = False) -> dict[str, Any]:
+    """Return rules as plain data: ``code``, ``name``, ``fault``, ``is_static``, ``limits``.
+
+    Also the ``page`` as text, if it is asked for.
+    """
+    listed = [
+        {
+            "code": rule.code,
+            "name": rule.name,
+            "fault": rule.headline(),
+            "is_static": rule.is_static,
+            "limits": dict(vars(rule)),
+            **({"page": rule.page()} if with_pages else {}),
+        }
+        for rule in rules
+    ]
+    return versioned({"rules": listed})
+
+
 def page_view(rule: Rule) -> RenderableType:
     """Return the page of a rule under its code and name."""
     headline, sections = sections_of(rule)
@@ -41,7 +63,7 @@ def page_view(rule: Rule) -> RenderableType:
                 parts.append(Text())
             parts.append(Padding(Text(text), (0, 0, 0, 4)))
             if code:
-                parts.append(Padding(Text(f"\n{code}"), (0, 0, 0, 8)))
+                parts += [Text(), *map(copyable, textwrap.indent(code, " " * 8).splitlines())]
     return Group(*parts)
 
 

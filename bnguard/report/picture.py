@@ -123,7 +123,7 @@ def draw(report: Report) -> Figure:
     time = "training step" if report.course else "now"
     axes.set_xlabel(f"{time} (grey: nothing measured)" if has_gaps else time)
     figure.suptitle(_verdict(report), x=0.01, ha="left", fontsize="medium")
-    label = textwrap.fill(evidence.noun, _LABEL_WIDTH)
+    label = textwrap.fill(evidence.measure, _LABEL_WIDTH)
     bar = figure.colorbar(image, fraction=0.03, label=label)
     ticks = {place: evidence.amount(place) for place in (top, bottom)}
     ticks[limit] = f"limit {evidence.amount(limit)}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bnguard.findings import (
+    Finding,
     FindingGroup,
     Fix,
     PastFinding,
@@ -28,6 +29,7 @@ from bnguard.rules.measurements import Distance, distance_of
 with importing_rich():
     import rich
     from rich.console import Console, Group, RenderableType
+    from rich.padding import Padding
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
@@ -39,7 +41,8 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity
 _MOST_LAYERS_SHOWN = 4
 # A redundant setting is harmless: it is a line at the end.
 _HABITS = "BN109"
-UNWRAPPED = 10_000
+# Without a terminal, lines are as long as they need to be.
+UNWRAPPED = 100_000
 # Shorter work shows no progress bar.
 _LONG_SECONDS = 1.0
 
@@ -50,10 +53,7 @@ def report_view(report: Report) -> RenderableType:
     habits = [group for group in report.groups if group.worst.code == _HABITS]
     findings = tuple(group for group in report.groups if group not in habits)
     if findings:
-        is_in_memory = not _is_checkpoint(report)
-        parts.append(
-            findings_view(by_root_cause(findings), lambda fix: fix.call if is_in_memory else "")
-        )
+        parts.append(findings_view(by_root_cause(findings), partial(_repair, report)))
     if any(
         distance is not None and distance.measured for distance in map(distance_of, report.layers)
     ):
@@ -85,15 +85,20 @@ def past_findings(report: Report) -> Iterator[str]:
     >>> list(past_findings(Report(History(layers=(), run=Run()), (), (), over=(past,))))
     ['BN302 mode-gap (warning) at the model, steps 30–80, gone since']
     """
-    groups: dict[tuple[str, str, str], list[PastFinding]] = {}
-    for past in report.over:
-        groups.setdefault((past.code, past.name, past.severity), []).append(past)
-    for (code, name, severity), group in groups.items():
+    for past, layers, steps in by_rule(report.over):
+        where = layer_label(past.layer) if layers == 1 else counted(layers, "layer")
+        yield f"{past.code} {past.name} ({past.severity}) at {where}, {steps}, gone since"
+
+
+def by_rule(past: Iterable[PastFinding]) -> Iterator[tuple[PastFinding, int, str]]:
+    """Yield the first finding of each rule and severity, how many there are, and their steps."""
+    groups: dict[tuple[str, str], list[PastFinding]] = {}
+    for each in past:
+        groups.setdefault((each.code, each.severity), []).append(each)
+    for group in groups.values():
         first, last = min(p.first_step for p in group), max(p.last_step for p in group)
-        layer = layer_label(group[0].layer)
-        where = layer if len(group) == 1 else counted(len(group), "layer")
         steps = f"step {first}" if first == last else f"steps {first}–{last}"
-        yield f"{code} {name} ({severity}) at {where}, {steps}, gone since"
+        yield group[0], len(group), steps
 
 
 def findings_view(
@@ -102,19 +107,31 @@ def findings_view(
     """Return a block per root cause: number and limit, where and what, the fix, what it leads to.
 
     One fix mends the whole block, so the block has the worst severity in it. The fix is followed by
-    the command or call that does it, if there is one.
+    the command or call that does it, if there is one, in one line to be copied.
     """
-    table = Table.grid(padding=(0, 2, 1, 0), expand=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    severities = {
+        root: max(group.worst.severity for group in (root, *effects))
+        for root, effects in causes.items()
+    }
+    indent = 2 + max((len(str(severity)) for severity in severities.values()), default=0)
+    parts: list[RenderableType] = []
     for root, consequences in causes.items():
-        severity = max(group.worst.severity for group in (root, *consequences))
-        parts: list[RenderableType] = [root_view(root)]
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True, min_width=indent - 2)
+        block.add_column(overflow="fold")
+        block.add_row(Text(str(severities[root]), _STYLES[severities[root]]), root_view(root))
+        parts.append(block)
         repair = repair_of(root.worst.fix)
-        parts += [Text(f"  {repair}", "bold")] if repair else []
-        parts += [_consequences_view(consequences)] if consequences else []
-        table.add_row(Text(str(severity), style=_STYLES[severity]), Group(*parts))
-    return table
+        parts += [copyable(f"{' ' * indent}  {repair}", "bold")] if repair else []
+        if consequences:
+            parts.append(Padding(_consequences_view(consequences), (0, 0, 0, indent)))
+    return Group(*parts)
+
+
+def copyable(line: str, style: str = "") -> RenderableType:
+    """Return a command or code in one line, however long: a break would be copied with it."""
+    # rich ignores no_wrap on a bare Text.
+    return Group(Text(line, style, no_wrap=True, overflow="ignore"))
 
 
 def root_view(group: FindingGroup) -> Text:
@@ -134,7 +151,7 @@ def heading(report: Report) -> Text:
     parts = ["bnguard", counted(layers, "BN layer")]
     if steps:
         parts.append(counted(steps, "step"))
-    parts += _counts(report)
+    parts += count_causes(report.findings)
     if report.history.run.unknown and not report.findings:
         parts.append("no problems found in these, but not all that normalises was watched")
     elif report.failure is None and report.history.run.steps and not _has_problems(report):
@@ -147,6 +164,12 @@ def heading(report: Report) -> Text:
     return Text(" · ".join(parts), style="bold")
 
 
+def _repair(report: Report, fix: Fix) -> str:
+    if report.checkpoint is not None:
+        return fix.command(str(report.checkpoint))
+    return "" if _is_checkpoint(report) else fix.call
+
+
 def _is_checkpoint(report: Report) -> bool:
     return all(layer.training is None for layer in report.layers)
 
@@ -156,16 +179,13 @@ def notice_view(group: FindingGroup) -> RenderableType:
     heading, explanation = notice(group).split("\n", 1)
     lines = Text(no_wrap=True, overflow="ignore")
     lines.append(heading, _STYLES[group.worst.severity])
-    # rich ignores no_wrap on a bare Text.
     return Group(lines.append(f"\n{explanation}"))
 
 
 def as_text(renderable: RenderableType, width: int = 80) -> str:
     """Return what rich would print, without colour or trailing spaces."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    with console.capture() as capture:
-        console.print(renderable, crop=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return drawn(renderable, console)
 
 
 def as_terminal_text(renderable: RenderableType) -> str:
@@ -178,6 +198,11 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_terminal=terminal.is_terminal,
         force_jupyter=False,
     )
+    return drawn(renderable, console)
+
+
+def drawn(renderable: RenderableType, console: Console) -> str:
+    """Return what a console would print, without trailing spaces."""
     with console.capture() as capture:
         console.print(renderable, crop=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -206,12 +231,7 @@ class CalibrationBar:
         self._begin = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._progress.live.is_started:
             self._progress.stop()
 
@@ -247,14 +267,14 @@ def _consequences_view(groups: Sequence[FindingGroup]) -> RenderableType:
     return grid
 
 
-def _counts(report: Report) -> Iterator[str]:
+def count_causes(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the number of root causes and their layers, then the number of infos."""
-    accused = [finding for finding in report.findings if finding.severity > Severity.INFO]
+    accused = [finding for finding in findings if finding.severity > Severity.INFO]
     if accused:
         layers = {finding.layer for finding in accused} - {None}
         where = f" in {counted(len(layers), 'layer')}" if layers else ""
         yield f"{counted(len(by_root_cause(group_findings(accused))), 'root cause')}{where}"
-    infos = sum(group.worst.severity is Severity.INFO for group in report.groups)
+    infos = sum(group.worst.severity is Severity.INFO for group in group_findings(findings))
     if infos:
         yield counted(infos, "info", "info")
 
@@ -266,11 +286,14 @@ def _has_problems(report: Report) -> bool:
 def _layers_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     def row(layer: LayerHistory, distance: Distance | None) -> list[str]:
         known = None if distance is None else distance.measured
+        drift = (
+            ("–", "–") if known is None else (number_text(known[0].value), factor(known[1].value))
+        )
         return [
             layer.name,
-            _number(layer.typical_values_per_channel),
-            _number(None if layer.running is None else layer.running.updates),
-            *(("–", "–") if known is None else (_number(known[0].value), factor(known[1].value))),
+            number_text(layer.typical_values_per_channel),
+            number_text(None if layer.running is None else layer.running.updates),
+            *drift,
         ]
 
     measured = [(layer, distance_of(layer)) for layer in layers]
@@ -287,8 +310,11 @@ def layer_table(
     """Return a table of layers, each a name and numbers, and how many more there are."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+    rows = list(rows)
+    for column, heading in enumerate(headings[1:], start=1):
+        # A number that is cut off would be another number.
+        widest = max((len(row[column]) for row in rows), default=0)
+        table.add_column(heading, justify="right", overflow="fold", min_width=widest)
     for name, *numbers in rows:
         table.add_row(Text(name), *numbers)
     more = [Text(f"and {counted(left_out, 'more layer')}", style="dim")] if left_out > 0 else []
@@ -306,7 +332,7 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
             view.dead_share_without,
         )
         numbers = (view.noise_std, view.gradient_cosine, view.gradient_change)
-        return [name, *(f"{share:.1%}" for share in shares), *map(_number, numbers)]
+        return [name, *(f"{share:.1%}" for share in shares), *map(number_text, numbers)]
 
     headings = ("beyond ±2", "without", "dead", "without", "noise, σ", "grad. cosine", "change")
     rows = (row(layer.name, layer.view) for layer in layers if layer.view is not None)
@@ -314,5 +340,15 @@ def _training_view(layers: tuple[LayerHistory, ...]) -> RenderableType:
     return Group(Text(title, style="bold"), layer_table(("layer", *headings), rows))
 
 
-def _number(value: float | None) -> str:
+def moved_text(shift_std: float | None, log_variance_ratio: float | None) -> tuple[str, str]:
+    """Return how far statistics moved, in σ and as a factor; None was not finite before."""
+    unknown = "was not finite"
+    return (
+        unknown if shift_std is None else number_text(shift_std),
+        unknown if log_variance_ratio is None else factor(log_variance_ratio),
+    )
+
+
+def number_text(value: float | None) -> str:
+    """Return a count, or a number in three figures; a dash for None."""
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"

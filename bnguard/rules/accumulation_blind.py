@@ -73,8 +73,8 @@ class AccumulationBlind(Rule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"gradients accumulate over {accumulated:.2g} batches, but each is normalised with its "
-            f"own {counted(layer.samples, 'sample')}",
+            f"gradients accumulate over {accumulated:,.4g} batches, but each is normalised with "
+            f"its own {counted(layer.samples, 'sample')}",
             Evidence("samples per batch", layer.samples, self.min_samples, is_minimum=True),
             Fix("enlarge the batch itself, or use GroupNorm, which needs no batch"),
         )

@@ -85,5 +85,5 @@ class LostActivation(Rule):
             f"the layer is a plain {layer.kind}, but the same layer of other blocks ends in "
             f"{names}: its replacement dropped that",
             Evidence("modules missing after BN", len(layer.missing_tail), self.max_idle_children),
-            Fix(f"replace it by Sequential(layer, {layer.missing_tail[-1]}())"),
+            Fix(f"replace it with Sequential(layer, {layer.missing_tail[-1]}())"),
         )

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bnguard.findings import Evidence
+from bnguard.findings import LOGARITHM, Evidence
 from bnguard.layers.distances import (
     FloatArray,
     initial_shift_std,
@@ -203,7 +203,7 @@ class Distance:
         shift, ratio = np.quantile(values, self.quantile, axis=1).tolist()
         return (
             Evidence("shift of the mean", shift, self.max_shift, "σ"),
-            Evidence("|log variance ratio|", ratio, self.max_ratio),
+            Evidence("variance off by", ratio, self.max_ratio, LOGARITHM),
         )
 
     @cached_property

@@ -58,7 +58,7 @@ class MomentumOutOfRange(Rule):
         kazuto1011/deeplab-pytorch#79, pytorch/vision#8250 and r9y9/tacotron_pytorch#19, copied
             values.
         Cadene/pretrained-models.pytorch#5, momentum 0 in pretrained layers.
-        charlesq34/pointnet#49, a momentum that falls.
+        torch-points3d/torch-points3d#524, a momentum that falls.
     """
 
     code: ClassVar[str] = "BN103"

@@ -82,7 +82,7 @@ class NoisyBatchStatistics(Rule):
         Ioffe, "Batch Renormalization" (2017), section 3, arXiv:1702.03275.
         Detectron, projects/GN (2018): Mask R-CNN, R-50-FPN, 2x schedule.
         von Neumann et al., "The mean square successive difference" (1941).
-        uci-cbcl/UFold#18 and BCV-Uniandes/DMS#30, one sample per batch.
+        uci-cbcl/UFold#18 and limhoyeon/ToothGroupNetwork#23, one sample per batch.
     """
 
     code: ClassVar[str] = "BN202"

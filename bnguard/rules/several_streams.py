@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.findings import LOGARITHM, Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import FloatArray
 from bnguard.observe.history import LayerHistory, Stream
 from bnguard.rules.base import Rule
@@ -61,8 +61,8 @@ class SeveralStreams(Rule):
             arXiv:1911.09665.
         Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 5, arXiv:2105.07576.
         adapt-python/adapt#92 and scikit-adaptation/skada#252, source and target in separate calls.
-        keras-team/keras#4459, one encoder for two scales; pytorch/pytorch#1738, a block called in a
-            loop.
+        keras-team/keras#11927, one encoder for several inputs; pytorch/pytorch#1738, a block called
+            in a loop.
     """
 
     code: ClassVar[str] = "BN207"
@@ -84,7 +84,9 @@ class SeveralStreams(Rule):
         is_critic = layer.run.is_adversarial and not layer.calls.is_in_eval_mode
         distance, ratio = distances(streams)
         by_mean = Evidence("distance of the streams", distance, self.max_distance_std, "σ")
-        by_var = Evidence("|log variance ratio| of the streams", ratio, self.max_log_variance_ratio)
+        by_var = Evidence(
+            "variance of the streams off by", ratio, self.max_log_variance_ratio, LOGARITHM
+        )
         worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
         if worst.value <= worst.limit:
             return

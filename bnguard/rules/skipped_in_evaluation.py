@@ -74,5 +74,5 @@ class SkippedInEvaluation(Rule):
             Severity.WARNING,
             "training normalises with the layer, and evaluation does not call it",
             Evidence("forwards of evaluation without it", forwards, self.max_forwards),
-            Fix("call the layer in eval mode too, which needs no batch, whatever the batch size"),
+            Fix("call the layer in eval mode too: its running statistics need no batch"),
         )

@@ -82,9 +82,9 @@ class StaleStatistics(ModelRule):
             section 3.2, arXiv:1803.05407.
         torch.optim.swa_utils.update_bn, and AveragedModel on ``use_buffers``.
         CuriousAI/mean-teacher#9 and DLR-RM/stable-baselines3#996, buffers that do not follow.
-        hiwonjoon/tf-frrn#2, a checkpoint without statistics; pytorch/pytorch#75252, an export.
+        zhengyang-wang/Unet_3D#5, a checkpoint without statistics.
         Lightning-AI/pytorch-lightning#14866, momentum 0 in weight averaging.
-        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#55, updates that copies lose.
+        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#103, updates that copies lose.
     """
 
     code: ClassVar[str] = "BN304"
@@ -180,7 +180,7 @@ class StaleStatistics(ModelRule):
         yield self._finding(
             layer,
             Severity.WARNING,
-            f"{layer.calls.in_training} batches were normalised in train mode, but none entered "
+            f"{layer.calls.in_training:,} batches were normalised in train mode, but none entered "
             "the running statistics: something runs the layer on copies of its buffers",
             Evidence("batches without an update", layer.calls.in_training, self.min_lost_calls),
             _FIX,

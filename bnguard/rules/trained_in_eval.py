@@ -62,7 +62,7 @@ class TrainedInEval(Rule):
     References:
         torch.nn.Module.eval and torch.nn.Module.train.
         Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
-        joeynmt/joeynmt#184 and fartashf/vsepp#4, a forgotten train() in the middle of an epoch.
+        joeynmt/joeynmt#184 and wkentaro/pytorch-fcn#56, a forgotten train() in mid-epoch.
     """
 
     code: ClassVar[str] = "BN209"

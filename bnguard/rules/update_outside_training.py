@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
+from bnguard.findings import LOGARITHM, Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
 from bnguard.rules.measurements import distance_of, fits
@@ -76,7 +76,7 @@ class UpdateOutsideTraining(Rule):
     References:
         torch.nn.Module.eval, and the note on it in "Autograd mechanics".
         pytorch/pytorch#5406, "BatchNorm behaves different in train() and eval()".
-        pytorch/vision#2079, dummy images before an evaluation.
+        pytorch/vision#2079, a forward in train mode between two evaluations.
         layumi/Person_reID_baseline_pytorch#218, inference without eval().
         google-research/seed_rl#28, an actor in train mode; lightning-uq-box/lightning-uq-box#173,
             Monte Carlo dropout.
@@ -161,7 +161,9 @@ class UpdateOutsideTraining(Rule):
             return None
         distance, ratio = distances((layer.streams[0], other))
         by_mean = Evidence("distance from training", distance, self.max_distance_std, "σ")
-        by_var = Evidence("|log variance ratio| to training", ratio, self.max_log_variance_ratio)
+        by_var = Evidence(
+            "variance against training off by", ratio, self.max_log_variance_ratio, LOGARITHM
+        )
         worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
         return worst if worst.value > worst.limit else None
 

@@ -143,7 +143,7 @@ class Swap(NotebookView):
         if not self.is_kept:
             is_nan = self.score_after is not None and math.isnan(self.score_after)
             why = "its score is NaN" if is_nan else "it is clearly worse"
-            lines.append(f"not kept, since {why}: use keep='always' to keep it anyway")
+            lines.append(f"not kept, since {why} (keep='always' keeps it anyway)")
         elif not self.is_in_place:
             lines.append("the model that you passed is unchanged: the swapped one is .model")
         lines += self.notes

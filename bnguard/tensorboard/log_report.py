@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import json
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
 from tensorboard import context
 from tensorboard.backend.event_processing import (
     data_provider,
@@ -25,7 +27,7 @@ from tensorboard.backend.event_processing import (
 
 from bnguard.errors import in_one_line, printable
 from bnguard.findings import Finding, Severity, counted
-from bnguard.report.terminal import UNWRAPPED, as_text, findings_view
+from bnguard.report.terminal import UNWRAPPED, as_text, count_causes, findings_view
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned
@@ -50,7 +52,7 @@ start(document.body, new EmbeddedSource(data));
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """The last report of a run in its event files; ``str()`` shows it.
+    """The last report of a run in its event files; rich and ``str()`` show it.
 
     Attributes:
         name: Folder of the run, relative to the one that was read.
@@ -75,24 +77,26 @@ class LoggedRun:
         """The highest severity among the findings; None if there are none."""
         return max((finding.severity for finding in self.findings), default=None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the run as plain data for JSON."""
+        found = [finding.to_dict() for finding in self.findings]
+        return {**dataclasses.asdict(self), "findings": found}
+
     def __str__(self) -> str:
+        return as_text(self, UNWRAPPED)
+
+    def __rich__(self) -> RenderableType:
         name = printable(self.name)
         if self.problem:
-            return f"{name} · cannot be shown: {printable(self.problem)}"
-        numbers = Counter(finding.severity for finding in self.findings)
-        counts = [
-            counted(numbers[severity], str(severity), "info" if severity is Severity.INFO else None)
-            for severity in reversed(Severity)
-            if numbers[severity]
-        ]
+            return Text(f"{name} · cannot be shown: {printable(self.problem)}")
         nothing = "no findings in what can be read" if self.remarks else "nothing is wrong"
         head = (
             f"{name} · {counted(len(self.layers), 'BN layer')} · step {self.first_step} to "
-            f"{self.last_step} · {' · '.join(counts) or nothing}"
+            f"{self.last_step} · {' · '.join(count_causes(self.findings)) or nothing}"
         )
         causes = findings_view(group_causes(self.findings), lambda fix: fix.repair or "")
-        remarks = [printable(f"note: {remark}") for remark in self.remarks]
-        return "\n".join([head, *as_text(causes, UNWRAPPED).splitlines(), *remarks])
+        remarks = [Text(printable(f"note: {remark}"), "dim") for remark in self.remarks]
+        return Group(Text(head, "bold"), causes, *remarks)
 
 
 def open_log(folder: Path) -> LogReader:
@@ -118,7 +122,8 @@ def open_log(folder: Path) -> LogReader:
     reader = LogReader(provider, context.RequestContext(), "", SeriesCache(), damages)
     if not reader.runs():
         raise LogError(
-            f"{folder} holds no run that bnguard watched: train with the BatchNormMonitor callback"
+            f"{folder} holds no run that bnguard watched: train with bnguard run, or with the "
+            "BatchNormMonitor callback"
         )
     return reader
 

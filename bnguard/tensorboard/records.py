@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,9 +27,6 @@ from bnguard.report.json_document import json_float
 Record = dict[str, Any]
 
 _SEVERITIES = tuple(map(str, Severity))
-# Placeholders for the model and its data in a command.
-SUBJECTS = "--model PACKAGE.CLASS --data PACKAGE.CLASS"
-_COMMANDS = ("recalibrate", "swap")
 _LONGEST_TEXT = 2_000
 _MOST_RECORDS = 10_000
 _MOST_ITEMS = 4_096
@@ -65,7 +61,7 @@ def finding_record(raw: Mapping[str, Any]) -> Record:
         },
         "fix": {
             "summary": _text(fix.get("summary")),
-            "command": _text(fix.get("command")) or repair_command(fix.get("repair")),
+            "command": _text(fix.get("command")) or Fix("", _text(fix.get("repair"))).command(),
         },
         "cause": _text(raw.get("cause")),
     }
@@ -131,15 +127,6 @@ def group_causes(findings: Iterable[Finding]) -> dict[FindingGroup, list[Finding
     """Return each root cause with what it leads to, errors before warnings."""
     causes = by_root_cause(group_findings(findings))
     return dict(sorted(causes.items(), key=lambda cause: -cause[0].worst.severity))
-
-
-def repair_command(repair: object, subjects: str = SUBJECTS, checkpoint: str = "CKPT") -> str:
-    """Return the command that repairs a checkpoint; empty if there is none.
-
-    >>> repair_command("swap", "--model my.Net --data my.Data")
-    'bnguard swap CKPT --model my.Net --data my.Data'
-    """
-    return f"bnguard {repair} {shlex.quote(checkpoint)} {subjects}" if repair in _COMMANDS else ""
 
 
 def _text(value: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from bnguard.findings import factor
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.whatif.evidence import (
     MAX_INITIAL_WEIGHT,
@@ -226,8 +227,8 @@ def small_training_batches(numbers: Numbers) -> Verdict | None:
         "statistics, which average over theirs, misstate the data",
         evidence=(
             numbers.compared("stored", "averaged", "reference"),
-            f"log-variance ratio of the stored statistics to those of training batches "
-            f"{training.from_batches:.2g} (by noise {training.from_batches_by_noise:.2g})",
+            f"stored variances off by {factor(training.from_batches)} from those of training "
+            f"batches (noise explains {factor(training.from_batches_by_noise)})",
         ),
         advice="recalibrate on training data; larger batches, or another norm, fix it for good",
         next_step=_RECALIBRATE,
@@ -407,8 +408,8 @@ def _dropout_message(numbers: Numbers) -> str:
 def _dropout_evidence(numbers: Numbers) -> tuple[str, ...]:
     assert numbers.dropout is not None
     return (
-        f"log-variance ratio of the data to the stored statistics {numbers.dropout.inactive:.2g}, "
-        f"with dropout active {numbers.dropout.active:.2g}",
+        f"stored variances off by {factor(numbers.dropout.inactive)} from those of the data, by "
+        f"{factor(numbers.dropout.active)} with dropout active",
     )
 
 

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
 from bnguard.report.notebook import NotebookView, importing_rich
-from bnguard.report.terminal import layer_table
+from bnguard.report.terminal import layer_table, moved_text
 
 with importing_rich():
     from rich.console import Group, RenderableType
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
 
@@ -168,29 +168,27 @@ _VERDICTS = {
 def _heading(diagnosis: Diagnosis) -> Text:
     numbers = {"evaluation": diagnosis.samples, "training": diagnosis.reference_samples}
     parts = ["bnguard"]
-    parts += [f"{n:,} {name} sample{'s' * (n != 1)}" for name, n in numbers.items() if n]
+    parts += [counted(n, f"{name} sample") for name, n in numbers.items() if n]
     return Text(" · ".join(parts), style="bold")
 
 
 def _rows_view(rows: tuple[Row, ...]) -> RenderableType:
     has_score = any(row.score is not None for row in rows)
     has_flips = any(row.flipped_share is not None for row in rows)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("statistics", overflow="fold")
-    headings = ["score"] * has_score + ["flips"] * has_flips
+
+    def numbers(row: Row) -> list[str]:
+        known = [_score(row.score)] * has_score + [_share(row.flipped_share)] * has_flips
+        return known + [_distance(d) for d in (row.change, row.gap, row.drift, row.input_drift)]
+
+    headings = ["statistics"] + ["score"] * has_score + ["flips"] * has_flips
     headings += ["change", "gap", "drift", "first"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = [_score(row.score)] * has_score + [_share(row.flipped_share)] * has_flips
-        numbers += [_distance(value) for value in (row.change, row.gap, row.drift, row.input_drift)]
-        table.add_row(row.label, *numbers)
     return Group(
-        table,
+        layer_table(headings, ((row.label, *numbers(row)) for row in rows)),
         Text(
             f"{'flips, ' * has_flips}change (σ): against the statistics of the evaluation data; "
-            "gap (σ): against those of each batch; drift: of the evaluation data from these "
-            "statistics, in σ or |log variance ratio|, at the worst layer, and at the first",
+            "gap (σ): against those of each batch; drift: from these statistics to the evaluation "
+            "data at the worst layer, first: at the first one (σ of the mean, or logarithm of the "
+            "variance ratio)",
             style="dim",
         ),
     )
@@ -211,12 +209,11 @@ def _layers_view(layers: tuple[LayerShare, ...]) -> RenderableType:
         (
             layer.name or "(the model)",
             _share(layer.share, digits=0),
-            _moved(layer.shift_std),
-            _moved(layer.log_variance_ratio),
+            *moved_text(layer.shift_std, layer.log_variance_ratio),
         )
         for layer in layers[:_MOST_LAYERS_SHOWN]
     )
-    headings = ("layers to blame", "share of the harm", "shift, σ", "log var ratio")
+    headings = ("layers to blame", "share of the harm", "shift, σ", "variance off by")
     return layer_table(headings, rows, len(layers) - _MOST_LAYERS_SHOWN)
 
 
@@ -231,7 +228,3 @@ def _distance(value: float | None) -> str:
 def _share(value: float | None, digits: int = 1) -> str:
     # -0.0 is shown without its sign.
     return "–" if value is None else f"{round(value, digits + 2) + 0.0:.{digits}%}"
-
-
-def _moved(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.tensorboard import SummaryWriter
 
+from bnguard import RULES, watch
+from bnguard.loggers import TensorBoard
 from tests.cli.running import DEMO, bnguard, is_one_line_error
 
 
@@ -318,3 +321,24 @@ def test_every_command_has_help_and_two_examples_at_once(tmp_path):
         env={**os.environ, "COLUMNS": "80"},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_rules_are_plain_data_for_machines(tmp_path):
+    rules = json.loads(bnguard(tmp_path, "rules", "--json").stdout)["rules"]
+    assert [rule["code"] for rule in rules] == [rule.code for rule in RULES]
+    (drift,) = [rule for rule in rules if rule["name"] == "statistic-drift"]
+    assert drift["limits"]["max_shift_std"] == 1.0
+    explained = json.loads(bnguard(tmp_path, "explain", "BN301", "--json").stdout)["rules"]
+    assert [rule.pop("page").partition("\n")[0] for rule in explained] == [drift["fault"]]
+    assert explained == [drift]
+    both = bnguard(tmp_path, "explain", "BN301", "--json", "--html", "page.html")
+    assert (both.returncode, both.stdout) == (2, "")
+
+
+def test_the_reports_of_runs_are_plain_data_for_machines(checkpoint):
+    logs = checkpoint.parent / "logs"
+    with SummaryWriter(logs) as writer:
+        monitor = watch(nn.Sequential(nn.BatchNorm1d(3)))
+        TensorBoard(writer).log_layers(monitor.report(), 7)
+    (run,) = json.loads(bnguard(checkpoint.parent, "report", logs, "--json").stdout)["runs"]
+    assert (run["layers"], run["last_step"], run["problem"]) == (["0"], 7, "")

@@ -149,7 +149,10 @@ def test_a_plain_state_dict_with_functions(plain):
     assert "training samples" not in done.stdout
     # A function gives one loader: there is no split to name, and training data to ask for.
     unfolded = " ".join(done.stdout.split())
-    assert "--data takes a function that gives the training loader, too" in unfolded
+    assert unfolded.endswith(
+        "(PACKAGE:function gives the training loader): "
+        "bnguard recalibrate weights.pt --model mine:build --data PACKAGE:function"
+    )
     assert "--split" not in done.stdout
     told = bnguard(
         plain, "diagnose", "weights.pt", *named, "--reference=mine:loader", "--reference.size", 20

@@ -9,7 +9,7 @@ from torch import nn
 from bnguard.checkpoint import read_checkpoint
 from bnguard.checkpoint.comparing import compare
 from bnguard.cli.diff import difference_view
-from bnguard.cli.output import layer_table
+from bnguard.report.terminal import layer_table
 
 
 def test_networks_without_a_layer_in_common_are_said_to_be_others(tmp_path):
@@ -29,7 +29,6 @@ def drawn(difference):
 
 def test_numbers_are_complete_in_a_narrow_terminal():
     console = Console(file=io.StringIO(), width=24)
-    console.print(
-        layer_table(["updates", "var min"], [("backbone.layer1.bn", "12,345", "0.25678")])
-    )
+    headings = ["layer", "updates", "var min"]
+    console.print(layer_table(headings, [("backbone.layer1.bn", "12,345", "0.25678")]))
     assert "12,345  0.25678" in console.file.getvalue()

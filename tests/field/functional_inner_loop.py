@@ -1,4 +1,4 @@
-"""A meta-learner whose inner loop works on copies: facebookresearch/higher#55.
+"""A meta-learner whose inner loop works on copies: facebookresearch/higher#103.
 
 The outer gradients reach the parameters of the model; the running statistics are updated in the
 copies and thrown away with them. In eval mode the accuracy is that of guessing.

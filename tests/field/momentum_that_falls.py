@@ -1,4 +1,4 @@
-"""The momentum of BN falls with the learning rate: charlesq34/pointnet#49.
+"""The momentum of BN falls with the learning rate: torch-points3d/torch-points3d#524.
 
 PointNet and VoteNet begin with 0.5, and halve it every few epochs down to 0.01.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint of what the optimizer trains, without the moving averages: hiwonjoon/tf-frrn#2.
+"""A checkpoint of what the optimizer trains, without the moving averages: zhengyang-wang/Unet_3D#5.
 
 Training looked right; the evaluation script loads the parameters into a fresh network.
 apache/mxnet#989 resumes at a much lower accuracy in the same way.

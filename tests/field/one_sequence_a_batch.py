@@ -1,7 +1,7 @@
 """Training on one sequence at a time, each with statistics of its own: uci-cbcl/UFold#18.
 
 In train mode every sample is normalised by itself, in eval mode by an average that fits none of
-them. BCV-Uniandes/DMS#30 tests in train mode for the same reason.
+them. limhoyeon/ToothGroupNetwork#23 trains that way too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One encoder for two inputs of very different scale: keras-team/keras#4459.
+"""One encoder for two inputs of very different scale: keras-team/keras#11927.
 
 The two values of a pair have ranges hundreds of times apart. In training each call is normalised by
 itself; in eval mode both share one mean and one variance.

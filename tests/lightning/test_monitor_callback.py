@@ -250,6 +250,20 @@ def test_one_of_the_two_packages_is_enough(installed, missing):
     assert done.returncode == 0, done.stderr
 
 
+def test_of_two_packages_callbacks_are_of_the_one_that_may_be_old():
+    """Before 2.6, lightning's Trainer takes no other package's callbacks; both take this one."""
+    code = (
+        "from bnguard.lightning import BatchNormMonitor; import lightning.pytorch as package; "
+        "import pytorch_lightning; assert issubclass(BatchNormMonitor, package.Callback); "
+        "[each.Trainer(callbacks=[BatchNormMonitor()], logger=False, accelerator='cpu', "
+        "barebones=True) for each in (package, pytorch_lightning)]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_trainer_is_stopped_where_that_is_asked_for(tmp_path, capsys):
     lightning = importlib.import_module("pytorch_lightning")
     callback = BatchNormMonitor(every_n_steps=5, stop_on="warning", strict=True)

@@ -30,7 +30,7 @@ def test_one_line_per_layer_the_furthest_move_first():
     heading, title, columns, *lines, gap = str(result).splitlines()
     assert heading == "recalibrated · exact · 3 BN layers · 128 samples · 13 batches"
     assert title == "How far the statistics moved, the furthest first"
-    assert columns.split() == ["layer", "n", "shift,", "σ", "log", "var", "ratio"]
+    assert columns.split() == ["layer", "n", "shift,", "σ", "variance", "off", "by"]
     assert [line.split()[0] for line in lines] == ["1", "0", "2"]
     assert lines[0].split()[1:3] == ["128", "3"]
     assert float(gap.split()[2]) == pytest.approx(3.0, abs=0.5)

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 import bnguard
-from bnguard.findings import Evidence, Finding, Fix, Severity, notice, one_line
+from bnguard.findings import LOGARITHM, Evidence, Finding, Fix, Severity, notice, one_line
 from bnguard.observe.history import History, Run
 from bnguard.report import Report
 from bnguard.report.terminal import as_terminal_text, as_text, notice_view, report_view
@@ -58,13 +58,16 @@ def test_a_repair_is_the_call_for_a_model_and_no_call_for_a_checkpoint():
 
 
 def test_a_variance_is_off_by_a_factor_in_print_and_by_its_logarithm_in_json():
-    drift = finding("BN301", "drift", Severity.WARNING, "4", "|log variance ratio|", 7.329, 1.5)
+    off = ("variance off by", 7.329, 1.5, "ln")
+    drift = finding("BN301", "drift", Severity.WARNING, "4", *off)
     report = Report(History(layers=(), run=Run(steps=20)), (drift,), ())
     assert "BN301 drift: variance off by 1,500× (limit 4.5×)\n" in str(report)
     assert "variance off by 1,500× (limit 4.5×). Fix" in one_line(report.groups[0])
     assert report.to_dict()["findings"][0]["evidence"]["value"] == 7.329
-    streams = Evidence("|log variance ratio| of the streams", 2.0, 1.0)
-    assert str(streams) == "variance of the streams off by 7.4× (limit 2.7×)"
+    gain = Evidence("gain", 2.0, 1.0, LOGARITHM)
+    assert str(gain) == "gain 7.4× (limit 2.7×)"
+    # What a measure is called does not decide how its numbers are read.
+    assert str(Evidence("|log variance ratio|", 2.0, 1.0)) == "|log variance ratio| 2 (limit 1)"
 
 
 def finding(code, name, severity, layer, *evidence, cause=None):
@@ -101,3 +104,12 @@ def test_a_root_cause_is_a_block_with_its_number_its_fix_and_what_it_leads_to():
         "       at layer 1, since step 9: the mean is far off",
         "       → recalibrate",
     ]
+
+
+def test_a_checkpoint_comes_with_the_command_that_repairs_it_in_one_line(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    model[0].running_mean.fill_(torch.nan)
+    file = tmp_path / "a checkpoint with a long name.pt"
+    torch.save(model.state_dict(), file)
+    command = f"  bnguard recalibrate '{file}' --model PACKAGE.CLASS --data PACKAGE.CLASS\n"
+    assert command in f"{as_text(bnguard.inspect(file), 60)}\n"

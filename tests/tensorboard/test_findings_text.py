@@ -35,7 +35,7 @@ def test_findings_are_a_list_with_the_cause_before_what_it_explains():
 
 
 def test_a_variance_ratio_is_a_factor():
-    evidence = {"measure": "|log variance ratio|", "value": 7.329, "limit": 1.5}
+    evidence = {"measure": "variance off by", "value": 7.329, "limit": 1.5, "unit": "ln"}
     text = findings_markdown([{**FINDING, "layer": "4", "evidence": evidence}])
     assert "BN301 statistic-drift at layer 4, since step 40" in text
     assert "variance off by 1,500× (limit 4.5×)" in text

@@ -34,7 +34,7 @@ DRIFT = {
     "code": "BN301",
     "name": "statistic-drift",
     "step": 100,
-    "evidence": {"measure": "|log variance ratio|", "value": np.log(28), "limit": 1.5},
+    "evidence": {"measure": "variance off by", "value": np.log(28), "limit": 1.5, "unit": "ln"},
     "cause": "BN303",
 }
 FROZEN = {

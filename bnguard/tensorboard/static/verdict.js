@@ -147,13 +147,13 @@ function sentence(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
-/** Return a number of the evidence's scale with its unit; a logarithm of variances as a factor. */
+/** Return a number of the evidence's scale with its unit; a logarithm as a factor. */
 function measured(value, about) {
   return isFactor(about) && Number.isFinite(Number(value)) ? factor(value) : amount(value, shown(about.unit, 12));
 }
 
-function isFactor({ measure }) {
-  return measure.includes("log variance ratio");
+function isFactor({ unit }) {
+  return unit === "ln";
 }
 
 /** Return the number against its limit, in words and as a bar with a labelled scale from 0. */
