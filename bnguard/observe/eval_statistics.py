@@ -48,7 +48,7 @@ class EvalProbe:
             record = self._records[layer.name] = _Record()
             self.hooks.before(layer.module, self._noted(layer, record, first_blocks))
         for module in model.modules():
-            if drops_values(module):
+            if self._layers and drops_values(module):
                 self.hooks.before(module, self._note_dropout(module))
 
     def _noted(self, layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:

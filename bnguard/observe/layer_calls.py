@@ -30,8 +30,8 @@ class ShapeProbe:
 
     Args:
         model: The model, whose forwards separate the calls of a layer.
-        on_batch_of_one: Called with the name of a layer before its first batch with one value per
-            channel, which PyTorch will reject.
+        on_batch_of_one: Called before the first batch of a layer with one value per channel, which
+            PyTorch will reject without naming the layer.
 
     Attributes:
         step: Number of the current step.
@@ -42,7 +42,7 @@ class ShapeProbe:
         self,
         model: nn.Module,
         layers: Iterable[BatchNormLayer],
-        on_batch_of_one: Callable[[str], None],
+        on_batch_of_one: Callable[[], None],
     ) -> None:
         self.hooks = Hooks()
         self.records: dict[str, ShapeRecord] = {}
@@ -152,7 +152,8 @@ class ShapeProbe:
             if record.calls.frozen and record.calls.unfrozen_step is None:
                 record.calls.unfrozen_step = self.step
             if is_new and values_per_channel(shape) == 1:
-                self._on_batch_of_one(layer.name)
+                record.batch_of_one_step = record.batch_of_one_step or self.step
+                self._on_batch_of_one()
 
         return note
 
@@ -181,6 +182,7 @@ class ShapeRecord:
     calls: Calls = field(default_factory=Calls)  # without ``in_training``, which the shapes give
     calls_now: int = 0  # of the current step
     position: int | None = None  # in the order of first calls, in any mode
+    batch_of_one_step: int | None = None  # the first with one value per channel
     # Of the newest call with batch statistics: whether it was in a forward of the model, its step
     # (-1 after a frozen call), its forward, and the steps in a row with one such call.
     is_inside: bool = True

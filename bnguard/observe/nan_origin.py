@@ -21,15 +21,28 @@ _MAX_FORWARDS = 200
 
 
 class OriginProbe:
-    """Finds the first module to return an output that is not finite, from this step on."""
+    """Finds the first module to return an output that is not finite.
 
-    def __init__(self, model: nn.Module, first_step: int) -> None:
+    Attributes:
+        origin: What was found.
+        step: The current step of training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.hooks = Hooks()
         self.origin: BadValueOrigin | None = None
-        self.step = first_step
+        self.step = 1
+        self._model = model
+        self._has_begun = False
         self._forwards = 0
-        for name, module in model.named_modules():
-            look = self._looker(without_wrappers(name), module, is_model=module is model)
+
+    def begin(self) -> None:
+        """Look from now on, unless it was done already."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        for name, module in self._model.named_modules():
+            look = self._looker(without_wrappers(name), module, is_model=module is self._model)
             self.hooks.after(module, look)
 
     def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
