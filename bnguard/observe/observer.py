@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from bnguard.layers.bn_layer import BatchNormLayer, find_layers, is_wrapper
 from bnguard.layers.distances import FloatArray
-from bnguard.observe.batch_statistics import BatchProbe, StreamProbe
+from bnguard.observe.batch_statistics import BatchProbe
 from bnguard.observe.budget import Overhead
+from bnguard.observe.call_statistics import StreamProbe
 from bnguard.observe.evaluation import EvaluationProbe
 from bnguard.observe.followers import FollowerProbe
 from bnguard.observe.history import History, LayerHistory, ModeGap, Run
