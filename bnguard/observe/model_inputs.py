@@ -1,6 +1,7 @@
 """The inputs of the model in training: whether batches differ too much, and whether all is finite.
 
-:class:`Entrance` finds the module that the training step calls and passes its inputs to the probes.
+:class:`Entrance` finds the module that the training step calls; :class:`SampleProbe` compares its
+inputs.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ _MIN_BATCHES_OF_ORDER = 8
 _MAX_COMPONENTS = 8
 # Sums that wait on the device until they are checked.
 _MAX_WAITING = 256
-# Receives all tensors of a call.
-InputNote = Callable[[Sequence[Tensor]], None]
 
 
 class SampleProbe:
@@ -167,19 +166,49 @@ class SampleProbe:
             self._first.append(self._batches[-1])
 
 
-class FinitenessProbe:
-    """Finds the first training step whose input held NaN or Inf.
+class Entrance:
+    """Reads the inputs of the model in training, and finds the first step with NaN or Inf in them.
 
-    NaN and Inf survive in the sum of an input; the sums stay on the device until asked for.
+    A training step may call a part of the model (``self.network(x)``) and never the model itself,
+    so all modules around the first BN layer have a hook, and the outermost call counts. NaN and Inf
+    survive in the sum of an input; the sums stay on the device until asked for.
+
+    Args:
+        model: The model.
+        note: Receives all tensors of a call.
+
+    Attributes:
+        step: The current step.
+        is_fed_by_network: Whether an input ever had a gradient function.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, note: Callable[[Sequence[Tensor]], None]) -> None:
+        self.hooks = Hooks()
         self.step = 1
+        self.is_fed_by_network = False
+        self._model = model
+        self._note = note
+        self._path: tuple[nn.Module, ...] = ()
         self._first_bad_step: int | None = None
         self._waiting: list[tuple[int, Tensor]] = []
 
-    def note(self, tensors: Sequence[Tensor]) -> None:
-        """Read the inputs of a call."""
+    def follow(self, first: nn.Module) -> None:
+        """Watch the modules that contain this one, the BN layer that is called first."""
+        around = (module for module in self._model.modules() if module is not first)
+        path = tuple(module for module in around if first in module.modules()) or (self._model,)
+        if path != self._path:
+            self._path = path
+            self.hooks.close()
+            self.hooks.before_outermost(path, self._enter)
+
+    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._model.training and torch.is_grad_enabled():
+            tensors = _tensors(args, kwargs)
+            self.is_fed_by_network |= any(values.grad_fn is not None for values in tensors)
+            self._note(tensors)
+            self._note_finiteness(tensors)
+
+    def _note_finiteness(self, tensors: Sequence[Tensor]) -> None:
         if self._first_bad_step is not None:
             return
         for values in filter(_has_numbers, tensors):
@@ -198,40 +227,6 @@ class FinitenessProbe:
             bad = (~sums.isfinite()).nonzero().flatten().tolist()
             self._first_bad_step = waiting[bad[0]][0] if bad else None
         return self._first_bad_step
-
-
-class Entrance:
-    """Passes the inputs of the model in training to the probes.
-
-    A training step may call a part of the model (``self.network(x)``) and never the model itself,
-    so all modules around the first BN layer have a hook, and the outermost call counts.
-
-    Attributes:
-        is_fed_by_network: Whether an input ever had a gradient function.
-    """
-
-    def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
-        self.hooks = Hooks()
-        self.is_fed_by_network = False
-        self._model = model
-        self._notes = notes
-        self._path: tuple[nn.Module, ...] = ()
-
-    def follow(self, first: nn.Module) -> None:
-        """Watch the modules that contain this one, the BN layer that is called first."""
-        around = (module for module in self._model.modules() if module is not first)
-        path = tuple(module for module in around if first in module.modules()) or (self._model,)
-        if path != self._path:
-            self._path = path
-            self.hooks.close()
-            self.hooks.before_outermost(path, self._enter)
-
-    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._model.training and torch.is_grad_enabled():
-            tensors = _tensors(args, kwargs)
-            self.is_fed_by_network |= any(values.grad_fn is not None for values in tensors)
-            for note in self._notes:
-                note(tensors)
 
 
 @dataclass(frozen=True)

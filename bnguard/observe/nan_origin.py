@@ -6,7 +6,8 @@ shown a bad batch: normal steps cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,33 +43,27 @@ class OriginProbe:
             return
         self._has_begun = True
         for name, module in self._model.named_modules():
-            look = self._looker(without_wrappers(name), module, is_model=module is self._model)
-            self.hooks.after(module, look)
+            self.hooks.after(module, partial(self._look, without_wrappers(name), module))
 
-    def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
-        @torch.no_grad()
-        def look(args: tuple[object, ...], output: object) -> None:
-            places = _bad_places(output)
-            if places is not None:
-                channels, samples = places
-                self.origin = BadValueOrigin(
-                    module=name,
-                    kind=type(module).__name__,
-                    channels=channels,
-                    is_input_bad=_bad_places(args) is not None,
-                    bad_parameters=_bad_state(module),
-                    samples=samples,
-                    step=self.step,
-                    largest_input=_largest(tree_flatten(args)[0]),
-                    largest_parameter=_largest(module.parameters(recurse=False)),
-                )
-                self.hooks.close()
-                return
-            self._forwards += is_model
-            if self._forwards >= _MAX_FORWARDS:
-                self.hooks.close()
-
-        return look
+    @torch.no_grad()
+    def _look(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        places = _bad_places(output)
+        if places is not None:
+            channels, samples = places
+            self.origin = BadValueOrigin(
+                module=name,
+                kind=type(module).__name__,
+                channels=channels,
+                is_input_bad=_bad_places(args) is not None,
+                bad_parameters=_bad_state(module),
+                samples=samples,
+                step=self.step,
+                largest_input=_largest(tree_flatten(args)[0]),
+                largest_parameter=_largest(module.parameters(recurse=False)),
+            )
+        self._forwards += module is self._model
+        if places is not None or self._forwards >= _MAX_FORWARDS:
+            self.hooks.close()
 
 
 def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

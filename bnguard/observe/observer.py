@@ -24,7 +24,7 @@ from bnguard.observe.followers import FollowerProbe
 from bnguard.observe.history import History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
-from bnguard.observe.model_inputs import Entrance, FinitenessProbe, SampleProbe
+from bnguard.observe.model_inputs import Entrance, SampleProbe
 from bnguard.observe.model_state import describe_layers, running_statistics
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
@@ -89,8 +89,7 @@ class Observer:
         self._shapes = ShapeProbe(model, self.layers, on_batch_of_one)
         self._streams = StreamProbe(self._shapes)
         self._samples = SampleProbe(plan.accumulated_batches)
-        self._finiteness = FinitenessProbe()
-        self._entrance = Entrance(model, [self._samples.note, self._finiteness.note])
+        self._entrance = Entrance(model, self._samples.note)
         self._unknown = UnknownProbe(model, self.layers)
         self._origin = OriginProbe(model)
         self._evaluations = EvaluationProbe(
@@ -177,7 +176,7 @@ class Observer:
         self.weights.note_step()
         self._shapes.start_step(step + 1)
         self._samples.start_step()
-        self._finiteness.step = self._origin.step = step + 1
+        self._entrance.step = self._origin.step = step + 1
 
     def follow_model(self) -> None:
         """Notice layers that were added, removed or converted, and calls that need another probe.
@@ -293,7 +292,7 @@ class Observer:
             mode_gap_in_training=evaluations.gap_in_training,
             origin=self._origin.origin,
             inputs=self._samples.window(),
-            bad_input_step=self._finiteness.first_bad_step(),
+            bad_input_step=self._entrance.first_bad_step(),
             plan=self._plan,
             steps_in_eval_mode=self._steps_in_eval_mode,
             longest_in_eval_mode=self._longest_in_eval_mode,
