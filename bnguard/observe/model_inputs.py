@@ -98,10 +98,7 @@ class SampleProbe:
         count, newest = len(self._batches), self._newest
         if count < 2 or (newest is not None and 2 * count < self._newest_count):
             return newest
-        means, variances = self._means_and_variances()
-        is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
-        varies = is_finite & (variances > 0.0).any(0)
-        means, variances = means[:, varies], variances[:, varies]
+        means, variances = _moments_that_vary(self._batches)
         places, steps, sizes = np.array([batch.origin for batch in self._batches]).T
         calls = np.array([np.count_nonzero(steps == step) for step in steps])
         calls = np.where(calls % self._accumulated == 0, calls // self._accumulated, calls)
@@ -131,17 +128,12 @@ class SampleProbe:
             neighbour_excess_std=excess,
         )
 
-    def _means_and_variances(self) -> tuple[FloatArray, FloatArray]:
-        means = torch.stack([batch.mean for batch in self._batches])
-        variances = torch.stack([batch.variance for batch in self._batches])
-        return means.cpu().double().numpy(), variances.cpu().double().numpy()
-
     def _summarise(self) -> Iterator[_Summary]:
         """Yield a summary of the current window, if it has enough batches from one place."""
         batches = self._batches
         if len(batches) < 2 or len({batch.origin[0] // self._accumulated for batch in batches}) > 1:
             return
-        means, variances = self._means_and_variances()
+        means, variances = _moments(batches)
         with np.errstate(all="ignore"):  # The data may be infinite.
             spread = means.var(0, ddof=1)
         yield _Summary(len(batches), means.mean(0), spread, variances.mean(0))
@@ -254,14 +246,26 @@ def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
     found = [_select_features(each) for each in samples if each is not None]
     if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
         return None
-    moments = (mean_and_biased_var(features) for features in found)
-    means, variances = (
-        torch.stack(part).cpu().double().numpy() for part in zip(*moments, strict=True)
-    )
-    varies = np.isfinite(means + variances).all(0) & (variances > 0.0).any(0)
-    steps = np.arange(len(found), dtype=np.float64)
-    sizes = np.array([len(features) for features in found], dtype=np.float64)
-    return _compare_moments(means[:, varies], variances[:, varies], steps, sizes)
+    read = [
+        _Batch((0, step, len(features)), *mean_and_biased_var(features))
+        for step, features in enumerate(found)
+    ]
+    _, steps, sizes = np.array([batch.origin for batch in read]).T
+    return _compare_moments(*_moments_that_vary(read), steps, sizes)
+
+
+def _moments(batches: Sequence[_Batch]) -> tuple[FloatArray, FloatArray]:
+    """Return means and variances on the host, a row per batch."""
+    means = torch.stack([batch.mean for batch in batches])
+    variances = torch.stack([batch.variance for batch in batches])
+    return means.cpu().double().numpy(), variances.cpu().double().numpy()
+
+
+def _moments_that_vary(batches: Sequence[_Batch]) -> tuple[FloatArray, FloatArray]:
+    """Return the same of the features that are finite everywhere and vary anywhere."""
+    means, variances = _moments(batches)
+    varies = np.isfinite(variances + means).all(0) & (variances > 0.0).any(0)
+    return means[:, varies], variances[:, varies]
 
 
 def usual_ratio(window: InputWindow) -> float:
@@ -299,7 +303,7 @@ def _neighbour_change(batches: Sequence[_Batch]) -> tuple[float, float]:
     """
     if len(batches) < _MIN_BATCHES_OF_ORDER:
         return 1.0, 0.0
-    means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
+    means, _ = _moments(batches)
     if not np.isfinite(means).all():
         return 1.0, 0.0
     rest = _without_trend(means, np.arange(len(means), dtype=float))
