@@ -65,27 +65,27 @@ class EvaluationProbe:
         self._is_bystander: bool | None = None
         self._held: set[str] = set()
         self._inputs = EvalProbe(model, (), eval_batches)
-        self._gap = GapProbe(model, ())
+        self._gap_probe = GapProbe(model, ())
         self._skips = SkipProbe(model, (), {})
-        self._training_gap = GapProbe(model, layers, is_training=True)
+        self._training_gap_probe = GapProbe(model, layers, is_training=True)
         self._layers = layers
 
     @property
     def hooks(self) -> tuple[Hooks, ...]:
         """The hooks that read an evaluation."""
-        return (self._inputs.hooks, self._gap.hooks, self._skips.hooks)
+        return (self._inputs.hooks, self._gap_probe.hooks, self._skips.hooks)
 
     @property
     def training_hooks(self) -> Hooks:
         """The hooks that keep batches of training, to compare."""
-        return self._training_gap.hooks
+        return self._training_gap_probe.hooks
 
     def follow(self, layers: Sequence[BatchNormLayer]) -> None:
         """Read these layers from now on, and keep what fits of earlier evaluations."""
         self._layers = layers
         self.windows = fitting(self.windows, layers)
-        self._training_gap.close()
-        self._training_gap = GapProbe(self._model, layers, is_training=True)
+        self._training_gap_probe.close()
+        self._training_gap_probe = GapProbe(self._model, layers, is_training=True)
 
     def begin(self, steps: int) -> None:
         """Begin to read an evaluation after this many steps of training."""
@@ -94,7 +94,7 @@ class EvaluationProbe:
         self._held = self._held_in_eval_mode() if steps else set()
         compared = [layer for layer in self._layers if layer.name not in self._held]
         self._inputs = EvalProbe(self._model, self._layers, self._eval_batches)
-        self._gap = GapProbe(self._model, compared)
+        self._gap_probe = GapProbe(self._model, compared)
         self._skips = SkipProbe(self._model, self._layers, self._shapes.records)
         self._weights.start_evaluation()
 
@@ -112,16 +112,16 @@ class EvaluationProbe:
         )
         if isinstance(self.gap, ModeGap):
             self.earlier_gaps = (*self.earlier_gaps, self.gap)[-_MAX_EARLIER_GAPS:]
-        self.gap, self.gap_in_training = self._gap.measure(), None
+        self.gap, self.gap_in_training = self._gap_probe.measure(), None
         if isinstance(self.gap, ModeGap) and self.gap.relative_change > _LARGE_GAP:
-            in_training = self._training_gap.measure(self._held)
+            in_training = self._training_gap_probe.measure(self._held)
             self.gap_in_training = in_training if isinstance(in_training, ModeGap) else None
 
     def drop(self) -> None:
         """Let go of the batches of an evaluation, and of those of training before it."""
         self._close_hooks()
-        self._gap.start_anew()
-        self._training_gap.start_anew()
+        self._gap_probe.start_anew()
+        self._training_gap_probe.start_anew()
 
     def has_read_a_batch(self, step: int) -> bool:
         """Return whether the newest evaluation has as many values as a batch of training."""
@@ -132,7 +132,7 @@ class EvaluationProbe:
 
     def close(self) -> None:
         """Remove the hooks on training, and drop its batches."""
-        self._training_gap.close()
+        self._training_gap_probe.close()
 
     def _close_hooks(self) -> None:
         for hooks in self.hooks:

@@ -338,8 +338,9 @@ class NoticedEvaluations:
             return
         self._steps_at_end = self._observer.steps
         watched = self._watched.pop_all()
-        is_acting = self._is_acting and self._is_read and not self._observer.has_read_a_batch()
-        if state == self._observer.weights.state_now() and not is_acting:
+        is_same = state == self._observer.weights.state_now()
+        is_whole = not (self._is_acting and self._is_read)
+        if is_same and (is_whole or self._observer.has_read_a_batch()):
             watched.close()
         else:
             error = RuntimeError("this is not the evaluation of a trained network")
