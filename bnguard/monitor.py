@@ -22,10 +22,10 @@ from bnguard.distributed import Exchange, number_of_ranks
 from bnguard.errors import ConfigurationError, Guard
 from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_line
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
-from bnguard.observe.budget import STEPS_ALWAYS_READ, Account, Stopwatch, own_time
+from bnguard.observe.budget import Budget, own_time
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.hooks import paused
-from bnguard.observe.loop import LoopProbe
+from bnguard.observe.loop import LoopProbe, NoticedEvaluations
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.observe.training_views import TrainingViews, ViewProbe
@@ -213,12 +213,6 @@ class Monitor:
                 f"max_overhead={max_overhead!r} is not a share of the training's time: give 0 for "
                 "no limit, or a number such as 0.02"
             )
-        self._stopwatch: Stopwatch | None = None
-        self._step_account = Account(0.0 if restore_poisoned else max_overhead / 2)
-        self._evaluation_account = Account(max_overhead / 2)
-        self._reads_evaluation = True
-        self._planned_steps = planned_steps
-        self._steps_read = 0
         self._guard = Guard(
             strict=strict,
             let_go=self.close,
@@ -232,16 +226,8 @@ class Monitor:
         self._exchange = Exchange(f"monitor {next(_numbers)}")
         self._step = 0
         self._is_evaluating = False
-        self._noticed = ExitStack()
-        self._evaluated_state: object = None
-        self._has_gone_on = False
-        self._notices_evaluations = True
         self._is_led = False
         self._has_begun = False
-        self._evaluations = 0
-        self._steps_at_evaluation = 0
-        self._steps_in_eval_mode = 0
-        self._is_acting = False
         self._announcements = Announcements()
         self._course = Course()
         self._checked: Report | None = None
@@ -258,13 +244,22 @@ class Monitor:
             on_batch_of_one=self._announce_batch_of_one,
             views=None if views is None else ViewProbe(model, views, self._paused),
         )
+        self._budget = Budget(
+            step_share=0.0 if restore_poisoned else max_overhead / 2,
+            evaluation_share=max_overhead / 2,
+            every_n_steps=self._every_n_steps,
+            planned_steps=planned_steps,
+        )
+        self._evaluations = NoticedEvaluations(
+            self._observer, self._every_n_steps, self._watch_evaluation
+        )
         self._loop = LoopProbe(
             model,
             self._observer.layers,
             optimizers,
             on_step=self._note_step,
-            on_evaluation=self._note_evaluation,
-            on_training=self._note_training,
+            on_evaluation=self._evaluations.note_forward,
+            on_training=self._evaluations.note_training,
         )
         _open.add(self)
         self._is_asked = False
@@ -320,9 +315,9 @@ class Monitor:
             step: Number of the optimizer step, for findings; counted from 1 by default. Batches
                 that are accumulated may each be reported, under the number of their step.
         """
-        self._end_noticed()
+        self._evaluations.end()
         is_counted = self._loop.take_over()
-        if not self._notices_evaluations:
+        if not self._evaluations.is_on:
             self._loop.close()
         if is_counted:
             self._step = self._step if step is None else step
@@ -332,122 +327,50 @@ class Monitor:
     def _read_step(self, step: int) -> None:
         with own_time:
             self._step = step
-            self._has_gone_on = False
-            is_first_of_window = self._steps_read % self._every_n_steps == 0
-            if is_first_of_window and self._is_passed_over():
+            steps = self._observer.steps
+            if not self._budget.reads_step(steps):
                 self._guard(self._observer.pass_over, step)
                 return
-            if is_first_of_window:
-                self._step_account.start()
-                self._stopwatch = self._stopwatch or Stopwatch()
-            steps = self._observer.steps
             self._checked = None
             self._guard(self._observer.step, step)
             if self._observer.steps == steps:
                 return
-            self._steps_read += 1
+            is_end_of_window = self._budget.count_step()
             # Whether a noticed step is all of it, with several optimizers, is known after the next.
             early = 2 if self._loop.has_steps else 1
             if self._observer.steps >= early and not self._has_begun:
                 self._has_begun = True
                 self.check()
-            if self._steps_read % self._every_n_steps == 0:
+            if is_end_of_window:
                 self.check()
                 self._guard(self._observer.start_window)
-                self._step_account.end()
+                self._budget.end_window()
 
-    def _is_passed_over(self) -> bool:
-        """Return whether a step is not read, because the window before cost too much."""
-        return self._may_pass_over() and self._step_account.is_spent()
-
-    def _may_pass_over(self) -> bool:
-        """Return whether something may be left out now: neither at the start nor at the end."""
-        steps, planned = self._observer.steps, self._planned_steps
-        if steps < STEPS_ALWAYS_READ:
-            return False
-        return not planned or steps < planned - 2 * self._every_n_steps
-
-    def _start_evaluation(self) -> ExitStack:
-        """Begin to read an evaluation; pass it over if the one before cost too much."""
-        observed, observer = ExitStack(), self._observer
-        with own_time:
-            self._reads_evaluation = not (
-                self._may_pass_over() and self._evaluation_account.is_spent()
-            )
-            if self._reads_evaluation:
+    @contextmanager
+    def _watch_evaluation(self) -> Iterator[bool]:
+        """Read an evaluation, or pass it over if the one before cost too much; yield which."""
+        observer, observed = self._observer, ExitStack()
+        with own_time, paused(self._loop.hooks):
+            is_read = self._budget.reads_evaluation(observer.steps)
+            if is_read:
                 self._checked = None
-                self._evaluation_account.start()
-                self._guard(observed.enter_context, observer.evaluation())
-            else:
-                self._guard(observed.enter_context, observer.pass_over_evaluation())
-        return observed
-
-    def _end_evaluation(self, observed: ExitStack) -> None:
+            enter = observer.evaluation if is_read else observer.pass_over_evaluation
+            self._guard(observed.enter_context, enter())
+        try:
+            yield is_read
+        except BaseException as error:
+            self._guard(observed.__exit__, type(error), error, error.__traceback__)
+            raise
         with own_time:
-            self._guard(observed.close)
-            if self._reads_evaluation:
+            with paused(self._loop.hooks):
+                self._guard(observed.close)
+            if is_read:
                 self.check()
-                self._step_account.leave_out(self._evaluation_account.end())
+                self._budget.end_evaluation()
 
     def _note_step(self) -> None:
         self._guard(self._loop.hooks.raise_error)
         self._read_step(self._step + 1)
-
-    def _note_training(self) -> None:
-        if self._evaluated_state is None and self._observer.steps and not self._has_gone_on:
-            self._observer.note_training()
-        self._has_gone_on = True
-        self._end_noticed()
-
-    def _note_evaluation(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> None:
-        """Begin an evaluation with this forward, unless it belongs to one.
-
-        Early ones are all read, later ones only as often as the rules run: a loop that acts in
-        eval mode between its steps must not become slow.
-        """
-        is_noticed = self._notices_evaluations and self._observer.steps > 0
-        is_passing = self._evaluated_state is not None and not self._reads_evaluation
-        if self._is_evaluating or not is_noticed or is_passing:
-            return
-        if self._observer.steps != self._steps_in_eval_mode:
-            self._is_acting = self._observer.steps == self._steps_in_eval_mode + 1
-            self._steps_in_eval_mode = self._observer.steps
-        state = self._observer.state_now()
-        if self._evaluated_state is not None:
-            if state == self._evaluated_state:
-                return
-            self._end_noticed()
-        steps = self._observer.steps - self._steps_at_evaluation
-        is_recent = self._evaluations and steps < min(self._evaluations, self._every_n_steps)
-        if is_recent or self._observer.is_dropping():
-            return
-        self._evaluations += 1
-        self._evaluated_state = state
-        with paused(self._loop.hooks):
-            self._noticed = self._start_evaluation()
-        self._guard(self._observer.catch_up, module, args, kwargs)
-
-    def _end_noticed(self) -> None:
-        """End the evaluation that was noticed; drop it if weights or statistics are others now.
-
-        Fewer samples than a training batch, step after step, are not an evaluation: an agent acts.
-        """
-        state, self._evaluated_state = self._evaluated_state, None
-        if state is None:
-            return
-        self._steps_at_evaluation = self._observer.steps
-        observed = self._noticed.pop_all()
-        with paused(self._loop.hooks):
-            is_same = state == self._observer.state_now()
-            is_whole = not (self._is_acting and self._reads_evaluation)
-            if is_same and (is_whole or self._observer.has_read_a_batch()):
-                self._end_evaluation(observed)
-            else:
-                self._checked = None
-                error = RuntimeError("this is not the evaluation of a trained network")
-                self._guard(observed.__exit__, type(error), error, None)
 
     def _follow_script(
         self,
@@ -465,8 +388,8 @@ class Monitor:
 
     def _expect_calls(self) -> None:
         """Notice nothing: the caller reports all steps and evaluations."""
-        self._notices_evaluations = False
         self._is_led = True
+        self._evaluations.stop()
         self._loop.take_over()
         self._loop.close()
 
@@ -480,21 +403,14 @@ class Monitor:
         if self._is_evaluating:
             yield
             return
-        self._end_noticed()
+        self._evaluations.stop()
         self._loop.flush()
-        self._notices_evaluations = False
-        # What was written to the weights since the step belongs to the evaluation, not to training.
-        self._has_gone_on = True
         self._is_evaluating = True
-        observed = self._start_evaluation()
         try:
-            yield
-        except BaseException as error:
-            self._guard(observed.__exit__, type(error), error, error.__traceback__)
-            raise
+            with self._watch_evaluation():
+                yield
         finally:
             self._is_evaluating = False
-        self._end_evaluation(observed)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -550,7 +466,7 @@ class Monitor:
         return self._known(final=final)
 
     def _known(self, *, final: bool = True) -> Report:
-        self._end_noticed()
+        self._evaluations.end()
         self._loop.flush()
         try:
             # Also after an error, which leaves what was observed before it.
@@ -614,7 +530,7 @@ class Monitor:
 
     def close(self) -> None:
         """Take the hooks off; what was seen can still be reported."""
-        self._end_noticed()
+        self._evaluations.end()
         self._loop.flush()
         _open.discard(self)
         self._loop.close()
@@ -622,15 +538,8 @@ class Monitor:
 
     def _judge(self, *, final: bool) -> Report:
         """Run the rules, and date each finding to the step at which it first showed."""
-        history = self._observer.history(is_settled=final)
-        if self._stopwatch is not None:
-            overhead = dataclasses.replace(
-                self._stopwatch.overhead(),
-                steps_left_out=self._observer.steps_left_out,
-                evaluations_left_out=self._observer.evaluations_left_out,
-            )
-            run = dataclasses.replace(history.run, overhead=overhead)
-            history = dataclasses.replace(history, run=run)
+        overhead = self._budget.overhead(self._observer.steps)
+        history = self._observer.history(is_settled=final, overhead=overhead)
         conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
         findings = conclusions.findings
         if self._observer.steps:

@@ -325,7 +325,7 @@ def test_steps_and_evaluations_after_close_do_no_harm():
         "bnguard.observe.layer_calls.values_per_channel",
         "bnguard.observe.eval_statistics.channel_moments",
         "bnguard.observe.observer.Observer.history",
-        "bnguard.observe.mode_gap.GapProbe.measure",
+        "bnguard.observe.gap_probe.GapProbe.measure",
     ],
 )
 def test_an_error_of_our_own_ends_no_training(place, monkeypatch, caplog):

@@ -237,11 +237,11 @@ def test_an_evaluation_ends_where_a_layer_changes(change):
     optimizer.step()
     with torch.no_grad():
         model.eval()(IMAGES[1200:1300])
-        state = monitor._observer.state_now()
+        state = monitor._observer.weights.state_now()
         model(IMAGES[1200:1300])
-        assert monitor._observer.state_now() == state == monitor._evaluated_state
+        assert monitor._observer.weights.state_now() == state == monitor._evaluations._state
         change(layer)
-        assert monitor._observer.state_now() != state
+        assert monitor._observer.weights.state_now() != state
     assert monitor.report().failure is None
 
 
@@ -257,7 +257,7 @@ def test_a_loop_that_acts_in_eval_mode_is_read_now_and_then():
         optimizer.zero_grad()
         backward(model, number % 30)
         optimizer.step()
-    assert 0 < monitor._evaluations < 30
+    assert 0 < monitor._evaluations.number < 30
     monitor.report()
 
 

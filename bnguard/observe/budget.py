@@ -1,4 +1,4 @@
-"""The time that watching takes, and the share of the training's time that it may take."""
+"""The time that watching takes, and what is left unread so that it stays a small share."""
 
 from __future__ import annotations
 
@@ -49,16 +49,91 @@ class Overhead:
 
     seconds: float
     share: float
-    steps_left_out: int = 0
-    evaluations_left_out: int = 0
+    steps_left_out: int
+    evaluations_left_out: int
 
 
-class Account:
-    """Spreads what is read over the time, so that each reading costs no more than a share of it.
+class Budget:
+    """Chooses what is read, so that watching takes no more than a share of the training's time.
+
+    Steps are read in windows. After a window or an evaluation that cost more, the next ones wait
+    until the share is kept again. The first steps are read whatever they cost, and so are the last
+    of those that are planned.
 
     Args:
-        max_share: What reading may cost, as a share of the other time; 0 for no limit.
+        step_share: What reading steps may cost, as a share of the other time; 0 for no limit.
+        evaluation_share: The same of evaluations.
+        every_n_steps: Steps of a window.
+        planned_steps: Steps that training will take in all; None if unknown.
     """
+
+    def __init__(
+        self,
+        *,
+        step_share: float,
+        evaluation_share: float,
+        every_n_steps: int,
+        planned_steps: int | None,
+    ) -> None:
+        self._of_steps = _Account(step_share)
+        self._of_evaluations = _Account(evaluation_share)
+        self._every_n_steps = every_n_steps
+        self._planned_steps = planned_steps
+        self._start: tuple[float, float] | None = None
+        self._steps_read = self._evaluations_left_out = 0
+
+    def reads_step(self, steps: int) -> bool:
+        """Return whether the step after this many is read."""
+        if self._steps_read % self._every_n_steps == 0:
+            if self._may_leave_out(steps) and self._of_steps.is_spent():
+                return False
+            self._of_steps.start()
+            self._start = self._start or _now()
+        return True
+
+    def count_step(self) -> bool:
+        """Count a step that was read, and return whether it is the last of its window."""
+        self._steps_read += 1
+        return self._steps_read % self._every_n_steps == 0
+
+    def end_window(self) -> None:
+        """Put off the next window for as long as this one and its checks have cost."""
+        self._of_steps.end()
+
+    def reads_evaluation(self, steps: int) -> bool:
+        """Return whether an evaluation after this many steps is read."""
+        if self._may_leave_out(steps) and self._of_evaluations.is_spent():
+            self._evaluations_left_out += 1
+            return False
+        self._of_evaluations.start()
+        return True
+
+    def end_evaluation(self) -> None:
+        """Put off the next evaluation for as long as this one and its check have cost."""
+        self._of_steps.leave_out(self._of_evaluations.end())
+
+    def overhead(self, steps: int) -> Overhead | None:
+        """Return the cost so far, of this many steps; None if none was read."""
+        if self._start is None:
+            return None
+        own, clock = _since(self._start)
+        return Overhead(
+            seconds=own,
+            share=own / max(clock - own, 1e-9),
+            steps_left_out=steps - self._steps_read,
+            evaluations_left_out=self._evaluations_left_out,
+        )
+
+    def _may_leave_out(self, steps: int) -> bool:
+        """Return whether something may be left out now: neither at the start nor at the end."""
+        if steps < STEPS_ALWAYS_READ:
+            return False
+        planned = self._planned_steps
+        return not planned or steps < planned - 2 * self._every_n_steps
+
+
+class _Account:
+    """Spreads readings over the time, so that they cost no more than a share of it; 0: no limit."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -83,18 +158,6 @@ class Account:
     def is_spent(self) -> bool:
         """Return whether the next reading has to wait."""
         return time.perf_counter() < self._next
-
-
-class Stopwatch:
-    """Measures what watching costs, from now on."""
-
-    def __init__(self) -> None:
-        self._start = _now()
-
-    def overhead(self) -> Overhead:
-        """Return the cost so far."""
-        own, clock = _since(self._start)
-        return Overhead(own, own / max(clock - own, 1e-9))
 
 
 def _now() -> tuple[float, float]:

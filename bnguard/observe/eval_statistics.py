@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
 from bnguard.observe.history import EvalWindow, RunningStatistics
-from bnguard.observe.hooks import Hooks, Note
+from bnguard.observe.hooks import Hooks
 from bnguard.observe.model_state import running_statistics
 
 # 99th percentile of the standard normal distribution.
@@ -43,35 +44,34 @@ class EvalProbe:
         self.hooks = Hooks()
         self._layers = tuple(layers)
         self._records: dict[str, _Record] = {}
+        self._first_blocks = first_blocks
+        # Those called so far, and the classes of those since the newest layer was first called.
+        self._called: set[nn.Module] = set()
         self._dropouts: list[str] = []
         for layer in self._layers:
             record = self._records[layer.name] = _Record()
-            self.hooks.before(layer.module, self._noted(layer, record, first_blocks))
+            self.hooks.before(layer.module, partial(self._note, layer, record))
         for module in model.modules():
-            if drops_values(module):
-                self.hooks.before(module, self._note_dropout(module))
+            if self._layers and drops_values(module):
+                self.hooks.before(module, partial(self._note_dropout, module))
 
-    def _noted(self, layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
+    def _note(self, layer: BatchNormLayer, record: _Record, args: tuple[object, ...]) -> None:
         """Note the first of the dropouts that were called before a layer, and read its inputs."""
-        read = _input_note(layer, record, first_blocks)
+        if record.dropout is None:
+            record.dropout = next(iter(self._dropouts), "")
+            self._dropouts.clear()
+        values = args[0] if args else None
+        if layer.uses_batch_statistics or not isinstance(values, Tensor):
+            return
+        if values.numel() and layer.normalises(values):
+            block = record.next_block(len(values))
+            if _is_read(block, self._first_blocks):
+                record.read(values, layer, block)
 
-        def note(args: tuple[object, ...]) -> None:
-            if not record.is_called:
-                record.is_called = True
-                record.dropout = next(iter(self._dropouts), "")
-                self._dropouts.clear()
-            read(args)
-
-        return note
-
-    def _note_dropout(self, module: nn.Module) -> Note:
-        calls = itertools.count()
-
-        def note(args: tuple[object, ...]) -> None:
-            if next(calls) == 0:
-                self._dropouts.append(type(module).__name__)
-
-        return note
+    def _note_dropout(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        if module not in self._called:
+            self._called.add(module)
+            self._dropouts.append(type(module).__name__)
 
     def windows(self, step: int) -> dict[str, EvalWindow]:
         """Return the readings with the current running statistics, by layer name.
@@ -107,8 +107,7 @@ class _Record:
     """The calls of one layer that were read."""
 
     parts: list[_Call] = field(default_factory=list)
-    is_called: bool = False
-    dropout: str = ""
+    dropout: str | None = None  # not None once the layer was called
     block: int = 1
     samples_in_block: int = 0
     dtype: str = ""
@@ -119,6 +118,20 @@ class _Record:
             self.block, self.samples_in_block = self.block + 1, 0
         self.samples_in_block += samples
         return self.block
+
+    @torch.no_grad()
+    def read(self, values: Tensor, layer: BatchNormLayer, block: int) -> None:
+        """Read the inputs of a call, which belongs to this block."""
+        self.dtype = str(values.dtype).removeprefix("torch.")
+        self.parts.append(
+            _Call(
+                block=block,
+                moments=channel_moments(values),
+                extreme=_extreme(values, layer),
+                padding_shares=_padding_shares(values),
+                samples=channel_moments(_mean_of_positions(values)),
+            )
+        )
 
     def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
         """Return the calls merged; None if they hold fewer than 2 values per channel."""
@@ -146,7 +159,7 @@ class _Record:
             var_between=None if var_between is None else var_between.cpu().numpy(),
             between_share=between_share,
             is_between_shown=is_between_shown,
-            dropout_before=self.dropout,
+            dropout_before=self.dropout or "",
             running=running,
             step=step,
         )
@@ -191,33 +204,6 @@ def _largest_of_independent(blocks: int, samples: int) -> float:
 
 def _is_finite(moments: Moments) -> bool:
     return bool(moments.mean.isfinite().all() & moments.squares.isfinite().all())
-
-
-def _input_note(layer: BatchNormLayer, record: _Record, first_blocks: int) -> Note:
-    def note(args: tuple[object, ...]) -> None:
-        if layer.uses_batch_statistics:
-            return
-        values = args[0] if args else None
-        if not (isinstance(values, Tensor) and values.numel() and layer.normalises(values)):
-            return
-        block = record.next_block(len(values))
-        if _is_read(block, first_blocks):
-            read(values, block)
-
-    @torch.no_grad()
-    def read(values: Tensor, block: int) -> None:
-        record.dtype = str(values.dtype).removeprefix("torch.")
-        record.parts.append(
-            _Call(
-                block=block,
-                moments=channel_moments(values),
-                extreme=_extreme(values, layer),
-                padding_shares=_padding_shares(values),
-                samples=channel_moments(_mean_of_positions(values)),
-            )
-        )
-
-    return note
 
 
 def drops_values(module: nn.Module) -> bool:

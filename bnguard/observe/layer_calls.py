@@ -1,10 +1,10 @@
-"""Counts of the calls of layers, the shapes of their batches, and calls that evaluation skips."""
+"""Counts of the calls of layers, and the shapes of their batches."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ class ShapeProbe:
 
     Args:
         model: The model, whose forwards separate the calls of a layer.
-        on_batch_of_one: Called with the name of a layer before its first batch with one value per
-            channel, which PyTorch will reject.
+        on_batch_of_one: Called before the first batch of a layer with one value per channel, which
+            PyTorch will reject without naming the layer.
 
     Attributes:
         step: Number of the current step.
@@ -42,7 +42,7 @@ class ShapeProbe:
         self,
         model: nn.Module,
         layers: Iterable[BatchNormLayer],
-        on_batch_of_one: Callable[[str], None],
+        on_batch_of_one: Callable[[], None],
     ) -> None:
         self.hooks = Hooks()
         self.records: dict[str, ShapeRecord] = {}
@@ -152,7 +152,8 @@ class ShapeProbe:
             if record.calls.frozen and record.calls.unfrozen_step is None:
                 record.calls.unfrozen_step = self.step
             if is_new and values_per_channel(shape) == 1:
-                self._on_batch_of_one(layer.name)
+                record.batch_of_one_step = record.batch_of_one_step or self.step
+                self._on_batch_of_one()
 
         return note
 
@@ -181,6 +182,7 @@ class ShapeRecord:
     calls: Calls = field(default_factory=Calls)  # without ``in_training``, which the shapes give
     calls_now: int = 0  # of the current step
     position: int | None = None  # in the order of first calls, in any mode
+    batch_of_one_step: int | None = None  # the first with one value per channel
     # Of the newest call with batch statistics: whether it was in a forward of the model, its step
     # (-1 after a frozen call), its forward, and the steps in a row with one such call.
     is_inside: bool = True
@@ -388,46 +390,3 @@ def _count(counts: dict[int, int], number: int, times: int) -> int:
         number = 1 << (number.bit_length() - 1) if number else 0
     counts[number] = counts.get(number, 0) + times
     return counts[number]
-
-
-class SkipProbe:
-    """Counts the forwards in which a module in eval mode calls none of the layers inside it.
-
-    Modules that an evaluation does not call, as an auxiliary head, leave out nothing.
-
-    Args:
-        model: The model.
-        layers: Its BN layers.
-        records: Their calls so far, by name.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[BatchNormLayer],
-        records: Mapping[str, ShapeRecord],
-    ) -> None:
-        self.hooks = Hooks()
-        names = {layer.module: layer.name for layer in layers}
-        for parent in model.modules():
-            own = [records[names[part]] for part in parent.children() if part in names]
-            if own and all(map(_is_idle, own)):
-                inside = [records[names[part]] for part in parent.modules() if part in names]
-                self._watch(parent, own, inside)
-
-    def _watch(
-        self, parent: nn.Module, own: Sequence[ShapeRecord], inside: Sequence[ShapeRecord]
-    ) -> None:
-        def note(args: tuple[object, ...], output: object) -> None:
-            if not parent.training and all(map(_is_idle, inside)):
-                for record in own:
-                    record.calls.left_out += 1
-
-        self.hooks.after(parent, note)
-
-
-def _is_idle(record: ShapeRecord) -> bool:
-    """Return whether training calls the layer, and nothing ever called it in evaluation."""
-    calls = record.calls
-    is_called = calls.is_in_eval_mode or calls.in_evaluation or calls.without_grad
-    return record.position is not None and not is_called

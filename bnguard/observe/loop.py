@@ -1,9 +1,14 @@
-"""Notices the steps and the evaluations of a training loop that reports neither."""
+"""Notices the steps and the evaluations of a training loop that reports neither.
+
+:class:`LoopProbe` tells steps and kinds of forwards apart, and :class:`NoticedEvaluations` which of
+the latter belong together.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper
+from bnguard.observe.eval_statistics import drops_values
 from bnguard.observe.hooks import Hooks
+from bnguard.observe.observer import Observer
 
 Arguments = tuple[object, ...]
 Keywords = dict[str, object]
@@ -256,6 +263,98 @@ class LoopProbe:
             self._on_step()
         else:
             self._is_due = True
+
+
+class NoticedEvaluations:
+    """Finds where evaluations that nobody reports begin and end.
+
+    One goes on while weights and statistics stay the same. Early ones are all read, later ones only
+    as often as the rules run: a loop that acts in eval mode between its steps must not become slow.
+
+    Args:
+        observer: Observes the model.
+        every_n_steps: How often the rules run.
+        watch: Watches an evaluation; yields whether it is read, or passed over to save time.
+
+    Attributes:
+        is_on: Whether evaluations are noticed.
+        number: Evaluations noticed so far.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        every_n_steps: int,
+        watch: Callable[[], AbstractContextManager[bool]],
+    ) -> None:
+        self.is_on = True
+        self.number = 0
+        self._observer = observer
+        self._every_n_steps = every_n_steps
+        self._watch = watch
+        # Of the current evaluation, whose state is None if there is none.
+        self._state: object = None
+        self._is_read = False
+        self._watched = ExitStack()
+        self._steps_at_end = 0
+        # Steps at the newest forward, and whether there was a step between it and the one before.
+        self._steps_at_forward = 0
+        self._is_acting = False
+
+    def note_forward(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+        """Begin an evaluation with this forward, unless it belongs to one."""
+        observer, steps = self._observer, self._observer.steps
+        is_passing = self._state is not None and not self._is_read
+        if not (self.is_on and steps) or is_passing:
+            return
+        if steps != self._steps_at_forward:
+            self._is_acting = steps == self._steps_at_forward + 1
+            self._steps_at_forward = steps
+        state = observer.weights.state_now()
+        if self._state is not None:
+            if state == self._state:
+                return
+            self.end()
+        is_recent = steps - self._steps_at_end < min(self.number, self._every_n_steps)
+        if is_recent or self._is_dropping():
+            return
+        self.number += 1
+        self._state = state
+        self._is_read = self._watched.enter_context(self._watch())
+        observer.catch_up(module, args, kwargs)
+
+    def note_training(self) -> None:
+        """End the evaluation: the loop trains again."""
+        self._observer.weights.note_training()
+        self.end()
+
+    def end(self) -> None:
+        """End the evaluation; drop it if weights or statistics are others now.
+
+        Fewer samples than a training batch, step after step, are not an evaluation: an agent acts.
+        """
+        state, self._state = self._state, None
+        if state is None:
+            return
+        self._steps_at_end = self._observer.steps
+        watched = self._watched.pop_all()
+        is_same = state == self._observer.weights.state_now()
+        is_whole = not (self._is_acting and self._is_read)
+        if is_same and (is_whole or self._observer.has_read_a_batch()):
+            watched.close()
+        else:
+            error = RuntimeError("this is not the evaluation of a trained network")
+            watched.__exit__(type(error), error, None)
+
+    def stop(self) -> None:
+        """End the evaluation, and notice no other."""
+        self.end()
+        self.is_on = False
+
+    def _is_dropping(self) -> bool:
+        """Return whether dropout acts, as when several passes measure the uncertainty."""
+        modules = self._observer.model.modules()
+        return any(module.training for module in modules if drops_values(module))
 
 
 def _first_of_each_part(

@@ -1,6 +1,7 @@
 """The inputs of the model in training: whether batches differ too much, and whether all is finite.
 
-:class:`Entrance` finds the module that the training step calls and passes its inputs to the probes.
+:class:`Entrance` finds the module that the training step calls; :class:`SampleProbe` compares its
+inputs.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ _MIN_BATCHES_OF_ORDER = 8
 _MAX_COMPONENTS = 8
 # Sums that wait on the device until they are checked.
 _MAX_WAITING = 256
-# Receives all tensors of a call.
-InputNote = Callable[[Sequence[Tensor]], None]
 
 
 class SampleProbe:
@@ -99,10 +98,7 @@ class SampleProbe:
         count, newest = len(self._batches), self._newest
         if count < 2 or (newest is not None and 2 * count < self._newest_count):
             return newest
-        means, variances = self._means_and_variances()
-        is_finite = np.isfinite(variances).all(0) & np.isfinite(means).all(0)
-        varies = is_finite & (variances > 0.0).any(0)
-        means, variances = means[:, varies], variances[:, varies]
+        means, variances = _moments_that_vary(self._batches)
         places, steps, sizes = np.array([batch.origin for batch in self._batches]).T
         calls = np.array([np.count_nonzero(steps == step) for step in steps])
         calls = np.where(calls % self._accumulated == 0, calls // self._accumulated, calls)
@@ -132,17 +128,12 @@ class SampleProbe:
             neighbour_excess_std=excess,
         )
 
-    def _means_and_variances(self) -> tuple[FloatArray, FloatArray]:
-        means = torch.stack([batch.mean for batch in self._batches])
-        variances = torch.stack([batch.variance for batch in self._batches])
-        return means.cpu().double().numpy(), variances.cpu().double().numpy()
-
     def _summarise(self) -> Iterator[_Summary]:
         """Yield a summary of the current window, if it has enough batches from one place."""
         batches = self._batches
         if len(batches) < 2 or len({batch.origin[0] // self._accumulated for batch in batches}) > 1:
             return
-        means, variances = self._means_and_variances()
+        means, variances = _moments(batches)
         with np.errstate(all="ignore"):  # The data may be infinite.
             spread = means.var(0, ddof=1)
         yield _Summary(len(batches), means.mean(0), spread, variances.mean(0))
@@ -167,19 +158,49 @@ class SampleProbe:
             self._first.append(self._batches[-1])
 
 
-class FinitenessProbe:
-    """Finds the first training step whose input held NaN or Inf.
+class Entrance:
+    """Reads the inputs of the model in training, and finds the first step with NaN or Inf in them.
 
-    NaN and Inf survive in the sum of an input; the sums stay on the device until asked for.
+    A training step may call a part of the model (``self.network(x)``) and never the model itself,
+    so all modules around the first BN layer have a hook, and the outermost call counts. NaN and Inf
+    survive in the sum of an input; the sums stay on the device until asked for.
+
+    Args:
+        model: The model.
+        note: Receives all tensors of a call.
+
+    Attributes:
+        step: The current step.
+        is_fed_by_network: Whether an input ever had a gradient function.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, note: Callable[[Sequence[Tensor]], None]) -> None:
+        self.hooks = Hooks()
         self.step = 1
+        self.is_fed_by_network = False
+        self._model = model
+        self._note = note
+        self._path: tuple[nn.Module, ...] = ()
         self._first_bad_step: int | None = None
         self._waiting: list[tuple[int, Tensor]] = []
 
-    def note(self, tensors: Sequence[Tensor]) -> None:
-        """Read the inputs of a call."""
+    def follow(self, first: nn.Module) -> None:
+        """Watch the modules that contain this one, the BN layer that is called first."""
+        around = (module for module in self._model.modules() if module is not first)
+        path = tuple(module for module in around if first in module.modules()) or (self._model,)
+        if path != self._path:
+            self._path = path
+            self.hooks.close()
+            self.hooks.before_outermost(path, self._enter)
+
+    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if self._model.training and torch.is_grad_enabled():
+            tensors = _tensors(args, kwargs)
+            self.is_fed_by_network |= any(values.grad_fn is not None for values in tensors)
+            self._note(tensors)
+            self._note_finiteness(tensors)
+
+    def _note_finiteness(self, tensors: Sequence[Tensor]) -> None:
         if self._first_bad_step is not None:
             return
         for values in filter(_has_numbers, tensors):
@@ -198,40 +219,6 @@ class FinitenessProbe:
             bad = (~sums.isfinite()).nonzero().flatten().tolist()
             self._first_bad_step = waiting[bad[0]][0] if bad else None
         return self._first_bad_step
-
-
-class Entrance:
-    """Passes the inputs of the model in training to the probes.
-
-    A training step may call a part of the model (``self.network(x)``) and never the model itself,
-    so all modules around the first BN layer have a hook, and the outermost call counts.
-
-    Attributes:
-        is_fed_by_network: Whether an input ever had a gradient function.
-    """
-
-    def __init__(self, model: nn.Module, notes: Sequence[InputNote]) -> None:
-        self.hooks = Hooks()
-        self.is_fed_by_network = False
-        self._model = model
-        self._notes = notes
-        self._path: tuple[nn.Module, ...] = ()
-
-    def follow(self, first: nn.Module) -> None:
-        """Watch the modules that contain this one, the BN layer that is called first."""
-        around = (module for module in self._model.modules() if module is not first)
-        path = tuple(module for module in around if first in module.modules()) or (self._model,)
-        if path != self._path:
-            self._path = path
-            self.hooks.close()
-            self.hooks.before_outermost(path, self._enter)
-
-    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if self._model.training and torch.is_grad_enabled():
-            tensors = _tensors(args, kwargs)
-            self.is_fed_by_network |= any(values.grad_fn is not None for values in tensors)
-            for note in self._notes:
-                note(tensors)
 
 
 @dataclass(frozen=True)
@@ -259,14 +246,26 @@ def compare_batches(batches: Iterable[Sequence[Tensor]]) -> InputWindow | None:
     found = [_select_features(each) for each in samples if each is not None]
     if len(found) < 2 or len({features.shape[1] for features in found}) > 1:
         return None
-    moments = (mean_and_biased_var(features) for features in found)
-    means, variances = (
-        torch.stack(part).cpu().double().numpy() for part in zip(*moments, strict=True)
-    )
-    varies = np.isfinite(means + variances).all(0) & (variances > 0.0).any(0)
-    steps = np.arange(len(found), dtype=np.float64)
-    sizes = np.array([len(features) for features in found], dtype=np.float64)
-    return _compare_moments(means[:, varies], variances[:, varies], steps, sizes)
+    read = [
+        _Batch((0, step, len(features)), *mean_and_biased_var(features))
+        for step, features in enumerate(found)
+    ]
+    _, steps, sizes = np.array([batch.origin for batch in read]).T
+    return _compare_moments(*_moments_that_vary(read), steps, sizes)
+
+
+def _moments(batches: Sequence[_Batch]) -> tuple[FloatArray, FloatArray]:
+    """Return means and variances on the host, a row per batch."""
+    means = torch.stack([batch.mean for batch in batches])
+    variances = torch.stack([batch.variance for batch in batches])
+    return means.cpu().double().numpy(), variances.cpu().double().numpy()
+
+
+def _moments_that_vary(batches: Sequence[_Batch]) -> tuple[FloatArray, FloatArray]:
+    """Return the same of the features that are finite everywhere and vary anywhere."""
+    means, variances = _moments(batches)
+    varies = np.isfinite(variances + means).all(0) & (variances > 0.0).any(0)
+    return means[:, varies], variances[:, varies]
 
 
 def usual_ratio(window: InputWindow) -> float:
@@ -304,7 +303,7 @@ def _neighbour_change(batches: Sequence[_Batch]) -> tuple[float, float]:
     """
     if len(batches) < _MIN_BATCHES_OF_ORDER:
         return 1.0, 0.0
-    means = torch.stack([batch.mean for batch in batches]).cpu().double().numpy()
+    means, _ = _moments(batches)
     if not np.isfinite(means).all():
         return 1.0, 0.0
     rest = _without_trend(means, np.arange(len(means), dtype=float))

@@ -32,26 +32,16 @@ def describe_layers(model: nn.Module) -> dict[str, LayerHistory]:
     >>> layers["1"].fed_by, layers["1"].is_bias_cancelled
     ('Conv2d', True)
     """
-    feeders, bounds, tails = _feeders(model), _bounds(model), _missing_tails(model)
+    before, after, tails = *_neighbours(model), _missing_tails(model)
     layers = find_layers(model)
-    tensors = [
-        tensor
-        for layer in layers
-        for tensor in (
-            layer.weight,
-            layer.bias,
-            layer.running_mean,
-            layer.running_var,
-            layer.counter,
-        )
-    ]
-    arrays = iter(on_host(tensors))
+    tensors = ((x.weight, x.bias, x.running_mean, x.running_var, x.counter) for x in layers)
+    arrays = iter(on_host(list(itertools.chain.from_iterable(tensors))))
     return {
         layer.name: _describe(
             layer,
-            feeders.get(id(layer.module)),
-            bounds.get(id(layer.module)),
-            tails.get(id(layer.module), ()),
+            before.get(layer.module),
+            after.get(layer.module),
+            tails.get(layer.module, ()),
             *itertools.islice(arrays, 5),
         )
         for layer in layers
@@ -132,7 +122,7 @@ def statistics_of(state: Mapping[str, Tensor], layer: str) -> RunningStatistics 
 def _describe(
     layer: BatchNormLayer,
     feeder: nn.Module | None,
-    bounded_by: str | None,
+    follower: nn.Module | None,
     missing_tail: tuple[str, ...],
     gamma: FloatArray | None,
     beta: FloatArray | None,
@@ -154,7 +144,7 @@ def _describe(
         ),
         unsaved=_unsaved(layer),
         fed_by=None if feeder is None else type(feeder).__name__,
-        bounded_by=bounded_by,
+        bounded_by=type(follower).__name__ if isinstance(follower, _BOUNDED) else None,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
         idle_children=_idle_children(layer.module),
         missing_tail=missing_tail,
@@ -199,7 +189,7 @@ def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
+def _missing_tails(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     """Return the children that plain layers lack and others at the same place of blocks have.
 
     The place is the class of the block and the attribute; numbers, as in a list, are left out.
@@ -214,30 +204,25 @@ def _missing_tails(model: nn.Module) -> dict[int, tuple[str, ...]]:
         tails = [_children(module) for module in modules if not _is_of_torch(module)]
         tail = next(filter(None, tails), ())
         plain = (module for module in modules if _is_of_torch(module) and not _children(module))
-        missing.update({id(module): tail for module in plain})
+        missing.update(dict.fromkeys(plain, tail))
     return missing
 
 
-def _feeders(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the module before another in a ``Sequential``, by the id of the other."""
-    return {
-        id(module): feeder
+def _neighbours(
+    model: nn.Module,
+) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, nn.Module]]:
+    """Return the module before each other in a ``Sequential``, and the one after it.
+
+    Dropouts that drop nothing are left out.
+    """
+    pairs = [
+        pair
         for parent in model.modules()
         if isinstance(parent, nn.Sequential)
-        for feeder, module in itertools.pairwise(
+        for pair in itertools.pairwise(
             part
             for part in parent
             if not ("Dropout" in type(part).__name__ and getattr(part, "p", None) == 0.0)
         )
-    }
-
-
-def _bounds(model: nn.Module) -> dict[int, str]:
-    """Return the class of the bounded activation after a module in a ``Sequential``, by id."""
-    return {
-        id(module): type(activation).__name__
-        for parent in model.modules()
-        if isinstance(parent, nn.Sequential)
-        for module, activation in itertools.pairwise(parent)
-        if isinstance(activation, _BOUNDED)
-    }
+    ]
+    return {module: feeder for feeder, module in pairs}, dict(pairs)

@@ -6,7 +6,8 @@ shown a bad batch: normal steps cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +22,48 @@ _MAX_FORWARDS = 200
 
 
 class OriginProbe:
-    """Finds the first module to return an output that is not finite, from this step on."""
+    """Finds the first module to return an output that is not finite.
 
-    def __init__(self, model: nn.Module, first_step: int) -> None:
+    Attributes:
+        origin: What was found.
+        step: The current step of training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.hooks = Hooks()
         self.origin: BadValueOrigin | None = None
-        self.step = first_step
+        self.step = 1
+        self._model = model
+        self._has_begun = False
         self._forwards = 0
-        for name, module in model.named_modules():
-            look = self._looker(without_wrappers(name), module, is_model=module is model)
-            self.hooks.after(module, look)
 
-    def _looker(self, name: str, module: nn.Module, *, is_model: bool) -> Callable[..., None]:
-        @torch.no_grad()
-        def look(args: tuple[object, ...], output: object) -> None:
-            places = _bad_places(output)
-            if places is not None:
-                channels, samples = places
-                self.origin = BadValueOrigin(
-                    module=name,
-                    kind=type(module).__name__,
-                    channels=channels,
-                    is_input_bad=_bad_places(args) is not None,
-                    bad_parameters=_bad_state(module),
-                    samples=samples,
-                    step=self.step,
-                    largest_input=_largest(tree_flatten(args)[0]),
-                    largest_parameter=_largest(module.parameters(recurse=False)),
-                )
-                self.hooks.close()
-                return
-            self._forwards += is_model
-            if self._forwards >= _MAX_FORWARDS:
-                self.hooks.close()
+    def begin(self) -> None:
+        """Look from now on, unless it was done already."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        for name, module in self._model.named_modules():
+            self.hooks.after(module, partial(self._look, without_wrappers(name), module))
 
-        return look
+    @torch.no_grad()
+    def _look(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        places = _bad_places(output)
+        if places is not None:
+            channels, samples = places
+            self.origin = BadValueOrigin(
+                module=name,
+                kind=type(module).__name__,
+                channels=channels,
+                is_input_bad=_bad_places(args) is not None,
+                bad_parameters=_bad_state(module),
+                samples=samples,
+                step=self.step,
+                largest_input=_largest(tree_flatten(args)[0]),
+                largest_parameter=_largest(module.parameters(recurse=False)),
+            )
+        self._forwards += module is self._model
+        if places is not None or self._forwards >= _MAX_FORWARDS:
+            self.hooks.close()
 
 
 def _bad_places(tree: object) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 from bnguard.layers.bn_layer import BatchNormLayer
 
 _VERSION = operator.attrgetter("_version")
+
+# Names of gamma and beta.
+_AFFINE = ("weight", "bias", "gamma", "beta")
 
 
 class OptimizerProbe:
@@ -126,6 +130,7 @@ class WeightProbe:
     def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
         self._model = model
         self._version = 0
+        self._is_after_step = False
         self._usual_writes = 0
         self._trained: list[Tensor] = []
         self.follow_model(layers)
@@ -142,13 +147,15 @@ class WeightProbe:
             for parameter in self._model.parameters()
             if not (is_lazy(parameter) or parameter.is_inference())
         ]
+        self._state_places = list(_state_places_of(layers))
 
     def note_step(self) -> None:
         """Take the current weights as those of the newest step.
 
         Cheap enough for every step: a sum of counters that rise with each in-place write.
         """
-        self._version = self.version_now()
+        self._version = self._version_now()
+        self._is_after_step = True
 
     def note_places(self) -> None:
         """Note where the weights lie in memory after a training step."""
@@ -165,10 +172,32 @@ class WeightProbe:
         return any(parameter.data_ptr() != place for parameter, place in self._places.items())
 
     def note_training(self) -> None:
-        """Take the writes since the step as part of each step, as those to an averaged teacher."""
-        self._usual_writes = max(self._usual_writes, self.version_now() - self._version)
+        """Take the writes since the step as part of each step, as those to an averaged teacher.
 
-    def version_now(self) -> int:
+        Called before each forward of training; an evaluation may come between.
+        """
+        if self._is_after_step:
+            self._usual_writes = max(self._usual_writes, self._version_now() - self._version)
+        self._is_after_step = False
+
+    def note_evaluation(self) -> None:
+        """Take what was written since the step as part of an evaluation, not of each step."""
+        self._is_after_step = False
+
+    def state_now(self) -> tuple[object, ...]:
+        """Return what changes with any weight, or any statistic of the BN layers, cheaply.
+
+        It is read at each forward of an evaluation.
+        """
+        tensors = [holder.get(name) for holder, name in self._state_places]
+        versions = [
+            (tensor._version, tensor.data_ptr())
+            for tensor in tensors
+            if isinstance(tensor, Tensor) and not (tensor.is_inference() or tensor.is_meta)
+        ]
+        return (self._version_now(), versions)
+
+    def _version_now(self) -> int:
         """Return a number that rises with each in-place write to a weight."""
         return sum(map(_VERSION, self._counting))
 
@@ -182,7 +211,7 @@ class WeightProbe:
 
     def have_changed(self) -> bool:
         """Return whether the weights differ from those of the newest step."""
-        if not 0 <= self.version_now() - self._version <= self._usual_writes:
+        if not 0 <= self._version_now() - self._version <= self._usual_writes:
             return True
         # A swap of averaged weights through .data does not change the counters.
         if not self._are_moved_by_training and self._are_elsewhere():
@@ -216,3 +245,17 @@ def _are_owned(parameters: Sequence[Tensor], owned: set[int]) -> bool:
 
 def _is_same(now: Tensor, before: Tensor) -> bool:
     return now.shape == before.shape and torch.equal(now.detach().to(before), before)
+
+
+def _state_places_of(layers: Iterable[BatchNormLayer]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield dictionary and key of gamma, beta, mean and variance, unless other ranks have parts."""
+    for layer in layers:
+        if layer.is_sharded:
+            continue
+        parameters = layer.module._parameters
+        affine = [(parameters, name) for name in _AFFINE if name in parameters]
+        mean, var, *_ = layer.statistics()
+        for holder, name in (*affine, mean, var):
+            values: Any = holder.get(name)
+            if not is_lazy(values):
+                yield holder, name

@@ -10,6 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from bnguard.layers.bn_layer import BatchNormLayer, adapter_of
 from bnguard.layers.moments import channel_moments, wide
@@ -43,6 +45,7 @@ class UnknownProbe:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._found: dict[tuple[str, str], UnknownLayer] = {}
         self._spying = ExitStack()
+        self._is_looking = False
         for module in model.modules():
             names = _statistics_of(module)
             if names is not None and id(module) not in self._known and not adapter_of(type(module)):
@@ -57,6 +60,7 @@ class UnknownProbe:
     def end_look(self) -> None:
         """Stop watching calls; after KeyboardInterrupt, torch does not call the hook that does."""
         self._spying.close()
+        self._is_looking = False
 
     def _note(self, module: nn.Module, place: str, registration: str) -> None:
         name = without_wrappers(self._names.get(id(module), ""))
@@ -98,33 +102,20 @@ class UnknownProbe:
 
     def _spy_on(self, parts: Iterable[nn.Module]) -> None:
         """Watch the calls of ``batch_norm`` in the first training forward of each part."""
-        is_looking = False
+        for part in parts:
+            handles: list[RemovableHandle] = []
+            handles.append(self.hooks.before(part, partial(self._look, part, handles)))
 
-        def look(part: nn.Module) -> None:
-            nonlocal is_looking
-
-            def end() -> None:
-                nonlocal is_looking
-                is_looking = False
-
-            is_looking = True
-            self._spying.callback(end)
+    def _look(self, part: nn.Module, own: list[RemovableHandle], args: tuple[object, ...]) -> None:
+        if not (part.training and torch.is_grad_enabled()):
+            return
+        own[0].remove()
+        if not self._is_looking:
+            self._is_looking = True
             self._spying.enter_context(_Spy(self._note_call))
             # Not one of the probe's hooks, which may be paused or removed before the forward ends.
             handle = part.register_forward_hook(lambda *_: self.end_look(), always_call=True)
             self._spying.callback(handle.remove)
-
-        def watch(part: nn.Module) -> None:
-            def note(args: tuple[object, ...]) -> None:
-                if part.training and torch.is_grad_enabled():
-                    handle.remove()
-                    if not is_looking:
-                        look(part)
-
-            handle = self.hooks.before(part, note)
-
-        for part in parts:
-            watch(part)
 
     def _note_call(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
         """Note a call of ``batch_norm`` that normalises over the batch, and its caller."""

@@ -28,8 +28,8 @@ from bnguard.layers.preserve import (
     restore_statistics,
     save_statistics,
 )
+from bnguard.observe.gap_probe import GapProbe
 from bnguard.observe.history import LayerHistory, ModeGap, RunningStatistics
-from bnguard.observe.mode_gap import GapProbe
 from bnguard.recalibration.batches import Batch, Forward, SampledRows, call, read_batches
 from bnguard.recalibration.exact import calibrate_exactly
 from bnguard.recalibration.memory import keep_freed_memory, memory_limit

@@ -34,7 +34,7 @@ from bnguard.layers.preserve import (
     restore_statistics,
     save_statistics,
 )
-from bnguard.observe.mode_gap import GapProbe
+from bnguard.observe.gap_probe import GapProbe
 
 CPU = torch.device("cpu")
 

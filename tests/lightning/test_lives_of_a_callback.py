@@ -220,7 +220,7 @@ def test_what_a_forward_logs_is_of_the_users_own_calls(tiny, trainer_of):
         "bnguard.monitor.Monitor._findings_of_all_ranks",
         "bnguard.monitor.Monitor.close",
         "bnguard.observe.observer.Observer.evaluation",
-        "bnguard.observe.mode_gap.GapProbe.measure",
+        "bnguard.observe.gap_probe.GapProbe.measure",
         "bnguard.observe.eval_statistics.channel_moments",
     ],
 )

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard import monitor as monitor_module
+from bnguard.observe import budget
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(monitor_module, "STEPS_ALWAYS_READ", 20)
+    monkeypatch.setattr(budget, "STEPS_ALWAYS_READ", 20)
 
 
 def train(*, model=None, steps=100, poisoned=None, evaluated=(), **options):

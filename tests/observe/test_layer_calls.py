@@ -25,7 +25,7 @@ class Steps:
             nn.BatchNorm1d(2),
             nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)),
         )
-        self.probe = ShapeProbe(self.model, find_layers(self.model), lambda name: None)
+        self.probe = ShapeProbe(self.model, find_layers(self.model), lambda: None)
         self.step = 1
 
     def take(self, event: str) -> None:

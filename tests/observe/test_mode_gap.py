@@ -13,8 +13,9 @@ from torch import nn
 
 import bnguard
 from bnguard.layers.bn_layer import find_layers
-from bnguard.observe import mode_gap as gap_module
-from bnguard.observe.mode_gap import GapProbe, join_rows, relative_change, spread
+from bnguard.observe import gap_probe
+from bnguard.observe.gap_probe import GapProbe
+from bnguard.observe.mode_gap import join_rows, relative_change, spread
 from tests.networks import conv_net
 
 
@@ -227,7 +228,7 @@ def test_a_batch_of_one_cannot_be_measured_and_says_so():
 
 
 def test_a_large_batch_is_not_kept(monkeypatch):
-    monkeypatch.setattr(gap_module, "MAX_CAPTURED_BYTES", 1000)
+    monkeypatch.setattr(gap_probe, "MAX_CAPTURED_BYTES", 1000)
     model = conv_net().eval()
     assert measured(model, torch.randn(8, 1, 8, 8)) == "a batch of 0 MiB is too large to keep"
 

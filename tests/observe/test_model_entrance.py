@@ -28,7 +28,7 @@ class Module(nn.Module):
 
 def seen(model, call):
     noted = []
-    entrance = Entrance(model, [lambda inputs: noted.append([values.shape for values in inputs])])
+    entrance = Entrance(model, lambda inputs: noted.append([values.shape for values in inputs]))
     entrance.follow(next(part for part in model.modules() if isinstance(part, nn.BatchNorm1d)))
     call()
     entrance.hooks.close()

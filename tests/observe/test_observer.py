@@ -265,3 +265,12 @@ def test_loading_a_state_dict_does_not_count_as_an_update(steps_before, assign):
         assert layer.running_at_start.updates == (0 if steps_before else 20)
         assert layer.window.batches.max() >= 10
     assert not any("called without hooks" in note for note in report.history.notes)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_frozen_layer_inside_a_wrapper_is_known_as_held(wrap):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2))
+    model[0][1].eval()
+    model[0] = wrap(model[0])
+    with bnguard.watch(nn.DataParallel(model)) as monitor:
+        assert [layer.is_held_at_start for layer in monitor.report().layers] == [True]
