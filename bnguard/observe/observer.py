@@ -143,7 +143,9 @@ class Observer:
         if self.steps == 1:
             if self._is_loaded:
                 self._weights.start_anew()
+                self._described_at_start = describe_layers(self.model)
             self.follow_model()
+        if self.steps <= 2:
             self._weights.note_places()
 
     def pass_over(self, step: int) -> None:
@@ -381,11 +383,8 @@ class Observer:
         self._following.update(self._follower_probe.windows(self._step))
         return History(
             layers=tuple(
-                dataclasses.replace(
-                    self._layer_history(
-                        layer, described[layer.name], readings.get(layer.name), owned, run
-                    ),
-                    is_fed_by_trained=layer.name in fed,
+                self._layer_history(
+                    layer, described[layer.name], readings.get(layer.name), owned, fed, run
                 )
                 for layer in self.layers
                 if layer.name in described
@@ -439,6 +438,7 @@ class Observer:
         described: LayerHistory,
         reading: BufferReading | None,
         owned: set[int],
+        fed: set[str],
         run: Run,
     ) -> LayerHistory:
         shapes = self._shapes.records[layer.name]
@@ -447,15 +447,12 @@ class Observer:
         described_at_start = self._described_at_start.get(layer.name)
         is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
         was_frozen = None if described_at_start is None else described_at_start.is_affine_frozen
-        # Never called in training, but gamma changes without learning: something writes to it.
-        is_written = (
-            not counts
-            and (bool(is_affine_frozen) or run.is_optimized is False)
-            and described_at_start is not None
-            and described.gamma is not None
-            and described_at_start.gamma is not None
-            and not np.array_equal(described.gamma, described_at_start.gamma)
+        # Gamma or beta change without learning: something writes to them.
+        is_written = described_at_start is not None and not (
+            np.array_equal(described.gamma, described_at_start.gamma)
+            and np.array_equal(described.beta, described_at_start.beta)
         )
+        is_copied = not counts and (bool(is_affine_frozen) or run.is_optimized is False)
         return dataclasses.replace(
             described,
             is_affine_frozen=is_affine_frozen,
@@ -463,12 +460,14 @@ class Observer:
             is_held_at_start=layer.name in self._held_at_start,
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
+            has_moving_weights=layer.name in fed
+            or (is_written and bool(is_affine_frozen and was_frozen)),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
             running=None if reading is None else reading.running,
             running_at_start=None if start is None else start.running,
             # A copied counter counts the updates of another layer.
-            updates_seen=0 if reading is None or is_written else reading.updates,
+            updates_seen=0 if reading is None or (is_copied and is_written) else reading.updates,
             source=self.batches.source(layer.name),
             calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
             streams=self._streams.streams(layer.name),
