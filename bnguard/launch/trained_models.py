@@ -37,7 +37,7 @@ class Watching:
         self._folder = folder
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._models: list[_WatchedModel] = []
-        self._has_steps = self._is_watched_by_script = False
+        self._has_steps = self._has_free_weights = self._is_watched_by_script = False
         self._guard = Guard(
             strict=False,
             let_go=self._stop,
@@ -58,7 +58,13 @@ class Watching:
             return "the script watches its model itself, and asks for the report"
         if not self._has_steps:
             return "no optimizer took a step, so nothing was watched"
-        return "no model with BN layers was trained, so nothing was watched"
+        nothing = "no model with BN layers was trained, so nothing was watched"
+        if self._has_free_weights:
+            nothing += (
+                "; the optimizer has weights that belong to no model (torch.func?): call "
+                "monitor = bnguard.watch(model), and monitor.step() after each step"
+            )
+        return nothing
 
     def conclude(self, *, is_complete: bool) -> Iterator[Result]:
         """Stop, and yield the result of each model.
@@ -99,7 +105,9 @@ class Watching:
                         _WatchedModel.adopt(monitor, self._folder, number, is_of_script=True)
                     )
                 return
-        for root in find_roots(owned):
+        roots = find_roots(owned)
+        self._has_free_weights = self._has_free_weights or not roots
+        for root in roots:
             if find_layers(root):
                 self._models.append(
                     _WatchedModel.begin(root, optimizer, self._folder, len(self._models) + 1)

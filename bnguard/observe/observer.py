@@ -452,14 +452,14 @@ class Observer:
             np.array_equal(described.gamma, described_at_start.gamma)
             and np.array_equal(described.beta, described_at_start.beta)
         )
-        is_copied = not counts and (bool(is_affine_frozen) or run.is_optimized is False)
+        is_left_out = self._trained_by.is_left_out(layer, owned)
+        is_copied = not counts and (bool(described.is_affine_frozen) or is_left_out)
         return dataclasses.replace(
             described,
             is_affine_frozen=is_affine_frozen,
             is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
             is_held_at_start=layer.name in self._held_at_start,
-            is_left_out=described.is_affine_frozen is False
-            and self._trained_by.is_left_out(layer, owned),
+            is_left_out=described.is_affine_frozen is False and is_left_out,
             has_moving_weights=layer.name in fed
             or (is_written and bool(is_affine_frozen and was_frozen)),
             weight_decay=self._trained_by.weight_decay(layer),
