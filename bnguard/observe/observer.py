@@ -448,9 +448,12 @@ class Observer:
         is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
         was_frozen = None if described_at_start is None else described_at_start.is_affine_frozen
         # Gamma or beta change without learning: something writes to them.
-        is_written = described_at_start is not None and not (
-            np.array_equal(described.gamma, described_at_start.gamma)
-            and np.array_equal(described.beta, described_at_start.beta)
+        is_written = described_at_start is not None and any(
+            now is not None and then is not None and not np.array_equal(now, then)
+            for now, then in (
+                (described.gamma, described_at_start.gamma),
+                (described.beta, described_at_start.beta),
+            )
         )
         is_left_out = self._trained_by.is_left_out(layer, owned)
         is_copied = not counts and (bool(described.is_affine_frozen) or is_left_out)
