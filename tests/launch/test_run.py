@@ -195,8 +195,16 @@ def test_a_script_that_never_steps_is_said_to(run, tmp_path):
 def test_a_model_that_no_optimizer_holds_is_mentioned(run):
     done = run(*BNGUARD, SCRIPT, "functional")
     assert done.returncode == 0
-    assert "no model with BN layers was trained, so nothing was watched" in done.stderr
+    assert "the optimizer's weights belong to no model, as with torch.func" in done.stderr
     assert "monitor = bnguard.watch(model), and monitor.step() after each step" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_bn_class_of_another_framework_is_mentioned(run):
+    done = run(*BNGUARD, SCRIPT, "of_another_framework")
+    assert done.returncode == 0
+    assert "Sequential has no BN layers that bnguard knows (BatchNormalization " in done.stderr
+    assert done.stderr.endswith(", so nothing was watched\n")
 
 
 @pytest.mark.slow

@@ -115,6 +115,18 @@ def functional():
     fit(model, optimizer, loader(), lambda x: torch.func.functional_call(model, weights, (x,)))
 
 
+class BatchNormalization(nn.Module):
+    """A layer that normalises in a way of its own, as that of Keras does."""
+
+    def forward(self, inputs):
+        return (inputs - inputs.mean(0)) / inputs.std(0)
+
+
+def of_another_framework():
+    model = nn.Sequential(nn.Linear(8, 16), BatchNormalization(), nn.Linear(16, 1))
+    fit(model, sgd(model), loader())
+
+
 def compiled():
     model = network()
     fast = torch.compile(model, backend="eager")
