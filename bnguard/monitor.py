@@ -237,6 +237,7 @@ class Monitor:
         self._has_gone_on = False
         self._notices_evaluations = True
         self._is_led = False
+        self._has_begun = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
         self._steps_in_eval_mode = 0
@@ -345,11 +346,10 @@ class Monitor:
             if self._observer.steps == steps:
                 return
             self._steps_read += 1
-            # Whether a noticed step is all of it, with several optimizers, is known after the next,
-            # and so is whether something averages the weights.
-            if self._observer.steps == 2 or (
-                self._observer.steps == 1 and not self._loop.has_steps
-            ):
+            # Whether a noticed step is all of it, with several optimizers, is known after the next.
+            early = 2 if self._loop.has_steps else 1
+            if self._observer.steps >= early and not self._has_begun:
+                self._has_begun = True
                 self.check()
             if self._steps_read % self._every_n_steps == 0:
                 self.check()
