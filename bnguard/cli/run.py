@@ -154,9 +154,10 @@ def _conclude(
         if concluded:
             tell_user(f"bnguard: report written to {path_from_here(folder)}")
             tell_user(f"bnguard: to see it: tensorboard --logdir {path_from_here(logs)}")
-            accused = [group.worst.code for report in concluded for group in report.groups]
-            if accused:
-                tell_user(f"bnguard: what {accused[0]} means: bnguard explain {accused[0]}")
+            groups = (group for report in concluded for group in report.groups)
+            code = next((g.worst.code for g in groups if g.worst.severity > Severity.INFO), None)
+            if code is not None:
+                tell_user(f"bnguard: what {code} means: bnguard explain {code}")
         elif watching.is_first_rank and is_complete:
             tell_user(f"bnguard: {watching.why_nothing}")
         if page is not None and concluded:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnguard.errors import Guard
 from bnguard.findings import FindingGroup, above_bars, notice
-from bnguard.layers.bn_layer import find_layers, is_wrapper
+from bnguard.layers.bn_layer import explain_missing_layers, find_layers, is_wrapper
 from bnguard.loggers import RunLog, TensorBoard
 from bnguard.monitor import Monitor, open_monitors, watch
 from bnguard.observe.trained_parameters import parameters_of
@@ -37,7 +37,8 @@ class Watching:
         self._folder = folder
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._models: list[_WatchedModel] = []
-        self._has_steps = self._is_watched_by_script = False
+        self._is_watched_by_script = False
+        self._obstacle = "no optimizer took a step"
         self._guard = Guard(
             strict=False,
             let_go=self._stop,
@@ -56,9 +57,7 @@ class Watching:
         """Why there is no report."""
         if self._is_watched_by_script:
             return "the script watches its model itself, and asks for the report"
-        if not self._has_steps:
-            return "no optimizer took a step, so nothing was watched"
-        return "no model with BN layers was trained, so nothing was watched"
+        return f"{self._obstacle}, so nothing was watched"
 
     def conclude(self, *, is_complete: bool) -> Iterator[Result]:
         """Stop, and yield the result of each model.
@@ -79,7 +78,6 @@ class Watching:
     def _note(self, optimizer: Optimizer, *_: object) -> None:
         if optimizer not in self._seen:
             self._seen.add(optimizer)
-            self._has_steps = True
             self._guard(self._watch, optimizer)
 
     def _watch(self, optimizer: Optimizer) -> None:
@@ -99,7 +97,14 @@ class Watching:
                         _WatchedModel.adopt(monitor, self._folder, number, is_of_script=True)
                     )
                 return
-        for root in find_roots(owned):
+        roots = find_roots(owned)
+        self._obstacle = (
+            explain_missing_layers(roots[0])
+            if roots
+            else "the optimizer's weights belong to no model, as with torch.func, which takes "
+            "monitor = bnguard.watch(model), and monitor.step() after each step"
+        )
+        for root in roots:
             if find_layers(root):
                 self._models.append(
                     _WatchedModel.begin(root, optimizer, self._folder, len(self._models) + 1)

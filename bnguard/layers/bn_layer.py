@@ -293,13 +293,23 @@ def explain_missing_layers(model: nn.Module) -> str:
 
     >>> explain_missing_layers(nn.Linear(2, 2))
     'Linear has no BN layers'
+    >>> class MyBatchNorm(nn.Module): ...
+    >>> explain_missing_layers(MyBatchNorm())[:45]
+    'MyBatchNorm has no BN layers that bnguard kno'
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return (
             f"{type(model).__name__} was compiled by TorchScript, whose layers cannot be read, "
             "so give the module that it was made from"
         )
-    return f"{type(model).__name__} has no BN layers"
+    kinds = (type(module).__name__ for module in model.modules())
+    unknown = next((kind for kind in kinds if "batchnorm" in kind.lower()), None)
+    if unknown is None:
+        return f"{type(model).__name__} has no BN layers"
+    return (
+        f"{type(model).__name__} has no BN layers that bnguard knows ({unknown} may be one, for "
+        "bnguard.register_layer)"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -131,8 +131,8 @@ class LayerHistory:
         is_held_at_start: Whether the layer was in eval mode when watching began, and a module next
             to it in train mode.
         is_left_out: Whether gamma or beta require gradients but no optimizer has them.
-        is_fed_by_trained: Whether the weights before the layer, in order of registration, are
-            trained.
+        has_moving_weights: Whether the statistics have to follow weights: those before the layer,
+            in order of registration, are trained, or frozen gamma and beta are averages of others.
         is_following: Whether something other than training writes the weights around the layer, as
             in a teacher or target network, while its statistics stay as at the start.
         unsaved: Names of the statistics missing from the layer's state dict.
@@ -184,7 +184,7 @@ class LayerHistory:
     is_affine_frozen_at_start: bool | None = None
     is_held_at_start: bool = False
     is_left_out: bool = False
-    is_fed_by_trained: bool = False
+    has_moving_weights: bool = False
     is_following: bool = False
     unsaved: tuple[str, ...] = ()
     is_updating: bool = True

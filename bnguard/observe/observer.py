@@ -126,8 +126,16 @@ class Observer:
         if self.steps == 1:
             if self._is_loaded:
                 self.weights.start_anew()
+                self._note_loaded_weights()
             self.follow_model()
+        if self.steps <= 2:
             self.weights.note_places()
+
+    def _note_loaded_weights(self) -> None:
+        """Take gamma and beta that were loaded for those of the start, as the statistics are."""
+        for name, now in describe_layers(self.model).items():
+            if (start := self._at_start.get(name)) is not None:
+                self._at_start[name] = dataclasses.replace(start, gamma=now.gamma, beta=now.beta)
 
     def pass_over(self, step: int) -> None:
         """Count training step number ``step`` without reading the buffers, to save time.
@@ -358,30 +366,27 @@ class Observer:
             counts = shapes.values_per_channel()
             is_affine_frozen = self._trained_by.is_affine_frozen(layer, owned)
             was_frozen = None if start is None else start.is_affine_frozen
-            # Never called in training, but gamma changes without learning: something writes to it.
-            is_written = (
-                not counts
-                and (bool(is_affine_frozen) or run.is_optimized is False)
-                and start is not None
-                and now.gamma is not None
-                and start.gamma is not None
-                and not np.array_equal(now.gamma, start.gamma)
-            )
+            is_written = start is not None and _has_other_affine(now, start)
+            is_left_out = self._trained_by.is_left_out(layer, owned)
+            # A copied counter counts the updates of another layer.
+            is_copied = is_written and not counts and (bool(now.is_affine_frozen) or is_left_out)
             yield dataclasses.replace(
                 now,
                 is_affine_frozen=is_affine_frozen,
                 is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
                 is_held_at_start=start is not None and start.is_held_at_start,
-                is_left_out=now.is_affine_frozen is False
-                and self._trained_by.is_left_out(layer, owned),
-                is_fed_by_trained=name in fed,
+                is_left_out=now.is_affine_frozen is False and is_left_out,
+                has_moving_weights=name in fed
+                or (is_written and bool(is_affine_frozen and was_frozen)),
                 is_following=layer in self._followers.layers,
                 weight_decay=self._trained_by.weight_decay(layer),
                 position=shapes.position,
                 running=None if reading is None else reading.running,
                 running_at_start=None if start is None else start.running,
                 # A copied counter counts the updates of another layer.
-                updates_seen=0 if reading is None or is_written else reading.updates,
+                updates_seen=0
+                if reading is None or (is_copied and is_written)
+                else reading.updates,
                 source=self.batches.source(name),
                 calls=dataclasses.replace(shapes.calls, in_training=sum(counts.values())),
                 streams=self._streams.streams(name),
@@ -450,6 +455,12 @@ def _held_among_others(model: nn.Module, layers: Iterable[BatchNormLayer]) -> se
         ):
             held |= names
     return held
+
+
+def _has_other_affine(now: LayerHistory, start: LayerHistory) -> bool:
+    """Return whether gamma or beta differ from those of the start."""
+    pairs = ((now.gamma, start.gamma), (now.beta, start.beta))
+    return any(a is not None and b is not None and not np.array_equal(a, b) for a, b in pairs)
 
 
 def _places_of(layers: Iterable[BatchNormLayer]) -> list[tuple[object, ...]]:

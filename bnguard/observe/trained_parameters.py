@@ -105,8 +105,8 @@ class OptimizerProbe:
         return len(at_start) == len(parameters) and all(map(_is_same, parameters, at_start))
 
     def weight_decay(self, layer: BatchNormLayer) -> float | None:
-        """Return the largest weight decay on gamma or beta; None if no optimizer has them."""
-        own = set(map(id, layer.affine))
+        """Return the largest weight decay on gamma or beta; None if no optimizer trains them."""
+        own = {id(part) for part in layer.affine if part.requires_grad}
         decays = [
             float(group.get("weight_decay", 0.0))
             for optimizer in self._optimizers

@@ -44,10 +44,11 @@ class FrozenButUpdating(Rule):
         moved.
 
     What it does not mean:
-        Not every layer with frozen gamma and beta is a fault. It is ``info`` if the weights before
-        the layer are trained, which its statistics have to follow; if all calls in train mode ran
-        under ``torch.no_grad`` (a teacher) and its statistics still fit evaluation; and before the
-        first training step. Layers without gamma and beta are not judged.
+        Not every layer with frozen gamma and beta is a fault. It is ``info`` if its statistics have
+        to follow weights, because those before the layer are trained, or its own are averages of
+        others (a momentum encoder); if all calls in train mode ran under ``torch.no_grad`` (a
+        teacher) and its statistics still fit evaluation; and before the second training step, which
+        shows whether something averages the weights. Layers without gamma and beta are not judged.
 
     Evidence:
         Updates of the running statistics while gamma and beta are frozen: ``requires_grad`` is
@@ -105,11 +106,12 @@ class FrozenButUpdating(Rule):
         reason, fix = _why(layer)
         reason += ", but the layer is in train mode and its running statistics move"
         if _is_following_weights(layer):
-            reason += " with the weights before it, which are trained"
+            reason += " with the weights, which are trained or averaged"
             fix = fix if layer.is_left_out else Fix(_NONE)
         yield self._finding(
             layer,
-            Severity.INFO if self.is_harmless(layer) else Severity.WARNING,
+            # What averages the weights may do so after the step, or at the start of the next.
+            Severity.INFO if layer.run.steps < 2 or self.is_harmless(layer) else Severity.WARNING,
             reason + _distance(layer),
             Evidence("updates while frozen", layer.updates_seen, self.max_updates),
             fix,
@@ -121,7 +123,7 @@ _NONE = "none, if this is meant: in eval mode the statistics would not follow th
 
 
 def _is_following_weights(layer: LayerHistory) -> bool:
-    return layer.is_fed_by_trained and not layer.calls.are_without_grad
+    return layer.has_moving_weights and not layer.calls.are_without_grad
 
 
 def _why(layer: LayerHistory) -> tuple[str, Fix]:

@@ -1,12 +1,14 @@
 """The key encoder of momentum contrast, whose buffers nobody copies: facebookresearch/moco#70.
 
 Its weights follow those of the query encoder, and it runs in train mode without gradients. Its
-running statistics are never used.
+running statistics are never used. Some implementations call it with gradients, none of which its
+weights need, and exchange the weights for new tensors.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ from tests.field.situation import Run, Situation, Watch, accuracy
 from tests.networks import conv_net, digits
 
 
-def _healthy() -> Run:
+def train(*, is_called_with_gradients: bool) -> Run:
+    """Train the query encoder beside a key encoder that averages its weights."""
     images, labels = digits()
     query = conv_net()
     model = nn.ModuleDict({"query": query, "key": copy.deepcopy(query)})
@@ -26,11 +29,10 @@ def _healthy() -> Run:
     for _ in range(3):
         model.train()
         for batch in torch.randperm(1200).split(64):
-            with torch.no_grad():
-                pairs = zip(model["key"].parameters(), query.parameters(), strict=True)
-                for own, new in pairs:
-                    own.lerp_(new, 0.05)
-                keys = F.normalize(model["key"](images[batch]), dim=1)
+            for own, new in zip(model["key"].parameters(), query.parameters(), strict=True):
+                own.data = own.data.lerp(new.data, 0.05)
+            with torch.set_grad_enabled(is_called_with_gradients):
+                keys = F.normalize(model["key"](images[batch]), dim=1).detach()
             scores = query(images[batch] + 0.1 * torch.randn(len(batch), 1, 8, 8))
             logits = F.normalize(scores, dim=1) @ keys.T / 0.2
             loss = F.cross_entropy(logits, torch.arange(len(batch)))
@@ -44,4 +46,4 @@ def _healthy() -> Run:
     return watch.end(last)
 
 
-SITUATION = Situation(healthy=_healthy)
+SITUATION = Situation(healthy=partial(train, is_called_with_gradients=False))

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.field import augmentation_per_batch, train_forgotten_mid_epoch
+from tests.field import (
+    augmentation_per_batch,
+    key_encoder_in_train_mode,
+    train_forgotten_mid_epoch,
+)
 from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
 
 SITUATIONS = dict(situations())
@@ -54,3 +58,9 @@ def test_an_augmentation_of_whole_batches_is_not_accused_and_sorted_data_are(aug
     healthy = augmentation_per_batch.train(augment)
     assert healthy.accusations == healthy.announced == ()
     assert augmentation_per_batch.train(augment, is_sorted=True).accusations[:1] == ("BN203",)
+
+
+def test_a_key_encoder_called_with_gradients_is_not_accused():
+    torch.manual_seed(0)
+    run = key_encoder_in_train_mode.train(is_called_with_gradients=True)
+    assert run.accusations == run.announced == ()

@@ -108,8 +108,9 @@ CASES = {
 def test_a_script_trains_the_same_weights_and_its_fault_is_named(name, run_both, tmp_path):
     if name in ("accelerate", "transformers") and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    run_both(name)
+    _, done = run_both(name)
     assert codes(tmp_path / "watched/log") == CASES[name]
+    assert ("means: bnguard explain BN" in done.stderr) is bool(CASES[name])
     assert list((tmp_path / "watched/log").glob("events.out.tfevents*"))
 
 
@@ -188,6 +189,22 @@ def test_a_script_that_never_steps_is_said_to(run, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "bnguard: no optimizer took a step, so nothing was watched\n"
     assert not (tmp_path / "watched/log").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_no_optimizer_holds_is_mentioned(run):
+    done = run(*BNGUARD, SCRIPT, "functional")
+    assert done.returncode == 0
+    assert "the optimizer's weights belong to no model, as with torch.func" in done.stderr
+    assert "monitor = bnguard.watch(model), and monitor.step() after each step" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_bn_class_of_another_framework_is_mentioned(run):
+    done = run(*BNGUARD, SCRIPT, "of_another_framework")
+    assert done.returncode == 0
+    assert "Sequential has no BN layers that bnguard knows (BatchNormalization " in done.stderr
+    assert done.stderr.endswith(", so nothing was watched\n")
 
 
 @pytest.mark.slow

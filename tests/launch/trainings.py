@@ -67,7 +67,8 @@ def plain():
 
 def healthy():
     model = network(momentum=0.1)
-    optimizer = sgd(model)
+    # Decays gamma as well: a habit, which is mentioned and no more.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-4)
     for _ in range(2):
         fit(model, optimizer, loader(shuffle=True))
         evaluate(model)
@@ -104,6 +105,26 @@ def never():
     model = network()
     evaluate(model)
     save(model)
+
+
+def functional():
+    """The weights are passed to the model, and the optimizer holds copies of its own."""
+    model = network()
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD([value.requires_grad_() for value in weights.values()], lr=0.01)
+    fit(model, optimizer, loader(), lambda x: torch.func.functional_call(model, weights, (x,)))
+
+
+class BatchNormalization(nn.Module):
+    """A layer that normalises in a way of its own, as that of Keras does."""
+
+    def forward(self, inputs):
+        return (inputs - inputs.mean(0)) / inputs.std(0)
+
+
+def of_another_framework():
+    model = nn.Sequential(nn.Linear(8, 16), BatchNormalization(), nn.Linear(16, 1))
+    fit(model, sgd(model), loader())
 
 
 def compiled():

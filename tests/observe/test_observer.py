@@ -274,3 +274,31 @@ def test_a_frozen_layer_inside_a_wrapper_is_known_as_held(wrap):
     model[0] = wrap(model[0])
     with bnguard.watch(nn.DataParallel(model)) as monitor:
         assert [layer.is_held_at_start for layer in monitor.report().layers] == [True]
+
+
+def test_an_average_with_a_copied_counter_was_not_called():
+    model = conv_net()
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    both = nn.ModuleDict({"model": model, "average": average})
+    with bnguard.watch(both, optimizer=optimizer) as monitor:
+        for batch in digits()[0][:320].split(32):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+                for own, new in pairs:
+                    own.copy_(new if new.dtype == torch.int64 else 0.9 * own + 0.1 * new)
+    report = monitor.report()
+    assert all(layer.updates_seen == 0 for layer in report.layers if layer.name[:7] == "average")
+    assert not any("called without hooks" in note for note in report.history.notes)
+
+
+def test_weight_decay_does_not_reach_frozen_layers():
+    model = conv_net()
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    layers = bnguard.watch(model, optimizer=optimizer).report().layers
+    decays = {layer.is_affine_frozen: layer.weight_decay for layer in layers}
+    assert decays == {True: None, False: 0.1}

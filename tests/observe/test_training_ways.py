@@ -260,7 +260,7 @@ def test_layers_whose_buffers_tell_too_little_are_read_from_autograd(momentum, r
     (layer,) = report.layers
     check_window(layer.window, oracle)
     assert layer.source == f"autograd: {reason}"
-    assert f"note: 0 read from autograd: {reason}" in " ".join(str(report).split())
+    assert f"note: layer 0 read from autograd: {reason}" in " ".join(str(report).split())
     assert report.to_dict()["layers"][0]["source"] == layer.source
 
 
