@@ -375,6 +375,7 @@ class Observer:
             unknown=self._unknown.found(),
             is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
             is_optimized=self._trained_by.trains(self.model) if owned else None,
+            is_adaptation=self._trained_by.trains_affine_only(self.layers),
         )
         described = describe_layers(self.model)
         fed = self._trained_by.fed_by_trained(self.model, self.layers)
@@ -461,6 +462,7 @@ class Observer:
             is_affine_frozen=is_affine_frozen,
             is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
             is_held_at_start=layer.name in self._held_at_start,
+            is_dropped=described.is_dropped or (start is not None and described.running is None),
             is_left_out=described.is_affine_frozen is False
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),

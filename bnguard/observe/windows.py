@@ -37,6 +37,8 @@ class Calls:
         unfrozen_step: Step of the first call with batch statistics after a frozen one.
         left_out: Forwards of evaluation, in eval mode, of the module that holds the layer, without
             a call of it or of another layer inside that module.
+        change_left_out: How far that module's outputs were from those with the layer called, in
+            their standard deviations; None if unknown.
         most_per_forward: Most calls in one forward of the model, or in a step of its parts alone.
         most_per_step: Most calls in one step.
     """
@@ -57,6 +59,7 @@ class Calls:
     frozen_after: int = 0
     unfrozen_step: int | None = None
     left_out: int = 0
+    change_left_out: float | None = None
     most_per_forward: int = 0
     most_per_step: int = 0
 

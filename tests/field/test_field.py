@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.field import augmentation_per_batch, train_forgotten_mid_epoch
+from tests.field import adapted_at_test_time, augmentation_per_batch, train_forgotten_mid_epoch
 from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
 
 SITUATIONS = dict(situations())
@@ -54,3 +54,16 @@ def test_an_augmentation_of_whole_batches_is_not_accused_and_sorted_data_are(aug
     healthy = augmentation_per_batch.train(augment)
     assert healthy.accusations == healthy.announced == ()
     assert augmentation_per_batch.train(augment, is_sorted=True).accusations[:1] == ("BN203",)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"is_watched_first": True},
+        {"drops_buffers": False},
+        {"drops_buffers": False, "learns": False},
+    ],
+)
+def test_an_adaptation_to_the_data_of_the_test_is_not_accused(variant):
+    run = adapted_at_test_time.adapt(**variant)
+    assert run.accusations == run.announced == ()
