@@ -83,7 +83,7 @@ class Run:
         is_adversarial: Whether networks train against each other: there are several optimizers, or
             the inputs come from another network that learns.
         is_optimized: Whether a known optimizer has a parameter of the model; None without one.
-        is_adaptation: Whether the optimizers have gammas and betas alone, as to adapt to a test set.
+        is_adaptation: Whether the optimizers have gammas and betas alone, as at test time.
         weight_change: |weights - reference| / |reference|; None without a reference.
         stored_steps: Training steps that a checkpoint records; None if it does not.
         unknown: Modules that normalise over the batch and are not known as BN layers.
