@@ -59,7 +59,8 @@ class StaleStatistics(ModelRule):
         counter says that there were updates. (2) The layer was called in train mode and its
         statistics did not change, as if a function ran on copies of the buffers; an ``error`` if
         they are exactly (0, 1) after training, as after a callback that resets them and sets
-        momentum to 0. (3) Weights were written between the newest training step and the evaluation,
+        momentum to 0; ``info`` in a meta-learner that tests in train mode. (3) Weights were written
+        between the newest training step and the evaluation,
         or into a watched copy of the model, and inputs in eval mode have drifted from the
         statistics; ``info`` if the mode gap at the end is below 0.4 σ and 7 % flips. (4) The same
         for a teacher or target network that no optimizer trains and no batch updates. (5) Without a
@@ -152,7 +153,7 @@ class StaleStatistics(ModelRule):
         calls = layer.calls.in_training
         yield self._finding(
             layer,
-            Severity.ERROR,
+            Severity.INFO if layer.calls.are_of_meta_learner else Severity.ERROR,
             f"after {calls:,} batches in train mode the running statistics are exactly the initial "
             "mean 0 and variance 1: they were reset, or momentum was 0",
             Evidence("batches without an update", calls, self.min_lost_calls),
@@ -179,7 +180,7 @@ class StaleStatistics(ModelRule):
             return
         yield self._finding(
             layer,
-            Severity.WARNING,
+            Severity.INFO if layer.calls.are_of_meta_learner else Severity.WARNING,
             f"{layer.calls.in_training} batches were normalised in train mode, but none entered "
             "the running statistics: something runs the layer on copies of its buffers",
             Evidence("batches without an update", layer.calls.in_training, self.min_lost_calls),

@@ -128,6 +128,9 @@ class UnconvergedStatistics(ModelRule):
         if not layer.is_updating and not layer.updates_seen:
             yield self._skipped(layer, "the layer never updates its statistics")
             return
+        if layer.calls.are_of_meta_learner:
+            yield self._skipped(layer, "adapted weights were never run in eval mode")
+            return
         if layer.is_recalibrated:
             yield self._skipped(layer, "the statistics were recalibrated")
             return
