@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -501,8 +501,10 @@ def _repeat_rows(inputs: Any, times: int) -> Any:
     )
 
 
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
+def _has_rows(leaf: object) -> TypeGuard[Tensor]:
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return False
+    return leaf.layout is torch.strided and not leaf.is_nested
 
 
 def _is_idle(record: ShapeRecord) -> bool:

@@ -467,7 +467,8 @@ class Observer:
             and self._trained_by.is_left_out(layer, owned),
             weight_decay=self._trained_by.weight_decay(layer),
             position=shapes.position,
-            running=None if reading is None else reading.running,
+            # As they are now: something may have written to them since the newest step.
+            running=None if reading is None else described.running,
             running_at_start=None if start is None else start.running,
             # A copied counter counts the updates of another layer.
             updates_seen=0 if reading is None or is_written else reading.updates,
