@@ -47,7 +47,8 @@ class UnconvergedStatistics(ModelRule):
         A low counter alone is not a fault: ``update_bn`` resets it and computes a plain average (a
         variance below the weight left, which an average that began at 1 cannot have, reveals that),
         and statistics that evaluation showed to fit are not judged. A layer without any update is
-        ``info``, unless a checkpoint counts training steps.
+        ``info``, unless a checkpoint counts training steps; so is one that evaluation does not
+        call, as an expert that gets no sample.
 
     Evidence:
         The weight of the initial statistics, (1 - momentum)^updates, from ``num_batches_tracked``;
@@ -125,6 +126,10 @@ class UnconvergedStatistics(ModelRule):
         if layer.run.steps and not layer.updates_seen and layer.position is None:
             yield self._skipped(layer, "the layer was never called")
             return
+        was_called = layer.calls.in_training or layer.updates_seen
+        if layer.run.steps and layer.calls.is_in_eval_mode and not was_called:
+            yield self._skipped(layer, "the layer was frozen (BN209 and BN304 judge that)")
+            return
         if not layer.is_updating and not layer.updates_seen:
             yield self._skipped(layer, "the layer never updates its statistics")
             return
@@ -156,10 +161,12 @@ class UnconvergedStatistics(ModelRule):
             yield from self._shifted(layer, left, updates, f"{when}only", verb)
             return
         needed = updates_to_forget(layer.momentum, self.max_initial_weight)
+        was_evaluated = layer.calls.is_in_eval_mode or layer.unseen_calls
+        is_unused = layer.run.mode_gap is not None and not was_evaluated
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
         yield self._finding(
             layer,
-            Severity.WARNING,
+            Severity.INFO if is_unused else Severity.WARNING,
             f"{when}{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
             f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),

@@ -104,7 +104,8 @@ class UpdateOutsideTraining(Rule):
         is_meant = calls.are_of_meta_learner or layer.momentum == 1.0
         severity = Severity.INFO if is_meant else Severity.WARNING
         number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
-        if calls.in_evaluation > self.max_calls_in_evaluation:
+        # The end of an evaluation shows only once a network with gradients runs: after a teacher.
+        if calls.in_evaluation > self.max_calls_in_evaluation and not calls.are_without_grad:
             yield self._finding(
                 layer,
                 severity,
