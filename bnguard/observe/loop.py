@@ -174,13 +174,12 @@ class LoopProbe:
 
     def _follow_layer(self, model: nn.Module, layer: BatchNormLayer) -> RemovableHandle:
         """Notice forwards that call parts of the model, as an encoder and a decoder."""
-        has_trained = False
+        was_in_train_mode = False
 
         def note(args: Arguments, kwargs: Keywords) -> None:
-            nonlocal has_trained
-            is_training = layer.is_training
-            has_trained = has_trained or (is_training and torch.is_grad_enabled())
-            is_in_eval_mode = not is_training and (has_trained or not model.training)
+            nonlocal was_in_train_mode
+            was_in_train_mode = was_in_train_mode or layer.is_training
+            is_in_eval_mode = not layer.is_training and (was_in_train_mode or not model.training)
             self._note_forward(is_in_eval_mode, layer.module, args, kwargs)
 
         return self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
