@@ -11,9 +11,14 @@ import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import FloatArray
-from bnguard.observe.history import History, LayerHistory
+from bnguard.observe.history import History, LayerHistory, Run
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measurements import DriftLimits, is_known_cause_harmless, is_sampling
+from bnguard.rules.measurements import (
+    DriftLimits,
+    is_known_cause_harmless,
+    is_lasting,
+    is_sampling,
+)
 
 _FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
 _COPY = Fix("copy the buffers as well as the parameters (load_state_dict, or buffers())")
@@ -86,7 +91,8 @@ class StaleStatistics(ModelRule):
         CuriousAI/mean-teacher#9 and DLR-RM/stable-baselines3#996, buffers that do not follow.
         hiwonjoon/tf-frrn#2, a checkpoint without statistics; pytorch/pytorch#75252, an export.
         Lightning-AI/pytorch-lightning#14866, momentum 0 in weight averaging.
-        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#55, updates that copies lose.
+        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#55, updates that copies lose;
+            TsingZ0/PFLlib#269, buffers of one client; open-mmlab/mmdetection#1217, folded ones.
     """
 
     code: ClassVar[str] = "BN304"
@@ -192,7 +198,7 @@ class StaleStatistics(ModelRule):
 
     def _rewritten(self, layer: LayerHistory) -> Iterator[Finding]:
         seen = layer.evaluated
-        if seen is None or _are_written_too(layer):
+        if seen is None or (_are_written_too(layer) and not _is_shown_harm(layer.run)):
             return
         running = seen.running
         limits = DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
@@ -306,6 +312,11 @@ _FEWEST_DRAWS = 256
 
 # Beyond what casting to half precision rounds.
 _ROUNDING = 1e-2
+
+
+def _is_shown_harm(run: Run) -> bool:
+    """Return whether the mode gap shows harm, and goes on showing it."""
+    return run.mode_gap is not None and is_lasting(run) and not is_known_cause_harmless(run)
 
 
 def _are_written_too(layer: LayerHistory) -> bool:
