@@ -13,7 +13,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits
+from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits, is_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +161,10 @@ class UnconvergedStatistics(ModelRule):
             yield from self._shifted(layer, left, updates, f"{when}only", verb)
             return
         needed = updates_to_forget(layer.momentum, self.max_initial_weight)
-        was_evaluated = layer.calls.is_in_eval_mode or layer.unseen_calls
-        is_unused = layer.run.mode_gap is not None and not was_evaluated
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
         yield self._finding(
             layer,
-            Severity.INFO if is_unused else Severity.WARNING,
+            Severity.INFO if is_unused(layer) else Severity.WARNING,
             f"{when}{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
             f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
