@@ -226,14 +226,14 @@ def _why_initial(layer: LayerHistory, *, is_chosen: bool) -> tuple[Severity, str
     """Return how bad initial statistics next to another beta are, and the likely reason."""
     updates = None if layer.running is None else layer.running.updates
     is_module = layer.training is not None
-    if updates:
-        return Severity.ERROR, "they were lost after training"
     is_without_counter = updates is None and not (is_module and layer.is_updating)
     if is_without_counter or (layer.run.steps and is_chosen):
         return (
             Severity.INFO,
             "they are folded into gamma and beta, as in some frozen layers, or were lost",
         )
+    if updates:
+        return Severity.ERROR, "they were lost after training"
     if is_chosen and layer.is_untrained and not layer.run.stored_steps:
         return (
             Severity.INFO,

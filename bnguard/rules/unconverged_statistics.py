@@ -127,7 +127,7 @@ class UnconvergedStatistics(ModelRule):
             yield self._skipped(layer, "the layer was never called")
             return
         was_called = layer.calls.in_training or layer.updates_seen
-        if layer.run.steps and layer.calls.is_in_eval_mode and not was_called:
+        if layer.running.is_initial and layer.calls.is_in_eval_mode and not was_called:
             yield self._skipped(layer, "the layer was frozen (BN209 and BN304 judge that)")
             return
         if not layer.is_updating and not layer.updates_seen:
