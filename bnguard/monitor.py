@@ -240,7 +240,7 @@ class Monitor:
         self._has_begun = False
         self._evaluations = 0
         self._steps_at_evaluation = 0
-        self._state_at_evaluation: tuple[object, ...] | None = None
+        self._weights_at_evaluation: object = None
         self._steps_in_eval_mode = 0
         self._is_acting = False
         self._announcements = Announcements()
@@ -423,11 +423,11 @@ class Monitor:
         steps = self._observer.steps - self._steps_at_evaluation
         is_recent = self._evaluations and steps < min(self._evaluations, self._every_n_steps)
         # Averaged, pruned or loaded since, it is the evaluation of another network.
-        is_recent = is_recent and (steps > 0 or state == self._state_at_evaluation)
+        is_recent = is_recent and (steps > 0 or state[0] == self._weights_at_evaluation)
         if is_recent or self._observer.is_dropping():
             return
         self._evaluations += 1
-        self._evaluated_state = self._state_at_evaluation = state
+        self._evaluated_state, self._weights_at_evaluation = state, state[0]
         with paused(self._loop.hooks):
             self._noticed = self._start_evaluation()
         self._guard(self._observer.catch_up, module, args, kwargs)
