@@ -169,11 +169,12 @@ def show(renderable: RenderableType) -> None:
     """
     from rich.console import Console
 
-    from bnguard.report.terminal import UNWRAPPED, drawn
+    from bnguard.report.terminal import UNWRAPPED
+    from bnguard.report.views import capture_text
 
     stream = output()
     console = Console(file=stream, width=None if stream.isatty() else UNWRAPPED)
-    stream.write(f"{drawn(_Printable(renderable), console)}\n")
+    stream.write(f"{capture_text(_Printable(renderable), console)}\n")
 
 
 @dataclass(frozen=True)

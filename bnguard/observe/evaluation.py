@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,7 +13,8 @@ from bnguard.observe.eval_statistics import EvalProbe
 from bnguard.observe.gap_probe import GapProbe
 from bnguard.observe.history import EvalWindow, ModeGap, Run
 from bnguard.observe.hooks import Hooks
-from bnguard.observe.layer_calls import ShapeProbe, ShapeRecord
+from bnguard.observe.layer_calls import ShapeProbe
+from bnguard.observe.skipped_layers import SkipProbe
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
 
 # Mode gaps kept next to the newest, to distinguish a lasting gap from a passing one.
@@ -149,46 +150,3 @@ class EvaluationProbe:
         return not self._trained_by.trains(self._model) and all(
             self._shapes.records[layer.name].position is None for layer in self._layers
         )
-
-
-class SkipProbe:
-    """Counts the forwards in which a module in eval mode calls none of the layers inside it.
-
-    Modules that an evaluation does not call, as an auxiliary head, leave out nothing.
-
-    Args:
-        model: The model.
-        layers: Its BN layers.
-        records: Their calls so far, by name.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[BatchNormLayer],
-        records: Mapping[str, ShapeRecord],
-    ) -> None:
-        self.hooks = Hooks()
-        names = {layer.module: layer.name for layer in layers}
-        for parent in model.modules():
-            own = [records[names[part]] for part in parent.children() if part in names]
-            if own and all(map(_is_idle, own)):
-                inside = [records[names[part]] for part in parent.modules() if part in names]
-                self._watch(parent, own, inside)
-
-    def _watch(
-        self, parent: nn.Module, own: Sequence[ShapeRecord], inside: Sequence[ShapeRecord]
-    ) -> None:
-        def note(args: tuple[object, ...], output: object) -> None:
-            if not parent.training and all(map(_is_idle, inside)):
-                for record in own:
-                    record.calls.left_out += 1
-
-        self.hooks.after(parent, note)
-
-
-def _is_idle(record: ShapeRecord) -> bool:
-    """Return whether training calls the layer, and nothing ever called it in evaluation."""
-    calls = record.calls
-    is_called = calls.is_in_eval_mode or calls.in_evaluation or calls.without_grad
-    return record.position is not None and not is_called

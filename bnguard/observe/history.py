@@ -84,6 +84,7 @@ class Run:
         is_adversarial: Whether networks train against each other: there are several optimizers, or
             the inputs come from another network that learns.
         is_optimized: Whether a known optimizer has a parameter of the model; None without one.
+        is_adaptation: Whether the optimizers have gammas and betas alone, as at test time.
         weight_change: |weights - reference| / |reference|; None without a reference.
         stored_steps: Training steps that a checkpoint records; None if it does not.
         unknown: Modules that normalise over the batch and are not known as BN layers.
@@ -106,6 +107,7 @@ class Run:
     has_new_weights_in_evaluation: bool = False
     is_adversarial: bool = False
     is_optimized: bool | None = None
+    is_adaptation: bool = False
     weight_change: float | None = None
     stored_steps: int | None = None
     unknown: tuple[UnknownLayer, ...] = ()
@@ -135,6 +137,7 @@ class LayerHistory:
             in order of registration, are trained, or frozen gamma and beta are averages of others.
         is_following: Whether something other than training writes the weights around the layer, as
             in a teacher or target network, while its statistics stay as at the start.
+        is_dropped: Whether the layer was built with running statistics, and they were removed.
         unsaved: Names of the statistics missing from the layer's state dict.
         is_updating: Whether a forward in train mode updates the running statistics.
         position: Index in the order of first calls; None before the first.
@@ -186,6 +189,7 @@ class LayerHistory:
     is_left_out: bool = False
     has_moving_weights: bool = False
     is_following: bool = False
+    is_dropped: bool = False
     unsaved: tuple[str, ...] = ()
     is_updating: bool = True
     position: int | None = None

@@ -141,6 +141,9 @@ class ShapeProbe:
         def note_batch(shape: torch.Size) -> None:
             if record.position is None:
                 record.position = next(self._positions)
+            gamma = module._parameters.get("weight")
+            is_adapted = gamma is not None and not isinstance(gamma, nn.Parameter)
+            record.calls.has_other_weights |= is_adapted
             if self.is_evaluating:
                 record.calls.in_evaluation += layer.momentum == usual_momentum
                 return

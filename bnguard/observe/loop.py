@@ -181,13 +181,12 @@ class LoopProbe:
 
     def _follow_layer(self, model: nn.Module, layer: BatchNormLayer) -> RemovableHandle:
         """Notice forwards that call parts of the model, as an encoder and a decoder."""
-        has_trained = False
+        was_in_train_mode = False
 
         def note(args: Arguments, kwargs: Keywords) -> None:
-            nonlocal has_trained
-            is_training = layer.is_training
-            has_trained = has_trained or (is_training and torch.is_grad_enabled())
-            is_in_eval_mode = not is_training and (has_trained or not model.training)
+            nonlocal was_in_train_mode
+            was_in_train_mode = was_in_train_mode or layer.is_training
+            is_in_eval_mode = not layer.is_training and (was_in_train_mode or not model.training)
             self._note_forward(is_in_eval_mode, layer.module, args, kwargs)
 
         return self.hooks.before(layer.module, note, with_kwargs=True, prepend=True)
@@ -297,6 +296,8 @@ class NoticedEvaluations:
         self._is_read = False
         self._watched = ExitStack()
         self._steps_at_end = 0
+        # The version of the weights in the newest evaluation.
+        self._weights_at_start: object = None
         # Steps at the newest forward, and whether there was a step between it and the one before.
         self._steps_at_forward = 0
         self._is_acting = False
@@ -316,10 +317,12 @@ class NoticedEvaluations:
                 return
             self.end()
         is_recent = steps - self._steps_at_end < min(self.number, self._every_n_steps)
-        if is_recent or self._is_dropping():
+        # Averaged, pruned or loaded since, it is the evaluation of another network.
+        is_other = steps == self._steps_at_end and state[0] != self._weights_at_start
+        if (is_recent and not is_other) or self._is_dropping():
             return
         self.number += 1
-        self._state = state
+        self._state, self._weights_at_start = state, state[0]
         self._is_read = self._watched.enter_context(self._watch())
         observer.catch_up(module, args, kwargs)
 

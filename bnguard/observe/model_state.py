@@ -142,6 +142,8 @@ def _describe(
         is_updating=(
             not layer.adapter.is_frozen and bool(getattr(layer.module, "track_running_stats", True))
         ),
+        # A layer built without statistics has no counter either.
+        is_dropped=mean is None and counter is not None,
         unsaved=_unsaved(layer),
         fed_by=None if feeder is None else type(feeder).__name__,
         bounded_by=type(follower).__name__ if isinstance(follower, _BOUNDED) else None,

@@ -309,6 +309,7 @@ class Observer:
             is_adversarial=self._entrance.is_fed_by_network or self._trained_by.are_several,
             is_optimized=self._trained_by.trains(self.model) if owned else None,
             overhead=overhead,
+            is_adaptation=self._trained_by.trains_affine_only(self.layers),
         )
         return History(layers=tuple(self._describe_layers(run)), run=run)
 
@@ -375,13 +376,16 @@ class Observer:
                 is_affine_frozen=is_affine_frozen,
                 is_affine_frozen_at_start=self._trained_by.left_out_at_start(layer) or was_frozen,
                 is_held_at_start=start is not None and start.is_held_at_start,
+                is_dropped=now.is_dropped
+                or (now.running is None and start is not None and start.running is not None),
                 is_left_out=now.is_affine_frozen is False and is_left_out,
                 has_moving_weights=name in fed
                 or (is_written and bool(is_affine_frozen and was_frozen)),
                 is_following=layer in self._followers.layers,
                 weight_decay=self._trained_by.weight_decay(layer),
                 position=shapes.position,
-                running=None if reading is None else reading.running,
+                # As they are now: something may have written to them since the newest step.
+                running=None if reading is None else now.running,
                 running_at_start=None if start is None else start.running,
                 # A copied counter counts the updates of another layer.
                 updates_seen=0

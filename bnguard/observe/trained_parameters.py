@@ -50,6 +50,11 @@ class OptimizerProbe:
         owned = self.owned_parameters()
         return any(id(parameter) in owned for parameter in model.parameters())
 
+    def trains_affine_only(self, layers: Iterable[BatchNormLayer]) -> bool:
+        """Return whether the optimizers have gammas and betas of these layers, and nothing else."""
+        owned = self.owned_parameters()
+        return bool(owned) and owned <= {id(part) for layer in layers for part in layer.affine}
+
     def untrained_parts(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the largest modules without a trained parameter, perhaps the model itself.
 

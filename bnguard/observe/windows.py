@@ -22,6 +22,8 @@ class Calls:
         without_grad: Those under ``torch.no_grad``.
         steps_without_grad: Steps with such a call.
         outside: Those outside a forward of the model, as by a part of it or in the backward.
+        has_other_weights: Whether some ran with gamma and beta that are not the layer's own, as in
+            the inner loop of a meta-learner through ``torch.func.functional_call``.
         recomputed: Those inside a backward, which computes activations again.
         between_steps: Those under ``torch.no_grad`` between two steps without a call in eval mode:
             an evaluation without eval().
@@ -37,6 +39,8 @@ class Calls:
         unfrozen_step: Step of the first call with batch statistics after a frozen one.
         left_out: Forwards of evaluation, in eval mode, of the module that holds the layer, without
             a call of it or of another layer inside that module.
+        change_left_out: How far that module's outputs were from those with the layer called, in
+            their standard deviations; None if unknown.
         most_per_forward: Most calls in one forward of the model, or in a step of its parts alone.
         most_per_step: Most calls in one step.
     """
@@ -45,6 +49,7 @@ class Calls:
     without_grad: int = 0
     steps_without_grad: int = 0
     outside: int = 0
+    has_other_weights: bool = False
     recomputed: int = 0
     between_steps: int = 0
     steps_with_some_between: int = 0
@@ -57,6 +62,7 @@ class Calls:
     frozen_after: int = 0
     unfrozen_step: int | None = None
     left_out: int = 0
+    change_left_out: float | None = None
     most_per_forward: int = 0
     most_per_step: int = 0
 
@@ -64,6 +70,11 @@ class Calls:
     def are_without_grad(self) -> bool:
         """Whether training called the layer only under ``torch.no_grad``, like a teacher."""
         return 0 < self.in_training == self.without_grad
+
+    @property
+    def are_of_meta_learner(self) -> bool:
+        """Whether weights were adapted and never used in eval mode: the batch is to normalise."""
+        return self.has_other_weights and not self.is_in_eval_mode
 
     @property
     def may_be_of_several_sources(self) -> bool:

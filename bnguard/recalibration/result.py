@@ -17,7 +17,7 @@ from bnguard.findings import counted
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import ModeGap, RunningStatistics
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.report.notebook import NotebookView
+from bnguard.report.views import ResultView
 
 # Importing rich draws from Python's random state, so only printing imports it.
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Recalibration(NotebookView):
+class Recalibration(ResultView):
     """What :func:`bnguard.recalibrate` did.
 
     Attributes:

@@ -16,8 +16,8 @@ from bnguard.findings import (
     group_findings,
 )
 from bnguard.observe.history import History, LayerHistory
-from bnguard.report.notebook import NotebookView
 from bnguard.report.picture import Moment
+from bnguard.report.views import ResultView
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(NotebookView):
+class Report(ResultView):
     """What was observed of a model and what is wrong with it; prints itself.
 
     Attributes:

@@ -23,7 +23,7 @@ from bnguard.findings import (
 from bnguard.layers.names import layer_label
 from bnguard.observe.history import LayerHistory
 from bnguard.observe.windows import LayerView
-from bnguard.report.notebook import importing_rich
+from bnguard.report.views import capture_text, importing_rich
 from bnguard.rules.measurements import Distance, distance_of
 
 with importing_rich():
@@ -182,12 +182,6 @@ def notice_view(group: FindingGroup) -> RenderableType:
     return Group(lines.append(f"\n{explanation}"))
 
 
-def as_text(renderable: RenderableType, width: int = 80) -> str:
-    """Return what rich would print, without colour or trailing spaces."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    return drawn(renderable, console)
-
-
 def as_terminal_text(renderable: RenderableType) -> str:
     """Return what rich would print: in colour on a terminal, unwrapped in a file."""
     terminal = rich.get_console()
@@ -198,14 +192,7 @@ def as_terminal_text(renderable: RenderableType) -> str:
         force_terminal=terminal.is_terminal,
         force_jupyter=False,
     )
-    return drawn(renderable, console)
-
-
-def drawn(renderable: RenderableType, console: Console) -> str:
-    """Return what a console would print, without trailing spaces."""
-    with console.capture() as capture:
-        console.print(renderable, crop=False)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return capture_text(renderable, console)
 
 
 class CalibrationBar:

@@ -284,6 +284,12 @@ def fits(layer: LayerHistory) -> bool:
     return distance is not None and distance.worst is not None and distance.excess <= FITTING_SHARE
 
 
+def is_unused(layer: LayerHistory) -> bool:
+    """Return whether evaluation was read, and did not call the layer: an expert without samples."""
+    was_called = layer.calls.is_in_eval_mode or bool(layer.unseen_calls)
+    return layer.run.mode_gap is not None and not was_called
+
+
 # The network before a layer changes from batch to batch if batch means jump by more than this many
 # sampling errors while the data vary by at most this variance ratio (BN203).
 _JUMP_FACTOR = 3.0

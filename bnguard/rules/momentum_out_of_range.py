@@ -10,6 +10,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import DEFAULT_MOMENTUM
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.rules.measurements import fits, is_known_cause_harmless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class MomentumOutOfRange(Rule):
     What it does not mean:
         A small momentum such as 0.001 is not out of range; BN303 says if the run is too short for
         it. A layer that is in eval mode for the whole training does not use momentum, and is not
-        judged. Momentum 0 next to estimated or loaded statistics is ``info`` before any training.
+        judged. Momentum 1 in training is ``info`` until evaluation in eval mode shows harm:
+        few-shot learners use it on purpose. Momentum 0 next to estimated or loaded statistics is
+        ``info`` before any training.
 
     Evidence:
         ``momentum`` of a layer that updates its statistics. A checkpoint does not hold it.
@@ -58,7 +61,8 @@ class MomentumOutOfRange(Rule):
         kazuto1011/deeplab-pytorch#79, pytorch/vision#8250 and r9y9/tacotron_pytorch#19, copied
             values.
         Cadene/pretrained-models.pytorch#5, momentum 0 in pretrained layers.
-        torch-points3d/torch-points3d#524, a momentum that falls.
+        torch-points3d/torch-points3d#524, a momentum that falls; tristandeleu/pytorch-maml#5,
+            momentum 1.
     """
 
     code: ClassVar[str] = "BN103"
@@ -95,7 +99,7 @@ class MomentumOutOfRange(Rule):
         elif momentum > self.max_momentum:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                Severity.INFO if _is_meant(layer, momentum) else Severity.WARNING,
                 f"momentum {momentum:g} is the weight of the newest batch: the running statistics "
                 "forget all but the last few batches",
                 Evidence("momentum", momentum, self.max_momentum),
@@ -108,3 +112,15 @@ class MomentumOutOfRange(Rule):
         """Return what Keras means by this momentum, or the default if that is too large too."""
         converted = max(1.0 - momentum, 0.001)
         return converted if converted < self.max_momentum else DEFAULT_MOMENTUM
+
+
+def _is_meant(layer: LayerHistory, momentum: float) -> bool:
+    """Return whether only the newest batch is to count, and that has done no harm.
+
+    No other framework has a 1 that could be copied; few-shot learning uses it.
+    """
+    if momentum != 1.0 or not layer.run.steps:
+        return False
+    if layer.run.mode_gap is None:
+        return layer.evaluated is None or fits(layer)
+    return is_known_cause_harmless(layer.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,9 +11,14 @@ import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.layers.distances import FloatArray
-from bnguard.observe.history import History, LayerHistory
+from bnguard.observe.history import History, LayerHistory, Run
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measurements import DriftLimits, is_known_cause_harmless, is_sampling
+from bnguard.rules.measurements import (
+    DriftLimits,
+    is_known_cause_harmless,
+    is_lasting,
+    is_sampling,
+)
 
 _FIX = Fix("recalibrate the running statistics with the current weights", "recalibrate")
 _COPY = Fix("copy the buffers as well as the parameters (load_state_dict, or buffers())")
@@ -55,16 +61,17 @@ class StaleStatistics(ModelRule):
         counter distinguishes frozen layers, whose statistics are folded into gamma and beta.
 
     Evidence:
-        One of five. (1) The statistics are the initial (0, 1), and beta is not: an ``error`` if the
-        counter says that there were updates. (2) The layer was called in train mode and its
-        statistics did not change, as if a function ran on copies of the buffers; an ``error`` if
-        they are exactly (0, 1) after training, as after a callback that resets them and sets
-        momentum to 0. (3) Weights were written between the newest training step and the evaluation,
-        or into a watched copy of the model, and inputs in eval mode have drifted from the
-        statistics; ``info`` if the mode gap at the end is below 0.4 σ and 7 % flips. (4) The same
-        for a teacher or target network that no optimizer trains and no batch updates. (5) Without a
-        run, the statistics are those of the reference and the weights are not:
-        ``bnguard.inspect(averaged, reference=model)``.
+        One of five. (1) The statistics are the initial (0, 1), and beta is not, in a checkpoint or
+        a layer frozen from the start: an ``error`` if the counter says that there were updates;
+        ``info`` if evaluation shows that they are folded into gamma. (2) The layer was called in
+        train mode and its statistics did not change, as if a function ran on copies of the buffers;
+        an ``error`` if they are exactly (0, 1) after training, as after a callback that resets them
+        and sets momentum to 0; ``info`` in a meta-learner that tests in train mode. (3) Weights
+        were written between the newest training step and the evaluation, or into a watched copy of
+        the model, and inputs in eval mode have drifted from the statistics; ``info`` if the mode
+        gap at the end is below 0.4 σ and 7 % flips. (4) The same for a teacher or target network
+        that no optimizer trains and no batch updates. (5) Without a run, the statistics are those
+        of the reference and the weights are not: ``bnguard.inspect(averaged, reference=model)``.
 
     Limits:
         min_moved_beta: 1e-4, the smallest |beta|, the median over channels, that counts as trained.
@@ -84,7 +91,8 @@ class StaleStatistics(ModelRule):
         CuriousAI/mean-teacher#9 and DLR-RM/stable-baselines3#996, buffers that do not follow.
         zhengyang-wang/Unet_3D#5, a checkpoint without statistics.
         Lightning-AI/pytorch-lightning#14866, momentum 0 in weight averaging.
-        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#103, updates that copies lose.
+        csyhhu/L-OBS#14, a pruned network; facebookresearch/higher#103, updates that copies lose;
+            TsingZ0/PFLlib#269, buffers of one client; open-mmlab/mmdetection#1217, folded ones.
     """
 
     code: ClassVar[str] = "BN304"
@@ -103,15 +111,17 @@ class StaleStatistics(ModelRule):
 
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Look for statistics that were lost, do not change, or belong to other weights."""
-        is_drawn = _look_drawn(history.layers)
+        is_chosen = _look_drawn(history.layers)
+        if history.run.steps:
+            is_chosen = not _are_lost(history.layers)
         for layer in history.layers:
-            yield from self._judged(layer, is_drawn=is_drawn)
+            yield from self._judged(layer, is_chosen=is_chosen)
 
-    def _judged(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
+    def _judged(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
         if layer.running is None:
             yield self._skipped(layer, "the layer keeps no running statistics")
-        elif layer.run.steps == 0 and layer.running.is_initial and layer.running.mean.size:
-            yield from self._lost(layer, is_drawn=is_drawn)
+        elif layer.running.is_initial and layer.running.mean.size and _is_as_loaded(layer):
+            yield from self._lost(layer, is_chosen=is_chosen)
         elif layer.running.is_initial and layer.calls.in_training >= self.min_lost_calls:
             yield from self._reset(layer)
         elif _is_copied(layer):
@@ -125,7 +135,7 @@ class StaleStatistics(ModelRule):
         elif layer.is_following or layer.run.has_new_weights_in_evaluation:
             yield from self._rewritten(layer)
 
-    def _lost(self, layer: LayerHistory, *, is_drawn: bool) -> Iterator[Finding | Skipped]:
+    def _lost(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
         if layer.beta is None:
             yield self._skipped(layer, "the layer has no beta to show whether it was trained")
             return
@@ -135,7 +145,7 @@ class StaleStatistics(ModelRule):
         if layer.is_momentum_known and layer.momentum == 0.0:
             yield self._skipped(layer, "momentum 0 keeps the initial statistics (BN103)")
             return
-        severity, why = _why_initial(layer, is_drawn=is_drawn)
+        severity, why = _why_initial(layer, is_chosen=is_chosen)
         yield self._finding(
             layer,
             severity,
@@ -152,7 +162,7 @@ class StaleStatistics(ModelRule):
         calls = layer.calls.in_training
         yield self._finding(
             layer,
-            Severity.ERROR,
+            Severity.INFO if layer.calls.are_of_meta_learner else Severity.ERROR,
             f"after {calls:,} batches in train mode the running statistics are exactly the initial "
             "mean 0 and variance 1: they were reset, or momentum was 0",
             Evidence("batches without an update", calls, self.min_lost_calls),
@@ -179,7 +189,7 @@ class StaleStatistics(ModelRule):
             return
         yield self._finding(
             layer,
-            Severity.WARNING,
+            Severity.INFO if layer.calls.are_of_meta_learner else Severity.WARNING,
             f"{layer.calls.in_training:,} batches were normalised in train mode, but none entered "
             "the running statistics: something runs the layer on copies of its buffers",
             Evidence("batches without an update", layer.calls.in_training, self.min_lost_calls),
@@ -188,7 +198,7 @@ class StaleStatistics(ModelRule):
 
     def _rewritten(self, layer: LayerHistory) -> Iterator[Finding]:
         seen = layer.evaluated
-        if seen is None or _are_written_too(layer):
+        if seen is None or (_are_written_too(layer) and not _is_shown_harm(layer.run)):
             return
         running = seen.running
         limits = DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
@@ -212,18 +222,19 @@ class StaleStatistics(ModelRule):
         )
 
 
-def _why_initial(layer: LayerHistory, *, is_drawn: bool) -> tuple[Severity, str]:
+def _why_initial(layer: LayerHistory, *, is_chosen: bool) -> tuple[Severity, str]:
     """Return how bad initial statistics next to another beta are, and the likely reason."""
     updates = None if layer.running is None else layer.running.updates
     is_module = layer.training is not None
-    if updates:
-        return Severity.ERROR, "they were lost after training"
-    if updates is None and not (is_module and layer.is_updating):
+    is_without_counter = updates is None and not (is_module and layer.is_updating)
+    if is_without_counter or (layer.run.steps and is_chosen):
         return (
             Severity.INFO,
             "they are folded into gamma and beta, as in some frozen layers, or were lost",
         )
-    if is_drawn and layer.is_untrained and not layer.run.stored_steps:
+    if updates:
+        return Severity.ERROR, "they were lost after training"
+    if is_chosen and layer.is_untrained and not layer.run.stored_steps:
         return (
             Severity.INFO,
             "gamma and beta look random, as in a network that was not trained",
@@ -259,12 +270,53 @@ def _are_alike(draws: Iterable[FloatArray]) -> bool:
     )
 
 
+def _are_lost(layers: Iterable[LayerHistory]) -> bool:
+    """Return whether evaluation shows that initial statistics are not folded into gamma.
+
+    Folded, gamma was divided by the standard deviation of the inputs: where one is large, the other
+    is small.
+    """
+    gammas, spreads = [], []
+    for layer in layers:
+        seen, gamma = layer.evaluated, layer.gamma
+        if seen is None or gamma is None or not seen.running.is_initial:
+            continue
+        with np.errstate(all="ignore"):
+            logs = np.stack([np.log(np.abs(gamma)), 0.5 * np.log(seen.var_unbiased)])
+        logs = logs[:, np.isfinite(logs).all(0)]
+        centred = logs - logs.mean(1, keepdims=True) if logs.size else logs
+        gammas.append(centred[0])
+        spreads.append(centred[1])
+    if not gammas:
+        return False
+    one, other = np.concatenate(gammas), np.concatenate(spreads)
+    size = math.sqrt(float(one @ one) * float(other @ other))
+    return size == 0.0 or float(one @ other) / size > _FOLDED
+
+
+def _is_as_loaded(layer: LayerHistory) -> bool:
+    """Return whether nothing was trained, or the layer was frozen in all of the training."""
+    if layer.is_following or layer.run.has_new_weights_in_evaluation:
+        return not layer.run.steps
+    was_trained = layer.calls.in_training or layer.updates_seen or not layer.is_affine_frozen
+    return not (layer.run.steps and was_trained)
+
+
+# Correlation of gamma and the spread of the inputs, both as logarithms, below which statistics are
+# folded into gamma: -0.2 to -0.5 in small networks, and 0.3 to 0.5 if they were lost.
+_FOLDED = -0.1
+
 # Standard errors that a mean or a standard deviation may be off, in hundreds of layers.
 _SIGMAS = 4.5
 _FEWEST_DRAWS = 256
 
 # Beyond what casting to half precision rounds.
 _ROUNDING = 1e-2
+
+
+def _is_shown_harm(run: Run) -> bool:
+    """Return whether the mode gap shows harm, and goes on showing it."""
+    return run.mode_gap is not None and is_lasting(run) and not is_known_cause_harmless(run)
 
 
 def _are_written_too(layer: LayerHistory) -> bool:

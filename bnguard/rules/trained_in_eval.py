@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import LayerHistory, Run
 from bnguard.rules.base import Rule
@@ -40,10 +42,10 @@ class TrainedInEval(Rule):
 
     What it does not mean:
         A layer in eval mode with trained statistics, in a model in train mode, is a choice, and
-        frozen layers and copies that others write to are not judged. If the whole model is in eval
-        mode from the first step on, it may be a choice too: ``info`` as long as the inputs of the
-        newest evaluation match the statistics as closely as BN301 asks, a ``warning`` once the
-        weights have moved away from them.
+        frozen layers and copies that others write to are not judged, unless they are frozen as they
+        were built. If the whole model is in eval mode from the first step on, it may be a choice
+        too: ``info`` as long as the inputs of the newest evaluation match the statistics as closely
+        as BN301 asks, a ``warning`` once the weights have moved away from them.
 
     Evidence:
         Training steps that end with the whole model in eval mode, if more than half of them called
@@ -62,6 +64,7 @@ class TrainedInEval(Rule):
     References:
         torch.nn.Module.eval and torch.nn.Module.train.
         Ioffe & Szegedy, "Batch Normalization" (2015), section 3.1, arXiv:1502.03167.
+        pytorch/vision#5443, layers frozen without pretrained weights.
         joeynmt/joeynmt#184 and wkentaro/pytorch-fcn#56, a forgotten train() in mid-epoch.
     """
 
@@ -80,7 +83,9 @@ class TrainedInEval(Rule):
         if run.steps < self.min_steps or layer.training is None:
             yield self._skipped(layer, "no training was observed")
             return
-        if layer.is_affine_frozen or layer.running is None or layer.training:
+        if layer.running is None or layer.training:
+            return
+        if layer.is_affine_frozen and not _does_nothing(layer):
             return
         is_model_in_eval = self._is_model_in_eval(run)
         if layer.calls.in_training and not is_model_in_eval:
@@ -138,6 +143,13 @@ class TrainedInEval(Rule):
             return Evidence("share of steps in eval mode", share, self.max_share_in_eval_mode)
         longest, limit = run.longest_in_eval_mode, self.max_steps_in_eval_mode
         return Evidence("steps in a row in eval mode", longest, limit)
+
+
+def _does_nothing(layer: LayerHistory) -> bool:
+    """Return whether a layer was frozen as it was built, while the weights before it learn."""
+    affine = ((layer.gamma, 1.0), (layer.beta, 0.0))
+    is_initial = all(part is None or bool(np.all(part == value)) for part, value in affine)
+    return is_initial and layer.has_moving_weights and not layer.is_following
 
 
 def _is_trained(layer: LayerHistory) -> bool:

@@ -13,7 +13,7 @@ from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.layers.distances import initial_shift_std, initial_weight, updates_to_forget
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits
+from bnguard.rules.measurements import MAX_INITIAL_SHIFT_STD, fits, is_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ class UnconvergedStatistics(ModelRule):
         A low counter alone is not a fault: ``update_bn`` resets it and computes a plain average (a
         variance below the weight left, which an average that began at 1 cannot have, reveals that),
         and statistics that evaluation showed to fit are not judged. A layer without any update is
-        ``info``, unless a checkpoint counts training steps.
+        ``info``, unless a checkpoint counts training steps; so is one that evaluation does not
+        call, as an expert that gets no sample.
 
     Evidence:
         The weight of the initial statistics, (1 - momentum)^updates, from ``num_batches_tracked``;
@@ -125,8 +126,15 @@ class UnconvergedStatistics(ModelRule):
         if layer.run.steps and not layer.updates_seen and layer.position is None:
             yield self._skipped(layer, "the layer was never called")
             return
+        was_called = layer.calls.in_training or layer.updates_seen
+        if layer.running.is_initial and layer.calls.is_in_eval_mode and not was_called:
+            yield self._skipped(layer, "the layer was frozen (BN209 and BN304 judge that)")
+            return
         if not layer.is_updating and not layer.updates_seen:
             yield self._skipped(layer, "the layer never updates its statistics")
+            return
+        if layer.calls.are_of_meta_learner:
+            yield self._skipped(layer, "adapted weights were never run in eval mode")
             return
         if layer.is_recalibrated:
             yield self._skipped(layer, "the statistics were recalibrated")
@@ -156,7 +164,7 @@ class UnconvergedStatistics(ModelRule):
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
         yield self._finding(
             layer,
-            Severity.WARNING,
+            Severity.INFO if is_unused(layer) else Severity.WARNING,
             f"{when}{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
             f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),

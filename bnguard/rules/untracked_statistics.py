@@ -41,6 +41,9 @@ class UntrackedStatistics(Rule):
 
     What it does not mean:
         A layer in eval mode on purpose, with statistics, is not meant: it is frozen, not untracked.
+        Test-time adaptation normalises with the batches of the test on purpose, and is ``info``:
+        statistics were removed from a layer that had them; or, as long as no call is in eval mode,
+        an optimizer has gammas and betas alone, or nothing is trained.
 
     Evidence:
         Calls in train mode while ``track_running_stats`` is False.
@@ -53,6 +56,7 @@ class UntrackedStatistics(Rule):
         Lightning-AI/pytorch-lightning#15063, "Implement freeze batchnorm with freezing track
             running stats".
         tristandeleu/pytorch-maml#7, results that depend on the batch size at inference.
+        DequanWang/tent#3, adaptation to the data of the test.
     """
 
     code: ClassVar[str] = "BN104"
@@ -78,7 +82,7 @@ class UntrackedStatistics(Rule):
         elif layer.running is None:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                Severity.INFO if layer.is_dropped or _is_adapted(layer) else Severity.WARNING,
                 "the layer has no running statistics: in eval mode too, the output for a sample "
                 "depends on the rest of its batch",
                 evidence,
@@ -87,9 +91,15 @@ class UntrackedStatistics(Rule):
         elif not layer.is_updating and (layer.training or layer.calls.in_training):
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                Severity.INFO if _is_adapted(layer) else Severity.WARNING,
                 "tracking was switched off: training uses batch statistics, evaluation the old "
                 "running statistics",
                 evidence,
                 Fix("set track_running_stats = True, and call eval() on layers to keep frozen"),
             )
+
+
+def _is_adapted(layer: LayerHistory) -> bool:
+    """Return whether a trained network is used on the batches of a test, and never in eval mode."""
+    is_untrained = not layer.run.steps and layer.calls.are_without_grad
+    return (layer.run.is_adaptation or is_untrained) and not layer.calls.is_in_eval_mode

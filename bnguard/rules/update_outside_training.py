@@ -54,7 +54,8 @@ class UpdateOutsideTraining(Rule):
         Re-estimating statistics on purpose is fine: ``bnguard.recalibrate`` and
         ``torch.optim.swa_utils.update_bn`` do not count, other passes after training are ``info``.
         Nor do networks that run under ``no_grad`` in every step count (a teacher, a generator while
-        the discriminator learns).
+        the discriminator learns). Few-shot learners that test with the batches of an episode are
+        ``info``: with momentum 1, or with adapted weights of which none was run in eval mode.
 
     Evidence:
         Calls with batch statistics inside ``monitor.evaluation()`` or Lightning's validation.
@@ -79,7 +80,7 @@ class UpdateOutsideTraining(Rule):
         pytorch/vision#2079, a forward in train mode between two evaluations.
         layumi/Person_reID_baseline_pytorch#218, inference without eval().
         google-research/seed_rl#28, an actor in train mode; lightning-uq-box/lightning-uq-box#173,
-            Monte Carlo dropout.
+            Monte Carlo dropout; learnables/learn2learn#207, a meta-learner.
     """
 
     code: ClassVar[str] = "BN206"
@@ -99,11 +100,15 @@ class UpdateOutsideTraining(Rule):
         if layer.running is None or not layer.is_updating:
             return
         calls = layer.calls
+        # Few-shot learners test with the batches of an episode on purpose.
+        is_meant = calls.are_of_meta_learner or layer.momentum == 1.0
+        severity = Severity.INFO if is_meant else Severity.WARNING
         number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
-        if calls.in_evaluation > self.max_calls_in_evaluation:
+        # The end of an evaluation shows only once a network with gradients runs: after a teacher.
+        if calls.in_evaluation > self.max_calls_in_evaluation and not calls.are_without_grad:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                severity,
                 "the layer was in train mode during evaluation: "
                 f"{counted(calls.in_evaluation, 'batch', 'batches')} of it entered the running "
                 "statistics",
@@ -117,7 +122,7 @@ class UpdateOutsideTraining(Rule):
         elif (other := self._of_other_data(layer)) is not None:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                severity,
                 f"{_when(layer)}: a missing eval(), since they differ from the training batches",
                 other,
                 _EVAL,
@@ -126,7 +131,7 @@ class UpdateOutsideTraining(Rule):
         elif self._was_moved_without_training(layer):
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                severity,
                 f"{calls.without_grad} batches entered the running statistics under no_grad, "
                 "without a training step, and evaluation does not match them: dummy forwards, or "
                 "a missing eval()",
@@ -136,7 +141,7 @@ class UpdateOutsideTraining(Rule):
         elif self._is_unusual(layer) and calls.between_steps > self.max_calls_without_grad:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                severity,
                 f"{calls.between_steps} batches entered the running statistics under no_grad, "
                 f"before {calls.steps_with_some_between} of {layer.run.steps} steps, and none "
                 "in eval mode: an evaluation without eval()",

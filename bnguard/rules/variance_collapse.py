@@ -11,6 +11,7 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import BatchWindow, LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.rules.measurements import is_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class VarianceCollapse(Rule):
     What it does not mean:
         A small batch alone is not a collapse: see BN202. A harmless mode gap (BN302) does not
         disprove the finding, since it compares the modes on one batch, and the signal is between
-        batches.
+        batches. Tiny batches of a layer that evaluation does not call are ``info``.
 
     Evidence:
         n, the values per channel of a typical batch; or the share of a channel's variance that is
@@ -59,7 +60,7 @@ class VarianceCollapse(Rule):
         min_within_batch_share: 0.2. Independent values give (n - 1) / n, or 1 - 1/samples if the
             positions of a sample are all alike: 0.5 for two samples. Healthy runs of the tests stay
             above 0.4, crops of one image at a time fall below 0.1.
-        min_batches: 8 batches in the window before the share is judged.
+        min_batches: 8 batches before n is judged, and in the window before the share is.
 
     References:
         Wu & He, "Group Normalization" (2018), figure 1, arXiv:1803.08494.
@@ -78,10 +79,12 @@ class VarianceCollapse(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare n and the within-batch share of the variance with their limits."""
         n = layer.typical_values_per_channel
-        if n is not None and 1 < n < self.min_values_per_channel:
+        # An expert that a gate gives up has a few small batches before.
+        batches = sum(layer.values_per_channel.values())
+        if n is not None and 1 < n < self.min_values_per_channel and batches >= self.min_batches:
             yield self._finding(
                 layer,
-                Severity.WARNING,
+                Severity.INFO if is_unused(layer) else Severity.WARNING,
                 f"batches have {n} values per channel here: normalising leaves only their order",
                 Evidence("values per channel", n, self.min_values_per_channel, is_minimum=True),
                 _FIX,

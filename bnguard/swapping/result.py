@@ -13,7 +13,7 @@ from torch import nn
 from bnguard import __version__
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.report.notebook import NotebookView
+from bnguard.report.views import ResultView
 from bnguard.swapping.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ReplacedLayer:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Swap(NotebookView):
+class Swap(ResultView):
     """What :func:`bnguard.swap` did.
 
     Attributes:

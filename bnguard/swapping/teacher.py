@@ -22,7 +22,7 @@ from bnguard.observe.mode_gap import float_tensors, join_rows, places_of_rows, r
 from bnguard.recalibration.api import measure_score, recalibrate
 from bnguard.recalibration.batches import Forward, call, read_batches
 from bnguard.recalibration.options import Score
-from bnguard.report.notebook import importing_rich
+from bnguard.report.views import importing_rich
 from bnguard.swapping.distillation import Distillation, distil
 from bnguard.swapping.imitation import Pair
 

@@ -27,7 +27,8 @@ from tensorboard.backend.event_processing import (
 
 from bnguard.errors import in_one_line, printable
 from bnguard.findings import Finding, Severity, counted
-from bnguard.report.terminal import UNWRAPPED, as_text, count_causes, findings_view
+from bnguard.report.terminal import UNWRAPPED, count_causes, findings_view
+from bnguard.report.views import as_text
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
 from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned

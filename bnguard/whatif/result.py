@@ -8,8 +8,8 @@ from typing import Any
 
 from bnguard.findings import counted
 from bnguard.recalibration.options import SkippedLayer
-from bnguard.report.notebook import NotebookView, importing_rich
 from bnguard.report.terminal import layer_table, moved_text
+from bnguard.report.views import ResultView, importing_rich
 
 with importing_rich():
     from rich.console import Group, RenderableType
@@ -103,7 +103,7 @@ class LayerShare:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Diagnosis(NotebookView):
+class Diagnosis(ResultView):
     """The result of :func:`bnguard.diagnose`; prints itself.
 
     Attributes:

@@ -8,7 +8,7 @@ weights need, and exchange the weights for new tensors.
 from __future__ import annotations
 
 import copy
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,11 @@ from tests.field.situation import Run, Situation, Watch, accuracy
 from tests.networks import conv_net, digits
 
 
-def train(*, is_called_with_gradients: bool) -> Run:
-    """Train the query encoder beside a key encoder that averages its weights."""
+def learn(*, reports: bool = True, is_called_with_gradients: bool = False) -> Run:
+    """Train the query encoder next to a key encoder that averages its weights.
+
+    The loop reports its steps and evaluations, or leaves them to be noticed.
+    """
     images, labels = digits()
     query = conv_net()
     model = nn.ModuleDict({"query": query, "key": copy.deepcopy(query)})
@@ -39,11 +42,12 @@ def train(*, is_called_with_gradients: bool) -> Run:
             optimizer.zero_grad()
             (loss + F.cross_entropy(scores, labels[batch])).backward()
             optimizer.step()
-            watch.monitor.step()
+            if reports:
+                watch.monitor.step()
         query.eval()
-        with watch.monitor.evaluation():
+        with watch.monitor.evaluation() if reports else nullcontext():
             last = accuracy(query, images[1200:], labels[1200:])
     return watch.end(last)
 
 
-SITUATION = Situation(healthy=partial(train, is_called_with_gradients=False))
+SITUATION = Situation(healthy=learn)

@@ -7,6 +7,7 @@ in the same way.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,8 @@ from tests.field.situation import Run, Situation, Watch, accuracy, train
 from tests.networks import conv_net, digits
 
 
-def _train(*, is_in_eval_mode: bool) -> Run:
+def distil(*, is_in_eval_mode: bool, reports: bool = True) -> Run:
+    """Distil on noise; the loop reports steps and evaluations, or leaves them to be noticed."""
     images, labels = digits()
     teacher, student = conv_net(), conv_net(4)
     train(teacher, epochs=3)
@@ -33,16 +35,17 @@ def _train(*, is_in_eval_mode: bool) -> Run:
         optimizer.zero_grad()
         F.cross_entropy(student(noise), target).backward()
         optimizer.step()
-        watch.monitor.step()
+        if reports:
+            watch.monitor.step()
     teacher.eval()
-    with torch.no_grad(), watch.monitor.evaluation():
+    with torch.no_grad(), watch.monitor.evaluation() if reports else nullcontext():
         last = accuracy(teacher, images[1200:], labels[1200:])
     return watch.end(last)
 
 
 SITUATION = Situation(
-    healthy=partial(_train, is_in_eval_mode=True),
-    faulty=partial(_train, is_in_eval_mode=False),
+    healthy=partial(distil, is_in_eval_mode=True),
+    faulty=partial(distil, is_in_eval_mode=False),
     cause="BN101",
-    repaired=lambda: _train(is_in_eval_mode=True).accuracy,
+    repaired=lambda: distil(is_in_eval_mode=True).accuracy,
 )

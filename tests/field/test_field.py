@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tests.field import (
+    adapted_at_test_time,
     augmentation_per_batch,
     key_encoder_in_train_mode,
+    teacher_on_noise,
     train_forgotten_mid_epoch,
 )
 from tests.field.situation import LEAST_HARM, LEAST_SHARE_BACK, judge, situations
@@ -62,5 +64,30 @@ def test_an_augmentation_of_whole_batches_is_not_accused_and_sorted_data_are(aug
 
 def test_a_key_encoder_called_with_gradients_is_not_accused():
     torch.manual_seed(0)
-    run = key_encoder_in_train_mode.train(is_called_with_gradients=True)
+    run = key_encoder_in_train_mode.learn(is_called_with_gradients=True)
     assert run.accusations == run.announced == ()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"is_watched_first": True},
+        {"drops_buffers": False},
+        {"drops_buffers": False, "learns": False},
+    ],
+)
+def test_an_adaptation_to_the_data_of_the_test_is_not_accused(variant):
+    run = adapted_at_test_time.adapt(**variant)
+    assert run.accusations == run.announced == ()
+
+
+def test_a_key_encoder_that_runs_first_in_a_step_does_not_belong_to_the_evaluation_before():
+    torch.manual_seed(0)
+    run = key_encoder_in_train_mode.learn(reports=False)
+    assert run.accusations == run.announced == ()
+
+
+def test_the_evaluation_of_a_teacher_alone_is_noticed():
+    torch.manual_seed(0)
+    run = teacher_on_noise.distil(is_in_eval_mode=False, reports=False)
+    assert run.accusations[:1] == ("BN101",)

@@ -24,7 +24,7 @@ from bnguard.errors import ConfigurationError
 from bnguard.inspection import inspect_checkpoint
 from bnguard.lightning import REPORT_FILE, BatchNormMonitor
 from bnguard.lightning.trainer import subject_options
-from bnguard.report.terminal import as_text
+from bnguard.report.views import as_text
 from bnguard.tensorboard.log_report import logged_runs
 from tests.lightning.conftest import loader
 

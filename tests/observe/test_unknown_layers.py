@@ -135,7 +135,9 @@ def test_after_registration_everything_works_and_unsaved_statistics_are_reported
     report = report_of(model)
     assert report.history.run.unknown == ()
     assert report.layers[0].momentum == pytest.approx(0.1)
-    assert any("moving_mean and moving_var of layer 1 are not in the state" in n for n in report.notes)
+    assert any(
+        "moving_mean and moving_var of layer 1 are not in the state" in n for n in report.notes
+    )
     loader = DataLoader(TensorDataset(torch.randn(128, 4) + 1.0, torch.randint(2, (128,))), 32)
     bnguard.recalibrate(model, loader, progress=False)
     bnguard.diagnose(model, loader)

@@ -12,7 +12,8 @@ import bnguard
 from bnguard.findings import LOGARITHM, Evidence, Finding, Fix, Severity, notice, one_line
 from bnguard.observe.history import History, Run
 from bnguard.report import Report
-from bnguard.report.terminal import as_terminal_text, as_text, notice_view, report_view
+from bnguard.report.terminal import as_terminal_text, notice_view, report_view
+from bnguard.report.views import as_text
 
 
 def test_the_first_layer_of_the_table_is_the_worst_of_the_finding_with_its_numbers():

@@ -1,4 +1,4 @@
-"""Shows results as HTML in notebooks."""
+"""Draws results: as text, and as HTML in notebooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 _WIDTH = 100
 # Colours that have a contrast of 4 on white and on the black of dark themes; text has the theme's.
@@ -26,7 +26,7 @@ def importing_rich() -> Iterator[None]:
     random.setstate(state)
 
 
-class NotebookView:
+class ResultView:
     """Adds views as text and as HTML to results that rich can print."""
 
     def __rich__(self) -> RenderableType:
@@ -34,12 +34,28 @@ class NotebookView:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        from bnguard.report.terminal import as_text
-
         return as_text(self)
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+
+def as_text(renderable: RenderableType, width: int = 80) -> str:
+    """Return what rich would print, without colour or trailing spaces."""
+    with importing_rich():
+        from rich.console import Console
+
+    return capture_text(
+        renderable,
+        Console(file=io.StringIO(), width=width, color_system=None, highlight=False),
+    )
+
+
+def capture_text(renderable: RenderableType, console: Console) -> str:
+    """Return what a console would print, without trailing spaces."""
+    with console.capture() as capture:
+        console.print(renderable, crop=False)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def as_html(renderable: RenderableType) -> str:

@@ -5,8 +5,7 @@ import re
 from rich.text import Text
 
 import bnguard
-from bnguard.report.notebook import as_html
-from bnguard.report.terminal import as_text
+from bnguard.report.views import as_html, as_text
 from tests.networks import conv_net
 
 COLOURS = ["red", "bold red", "green", "bold yellow", "blue", "magenta", "cyan", "dim", "dim cyan"]
