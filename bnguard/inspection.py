@@ -15,7 +15,7 @@ from bnguard.layers.names import without_wrappers
 from bnguard.observe.history import History, LayerHistory, Run, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import Rule
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -214,7 +214,7 @@ def _report(
 ) -> Report:
     history = History(layers=tuple(layers), run=run)
     static = [rule for rule in configuration.rules(rules) if rule.is_static]
-    conclusions = diagnose(history, static, configuration.is_wanted)
+    conclusions = run_rules(history, static, configuration.is_wanted)
     return Report(history, conclusions.findings, conclusions.skipped)
 
 

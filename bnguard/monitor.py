@@ -33,7 +33,7 @@ from bnguard.report import Report
 from bnguard.report.all_ranks import merge_findings, merge_reports
 from bnguard.report.picture import Course, measure
 from bnguard.rules import Rule
-from bnguard.rules.engine import Announcements, diagnose
+from bnguard.rules.engine import Announcements, run_rules
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -540,7 +540,7 @@ class Monitor:
         """Run the rules, and date each finding to the step at which it first showed."""
         overhead = self._budget.overhead(self._observer.steps)
         history = self._observer.history(is_settled=final, overhead=overhead)
-        conclusions = diagnose(history, self._rules, self._configuration.is_wanted)
+        conclusions = run_rules(history, self._rules, self._configuration.is_wanted)
         findings = conclusions.findings
         if self._observer.steps:
             findings = self._announcements.date(findings, self._step)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bnguard.cli.scoring import Samples
+    from bnguard.cli.scoring import SampleSplit
     from bnguard.lightning.scoring import ValidationScore
     from bnguard.recalibration.result import Recalibration
 
@@ -194,7 +194,7 @@ def _recalibrate_checkpoint(request: Request) -> int:
 
 def _recalibrate_model(
     model: nn.Module,
-    samples: Samples,
+    samples: SampleSplit,
     scorer: ValidationScore | None,
     device: torch.device,
     values: Namespace,
@@ -259,20 +259,20 @@ def _output(source: Path, values: Namespace) -> Path:
     return output
 
 
-def _samples(data: Data, values: Namespace) -> Samples:
+def _samples(data: Data, values: Namespace) -> SampleSplit:
     """Return what calibrates and what scores: the validation samples that do not calibrate."""
-    from bnguard.cli.scoring import Samples, split_samples
+    from bnguard.cli.scoring import SampleSplit, split_samples
 
     loader = data.loader(values.split)
     if not data.is_module:
         if values.holdout is not None:
             raise ConfigurationError("--holdout needs a data module: a bare loader does not score")
-        return Samples(loader, None, is_shared=False)
+        return SampleSplit(loader, None, is_shared=False)
     if values.split == "val":
         return split_samples(loader, values.samples, values.holdout)
     if values.holdout is not None:
         raise ConfigurationError("--holdout is for --split val; other splits score on val anyway")
-    return Samples(loader, data.loader("val") if data.has("val") else None, is_shared=False)
+    return SampleSplit(loader, data.loader("val") if data.has("val") else None, is_shared=False)
 
 
 def _statistics(model: nn.Module, stored: CheckpointModel) -> dict[str, Tensor]:

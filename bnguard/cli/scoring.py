@@ -19,7 +19,7 @@ NOT_SCORED = "not scored: that needs a validation_step of Lightning, and validat
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleSplit:
     """The samples that calibrate, and those that score, if there are any; both may be the same."""
 
     calibration: Iterable[object]
@@ -27,7 +27,7 @@ class Samples:
     is_shared: bool
 
 
-def split_samples(loader: Iterable[object], samples: int, holdout: float | None) -> Samples:
+def split_samples(loader: Iterable[object], samples: int, holdout: float | None) -> SampleSplit:
     """Return the samples of one split, divided between calibration and scoring.
 
     ``samples`` calibrate at most. The share ``holdout`` scores and does not calibrate; by default
@@ -38,15 +38,15 @@ def split_samples(loader: Iterable[object], samples: int, holdout: float | None)
             raise ConfigurationError(
                 "--holdout needs a DataLoader over a data set with a length; leave it out"
             )
-        return Samples(loader, loader, is_shared=True)
+        return SampleSplit(loader, loader, is_shared=True)
     order = shuffle_indices(len(loader.dataset))  # type: ignore[arg-type]
     total = len(order)
     number = min(samples, total)
     if holdout is not None:
         number = min(number, total - math.ceil(holdout * total))
     if number == total:
-        return Samples(loader, loader, is_shared=True)
-    return Samples(
+        return SampleSplit(loader, loader, is_shared=True)
+    return SampleSplit(
         load_samples(loader, order[:number]), load_samples(loader, order[number:]), is_shared=False
     )
 

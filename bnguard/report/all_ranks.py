@@ -14,7 +14,7 @@ from bnguard.layers.distances import FloatArray, shift_std
 from bnguard.observe.history import History, LayerHistory, RunningStatistics
 from bnguard.report import Report
 from bnguard.rules import Rule
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 
 
 def merge_reports(
@@ -30,7 +30,7 @@ def merge_reports(
 
     def merge(by_rank: Sequence[_Contribution | None]) -> _Merged:
         history, distances = own.history, _distances(own.history, by_rank)
-        compared = diagnose(_with_distances(history, distances), rules, is_wanted).findings
+        compared = run_rules(_with_distances(history, distances), rules, is_wanted).findings
         known = {finding.key for finding in own.findings}
         between_ranks = [finding for finding in compared if finding.key not in known]
         found = merge_findings([None if part is None else part.findings for part in by_rank])

@@ -144,16 +144,14 @@ class Cause:
 
 def cause_of_gap(history: History) -> Cause | None:
     """Return why the two modes disagree: the cause at the layer that matches worst."""
-    called, entrance = history.layers_in_order, history.first_trained
-    drifts = [
-        Drift(layer, layer.evaluated, distance, DRIFT_LIMITS, entrance)
-        for layer in called
-        for distance in [distance_of(layer)]
-        if entrance is not None
-        and layer.evaluated is not None
-        and distance is not None
-        and distance.excess > FITTING_SHARE
-    ]
+    entrance = history.first_trained
+    if entrance is None:
+        return None
+    drifts: list[Drift] = []
+    for layer in history.layers_in_order:
+        seen, distance = layer.evaluated, distance_of(layer)
+        if seen is not None and distance is not None and distance.excess > FITTING_SHARE:
+            drifts.append(Drift(layer, seen, distance, DRIFT_LIMITS, entrance))
     worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
     cause = None if worst is None else cause_of_drift(worst)
     if worst is None or cause is None:

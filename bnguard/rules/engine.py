@@ -29,7 +29,7 @@ _Key = tuple[str, Severity, str | None]
 _Place = tuple[str, str | None]
 
 
-def diagnose(
+def run_rules(
     history: History,
     rules: Iterable[Rule] = RULES,
     is_wanted: Callable[[Finding], bool] = lambda finding: True,
@@ -88,11 +88,9 @@ class Explanations:
         evaluated = [layer.evaluated.step for layer in history.layers if layer.evaluated]
         self._newest_evaluation = max(evaluated, default=None)
         accused = [finding for finding in findings if finding.severity > Severity.INFO]
-        self._by_code = {
-            code: tuple(finding for group in group_findings(own) for finding in group.findings)
-            for code in {finding.code for finding in accused}
-            for own in [[finding for finding in accused if finding.code == code]]
-        }
+        self._by_code: dict[str, list[Finding]] = {}
+        for group in group_findings(accused):
+            self._by_code.setdefault(group.worst.code, []).extend(group.findings)
 
     def chain(self, finding: Finding) -> list[Finding]:
         """Return what explains a finding, the root cause first, and the finding itself last."""

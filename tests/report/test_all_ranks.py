@@ -13,7 +13,7 @@ from bnguard.observe.history import History, LayerHistory, Run, RunningStatistic
 from bnguard.report import Report
 from bnguard.report.all_ranks import _Contribution, merge_findings, merge_reports
 from bnguard.rules import RULES
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 from tests.rules.test_engine import HISTORY, fires
 
 
@@ -21,7 +21,7 @@ def test_the_report_of_the_only_rank_is_its_own():
     """Above all a root stays before a graver consequence."""
     error = fires("A", Severity.ERROR)
     rules = error, fires("B"), fires("C", causes=("A",)), fires("D", Severity.INFO)
-    found = diagnose(HISTORY, rules)
+    found = run_rules(HISTORY, rules)
     own = Report(HISTORY, found.findings, found.skipped)
     merged = merge_reports(own, Exchange("alone"), rules, lambda finding: True)
     assert [finding.code for finding in own.findings] == ["C", "A", "B", "D"]
@@ -39,7 +39,7 @@ class Ranks:
 
 
 def found(code, severity=Severity.WARNING, message="", cause=None):
-    (finding,) = diagnose(HISTORY, [fires(code, severity)]).findings
+    (finding,) = run_rules(HISTORY, [fires(code, severity)]).findings
     return dataclasses.replace(finding, message=message, cause=cause)
 
 

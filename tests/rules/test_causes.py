@@ -21,7 +21,7 @@ from bnguard.observe.history import (
 )
 from bnguard.observe.windows import EvalWindow
 from bnguard.rules import rule_named
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 from tests.networks import digits
 from tests.zoo.architectures import build
 from tests.zoo.faults import (
@@ -82,7 +82,7 @@ def drifted(name="bn", mean=3.0, position=0, **options):
 
 
 def symptoms(*layers):
-    findings = diagnose(History(layers=layers, run=layers[0].run), SYMPTOMS).findings
+    findings = run_rules(History(layers=layers, run=layers[0].run), SYMPTOMS).findings
     return [f for f in findings if f.code == "BN301"], [f for f in findings if f.code == "BN302"]
 
 
@@ -222,7 +222,7 @@ def test_a_gap_may_be_smaller_at_the_end_if_its_cause_is_known(momentum, is_sett
     gap = dataclasses.replace(SMALL_HARM, flipped_share=0.08)
     run = Run(steps=100, mode_gap=gap, is_settled=is_settled)
     layer = drifted(mean=0.6, momentum=momentum, window=window(), run=run)
-    findings = diagnose(History(layers=(layer,), run=run)).findings
+    findings = run_rules(History(layers=(layer,), run=run)).findings
     assert [f.code for f in findings if f.severity > Severity.INFO] == codes
 
 
@@ -332,7 +332,7 @@ def test_pairs_that_may_be_sorted_are_no_excuse_for_batches_of_pairs(noise):
 )
 def test_data_are_not_accused_of_a_distance_that_moving_weights_may_make(noise, trend, is_accused):
     layer = drifted(mean=1.5, window=window(noise=noise, trend=trend))
-    found = diagnose(History(layers=(layer,), run=layer.run), [rule_named("BN305")]).findings
+    found = run_rules(History(layers=(layer,), run=layer.run), [rule_named("BN305")]).findings
     assert bool(found) is is_accused
 
 

@@ -11,7 +11,7 @@ import bnguard
 from bnguard.findings import Evidence, Finding, Fix, Severity
 from bnguard.observe.history import History, LayerHistory, Run
 from bnguard.rules import ModelRule, Rule
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 from tests.benchmarks.networks import resnet50
 
 
@@ -39,7 +39,7 @@ HISTORY = History(layers=(LayerHistory(name="0", channels=1),), run=Run())
 
 
 def order(*rules):
-    return [(f.code, f.cause) for f in diagnose(HISTORY, rules).findings]
+    return [(f.code, f.cause) for f in run_rules(HISTORY, rules).findings]
 
 
 def test_a_cause_stands_before_what_it_explains_and_is_named_there():
@@ -69,7 +69,7 @@ def test_info_explains_nothing_and_stands_last():
 
 
 def test_what_is_not_wanted_is_left_out():
-    found = diagnose(HISTORY, [fires("A"), fires("B")], lambda finding: finding.code == "B")
+    found = run_rules(HISTORY, [fires("A"), fires("B")], lambda finding: finding.code == "B")
     assert [finding.code for finding in found.findings] == ["B"]
 
 
@@ -91,7 +91,7 @@ class RaisesForTheModel(ModelRule):
 
 @pytest.mark.parametrize(("rule", "layer"), [(RaisesAtOnce(), "0"), (RaisesForTheModel(), None)])
 def test_a_rule_that_raises_is_skipped(rule, layer):
-    (skipped,) = diagnose(HISTORY, [rule]).skipped
+    (skipped,) = run_rules(HISTORY, [rule]).skipped
     assert (skipped.code, skipped.layer) == (rule.code, layer)
     assert "ZeroDivisionError: of their own" in skipped.reason
 
@@ -150,6 +150,6 @@ def test_what_is_no_finding_is_a_failure_of_its_rule():
         def check(self, layer):
             yield "something is wrong"
 
-    (skipped,) = diagnose(HISTORY, [YieldsWords()]).skipped
+    (skipped,) = run_rules(HISTORY, [YieldsWords()]).skipped
     assert skipped.is_failure
     assert "yields Finding or Skipped, not str" in skipped.reason

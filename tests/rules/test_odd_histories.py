@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bnguard.observe import history as histories
 from bnguard.observe.history import History, LayerHistory, Run
 from bnguard.report import Report
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e-300, 1e300, np.nan, np.inf, -np.inf]
 COUNTS = [0, 1, 2, 7, 100, 10**9]
@@ -70,7 +70,7 @@ def test_no_rule_raises_on_any_history(seed):
         for number in range(seed % 4)
     )
     history = History(layers=layers, run=run)
-    conclusions = diagnose(history)
+    conclusions = run_rules(history)
     assert [skip for skip in conclusions.skipped if skip.is_failure] == []
     report = Report(history, conclusions.findings, conclusions.skipped)
     assert str(report)

@@ -25,12 +25,12 @@ from bnguard.observe.history import (
 )
 from bnguard.observe.training_plan import Plan
 from bnguard.rules import RULES, rule_named
-from bnguard.rules.engine import diagnose
+from bnguard.rules.engine import run_rules
 
 
 def found(code, layer):
     history = History(layers=(layer,), run=layer.run)
-    return list(diagnose(history, [rule_named(code)]).findings)
+    return list(run_rules(history, [rule_named(code)]).findings)
 
 
 def running(mean=0.0, var=1.0, updates=1000):
@@ -159,7 +159,7 @@ def test_bn302_is_info_where_all_layers_were_frozen():
 @pytest.mark.parametrize(("samples", "reason"), [(2, "2 samples"), (0, "not independent samples")])
 def test_bn302_does_not_judge_a_gap_that_sampling_may_explain(samples, reason):
     gap = dataclasses.replace(HARM, samples=samples, sampling_change=None)
-    judged = diagnose(
+    judged = run_rules(
         History(layers=(layer(),), run=Run(steps=100, mode_gap=gap)), [rule_named("BN302")]
     )
     assert judged.findings == ()
@@ -275,9 +275,9 @@ def test_bn401_names_the_first_layer_in_the_order_of_calls():
     first = layer(name="first", position=0, poisoned_step=7, run=run)
     later = layer(name="later", position=1, poisoned_step=7, run=run)
     earlier_fine = layer(name="fine", position=0, run=run)
-    (finding,) = diagnose(History(layers=(later, first), run=run), [rule_named("BN401")]).findings
+    (finding,) = run_rules(History(layers=(later, first), run=run), [rule_named("BN401")]).findings
     assert (finding.layer, finding.step) == ("first", 7)
-    (finding,) = diagnose(
+    (finding,) = run_rules(
         History(layers=(earlier_fine, later), run=run), [rule_named("BN401")]
     ).findings
     assert finding.layer == "later"
@@ -293,7 +293,7 @@ def test_bn401_tells_weights_that_the_bad_batch_ruined_from_those_that_made_it()
 
     def found(step):
         before = layer(name="before", position=0, poisoned_step=step, run=run)
-        (finding,) = diagnose(
+        (finding,) = run_rules(
             History(layers=(before, bad), run=run), [rule_named("BN401")]
         ).findings
         return finding
@@ -334,7 +334,7 @@ def test_a_healthy_layer_is_accused_of_nothing():
     healthy = layer(
         evaluated=evaluated(), run=Run(steps=100, mode_gap=GAP), statistics_dtype="float32"
     )
-    assert diagnose(History(layers=(healthy,), run=healthy.run), RULES).findings == ()
+    assert run_rules(History(layers=(healthy,), run=healthy.run), RULES).findings == ()
 
 
 def test_channels_that_a_large_eps_damps_are_not_dead():
