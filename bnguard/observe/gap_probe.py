@@ -40,6 +40,9 @@ _MAX_TRAINING_BYTES = 32 * 2**20
 # Samples up to which batches of an evaluation are joined: statistics of fewer are noise.
 _ENOUGH_SAMPLES = 32
 
+# The fractions of its multiples spread evenly.
+_GOLDEN_RATIO = 0.618
+
 # Batches of an evaluation that are mixed: the first alone may hold one class or kind of data.
 _MIXED_BATCHES = 4
 
@@ -85,7 +88,7 @@ class _Call:
         with mode, torch.autocast(self.device, self.autocast_dtype, enabled=self.is_autocast):
             return list(float_tensors(self.module(*args, **kwargs)))
 
-    def part(self, rows: slice) -> _Call:
+    def part(self, rows: slice | list[int]) -> _Call:
         """Return the call for some of its rows."""
         args, kwargs = tree_map(
             lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
@@ -94,9 +97,13 @@ class _Call:
         return dataclasses.replace(self, args=args, kwargs=kwargs, first=None)
 
     def spread_part(self, count: int) -> _Call:
-        """Return the call for that many of its rows, which may be in some order, or for all."""
-        step = max(self.rows // max(count, 1), 1)
-        return self.part(slice(0, count * step, step))
+        """Return the call for that many of its rows, one from each stretch, or for all.
+
+        Rows may be in some order, or of domains that take turns: no period is followed.
+        """
+        count = min(count, self.rows)
+        stretch = self.rows / max(count, 1)
+        return self.part([int((i + i * _GOLDEN_RATIO % 1.0) * stretch) for i in range(count)])
 
     def joined_with(self, other: _Call) -> _Call:
         """Return one call for the rows of both; this one if their inputs do not fit together."""

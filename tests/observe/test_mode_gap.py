@@ -291,6 +291,22 @@ def test_rows_of_several_batches_are_mixed():
     assert gap.relative_change < 0.3 < measured(model, kinds[0]).relative_change
 
 
+def test_rows_of_domains_that_take_turns_are_mixed():
+    model = conv_net().train()
+    images = torch.randn(64, 1, 8, 8) + 3.0 * (torch.arange(64) % 4).view(-1, 1, 1, 1)
+    for layer in find_layers(model):
+        layer.module.momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    probe = GapProbe(model.eval(), find_layers(model))
+    with torch.no_grad():
+        for _ in range(4):
+            model(images)
+    gap = probe.measure()
+    assert gap.samples == 64
+    assert gap.relative_change < 0.3 < measured(model, images[::4]).relative_change
+
+
 def test_a_model_without_a_call_in_eval_mode_is_not_measured():
     model = conv_net().train()
     assert "seen in eval mode" in measured(model, torch.randn(8, 1, 8, 8))
