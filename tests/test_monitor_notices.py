@@ -198,7 +198,19 @@ def test_a_backbone_without_gradients_is_no_evaluation():
     assert all(layer.evaluated is None for layer in monitor.report().layers)
 
 
-def test_an_evaluation_with_weights_that_are_exchanged_is_dropped():
+def in_place(model, other):
+    model.load_state_dict(other)
+
+
+def through_data(model, other):
+    for name, parameter in model.named_parameters():
+        parameter.data = other[name].clone()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(other[name])
+
+
+@pytest.mark.parametrize("exchange", [in_place, through_data])
+def test_an_evaluation_with_exchanged_weights_is_read_without_a_mode_gap(exchange):
     model, other = conv_net(), conv_net()
     optimizer = sgd(model)
     monitor = watched(model, optimizer)
@@ -207,13 +219,46 @@ def test_an_evaluation_with_weights_that_are_exchanged_is_dropped():
         backward(model, number)
         optimizer.step()
     trained = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(other.state_dict())
-    model.eval()
+    exchange(model, other.state_dict())
     with torch.no_grad():
-        model(IMAGES[1200:])
-    model.load_state_dict(trained)
+        model.eval()(IMAGES[1200:])
+    exchange(model, trained)
     report = monitor.report()
-    assert all(layer.evaluated is None for layer in report.layers)
+    assert all(layer.evaluated.count for layer in report.layers)
+    assert all((layer.evaluated.running.mean == 0.0).all() for layer in report.layers)
+    assert report.history.run.has_new_weights_in_evaluation
+    assert report.history.run.mode_gap is None
+    assert "exchanged" in report.history.run.mode_gap_reason
+
+
+def test_averaged_weights_do_not_hide_the_evaluation_before_them():
+    model, average = conv_net(), conv_net()
+    optimizer = sgd(model)
+    monitor = watched(model, optimizer)
+    backward(model, 0)
+    optimizer.step()
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(IMAGES[1200:])
+        in_place(model, average.state_dict())
+        assert monitor.report().history.run.has_new_weights_in_evaluation is False
+        model(IMAGES[1200:])
+    in_place(model, trained)
+    assert monitor.report().history.run.has_new_weights_in_evaluation is True
+
+
+def test_an_evaluation_before_new_statistics_is_dropped():
+    model = conv_net()
+    optimizer = sgd(model)
+    monitor = watched(model, optimizer)
+    backward(model, 0)
+    optimizer.step()
+    with torch.no_grad():
+        model.eval()(IMAGES[1200:])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.add_(1.0)
+    assert all(layer.evaluated is None for layer in monitor.report().layers)
 
 
 @pytest.mark.parametrize(

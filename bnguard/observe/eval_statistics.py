@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
-from bnguard.observe.history import EvalWindow, RunningStatistics
+from bnguard.observe.history import EvalWindow
 from bnguard.observe.hooks import Hooks
 from bnguard.observe.model_state import running_statistics
 
@@ -74,21 +74,15 @@ class EvalProbe:
             self._dropouts.append(type(module).__name__)
 
     def windows(self, step: int) -> dict[str, EvalWindow]:
-        """Return the readings with the current running statistics, by layer name.
+        """Return the readings with the running statistics of the first, by layer name.
 
         Layers that were not called, or have no running statistics, are left out.
 
         Args:
             step: Training step after which the evaluation ran.
         """
-        windows = {}
-        for layer in self._layers:
-            # Averaged weights, say, are evaluated with statistics of their own.
-            running = running_statistics(layer.running_mean, layer.running_var, layer.counter)
-            window = None if running is None else self._records[layer.name].window(running, step)
-            if window is not None:
-                windows[layer.name] = window
-        return windows
+        windows = ((name, record.window(step)) for name, record in self._records.items())
+        return {name: window for name, window in windows if window is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +101,8 @@ class _Record:
     """The calls of one layer that were read."""
 
     parts: list[_Call] = field(default_factory=list)
+    # Averaged weights, say, are evaluated with statistics of their own, and exchanged again.
+    statistics: list[Tensor | None] = field(default_factory=list)
     dropout: str | None = None  # not None once the layer was called
     block: int = 1
     samples_in_block: int = 0
@@ -123,6 +119,9 @@ class _Record:
     def read(self, values: Tensor, layer: BatchNormLayer, block: int) -> None:
         """Read the inputs of a call, which belongs to this block."""
         self.dtype = str(values.dtype).removeprefix("torch.")
+        if not self.parts:
+            statistics = (layer.running_mean, layer.running_var, layer.counter)
+            self.statistics = [None if part is None else part.clone() for part in statistics]
         self.parts.append(
             _Call(
                 block=block,
@@ -133,9 +132,10 @@ class _Record:
             )
         )
 
-    def window(self, running: RunningStatistics, step: int) -> EvalWindow | None:
-        """Return the calls merged; None if they hold fewer than 2 values per channel."""
-        if not self.parts:
+    def window(self, step: int) -> EvalWindow | None:
+        """Return the calls merged; None without statistics or 2 values per channel."""
+        running = running_statistics(*self.statistics) if self.parts else None
+        if running is None:
             return None
         finite = [call for call in self.parts if _is_finite(call.moments)]
         # If no call is finite, the moments are NaN.

@@ -64,6 +64,7 @@ class EvaluationProbe:
         self._eval_batches = eval_batches
         # Whether the model is a copy of another; unknown before the first evaluation.
         self._is_bystander: bool | None = None
+        self._began_with_new_weights = self._has_exchanged_weights = False
         self._held: set[str] = set()
         self._inputs = EvalProbe(model, (), eval_batches)
         self._gap_probe = GapProbe(model, ())
@@ -98,13 +99,17 @@ class EvaluationProbe:
         self._gap_probe = GapProbe(self._model, compared)
         self._skips = SkipProbe(self._model, self._layers, self._shapes.records)
         self._weights.start_evaluation()
+        self._began_with_new_weights = self._are_weights_new()
+        self._has_exchanged_weights = False
+
+    def note_exchanged_weights(self) -> None:
+        """Note that the model has other weights again, so that it cannot be run once more."""
+        self._has_exchanged_weights = True
 
     def end(self, step: int) -> None:
         """Condense what was read after a step, and run the model again for the mode gap."""
-        self.has_new_weights = self._is_bystander is not None and (
-            self._weights.have_changed()
-            # The weights of a copy are written while the model trains.
-            or (self._is_bystander and self._weights.have_changed_since_start(self._model))
+        self.has_new_weights = (
+            self._began_with_new_weights if self._has_exchanged_weights else self._are_weights_new()
         )
         self._close_hooks()
         self.windows.update(
@@ -113,7 +118,11 @@ class EvaluationProbe:
         )
         if isinstance(self.gap, ModeGap):
             self.earlier_gaps = (*self.earlier_gaps, self.gap)[-_MAX_EARLIER_GAPS:]
-        self.gap, self.gap_in_training = self._gap_probe.measure(), None
+        self.gap_in_training = None
+        if self._has_exchanged_weights:
+            self.gap = "the weights were exchanged before the evaluated network could run again"
+            return
+        self.gap = self._gap_probe.measure()
         if isinstance(self.gap, ModeGap) and self.gap.relative_change > _LARGE_GAP:
             in_training = self._training_gap_probe.measure(self._held)
             self.gap_in_training = in_training if isinstance(in_training, ModeGap) else None
@@ -144,6 +153,14 @@ class EvaluationProbe:
         records, step = self._shapes.records, self._shapes.step - 1
         names = (layer.name for layer in self._layers)
         return {name for name in names if records[name].is_held_in_eval_mode(step)}
+
+    def _are_weights_new(self) -> bool:
+        """Return whether something other than a step of training wrote the current weights."""
+        return self._is_bystander is not None and (
+            self._weights.have_changed()
+            # The weights of a copy are written while the model trains.
+            or (self._is_bystander and self._weights.have_changed_since_start(self._model))
+        )
 
     def _was_never_called(self) -> bool:
         """Return whether no training batch reached the model, as if it were a copy of another."""

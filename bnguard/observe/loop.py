@@ -292,7 +292,7 @@ class NoticedEvaluations:
         self._every_n_steps = every_n_steps
         self._watch = watch
         # Of the current evaluation, whose state is None if there is none.
-        self._state: object = None
+        self._state: tuple[object, object] | None = None
         self._is_read = False
         self._watched = ExitStack()
         self._steps_at_end = 0
@@ -332,22 +332,26 @@ class NoticedEvaluations:
         self.end()
 
     def end(self) -> None:
-        """End the evaluation; drop it if weights or statistics are others now.
+        """End the evaluation; drop it if only the statistics are others now, as recalibrated ones.
 
-        Fewer samples than a training batch, step after step, are not an evaluation: an agent acts.
+        Averaged weights may have been exchanged for it, and are gone. Fewer samples than a training
+        batch, step after step, are not an evaluation: an agent acts.
         """
         state, self._state = self._state, None
         if state is None:
             return
         self._steps_at_end = self._observer.steps
         watched = self._watched.pop_all()
-        is_same = state == self._observer.weights.state_now()
-        is_whole = not (self._is_acting and self._is_read)
-        if is_same and (is_whole or self._observer.has_read_a_batch()):
-            watched.close()
-        else:
+        is_acting = self._is_acting and self._is_read and not self._observer.has_read_a_batch()
+        weights, statistics = self._observer.weights.state_now()
+        is_exchanged = weights != state[0]
+        if is_acting or (statistics != state[1] and not is_exchanged):
             error = RuntimeError("this is not the evaluation of a trained network")
             watched.__exit__(type(error), error, None)
+            return
+        if is_exchanged:
+            self._observer.note_exchanged_weights()
+        watched.close()
 
     def stop(self) -> None:
         """End the evaluation, and notice no other."""

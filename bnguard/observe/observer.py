@@ -253,6 +253,10 @@ class Observer:
             self._shapes.is_evaluating = False
             self.batches.forget_changes()
 
+    def note_exchanged_weights(self) -> None:
+        """Note that the weights of the evaluation are gone: the model has others again."""
+        self._evaluations.note_exchanged_weights()
+
     def has_read_a_batch(self) -> bool:
         """Return whether the newest evaluation has as many values as a batch of training."""
         return self._evaluations.has_read_a_batch(self._step)

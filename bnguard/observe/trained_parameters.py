@@ -18,6 +18,9 @@ _VERSION = operator.attrgetter("_version")
 # Names of gamma and beta.
 _AFFINE = ("weight", "bias", "gamma", "beta")
 
+# The dictionary and the key of a tensor.
+_Place = tuple[dict[str, Any], str]
+
 
 class OptimizerProbe:
     """Finds the layers that no optimizer trains, of those with which watching begins."""
@@ -152,7 +155,11 @@ class WeightProbe:
             for parameter in self._model.parameters()
             if not (is_lazy(parameter) or parameter.is_inference())
         ]
-        self._state_places = list(_state_places_of(layers))
+        watched = [layer for layer in layers if not layer.is_sharded]
+        self._affine_places = [place for layer in watched for place in _affine_places(layer)]
+        self._statistics_places = [
+            place for layer in watched for place in list(layer.statistics())[:2]
+        ]
 
     def note_step(self) -> None:
         """Take the current weights as those of the newest step.
@@ -189,18 +196,13 @@ class WeightProbe:
         """Take what was written since the step as part of an evaluation, not of each step."""
         self._is_after_step = False
 
-    def state_now(self) -> tuple[object, ...]:
-        """Return what changes with any weight, or any statistic of the BN layers, cheaply.
+    def state_now(self) -> tuple[object, object]:
+        """Return what changes with any weight, and what with any statistic of the BN layers.
 
-        It is read at each forward of an evaluation.
+        It is read at each forward of an evaluation, and has to be cheap.
         """
-        tensors = [holder.get(name) for holder, name in self._state_places]
-        versions = [
-            (tensor._version, tensor.data_ptr())
-            for tensor in tensors
-            if isinstance(tensor, Tensor) and not (tensor.is_inference() or tensor.is_meta)
-        ]
-        return (self._version_now(), versions)
+        weights = (self._version_now(), _versions(self._affine_places))
+        return weights, _versions(self._statistics_places)
 
     def _version_now(self) -> int:
         """Return a number that rises with each in-place write to a weight."""
@@ -252,15 +254,17 @@ def _is_same(now: Tensor, before: Tensor) -> bool:
     return now.shape == before.shape and torch.equal(now.detach().to(before), before)
 
 
-def _state_places_of(layers: Iterable[BatchNormLayer]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield dictionary and key of gamma, beta, mean and variance, unless other ranks have parts."""
-    for layer in layers:
-        if layer.is_sharded:
-            continue
-        parameters = layer.module._parameters
-        affine = [(parameters, name) for name in _AFFINE if name in parameters]
-        mean, var, *_ = layer.statistics()
-        for holder, name in (*affine, mean, var):
-            values: Any = holder.get(name)
-            if not is_lazy(values):
-                yield holder, name
+def _affine_places(layer: BatchNormLayer) -> list[_Place]:
+    parameters = layer.module._parameters
+    return [(parameters, name) for name in _AFFINE if name in parameters]
+
+
+def _versions(places: Iterable[_Place]) -> list[tuple[int, int]]:
+    """Return how often the tensors were written to, and where they lie."""
+    tensors = (holder.get(name) for holder, name in places)
+    return [
+        (tensor._version, tensor.data_ptr())
+        for tensor in tensors
+        if isinstance(tensor, Tensor)
+        and not (is_lazy(tensor) or tensor.is_inference() or tensor.is_meta)
+    ]

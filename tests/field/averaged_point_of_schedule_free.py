@@ -6,16 +6,18 @@ Its README has the network run on 50 batches of training first, in train mode wi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from tests.field.situation import Run, Situation, Watch, evaluate
+from tests.field.situation import Run, Situation, Watch, accuracy
 from tests.networks import conv_net, digits
 
 
-def _train(*, warms_up: bool) -> Run:
+def train(*, warms_up: bool, reports: bool = True) -> Run:
+    """Train; the loop reports its steps and evaluations, or leaves them to be noticed."""
     images, labels = digits()
     model = conv_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
@@ -33,7 +35,8 @@ def _train(*, warms_up: bool) -> Run:
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-            watch.monitor.step()
+            if reports:
+                watch.monitor.step()
             with torch.no_grad():
                 for parameter, average in zip(model.parameters(), averages, strict=True):
                     average.lerp_(parameter, 0.008)
@@ -42,14 +45,16 @@ def _train(*, warms_up: bool) -> Run:
             with torch.no_grad():
                 for batch in torch.randint(1200, (50, 64)):
                     model(images[batch])
-        last = evaluate(watch, images[1200:], labels[1200:])
+        model.eval()
+        with watch.monitor.evaluation() if reports else nullcontext():
+            last = accuracy(model, images[1200:], labels[1200:])
         exchange()
     return watch.end(last)
 
 
 SITUATION = Situation(
-    healthy=partial(_train, warms_up=True),
-    faulty=partial(_train, warms_up=False),
+    healthy=partial(train, warms_up=True),
+    faulty=partial(train, warms_up=False),
     cause="BN304",
-    repaired=lambda: _train(warms_up=True).accuracy,
+    repaired=lambda: train(warms_up=True).accuracy,
 )

@@ -12,6 +12,7 @@ import torch
 from tests.field import (
     adapted_at_test_time,
     augmentation_per_batch,
+    averaged_point_of_schedule_free,
     key_encoder_in_train_mode,
     teacher_on_noise,
     train_forgotten_mid_epoch,
@@ -91,3 +92,10 @@ def test_the_evaluation_of_a_teacher_alone_is_noticed():
     torch.manual_seed(0)
     run = teacher_on_noise.distil(is_in_eval_mode=False, reports=False)
     assert run.accusations[:1] == ("BN101",)
+
+
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_averaged_weights_are_judged_though_they_are_exchanged_again(warms_up):
+    torch.manual_seed(0)
+    run = averaged_point_of_schedule_free.train(warms_up=warms_up, reports=False)
+    assert run.accusations[:1] == (() if warms_up else ("BN304",))
