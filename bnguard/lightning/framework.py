@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 # Before 2.6 a Trainer refuses callbacks of the other package. bnguard installs pytorch-lightning:
-# what may be older is the lightning beside it, whether it is imported before or after bnguard.
+# what may be older is lightning, whether it is imported before or after bnguard.
 _FOR_CALLBACKS = [name for name in _NAMES if sys.modules.get(name)][:1] or _NAMES[::-1]
 _FABRIC_NAMES = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
 

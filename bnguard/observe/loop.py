@@ -1,7 +1,7 @@
 """Notices the steps and the evaluations of a training loop that reports neither.
 
-:class:`LoopProbe` tells steps and kinds of forwards apart, and :class:`NoticedEvaluations` which of
-the latter belong together.
+:class:`LoopProbe` notices steps and kinds of forwards, and :class:`NoticedEvaluations` which of
+these forwards belong to one evaluation.
 """
 
 from __future__ import annotations

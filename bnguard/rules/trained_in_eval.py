@@ -91,12 +91,23 @@ class TrainedInEval(Rule):
         if layer.calls.in_training and not is_model_in_eval:
             return
         if layer.running.is_initial and layer.calls.frozen:
+            calls = Evidence("calls in eval mode", layer.calls.frozen, 0)
+            if layer.is_affine_frozen:
+                yield self._finding(
+                    layer,
+                    Severity.WARNING,
+                    "the layer is frozen as it was built, with mean 0, variance 1, gamma 1 and "
+                    "beta 0: it does nothing",
+                    calls,
+                    Fix("load the pretrained weights and buffers, or train the layer"),
+                )
+                return
             yield self._finding(
                 layer,
                 Severity.ERROR,
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
                 "normalises nothing",
-                Evidence("calls in eval mode", layer.calls.frozen, 0),
+                calls,
                 Fix("call model.train() before training"),
             )
         elif is_model_in_eval and _is_trained(layer):

@@ -96,6 +96,7 @@ class FrozenBatchNorm2d(nn.Module):
 def test_a_frozen_class_is_known_by_its_name(home):
     cls = type("FrozenBatchNorm2d", (FrozenBatchNorm2d,), {"__module__": home})
     model = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), cls(3)).train()
+    model[1].running_mean.fill_(0.1)  # as loaded
     (layer,) = find_layers(model)
     assert (layer.name, layer.is_training, layer.momentum, layer.counter) == ("1", False, 0.0, None)
     with bnguard.watch(model) as monitor:
