@@ -365,7 +365,9 @@ class Monitor:
             with paused(self._loop.hooks):
                 self._guard(observed.close)
             if is_read:
-                self.check()
+                # Exchanging weights may go on: update_bn begins with a reset.
+                if not observer.evaluations.has_exchanged_weights:
+                    self.check()
                 self._budget.end_evaluation()
 
     def _note_step(self) -> None:

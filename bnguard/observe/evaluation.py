@@ -40,6 +40,7 @@ class EvaluationProbe:
         gap: The newest mode gap, or why it was not measured.
         earlier_gaps: Those before, the newest last.
         gap_in_training: That of training batches, if the newest is large.
+        has_exchanged_weights: Whether the weights of the newest evaluation are gone.
         has_new_weights: As in :class:`bnguard.observe.history.Run`.
     """
 
@@ -64,7 +65,8 @@ class EvaluationProbe:
         self._eval_batches = eval_batches
         # Whether the model is a copy of another; unknown before the first evaluation.
         self._is_bystander: bool | None = None
-        self._began_with_new_weights = self._has_exchanged_weights = False
+        self.has_exchanged_weights = False
+        self._began_with_new_weights = False
         self._held: set[str] = set()
         self._inputs = EvalProbe(model, (), eval_batches)
         self._gap_probe = GapProbe(model, ())
@@ -100,16 +102,16 @@ class EvaluationProbe:
         self._skips = SkipProbe(self._model, self._layers, self._shapes.records)
         self._weights.start_evaluation()
         self._began_with_new_weights = self._are_weights_new()
-        self._has_exchanged_weights = False
+        self.has_exchanged_weights = False
 
     def note_exchanged_weights(self) -> None:
         """Note that the model has other weights again, so that it cannot be run once more."""
-        self._has_exchanged_weights = True
+        self.has_exchanged_weights = True
 
     def end(self, step: int) -> None:
         """Condense what was read after a step, and run the model again for the mode gap."""
         self.has_new_weights = (
-            self._began_with_new_weights if self._has_exchanged_weights else self._are_weights_new()
+            self._began_with_new_weights if self.has_exchanged_weights else self._are_weights_new()
         )
         self._close_hooks()
         self.windows.update(
@@ -119,7 +121,7 @@ class EvaluationProbe:
         if isinstance(self.gap, ModeGap):
             self.earlier_gaps = (*self.earlier_gaps, self.gap)[-_MAX_EARLIER_GAPS:]
         self.gap_in_training = None
-        if self._has_exchanged_weights:
+        if self.has_exchanged_weights:
             self.gap = "the weights were exchanged before the evaluated network could run again"
             return
         self.gap = self._gap_probe.measure()
@@ -133,11 +135,11 @@ class EvaluationProbe:
         self._gap_probe.start_anew()
         self._training_gap_probe.start_anew()
 
-    def has_read_a_batch(self, step: int) -> bool:
+    def has_read_a_batch(self) -> bool:
         """Return whether the newest evaluation has as many values as a batch of training."""
         return any(
             window.count >= max(self._shapes.records[name].values_per_channel(), default=0)
-            for name, window in self._inputs.windows(step).items()
+            for name, window in self._inputs.windows(step=0).items()
         )
 
     def close(self) -> None:

@@ -342,7 +342,9 @@ class NoticedEvaluations:
             return
         self._steps_at_end = self._observer.steps
         watched = self._watched.pop_all()
-        is_acting = self._is_acting and self._is_read and not self._observer.has_read_a_batch()
+        is_acting = (
+            self._is_acting and self._is_read and not self._observer.evaluations.has_read_a_batch()
+        )
         weights, statistics = self._observer.weights.state_now()
         is_exchanged = weights != state[0]
         if is_acting or (statistics != state[1] and not is_exchanged):
@@ -350,7 +352,7 @@ class NoticedEvaluations:
             watched.__exit__(type(error), error, None)
             return
         if is_exchanged:
-            self._observer.note_exchanged_weights()
+            self._observer.evaluations.note_exchanged_weights()
         watched.close()
 
     def stop(self) -> None:

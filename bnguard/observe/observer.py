@@ -47,6 +47,7 @@ class Observer:
         model: The model.
         layers: Its BN layers.
         batches: The batch statistics of the layers.
+        evaluations: What evaluations showed.
         weights: What writes to the weights.
         steps: Training steps observed.
     """
@@ -92,7 +93,7 @@ class Observer:
         self._entrance = Entrance(model, self._samples.note)
         self._unknown = UnknownProbe(model, self.layers)
         self._origin = OriginProbe(model)
-        self._evaluations = EvaluationProbe(
+        self.evaluations = EvaluationProbe(
             model, self.layers, self._shapes, self._trained_by, self.weights, eval_batches
         )
         self._followers = FollowerProbe(
@@ -201,7 +202,7 @@ class Observer:
             self.layers, self._places = layers, places
             self.batches.follow(layers)
             self._shapes.follow(layers)
-            self._evaluations.follow(layers)
+            self.evaluations.follow(layers)
             self._watch_other_writes()
         records = self._shapes.records
         self._streams.follow(
@@ -224,15 +225,15 @@ class Observer:
         """Read the inputs of the layers in eval mode, then measure the mode gap."""
         self._catch_up()
         self.follow_model()
-        self._evaluations.begin(self.steps)
+        self.evaluations.begin(self.steps)
         try:
             with self._apart_from_training():
                 yield
                 self._raise_errors()
                 with paused(self._shapes.hooks):
-                    self._evaluations.end(self._step)
+                    self.evaluations.end(self._step)
         finally:
-            self._evaluations.drop()
+            self.evaluations.drop()
 
     @contextmanager
     def pass_over_evaluation(self) -> Iterator[None]:
@@ -253,26 +254,18 @@ class Observer:
             self._shapes.is_evaluating = False
             self.batches.forget_changes()
 
-    def note_exchanged_weights(self) -> None:
-        """Note that the weights of the evaluation are gone: the model has others again."""
-        self._evaluations.note_exchanged_weights()
-
-    def has_read_a_batch(self) -> bool:
-        """Return whether the newest evaluation has as many values as a batch of training."""
-        return self._evaluations.has_read_a_batch(self._step)
-
     def catch_up(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Read the call of a module in the midst of which an evaluation began."""
-        for hooks in self._evaluations.hooks:
+        for hooks in self.evaluations.hooks:
             hooks.catch_up(module, args, kwargs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Observe nothing inside; changes of the buffers do not count as updates."""
         self._catch_up()
-        with paused(self._shapes.hooks, *self._training_hooks, *self._evaluations.hooks):
+        with paused(self._shapes.hooks, *self._training_hooks, *self.evaluations.hooks):
             yield
         self.batches.forget_changes()
 
@@ -293,7 +286,7 @@ class Observer:
         if is_poisoned and not self._is_closed:
             self._origin.begin()
         owned = self._trained_by.owned_parameters()
-        evaluations, gap = self._evaluations, self._evaluations.gap
+        evaluations, gap = self.evaluations, self.evaluations.gap
         run = Run(
             steps=self.steps,
             planned_steps=self._planned_steps,
@@ -330,7 +323,7 @@ class Observer:
         self._unknown.end_look()
         for hooks in self._all_hooks:
             hooks.close()
-        self._evaluations.close()
+        self.evaluations.close()
 
     def _raise_errors(self) -> None:
         """Raise the first error of a hook, which did not end the user's forward."""
@@ -341,7 +334,7 @@ class Observer:
 
     @property
     def _all_hooks(self) -> tuple[Hooks, ...]:
-        others = (self._shapes.hooks, self._other_writes, *self._evaluations.hooks)
+        others = (self._shapes.hooks, self._other_writes, *self.evaluations.hooks)
         return (*others, *self._training_hooks)
 
     @property
@@ -353,13 +346,13 @@ class Observer:
             self._streams.hooks,
             self._entrance.hooks,
             self._followers.hooks,
-            self._evaluations.training_hooks,
+            self.evaluations.training_hooks,
             self._origin.hooks,
         )
 
     def _describe_layers(self, run: Run) -> Iterator[LayerHistory]:
         described, readings = describe_layers(self.model), self.batches.readings()
-        evaluated = {**self._followers.windows(self._step), **self._evaluations.windows}
+        evaluated = {**self._followers.windows(self._step), **self.evaluations.windows}
         owned = self._trained_by.owned_parameters()
         fed = self._trained_by.fed_by_trained(self.model, self.layers)
         for layer in self.layers:
