@@ -92,7 +92,7 @@ class Batch:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is no NaN and no Inf in its tensors."""
+        """Whether its tensors are free of NaN and Inf."""
         return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
 
     @property
