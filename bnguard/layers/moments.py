@@ -49,6 +49,15 @@ class Moments:
             return torch.full_like(self.squares, math.nan)
         return self.squares / (self.count - 1)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether mean and variance are finite in every channel."""
+        return bool((self.mean + self.squares).isfinite().all())
+
+    def on_host(self) -> Moments:
+        """Return the moments on the CPU in float64, where parts are merged and exchanged."""
+        return Moments(self.count, self.mean.cpu().double(), self.squares.cpu().double())
+
 
 def values_per_channel(shape: torch.Size) -> int:
     """Return n, the number of values per channel in a batch of this shape.

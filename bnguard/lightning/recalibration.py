@@ -25,9 +25,9 @@ from bnguard.lightning.framework import LightningModule, Trainer
 from bnguard.lightning.monitor import BatchNormMonitor
 from bnguard.lightning.scoring import (
     ValidationScore,
+    draw_from_split,
     draw_samples,
     plain_forward,
-    split_samples,
     transferred,
     twin_of,
 )
@@ -323,7 +323,7 @@ class BatchNormRecalibration(GuardedCallback):
     def _batches(self, trainer: Trainer) -> Iterable[object]:
         data, samples = self._data, self._samples
         if data == "train" or data == "validation":
-            return split_samples(trainer, data, samples, instead="pass data=loader")
+            return draw_from_split(trainer, data, samples, instead="pass data=loader")
         return draw_samples(data, samples, trainer.global_rank)
 
     def _make_score(
@@ -334,7 +334,7 @@ class BatchNormRecalibration(GuardedCallback):
             return None
         if self._score is None:
             way_out = "pass score=, or keep='always'"
-            batches = split_samples(trainer, "validation", self._samples, instead=way_out)
+            batches = draw_from_split(trainer, "validation", self._samples, instead=way_out)
             return ValidationScore(trainer, transferred(batches, trainer, module))
         score = self._score
 

@@ -351,7 +351,7 @@ def _is_metric(candidate: object) -> bool:
 _BATCH_SIZE = 32
 
 
-def split_samples(
+def draw_from_split(
     trainer: Trainer, split: Split, samples: int, *, instead: str
 ) -> Iterable[object]:
     """Return batches of samples of a split, drawn as :func:`draw_samples` does.

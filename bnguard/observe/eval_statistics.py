@@ -137,7 +137,7 @@ class _Record:
         running = running_statistics(*self.statistics) if self.parts else None
         if running is None:
             return None
-        finite = [call for call in self.parts if _is_finite(call.moments)]
+        finite = [call for call in self.parts if call.moments.is_finite]
         # If no call is finite, the moments are NaN.
         moments = merge_moments([call.moments for call in finite or self.parts[:1]])
         if moments.count < 2:
@@ -200,10 +200,6 @@ def _largest_of_independent(blocks: int, samples: int) -> float:
     between, within = blocks - 1, samples - blocks
     mean, var = 1 / within - 1 / between, 2 / within + 2 / between
     return math.exp(mean + _ONE_IN_A_HUNDRED * math.sqrt(var))
-
-
-def _is_finite(moments: Moments) -> bool:
-    return bool(moments.mean.isfinite().all() & moments.squares.isfinite().all())
 
 
 def drops_values(module: nn.Module) -> bool:

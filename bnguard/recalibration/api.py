@@ -53,12 +53,12 @@ from bnguard.recalibration.statistics import (
     Job,
     NoProgress,
     OnNonfinite,
+    copy_statistics,
     current_statistics,
     estimate_unbiased,
     fit_to_buffer,
     prepare_for_calibration,
     read_inputs,
-    running_statistics,
 )
 
 Method = Literal["exact", "precise", "adapt"]
@@ -155,7 +155,7 @@ def recalibrate(
     selection = select_layers(inner, layers)
     _require_writable(selection.layers)
     saved = save_statistics(selection.layers)
-    before = {layer.name: running_statistics(layer) for layer in selection.layers}
+    before = {layer.name: copy_statistics(layer) for layer in selection.layers}
     score_before = None if score is None else measure_score(model, score)
     share = samples // ranks.size + (ranks.rank < samples % ranks.size)
     rows = SampledRows()
@@ -183,7 +183,7 @@ def recalibrate(
             for layer in reached:
                 counter = _count_updates(layer, before[layer.name], prior, calibration)
                 _write(layer, calibration.estimates[layer.name], counter)
-            after = {layer.name: running_statistics(layer) for layer in reached}
+            after = {layer.name: copy_statistics(layer) for layer in reached}
             gap_after = _measure_mode_gap(probe, inner, reached, forward, sample)
     with _roll_back_on_error(reached, saved):
         score_after = None if score is None else measure_score(model, score)

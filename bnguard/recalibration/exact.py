@@ -26,7 +26,6 @@ from bnguard.recalibration.statistics import (
     Job,
     NonFiniteError,
     Pool,
-    is_finite,
     is_precise,
 )
 from bnguard.recalibration.trial_forward import ForwardTraits, Witness, find_traits, observe
@@ -215,7 +214,7 @@ class _Engine:
         kept: list[Batch] = []
         for batch in self._batches:
             moments = observe(self._job, batch).moments.get(index)
-            if moments is None or is_finite(moments):
+            if moments is None or moments.is_finite:
                 kept.append(batch)
             else:
                 self._job.refuse(batch, self._job.layers[index])

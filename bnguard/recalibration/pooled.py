@@ -22,11 +22,9 @@ from bnguard.recalibration.statistics import (
     current_statistics,
     estimate_unbiased,
     input_moments,
-    is_finite,
     is_precise,
-    on_host,
     read_inputs,
-    write_statistics,
+    replace_statistics,
 )
 
 # Ranks exchange results, and compare them with the tolerance, after this number of batches.
@@ -101,9 +99,9 @@ def _run_batch(job: Job, batch: Batch) -> Mapping[int, list[Moments]] | None:
 
     def normalise(index: int, values: Tensor) -> None:
         moments = input_moments(values)
-        if is_finite(moments):
-            write_statistics(job.layers[index], moments.mean, moments.var_biased)
-            inputs.setdefault(index, []).append(on_host(moments))
+        if moments.is_finite:
+            replace_statistics(job.layers[index], moments.mean, moments.var_biased)
+            inputs.setdefault(index, []).append(moments.on_host())
         else:
             bad.append(index)
 

@@ -26,9 +26,8 @@ from bnguard.recalibration.statistics import (
     ForwardCancelled,
     Job,
     current_statistics,
-    on_host,
     read_inputs,
-    write_statistics,
+    replace_statistics,
 )
 from bnguard.recalibration.trial_forward import (
     Observation,
@@ -105,7 +104,7 @@ def _pool(seen: Sequence[Observation]) -> dict[int, Moments]:
     parts: dict[int, list[Moments]] = {}
     for observation in seen:
         for index, moments in observation.moments.items():
-            parts.setdefault(index, []).append(on_host(moments))
+            parts.setdefault(index, []).append(moments.on_host())
     return {index: merge_moments(found) for index, found in parts.items()}
 
 
@@ -164,7 +163,7 @@ def perturb_statistics(layer: BatchNormLayer) -> Iterator[None]:
     # Not all in proportion: a later normalisation would cancel that.
     factors = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean) + 0.5
     with preserve_statistics([layer]):
-        write_statistics(layer, mean - factors * var.sqrt(), var * factors)
+        replace_statistics(layer, mean - factors * var.sqrt(), var * factors)
         yield
 
 

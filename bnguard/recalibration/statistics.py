@@ -22,6 +22,7 @@ from bnguard.layers.preserve import (
     preserve_statistics,
 )
 from bnguard.observe.history import RunningStatistics
+from bnguard.observe.model_state import running_statistics
 from bnguard.recalibration.batches import Batch, Forward, call
 
 OnNonfinite = Literal["skip", "error"]
@@ -67,29 +68,16 @@ def input_moments(values: Tensor) -> Moments:
     Finite values whose squares overflow their dtype are computed again in float64.
     """
     moments = channel_moments(values)
-    if not is_finite(moments) and bool(torch.isfinite(values).all()):
+    if not moments.is_finite and bool(torch.isfinite(values).all()):
         return channel_moments(wide(values))
     return moments
 
 
-def is_finite(moments: Moments) -> bool:
-    """Return whether mean and variance are finite in every channel."""
-    return bool((moments.mean + moments.squares).isfinite().all())
-
-
-def on_host(moments: Moments) -> Moments:
-    """Return the moments on the CPU in float64, where parts are merged and exchanged."""
-    return Moments(moments.count, moments.mean.cpu().double(), moments.squares.cpu().double())
-
-
-def running_statistics(layer: BatchNormLayer) -> RunningStatistics:
-    """Return a copy of a layer's statistics, on the host in float64."""
-    mean, var = current_statistics(layer)
-    return RunningStatistics(
-        mean=mean.cpu().double().numpy().copy(),
-        var=var.cpu().double().numpy().copy(),
-        updates=None if layer.counter is None else int(layer.counter),
-    )
+def copy_statistics(layer: BatchNormLayer) -> RunningStatistics:
+    """Return a copy of the statistics of a layer that has them, on the host."""
+    copied = running_statistics(layer.running_mean, layer.running_var, layer.counter)
+    assert copied is not None
+    return copied
 
 
 def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
@@ -100,7 +88,7 @@ def current_statistics(layer: BatchNormLayer) -> tuple[Tensor, Tensor]:
     return mean.detach(), var.detach()
 
 
-def write_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
+def replace_statistics(layer: BatchNormLayer, mean: Tensor, var: Tensor) -> None:
     """Replace a layer's buffers with new tensors of their dtype that have these values.
 
     A forward that calls autograd may still need the old tensors.
@@ -156,7 +144,7 @@ def prepare_for_calibration(model: nn.Module, layers: Sequence[BatchNormLayer]) 
             mean, var = current_statistics(layer)
             is_good = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
             # NaN or Inf would spread to the inputs of the layers after it.
-            write_statistics(layer, mean.where(is_good, 0.0), var.where(is_good, 1.0))
+            replace_statistics(layer, mean.where(is_good, 0.0), var.where(is_good, 1.0))
         yield
 
 
@@ -280,7 +268,7 @@ class Job:
     def read_moments(self, values: Tensor) -> tuple[Moments, ...]:
         """Return the moments of a layer's inputs; in parts, whose scatter a tolerance needs."""
         parts = values.tensor_split(1 if self.tolerance is None else _PARTS)
-        return tuple(on_host(input_moments(part)) for part in parts)
+        return tuple(input_moments(part).on_host() for part in parts)
 
     def set_statistics(self, index: int, parts: Sequence[Moments], samples: int) -> None:
         """Give a layer the statistics of its inputs on all ranks.
@@ -290,11 +278,11 @@ class Job:
             CalibrationError: The layer cannot hold the statistics, or has too few values.
         """
         merged = merge_moments(parts)
-        if not is_finite(merged):
+        if not merged.is_finite:
             raise NonFiniteError(index)
         layer = self.layers[index]
         estimate = self.estimate(layer, merged, samples)
-        write_statistics(layer, estimate.mean, estimate.var)
+        replace_statistics(layer, estimate.mean, estimate.var)
 
     def refuse(self, batch: Batch, layer: BatchNormLayer) -> None:
         """Raise CalibrationError if batches with NaN or Inf are an error."""

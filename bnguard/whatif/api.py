@@ -32,7 +32,7 @@ from bnguard.recalibration.options import (
     select_layers,
     unwrap,
 )
-from bnguard.recalibration.statistics import running_statistics
+from bnguard.recalibration.statistics import copy_statistics
 from bnguard.whatif.bench import Bench, Statistics
 from bnguard.whatif.causes import no_statistics, reach_verdict
 from bnguard.whatif.cures import Cure, average_over_batches, blame_layers, compute_cure
@@ -137,7 +137,7 @@ def diagnose(
             samples=evaluation,
         )
         bench = _without_left_out(bench, by_evaluation)
-        stored = {layer.name: running_statistics(layer) for layer in layers}
+        stored = {layer.name: copy_statistics(layer) for layer in layers}
         cures: dict[str, Cure] = {}
         shown, averaged, on_data = None, None, bench
         if training is not None and by_training is not None:

@@ -19,7 +19,7 @@ from bnguard.observe.history import RunningStatistics
 from bnguard.recalibration.api import measure_score
 from bnguard.recalibration.batches import Batch, Forward
 from bnguard.recalibration.options import Score
-from bnguard.recalibration.statistics import write_statistics
+from bnguard.recalibration.statistics import replace_statistics
 from bnguard.whatif.model_outputs import (
     LayerInput,
     Outputs,
@@ -39,7 +39,7 @@ def use_statistics(layers: Sequence[BatchNormLayer], statistics: Statistics) -> 
         for layer in layers:
             if layer.name in statistics:
                 given = statistics[layer.name]
-                write_statistics(layer, torch.from_numpy(given.mean), torch.from_numpy(given.var))
+                replace_statistics(layer, torch.from_numpy(given.mean), torch.from_numpy(given.var))
         yield
 
 

@@ -15,7 +15,7 @@ from bnguard.whatif.evidence import (
     MAX_INPUT_DRIFT,
     MAX_STORED_DRIFT,
     Numbers,
-    is_harmful,
+    exceeds_healthy_change,
 )
 from bnguard.whatif.result import Row, Verdict
 
@@ -418,7 +418,7 @@ def _what_batches_share(numbers: Numbers, name: str) -> str:
     row, shuffled = numbers.rows[name], numbers.rows.get("shuffled batches")
     if name == "batches" and shuffled is not None:
         flipped = (row.flipped_share or 0.0) - (shuffled.flipped_share or 0.0)
-        if is_harmful(row.change - shuffled.change, flipped):
+        if exceeds_healthy_change(row.change - shuffled.change, flipped):
             return _shuffling(row, shuffled)
     order = numbers.orders.get(name)
     if order is None or not order.is_sorted:

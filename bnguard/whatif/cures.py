@@ -19,11 +19,9 @@ from bnguard.recalibration.batches import Forward
 from bnguard.recalibration.memory import keep_freed_memory
 from bnguard.recalibration.result import LayerChange
 from bnguard.recalibration.statistics import (
+    copy_statistics,
     input_moments,
-    is_finite,
-    on_host,
     read_inputs,
-    running_statistics,
 )
 from bnguard.whatif.bench import Bench, Measured, Statistics
 from bnguard.whatif.model_outputs import Outputs, collect_outputs
@@ -103,7 +101,7 @@ def compute_cure(
             changes={
                 layer.name: LayerChange(
                     name=layer.name,
-                    before=running_statistics(layer),
+                    before=copy_statistics(layer),
                     after=_on_host(
                         found.estimates[layer.name].mean, found.estimates[layer.name].var
                     ),
@@ -133,8 +131,8 @@ def average_over_batches(bench: Bench, stored: Statistics) -> tuple[Cure, Output
     parts: dict[str, list[Moments]] = {}
 
     def add(index: int, values: Tensor) -> None:
-        moments = on_host(input_moments(values))
-        if moments.count > 1 and is_finite(moments):
+        moments = input_moments(values).on_host()
+        if moments.count > 1 and moments.is_finite:
             parts.setdefault(bench.layers[index].name, []).append(moments)
 
     with bench.batch_statistics(None).in_use(), read_inputs(bench.layers, add):

@@ -75,7 +75,7 @@ class Training:
     @property
     def is_sorted(self) -> bool:
         """Whether batches are sorted, and shuffling them changes the outputs."""
-        is_moved = is_harmful(self.change or 0.0, self.flipped_share or 0.0)
+        is_moved = exceeds_healthy_change(self.change or 0.0, self.flipped_share or 0.0)
         return self.order is not None and self.order.is_sorted and is_moved
 
     @property
@@ -234,7 +234,7 @@ class Numbers:
         row, other, lost = self.rows[name], self.rows[than], self.gain(name, than)
         if row.score is None or other.score is None:
             flipped = (row.flipped_share or 0.0) - (other.flipped_share or 0.0)
-            return lost if is_harmful(lost, flipped) else 0.0
+            return lost if exceeds_healthy_change(lost, flipped) else 0.0
         if math.isinf(lost):  # A score of NaN.
             return lost
         if not (_is_changed(row) or _is_changed(other)):
@@ -279,7 +279,7 @@ class Numbers:
         return all(0.0 <= each <= 1.0 for each in scores)
 
 
-def is_harmful(change: float, flipped_share: float) -> bool:
+def exceeds_healthy_change(change: float, flipped_share: float) -> bool:
     """Return whether outputs changed more than they do between healthy statistics.
 
     Args:

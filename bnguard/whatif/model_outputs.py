@@ -21,7 +21,7 @@ from bnguard.observe.mode_gap import (
     relative_change,
 )
 from bnguard.recalibration.batches import Batch, Forward, call
-from bnguard.recalibration.statistics import input_moments, is_finite, on_host, read_inputs
+from bnguard.recalibration.statistics import input_moments, read_inputs
 from bnguard.whatif.samples import copy_batch
 
 # Numbers that are kept of an output with positions, as an image; class scores are kept whole.
@@ -130,7 +130,7 @@ class Readings:
 
     def add_input(self, index: int, values: Tensor) -> None:
         """Add the inputs of a layer in the present batch."""
-        moments = on_host(input_moments(values))
+        moments = input_moments(values).on_host()
         self._pending.append((self._layers[index].name, moments, len(values)))
 
     def end_batch(self, output: object, size: int) -> None:
@@ -259,7 +259,7 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 def _merged(parts: Iterable[Moments]) -> Moments | None:
-    finite = [part for part in parts if is_finite(part)]
+    finite = [part for part in parts if part.is_finite]
     return merge_moments(finite) if finite else None
 
 

@@ -15,10 +15,9 @@ from bnguard.recalibration.statistics import (
     current_statistics,
     fit_to_buffer,
     input_moments,
-    is_finite,
     prepare_for_calibration,
     read_inputs,
-    write_statistics,
+    replace_statistics,
 )
 from tests.recalibration.jobs import job_of
 
@@ -32,7 +31,7 @@ def test_the_tensors_of_the_model_are_restored_unchanged(fails):
         with prepare_for_calibration(module, [layer]):
             assert module.running_mean is not mean
             assert (module.running_mean == 5.0).all()
-            write_statistics(layer, torch.ones(2), torch.ones(2))
+            replace_statistics(layer, torch.ones(2), torch.ones(2))
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -91,21 +90,21 @@ def test_hooks_are_removed_after_an_error():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_make_moments_that_are_not(value):
     values = torch.randn(8, 2, 3, 3)
-    assert is_finite(input_moments(values))
+    assert input_moments(values).is_finite
     values[1, 0, 1, 1] = value
-    assert not is_finite(input_moments(values))
+    assert not input_moments(values).is_finite
 
 
 def test_squares_beyond_float32_are_finite():
     moments = input_moments(torch.randn(50, 2) * 1e30)
-    assert is_finite(moments)
+    assert moments.is_finite
     assert (moments.var_unbiased > 1e58).all()
 
 
 def test_either_part_counts():
     good, bad = torch.zeros(2, dtype=torch.float64), torch.tensor([0.0, math.nan])
-    assert not is_finite(Moments(3, bad, good))
-    assert not is_finite(Moments(3, good, bad))
+    assert not Moments(3, bad, good).is_finite
+    assert not Moments(3, good, bad).is_finite
 
 
 def test_parts_are_pooled():
