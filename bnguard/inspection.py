@@ -172,7 +172,7 @@ def _add_reference(
     """Return the layers and the run, compared with a reference."""
     from torch import nn
 
-    from bnguard.observe.model_state import statistics_of, tensors_of, weight_change
+    from bnguard.observe.layer_description import statistics_of, tensors_of, weight_change
 
     if isinstance(reference, nn.Module) and not isinstance(subject, nn.Module):
         layers = _with_settings_of(reference, layers)
@@ -188,7 +188,7 @@ def _add_reference(
 
 def _with_settings_of(model: nn.Module, layers: Iterable[LayerHistory]) -> Iterator[LayerHistory]:
     """Yield the layers of a state dict with eps and momentum as a model has them."""
-    from bnguard.observe.model_state import describe_layers
+    from bnguard.observe.layer_description import describe_layers
 
     described = describe_layers(model)
     for layer in layers:
@@ -221,7 +221,7 @@ def _report(
 def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
     from torch.optim.swa_utils import AveragedModel
 
-    from bnguard.observe.model_state import describe_layers
+    from bnguard.observe.layer_description import describe_layers
 
     # An average of counters, rounded down each time, is not a count. Buffers that are not averaged
     # are copied, or written by update_bn, whose plain average forgets the rest.
@@ -235,7 +235,7 @@ def _layers_of_model(model: nn.Module) -> Iterator[LayerHistory]:
 
 
 def _layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> Iterator[LayerHistory]:
-    from bnguard.observe.model_state import on_host, running_statistics
+    from bnguard.observe.layer_description import on_host, running_statistics
 
     for key, mean in state_dict.items():
         prefix = key.removesuffix("running_mean")

@@ -1,4 +1,8 @@
-"""Reporters of a run's results, behind one protocol: a file for each service, and one for text."""
+"""Reporters of a run's results, behind one protocol: a file for each service, and one for text.
+
+A new service is a file like ``wandb.py``; ``trainer_loggers.py`` gives its reporter to the trainers
+that have its logger.
+"""
 
 from bnguard.loggers.mlflow import MLflow
 from bnguard.loggers.reporter import Reporter, RunLog

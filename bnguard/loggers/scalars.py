@@ -30,8 +30,8 @@ from bnguard.findings import Severity
 from bnguard.observe.history import LayerHistory, Run
 from bnguard.report import Report
 from bnguard.rules import Rule
+from bnguard.rules.bn302_mode_gap import ModesDisagree
 from bnguard.rules.measurements import excess_change, is_known
-from bnguard.rules.mode_gap import ModesDisagree
 from bnguard.tensorboard.measures import compute_metrics
 from bnguard.tensorboard.metadata import Metric, standard_metrics
 

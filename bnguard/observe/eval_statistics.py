@@ -20,7 +20,7 @@ from bnguard.layers.bn_layer import BatchNormLayer
 from bnguard.layers.moments import Moments, channel_moments, merge_moments, wide, wide_dtype
 from bnguard.observe.history import EvalWindow
 from bnguard.observe.hooks import Hooks
-from bnguard.observe.model_state import running_statistics
+from bnguard.observe.layer_description import running_statistics
 
 # 99th percentile of the standard normal distribution.
 _ONE_IN_A_HUNDRED = 2.326

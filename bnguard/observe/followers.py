@@ -15,7 +15,7 @@ from bnguard.observe.eval_statistics import EvalProbe
 from bnguard.observe.history import EvalWindow, LayerHistory
 from bnguard.observe.hooks import Hooks
 from bnguard.observe.layer_calls import ShapeRecord
-from bnguard.observe.model_state import running_statistics
+from bnguard.observe.layer_description import running_statistics
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
 
 

@@ -24,8 +24,8 @@ from bnguard.observe.followers import FollowerProbe
 from bnguard.observe.history import History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, paused
 from bnguard.observe.layer_calls import ShapeProbe
+from bnguard.observe.layer_description import describe_layers, running_statistics
 from bnguard.observe.model_inputs import Entrance, SampleProbe
-from bnguard.observe.model_state import describe_layers, running_statistics
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
 from bnguard.observe.training_plan import Plan

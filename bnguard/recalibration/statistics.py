@@ -22,7 +22,7 @@ from bnguard.layers.preserve import (
     preserve_statistics,
 )
 from bnguard.observe.history import RunningStatistics
-from bnguard.observe.model_state import running_statistics
+from bnguard.observe.layer_description import running_statistics
 from bnguard.recalibration.batches import Batch, Forward, call
 
 OnNonfinite = Literal["skip", "error"]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from bnguard.layers.distances import FloatArray, log_variance_ratio, shift_std
 from bnguard.observe.history import LayerHistory
-from bnguard.rules.correlated_batches import CorrelatedBatches
-from bnguard.rules.dead_channels import DeadChannels
-from bnguard.rules.frozen_but_updating import FrozenButUpdating
+from bnguard.rules.bn101_frozen_but_updating import FrozenButUpdating
+from bnguard.rules.bn203_correlated_batches import CorrelatedBatches
+from bnguard.rules.bn204_dead_channels import DeadChannels
 from bnguard.tensorboard.metadata import Metric
 
 # Share of the channels that a layer's number speaks for, as in the rules on drift.

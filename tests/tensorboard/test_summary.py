@@ -157,7 +157,7 @@ def test_the_log_stays_small(tmp_path, make):
 
 
 def test_limits_are_those_of_the_rules_in_force():
-    from bnguard.rules.statistic_drift import StatisticDrift
+    from bnguard.rules.bn301_statistic_drift import StatisticDrift
 
     (shift,) = (
         metric

@@ -15,24 +15,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bnguard.observe.history import EvalWindow, History
-from bnguard.rules.accumulation_blind import AccumulationBlind
-from bnguard.rules.amplifying_channel import AmplifyingChannel
-from bnguard.rules.correlated_batches import CorrelatedBatches
-from bnguard.rules.dead_channels import DeadChannels
-from bnguard.rules.double_update import DoubleUpdate
-from bnguard.rules.input_shift import InputShift
+from bnguard.rules.bn103_momentum_out_of_range import MomentumOutOfRange
+from bnguard.rules.bn106_unsynchronised_small_batch import UnsynchronisedSmallBatch
+from bnguard.rules.bn107_accumulation_blind import AccumulationBlind
+from bnguard.rules.bn201_variance_collapse import VarianceCollapse
+from bnguard.rules.bn202_noisy_batch_statistics import NoisyBatchStatistics
+from bnguard.rules.bn203_correlated_batches import CorrelatedBatches
+from bnguard.rules.bn204_dead_channels import DeadChannels
+from bnguard.rules.bn205_double_update import DoubleUpdate
+from bnguard.rules.bn207_several_streams import SeveralStreams, distances
+from bnguard.rules.bn210_rank_disagreement import RankDisagreement
+from bnguard.rules.bn211_padded_input import PaddedInput
+from bnguard.rules.bn301_statistic_drift import StatisticDrift
+from bnguard.rules.bn302_mode_gap import ModesDisagree
+from bnguard.rules.bn303_unconverged_statistics import UnconvergedStatistics
+from bnguard.rules.bn304_stale_statistics import StaleStatistics
+from bnguard.rules.bn305_input_shift import InputShift
+from bnguard.rules.bn403_amplifying_channel import AmplifyingChannel
 from bnguard.rules.measurements import drift, excess_change
-from bnguard.rules.mode_gap import ModesDisagree
-from bnguard.rules.momentum_out_of_range import MomentumOutOfRange
-from bnguard.rules.noisy_batch_statistics import NoisyBatchStatistics
-from bnguard.rules.padded_input import PaddedInput
-from bnguard.rules.rank_disagreement import RankDisagreement
-from bnguard.rules.several_streams import SeveralStreams, distances
-from bnguard.rules.stale_statistics import StaleStatistics
-from bnguard.rules.statistic_drift import StatisticDrift
-from bnguard.rules.unconverged_statistics import UnconvergedStatistics
-from bnguard.rules.unsynchronised_small_batch import UnsynchronisedSmallBatch
-from bnguard.rules.variance_collapse import VarianceCollapse
 from tests.zoo.runs import FaultyRun, HealthyRun, run_zoo
 
 Measure = Callable[[History], float | None]

@@ -1,6 +1,7 @@
 """What a format of checkpoints does: recognise a path, open it, copy it with changes.
 
-Each format is a file of this folder; ``bnguard.checkpoint.reading`` lists them.
+Each format is a file of this folder. :func:`register_format` adds one; those of bnguard are
+registered in ``bnguard.checkpoint.reading``.
 """
 
 from __future__ import annotations

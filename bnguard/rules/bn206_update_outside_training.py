@@ -10,8 +10,8 @@ from typing import ClassVar
 from bnguard.findings import LOGARITHM, Evidence, Finding, Fix, Severity, Skipped, counted
 from bnguard.observe.history import LayerHistory
 from bnguard.rules.base import Rule
+from bnguard.rules.bn207_several_streams import distances
 from bnguard.rules.measurements import distance_of, fits
-from bnguard.rules.several_streams import distances
 
 
 @dataclass(frozen=True, kw_only=True)
