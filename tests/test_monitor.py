@@ -274,9 +274,7 @@ def test_a_loop_that_tells_of_no_step_is_told_so():
             model(images[1200:])
     report = monitor.report()
     assert "BN304" not in {finding.code for finding in report.findings}
-    assert (
-        "no training step was noticed: call monitor.step() after each one" in report.history.notes
-    )
+    assert "no training step was noticed: call monitor.step() after each one" in report.notes
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
@@ -292,7 +290,7 @@ def test_it_is_said_where_no_evaluation_was_seen(evaluates):
             with torch.no_grad(), monitor.evaluation():
                 model(images[1200:])
     unseen = "no evaluation (eval mode, no_grad) was seen"
-    said = any(unseen in note for note in monitor.report().history.notes)
+    said = any(unseen in note for note in monitor.report().notes)
     assert said is not evaluates
 
 

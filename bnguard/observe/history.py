@@ -5,20 +5,18 @@ Arrays are float64 of shape ``(C,)``, a value per channel. Nothing here imports 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from bnguard.layers.distances import (
-    FORGOTTEN_WEIGHT,
     FloatArray,
     initial_weight,
     log_variance_ratio,
     shift_std,
 )
-from bnguard.layers.names import layer_label
 from bnguard.observe.budget import Overhead
 from bnguard.observe.training_plan import Plan
 from bnguard.observe.windows import (
@@ -53,9 +51,6 @@ _USUAL_EPS = (1e-5, 1e-3)
 
 # Below this weight an update changes nothing.
 _NO_MOMENTUM = 1e-12
-
-# Published models have momenta between this and 0.3.
-_SMALLEST_USUAL_MOMENTUM = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,84 +352,3 @@ class History:
             if (layer.updates_seen or layer.window is not None) and not layer.calls.are_without_grad
         )
         return next(trained, next(iter(called), None))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was read in an unusual way, or could not be seen, and why; a line each."""
-        by_source: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.source != "buffers":
-                by_source.setdefault(layer.source, []).append(layer.name)
-        notes = [f"{_layers(names)} read from {source}" for source, names in by_source.items()]
-        unseen = [layer.name for layer in self.layers if layer.unseen_calls]
-        if unseen:
-            notes.append(
-                f"{_layers(unseen)} called without hooks, as under torch.compile: values per "
-                "channel, streams and eval statistics are unknown"
-            )
-        if not self.run.steps and any(layer.calls.in_training for layer in self.layers):
-            notes.append("no training step was noticed: call monitor.step() after each one")
-        elif (
-            self.run.steps
-            and not unseen
-            and not any(layer.evaluated or layer.calls.left_out for layer in self.layers)
-        ):
-            was_tried = any(layer.calls.in_evaluation for layer in self.layers)
-            nothing = "no evaluation (eval mode, no_grad) was seen"
-            what = "evaluation ran in train mode" if was_tried else nothing
-            notes.append(f"{what}, so BN301, BN302 and BN305 were not judged")
-        # BN101 reports a single layer that no optimizer has.
-        if self.run.is_optimized is False and not any(
-            layer.is_left_out and layer.is_affine_frozen and layer.updates_seen
-            for layer in self.layers
-        ):
-            notes.append("the optimizer given holds none of this model's parameters")
-        notes += [
-            f"{unknown.module or 'the model'} ({unknown.kind}, {unknown.place}) normalises over "
-            f"the batch and is not watched: {unknown.advice}"
-            for unknown in self.run.unknown
-        ]
-        lost = [layer for layer in self.layers if layer.unsaved]
-        if lost:
-            names = " and ".join(lost[0].unsaved)
-            where = _layers([layer.name for layer in lost])
-            notes.append(
-                f"{names} of {where} are not in the state dict, so saving loses them: "
-                "use register_buffer"
-            )
-        notes += self._notes_on_momentum()
-        cost = self.run.overhead
-        if cost is not None and (cost.steps_left_out or cost.evaluations_left_out):
-            notes.append(
-                f"watching took {cost.seconds:.2g} s, {cost.share:.1%} of the training's time; "
-                f"to keep that low, {cost.steps_left_out:,} of {self.run.steps:,} steps and "
-                f"{cost.evaluations_left_out:,} evaluation{'s' * (cost.evaluations_left_out != 1)} "
-                "were left out (max_overhead=0 reads all)"
-            )
-        return tuple(notes)
-
-    def _notes_on_momentum(self) -> Iterator[str]:
-        """Yield the assumed momentum, if another usual value would lead to another conclusion."""
-        undecided = [
-            (layer.running.updates, layer.name)
-            for layer in self.layers
-            if layer.running is not None
-            and layer.running.updates is not None
-            and not layer.is_momentum_known
-            and layer.initial_weight is not None
-            and layer.initial_weight <= FORGOTTEN_WEIGHT
-            and initial_weight(_SMALLEST_USUAL_MOMENTUM, layer.running.updates) > FORGOTTEN_WEIGHT
-        ]
-        if undecided:
-            fewest, _ = min(undecided)
-            needed = 1.0 - FORGOTTEN_WEIGHT ** (1.0 / fewest)
-            yield (
-                f"momentum is not stored, and 0.1 is assumed; if it was below {needed:.2g}, the "
-                f"{fewest:,} updates of {_layers([name for _, name in undecided])} were too few"
-            )
-
-
-def _layers(names: list[str]) -> str:
-    if len(names) == 1:
-        return layer_label(names[0]) if names[0] else "the layer"
-    return f"{len(names)} layers, {layer_label(names[0])} first,"

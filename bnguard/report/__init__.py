@@ -16,6 +16,7 @@ from bnguard.findings import (
     group_findings,
 )
 from bnguard.observe.history import History, LayerHistory
+from bnguard.report.notes import list_notes
 from bnguard.report.picture import Moment
 from bnguard.report.views import ResultView
 
@@ -63,7 +64,8 @@ class Report(ResultView):
     @property
     def notes(self) -> tuple[str, ...]:
         """What was read in an unusual way, or could not be seen, and why; a line each."""
-        return self.history.notes if self.failure is None else (self.failure, *self.history.notes)
+        notes = tuple(list_notes(self.history))
+        return notes if self.failure is None else (self.failure, *notes)
 
     @property
     def groups(self) -> tuple[FindingGroup, ...]:

@@ -51,7 +51,7 @@ def test_steps_are_passed_over_and_their_updates_counted():
         assert layer.calls.in_training == 100
         assert layer.window.batches.tolist() == [10.0] * 6
         assert layer.evaluated.step == 10
-    assert any("80 of 100 steps and 2 evaluations were left out" in n for n in report.history.notes)
+    assert any("80 of 100 steps and 2 evaluations were left out" in n for n in report.notes)
 
 
 def test_the_step_that_poisons_is_known_though_it_was_passed_over():

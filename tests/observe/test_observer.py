@@ -264,7 +264,7 @@ def test_loading_a_state_dict_does_not_count_as_an_update(steps_before, assign):
         assert layer.updates_seen == steps_before + 10
         assert layer.running_at_start.updates == (0 if steps_before else 20)
         assert layer.window.batches.max() >= 10
-    assert not any("called without hooks" in note for note in report.history.notes)
+    assert not any("called without hooks" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
@@ -292,7 +292,7 @@ def test_an_average_with_a_copied_counter_was_not_called():
                     own.copy_(new if new.dtype == torch.int64 else 0.9 * own + 0.1 * new)
     report = monitor.report()
     assert all(layer.updates_seen == 0 for layer in report.layers if layer.name[:7] == "average")
-    assert not any("called without hooks" in note for note in report.history.notes)
+    assert not any("called without hooks" in note for note in report.notes)
 
 
 def test_weight_decay_does_not_reach_frozen_layers():

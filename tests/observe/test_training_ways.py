@@ -432,7 +432,7 @@ class TestCompiled:
             assert layer.window.batches.max() > 0
             assert layer.values_per_channel == {}
         assert "called without hooks, as under torch.compile" in " ".join(str(report).split())
-        assert len(report.history.notes) == 1
+        assert len(report.notes) == 1
         gap = report.history.run.mode_gap
         assert (gap is not None) is order.startswith("after")
         monitor.close()

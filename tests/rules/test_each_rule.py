@@ -266,7 +266,7 @@ def test_bn101_says_that_the_optimizer_holds_nothing_of_the_model():
     (finding, *_) = report.findings
     assert "the optimizer holds none of this model's parameters" in finding.message
     assert "model.parameters()" in finding.fix.summary
-    assert "optimizer" not in " ".join(report.history.notes)
+    assert "optimizer" not in " ".join(report.notes)
 
 
 def test_the_optimizer_of_another_model_accuses_none_that_learns():
@@ -275,7 +275,7 @@ def test_the_optimizer_of_another_model_accuses_none_that_learns():
     train(model, monitor)
     report = monitor.report()
     assert "BN101" not in codes(report, Severity.INFO)
-    assert report.history.notes == ("the optimizer given holds none of this model's parameters",)
+    assert report.notes == ("the optimizer given holds none of this model's parameters",)
 
 
 def evaluated_outside(in_eval_mode, estimates=False):
@@ -325,7 +325,7 @@ def test_bn206_is_said_where_evaluation_was_judged_by_nothing():
         model(images[1200:])
     report = monitor.report()
     assert "BN206" in codes(report)
-    assert any("evaluation ran in train mode" in note for note in report.history.notes)
+    assert any("evaluation ran in train mode" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("is_updated", [False, True])
