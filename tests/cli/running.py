@@ -5,14 +5,18 @@ To import torch and Lightning takes seconds, so the processes are forked from on
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from tests.ports import free_port
 
 BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
@@ -25,7 +29,11 @@ DEMOS = {
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["bnguard.cli.main", "pytorch_lightning", "lightning.pytorch", "torch"]
+    [
+        *("torch", "pytorch_lightning", "lightning.pytorch", "bnguard.cli.main"),
+        *(f"bnguard.cli.{name}" for name in ("diagnose", "inspect", "recalibrate", "run", "swap")),
+        *("bnguard.monitor", "bnguard.report.terminal", "bnguard.lightning.monitor"),
+    ]
 )
 
 
@@ -44,6 +52,25 @@ def bnguard(folder, *arguments, prepare=None, meanwhile=None):
 def script(folder, *arguments, prepare=None):
     """Run ``python ARGUMENTS``, a script and its arguments, as :func:`bnguard` runs a command."""
     return _fork(folder, [*map(str, arguments)], prepare, None)
+
+
+def on_ranks(size, folder, *arguments, command=script):
+    """Run a script or a command on several ranks at once, each with what torchrun tells it."""
+    port = free_port()
+
+    def run(rank):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": port}
+        variables |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GLOO_SOCKET_IFNAME": "lo"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        texts = {name: str(value) for name, value in variables.items()}
+        return command(folder, *arguments, prepare=functools.partial(set_variables, texts))
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def set_variables(variables):
+    os.environ.update(variables)
 
 
 def import_first_from(folder):

@@ -44,5 +44,4 @@ SITUATION = Situation(
     healthy=partial(_train, shares=False),
     faulty=partial(_train, shares=True),
     cause="BN207",
-    repaired=lambda: _train(shares=False).accuracy,
 )
