@@ -98,6 +98,8 @@ def _run(folder, command, out, err, prepare):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.chdir(folder)
+    # What this process starts, it starts as python does, not by a server of its own.
+    multiprocessing.set_start_method(None, force=True)
     if prepare is not None:
         prepare()
     sys.argv = command
