@@ -33,6 +33,7 @@ _FORKS.set_forkserver_preload(
         *("torch", "pytorch_lightning", "lightning.pytorch", "bnguard.cli.main"),
         *(f"bnguard.cli.{name}" for name in ("diagnose", "inspect", "recalibrate", "run", "swap")),
         *("bnguard.monitor", "bnguard.report.terminal", "bnguard.lightning.monitor"),
+        *("bnguard.recalibration.api", "bnguard.swapping.api", "bnguard.demo", "sklearn.datasets"),
     ]
 )
 
