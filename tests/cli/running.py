@@ -27,8 +27,8 @@ DEMOS = {
     "lightning.pytorch": ("--model", f"{_OTHER}.DeepDigitsNet", "--data", f"{_OTHER}.DigitsData"),
 }
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
     [
         *("torch", "pytorch_lightning", "lightning.pytorch", "bnguard.cli.main"),
         *(f"bnguard.cli.{name}" for name in ("diagnose", "inspect", "recalibrate", "run", "swap")),
@@ -81,7 +81,7 @@ def import_first_from(folder):
 def _fork(folder, command, prepare, meanwhile):
     with TemporaryDirectory() as files:
         out, err = Path(files, "out"), Path(files, "err")
-        process = _FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
+        process = FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
         process.start()
         if meanwhile is not None:
             meanwhile(process)
