@@ -5,14 +5,18 @@ To import torch and Lightning takes seconds, so the processes are forked from on
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from tests.ports import free_port
 
 BNGUARD = shutil.which("bnguard", path=str(Path(sys.executable).parent))
 DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
@@ -23,9 +27,14 @@ DEMOS = {
     "lightning.pytorch": ("--model", f"{_OTHER}.DeepDigitsNet", "--data", f"{_OTHER}.DigitsData"),
 }
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["bnguard.cli.main", "pytorch_lightning", "lightning.pytorch", "torch"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("torch", "pytorch_lightning", "lightning.pytorch", "bnguard.cli.main"),
+        *(f"bnguard.cli.{name}" for name in ("diagnose", "inspect", "recalibrate", "run", "swap")),
+        *("bnguard.monitor", "bnguard.report.terminal", "bnguard.lightning.monitor"),
+        *("bnguard.recalibration.api", "bnguard.swapping.api", "bnguard.demo", "sklearn.datasets"),
+    ]
 )
 
 
@@ -46,6 +55,25 @@ def script(folder, *arguments, prepare=None):
     return _fork(folder, [*map(str, arguments)], prepare, None)
 
 
+def on_ranks(size, folder, *arguments, command=script):
+    """Run a script or a command on several ranks at once, each with what torchrun tells it."""
+    port = free_port()
+
+    def run(rank):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": port}
+        variables |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GLOO_SOCKET_IFNAME": "lo"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        texts = {name: str(value) for name, value in variables.items()}
+        return command(folder, *arguments, prepare=functools.partial(set_variables, texts))
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def set_variables(variables):
+    os.environ.update(variables)
+
+
 def import_first_from(folder):
     sys.path.insert(0, str(folder))
 
@@ -53,7 +81,7 @@ def import_first_from(folder):
 def _fork(folder, command, prepare, meanwhile):
     with TemporaryDirectory() as files:
         out, err = Path(files, "out"), Path(files, "err")
-        process = _FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
+        process = FORKS.Process(target=_run, args=(folder, command, out, err, prepare))
         process.start()
         if meanwhile is not None:
             meanwhile(process)
@@ -71,6 +99,8 @@ def _run(folder, command, out, err, prepare):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.chdir(folder)
+    # What this process starts, it starts as python does, not by a server of its own.
+    multiprocessing.set_start_method(None, force=True)
     if prepare is not None:
         prepare()
     sys.argv = command

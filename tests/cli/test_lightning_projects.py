@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from bnguard.checkpoint import read_checkpoint
-from tests.cli.running import bnguard, is_one_line_error
+from tests.cli.running import bnguard, is_one_line_error, script
 
 pytestmark = pytest.mark.slow
 
@@ -115,15 +111,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("my project")
     (folder / "parts.py").write_text(PARTS)
     (folder / "train.py").write_text(TRAIN)
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = script(folder, folder / "train.py")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -57,5 +57,4 @@ SITUATION = Situation(
     healthy=lambda: train(brightness),
     faulty=lambda: train(brightness, is_sorted=True),
     cause="BN203",
-    repaired=lambda: train(brightness).accuracy,
 )

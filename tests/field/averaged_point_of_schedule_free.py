@@ -56,5 +56,4 @@ SITUATION = Situation(
     healthy=partial(train, warms_up=True),
     faulty=partial(train, warms_up=False),
     cause="BN304",
-    repaired=lambda: train(warms_up=True).accuracy,
 )

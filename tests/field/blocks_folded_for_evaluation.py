@@ -51,5 +51,4 @@ SITUATION = Situation(
     healthy=partial(_train, folds=True),
     faulty=partial(_train, folds=False),
     cause="BN306",
-    repaired=lambda: _train(folds=True).accuracy,
 )

@@ -50,5 +50,4 @@ SITUATION = Situation(
     healthy=partial(_learn, shares_buffers=True),
     faulty=partial(_learn, shares_buffers=False),
     cause="BN304",
-    repaired=lambda: _learn(shares_buffers=True).accuracy,
 )

@@ -60,5 +60,4 @@ SITUATION = Situation(
     healthy=partial(_train, joins=True),
     faulty=partial(_train, joins=False),
     cause="BN207",
-    repaired=lambda: _train(joins=True).accuracy,
 )

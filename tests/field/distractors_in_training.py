@@ -32,5 +32,4 @@ SITUATION = Situation(
     healthy=partial(_train, has_distractors=False),
     faulty=partial(_train, has_distractors=True),
     cause="BN305",
-    repaired=lambda: _train(has_distractors=False).accuracy,
 )

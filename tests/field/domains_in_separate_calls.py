@@ -36,5 +36,4 @@ SITUATION = Situation(
     healthy=partial(_train, joins=True),
     faulty=partial(_train, joins=False),
     cause="BN207",
-    repaired=lambda: _train(joins=True).accuracy,
 )

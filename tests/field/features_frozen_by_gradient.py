@@ -43,5 +43,4 @@ SITUATION = Situation(
     healthy=partial(_train, is_in_eval_mode=True),
     faulty=partial(_train, is_in_eval_mode=False),
     cause="BN101",
-    repaired=lambda: _train(is_in_eval_mode=True).accuracy,
 )

@@ -50,5 +50,4 @@ SITUATION = Situation(
     healthy=partial(_train, updates=True),
     faulty=partial(_train, updates=False),
     cause="BN304",
-    repaired=lambda: _train(updates=True).accuracy,
 )

@@ -43,5 +43,4 @@ SITUATION = Situation(
     healthy=partial(_train, copies_buffers=False),
     faulty=partial(_train, copies_buffers=True),
     cause="BN304",
-    repaired=lambda: _train(copies_buffers=False).accuracy,
 )

@@ -32,7 +32,7 @@ class Pyramid(nn.Module):
         for level, norm in enumerate(self.norms):
             scores.append(self.scores(norm(self.conv(features)).relu()).amax((2, 3)))
             if level < 2:
-                features = 4.0 * self.down[level](features).relu() + 1.0
+                features = 4.0 * self.down[level](features).relu() + 4.0
         return torch.stack(scores).mean(0)
 
 
@@ -44,5 +44,4 @@ SITUATION = Situation(
     healthy=partial(_train, shares=False),
     faulty=partial(_train, shares=True),
     cause="BN207",
-    repaired=lambda: _train(shares=False).accuracy,
 )

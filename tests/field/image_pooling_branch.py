@@ -38,5 +38,4 @@ SITUATION = Situation(
     healthy=lambda: _train(normalises_pooled=False),
     faulty=lambda: _train(normalises_pooled=True),
     cause="BN201",
-    repaired=lambda: _train(normalises_pooled=False).accuracy,
 )

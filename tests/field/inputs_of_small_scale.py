@@ -23,5 +23,4 @@ SITUATION = Situation(
     healthy=partial(_train, 1.0),
     faulty=partial(_train, 1e-6),
     cause="BN204",
-    repaired=lambda: _train(1.0).accuracy,
 )

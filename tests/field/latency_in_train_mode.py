@@ -30,5 +30,4 @@ SITUATION = Situation(
     healthy=partial(_run, is_timed_in_eval_mode=True),
     faulty=partial(_run, is_timed_in_eval_mode=False),
     cause="BN206",
-    repaired=lambda: _run(is_timed_in_eval_mode=True).accuracy,
 )

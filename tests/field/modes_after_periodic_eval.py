@@ -59,5 +59,4 @@ SITUATION = Situation(
     healthy=partial(_train, restores=True),
     faulty=partial(_train, restores=False),
     cause="BN208",
-    repaired=lambda: _train(restores=True).accuracy,
 )

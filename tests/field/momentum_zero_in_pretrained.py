@@ -20,5 +20,4 @@ SITUATION = Situation(
     healthy=lambda: _train(0.1),
     faulty=lambda: _train(0.0),
     cause="BN103",
-    repaired=lambda: _train(0.1).accuracy,
 )

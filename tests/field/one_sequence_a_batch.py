@@ -13,7 +13,7 @@ from tests.field.situation import Run, Situation, shuffled, train
 from tests.networks import conv_net, digits
 
 
-def _train(*, batch_size: int = 1, swaps: bool = False) -> Run:
+def _train(*, batch_size: int = 1, epochs: int = 2, swaps: bool = False) -> Run:
     images, _ = digits()
     torch.manual_seed(0)
     scale = torch.empty(len(images), 1, 1, 1).uniform_(-2.0, 2.0).exp()
@@ -21,11 +21,12 @@ def _train(*, batch_size: int = 1, swaps: bool = False) -> Run:
     model = conv_net()
     if swaps:
         model = bnguard.swap(model, to="group").model
-    return train(model, images=scaled, batches=shuffled(batch_size), lr=0.05 * batch_size / 64)
+    lr = 0.05 * batch_size / 64
+    return train(model, images=scaled, batches=shuffled(batch_size), lr=lr, epochs=epochs)
 
 
 SITUATION = Situation(
-    healthy=lambda: _train(batch_size=64),
+    healthy=lambda: _train(batch_size=64, epochs=4),
     faulty=lambda: _train(),
     cause="BN202",
     repaired=lambda: _train(swaps=True).accuracy,

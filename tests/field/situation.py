@@ -76,7 +76,8 @@ class Situation:
         healthy: Runs code that is right, in the same situation.
         faulty: Runs the code as reported; None where the report is of healthy code.
         cause: Code of the rule that has to stand first for the fault.
-        repaired: Applies the fix that bnguard proposes; returns the accuracy.
+        repaired: Applies the fix that bnguard proposes; returns the accuracy. None where the fix
+            makes the code the healthy one, which has run already.
         expected_failure: What bnguard gets wrong today; empty where it is right.
     """
 
@@ -128,10 +129,11 @@ def judge(situation: Situation, seed: int = 0) -> Verdict:
     healthy = seeded(situation.healthy)
     faulty = None if situation.faulty is None else seeded(situation.faulty)
     share_back = None
-    if faulty is not None and situation.repaired is not None:
+    if faulty is not None:
         torch.manual_seed(seed)
-        restored = situation.repaired() - faulty.accuracy
-        share_back = restored / max(healthy.accuracy - faulty.accuracy, 1e-9)
+        repaired = healthy.accuracy if situation.repaired is None else situation.repaired()
+        lost = healthy.accuracy - faulty.accuracy
+        share_back = (repaired - faulty.accuracy) / max(lost, 1e-9)
     return Verdict(healthy, faulty, share_back, situation.cause)
 
 

@@ -46,5 +46,4 @@ SITUATION = Situation(
     healthy=partial(_train, skips=False),
     faulty=partial(_train, skips=True),
     cause="BN306",
-    repaired=lambda: _train(skips=False).accuracy,
 )

@@ -44,7 +44,6 @@ def situation(*, has_loader: bool) -> Situation:
         healthy=partial(train, shuffles=True),
         faulty=partial(train, shuffles=False),
         cause="BN203",
-        repaired=lambda: train(shuffles=True).accuracy,
     )
 
 

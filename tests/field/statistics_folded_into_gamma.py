@@ -42,5 +42,4 @@ SITUATION = Situation(
     healthy=partial(_train, folds=True),
     faulty=partial(_train, folds=False),
     cause="BN304",
-    repaired=lambda: _train(folds=True).accuracy,
 )

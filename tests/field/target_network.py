@@ -53,5 +53,4 @@ SITUATION = Situation(
     healthy=partial(_train, copies_buffers=True),
     faulty=partial(_train, copies_buffers=False),
     cause="BN304",
-    repaired=lambda: _train(copies_buffers=True).accuracy,
 )

@@ -39,5 +39,4 @@ SITUATION = Situation(
     healthy=partial(_train, tracks=True),
     faulty=partial(_train, tracks=False),
     cause="BN104",
-    repaired=lambda: _train(tracks=True).accuracy,
 )

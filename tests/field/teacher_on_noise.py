@@ -47,5 +47,4 @@ SITUATION = Situation(
     healthy=partial(distil, is_in_eval_mode=True),
     faulty=partial(distil, is_in_eval_mode=False),
     cause="BN101",
-    repaired=lambda: distil(is_in_eval_mode=True).accuracy,
 )

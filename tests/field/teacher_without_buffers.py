@@ -71,7 +71,6 @@ def situation(*, is_part: bool) -> Situation:
         healthy=partial(train, copies_buffers=True),
         faulty=partial(train, copies_buffers=False),
         cause="BN304",
-        repaired=lambda: train(copies_buffers=True).accuracy,
     )
 
 

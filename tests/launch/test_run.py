@@ -16,7 +16,7 @@ import tomllib
 import torch
 
 from bnguard.launch.trained_models import find_roots
-from tests.cli.running import bnguard, import_first_from, script
+from tests.cli.running import bnguard, import_first_from, on_ranks, script, set_variables
 
 SCRIPT = Path(__file__).with_name("trainings.py")
 PROJECT = Path(__file__).parents[2]
@@ -59,16 +59,40 @@ def run(tmp_path, entry_points):
 
 
 @pytest.fixture
-def run_both(tmp_path, entry_points):
-    """Run a script without bnguard and with it, in processes that begin with torch imported."""
+def train(tmp_path, entry_points):
+    """Run a training as ``python`` does, in a process that begins with torch imported."""
+
+    def train(*arguments, folder="plain", **environment):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        prepare = functools.partial(_prepare, entry_points, environment)
+        return script(tmp_path / folder, SCRIPT, *arguments, prepare=prepare)
+
+    return train
+
+
+@pytest.fixture
+def watch(tmp_path, entry_points):
+    """Run ``bnguard run ARGUMENTS``, in such a process."""
+
+    def watch(*arguments):
+        (tmp_path / "watched").mkdir(exist_ok=True)
+        prepare = functools.partial(_prepare, entry_points, {})
+        return bnguard(tmp_path / "watched", *OWN, *arguments, prepare=prepare)
+
+    return watch
+
+
+def _prepare(entry_points, environment):
+    import_first_from(entry_points)
+    set_variables(environment)
+
+
+@pytest.fixture
+def run_both(tmp_path, train, watch):
+    """Run a script without bnguard and with it."""
 
     def run_both(*arguments):
-        add = functools.partial(import_first_from, entry_points)
-        for folder in ("plain", "watched"):
-            (tmp_path / folder).mkdir()
-        plain = script(tmp_path / "plain", SCRIPT, *arguments, prepare=add)
-        own = ("run", "--log-dir", "log")
-        done = bnguard(tmp_path / "watched", *own, SCRIPT, *arguments, prepare=add)
+        plain, done = train(*arguments), watch(SCRIPT, *arguments)
         assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
         assert_same_weights(tmp_path)
         return plain, done
@@ -76,7 +100,8 @@ def run_both(tmp_path, entry_points):
     return run_both
 
 
-BNGUARD = ("-m", "bnguard", "run", "--log-dir", "log")
+OWN = ("run", "--log-dir", "log")
+BNGUARD = ("-m", "bnguard", *OWN)
 
 
 def codes(folder):
@@ -116,8 +141,8 @@ def test_a_script_trains_the_same_weights_and_its_fault_is_named(name, run_both,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_trainer_of_lightning_gets_the_callback_once(package, run, tmp_path):
-    plain = run(SCRIPT, "lightning", package, folder="plain")
+def test_a_trainer_of_lightning_gets_the_callback_once(package, run, train, watch, tmp_path):
+    plain = train("lightning", package)
     assert "bnguard" not in plain.stdout + plain.stderr
     done = run(*BNGUARD, SCRIPT, "lightning", package)
     assert done.returncode == 0, done.stderr
@@ -130,7 +155,7 @@ def test_a_trainer_of_lightning_gets_the_callback_once(package, run, tmp_path):
     assert "BN303" in codes(tmp_path / "watched/log")
 
     shutil.rmtree(tmp_path / "watched")
-    done = run(*BNGUARD, SCRIPT, "lightning", package, "--callback")
+    done = watch(SCRIPT, "lightning", package, "--callback")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path)
     assert done.stdout.count("bnguard · watching 1 BN layer") == 1
@@ -138,17 +163,14 @@ def test_a_trainer_of_lightning_gets_the_callback_once(package, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_of_lightning_gets_the_callback(run, tmp_path):
-    plain = run(SCRIPT, "lightning_cli", folder="plain")
-    done = run(*BNGUARD, SCRIPT, "lightning_cli")
-    assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
-    assert_same_weights(tmp_path)
+def test_the_command_line_of_lightning_gets_the_callback(run_both, tmp_path):
+    run_both("lightning_cli")
     assert "BN303" in codes(tmp_path / "watched/log")
 
 
 @pytest.mark.slow
-def test_a_variable_of_the_environment_is_enough_for_lightning(run):
-    done = run(SCRIPT, "lightning", "lightning.pytorch", BNGUARD="1")
+def test_a_variable_of_the_environment_is_enough_for_lightning(train):
+    done = train("lightning", "lightning.pytorch", BNGUARD="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bnguard · watching 1 BN layer") == 1
 
@@ -164,10 +186,12 @@ def test_each_model_has_its_report(name, run_both, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_share_one_report(run, tmp_path):
+    (tmp_path / "plain").mkdir()
+    for plain in on_ranks(2, tmp_path / "plain", SCRIPT, "ddp"):
+        assert plain.returncode == 0, plain.stderr
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    plain = run(*launcher, SCRIPT, "ddp", folder="plain")
     done = run(*launcher, *BNGUARD, SCRIPT, "ddp")
-    assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
+    assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path)
     assert done.stderr.count("bnguard · 1 BN layer") == 1
     assert "BN303" in codes(tmp_path / "watched/log")
@@ -184,33 +208,33 @@ def test_a_script_that_raises_ends_as_it_does_alone_and_is_reported(run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_script_that_never_steps_is_said_to(run, tmp_path):
-    done = run(*BNGUARD, SCRIPT, "never")
+def test_a_script_that_never_steps_is_said_to(watch, tmp_path):
+    done = watch(SCRIPT, "never")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "bnguard: no optimizer took a step, so nothing was watched\n"
     assert not (tmp_path / "watched/log").exists()
 
 
 @pytest.mark.slow
-def test_a_model_that_no_optimizer_holds_is_mentioned(run):
-    done = run(*BNGUARD, SCRIPT, "functional")
+def test_a_model_that_no_optimizer_holds_is_mentioned(watch):
+    done = watch(SCRIPT, "functional")
     assert done.returncode == 0
     assert "the optimizer's weights belong to no model, as with torch.func" in done.stderr
     assert "monitor = bnguard.watch(model), and monitor.step() after each step" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_bn_class_of_another_framework_is_mentioned(run):
-    done = run(*BNGUARD, SCRIPT, "of_another_framework")
+def test_a_bn_class_of_another_framework_is_mentioned(watch):
+    done = watch(SCRIPT, "of_another_framework")
     assert done.returncode == 0
     assert "Sequential has no BN layers that bnguard knows (BatchNormalization " in done.stderr
     assert done.stderr.endswith(", so nothing was watched\n")
 
 
 @pytest.mark.slow
-def test_the_exit_status_is_the_level_of_the_findings_if_asked_for(run, tmp_path):
+def test_the_exit_status_is_the_level_of_the_findings_if_asked_for(watch, tmp_path):
     page = tmp_path / "page.html"
-    done = run(*BNGUARD, "--fail-on=warning", "--html", page, SCRIPT, "plain")
+    done = watch("--fail-on=warning", "--html", page, SCRIPT, "plain")
     assert done.returncode == 1
     assert "means: bnguard explain BN" in done.stderr
     assert "<html" in page.read_text()[:200]
@@ -294,10 +318,10 @@ if "ask" in sys.argv:
 
 
 @pytest.mark.parametrize("ask", [True, False])
-def test_what_a_script_watches_itself_counts_and_is_shown_once(ask, run, tmp_path):
+def test_what_a_script_watches_itself_counts_and_is_shown_once(ask, watch, tmp_path):
     (tmp_path / "watched").mkdir()
     (tmp_path / "watched" / "own.py").write_text(WATCHED_BY_ITSELF)
-    done = run(*BNGUARD, "--fail-on", "warning", "own.py", *(["ask"] if ask else []))
+    done = watch("--fail-on", "warning", "own.py", *(["ask"] if ask else []))
     assert done.returncode == 1, done.stderr
     assert (done.stdout + done.stderr).count("· 60 steps ·") == 1
     assert "BN303" in codes(tmp_path / "watched" / "log")

@@ -213,11 +213,11 @@ def lightning(package_name, *, has_callback=False):
 def lightning_cli():
     from lightning.pytorch.cli import LightningCLI
 
-    from bnguard.demo import DigitsData, DigitsNet
+    from tests.cli.other_lightning import DeepDigitsNet, DigitsData
 
     arguments = ["fit", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
     arguments += ["--trainer.limit_train_batches=20", "--trainer.enable_progress_bar=false"]
-    cli = LightningCLI(DigitsNet, DigitsData, args=arguments, seed_everything_default=0)
+    cli = LightningCLI(DeepDigitsNet, DigitsData, args=arguments, seed_everything_default=0)
     save(cli.model)
 
 

@@ -1,9 +1,8 @@
-"""Recalibrates in a Trainer with ddp: ``python recalibration_ddp_run.py FOLDER RANKS``."""
+"""Recalibrates in a Trainer with ddp: ``python recalibration_ddp_run.py RANKS``."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, (inputs[:, 0] > 1.0).long())
 
 
-def main(folder: Path, ranks: int) -> None:
+def main(ranks: int) -> None:
     torch.set_num_threads(1)
     callback = BatchNormRecalibration(when="fit-end", samples=1000, keep="always", strict=True)
     trainer = Trainer(
@@ -64,7 +63,7 @@ def main(folder: Path, ranks: int) -> None:
     module = Net()
     trainer.fit(module, DataLoader(data(), 8), DataLoader(data(), 8))
     by_callback = {name: (s.mean, s.var) for name, s in callback.result.after.items()}
-    torch.save((module.state_dict(), by_callback), folder / f"{trainer.global_rank}.pt")
+    torch.save((module.state_dict(), by_callback), f"{trainer.global_rank}.pt")
     if torch.distributed.is_initialized():
         # Else the threads of gloo may outlive what they use, and abort the process.
         torch.distributed.barrier()
@@ -72,4 +71,4 @@ def main(folder: Path, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

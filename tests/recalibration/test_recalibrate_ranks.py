@@ -1,12 +1,12 @@
 """The same statistics on any number of ranks, in real processes with a share of the data each."""
 
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.cli.running import on_ranks
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 CASES = runpy.run_path(str(SCRIPT))
@@ -16,24 +16,8 @@ CASES = runpy.run_path(str(SCRIPT))
 def ranks(request, tmp_path_factory):
     """What every rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(request.param), str(folder)],
-            cwd=SCRIPT.parents[2],
-            env={"PYTHONPATH": ".", "GLOO_SOCKET_IFNAME": "lo"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        for process in processes:
-            _, complaint = process.communicate(timeout=120)
-            assert process.returncode == 0, complaint
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for done in on_ranks(request.param, folder, SCRIPT):
+        assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

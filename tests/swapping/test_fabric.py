@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,8 +11,8 @@ from torch import nn
 
 from bnguard.errors import ConfigurationError
 from bnguard.swapping.api import swap
+from tests.cli.running import on_ranks
 from tests.networks import digits, mlp
-from tests.ports import free_port
 
 
 @pytest.fixture
@@ -75,7 +72,6 @@ def test_what_is_no_fabric_is_refused(model, batches, fabric):
 
 
 RANKS = """
-    import sys
     import torch
     from lightning.fabric import Fabric
     from tests.networks import digits, mlp
@@ -95,7 +91,7 @@ RANKS = """
         learnt = result.distillation
         weights = torch.cat([p.detach().flatten() for p in result.model.parameters()])
         results.append((learnt.distance_before, learnt.distance, learnt.best_step, weights))
-    torch.save(results, f"{sys.argv[1]}/{rank}.pt")
+    torch.save(results, f"{rank}.pt")
     # Else the threads of gloo may outlive what they use, and abort the process.
     fabric.barrier()
     torch.distributed.destroy_process_group()
@@ -104,29 +100,9 @@ RANKS = """
 
 @pytest.mark.slow
 def test_all_ranks_learn_the_same(tmp_path):
-    port = free_port()
-    code = textwrap.dedent(RANKS)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env={
-                **os.environ,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "GROUP_RANK": "0",
-                "LOCAL_WORLD_SIZE": "2",
-                "TORCHELASTIC_RUN_ID": "test",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    (tmp_path / "swap.py").write_text(textwrap.dedent(RANKS))
+    for done in on_ranks(2, tmp_path, tmp_path / "swap.py"):
+        assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     with_fabric, alone = first
     for here, there in zip(first, second, strict=True):
@@ -134,4 +110,4 @@ def test_all_ranks_learn_the_same(tmp_path):
         assert torch.equal(here[3], there[3])
         assert here[1] < 0.8 * here[0]
     torch.testing.assert_close(with_fabric[3], alone[3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "swap.py"]

@@ -91,18 +91,21 @@ def test_a_dense_network_keeps_its_accuracy_from_the_first_step_on():
     images, labels = digits()
     model = DenseNet()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    # At a constant rate, the accuracy would depend on how a processor rounds.
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
     for _ in range(6):
         for batch in torch.randperm(1000).split(32):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
+        falling.step()
     model.eval()
 
     @torch.no_grad()
     def accuracy(network):
         return (network(images[1200:]).argmax(1) == labels[1200:]).float().mean().item()
 
-    result = swap(model, teacher_data=images[:1000].split(32), steps=20, progress=False)
+    result = swap(model, teacher_data=images[:1000].split(32), steps=40, progress=False)
     assert accuracy(model) > 0.9
     assert accuracy(result.model) > accuracy(model) - 0.04
     assert result.distillation.distance_fitted < 0.3 * result.distillation.distance_before

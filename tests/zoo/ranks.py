@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -12,6 +11,7 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from tests.cli.running import FORKS
 from tests.ports import free_port
 from tests.zoo.training import Watched
 
@@ -20,15 +20,12 @@ RANKS = 2
 
 def on_two_ranks(run, *arguments) -> Watched:
     """Return what rank 0 says of a run; ``run`` is a function of a module, since it is sent."""
-    # Forked from one that has imported what takes seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytorch_lightning"])
     seed = torch.initial_seed()
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "watched.pickle"
         processes = [
-            context.Process(target=_rank, args=(rank, port, seed, result, run, arguments))
+            FORKS.Process(target=_rank, args=(rank, port, seed, result, run, arguments))
             for rank in range(RANKS)
         ]
         for process in processes:
