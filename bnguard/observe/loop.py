@@ -6,6 +6,7 @@ these forwards belong to one evaluation.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.hooks import RemovableHandle
 
 from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper
@@ -364,6 +367,24 @@ class NoticedEvaluations:
         """Return whether dropout acts, as when several passes measure the uncertainty."""
         modules = self._observer.model.modules()
         return any(module.training for module in modules if drops_values(module))
+
+
+def loader_in_use() -> DataLoader[object] | None:
+    """Return the ``DataLoader`` that a loop is drawing from; None if it is none, or several."""
+    found: list[list[object]] = [[], []]
+    kinds: dict[type, int | None] = {}
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind not in kinds:
+            is_loader = issubclass(kind, DataLoader)
+            kinds[kind] = 0 if is_loader else 1 if issubclass(kind, _BaseDataLoaderIter) else None
+        place = kinds[kind]
+        if place is not None:
+            found[place].append(thing)
+    drawn = {id(getattr(batches, "_index_sampler", None)) for batches in found[1]}
+    used = [loader for loader in found[0] if id(getattr(loader, "batch_sampler", None)) in drawn]
+    loader = used[0] if len(used) == len(found[1]) == 1 else None
+    return loader if isinstance(loader, DataLoader) else None
 
 
 def _first_of_each_part(

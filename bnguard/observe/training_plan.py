@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,25 @@ def plan_training(
         drops_last=bool(getattr(batches, "drop_last", False)),
         ranks=ranks,
         accumulated_batches=accumulated_batches,
+    )
+
+
+def plan_with_order(plan: Plan, loader: object) -> Plan:
+    """Return a plan with the order of a loader that a loop was found to draw from.
+
+    Its last batch is not planned with: the loop may skip it.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> plan_with_order(Plan(ranks=2), DataLoader(range(65), batch_size=32)).batch_size
+        32
+    """
+    found = plan_training(loader)
+    return dataclasses.replace(
+        plan,
+        batch_size=found.batch_size,
+        label_run=found.label_run,
+        shuffled_label_run=found.shuffled_label_run,
     )
 
 
