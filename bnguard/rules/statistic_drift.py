@@ -92,7 +92,7 @@ class StatisticDrift(ExplainedRule):
 
     code: ClassVar[str] = "BN301"
     name: ClassVar[str] = "statistic-drift"
-    explains: ClassVar[tuple[str, ...]] = ("BN302",)
+    explains: ClassVar[tuple[str, ...]] = ("BN302", "BN403")
 
     max_shift_std: float = DRIFT_LIMITS.max_shift
     max_log_variance_ratio: float = DRIFT_LIMITS.max_ratio
@@ -105,12 +105,14 @@ class StatisticDrift(ExplainedRule):
         drifts: list[Drift] = []
         called, entrance = history.layers_in_order, history.first_trained
         too_early = evaluated_too_early(history, self.max_initial_weight)
+        before: LayerHistory | None = None
         for layer in (*called, *(layer for layer in history.layers if layer not in called)):
             judged = self._judged(layer, too_early.get(layer.name))
             if isinstance(judged, Skipped):
                 yield judged
             elif judged is not None and layer.evaluated is not None and entrance is not None:
-                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance))
+                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance, before))
+            before = layer
         for drift in drifts:
             # A drift of a frozen network in front does not reach one that trains next to it.
             alike = [other for other in drifts if other.is_trained == drift.is_trained]

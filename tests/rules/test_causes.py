@@ -165,6 +165,47 @@ def test_a_drift_after_layers_that_agree_lies_between_them():
     assert "dropout" in drift.fix.summary
 
 
+@pytest.mark.parametrize(
+    ("before", "samples", "cause"),
+    [
+        (0.9, 4, "batches of 4 samples are small: the drift grows from layer to layer"),
+        (0.0, 4, "something between this and the earlier"),
+        (0.9, 32, "something between this and the earlier"),
+    ],
+)
+def test_a_drift_that_grows_from_layer_to_layer_is_of_small_batches(before, samples, cause):
+    first = drifted("first", mean=0.0, window=window(), samples=samples)
+    second = drifted("second", mean=before, position=1, window=window(), samples=samples)
+    third = drifted("third", mean=1.1, position=2, window=window(), samples=samples)
+    (drift,), (gap,) = symptoms(first, second, third)
+    assert drift.layer == "third"
+    assert cause in drift.message
+    assert cause in gap.message
+    assert ("GroupNorm" in drift.fix.summary) is ("small" in cause)
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_values_far_from_a_mean_that_drifted_are_a_symptom_of_the_drift(is_settled):
+    """While training goes on, both may pass; a layer that did not drift has a fault of its own."""
+    run = Run(steps=100, mode_gap=HARM, is_settled=is_settled)
+    moved, matching = (drifted(mean=mean, window=window(mean), run=run) for mean in (3.0, 0.0))
+    for layer in (moved, matching):
+        seen = dataclasses.replace(layer.evaluated, largest_normalised_std=500.0)
+        far = dataclasses.replace(layer, evaluated=seen)
+        findings = run_rules(History(layers=(far,), run=run)).findings
+        (value,) = [found for found in findings if found.code == "BN403"]
+        may_pass = layer is moved and not is_settled
+        assert value.severity is (Severity.INFO if may_pass else Severity.WARNING)
+        assert value.cause == ("BN301" if layer is moved and is_settled else None)
+
+
+def test_a_larger_momentum_is_no_fix_for_small_batches():
+    (drift,), _ = symptoms(drifted(window=window(mean=3.0), samples=2))
+    assert "lag behind the weights" in drift.message
+    assert "larger batches" in drift.fix.summary
+    assert "momentum" not in drift.fix.summary
+
+
 @pytest.mark.parametrize("noise", [0.4, 0.1, np.nan])
 def test_small_batches_are_told_where_they_enter(noise):
     """What the first layer normalises away in training reaches the second in eval mode."""
