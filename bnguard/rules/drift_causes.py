@@ -130,6 +130,12 @@ _MAX_SAMPLES = 11
 # trained with batches of 4 it is 0.8 and more.
 _GROWING_SHARE = 0.5
 
+# A drift that is so many times as large as where it begins has another cause on its way.
+_GROWN = 3.0
+
+# Usual batches for each that holds a single sample, at least: an epoch has one.
+_MIN_USUAL = 8
+
 _LARGER = Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm")
 
 
@@ -207,10 +213,18 @@ def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
 
 
 def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
-    """Return why a layer has drifted: the cause at the first that did, which reaches it too."""
+    """Return why a layer has drifted: the cause at the first that did, which reaches it too.
+
+    Unless small batches make a drift much larger on its way.
+    """
     cause = cause_of_drift(first)
     if cause is None or drift is first:
         return cause
+    is_moving = drift.layer.window is not None and drift.layer.window.trend > _MIN_TREND
+    if drift.distance.excess > _GROWN * first.distance.excess and not is_moving:
+        growing = growing_drift(drift)
+        if growing is not None:
+            return growing
     where = first.layer.name or "the layer before"
     return dataclasses.replace(cause, reason=f"which begins at {where}, {cause.reason}")
 
@@ -364,6 +378,23 @@ def small_batches(drift: Drift) -> Cause | None:
     )
 
 
+def single_samples(drift: Drift) -> Cause | None:
+    """Check whether a batch of one sample, as the last of an epoch, entered the average."""
+    layer, counts = drift.layer, drift.layer.values_per_channel
+    typical, samples, momentum = layer.typical_values_per_channel, layer.samples, layer.momentum
+    if not typical or not samples or samples <= _MAX_SAMPLES or not momentum:
+        return None
+    batches = counts.get(typical // samples, 0) if typical % samples == 0 else 0
+    if not batches or sum(counts.values()) < batches * _MIN_USUAL:
+        return None
+    return Cause(
+        f"because {counted(batches, 'batch', 'batches')} of {sum(counts.values()):,} held a single "
+        f"sample, as the last of an epoch, and each has the weight {momentum:g} in the average",
+        Fix("use DataLoader(..., drop_last=True), and recalibrate", "recalibrate"),
+        (Evidence("samples in the smallest batch", 1, 2, is_minimum=True),),
+    )
+
+
 def growing_drift(drift: Drift) -> Cause | None:
     """Check whether the drift grows from layer to layer, as what small batches subtract adds up.
 
@@ -416,9 +447,12 @@ def other_path(drift: Drift) -> Cause | None:
         return None
     return Cause(
         "because something between this and the earlier BN layers, which match, differs in eval "
-        "mode, or the data differ: evaluation differs from the newest training batches "
-        f"({batches.worst.reading})",
-        Fix("check for dropout and branches on self.training before the layer, then the data"),
+        "mode, or the data differ, as by augmentation: evaluation differs from the newest training "
+        f"batches ({batches.worst.reading})",
+        Fix(
+            "compare the augmentation of training with evaluation, and check for dropout and "
+            "branches on self.training before the layer"
+        ),
         (batches.worst,),
         is_vague=True,
     )
@@ -434,6 +468,7 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     dropout,
     moving_weights,
     small_batches,
+    single_samples,
     unsure_evaluation,
     growing_drift,
     other_data,

@@ -63,8 +63,9 @@ class StatisticDrift(ExplainedRule):
         batches). Otherwise the newest batches of training decide. If they match evaluation, the
         average is at fault: it lags behind the weights, or holds too few batches (a shift within
         three times its own uncertainty). If not, the cause is dropout before the layer, noisy small
-        batches, other data (at the first layer), or something between the layers that differs in
-        eval mode. Later layers get the cause of the first that drifted.
+        batches (also if they let the drift grow from layer to layer), a batch of one sample, other
+        data (at the first layer), or something between the layers that differs in eval mode. Later
+        layers get the cause of the first that drifted.
 
         The first batches of an evaluation are read, then each whose number doubles. If more than 15
         % of the variance between samples is between them, they do not represent the rest, and it

@@ -199,6 +199,30 @@ def test_values_far_from_a_mean_that_drifted_are_a_symptom_of_the_drift(is_settl
         assert value.cause == ("BN301" if layer is moved and is_settled else None)
 
 
+def test_small_batches_may_make_a_drift_much_larger_on_its_way():
+    means = (0.3, 1.2, 2.4, 4.6)
+    layers = [
+        drifted(f"{place}", mean=mean, position=place, samples=2, window=window(trend=1.0))
+        for place, mean in enumerate(means)
+    ]
+    layers[1] = dataclasses.replace(layers[1], window=window(mean=1.2, trend=5.0))
+    drifts, _ = symptoms(*layers)
+    causes = {drift.layer: "batches of 2 samples are small" in drift.message for drift in drifts}
+    assert causes == {"1": False, "2": False, "3": True}
+    assert "lag behind the weights" in next(f.message for f in drifts if f.layer == "2")
+
+
+@pytest.mark.parametrize("count", [2, 20, 0])
+def test_a_last_batch_of_one_sample_is_told(count):
+    """A network that trains on single samples has another fault."""
+    first = drifted("first", mean=0.0, window=window())
+    counts = {32 * 64: 80, 64: count} if count else {32 * 64: 80}
+    second = drifted("second", position=1, window=window(), values_per_channel=counts, momentum=0.1)
+    (drift,), _ = symptoms(first, second)
+    assert ("2 batches of 82 held a single sample" in drift.message) is (count == 2)
+    assert ("drop_last=True" in drift.fix.summary) is (count == 2)
+
+
 def test_a_larger_momentum_is_no_fix_for_small_batches():
     (drift,), _ = symptoms(drifted(window=window(mean=3.0), samples=2))
     assert "lag behind the weights" in drift.message
