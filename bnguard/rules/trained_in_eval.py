@@ -108,7 +108,7 @@ class TrainedInEval(Rule):
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
                 "normalises nothing",
                 calls,
-                Fix("call model.train() before training"),
+                Fix("load running statistics with the weights, or leave the layer in train mode"),
             )
         elif is_model_in_eval and _is_trained(layer):
             yield self._of_model(layer)
