@@ -23,6 +23,8 @@ from bnguard.rules.measurements import (
     Distance,
     DriftLimits,
     distance_of,
+    is_harmful,
+    is_known,
     is_representative,
     is_sampling,
     jump_of_network,
@@ -135,6 +137,10 @@ _GROWN = 3.0
 
 # Usual batches for each that holds a single sample, at least: an epoch has one.
 _MIN_USUAL = 8
+
+_SLOWER = Fix(
+    "recalibrate; use larger batches or a smaller learning rate in the next run", "recalibrate"
+)
 
 _LARGER = Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm")
 
@@ -400,15 +406,11 @@ def growing_drift(drift: Drift) -> Cause | None:
 
     A branch or dropout makes it jump at one layer.
     """
-    layer, before, batches = drift.layer, drift.before, drift.from_batches()
-    if before is None or batches is None or batches.worst is None or not _is_small(layer):
+    batches, samples = drift.from_batches(), drift.layer.samples or 0
+    if batches is None or batches.worst is None or not _is_small(drift.layer):
         return None
-    distance, entrance = distance_of(before), drift.at_first().distance
-    if distance is None or distance.excess < _GROWING_SHARE * drift.distance.excess:
+    if not _is_growing(drift):
         return None
-    if entrance.excess > FITTING_SHARE:
-        return None
-    samples = layer.samples or 0
     return Cause(
         f"because batches of {counted(samples, 'sample')} are small: the drift grows from layer to "
         "layer, as what each batch subtracts in training reaches the next layers in eval mode",
@@ -441,21 +443,30 @@ def other_data(drift: Drift) -> Cause | None:
 
 
 def other_path(drift: Drift) -> Cause | None:
-    """Check whether something between the first layer, which matches, and this one differs."""
-    batches = drift.from_batches()
+    """Check whether something between the first layer, which matches, and this one differs.
+
+    If the modes agree on training batches, it is the data.
+    """
+    batches, gap = drift.from_batches(), drift.layer.run.mode_gap_in_training
     if batches is None or batches.worst is None:
         return None
-    return Cause(
-        "because something between this and the earlier BN layers, which match, differs in eval "
-        "mode, or the data differ, as by augmentation: evaluation differs from the newest training "
-        f"batches ({batches.worst.reading})",
-        Fix(
+    far = f"evaluation differs from the newest training batches ({batches.worst.reading})"
+    if gap is not None and is_known(gap) and not is_harmful(gap):
+        why = "the data differ, as by augmentation: the modes agree on training batches"
+        fix = Fix("compare the augmentation and preprocessing of training with evaluation")
+    elif gap is not None and is_harmful(gap) and _is_growing(drift):
+        why = "the drift grows from layer to layer, and the modes differ on training batches too"
+        fix = _SLOWER
+    else:
+        why = (
+            "something between this and the earlier BN layers, which match, differs in eval mode, "
+            "or the data differ, as by augmentation"
+        )
+        fix = Fix(
             "compare the augmentation of training with evaluation, and check for dropout and "
             "branches on self.training before the layer"
-        ),
-        (batches.worst,),
-        is_vague=True,
-    )
+        )
+    return Cause(f"because {why}; {far}", fix, (batches.worst,), is_vague=True)
 
 
 # In order: the first decides that nothing is certain, the last is what remains.
@@ -499,6 +510,14 @@ def _sorted(seen: EvalWindow) -> Cause:
         ),
         is_vague=True,
     )
+
+
+def _is_growing(drift: Drift) -> bool:
+    """Return whether the first layer matches, and the one before has much of the drift already."""
+    before = None if drift.before is None else distance_of(drift.before)
+    if before is None or drift.at_first().distance.excess > FITTING_SHARE:
+        return False
+    return before.excess >= _GROWING_SHARE * drift.distance.excess
 
 
 def _is_small(layer: LayerHistory) -> bool:

@@ -166,6 +166,30 @@ def test_a_drift_after_layers_that_agree_lies_between_them():
 
 
 @pytest.mark.parametrize(
+    ("in_training", "before", "cause", "fix"),
+    [
+        (None, 0.0, "something between .* or the data differ", "augmentation .*, and .* branches"),
+        (0.2, 0.0, "the data differ, as by augmentation", "compare the augmentation"),
+        (2.0, 0.0, "something between .* or the data differ", "augmentation .*, and .* branches"),
+        (2.0, 0.9, "grows from layer to layer, and .* on training batches too", "recalibrate"),
+    ],
+)
+def test_the_modes_on_training_batches_tell_of_the_data(in_training, before, cause, fix):
+    known = None
+    if in_training is not None:
+        known = dataclasses.replace(HARM, relative_change=in_training, flipped_share=0.02)
+    run = Run(steps=100, mode_gap=HARM, mode_gap_in_training=known)
+    means = (0.0, before, 1.1)
+    layers = [
+        drifted(f"{place}", mean=mean, position=place, window=window(), run=run)
+        for place, mean in enumerate(means)
+    ]
+    (drift,), _ = symptoms(*layers)
+    assert re.search(cause, drift.message), drift.message
+    assert re.search(fix, drift.fix.summary)
+
+
+@pytest.mark.parametrize(
     ("before", "samples", "cause"),
     [
         (0.9, 4, "batches of 4 samples are small: the drift grows from layer to layer"),
