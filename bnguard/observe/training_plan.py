@@ -138,7 +138,7 @@ def _labels(dataset: object) -> FloatArray | None:
     if indices is not None and inner is not None:
         labels = _labels(inner)
         return None if labels is None else labels[np.asarray(indices)]
-    for name in ("targets", "labels"):
+    for name in ("targets", "labels", "label", "y"):
         if hasattr(dataset, name):
             return np.asarray(getattr(dataset, name))
     tensors: tuple[object, ...] = getattr(dataset, "tensors", ())

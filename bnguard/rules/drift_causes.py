@@ -135,6 +135,9 @@ _GROWING_SHARE = 0.5
 # A drift that is so many times as large as where it begins has another cause on its way.
 _GROWN = 3.0
 
+# Weight in the average from which a batch of one sample moves it by as much as a drift.
+_MIN_WEIGHT = 0.05
+
 # Usual batches for each that holds a single sample, at least: an epoch has one.
 _MIN_USUAL = 8
 
@@ -303,6 +306,23 @@ def changing_network(drift: Drift) -> Cause | None:
     )
 
 
+def single_samples(drift: Drift) -> Cause | None:
+    """Check whether a batch of one sample, as the last of an epoch, entered the average."""
+    layer, counts = drift.layer, drift.layer.values_per_channel
+    typical, samples, momentum = layer.typical_values_per_channel, layer.samples, layer.momentum
+    if not typical or not samples or _is_small(layer) or (momentum or 0.0) < _MIN_WEIGHT:
+        return None
+    batches = counts.get(typical // samples, 0) if typical % samples == 0 else 0
+    if not batches or sum(counts.values()) < batches * _MIN_USUAL:
+        return None
+    return Cause(
+        f"because {counted(batches, 'batch', 'batches')} of {sum(counts.values()):,} held a single "
+        f"sample, as the last of an epoch, and each has the weight {momentum:g} in the average",
+        Fix("use DataLoader(..., drop_last=True), and recalibrate", "recalibrate"),
+        (Evidence("samples in the smallest batch", 1, 2, is_minimum=True),),
+    )
+
+
 def lag(drift: Drift) -> Cause | None:
     """Check whether the weights moved and the average did not follow: the newest batches match."""
     batches = drift.from_batches()
@@ -384,23 +404,6 @@ def small_batches(drift: Drift) -> Cause | None:
     )
 
 
-def single_samples(drift: Drift) -> Cause | None:
-    """Check whether a batch of one sample, as the last of an epoch, entered the average."""
-    layer, counts = drift.layer, drift.layer.values_per_channel
-    typical, samples, momentum = layer.typical_values_per_channel, layer.samples, layer.momentum
-    if not typical or not samples or samples <= _MAX_SAMPLES or not momentum:
-        return None
-    batches = counts.get(typical // samples, 0) if typical % samples == 0 else 0
-    if not batches or sum(counts.values()) < batches * _MIN_USUAL:
-        return None
-    return Cause(
-        f"because {counted(batches, 'batch', 'batches')} of {sum(counts.values()):,} held a single "
-        f"sample, as the last of an epoch, and each has the weight {momentum:g} in the average",
-        Fix("use DataLoader(..., drop_last=True), and recalibrate", "recalibrate"),
-        (Evidence("samples in the smallest batch", 1, 2, is_minimum=True),),
-    )
-
-
 def growing_drift(drift: Drift) -> Cause | None:
     """Check whether the drift grows from layer to layer, as what small batches subtract adds up.
 
@@ -475,11 +478,11 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     noisy_average,
     initial_values,
     changing_network,
+    single_samples,
     lag,
     dropout,
     moving_weights,
     small_batches,
-    single_samples,
     unsure_evaluation,
     growing_drift,
     other_data,
