@@ -41,6 +41,7 @@ class Watching:
         self._models: list[_WatchedModel] = []
         self._copies: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self._steps = 0
+        self._next_look = 1
         self._is_watched_by_script = False
         self._obstacle = "no optimizer took a step"
         self._guard = Guard(
@@ -84,8 +85,9 @@ class Watching:
             self._seen.add(optimizer)
             self._guard(self._watch, optimizer)
         self._steps += 1
-        # Ever more seldom: averaging may begin at any time, and to look takes as long as a step.
-        if self._models and self._steps & (self._steps - 1) == 0:
+        # After 1, 4, 16, … steps: averaging may begin at any time, and to look takes 0.1 s.
+        if self._steps == self._next_look:
+            self._next_look *= 4
             self._guard(self._watch_followers, optimizer)
 
     def _watch_followers(self, optimizer: Optimizer) -> None:
@@ -291,18 +293,17 @@ def find_copies(models: list[nn.Module]) -> list[nn.Module]:
     inside = {part for model in models for part in model.modules()}
     built = {_plan_of(next(filterfalse(is_wrapper, model.modules()), model)) for model in models}
     kinds = {kind for kind, _ in built}
-    alike = [
-        thing
-        for thing in things
-        if type(thing) in kinds and thing not in inside and "_modules" in vars(thing)
-    ]
-    optimizers = (
-        thing
-        for thing in things
-        if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing)
+    of_optimizers = {kind for kind in set(map(type, things)) if issubclass(kind, Optimizer)}
+    found = [thing for thing in things if type(thing) in kinds and thing not in inside]
+    optimizers = (thing for thing in things if type(thing) in of_optimizers)
+    trained = set().union(
+        *(parameters_of(each) for each in optimizers if "param_groups" in vars(each))
     )
-    trained = set().union(*map(parameters_of, optimizers))
-    return [module for module in alike if _plan_of(module) in built and not _held(module) & trained]
+    return [
+        module
+        for module in found
+        if "_modules" in vars(module) and _plan_of(module) in built and not _held(module) & trained
+    ]
 
 
 def _plan_of(module: nn.Module) -> tuple[type, tuple[object, ...]]:

@@ -369,22 +369,20 @@ class NoticedEvaluations:
         return any(module.training for module in modules if drops_values(module))
 
 
-def loader_in_use() -> DataLoader[object] | None:
+def loader_in_use() -> object | None:
     """Return the ``DataLoader`` that a loop is drawing from; None if it is none, or several."""
-    found: list[list[object]] = [[], []]
-    kinds: dict[type, int | None] = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind not in kinds:
-            is_loader = issubclass(kind, DataLoader)
-            kinds[kind] = 0 if is_loader else 1 if issubclass(kind, _BaseDataLoaderIter) else None
-        place = kinds[kind]
-        if place is not None:
-            found[place].append(thing)
-    drawn = {id(getattr(batches, "_index_sampler", None)) for batches in found[1]}
-    used = [loader for loader in found[0] if id(getattr(loader, "batch_sampler", None)) in drawn]
-    loader = used[0] if len(used) == len(found[1]) == 1 else None
-    return loader if isinstance(loader, DataLoader) else None
+    things = gc.get_objects()
+    kinds = set(map(type, things))
+    of_loaders = {kind for kind in kinds if issubclass(kind, DataLoader)}
+    of_batches = {kind for kind in kinds if issubclass(kind, _BaseDataLoaderIter)}
+    drawn = [thing for thing in things if type(thing) in of_batches]
+    samplers = {id(getattr(batches, "_index_sampler", None)) for batches in drawn}
+    used = [
+        thing
+        for thing in things
+        if type(thing) in of_loaders and id(getattr(thing, "batch_sampler", None)) in samplers
+    ]
+    return used[0] if len(used) == len(drawn) == 1 else None
 
 
 def _first_of_each_part(
