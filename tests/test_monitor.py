@@ -474,15 +474,17 @@ def test_the_batches_of_one_step_are_counted_as_one():
 
 
 @pytest.mark.parametrize(
-    ("shuffle", "has_other", "is_accused"),
-    [(False, False, True), (True, False, False), (False, True, False)],
+    ("shuffle", "of_other", "is_accused"),
+    [(False, 0, True), (True, 0, False), (False, 1, False)],
 )
-def test_the_order_of_the_loader_that_a_loop_draws_from_is_known(shuffle, has_other, is_accused):
-    """With a second loader in use it is unknown which one training draws from."""
+def test_the_order_of_the_loader_that_a_loop_draws_from_is_known(shuffle, of_other, is_accused):
+    """With batches of a second loader in use it is unknown which one training draws from."""
     labels = torch.arange(4).repeat_interleave(128)
     dataset = torch.utils.data.TensorDataset(torch.randn(512, 8), labels)
     loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=shuffle)
-    other = iter(torch.utils.data.DataLoader(dataset, batch_size=64)) if has_other else None
+    other = iter(torch.utils.data.DataLoader(dataset, batch_size=64))
+    for _ in range(of_other):
+        next(other)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = bnguard.watch(model, optimizer=optimizer)

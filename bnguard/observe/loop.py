@@ -375,7 +375,7 @@ def loader_in_use() -> object | None:
     kinds = set(map(type, things))
     of_loaders = {kind for kind in kinds if issubclass(kind, DataLoader)}
     of_batches = {kind for kind in kinds if issubclass(kind, _BaseDataLoaderIter)}
-    drawn = [thing for thing in things if type(thing) in of_batches]
+    drawn = [each for each in things if type(each) in of_batches and vars(each).get("_num_yielded")]
     samplers = {id(getattr(batches, "_index_sampler", None)) for batches in drawn}
     used = [
         thing

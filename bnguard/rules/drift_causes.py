@@ -132,7 +132,7 @@ _MAX_SAMPLES = 11
 # trained with batches of 4 it is 0.8 and more.
 _GROWING_SHARE = 0.5
 
-# A drift that is so many times as large as where it begins has another cause on its way.
+# A drift this many times larger than where it begins has another cause on its way.
 _GROWN = 3.0
 
 # Weight in the average from which a batch of one sample moves it by as much as a drift.
