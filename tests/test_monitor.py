@@ -469,3 +469,29 @@ def test_the_batches_of_one_step_are_counted_as_one():
     assert report.to_dict()["steps"] == 10
     assert report.layers[0].updates_seen == 80
     assert not report.findings
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "of_other", "is_accused"),
+    [(False, 0, True), (True, 0, False), (False, 1, False)],
+)
+def test_the_order_of_the_loader_that_a_loop_draws_from_is_known(shuffle, of_other, is_accused):
+    """With batches of a second loader in use it is unknown which one training draws from."""
+    labels = torch.arange(4).repeat_interleave(128)
+    dataset = torch.utils.data.TensorDataset(torch.randn(512, 8), labels)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=shuffle)
+    other = iter(torch.utils.data.DataLoader(dataset, batch_size=64))
+    for _ in range(of_other):
+        next(other)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = bnguard.watch(model, optimizer=optimizer)
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    del other
+    found = [f for f in monitor.report().findings if f.code == "BN203"]
+    assert [f.message.partition(":")[0] for f in found] == (
+        ["the loader does not shuffle"] if is_accused else []
+    )

@@ -9,10 +9,12 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -37,6 +39,9 @@ class Watching:
         self._folder = folder
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._models: list[_WatchedModel] = []
+        self._copies: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+        self._steps = 0
+        self._next_look = 1
         self._is_watched_by_script = False
         self._obstacle = "no optimizer took a step"
         self._guard = Guard(
@@ -79,6 +84,24 @@ class Watching:
         if optimizer not in self._seen:
             self._seen.add(optimizer)
             self._guard(self._watch, optimizer)
+        self._steps += 1
+        # After 1, 4, 16, … steps: averaging may begin at any time, and to look takes 0.1 s.
+        if self._steps == self._next_look:
+            self._next_look *= 4
+            self._guard(self._watch_followers, optimizer)
+
+    def _watch_followers(self, optimizer: Optimizer) -> None:
+        """Watch copies of the models that something writes to, as an average of weights."""
+        monitors = [model.monitor() for model in self._models]
+        watched = [monitor.model for monitor in monitors if monitor is not None]
+        for copy in find_copies(watched):
+            newest = list(copy.parameters())[-1].detach()
+            if copy not in self._copies:
+                self._copies[copy] = newest.clone()
+            elif not torch.equal(newest, self._copies[copy]):
+                model = _WatchedModel.begin(copy, optimizer, self._folder, len(self._models) + 1)
+                model.name += ", a copy that no optimizer trains"
+                self._models.append(model)
 
     def _watch(self, optimizer: Optimizer) -> None:
         owned = parameters_of(optimizer)
@@ -262,6 +285,30 @@ def find_roots(parameters: set[int]) -> list[nn.Module]:
             missing -= _held(root)
             found.append(root)
     return found
+
+
+def find_copies(models: list[nn.Module]) -> list[nn.Module]:
+    """Return modules alive outside of these models that are built alike and that nothing trains."""
+    things = gc.get_objects()
+    inside = {part for model in models for part in model.modules()}
+    built = {_plan_of(next(filterfalse(is_wrapper, model.modules()), model)) for model in models}
+    kinds = {kind for kind, _ in built}
+    of_optimizers = {kind for kind in set(map(type, things)) if issubclass(kind, Optimizer)}
+    found = [thing for thing in things if type(thing) in kinds and thing not in inside]
+    optimizers = (thing for thing in things if type(thing) in of_optimizers)
+    trained = set().union(
+        *(parameters_of(each) for each in optimizers if "param_groups" in vars(each))
+    )
+    return [
+        module
+        for module in found
+        if "_modules" in vars(module) and _plan_of(module) in built and not _held(module) & trained
+    ]
+
+
+def _plan_of(module: nn.Module) -> tuple[type, tuple[object, ...]]:
+    named = ((name, tuple(values.shape)) for name, values in module.named_parameters())
+    return type(module), tuple(named)
 
 
 def _held(module: nn.Module) -> set[int]:

@@ -28,7 +28,7 @@ from bnguard.observe.layer_description import describe_layers, running_statistic
 from bnguard.observe.model_inputs import Entrance, SampleProbe
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
-from bnguard.observe.training_plan import Plan
+from bnguard.observe.training_plan import Plan, plan_with_order
 from bnguard.observe.training_views import ViewProbe
 from bnguard.observe.unknown_layers import UnknownProbe
 
@@ -112,6 +112,11 @@ class Observer:
     def follow_optimizer(self, optimizer: Optimizer) -> None:
         """Count in an optimizer that trains the model from now on."""
         self._trained_by.follow(optimizer)
+
+    def note_loader(self, loader: object) -> None:
+        """Note the loader that the training loop draws from, unless one was given."""
+        if self._plan.batch_size is None:
+            self._plan = plan_with_order(self._plan, loader)
 
     def step(self, step: int) -> None:
         """Read the buffers after training step number ``step``."""

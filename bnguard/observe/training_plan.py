@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,25 @@ def plan_training(
     )
 
 
+def plan_with_order(plan: Plan, loader: object) -> Plan:
+    """Return a plan with the order of a loader that a loop was found to draw from.
+
+    Its last batch is not planned with: the loop may skip it.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> plan_with_order(Plan(ranks=2), DataLoader(range(65), batch_size=32)).batch_size
+        32
+    """
+    found = plan_training(loader)
+    return dataclasses.replace(
+        plan,
+        batch_size=found.batch_size,
+        label_run=found.label_run,
+        shuffled_label_run=found.shuffled_label_run,
+    )
+
+
 def _length(sampler: object) -> int | None:
     """Return the number of samples that a sampler draws; None if it does not know."""
     try:
@@ -118,7 +138,7 @@ def _labels(dataset: object) -> FloatArray | None:
     if indices is not None and inner is not None:
         labels = _labels(inner)
         return None if labels is None else labels[np.asarray(indices)]
-    for name in ("targets", "labels"):
+    for name in ("targets", "labels", "label", "y"):
         if hasattr(dataset, name):
             return np.asarray(getattr(dataset, name))
     tensors: tuple[object, ...] = getattr(dataset, "tensors", ())

@@ -94,7 +94,7 @@ class CorrelatedBatches(ModelRule):
 
     code: ClassVar[str] = "BN203"
     name: ClassVar[str] = "correlated-batches"
-    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN202", "BN301", "BN302", "BN305")
+    explains: ClassVar[tuple[str, ...]] = ("BN201", "BN202", "BN301", "BN302", "BN305", "BN403")
 
     min_variance_ratio: float = 2.0
     max_excess_std: float = 5.0

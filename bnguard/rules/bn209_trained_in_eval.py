@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
+from bnguard.layers.distances import FORGOTTEN_WEIGHT
 from bnguard.observe.history import LayerHistory, Run
 from bnguard.rules.base import Rule
 from bnguard.rules.measurements import distance_of
@@ -45,7 +46,8 @@ class TrainedInEval(Rule):
         frozen layers and copies that others write to are not judged, unless they are frozen as they
         were built. If the whole model is in eval mode from the first step on, it may be a choice
         too: ``info`` as long as the inputs of the newest evaluation match the statistics as closely
-        as BN301 asks, a ``warning`` once the weights have moved away from them.
+        as BN301 asks, a ``warning`` once the weights have moved away from them, or if more than 5 %
+        of the statistics are still the initial ones.
 
     Evidence:
         Training steps that end with the whole model in eval mode, if more than half of them called
@@ -108,7 +110,7 @@ class TrainedInEval(Rule):
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
                 "normalises nothing",
                 calls,
-                Fix("call model.train() before training"),
+                Fix("load running statistics with the weights, or leave the layer in train mode"),
             )
         elif is_model_in_eval and _is_trained(layer):
             yield self._of_model(layer)
@@ -133,8 +135,10 @@ class TrainedInEval(Rule):
             f"the whole model was in eval mode in all {run.steps} training steps: BN uses fixed "
             "statistics, and dropout is off"
         )
-        if layer.running is not None and layer.running.is_initial:
-            message += "; they are still the initial mean 0 and variance 1"
+        is_initial = layer.running is not None and layer.running.is_initial
+        left = 1.0 if is_initial else layer.initial_weight or 0.0
+        if left > FORGOTTEN_WEIGHT:
+            message += f"; {left:.0%} of them are still the initial mean 0 and variance 1"
             return self._finding(layer, Severity.WARNING, message, evidence, fix)
         distance = distance_of(layer)
         if distance is None or distance.worst is None or not distance.is_beyond:

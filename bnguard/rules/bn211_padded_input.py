@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
-from bnguard.observe.history import LayerHistory
-from bnguard.rules.base import Rule
+from bnguard.observe.history import History, LayerHistory
+from bnguard.rules.base import ModelRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedInput(Rule):
+class PaddedInput(ModelRule):
     """A large and varying part of what BN normalises is padding.
 
     Why it matters:
@@ -65,11 +65,23 @@ class PaddedInput(Rule):
     max_padding_share: float = 0.2
     max_padding_spread: float = 0.1
 
-    def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Compare the share of padding, and how it varies, with the limits."""
-        if layer.evaluated is None:
-            yield self._skipped(layer, "the layer was not seen in eval mode")
-            return
+        for layer in history.layers:
+            if layer.evaluated is None:
+                yield self._skipped(layer, "the layer was not seen in eval mode")
+        seen = [layer for layer in history.layers_in_order if layer.evaluated is not None]
+        for place, layer in enumerate(seen):
+            next_to_it = seen[max(0, place - 1) : place + 2]
+            if place == 0 or sum(map(self._has_padding, next_to_it)) > 1:
+                yield from self._judged(layer)
+
+    def _has_padding(self, layer: LayerHistory) -> bool:
+        seen = layer.evaluated
+        return seen is not None and seen.padding_share > self.max_padding_share / 2
+
+    def _judged(self, layer: LayerHistory) -> Iterator[Finding]:
+        assert layer.evaluated is not None
         share, spread = layer.evaluated.padding_share, layer.evaluated.padding_spread
         if not (share > self.max_padding_share and spread > self.max_padding_spread):
             return

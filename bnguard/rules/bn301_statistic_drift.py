@@ -63,8 +63,9 @@ class StatisticDrift(ExplainedRule):
         batches). Otherwise the newest batches of training decide. If they match evaluation, the
         average is at fault: it lags behind the weights, or holds too few batches (a shift within
         three times its own uncertainty). If not, the cause is dropout before the layer, noisy small
-        batches, other data (at the first layer), or something between the layers that differs in
-        eval mode. Later layers get the cause of the first that drifted.
+        batches (also if they let the drift grow from layer to layer), a batch of one sample, other
+        data (at the first layer), or something between the layers that differs in eval mode. Later
+        layers get the cause of the first that drifted.
 
         The first batches of an evaluation are read, then each whose number doubles. If more than 15
         % of the variance between samples is between them, they do not represent the rest, and it
@@ -92,7 +93,7 @@ class StatisticDrift(ExplainedRule):
 
     code: ClassVar[str] = "BN301"
     name: ClassVar[str] = "statistic-drift"
-    explains: ClassVar[tuple[str, ...]] = ("BN302",)
+    explains: ClassVar[tuple[str, ...]] = ("BN302", "BN403")
 
     max_shift_std: float = DRIFT_LIMITS.max_shift
     max_log_variance_ratio: float = DRIFT_LIMITS.max_ratio
@@ -105,12 +106,14 @@ class StatisticDrift(ExplainedRule):
         drifts: list[Drift] = []
         called, entrance = history.layers_in_order, history.first_trained
         too_early = evaluated_too_early(history, self.max_initial_weight)
+        before: LayerHistory | None = None
         for layer in (*called, *(layer for layer in history.layers if layer not in called)):
             judged = self._judged(layer, too_early.get(layer.name))
             if isinstance(judged, Skipped):
                 yield judged
             elif judged is not None and layer.evaluated is not None and entrance is not None:
-                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance))
+                drifts.append(Drift(layer, layer.evaluated, judged, self._limits, entrance, before))
+            before = layer
         for drift in drifts:
             # A drift of a frozen network in front does not reach one that trains next to it.
             alike = [other for other in drifts if other.is_trained == drift.is_trained]

@@ -142,7 +142,7 @@ _IN_THE_DATA_AND_LEARNT = (
 )
 
 
-_MAKERS = "an overflow, a division, a logarithm, or weights that diverged"
+_MAKERS = "an overflow, a division, a logarithm, or weights that diverged (lower the learning rate)"
 
 
 def _is_aftermath(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> bool:

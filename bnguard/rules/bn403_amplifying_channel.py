@@ -11,7 +11,12 @@ import numpy as np
 from bnguard.findings import Evidence, Finding, Fix, Severity, Skipped
 from bnguard.observe.history import History, LayerHistory
 from bnguard.rules.base import ModelRule
-from bnguard.rules.measurements import evaluated_too_early, is_known_harmless
+from bnguard.rules.measurements import (
+    distance_of,
+    evaluated_too_early,
+    is_known_harmless,
+    is_lasting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,8 @@ class AmplifyingChannel(ModelRule):
     What it does not mean:
         A large gain alone is not a fault: a channel of small scale that a gamma enlarges is fine,
         as with a gain of 1,902 in a published MobileNetV2. Before a bounded activation such as
-        ReLU6 no channel can drown others. It is ``info`` if the mode gap shows no harm.
+        ReLU6 no channel can drown others. It is ``info`` if the mode gap shows no harm, and, where
+        the whole layer drifted, until harm lasts as in BN301, which is then its cause.
 
     Evidence:
         The largest |value - running mean| of the newest evaluation, in running standard deviations.
@@ -111,7 +117,7 @@ class AmplifyingChannel(ModelRule):
         elif seen is not None and seen.largest_normalised_std > self.max_normalised_std:
             yield self._finding(
                 layer,
-                Severity.INFO if _is_harmless(layer) else Severity.WARNING,
+                Severity.INFO if _is_harmless(layer) or _may_pass(layer) else Severity.WARNING,
                 "in eval mode a value is so far from the running mean that "
                 + (
                     "it drowns the other channels"
@@ -173,6 +179,12 @@ def _is_harmless(layer: LayerHistory) -> bool:
     """Return whether the modes agree or, if that is unknown, an activation bounds the value."""
     is_bounded = layer.run.mode_gap is None and layer.bounded_by is not None
     return is_bounded or is_known_harmless(layer.run)
+
+
+def _may_pass(layer: LayerHistory) -> bool:
+    """Return whether the whole layer drifted, which moving weights cause for a while (BN301)."""
+    distance = distance_of(layer)
+    return distance is not None and distance.is_beyond and not is_lasting(layer.run)
 
 
 def _can_drown(layer: LayerHistory) -> np.ndarray:

@@ -23,6 +23,8 @@ from bnguard.rules.measurements import (
     Distance,
     DriftLimits,
     distance_of,
+    is_harmful,
+    is_known,
     is_representative,
     is_sampling,
     jump_of_network,
@@ -44,6 +46,7 @@ class Drift:
         distance: How far those are from the running statistics.
         limits: The limits of the distance.
         first: The layer that was called first, of those that training reached.
+        before: The layer that was called before it, if any.
     """
 
     layer: LayerHistory
@@ -51,6 +54,7 @@ class Drift:
     distance: Distance
     limits: DriftLimits
     first: LayerHistory
+    before: LayerHistory | None
 
     @property
     def is_trained(self) -> bool:
@@ -112,11 +116,36 @@ _CATCH_UP = Fix(
     "learning rate",
     "recalibrate",
 )
+# A larger momentum would make an average of small batches noisier.
+_CATCH_UP_SMALL = Fix(
+    "recalibrate before evaluation (BatchNormRecalibration), or use larger batches or a falling "
+    "learning rate",
+    "recalibrate",
+)
 
 # Spread of the batch means, in σ, from which small batches are noisy if there is a drift: that of
 # 11 independent samples. Without a drift, BN202 reports from 0.42 on.
 _MIN_NOISE_STD = 0.3
 _MAX_SAMPLES = 11
+
+# Share of a drift that the layer before has already if it grows from layer to layer. In networks
+# trained with batches of 4 it is 0.8 and more.
+_GROWING_SHARE = 0.5
+
+# A drift this many times larger than where it begins has another cause on its way.
+_GROWN = 3.0
+
+# Weight in the average from which a batch of one sample moves it by as much as a drift.
+_MIN_WEIGHT = 0.05
+
+# Usual batches for each that holds a single sample, at least: an epoch has one.
+_MIN_USUAL = 8
+
+_SLOWER = Fix(
+    "recalibrate; use larger batches or a smaller learning rate in the next run", "recalibrate"
+)
+
+_LARGER = Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm")
 
 
 @dataclass(frozen=True)
@@ -148,10 +177,12 @@ def cause_of_gap(history: History) -> Cause | None:
     if entrance is None:
         return None
     drifts: list[Drift] = []
+    before: LayerHistory | None = None
     for layer in history.layers_in_order:
         seen, distance = layer.evaluated, distance_of(layer)
         if seen is not None and distance is not None and distance.excess > FITTING_SHARE:
-            drifts.append(Drift(layer, seen, distance, DRIFT_LIMITS, entrance))
+            drifts.append(Drift(layer, seen, distance, DRIFT_LIMITS, entrance, before))
+        before = layer
     worst = max(drifts, key=lambda drift: drift.distance.excess, default=None)
     cause = None if worst is None else cause_of_drift(worst)
     if worst is None or cause is None:
@@ -191,10 +222,18 @@ def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
 
 
 def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
-    """Return why a layer has drifted: the cause at the first that did, which reaches it too."""
+    """Return why a layer has drifted: the cause at the first that did, which reaches it too.
+
+    Unless small batches make a drift much larger on its way.
+    """
     cause = cause_of_drift(first)
     if cause is None or drift is first:
         return cause
+    is_moving = drift.layer.window is not None and drift.layer.window.trend > _MIN_TREND
+    if drift.distance.excess > _GROWN * first.distance.excess and not is_moving:
+        growing = growing_drift(drift)
+        if growing is not None:
+            return growing
     where = first.layer.name or "the layer before"
     return dataclasses.replace(cause, reason=f"which begins at {where}, {cause.reason}")
 
@@ -267,6 +306,23 @@ def changing_network(drift: Drift) -> Cause | None:
     )
 
 
+def single_samples(drift: Drift) -> Cause | None:
+    """Check whether a batch of one sample, as the last of an epoch, entered the average."""
+    layer, counts = drift.layer, drift.layer.values_per_channel
+    typical, samples, momentum = layer.typical_values_per_channel, layer.samples, layer.momentum
+    if not typical or not samples or _is_small(layer) or (momentum or 0.0) < _MIN_WEIGHT:
+        return None
+    batches = counts.get(typical // samples, 0) if typical % samples == 0 else 0
+    if not batches or sum(counts.values()) < batches * _MIN_USUAL:
+        return None
+    return Cause(
+        f"because {counted(batches, 'batch', 'batches')} of {sum(counts.values()):,} held a single "
+        f"sample, as the last of an epoch, and each has the weight {momentum:g} in the average",
+        Fix("use DataLoader(..., drop_last=True), and recalibrate", "recalibrate"),
+        (Evidence("samples in the smallest batch", 1, 2, is_minimum=True),),
+    )
+
+
 def lag(drift: Drift) -> Cause | None:
     """Check whether the weights moved and the average did not follow: the newest batches match."""
     batches = drift.from_batches()
@@ -284,7 +340,7 @@ def lag(drift: Drift) -> Cause | None:
     return Cause(
         "because they lag behind the weights: the newest training batches match evaluation "
         f"({worst.reading}); {span}",
-        _CATCH_UP,
+        _catch_up(drift.layer),
         (worst,),
     )
 
@@ -320,7 +376,7 @@ def moving_weights(drift: Drift) -> Cause | None:
     return Cause(
         "because they lag behind weights that move fast: the means of the newest training batches "
         f"spread {trend:.2g} times as much as from one batch to the next",
-        _CATCH_UP,
+        _catch_up(drift.layer),
         (Evidence("spread, relative to that from batch to batch", trend, _MIN_TREND),),
     )
 
@@ -333,7 +389,7 @@ def small_batches(drift: Drift) -> Cause | None:
     noises = [
         (_noise_std(layer.window), layer)
         for layer in (drift.layer, drift.first)
-        if layer.window is not None and (layer.samples or math.inf) <= _MAX_SAMPLES
+        if layer.window is not None and _is_small(layer)
     ]
     noisy = [known for known in noises if known[0] > _MIN_NOISE_STD]
     if not noisy:
@@ -343,8 +399,26 @@ def small_batches(drift: Drift) -> Cause | None:
     return Cause(
         f"because the mean of a batch of {counted(layer.samples or 0, 'sample')} jumps by "
         f"{noise:.2g} σ{where}, so later layers get other inputs in training than in evaluation",
-        Fix("enlarge or synchronise the batches (SyncBatchNorm), or use GroupNorm"),
+        _LARGER,
         (Evidence("spread of the batch means", noise, _MIN_NOISE_STD, "σ"),),
+    )
+
+
+def growing_drift(drift: Drift) -> Cause | None:
+    """Check whether the drift grows from layer to layer, as what small batches subtract adds up.
+
+    A branch or dropout makes it jump at one layer.
+    """
+    batches, samples = drift.from_batches(), drift.layer.samples or 0
+    if batches is None or batches.worst is None or not _is_small(drift.layer):
+        return None
+    if not _is_growing(drift):
+        return None
+    return Cause(
+        f"because batches of {counted(samples, 'sample')} are small: the drift grows from layer to "
+        "layer, as what each batch subtracts in training reaches the next layers in eval mode",
+        _LARGER,
+        (Evidence("samples per batch", samples, _MAX_SAMPLES + 1, is_minimum=True),),
     )
 
 
@@ -372,18 +446,30 @@ def other_data(drift: Drift) -> Cause | None:
 
 
 def other_path(drift: Drift) -> Cause | None:
-    """Check whether something between the first layer, which matches, and this one differs."""
-    batches = drift.from_batches()
+    """Check whether something between the first layer, which matches, and this one differs.
+
+    If the modes agree on training batches, it is the data.
+    """
+    batches, gap = drift.from_batches(), drift.layer.run.mode_gap_in_training
     if batches is None or batches.worst is None:
         return None
-    return Cause(
-        "because something between this and the earlier BN layers, which match, differs in eval "
-        "mode, or the data differ: evaluation differs from the newest training batches "
-        f"({batches.worst.reading})",
-        Fix("check for dropout and branches on self.training before the layer, then the data"),
-        (batches.worst,),
-        is_vague=True,
-    )
+    far = f"evaluation differs from the newest training batches ({batches.worst.reading})"
+    if gap is not None and is_known(gap) and not is_harmful(gap):
+        why = "the data differ, as by augmentation: the modes agree on training batches"
+        fix = Fix("compare the augmentation and preprocessing of training with evaluation")
+    elif gap is not None and is_harmful(gap) and _is_growing(drift):
+        why = "the drift grows from layer to layer, and the modes differ on training batches too"
+        fix = _SLOWER
+    else:
+        why = (
+            "something between this and the earlier BN layers, which match, differs in eval mode, "
+            "or the data differ, as by augmentation"
+        )
+        fix = Fix(
+            "compare the augmentation of training with evaluation, and check for dropout and "
+            "branches on self.training before the layer"
+        )
+    return Cause(f"because {why}; {far}", fix, (batches.worst,), is_vague=True)
 
 
 # In order: the first decides that nothing is certain, the last is what remains.
@@ -392,11 +478,13 @@ _SIGNS: tuple[Callable[[Drift], Cause | None], ...] = (
     noisy_average,
     initial_values,
     changing_network,
+    single_samples,
     lag,
     dropout,
     moving_weights,
     small_batches,
     unsure_evaluation,
+    growing_drift,
     other_data,
     other_path,
 )
@@ -425,6 +513,22 @@ def _sorted(seen: EvalWindow) -> Cause:
         ),
         is_vague=True,
     )
+
+
+def _is_growing(drift: Drift) -> bool:
+    """Return whether the first layer matches, and the one before has much of the drift already."""
+    before = None if drift.before is None else distance_of(drift.before)
+    if before is None or drift.at_first().distance.excess > FITTING_SHARE:
+        return False
+    return before.excess >= _GROWING_SHARE * drift.distance.excess
+
+
+def _is_small(layer: LayerHistory) -> bool:
+    return (layer.samples or math.inf) <= _MAX_SAMPLES
+
+
+def _catch_up(layer: LayerHistory) -> Fix:
+    return _CATCH_UP_SMALL if _is_small(layer) else _CATCH_UP
 
 
 def _noise_std(window: BatchWindow) -> float:

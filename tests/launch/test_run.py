@@ -185,6 +185,14 @@ def test_each_model_has_its_report(name, run_both, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_healthy", [False, True])
+def test_an_average_of_the_weights_is_watched_as_well(is_healthy, run_both, tmp_path):
+    run_both("follower", *(["healthy"] if is_healthy else []))
+    log = tmp_path / "watched/log"
+    assert [codes(log), codes(log / "Sequential-2")] == [set(), set() if is_healthy else {"BN304"}]
+
+
+@pytest.mark.slow
 def test_ranks_share_one_report(run, tmp_path):
     (tmp_path / "plain").mkdir()
     for plain in on_ranks(2, tmp_path / "plain", SCRIPT, "ddp"):

@@ -162,6 +162,22 @@ def teacher():
     save(model)
 
 
+def follower(kind="faulty"):
+    """An average of the parameters alone, written by hand; healthy: of the buffers too."""
+    model = network(0.1)
+    averaged = copy.deepcopy(model)
+    optimizer = sgd(model)
+    for batch in itertools.chain(loader(), loader()):
+        fit(model, optimizer, [batch])
+        for own, new in zip(averaged.parameters(), model.parameters(), strict=True):
+            own.data.lerp_(new.data, 0.1)
+        if kind == "healthy":
+            for own, new in zip(averaged.buffers(), model.buffers(), strict=True):
+                own.copy_(new)
+    evaluate(averaged)
+    save(model)
+
+
 def ddp():
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo")

@@ -165,6 +165,96 @@ def test_a_drift_after_layers_that_agree_lies_between_them():
     assert "dropout" in drift.fix.summary
 
 
+@pytest.mark.parametrize(
+    ("in_training", "before", "cause", "fix"),
+    [
+        (None, 0.0, "something between .* or the data differ", "augmentation .*, and .* branches"),
+        (0.2, 0.0, "the data differ, as by augmentation", "compare the augmentation"),
+        (2.0, 0.0, "something between .* or the data differ", "augmentation .*, and .* branches"),
+        (2.0, 0.9, "grows from layer to layer, and .* on training batches too", "recalibrate"),
+    ],
+)
+def test_the_modes_on_training_batches_tell_of_the_data(in_training, before, cause, fix):
+    known = None
+    if in_training is not None:
+        known = dataclasses.replace(HARM, relative_change=in_training, flipped_share=0.02)
+    run = Run(steps=100, mode_gap=HARM, mode_gap_in_training=known)
+    means = (0.0, before, 1.1)
+    layers = [
+        drifted(f"{place}", mean=mean, position=place, window=window(), run=run)
+        for place, mean in enumerate(means)
+    ]
+    (drift,), _ = symptoms(*layers)
+    assert re.search(cause, drift.message), drift.message
+    assert re.search(fix, drift.fix.summary)
+
+
+@pytest.mark.parametrize(
+    ("before", "samples", "cause"),
+    [
+        (0.9, 4, "batches of 4 samples are small: the drift grows from layer to layer"),
+        (0.0, 4, "something between this and the earlier"),
+        (0.9, 32, "something between this and the earlier"),
+    ],
+)
+def test_a_drift_that_grows_from_layer_to_layer_is_of_small_batches(before, samples, cause):
+    first = drifted("first", mean=0.0, window=window(), samples=samples)
+    second = drifted("second", mean=before, position=1, window=window(), samples=samples)
+    third = drifted("third", mean=1.1, position=2, window=window(), samples=samples)
+    (drift,), (gap,) = symptoms(first, second, third)
+    assert drift.layer == "third"
+    assert cause in drift.message
+    assert cause in gap.message
+    assert ("GroupNorm" in drift.fix.summary) is ("small" in cause)
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_values_far_from_a_mean_that_drifted_are_a_symptom_of_the_drift(is_settled):
+    """While training goes on, both may pass; a layer that did not drift has a fault of its own."""
+    run = Run(steps=100, mode_gap=HARM, is_settled=is_settled)
+    moved, matching = (drifted(mean=mean, window=window(mean), run=run) for mean in (3.0, 0.0))
+    for layer in (moved, matching):
+        seen = dataclasses.replace(layer.evaluated, largest_normalised_std=500.0)
+        far = dataclasses.replace(layer, evaluated=seen)
+        findings = run_rules(History(layers=(far,), run=run)).findings
+        (value,) = [found for found in findings if found.code == "BN403"]
+        may_pass = layer is moved and not is_settled
+        assert value.severity is (Severity.INFO if may_pass else Severity.WARNING)
+        assert value.cause == ("BN301" if layer is moved and is_settled else None)
+
+
+def test_small_batches_may_make_a_drift_much_larger_on_its_way():
+    means = (0.3, 1.2, 2.4, 4.6)
+    layers = [
+        drifted(f"{place}", mean=mean, position=place, samples=2, window=window(trend=1.0))
+        for place, mean in enumerate(means)
+    ]
+    layers[1] = dataclasses.replace(layers[1], window=window(mean=1.2, trend=5.0))
+    drifts, _ = symptoms(*layers)
+    causes = {drift.layer: "batches of 2 samples are small" in drift.message for drift in drifts}
+    assert causes == {"1": False, "2": False, "3": True}
+    assert "lag behind the weights" in next(f.message for f in drifts if f.layer == "2")
+
+
+@pytest.mark.parametrize("count", [2, 20, 0])
+def test_a_last_batch_of_one_sample_is_told(count):
+    """A network that trains on single samples has another fault."""
+    first = drifted("first", mean=0.0, window=window())
+    counts = {32 * 64: 80, 64: count} if count else {32 * 64: 80}
+    for newest in (window(), window(mean=3.0)):
+        options = {"window": newest, "values_per_channel": counts, "momentum": 0.1}
+        (drift,), _ = symptoms(first, drifted("second", position=1, **options))
+        assert ("2 batches of 82 held a single sample" in drift.message) is (count == 2)
+        assert ("drop_last=True" in drift.fix.summary) is (count == 2)
+
+
+def test_a_larger_momentum_is_no_fix_for_small_batches():
+    (drift,), _ = symptoms(drifted(window=window(mean=3.0), samples=2))
+    assert "lag behind the weights" in drift.message
+    assert "larger batches" in drift.fix.summary
+    assert "momentum" not in drift.fix.summary
+
+
 @pytest.mark.parametrize("noise", [0.4, 0.1, np.nan])
 def test_small_batches_are_told_where_they_enter(noise):
     """What the first layer normalises away in training reaches the second in eval mode."""

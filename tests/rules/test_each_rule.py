@@ -348,3 +348,25 @@ def test_an_averaged_copy_in_eval_mode_is_not_accused_of_being_trained_in_it(is_
     report = monitor.report()
     assert "BN209" not in codes(report, Severity.INFO)
     assert not (is_updated and codes(report))
+
+
+@pytest.mark.parametrize("steps_before", [1, 60])
+def test_bn209_is_no_choice_if_the_statistics_are_those_of_a_network_just_built(steps_before):
+    """As with a validation after the first step, or an image that a generator draws then."""
+    model, (images, labels) = conv_net(), digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    batches = [torch.randperm(1200)[:32] for _ in range(steps_before + 20)]
+    for step, batch in enumerate(batches):
+        if step == steps_before:
+            model.eval()
+            monitor = watched(model, optimizer=optimizer)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    report = monitor.report()
+    found = [finding for finding in report.findings if finding.code == "BN209"]
+    assert {f.severity for f in found} == {Severity.WARNING if steps_before == 1 else Severity.INFO}
+    assert report.findings[0].code == "BN209"
+    if steps_before == 1:
+        assert "90% of them are still the initial mean 0 and variance 1" in found[0].message
+        assert all(f.cause == "BN209" for f in report.findings if f.code == "BN303")

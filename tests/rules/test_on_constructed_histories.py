@@ -200,6 +200,23 @@ def test_bn211_needs_padding_that_varies(share, spread, fires):
     assert bool(found("BN211", layer(evaluated=seen))) is fires
 
 
+@pytest.mark.parametrize("others", [(0.4, 0.3), (0.0, 0.3), (0.3, 0.0), (0.0, 0.0)])
+def test_bn211_needs_padding_that_passes_through_the_network(others):
+    """Dead activations of a network that diverges look like padding at one layer."""
+    shares = (others[0], 0.4, others[1])
+    layers = [
+        layer(name=f"{place}", position=place, evaluated=evaluated(padding_share=share))
+        for place, share in enumerate(shares)
+    ]
+    spread = [
+        dataclasses.replace(each, evaluated=dataclasses.replace(each.evaluated, padding_spread=0.2))
+        for each in layers
+    ]
+    history = History(layers=tuple(spread), run=spread[0].run)
+    accused = {f.layer for f in run_rules(history, [rule_named("BN211")]).findings}
+    assert ("1" in accused) is any(others)
+
+
 def test_bn403_finds_a_negative_variance_and_a_large_gain():
     negative = layer(running=running(var=-1.0))
     assert [f.severity for f in found("BN403", negative)] == [Severity.ERROR]
