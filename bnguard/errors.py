@@ -28,6 +28,10 @@ class CalibrationError(BNGuardError):
     """A recalibration that cannot be done; the model is unchanged."""
 
 
+class LoaderError(CalibrationError):
+    """A loader that raises an exception, or that yields no batches."""
+
+
 class ConfigurationError(BNGuardError, ValueError):
     """An option, a name or a limit that does not exist or does not fit."""
 

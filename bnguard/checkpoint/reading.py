@@ -205,7 +205,12 @@ def find_checkpoints(paths: Iterable[str | Path]) -> tuple[Path, ...]:
     distributed, or saved by transformers) means that one and those in folders below it. A path that
     does not exist, and a folder without checkpoints, is returned as it is: reading it raises the
     error that says what is wrong, and the others are still read.
+
+    Raises:
+        CheckpointError: A path is empty, which would mean the current folder.
     """
+    if "" in (paths := list(paths)):
+        raise CheckpointError("a path is empty: is a variable of the shell not set?")
     found = (checkpoint for path in paths for checkpoint in _expand(str(path)))
     return tuple(dict.fromkeys(found))
 

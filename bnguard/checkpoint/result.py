@@ -197,6 +197,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has several {name!r}: name one of {names}")
         near = nearest_name(name, models)
         hint = f"did you mean {near!r}?" if near else f"it has {', '.join(map(repr, models))}"
+        if [*models] == [""]:
+            hint = "it has a single one, without a name"
         raise CheckpointError(f"{self.path} has no model {name!r} with BN layers: {hint}")
 
     def only(self, name: str) -> Checkpoint:

@@ -7,10 +7,14 @@ path that a checkpoint holds.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from bnguard.checkpoint.result import StoredArguments
-from bnguard.cli.output import failing_as
+from bnguard.cli.output import failing_as, missing_arguments
 from bnguard.cli.stored_arguments import (
     annotations_of,
     as_argument,
@@ -134,6 +138,7 @@ class Factory:
             parser.set_defaults({f"{self.option}.{name}": v for name, v in configured.items()})
             parser.get_defaults()
         self._check_names(parser, given)
+        self._check_untyped({*given, *(f"{self.option}.{name}" for name in configured)})
         objects = dict.fromkeys(unusable, "")
         for name, class_name in self.stored.objects.items():
             if name.partition(".")[0] in known:
@@ -157,6 +162,22 @@ class Factory:
             meant = f"did you mean --{near}? " if near else ""
             listed = ", ".join(f"--{one}" for one in dests) or "no arguments"
             raise ConfigurationError(f"--{name} does not exist: {meant}it takes {listed}")
+
+    def _check_untyped(self, given: Collection[str]) -> None:
+        """Refuse to call without an argument that has no default; jsonargparse passes None.
+
+        It does so for arguments without annotation.
+        """
+        needed = [
+            f"{self.option}.{name}"
+            for name, parameter in inspect.signature(self.build).parameters.items()
+            if parameter.annotation is parameter.empty is parameter.default
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and name not in {**self.stored.values, **self.stored.objects}
+        ]
+        missing = [name for name in needed if not any(_is_part(one, name) for one in given)]
+        if missing:
+            raise ConfigurationError(missing_arguments(missing))
 
     def make(self, values: Namespace) -> object:
         """Call the class or function with the parsed arguments."""
@@ -256,7 +277,7 @@ def _import(path: str, option: str) -> Callable[..., object]:
         folder, module_name = _module_of_file(Path(file), f"--{option} {path}")
     else:
         module_name, _, name = path.replace(":", ".").rpartition(".")
-    if not module_name:
+    if not module_name or path.endswith(".py"):
         raise ConfigurationError(
             f"--{option} {path}: write it as package.module.Name, or file.py:Name"
         )
@@ -264,7 +285,7 @@ def _import(path: str, option: str) -> Callable[..., object]:
     if searched not in sys.path:
         sys.path.insert(0, searched)
     try:
-        with failing_as(f"--{option} {path}: the import"):
+        with failing_as(f"--{option} {path}: the import"), _without_usage():
             module = importlib.import_module(module_name)
     except ConfigurationError as error:
         if isinstance(error.__cause__, SystemExit):
@@ -288,10 +309,11 @@ def _import(path: str, option: str) -> Callable[..., object]:
         raise ConfigurationError(
             f"--{option} {path}: {module_name} has no class or function {name!r}: {hint}"
         )
-    if _is_ready(found):
+    # What a partial object calls, jsonargparse does not see.
+    if isinstance(found, partial) or _is_ready(found):
 
         def ready() -> object:
-            return found
+            return found() if isinstance(found, partial) else found
 
         ready.__module__, ready.__qualname__ = module_name, name
         return ready
@@ -300,7 +322,24 @@ def _import(path: str, option: str) -> Callable[..., object]:
             f"--{option} {path} is a {type(found).__name__}: name a class, or a function that "
             "returns it"
         )
+    try:
+        inspect.signature(found)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--{option} {path} does not tell its arguments: name a function that calls it"
+        ) from error
     return found
+
+
+@contextmanager
+def _without_usage() -> Iterator[None]:
+    """Keep argparse from printing the usage of a script that parses arguments when imported."""
+    printed = argparse.ArgumentParser._print_message
+    argparse.ArgumentParser._print_message = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser._print_message = printed  # type: ignore[method-assign]
 
 
 def _is_ready(found: object) -> bool:

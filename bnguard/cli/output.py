@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter, _ActionsContainer
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -22,7 +22,22 @@ if TYPE_CHECKING:
 
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)":?\s*')
-_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(\w+)'>)\. Got value: ")
+# jsonargparse's types of numbers, and how it refuses a value.
+_NUMBERS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number, 0 or more",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number, 0 or more",
+    "OpenUnitInterval": "a number between 0 and 1",
+}
+_NOT_OF_TYPE = re.compile(
+    rf"Not of type ({'|'.join(_NUMBERS)}): (?:.*: )?(.+?)(?: does not conform to .*)?$"
+)
+_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|(\w+))\. Got value: ")
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes .*?\[(.+)\] Errors: .* Given value: "
+)
+_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 _REQUIRED = re.compile(r"the following arguments are required: (\w+\..*)")
 
 
@@ -68,6 +83,10 @@ def in_a_line(error: ArgumentError) -> str:
     '--dry-run: no bool'
     >>> in_a_line(ArgumentError(None, "Expected a typing.Literal['train', 'val']. Got value: vel"))
     "use one of 'train', 'val', not vel"
+    >>> in_a_line(ArgumentError(None, "Not of type PositiveInt: 0 does not conform to ..."))
+    'use a whole number above 0, not 0'
+    >>> in_a_line(ArgumentError(None, "Expected a <class 'list'>. Got value: 3"))
+    'use list, not 3'
     >>> in_a_line(ArgumentError(None, "the following arguments are required: paths"))
     'the following arguments are required: paths'
     >>> in_a_line(ArgumentError(None, "the following arguments are required: model.config"))
@@ -80,10 +99,18 @@ def in_a_line(error: ArgumentError) -> str:
 
     text = " ".join(str(error).split())
     if found := _REQUIRED.fullmatch(text):
-        names = ", ".join(f"--{name}" for name in found[1].split(", "))
-        return f"missing: {names}; pass it, or name a function that needs no arguments"
+        return missing_arguments(found[1].split(", "))
+    text = _CLASS.sub(r"\1", text).replace("NoneType", "None")
+    text = _UNION.sub(lambda found: f"use one of {found[1]}, not ", text)
+    text = _NOT_OF_TYPE.sub(lambda found: f"use {_NUMBERS[found[1]]}, not {found[2]}", text)
     text = _EXPECTED.sub(lambda found: f"use {found[2] or f'one of {found[1]}'}, not ", text)
     return _KEY.sub(as_typed, text)
+
+
+def missing_arguments(names: Iterable[str]) -> str:
+    """Return the message of arguments of a class or function that are missing."""
+    listed = ", ".join(f"--{name}" for name in names)
+    return f"missing: {listed}; pass it, or name a function that needs no arguments"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from bnguard.checkpoint.reading import checkpoint_at, load_model, open_checkpoin
 from bnguard.cli.model_and_data import Data, Factory, find_config, find_factory, read_config
 from bnguard.cli.output import add_json_option, command_parser
 from bnguard.cli.stored_arguments import arguments_for
-from bnguard.errors import CheckpointError, ConfigurationError, path_from_here
+from bnguard.errors import CheckpointError, ConfigurationError, nearest_name, path_from_here
 from bnguard.layers.names import without_wrappers
 
 if TYPE_CHECKING:
@@ -184,8 +184,10 @@ def run_request(
 def _read_request(
     parser: ArgumentParser, arguments: list[str], sections: Sequence[str], files: ExitStack
 ) -> Request:
-    known = parser._option_string_actions.items()
-    positional, options = split_arguments(arguments, {typed for typed, a in known if a.nargs == 0})
+    known = parser._option_string_actions
+    flags = {typed for typed, action in known.items() if action.nargs == 0}
+    positional, options = split_arguments(arguments, flags)
+    _check_options(parser.prog, options, known, sections)
     if not positional:
         raise ConfigurationError(f"the checkpoint is missing: {parser.prog} CKPT --model …")
     source = checkpoint_at(Path(positional[0]))
@@ -224,6 +226,20 @@ def _read_request(
     notes = [f"arguments from {path_from_here(path)}" for path in sorted(configs)]
     values = parser.parse_args([*rest, "--", *positional])
     return Request(checkpoint, opened, factories, states, values, options, notes)
+
+
+def _check_options(
+    program: str, options: Iterable[Option], known: Iterable[str], sections: Sequence[str]
+) -> None:
+    """Refuse an option that is none, whose value would be taken for a checkpoint."""
+    for option in options:
+        typed = option.words[0].partition("=")[0]
+        is_of_section = option.name.partition(".")[0] in (*sections, "config")
+        if is_of_section or any(name.startswith(typed) for name in known):
+            continue
+        near = nearest_name(option.name, (name.lstrip("-") for name in known))
+        hint = f"did you mean --{near}?" if near else f"'{program} --help' lists the options"
+        raise ConfigurationError(f"{typed} does not exist: {hint}")
 
 
 def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None) -> CheckpointModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -48,7 +48,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--to", type=str, default="group", help=_TARGETS)
     parser.add_argument(
         "--groups",
-        type=Optional[PositiveInt],  # noqa: UP045 - PositiveInt is not a type to join with |
+        type=PositiveInt,
         help="groups of a layer, at most; by default those that fit each layer best",
     )
     parser.add_argument("--exclude", type=list[str], default=[], help="layers to keep as they are")

@@ -297,10 +297,18 @@ def explain_missing_layers(model: nn.Module) -> str:
     >>> explain_missing_layers(MyBatchNorm())[:45]
     'MyBatchNorm has no BN layers that bnguard kno'
     """
+    maker = None
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        maker = "compiled by TorchScript"
+    # A graph made of functions keeps the statistics as buffers, which torch.fx leaves in layers.
+    elif isinstance(model, torch.fx.GraphModule) and "running_mean" in {
+        name.rpartition(".")[2] for name, _ in model.named_buffers()
+    }:
+        maker = "made by torch.export"
+    if maker is not None:
         return (
-            f"{type(model).__name__} was compiled by TorchScript, whose layers cannot be read, "
-            "so give the module that it was made from"
+            f"{type(model).__name__} was {maker}, whose layers cannot be read, so give the module "
+            "that it was made from"
         )
     kinds = (type(module).__name__ for module in model.modules())
     unknown = next((kind for kind in kinds if "batchnorm" in kind.lower()), None)

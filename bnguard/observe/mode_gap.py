@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.layers.moments import wide
 
@@ -108,19 +109,33 @@ def flipped_share(
 
 
 def float_tensors(output: object) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in an output, also inside containers and dataclasses."""
+    """Yield the floating-point tensors in an output, also in containers and in attributes.
+
+    Example:
+        >>> import types
+        >>> [t.shape for t in float_tensors([types.SimpleNamespace(scores=torch.zeros(2, 3))])]
+        [torch.Size([2, 3])]
+    """
+    yield from _float_tensors(output, set())
+
+
+def _float_tensors(output: object, seen: set[int]) -> Iterator[Tensor]:
+    values: Iterable[object] = ()
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from float_tensors(value)
+        values = output.values()
     elif isinstance(output, (list, tuple, set)):
-        for value in output:
-            yield from float_tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from float_tensors(getattr(output, field.name))
+        values = output
+    elif not isinstance(output, (type, ModuleType, nn.Module)) and id(output) not in seen:
+        # An object may lead back to itself.
+        seen.add(id(output))
+        slots = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
+        names = [field.name for field in slots] or list(getattr(output, "__dict__", {}))
+        values = [getattr(output, name, None) for name in names]
+    for value in values:
+        yield from _float_tensors(value, seen)
 
 
 def places_of_rows(returned: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[int]:

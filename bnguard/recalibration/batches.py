@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from bnguard.errors import CalibrationError, in_one_line
+from bnguard.errors import CalibrationError, LoaderError, in_one_line
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], object]
@@ -56,12 +56,11 @@ class Batch:
         """Whether every tensor has a row per sample, and none is sparse or links the others."""
         tensors = list(self.tensors())
         lists_samples = any(map(_lists_samples, (*self.args, *self.kwargs.values())))
-        has_rows = all(
-            t.layout is torch.strided and t.dim() > 0 and len(t) == self.size for t in tensors
-        )
+        has_rows = all(is_dense(t) and t.dim() > 0 and len(t) == self.size for t in tensors)
+        if not tensors or not has_rows or lists_samples:
+            return False
         # A square matrix next to other rows links them, as the nodes of a graph.
-        has_links = len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) > 1
-        return bool(tensors) and has_rows and not has_links and not lists_samples
+        return len({t.shape == (self.size, self.size) for t in tensors if t.dim() > 1}) < 2
 
     @cached_property
     def layout(self) -> Hashable:
@@ -145,7 +144,13 @@ def read_batches(
         if batch.size > left and batch.can_be_cut:
             batch = batch.rows(0, left)
         if batch.size > 0:
-            yield batch.to(device)
+            try:
+                moved = batch.to(device)
+            except Exception as error:
+                raise LoaderError(
+                    f"batch {index} of the loader cannot be moved to {device}: {in_one_line(error)}"
+                ) from error
+            yield moved
         left -= batch.size
         if left <= 0:
             return
@@ -227,42 +232,48 @@ def call(model: nn.Module, forward: Forward | None, batch: Batch) -> object:
             raise CalibrationError(
                 f"out of memory at batch {batch.index}: use fewer samples, or less memory"
             ) from error
-        hint = "" if forward else "; if the model takes more, wrap it, or pass a forward function"
         raise CalibrationError(
-            f"the forward failed at batch {batch.index}: {in_one_line(error)}{hint}"
+            f"the forward failed at batch {batch.index}: {in_one_line(error)}"
+            f"{_hint_at(error, forward)}"
         ) from error
+
+
+def _hint_at(error: Exception, forward: Forward | None) -> str:
+    """Return what may help against an error of the forward."""
+    # A layer without running statistics is the only one that asks for this in eval mode.
+    if "more than 1 value per channel" in str(error):
+        return "; let the loader drop a last batch of one (drop_last=True)"
+    return "" if forward else "; if the model takes more, wrap it, or pass a forward function"
 
 
 def _read_loader(loader: Iterable[object]) -> Iterator[object]:
     kind = type(loader)
     if isinstance(loader, Tensor):
-        raise CalibrationError(
+        raise LoaderError(
             f"the loader is a tensor of shape {tuple(loader.shape)}, each row of which would be a "
             "batch: pass loader.split(32)"
         )
     if isinstance(loader, Dataset) and not hasattr(kind, "__iter__"):
-        raise CalibrationError(
+        raise LoaderError(
             f"the loader is a {kind.__name__}, which yields samples and not batches: pass "
             "torch.utils.data.DataLoader(loader, batch_size=32)"
         )
     if _is_one_batch(loader):
-        raise CalibrationError(
+        raise LoaderError(
             f"the loader is a {kind.__name__} of tensors of different kinds, one batch by the look "
             "of it: pass a list of batches, [loader]"
         )
     if isinstance(loader, (str, Mapping)) or not (
         hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
     ):
-        raise CalibrationError(f"the loader is of type {kind.__name__}, and yields no batches")
+        raise LoaderError(f"the loader is of type {kind.__name__}, and yields no batches")
     count = 0
     try:
         for payload in loader:
             yield payload
             count += 1
     except Exception as error:
-        raise CalibrationError(
-            f"the loader failed at batch {count}: {in_one_line(error)}"
-        ) from error
+        raise LoaderError(f"the loader failed at batch {count}: {in_one_line(error)}") from error
 
 
 def _is_one_batch(loader: object) -> bool:
@@ -310,7 +321,7 @@ def _select_entries(model: nn.Module, payload: Mapping[str, object]) -> dict[str
 def _size_of(payload: object) -> int | None:
     """Return the length of the first tensor or list of samples, if any."""
     if isinstance(payload, Tensor):
-        return len(payload) if payload.dim() else None
+        return payload.size(0) if payload.dim() else None
     entries = _entries(payload)
     return len(entries) if _is_list_of_samples(payload) else _first(map(_size_of, entries.values()))
 
@@ -349,9 +360,15 @@ def _first(sizes: Iterable[int | None]) -> int | None:
     return next((size for size in sizes if size is not None), None)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether each row has the same shape, and all of its values are stored."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _is_image(value: object) -> bool:
     return (
         isinstance(value, Tensor)
+        and is_dense(value)
         and value.dim() == _IMAGE_DIMS
         and value.shape[0] in _IMAGE_CHANNELS
     )

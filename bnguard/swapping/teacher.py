@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.distributed import Ranks
-from bnguard.errors import CalibrationError
+from bnguard.errors import CalibrationError, LoaderError
 from bnguard.layers.bn_layer import BatchNormLayer, device_of, find_layers
 from bnguard.layers.moments import values_per_channel
 from bnguard.layers.names import layer_label
@@ -153,6 +153,8 @@ def _choose_mode(
         found = recalibrate(
             teacher, data, samples=_SAMPLES_TO_CHECK, forward=forward, progress=False
         )
+    except LoaderError:
+        raise
     except CalibrationError as error:
         return (f"the running statistics of the teacher could not be checked: {error}",)
     finally:

@@ -19,6 +19,7 @@ from bnguard.recalibration.batches import (
     Batch,
     Forward,
     can_be_joined,
+    is_dense,
     join_batches,
     read_batches,
     shuffle_indices,
@@ -96,7 +97,7 @@ class Samples:
         if size is not None and self.must_be_joined(size) and self.whole is None:
             return None
         inputs = [
-            next((t for t in batch.tensors() if t.is_floating_point() and t.dim() > 1), None)
+            next((t for t in batch.tensors() if _has_rows_of_numbers(t)), None)
             for batch in (self.batches if size is None else self.of_size(size))
         ]
         parts = [
@@ -170,14 +171,14 @@ def copy_batch(batch: Batch) -> Batch:
     All objects in it are copied, and not only tensors as by :meth:`Batch.copied`.
     """
     inputs = (batch.args, batch.kwargs)
-    # A deep copy fails on compressed sparse tensors.
-    compressed = {
-        id(leaf): leaf.clone()
-        for leaf in tree_leaves(inputs)
-        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo)
-    }
-    args, kwargs = copy.deepcopy(inputs, compressed)
+    # A deep copy fails on nested and compressed sparse tensors, and on those with a history.
+    clones = {id(leaf): leaf.clone() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    args, kwargs = copy.deepcopy(inputs, clones)
     return Batch(batch.index, args, kwargs, batch.size)
+
+
+def _has_rows_of_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and is_dense(tensor) and tensor.dim() > 1
 
 
 def _cut(batch: Batch, size: int) -> Iterator[Batch]:

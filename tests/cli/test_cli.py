@@ -170,6 +170,9 @@ def test_an_unusable_checkpoint_is_one_clear_line(make, command, tmp_path):
         ((*DEMO[:2], "--data", "bnguard.demo.__doc__"), "is a str: name a class, or a function"),
         ((*DEMO, "--config", "none.yaml"), "none.yaml cannot be read"),
         (("--model", "torch.nn.Flatten", *DEMO[2:]), "does not fit Flatten"),
+        ((*DEMO, "--smaples", "9"), "--smaples does not exist: did you mean --samples?"),
+        ((*DEMO, "--samples", "-1"), "--samples: use a whole number above 0, not -1"),
+        (("--model", "mine.py", *DEMO[2:]), "write it as package.module.Name, or file.py:Name"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -187,10 +190,17 @@ def test_an_empty_loader_and_a_raising_one_are_one_clear_line(checkpoint, of_dem
         "def empty():\n    return []\n\ndef broken():\n    raise OSError('disk on fire')\n"
     )
     (folder / "parses.py").write_text("import sys\n\nsys.exit()\n")
+    (folder / "argued.py").write_text(
+        "import argparse\n\nparser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--lr', required=True)\nparser.parse_args([])\n"
+    )
+    (folder / "untyped.py").write_text("def data(folder, size=3):\n    return []\n")
     for data, message in (
         ("mine:empty", "empty"),
         ("mine:broken", "disk on fire"),
         ("parses:train", "move that under if __name__ == '__main__'"),
+        ("argued:train", "move that under if __name__ == '__main__'"),
+        ("untyped:data", "missing: --data.folder; pass it"),
     ):
         done = bnguard(folder, "recalibrate", checkpoint, *of_demo[:2], "--data", data)
         assert message in is_one_line_error(done)
@@ -202,10 +212,12 @@ def test_a_model_and_a_loader_that_are_made_already_are_named_as_they_are(checkp
         "import torch\nfrom bnguard.demo import DigitsNet\n\n"
         "MODEL = DigitsNet()\nBATCHES = [torch.rand(4, 1, 8, 8) for _ in range(8)]\n"
         "LOADER = torch.utils.data.DataLoader(torch.rand(32, 1, 8, 8), batch_size=8)\n"
+        "from functools import partial\nMAKE = partial(list, BATCHES)\n"
     )
     for model, data in (
         (of_demo[1], "mine.LOADER"),
         (of_demo[1], "mine:BATCHES"),
+        (of_demo[1], "mine:MAKE"),
         ("mine.MODEL", "mine.LOADER"),
     ):
         options = ("--model", model, "--data", data, "--force")
@@ -215,6 +227,11 @@ def test_a_model_and_a_loader_that_are_made_already_are_named_as_they_are(checkp
         checkpoint.parent, "recalibrate", checkpoint, *of_demo[:2], "--data", "mine.torch"
     )
     assert "is a module: name a class, or a function" in is_one_line_error(done)
+
+
+def test_an_empty_path_is_not_the_current_folder(checkpoint):
+    line = is_one_line_error(bnguard(checkpoint.parent, "inspect", ""))
+    assert "a path is empty: is a variable of the shell not set?" in line
 
 
 def test_a_loader_of_length_one_is_enough(checkpoint, of_demo):

@@ -391,3 +391,20 @@ def test_random_numbers_in_eval_mode_do_not_make_rows_dependent():
     gap = measured(model, torch.randn(64, 4))
     assert gap.samples == 64
     assert gap.sampling_change > 0.1
+
+
+class Result:
+    """An output of a class of its own, that leads back to itself."""
+
+    def __init__(self, scores):
+        self.scores, self.whole, self.kind = scores, self, Result
+
+
+def test_outputs_in_objects_of_any_class_are_found():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return [Result(super().forward(x))]
+
+    x, model = torch.randn(64, 1, 8, 8), spoilt_net().eval()
+    expected = measured(model, x)
+    assert measured(Net(*model).eval(), x).relative_change == expected.relative_change

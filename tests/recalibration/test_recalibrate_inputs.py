@@ -393,3 +393,47 @@ def test_an_error_of_a_worker_says_what_it_was():
     loader = DataLoader(Broken(), batch_size=4, num_workers=1)
     with pytest.raises(CalibrationError, match=r"^the loader failed at batch 0: OSError: disk is"):
         bnguard.recalibrate(net(), loader)
+
+
+@pytest.mark.filterwarnings("ignore:isinstance.treespec:FutureWarning")
+@pytest.mark.parametrize("call", [bnguard.recalibrate, bnguard.diagnose])
+def test_an_exported_graph_cannot_be_read(call):
+    x = torch.randn(30, 4)
+    graph = torch.export.export(net(), (x,)).module()
+    with pytest.raises(CalibrationError, match=r"made by torch\.export, whose layers cannot be"):
+        call(graph, [x])
+    call(torch.fx.symbolic_trace(net()), [x])
+
+
+class Padded(nn.Module):
+    """Takes a nested tensor, the first position of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, rows):
+        return self.net(torch.nested.to_padded_tensor(rows, 0.0)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    rows = [torch.randn(3 + index % 2, 4) for index in range(40)]
+    batches = [torch.nested.nested_tensor(part, layout=layout) for part in (rows[:20], rows[20:])]
+    model = Padded()
+    bnguard.recalibrate(model, batches)
+    check(model.net, model.net, torch.stack([row[0] for row in rows]))
+    assert bnguard.diagnose(model, batches).samples == 40
+
+
+@pytest.mark.parametrize("call", [bnguard.recalibrate, bnguard.diagnose])
+def test_batches_that_cannot_be_moved_are_said(call):
+    with pytest.raises(CalibrationError, match="batch 1 of the loader cannot be moved to cpu"):
+        call(net(), [torch.randn(30, 4), torch.randn(30, 4, device="meta")])
+
+
+def test_a_last_batch_of_one_that_no_layer_takes_is_for_drop_last():
+    model = net().append(nn.BatchNorm1d(6, track_running_stats=False))
+    with pytest.raises(CalibrationError, match=r"more than 1 value.* \(drop_last=True\)$"):
+        bnguard.recalibrate(model, torch.randn(33, 4).split(32), method="precise")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnguard.errors import BNGuardError, ConfigurationError
+from bnguard.errors import BNGuardError, ConfigurationError, LoaderError
 from bnguard.observe.mode_gap import float_tensors, relative_change
 from bnguard.swapping import distillation
 from bnguard.swapping.api import swap
@@ -242,6 +242,17 @@ def test_statistics_that_few_samples_cannot_judge_are_left_as_they_are(trained):
     assert swap(model, "group", teacher_data=few, steps=1, progress=False).notes == ()
     single = swap(model, "group", teacher_data=[batches[0][:1]], steps=1, progress=False)
     assert "statistics of the teacher could not be checked" in single.notes[0]
+
+
+def test_a_loader_that_fails_is_not_taken_for_one_that_ends(trained):
+    model, batches, _ = trained
+
+    def fail_at_second():
+        yield batches[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(LoaderError, match="failed at batch 1: OSError: the disk is gone"):
+        swap(model, "group", teacher_data=fail_at_second(), steps=1, progress=False)
 
 
 def test_a_generator_is_checked_and_measured_as_a_loader_is(trained):

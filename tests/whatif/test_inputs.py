@@ -310,3 +310,8 @@ class Transposed(nn.Module):
 class Pooled(nn.Module):
     def forward(self, x):
         return x.mean(2)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, nn.Linear(4, 4)])
+def test_sparse_batches_and_those_of_another_network(change):
+    assert bnguard.diagnose(net(), [change(part) for part in X.split(10)]).samples == len(X)
