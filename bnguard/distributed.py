@@ -65,11 +65,11 @@ class Exchange:
             return merge(alone)
         if self.rank > 0:
             self._put(f"{self._round}/{self.rank}", mine)
-            results = self._taken(f"{self._round}/0", 0)
+            results = self._take(f"{self._round}/0", 0)
             return results[0] if results else merge(alone)
         brought = [mine]
         for rank in range(1, self.size):
-            brought += self._taken(f"{self._round}/{rank}", rank) or [None]
+            brought += self._take(f"{self._round}/{rank}", rank) or [None]
         result = merge(brought)
         # Who came to this round has read the result of the last.
         self._delete(self._laid_out)
@@ -91,7 +91,7 @@ class Exchange:
         self._set(key, str(len(parts)).encode())
         return [key, *parts]
 
-    def _taken(self, key: str, rank: int) -> list[Any]:
+    def _take(self, key: str, rank: int) -> list[Any]:
         """Return what a rank has published, or nothing if the rank is gone."""
         # Whoever holds the store may have ended.
         with contextlib.suppress(RuntimeError):

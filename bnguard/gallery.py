@@ -112,7 +112,7 @@ def _perceptron() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(32, 10))
 
 
-def _shuffled(size: int) -> Sequence[Tensor]:
+def _shuffle(size: int) -> Sequence[Tensor]:
     """Return the indices of an epoch's batches."""
     return torch.split(torch.randperm(_TRAINED), size)
 
@@ -121,7 +121,7 @@ def _train(
     model: nn.Module,
     images: Tensor | None = None,
     *,
-    batches: Callable[[], Iterable[Tensor]] = lambda: _shuffled(32),
+    batches: Callable[[], Iterable[Tensor]] = lambda: _shuffle(32),
     loss: Callable[[Tensor], Tensor] | None = None,
     lr: float = 0.05,
 ) -> Run:
@@ -172,17 +172,17 @@ def _accuracy(model: nn.Module, images: Tensor) -> float:
     return (scores.argmax(1) == _digits().labels[_TRAINED:]).double().mean().item()
 
 
-def _recalibrated(run: Run, images: Tensor) -> float:
+def _recalibrate(run: Run, images: Tensor) -> float:
     """Recalibrate on the first 1,200 images and return the accuracy on the others."""
     recalibrate(run.model, torch.split(images[:_TRAINED], 128), progress=False)
     return _accuracy(run.model, images)
 
 
 def _train_on_pairs(model: nn.Module) -> Run:
-    return _train(model, batches=lambda: _shuffled(2)[:250], lr=0.01)
+    return _train(model, batches=lambda: _shuffle(2)[:250], lr=0.01)
 
 
-def _sorted_by_class() -> Iterable[Tensor]:
+def _sort_by_class() -> Iterable[Tensor]:
     return torch.split(_digits().labels[:_TRAINED].argsort(stable=True), 32)
 
 
@@ -194,7 +194,7 @@ def _with_a_nan() -> Tensor:
 
 def _finite() -> Iterable[Tensor]:
     """Return the batches that hold no NaN."""
-    return (batch for batch in _shuffled(32) if _with_a_nan()[batch].isfinite().all())
+    return (batch for batch in _shuffle(32) if _with_a_nan()[batch].isfinite().all())
 
 
 class _FrozenBackbone(nn.Sequential):
@@ -271,7 +271,7 @@ def _train_on_padded(model: nn.Module) -> Run:
     is_long = torch.rand(len(images), 1, 1, generator=generator) < 0.1
     valid = (is_long | (torch.arange(128) < 8)).float()
     sequences = torch.cat([images * valid, valid], 1)
-    return _train(model, sequences, batches=lambda: _shuffled(8))
+    return _train(model, sequences, batches=lambda: _shuffle(8))
 
 
 def _brighter_camera() -> Tensor:
@@ -308,8 +308,8 @@ FAULTS: Mapping[str, Fault] = {
         sentence="Take over TensorFlow's decay of 0.999 as a momentum of 0.001",
         code="BN303",
         repair="bnguard.recalibrate(model, train_loader)",
-        train=lambda: _train(_network(momentum=0.001), batches=lambda: _shuffled(64), lr=0.01),
-        accuracy_after=lambda run: _recalibrated(run, _digits().images),
+        train=lambda: _train(_network(momentum=0.001), batches=lambda: _shuffle(64), lr=0.01),
+        accuracy_after=lambda run: _recalibrate(run, _digits().images),
     ),
     "frozen-backbone": Fault(
         sentence="Freeze a backbone by requires_grad alone, and train a second head for it",
@@ -329,7 +329,7 @@ FAULTS: Mapping[str, Fault] = {
         sentence="Train on images sorted by class",
         code="BN203",
         repair="DataLoader(..., shuffle=True)",
-        train=lambda: _train(_network(), batches=_sorted_by_class),
+        train=lambda: _train(_network(), batches=_sort_by_class),
         accuracy_after=lambda run: _train(_network()).accuracy,
     ),
     "two-streams": Fault(
@@ -353,6 +353,6 @@ FAULTS: Mapping[str, Fault] = {
         code="BN305",
         repair="bnguard.recalibrate(model, images_of_the_brighter_camera)",
         train=_train_for_brighter_camera,
-        accuracy_after=lambda run: _recalibrated(run, _brighter_camera()),
+        accuracy_after=lambda run: _recalibrate(run, _brighter_camera()),
     ),
 }

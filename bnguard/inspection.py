@@ -113,7 +113,7 @@ def inspect_checkpoint(
         raise kind(f"{checkpoint.path}: nothing to inspect: {why}")
     has_several = len(checkpoint.models) > 1
     run = Run(stored_steps=checkpoint.global_step)
-    recalibrated = _recalibrated_keys(checkpoint.provenance)
+    recalibrated = _find_recalibrated(checkpoint.provenance)
     layers = [
         dataclasses.replace(
             _layer_of_checkpoint(checkpoint, layer),
@@ -132,7 +132,7 @@ def inspect_checkpoint(
 _METHODS = ("exact", "precise", "adapt")
 
 
-def _recalibrated_keys(provenance: Mapping[str, object] | None) -> set[str]:
+def _find_recalibrated(provenance: Mapping[str, object] | None) -> set[str]:
     """Return the entries that a recalibration computed without those from before."""
     keys: set[str] = set()
     while isinstance(provenance, Mapping):

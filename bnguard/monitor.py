@@ -24,7 +24,7 @@ from bnguard.findings import Finding, FindingGroup, Severity, above_bars, one_li
 from bnguard.layers.bn_layer import explain_missing_layers, require_module
 from bnguard.observe.budget import Budget, own_time
 from bnguard.observe.history import BatchWindow, History, Run
-from bnguard.observe.hooks import paused
+from bnguard.observe.hooks import pause_hooks
 from bnguard.observe.loop import LoopProbe, NoticedEvaluations, loader_in_use
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
@@ -242,7 +242,7 @@ class Monitor:
             plan=plan,
             restore_poisoned=restore_poisoned,
             on_batch_of_one=self._announce_batch_of_one,
-            views=None if views is None else ViewProbe(model, views, self._paused),
+            views=None if views is None else ViewProbe(model, views, self._pause),
         )
         self._budget = Budget(
             step_share=0.0 if restore_poisoned else max_overhead / 2,
@@ -350,7 +350,7 @@ class Monitor:
     def _watch_evaluation(self) -> Iterator[bool]:
         """Read an evaluation, or pass it over if the one before cost too much; yield which."""
         observer, observed = self._observer, ExitStack()
-        with own_time, paused(self._loop.hooks):
+        with own_time, pause_hooks(self._loop.hooks):
             is_read = self._budget.reads_evaluation(observer.steps)
             if is_read:
                 self._checked = None
@@ -362,7 +362,7 @@ class Monitor:
             self._guard(observed.__exit__, type(error), error, error.__traceback__)
             raise
         with own_time:
-            with paused(self._loop.hooks):
+            with pause_hooks(self._loop.hooks):
                 self._guard(observed.close)
             if is_read:
                 # Exchanging weights may go on: update_bn begins with a reset.
@@ -423,15 +423,15 @@ class Monitor:
             self._is_evaluating = False
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _pause(self) -> Iterator[None]:
         """Ignore what runs inside: a repair, which is neither training nor evaluation.
 
         Training goes on from the running statistics that it leaves behind.
         """
         observer = ExitStack()
-        self._guard(observer.enter_context, self._observer.paused())
+        self._guard(observer.enter_context, self._observer.pause())
         try:
-            with paused(self._loop.hooks):
+            with pause_hooks(self._loop.hooks):
                 yield
         finally:
             self._checked = None

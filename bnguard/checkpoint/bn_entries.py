@@ -70,14 +70,14 @@ def describe(checkpoint: OpenCheckpoint) -> Checkpoint:
         format=checkpoint.format,
         models=tuple(models),
         is_lightning=checkpoint.is_lightning,
-        hyper_parameters=_stored_arguments(root, "hyper_parameters", "hparams_name"),
-        data_hyper_parameters=_stored_arguments(
+        hyper_parameters=_read_arguments(root, "hyper_parameters", "hparams_name"),
+        data_hyper_parameters=_read_arguments(
             root, "datamodule_hyper_parameters", "datamodule_hparams_name"
         ),
-        momenta=_numbers(_noted(root, "momentum")),
-        eps={name: e for name, e in _numbers(_noted(root, "eps")).items() if e is not None},
-        reported=tuple(_findings(_noted(root, "findings"))),
-        monitored=_monitored(root),
+        momenta=_numbers(_read_note(root, "momentum")),
+        eps={name: e for name, e in _numbers(_read_note(root, "eps")).items() if e is not None},
+        reported=tuple(_findings(_read_note(root, "findings"))),
+        monitored=_read_monitored(root),
         global_step=_count(root.get("global_step")),
         epoch=_count(root.get("epoch")),
         provenance=checkpoint.provenance,
@@ -275,7 +275,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _stored_arguments(root: Mapping[object, object], key: str, name_key: str) -> StoredArguments:
+def _read_arguments(root: Mapping[object, object], key: str, name_key: str) -> StoredArguments:
     values, objects = {}, {}
     for name, value in (mapping_of(root.get(key)) or {}).items():
         try:
@@ -286,7 +286,7 @@ def _stored_arguments(root: Mapping[object, object], key: str, name_key: str) ->
     return StoredArguments(values, objects, argument if isinstance(argument, str) else None)
 
 
-def _noted(root: Mapping[object, object], key: str) -> object:
+def _read_note(root: Mapping[object, object], key: str) -> object:
     """Return what ``BatchNormMonitor`` noted in a checkpoint; None if it did not."""
     node: object = root
     for part in ("bnguard", "monitor", key):
@@ -329,7 +329,7 @@ def _findings(noted: object) -> Iterator[PastFinding]:
                 )
 
 
-def _monitored(root: Mapping[object, object]) -> dict[str, str]:
+def _read_monitored(root: Mapping[object, object]) -> dict[str, str]:
     """Return what callbacks monitored, from the keys of their states."""
     states = mapping_of(root.get("callbacks")) or {}
     found = (_MONITORED.search(key) for key in states if isinstance(key, str))

@@ -363,7 +363,7 @@ class _Machine:
         if name in ("GLOBAL", "INST"):
             return Reference(self.line(), self.line())
         if name == "STRING":
-            return _unquoted(self.line())
+            return _unquote(self.line())
         if kind.n not in _SIZE_BYTES or name in ("LONG1", "LONG4"):
             value = kind.reader(self.stream)
             if isinstance(value, int) and value.bit_length() > 8 * _LONGEST_INTEGER_BYTES:
@@ -393,7 +393,7 @@ class _Machine:
         return line[:-1].decode("utf-8")
 
 
-def _unquoted(text: str) -> str:
+def _unquote(text: str) -> str:
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         raise ValueError("a text without quotes")
     return text[1:-1]

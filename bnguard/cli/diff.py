@@ -15,7 +15,7 @@ from bnguard.cli.output import add_json_option, command_parser, show, show_json
 from bnguard.errors import ConfigurationError
 from bnguard.findings import counted
 from bnguard.layers.distances import largest
-from bnguard.report.json_document import versioned
+from bnguard.report.json_document import add_version
 from bnguard.report.terminal import layer_table, moved_text, number_text
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def difference_document(difference: CheckpointDifference) -> dict[str, Any]:
         ],
         "entries": [{"key": entry.key, "detail": entry.detail} for entry in difference.entries],
     }
-    return versioned(content)
+    return add_version(content)
 
 
 def _layers_view(layers: list[LayerDifference]) -> RenderableType:

@@ -27,7 +27,7 @@ from bnguard.findings import Severity
 from bnguard.inspection import inspect_checkpoint
 from bnguard.layers.names import layer_label
 from bnguard.report import Report
-from bnguard.report.json_document import versioned
+from bnguard.report.json_document import add_version
 from bnguard.report.terminal import by_rule, layer_table
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def checkpoint_view(checkpoint: Checkpoint, report: Report, *, is_verbose: bool)
     parts: list[RenderableType] = [Text(f"{checkpoint.path} ({checkpoint.format})"), report]
     found = {finding.code for finding in report.findings}
     only_reported = [noted for noted in checkpoint.reported if noted.code not in found]
-    parts += [Text(line) for line in _reported_lines(only_reported)]
+    parts += [Text(line) for line in _list_reported(only_reported)]
     parts += [Text(f"unusable: {problem}", style="yellow") for problem in checkpoint.problems]
     if checkpoint.provenance is not None:
         action = checkpoint.provenance.get("action", "written")
@@ -159,10 +159,10 @@ def inspection_document(
         ],
         "errors": [{"path": path, "message": message} for path, message in errors.items()],
     }
-    return versioned(content)
+    return add_version(content)
 
 
-def _reported_lines(reported: Iterable[PastFinding]) -> Iterator[str]:
+def _list_reported(reported: Iterable[PastFinding]) -> Iterator[str]:
     """Yield what the callback reported while the checkpoint was trained, a line each rule."""
     for noted, layers, steps in by_rule(reported):
         place = layer_label(noted.layer)

@@ -128,7 +128,7 @@ class Factory:
         """
         self._declare(parser)
         known = parser.get_defaults().get(self.option) or {}
-        configured = self._configured(known)
+        configured = self._choose_configured(known)
         with failing_as(f"the arguments that are stored for --{self.option} {self.path}"):
             usable, unusable = usable_defaults(parser, self.option, self.stored.values)
             stored = {k: v for k, v in usable.items() if k.split(".")[1] not in configured}
@@ -227,7 +227,7 @@ class Factory:
         else:
             parser.add_function_arguments(self.build, self.option, fail_untyped=False, skip=skip)
 
-    def _configured(self, known: Container[str]) -> Mapping[str, Any]:
+    def _choose_configured(self, known: Container[str]) -> Mapping[str, Any]:
         if self.config is None:
             return {}
         _, arguments = self.config.section(self.option)

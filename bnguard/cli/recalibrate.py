@@ -104,7 +104,7 @@ def make_parser() -> ArgumentParser:
 
 
 @contextmanager
-def _launched_ranks() -> Iterator[None]:
+def _join_launched_ranks() -> Iterator[None]:
     """Join the other processes if a launcher such as torchrun started this one."""
     import torch.distributed as dist
 
@@ -118,7 +118,7 @@ def _launched_ranks() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@_launched_ranks()
+@_join_launched_ranks()
 def _recalibrate_checkpoint(request: Request) -> int:
     """Recalibrate; return 1 if the new statistics are not better."""
     import torch

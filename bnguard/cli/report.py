@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from bnguard.cli.output import add_json_option, command_parser, say, show, show_json
-from bnguard.report.json_document import versioned
+from bnguard.report.json_document import add_version
 
 _EXAMPLES = """
 examples:
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
         return 0
     runs = logged_runs(folder)
     if values.json:
-        show_json(versioned({"runs": [run.to_dict() for run in runs]}))
+        show_json(add_version({"runs": [run.to_dict() for run in runs]}))
         return 0
     for logged in runs:
         show(logged)

@@ -264,9 +264,9 @@ def _choose_weights(checkpoint: Checkpoint, model: nn.Module, named: str | None)
         known = fitting = choose_fitting([main]) or choose_fitting(main.parts()) or (main,)
     if len(fitting) == 1:
         return fitting[0]
-    several = f" ({_listed(fitting)} fit {type(model).__name__})" if fitting else ""
+    several = f" ({_list_names(fitting)} fit {type(model).__name__})" if fitting else ""
     raise CheckpointError(
-        f"{checkpoint.path} has several models, {_listed(known)}{several}: "
+        f"{checkpoint.path} has several models, {_list_names(known)}{several}: "
         "choose one with --weights NAME"
     )
 
@@ -295,7 +295,7 @@ def _take_settings(model: nn.Module, stored: CheckpointModel) -> list[str]:
     ]
 
 
-def _listed(models: Iterable[CheckpointModel]) -> str:
+def _list_names(models: Iterable[CheckpointModel]) -> str:
     return ", ".join(repr(model.name) for model in models)
 
 
@@ -305,7 +305,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
 
     inner = unwrap(model)
     try:
-        missing, unexpected = inner.load_state_dict(_named_as_in(inner, state), strict=False)
+        missing, unexpected = inner.load_state_dict(_rename_as_in(inner, state), strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {reason}") from error
@@ -319,7 +319,7 @@ def _load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {wrong[0]}{more}")
 
 
-def _named_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_as_in(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights as in the model, without what wrappers added to their names."""
     own = model.state_dict().keys()
     by_author = {without_wrappers(name): name for name in own}

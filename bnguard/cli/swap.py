@@ -169,7 +169,7 @@ def _building_code(result: Swap, factory: Factory, values: Namespace, weights: s
     """Return the lines of code that build the swapped model and load its weights."""
     if result.groups:
         # Layer and instance norm too: the data that chose the groups are not there next time.
-        options = ["'group'", f"groups={_condensed(result.groups)}"]
+        options = ["'group'", f"groups={_condense(result.groups)}"]
     else:
         options = [repr(result.to)]
     if result.skipped:
@@ -200,10 +200,10 @@ def _literal(value: object) -> str:
     return repr(value) if is_plain else "..."
 
 
-def _condensed(groups: dict[str, int]) -> dict[str, int]:
+def _condense(groups: dict[str, int]) -> dict[str, int]:
     """Return the groups with the most frequent number last, under one pattern.
 
-    >>> _condensed({"a": 32, "b": 8, "c": 32})
+    >>> _condense({"a": 32, "b": 8, "c": 32})
     {'b': 8, '*': 32}
     """
     numbers = list(groups.values())

@@ -107,11 +107,11 @@ class Watching:
         owned = parameters_of(optimizer)
         for model in self._models:
             monitor = model.monitor()
-            if monitor is not None and _held(monitor.model) & owned:
+            if monitor is not None and _ids_of(monitor.model) & owned:
                 monitor._follow_optimizer(optimizer)
                 return
         for monitor in open_monitors():
-            if _held(monitor.model) & owned:
+            if _ids_of(monitor.model) & owned:
                 self._is_watched_by_script = True
                 # A callback reports by itself.
                 if not monitor._is_led:
@@ -280,9 +280,9 @@ def find_roots(parameters: set[int]) -> list[nn.Module]:
             roots.append(module)
     found: list[nn.Module] = []
     missing = set(parameters)
-    for root in sorted(roots, key=lambda root: -len(_held(root) & parameters)):
-        if _held(root) & missing:
-            missing -= _held(root)
+    for root in sorted(roots, key=lambda root: -len(_ids_of(root) & parameters)):
+        if _ids_of(root) & missing:
+            missing -= _ids_of(root)
             found.append(root)
     return found
 
@@ -302,7 +302,9 @@ def find_copies(models: list[nn.Module]) -> list[nn.Module]:
     return [
         module
         for module in found
-        if "_modules" in vars(module) and _plan_of(module) in built and not _held(module) & trained
+        if "_modules" in vars(module)
+        and _plan_of(module) in built
+        and not _ids_of(module) & trained
     ]
 
 
@@ -311,7 +313,7 @@ def _plan_of(module: nn.Module) -> tuple[type, tuple[object, ...]]:
     return type(module), tuple(named)
 
 
-def _held(module: nn.Module) -> set[int]:
+def _ids_of(module: nn.Module) -> set[int]:
     return {id(parameter) for parameter in module.parameters()}
 
 
@@ -320,7 +322,7 @@ def _optimizers_of(model: nn.Module, optimizer: Optimizer) -> list[Optimizer]:
 
     Optimizers that wrap another own the same parameters, and are left out.
     """
-    found, missing = [optimizer], _held(model) - parameters_of(optimizer)
+    found, missing = [optimizer], _ids_of(model) - parameters_of(optimizer)
     for thing in gc.get_objects():
         if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing):
             own = parameters_of(thing)

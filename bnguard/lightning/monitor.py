@@ -23,10 +23,10 @@ from bnguard.lightning.trainer import (
     is_rehearsal,
     log_folder,
     logged_step,
+    mute_logging,
     newest_checkpoint,
     planned_steps,
     subject_options,
-    unlogged,
 )
 from bnguard.loggers import JSON, REPORT_FILE, Console, Reporter, RunLog, Scalars
 from bnguard.loggers.trainer_loggers import reporters_of_lightning
@@ -339,11 +339,11 @@ class BatchNormMonitor(GuardedCallback):
             self._monitor.forget_changes()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Watch nothing that runs inside: it is a repair, not the user's training."""
         with ExitStack() as stack:
             if self._monitor is not None:
-                stack.enter_context(self._monitor._paused())
+                stack.enter_context(self._monitor._pause())
             yield
 
     def _watch(
@@ -447,7 +447,7 @@ def _watch_evaluation(monitor: Monitor, module: LightningModule) -> Iterator[Non
     """Watch an evaluation; when it ends the module is run again, and must not log anything."""
     with ExitStack() as at_end, monitor.evaluation():
         yield
-        at_end.enter_context(unlogged(module))
+        at_end.enter_context(mute_logging(module))
 
 
 def _check(option: str, value: object, known: Collection[object]) -> None:

@@ -28,7 +28,7 @@ from bnguard.lightning.scoring import (
     draw_from_split,
     draw_samples,
     plain_forward,
-    transferred,
+    transfer_batches,
     twin_of,
 )
 from bnguard.lightning.trainer import (
@@ -37,7 +37,7 @@ from bnguard.lightning.trainer import (
     Split,
     guarded,
     is_fitting,
-    unlogged,
+    mute_logging,
 )
 from bnguard.recalibration.api import Method, check_options, recalibrate
 from bnguard.recalibration.options import Keep, patterns_of
@@ -294,16 +294,16 @@ class BatchNormRecalibration(GuardedCallback):
             preserve_random_states(module),
             torch.inference_mode(False),
             torch.no_grad(),
-            unlogged(module),
+            mute_logging(module),
             ExitStack() as stack,
         ):
             for monitor in _monitors(trainer):
-                stack.enter_context(monitor.paused())
+                stack.enter_context(monitor.pause())
             score = self._make_score(trainer, module)
             before = save_statistics(layers)
             result = recalibrate(
                 module,
-                transferred(self._batches(trainer), trainer, module),
+                transfer_batches(self._batches(trainer), trainer, module),
                 **self._options,
                 forward=self._make_forward(trainer),
                 layers=[layer.name for layer in layers] if len(layers) < len(found) else None,
@@ -335,14 +335,14 @@ class BatchNormRecalibration(GuardedCallback):
         if self._score is None:
             way_out = "pass score=, or keep='always'"
             batches = draw_from_split(trainer, "validation", self._samples, instead=way_out)
-            return ValidationScore(trainer, transferred(batches, trainer, module))
+            return ValidationScore(trainer, transfer_batches(batches, trainer, module))
         score = self._score
 
-        def scored(module: nn.Module) -> float:
+        def call_score(module: nn.Module) -> float:
             with user_code("score"):
                 return score(module)
 
-        return scored
+        return call_score
 
     def _make_forward(self, trainer: Trainer) -> Callable[[nn.Module, Any], object]:
         def forward(module: nn.Module, batch: object) -> object:

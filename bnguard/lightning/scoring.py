@@ -88,9 +88,9 @@ class ValidationScore:
         Raises:
             ConfigurationError: The validation logs no metric, or none of that name.
         """
-        metrics = self._validated(module)
-        monitored = self._monitored()
-        self.name = self.name or _chosen(metrics, monitored)
+        metrics = self._validate(module)
+        monitored = self._read_monitored()
+        self.name = self.name or _choose_metric(metrics, monitored)
         if not self.name:
             raise ConfigurationError(
                 "validation_step logs no metric and returns no loss, so nothing shows whether "
@@ -111,13 +111,13 @@ class ValidationScore:
         is_turned = self.sign < 0
         return f"minus {self.name}, which is better when lower" if is_turned else self.name
 
-    def _monitored(self) -> Monitored:
+    def _read_monitored(self) -> Monitored:
         """Return what the callbacks of the trainer monitor, those that save checkpoints first."""
         callbacks = sorted(self._trainer.callbacks, key=lambda one: not hasattr(one, "save_top_k"))
         monitors = [one for one in callbacks if isinstance(getattr(one, "monitor", None), str)]
         return {one.monitor: getattr(one, "mode", "min") for one in reversed(monitors)}
 
-    def _validated(self, module: nn.Module) -> Mapping[str, float]:
+    def _validate(self, module: nn.Module) -> Mapping[str, float]:
         """Return what the module logs in a validation, and the loss that its step returns."""
         if not self._batches:
             raise ConfigurationError(
@@ -139,7 +139,7 @@ class ValidationScore:
                 with self._trainer.precision_plugin.val_step_context():
                     output = twin.validation_step(*_step_arguments(twin, batch, index))
                 twin.on_validation_batch_end(output, batch, index)
-                logged.returned(output)
+                logged.note_output(output)
             twin.on_validation_epoch_end()
         return logged.metrics()
 
@@ -185,11 +185,11 @@ class TrainerScore(ValidationScore):
         self._options = options
         self._of_training = monitored
 
-    def _monitored(self) -> Monitored:
+    def _read_monitored(self) -> Monitored:
         # Those of the module's own configure_callbacks are known by now.
-        return {**super()._monitored(), **self._of_training}
+        return {**super()._read_monitored(), **self._of_training}
 
-    def _validated(self, module: nn.Module) -> Mapping[str, float]:
+    def _validate(self, module: nn.Module) -> Mapping[str, float]:
         package = package_of(module)
         returned = _Logged()
 
@@ -198,7 +198,7 @@ class TrainerScore(ValidationScore):
                 self, trainer: Any, module: Any, outputs: object, batch: object, *_: object
             ) -> None:
                 returned.batch_size = _size_of(batch)
-                returned.returned(outputs)
+                returned.note_output(outputs)
 
         with quiet_lightning():
             self._trainer = package.Trainer(
@@ -264,7 +264,7 @@ class _Logged:
         self._values[name].append((alone, batch_size or self.batch_size))
         self._reductions[name] = reduce_fx
 
-    def returned(self, output: object) -> None:
+    def note_output(self, output: object) -> None:
         """Collect what the step returned, if it is a loss or has one."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
         is_loss = isinstance(loss, Tensor) and loss.numel() == 1
@@ -275,14 +275,14 @@ class _Logged:
     def metrics(self) -> dict[str, float]:
         """Return each metric over all batches."""
         metrics = {
-            name: _reduced(values, self._reductions[name]) for name, values in self._values.items()
+            name: _reduce(values, self._reductions[name]) for name, values in self._values.items()
         }
         if self._losses and self._is_loss:
-            metrics[_RETURNED] = _reduced(self._losses, "mean")
+            metrics[_RETURNED] = _reduce(self._losses, "mean")
         return metrics
 
 
-def _reduced(values: Sequence[tuple[object, int]], reduction: object) -> float:
+def _reduce(values: Sequence[tuple[object, int]], reduction: object) -> float:
     """Return the mean over the samples, or the reduction asked for; a metric has its own."""
     last: Any = values[-1][0]
     if _is_metric(last):
@@ -296,7 +296,7 @@ def _reduced(values: Sequence[tuple[object, int]], reduction: object) -> float:
     return float((numbers * sizes).sum() / sizes.sum())
 
 
-def _chosen(metrics: Mapping[str, float], monitored: Monitored) -> str:
+def _choose_metric(metrics: Mapping[str, float], monitored: Monitored) -> str:
     """Return the metric to count if none is named; ``""`` if there is none."""
     logged = [name for name in metrics if name != _RETURNED]
     of_run = [name for name in reversed(list(monitored)) if name in metrics]
@@ -354,7 +354,7 @@ _BATCH_SIZE = 32
 def draw_from_split(
     trainer: Trainer, split: Split, samples: int, *, instead: str
 ) -> Iterable[object]:
-    """Return batches of samples of a split, drawn as :func:`draw_samples` does.
+    """Return batches of samples of a split, draw as :func:`draw_samples` does.
 
     Of several validation loaders only the first is used, unless the trainer combines their batches.
 
@@ -379,20 +379,20 @@ def draw_from_split(
         found = "several" if several else "no"
         raise ConfigurationError(f"the trainer has {found} {split} loaders: {instead}")
 
-    def drawn(loader: Iterable[object]) -> Iterable[object]:
+    def draw(loader: Iterable[object]) -> Iterable[object]:
         return draw_samples(
             loader, samples, trainer.global_rank, most_batches(trainer, split, loader)
         )
 
     if mode == "sequential":
-        return drawn(several[0])
-    return (batch for batch, *_ in CombinedLoader(tree_map(drawn, loaders), mode))
+        return draw(several[0])
+    return (batch for batch, *_ in CombinedLoader(tree_map(draw, loaders), mode))
 
 
 def draw_samples(
     loader: Iterable[object], samples: int, rank: int, most_batches: float = math.inf
 ) -> Iterable[object]:
-    """Return batches of samples drawn at random, the same each time; each rank gets a share.
+    """Return batches of samples draw at random, the same each time; each rank gets a share.
 
     A ``DataLoader`` over a data set with indices is not iterated itself: that would change its
     random state, and with persistent workers end the current epoch. Other loaders are.
@@ -402,7 +402,7 @@ def draw_samples(
         samples: Maximum number of samples, on all ranks together.
         rank: Number of this process.
         most_batches: Maximum number of batches; of a loader that does not shuffle, the samples are
-            drawn from its first batches.
+            draw from its first batches.
     """
     batch_size = getattr(loader, "batch_size", None)
     if not can_draw(loader):
@@ -437,7 +437,7 @@ class _FirstBatches:
         return islice(self.loader, self.number)
 
 
-def transferred(
+def transfer_batches(
     batches: Iterable[object], trainer: Trainer, module: LightningModule
 ) -> Iterator[Any]:
     """Yield batches as the module's steps get them, after its transfer hooks."""

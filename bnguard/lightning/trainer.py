@@ -226,7 +226,7 @@ def guarded(
 
 
 @contextmanager
-def unlogged(module: nn.Module) -> Iterator[None]:
+def mute_logging(module: nn.Module) -> Iterator[None]:
     """Make ``self.log`` do nothing, in a module and in the Lightning modules inside it.
 
     A forward may call it: Lightning would average that with what the user's steps log, or raise

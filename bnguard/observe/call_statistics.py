@@ -181,7 +181,7 @@ def batch_statistics(
     n = values_per_channel(values.shape)
     if n < 2:
         return None
-    saved = saved_statistics(output, layer.eps)
+    saved = read_saved_statistics(output, layer.eps)
     if saved is None:
         moments = channel_moments(values)
         return torch.stack([moments.mean, moments.var_unbiased])
@@ -189,11 +189,11 @@ def batch_statistics(
     return torch.stack([wide(mean), var * (n / (n - 1))])
 
 
-def saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
+def read_saved_statistics(output: object, eps: float) -> tuple[Tensor, Tensor] | None:
     """Return the batch mean and biased variance that a BN call saved for its backward, if any.
 
     >>> layer = torch.nn.BatchNorm1d(1)
-    >>> mean, var = saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
+    >>> mean, var = read_saved_statistics(layer(torch.tensor([[1.0], [5.0]])), layer.eps)
     >>> round(mean.item(), 3), round(var.item(), 3)
     (3.0, 4.0)
     """

@@ -95,7 +95,7 @@ class EvaluationProbe:
         """Begin to read an evaluation after this many steps of training."""
         if self._is_bystander is None and steps:
             self._is_bystander = self._was_never_called()
-        self._held = self._held_in_eval_mode() if steps else set()
+        self._held = self._find_held_in_eval_mode() if steps else set()
         compared = [layer for layer in self._layers if layer.name not in self._held]
         self._inputs = EvalProbe(self._model, self._layers, self._eval_batches)
         self._gap_probe = GapProbe(self._model, compared)
@@ -150,7 +150,7 @@ class EvaluationProbe:
         for hooks in self.hooks:
             hooks.close()
 
-    def _held_in_eval_mode(self) -> set[str]:
+    def _find_held_in_eval_mode(self) -> set[str]:
         """Return the layers that the newest training step called in eval mode only."""
         records, step = self._shapes.records, self._shapes.step - 1
         names = (layer.name for layer in self._layers)

@@ -28,7 +28,7 @@ from bnguard.layers.preserve import (
     preserve_statistics,
 )
 from bnguard.observe.history import ModeGap
-from bnguard.observe.hooks import Hooks, paused
+from bnguard.observe.hooks import Hooks, pause_hooks
 from bnguard.observe.mode_gap import flipped_share, float_tensors, places_of_rows, relative_change
 
 # Largest batch that is kept, in bytes, of the smallest and the largest module each; rows of later
@@ -105,7 +105,7 @@ class _Call:
         stretch = self.rows / max(count, 1)
         return self.part([int((i + i * _GOLDEN_RATIO % 1.0) * stretch) for i in range(count)])
 
-    def joined_with(self, other: _Call) -> _Call:
+    def join(self, other: _Call) -> _Call:
         """Return one call for the rows of both; this one if their inputs do not fit together."""
         if not other.rows or self.is_inference != other.is_inference:
             return self
@@ -124,7 +124,7 @@ def _mix(calls: Sequence[_Call]) -> _Call:
     share = first.rows if first.rows < _ENOUGH_SAMPLES else first.rows // len(calls)
     start = mixed = first.spread_part(share)
     for other in others:
-        mixed = mixed.joined_with(other.spread_part(share))
+        mixed = mixed.join(other.spread_part(share))
     return first if mixed is start else dataclasses.replace(mixed, first=first)
 
 
@@ -192,7 +192,7 @@ class GapProbe:
         smallest, largest = max(self._kept), min(self._kept)
         try:
             with (
-                paused(self.hooks),
+                pause_hooks(self.hooks),
                 run_uncompiled(),
                 preserve_modes(self._model),
                 preserve_random_states(self._model),
@@ -230,9 +230,9 @@ class GapProbe:
         batch = self._of_batch
         return ModeGap(
             samples=batch.samples,
-            relative_change=relative_change(*_compared(running, batch.outputs, inner.rows)),
+            relative_change=relative_change(*_choose_compared(running, batch.outputs, inner.rows)),
             sampling_change=batch.sampling_change,
-            flipped_share=flipped_share(*_compared(scores, batch.scores, outer.rows)),
+            flipped_share=flipped_share(*_choose_compared(scores, batch.scores, outer.rows)),
         )
 
     def _keep(
@@ -378,7 +378,7 @@ def _has_independent_rows(call: _Call, outputs: Sequence[Tensor]) -> bool:
     return relative_change(call.outputs(), outputs) > _MAX_DEPENDENCE
 
 
-def _compared(
+def _choose_compared(
     outputs: Sequence[Tensor], reference: Sequence[Tensor], rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     places = places_of_rows([reference], [rows]) or range(len(reference))

@@ -113,7 +113,7 @@ class Hooks:
 
 
 @contextmanager
-def paused(*probes: Hooks) -> Iterator[None]:
+def pause_hooks(*probes: Hooks) -> Iterator[None]:
     """Pause hooks while something other than the user's training runs."""
     before = [hooks._is_paused for hooks in probes]
     for hooks in probes:

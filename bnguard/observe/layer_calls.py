@@ -69,7 +69,7 @@ class ShapeProbe:
             self._parts.append(part)
             for layer in layers_of_part:
                 record = self.records.setdefault(layer.name, ShapeRecord())
-                handle = self.hooks.before(layer.module, self._noted(layer, record, part))
+                handle = self.hooks.before(layer.module, self._make_note(layer, record, part))
                 part.members.append(_Member(layer, handle.id, record))
 
     def start_step(self, step: int) -> None:
@@ -102,7 +102,7 @@ class ShapeProbe:
     def _leave(self, args: tuple[object, ...], output: object) -> None:
         self._is_inside = False
 
-    def _noted(self, layer: BatchNormLayer, record: ShapeRecord, part: _Part) -> Note:
+    def _make_note(self, layer: BatchNormLayer, record: ShapeRecord, part: _Part) -> Note:
         # Estimating the statistics again sets another momentum.
         usual_momentum = layer.momentum
         module, has_modes = layer.module, layer.has_modes

@@ -144,7 +144,7 @@ def _describe(
         ),
         # A layer built without statistics has no counter either.
         is_dropped=mean is None and counter is not None,
-        unsaved=_unsaved(layer),
+        unsaved=_find_unsaved(layer),
         fed_by=None if feeder is None else type(feeder).__name__,
         bounded_by=type(follower).__name__ if isinstance(follower, _BOUNDED) else None,
         is_bias_cancelled=isinstance(feeder, _BIASED) and feeder.bias is not None,
@@ -159,7 +159,7 @@ def _describe(
     )
 
 
-def _unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
+def _find_unsaved(layer: BatchNormLayer) -> tuple[str, ...]:
     """Return the names of mean and variance that are missing from the state dict."""
     module = layer.module
     saved = module._buffers.keys() - module._non_persistent_buffers_set | module._parameters.keys()

@@ -22,7 +22,7 @@ from bnguard.observe.call_statistics import StreamProbe
 from bnguard.observe.evaluation import EvaluationProbe
 from bnguard.observe.followers import FollowerProbe
 from bnguard.observe.history import History, LayerHistory, ModeGap, Run
-from bnguard.observe.hooks import Hooks, paused
+from bnguard.observe.hooks import Hooks, pause_hooks
 from bnguard.observe.layer_calls import ShapeProbe
 from bnguard.observe.layer_description import describe_layers, running_statistics
 from bnguard.observe.model_inputs import Entrance, SampleProbe
@@ -77,7 +77,7 @@ class Observer:
         self._last: FloatArray | None = None
         self._errors_before = Hooks.errors
         self._is_closed = self._is_loaded = False
-        held = _held_among_others(model, self.layers)
+        held = _find_held_among_others(model, self.layers)
         self._at_start = {
             name: dataclasses.replace(described, is_held_at_start=name in held)
             for name, described in describe_layers(model).items()
@@ -152,7 +152,7 @@ class Observer:
         if self._pause is None:
             self._pause = ExitStack()
             hooks = (self._entrance.hooks, self.batches.hooks, self._streams.hooks)
-            self._pause.enter_context(paused(*hooks))
+            self._pause.enter_context(pause_hooks(*hooks))
             self._last = self._value_of_last_layer()
         self._count_step(step)
         if self._last is not None and not math.isfinite(self._last[-1]):
@@ -235,7 +235,7 @@ class Observer:
             with self._apart_from_training():
                 yield
                 self._raise_errors()
-                with paused(self._shapes.hooks):
+                with pause_hooks(self._shapes.hooks):
                     self.evaluations.end(self._step)
         finally:
             self.evaluations.drop()
@@ -253,7 +253,7 @@ class Observer:
         self.weights.note_evaluation()
         self._shapes.is_evaluating = True
         try:
-            with paused(*self._training_hooks):
+            with pause_hooks(*self._training_hooks):
                 yield
         finally:
             self._shapes.is_evaluating = False
@@ -267,10 +267,10 @@ class Observer:
             hooks.catch_up(module, args, kwargs)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Observe nothing inside; changes of the buffers do not count as updates."""
         self._catch_up()
-        with paused(self._shapes.hooks, *self._training_hooks, *self.evaluations.hooks):
+        with pause_hooks(self._shapes.hooks, *self._training_hooks, *self.evaluations.hooks):
             yield
         self.batches.forget_changes()
 
@@ -448,7 +448,7 @@ class Observer:
             self._trained_by.note_start(layer, self._trained_by.owned_parameters())
 
 
-def _held_among_others(model: nn.Module, layers: Iterable[BatchNormLayer]) -> set[str]:
+def _find_held_among_others(model: nn.Module, layers: Iterable[BatchNormLayer]) -> set[str]:
     """Return the layers in eval mode, unlike modules next to them that hold no layer, by name."""
     known = {layer.module: layer for layer in layers}
     held: set[str] = set()

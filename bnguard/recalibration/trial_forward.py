@@ -254,7 +254,7 @@ class _TrackedCalls(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        own = _strided([*model.parameters(), *model.buffers()])
+        own = _find_strided([*model.parameters(), *model.buffers()])
         self._own = {tensor.data_ptr() for tensor in own}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.read_values = False
@@ -285,7 +285,7 @@ class _TrackedCalls(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _READS_VALUES:
             self.read_values = True
-        for tensor in _strided(out):
+        for tensor in _find_strided(out):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._own:
                 reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -294,10 +294,10 @@ class _TrackedCalls(TorchFunctionMode):
         return out
 
 
-def _strided(out: object) -> Iterator[Tensor]:
+def _find_strided(out: object) -> Iterator[Tensor]:
     if isinstance(out, Tensor):
         if out.layout is torch.strided:
             yield out
     elif isinstance(out, (tuple, list)):
         for value in out:
-            yield from _strided(value)
+            yield from _find_strided(value)

@@ -25,14 +25,14 @@ def merge_reports(
 ) -> Report:
     """Return this rank's report with the findings of all ranks, each once and labelled.
 
-    The running statistics are compared with those of rank zero. Every rank has to call this.
+    The running statistics are compare with those of rank zero. Every rank has to call this.
     """
 
     def merge(by_rank: Sequence[_Contribution | None]) -> _Merged:
         history, distances = own.history, _distances(own.history, by_rank)
-        compared = run_rules(_with_distances(history, distances), rules, is_wanted).findings
+        compare = run_rules(_with_distances(history, distances), rules, is_wanted).findings
         known = {finding.key for finding in own.findings}
-        between_ranks = [finding for finding in compared if finding.key not in known]
+        between_ranks = [finding for finding in compare if finding.key not in known]
         found = merge_findings([None if part is None else part.findings for part in by_rank])
         return _Merged(_worst_first((*found, *between_ranks)), distances)
 
@@ -117,7 +117,7 @@ def _distances(history: History, by_rank: Sequence[_Contribution | None]) -> dic
 
 
 def _with_distances(history: History, distances: Mapping[str, FloatArray]) -> History:
-    def compared(layer: LayerHistory) -> LayerHistory:
+    def compare(layer: LayerHistory) -> LayerHistory:
         return dataclasses.replace(layer, rank_shift_std=distances.get(layer.name))
 
-    return dataclasses.replace(history, layers=tuple(map(compared, history.layers)))
+    return dataclasses.replace(history, layers=tuple(map(compare, history.layers)))

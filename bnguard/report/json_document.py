@@ -56,7 +56,7 @@ def report_document(report: Report) -> dict[str, Any]:
         ],
         "notes": report.notes,
     }
-    return versioned(content)
+    return add_version(content)
 
 
 def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
     """
     content = dataclasses.asdict(diagnosis)
     keys = ("samples", "reference_samples", "cause", "rows", "layers", "skipped", "notes")
-    return versioned({key: content[key] for key in keys})
+    return add_version({key: content[key] for key in keys})
 
 
-def versioned(content: Mapping[str, object]) -> dict[str, Any]:
+def add_version(content: Mapping[str, object]) -> dict[str, Any]:
     """Return content as a document for JSON: under its schema and the version of the library."""
     head = {"schema": SCHEMA, "bnguard": __version__}
     return head | {key: strict_json(value) for key, value in content.items()}

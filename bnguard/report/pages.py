@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnguard import __version__
-from bnguard.report.json_document import versioned
+from bnguard.report.json_document import add_version
 from bnguard.report.terminal import copyable
 from bnguard.rules import Rule
 
@@ -49,7 +49,7 @@ def rules_document(rules: Iterable[Rule], *, with_pages: bool = False) -> dict[s
         }
         for rule in rules
     ]
-    return versioned({"rules": listed})
+    return add_version({"rules": listed})
 
 
 def page_view(rule: Rule) -> RenderableType:

@@ -66,7 +66,7 @@ class Rule(abc.ABC):
         """Return the page that ``bnguard explain`` shows: the docstring, and how to silence it."""
         return f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{_SILENCE.format(code=cls.code)}"
 
-    def _finding(
+    def make_finding(
         self,
         layer: LayerHistory | None,
         severity: Severity,
@@ -78,6 +78,18 @@ class Rule(abc.ABC):
         channels: tuple[int, ...] = (),
         step: int | None = None,
     ) -> Finding:
+        """Return a finding of this rule at a layer, or at the model for None.
+
+        Args:
+            layer: The layer.
+            severity: How bad it is.
+            message: What is wrong, with the layer or the model as the subject.
+            evidence: The number that shows it, and its limit.
+            fix: What to do.
+            reasons: The numbers that show the cause, if the message names one.
+            channels: The channels concerned.
+            step: First step from which it holds, if the rule knows it.
+        """
         return Finding(
             code=self.code,
             name=self.name,
@@ -91,7 +103,8 @@ class Rule(abc.ABC):
             step=step,
         )
 
-    def _skipped(self, layer: LayerHistory | None, reason: str) -> Skipped:
+    def skip(self, layer: LayerHistory | None, reason: str) -> Skipped:
+        """Return that this rule cannot judge a layer, or the model for None, and why."""
         return Skipped(self.code, None if layer is None else layer.name, reason)
 
 

@@ -87,12 +87,12 @@ class FrozenButUpdating(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the updates seen in training with what a frozen layer may have."""
         if layer.training is None:
-            yield self._skipped(layer, "a checkpoint does not say which layers are frozen")
+            yield self.skip(layer, "a checkpoint does not say which layers are frozen")
             return
         if not layer.is_affine_frozen:
             return
         if layer.run.steps == 0 and layer.training and not layer.is_left_out:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO,
                 "gamma and beta are frozen, but the layer is in train mode: each batch of training "
@@ -108,7 +108,7 @@ class FrozenButUpdating(Rule):
         if _is_following_weights(layer):
             reason += " with the weights, which are trained or averaged"
             fix = fix if layer.is_left_out else Fix(_NONE)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             # What averages the weights may do so after the step, or at the start of the next.
             Severity.INFO if layer.run.steps < 2 or self.is_harmless(layer) else Severity.WARNING,

@@ -62,17 +62,17 @@ class BatchOfOne(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Look for the smallest batch that the layer normalised with its own statistics."""
         if layer.training is None:
-            yield self._skipped(layer, "a checkpoint does not record batch sizes")
+            yield self.skip(layer, "a checkpoint does not record batch sizes")
             return
         if not layer.values_per_channel:
-            yield self._skipped(layer, "no batch has reached the layer in train mode yet")
+            yield self.skip(layer, "no batch has reached the layer in train mode yet")
             return
         seen, coming = min(layer.values_per_channel), _smallest_to_come(layer)
         smallest = seen if coming is None else min(seen, coming)
         if smallest >= self.min_values_per_channel:
             return
         verb = "has" if seen == smallest else "will have, at the end of the epoch,"
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.ERROR,
             f"a batch in train mode {verb} one value per channel here: it has no variance, and "

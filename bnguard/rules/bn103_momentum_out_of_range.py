@@ -78,7 +78,7 @@ class MomentumOutOfRange(Rule):
         """Compare momentum with both limits."""
         momentum = layer.momentum
         if not layer.is_momentum_known:
-            yield self._skipped(layer, "a checkpoint does not hold momentum")
+            yield self.skip(layer, "a checkpoint does not hold momentum")
             return
         if momentum is None or layer.running is None or not layer.is_updating:
             return
@@ -88,7 +88,7 @@ class MomentumOutOfRange(Rule):
             is_initial = layer.running.is_initial
             is_in_use = bool(layer.run.steps or layer.evaluated)
             severity = Severity.WARNING if is_in_use else Severity.INFO
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.ERROR if is_initial else severity,
                 "momentum is 0, so the running statistics never change"
@@ -97,18 +97,19 @@ class MomentumOutOfRange(Rule):
                 Fix("use momentum=0.1, or eval() for layers whose statistics should not change"),
             )
         elif momentum > self.max_momentum:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO if _is_meant(layer, momentum) else Severity.WARNING,
                 f"momentum {momentum:g} is the weight of the newest batch: the running statistics "
                 "forget all but the last few batches",
                 Evidence("momentum", momentum, self.max_momentum),
                 Fix(
-                    f"use momentum={self._proposed(momentum):.2g}, then recalibrate", "recalibrate"
+                    f"use momentum={self._propose(momentum):.2g}, then recalibrate",
+                    "recalibrate",
                 ),
             )
 
-    def _proposed(self, momentum: float) -> float:
+    def _propose(self, momentum: float) -> float:
         """Return what Keras means by this momentum, or the default if that is too large too."""
         converted = max(1.0 - momentum, 0.001)
         return converted if converted < self.max_momentum else DEFAULT_MOMENTUM

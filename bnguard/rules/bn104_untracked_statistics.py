@@ -78,9 +78,9 @@ class UntrackedStatistics(Rule):
         )
         has_no_values_yet = layer.channels == 0 or layer.statistics_dtype is not None
         if layer.running is None and has_no_values_yet:
-            yield self._skipped(layer, "the running statistics have no values yet")
+            yield self.skip(layer, "the running statistics have no values yet")
         elif layer.running is None:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO if layer.is_dropped or _is_adapted(layer) else Severity.WARNING,
                 "the layer has no running statistics: in eval mode too, the output for a sample "
@@ -89,7 +89,7 @@ class UntrackedStatistics(Rule):
                 Fix("use track_running_stats=True, or GroupNorm, which needs no batch"),
             )
         elif not layer.is_updating and (layer.training or layer.calls.in_training):
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO if _is_adapted(layer) else Severity.WARNING,
                 "tracking was switched off: training uses batch statistics, evaluation the old "

@@ -77,11 +77,11 @@ class LowPrecisionStatistics(Rule):
             return
         step = _ROUNDING_STEPS.get(layer.statistics_dtype or "")
         if step is None:
-            yield self._skipped(layer, "the element type of the buffers is unknown")
+            yield self.skip(layer, "the element type of the buffers is unknown")
             return
         if step <= self.max_rounding_step:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING if layer.training or layer.updates_seen else Severity.INFO,
             f"the running statistics are {layer.statistics_dtype}: small updates round to nothing",

@@ -70,9 +70,9 @@ class UnsynchronisedSmallBatch(Rule):
             return
         samples = layer.samples or layer.run.plan.batch_size
         if samples is None:
-            yield self._skipped(layer, "no batch has reached the layer yet")
+            yield self.skip(layer, "no batch has reached the layer yet")
         elif samples < self.min_samples:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.WARNING,
                 f"each of {layer.run.plan.ranks} ranks normalises its own "

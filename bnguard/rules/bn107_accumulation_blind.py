@@ -65,12 +65,12 @@ class AccumulationBlind(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the samples per call with the limit, if gradients are accumulated."""
         if layer.samples is None or not layer.run.steps:
-            yield self._skipped(layer, "no batch has reached the layer in train mode yet")
+            yield self.skip(layer, "no batch has reached the layer in train mode yet")
             return
         accumulated = max(layer.run.plan.accumulated_batches, round(_forwards_a_step(layer), 2))
         if accumulated < self.min_accumulated_batches or layer.samples >= self.min_samples:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             f"gradients accumulate over {accumulated:,.4g} batches, but each is normalised with "

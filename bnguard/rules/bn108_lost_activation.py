@@ -65,11 +65,11 @@ class LostActivation(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the children that nothing calls."""
         if layer.missing_tail:
-            yield self._replaced(layer)
+            yield self._describe_replacement(layer)
         if len(layer.idle_children) <= self.max_idle_children:
             return
         names = ", ".join(layer.idle_children)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.ERROR,
             f"nothing calls {names} in the layer: a conversion to {layer.kind} dropped it",
@@ -77,9 +77,9 @@ class LostActivation(Rule):
             Fix("convert with the class's own library (timm.layers.convert_sync_batchnorm)"),
         )
 
-    def _replaced(self, layer: LayerHistory) -> Finding:
+    def _describe_replacement(self, layer: LayerHistory) -> Finding:
         names = ", ".join(layer.missing_tail)
-        return self._finding(
+        return self.make_finding(
             layer,
             Severity.WARNING,
             f"the layer is a plain {layer.kind}, but the same layer of other blocks ends in "

@@ -69,7 +69,7 @@ class Hygiene(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Report the worst setting only: dropout before BN, then weight decay, then a bias."""
         if layer.fed_by is not None and "Dropout" in layer.fed_by:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO,
                 f"{layer.fed_by} feeds the layer: the variance is larger in training than in "
@@ -78,7 +78,7 @@ class Hygiene(Rule):
                 Fix("move dropout after the last BN layer"),
             )
         elif layer.weight_decay is not None and layer.weight_decay > self.max_weight_decay:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO,
                 "weight decay pulls gamma and beta towards zero",
@@ -86,7 +86,7 @@ class Hygiene(Rule):
                 Fix("put gamma, beta and biases in an optimizer group with weight_decay=0"),
             )
         elif layer.is_bias_cancelled and not layer.run.steps:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO,
                 f"BN subtracts the bias of the {layer.fed_by} before it together with the mean",

@@ -82,7 +82,7 @@ class VarianceCollapse(Rule):
         # An expert that a gate gives up has a few small batches before.
         batches = sum(layer.values_per_channel.values())
         if n is not None and 1 < n < self.min_values_per_channel and batches >= self.min_batches:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO if is_unused(layer) else Severity.WARNING,
                 f"batches have {n} values per channel here: normalising leaves only their order",
@@ -91,16 +91,16 @@ class VarianceCollapse(Rule):
             )
             return
         if layer.window is None:
-            yield self._skipped(layer, "no batch statistics were observed")
+            yield self.skip(layer, "no batch statistics were observed")
             return
         least = _LEAST_VAR_IN_EPS * min(layer.eps, 1e-5)
         share = _within_batch_share(layer.window, n, self.min_batches, least)
         if share is None:
-            yield self._skipped(
+            yield self.skip(
                 layer, f"fewer than {self.min_batches} batches with variance in the window"
             )
         elif share < self.min_within_batch_share:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.WARNING,
                 "the values of a batch are nearly alike here: most of the variance is between "

@@ -96,17 +96,17 @@ class NoisyBatchStatistics(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Compare the spread of the batch means with the limit."""
         if layer.window is None or layer.samples is None:
-            yield self._skipped(layer, "no batch statistics were observed")
+            yield self.skip(layer, "no batch statistics were observed")
             return
         noise = layer.window.noise_std
         judged = (layer.window.batches >= self.min_batches) & np.isfinite(noise)
         if not judged.any():
-            yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
+            yield self.skip(layer, f"fewer than {self.min_batches} batches in the window")
             return
         spread = float(np.median(noise[judged]))
         if layer.samples > self.max_samples or spread <= self.max_noise_std:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             f"the mean of a batch of {counted(layer.samples, 'sample')} jumps by {spread:.2f} σ "

@@ -114,7 +114,7 @@ class CorrelatedBatches(ModelRule):
         if plan.label_run is not None and plan.shuffled_label_run:
             run = plan.label_run / plan.shuffled_label_run
             if run > self.max_label_run and 4 * plan.label_run >= (plan.batch_size or 0):
-                yield self._finding(
+                yield self.make_finding(
                     layer,
                     Severity.WARNING,
                     f"the loader does not shuffle: {plan.label_run:,.0f} samples of one label "
@@ -129,12 +129,12 @@ class CorrelatedBatches(ModelRule):
         ratio = np.empty(0) if inputs is None else inputs.variance_ratio
         ratio = ratio[np.isfinite(ratio)]
         if inputs is None or not ratio.size:
-            yield self._skipped(
+            yield self.skip(
                 layer, "no input of the model has a row of numbers per sample (as with graphs)"
             )
             return
         if inputs.batches < self.min_batches:
-            yield self._skipped(layer, f"fewer than {self.min_batches} batches in the window")
+            yield self.skip(layer, f"fewer than {self.min_batches} batches in the window")
             return
         value = float(np.median(ratio))
         limit = self.limit_of(inputs.batches)
@@ -142,7 +142,7 @@ class CorrelatedBatches(ModelRule):
         if value > limit:
             yield self._unlike(layer, inputs, Evidence(_RATIO, value, limit))
         elif share > self.max_between_windows:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.WARNING,
                 f"the data of {inputs.windows} windows of training differ by {share:.0%} of the "
@@ -173,7 +173,7 @@ class CorrelatedBatches(ModelRule):
             why = f"each batch holds one group, or one draw of an augmentation: {ratio}"
         if not (has_order or is_shown):
             why += "; evaluation shows no harm" if gap else "; no evaluation shows harm so far"
-        return self._finding(
+        return self.make_finding(
             layer,
             Severity.WARNING if has_order or is_shown else Severity.INFO,
             why,

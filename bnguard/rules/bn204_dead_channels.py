@@ -79,12 +79,12 @@ class DeadChannels(Rule):
         """Count the channels without variance in all batches, or without running variance."""
         var, is_dead = _var(layer), self.dead(layer)
         if var is None or is_dead is None:
-            yield self._skipped(layer, "the variance is unknown")
+            yield self.skip(layer, "the variance is unknown")
             return
         if not is_dead.any():
             return
         share = float(is_dead.mean())
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING if share > self.max_dead_share else Severity.INFO,
             f"the outputs of {is_dead.sum()} of {is_dead.size} channels are almost constant: their "

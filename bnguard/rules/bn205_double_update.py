@@ -67,9 +67,9 @@ class DoubleUpdate(Rule):
             return
         momentum = layer.momentum
         if not 0.0 <= momentum <= 1.0:
-            yield self._skipped(layer, f"momentum {momentum:g} is not between 0 and 1 (BN103)")
+            yield self.skip(layer, f"momentum {momentum:g} is not between 0 and 1 (BN103)")
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             "every batch updates the statistics twice, the second time when its activations are "

@@ -106,7 +106,7 @@ class UpdateOutsideTraining(Rule):
         number = Evidence("batches under no_grad", calls.without_grad, self.max_calls_without_grad)
         # The end of an evaluation shows only once a network with gradients runs: after a teacher.
         if calls.in_evaluation > self.max_calls_in_evaluation and not calls.are_without_grad:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 severity,
                 "the layer was in train mode during evaluation: "
@@ -120,7 +120,7 @@ class UpdateOutsideTraining(Rule):
                 _EVAL,
             )
         elif (other := self._of_other_data(layer)) is not None:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 severity,
                 f"{_when(layer)}: a missing eval(), since they differ from the training batches",
@@ -129,7 +129,7 @@ class UpdateOutsideTraining(Rule):
                 reasons=(number,),
             )
         elif self._was_moved_without_training(layer):
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 severity,
                 f"{calls.without_grad} batches entered the running statistics under no_grad, "
@@ -139,7 +139,7 @@ class UpdateOutsideTraining(Rule):
                 _EVAL,
             )
         elif self._is_unusual(layer) and calls.between_steps > self.max_calls_without_grad:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 severity,
                 f"{calls.between_steps} batches entered the running statistics under no_grad, "
@@ -149,7 +149,7 @@ class UpdateOutsideTraining(Rule):
                 _EVAL,
             )
         elif self._is_unusual(layer):
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO,
                 f"{_when(layer)}: re-estimation, or a missing eval()",

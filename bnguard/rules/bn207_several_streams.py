@@ -79,7 +79,7 @@ class SeveralStreams(Rule):
             return
         streams = tuple(stream for stream in layer.streams if stream.batches >= self.min_batches)
         if len(streams) < 2:
-            yield self._skipped(layer, f"fewer than {self.min_batches} batches of each stream")
+            yield self.skip(layer, f"fewer than {self.min_batches} batches of each stream")
             return
         is_critic = layer.run.is_adversarial and not layer.calls.is_in_eval_mode
         distance, ratio = distances(streams)
@@ -90,7 +90,7 @@ class SeveralStreams(Rule):
         worst = max(by_mean, by_var, key=lambda evidence: evidence.value / evidence.limit)
         if worst.value <= worst.limit:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if is_critic else Severity.WARNING,
             f"{len(streams)} streams with different statistics share the layer: its running "
@@ -116,7 +116,7 @@ _BY_CHANCE = 2.0
 def _mean_distance(a: Stream, b: Stream) -> FloatArray:
     by_chance = _BY_CHANCE * np.hypot(a.mean_error, b.mean_error)
     rest = np.maximum(np.abs(a.mean - b.mean) - by_chance, 0.0)
-    return np.asarray(rest / np.sqrt(_pooled(a, b)))
+    return np.asarray(rest / np.sqrt(_pool(a, b)))
 
 
 def _log_ratio(a: Stream, b: Stream) -> FloatArray:
@@ -125,7 +125,7 @@ def _log_ratio(a: Stream, b: Stream) -> FloatArray:
     return np.asarray(np.where(np.isfinite(by_chance), np.maximum(ratio - by_chance, 0.0), ratio))
 
 
-def _pooled(a: Stream, b: Stream) -> FloatArray:
+def _pool(a: Stream, b: Stream) -> FloatArray:
     return np.asarray((a.var_unbiased + b.var_unbiased) / 2)
 
 

@@ -74,7 +74,7 @@ class UnfrozenByTrain(Rule):
             return
         if calls.unfrozen_step is not None and not calls.frozen_after:
             if calls.frozen >= self.min_frozen_calls:
-                yield self._finding(
+                yield self.make_finding(
                     layer,
                     Severity.WARNING,
                     f"after {calls.frozen} batches in eval mode the layer is in train mode again, "
@@ -84,7 +84,7 @@ class UnfrozenByTrain(Rule):
                     step=calls.unfrozen_step,
                 )
         elif layer.is_held_at_start and calls.in_training and not calls.frozen:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.WARNING,
                 "the layer was in eval mode when watching began, unlike the modules next to it, "

@@ -83,7 +83,7 @@ class TrainedInEval(Rule):
         """Look for layers that learn, but normalise with fixed statistics."""
         run = layer.run
         if run.steps < self.min_steps or layer.training is None:
-            yield self._skipped(layer, "no training was observed")
+            yield self.skip(layer, "no training was observed")
             return
         if layer.running is None or layer.training:
             return
@@ -95,7 +95,7 @@ class TrainedInEval(Rule):
         if layer.running.is_initial and layer.calls.frozen:
             calls = Evidence("calls in eval mode", layer.calls.frozen, 0)
             if layer.is_affine_frozen:
-                yield self._finding(
+                yield self.make_finding(
                     layer,
                     Severity.WARNING,
                     "the layer is frozen as it was built, with mean 0, variance 1, gamma 1 and "
@@ -104,7 +104,7 @@ class TrainedInEval(Rule):
                     Fix("load the pretrained weights and buffers, or train the layer"),
                 )
                 return
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.ERROR,
                 "the layer trains in eval mode with the initial mean 0 and variance 1: it "
@@ -119,7 +119,7 @@ class TrainedInEval(Rule):
         """Return the finding for a whole model in eval mode: a choice, perhaps, or a fault."""
         run, evidence = layer.run, self._evidence(layer.run)
         if run.steps_in_eval_mode < run.steps:
-            return self._finding(
+            return self.make_finding(
                 layer,
                 Severity.WARNING,
                 f"the whole model was in eval mode in {run.steps_in_eval_mode} of {run.steps} "
@@ -139,13 +139,13 @@ class TrainedInEval(Rule):
         left = 1.0 if is_initial else layer.initial_weight or 0.0
         if left > FORGOTTEN_WEIGHT:
             message += f"; {left:.0%} of them are still the initial mean 0 and variance 1"
-            return self._finding(layer, Severity.WARNING, message, evidence, fix)
+            return self.make_finding(layer, Severity.WARNING, message, evidence, fix)
         distance = distance_of(layer)
         if distance is None or distance.worst is None or not distance.is_beyond:
             message += "; fine if the network is fine-tuned like this on purpose"
-            return self._finding(layer, Severity.INFO, message, evidence, fix)
+            return self.make_finding(layer, Severity.INFO, message, evidence, fix)
         message += ", which the inputs of the layer no longer match"
-        return self._finding(
+        return self.make_finding(
             layer, Severity.WARNING, message, distance.worst, fix, reasons=(evidence,)
         )
 

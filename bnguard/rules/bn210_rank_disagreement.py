@@ -71,12 +71,12 @@ class RankDisagreement(Rule):
             return
         distance = layer.rank_shift_std
         if distance is None or not np.isfinite(distance).any():
-            yield self._skipped(layer, "the ranks were not compared")
+            yield self.skip(layer, "the ranks were not compared")
             return
         value = float(np.quantile(np.abs(distance[np.isfinite(distance)]), 0.9))
         if value <= self.max_distance_std:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             f"the running means of two ranks are {value:.2g} σ apart: each evaluates another "

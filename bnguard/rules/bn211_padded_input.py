@@ -69,7 +69,7 @@ class PaddedInput(ModelRule):
         """Compare the share of padding, and how it varies, with the limits."""
         for layer in history.layers:
             if layer.evaluated is None:
-                yield self._skipped(layer, "the layer was not seen in eval mode")
+                yield self.skip(layer, "the layer was not seen in eval mode")
         seen = [layer for layer in history.layers_in_order if layer.evaluated is not None]
         for place, layer in enumerate(seen):
             next_to_it = seen[max(0, place - 1) : place + 2]
@@ -85,7 +85,7 @@ class PaddedInput(ModelRule):
         share, spread = layer.evaluated.padding_share, layer.evaluated.padding_spread
         if not (share > self.max_padding_share and spread > self.max_padding_spread):
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             f"{share:.0%} of the positions are padding, ±{spread:.0%} from sample to sample: the "

@@ -108,7 +108,7 @@ class StatisticDrift(ExplainedRule):
         too_early = evaluated_too_early(history, self.max_initial_weight)
         before: LayerHistory | None = None
         for layer in (*called, *(layer for layer in history.layers if layer not in called)):
-            judged = self._judged(layer, too_early.get(layer.name))
+            judged = self._judge(layer, too_early.get(layer.name))
             if isinstance(judged, Skipped):
                 yield judged
             elif judged is not None and layer.evaluated is not None and entrance is not None:
@@ -117,35 +117,35 @@ class StatisticDrift(ExplainedRule):
         for drift in drifts:
             # A drift of a frozen network in front does not reach one that trains next to it.
             alike = [other for other in drifts if other.is_trained == drift.is_trained]
-            yield self._found(drift, alike[0], root_at(drift.layer))
+            yield self._describe(drift, alike[0], root_at(drift.layer))
 
     @property
     def _limits(self) -> DriftLimits:
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
-    def _judged(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
+    def _judge(self, layer: LayerHistory, too_early: str | None) -> Distance | Skipped | None:
         """Return how far the layer has drifted, None if within the limits, or why unknown."""
         seen = layer.evaluated
         if seen is None:
-            return self._skipped(layer, "the layer was not seen in eval mode")
+            return self.skip(layer, "the layer was not seen in eval mode")
         if seen.count < self.min_values:
-            return self._skipped(
+            return self.skip(
                 layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
             )
         if too_early is not None:
-            return self._skipped(layer, too_early)
+            return self.skip(layer, too_early)
         distance = self._limits.distance(seen, seen.running.mean, seen.running.var, layer.eps)
         if distance.worst is None:
-            return self._skipped(layer, "no channel has finite statistics")
+            return self.skip(layer, "no channel has finite statistics")
         return distance if distance.is_beyond else None
 
-    def _found(self, drift: Drift, first: Drift, found: Finding | None) -> Finding:
+    def _describe(self, drift: Drift, first: Drift, found: Finding | None) -> Finding:
         doubt = doubt_of_drift(drift, found)
         cause = doubt or (Cause.of(found) if found is not None else cause_in_chain(drift, first))
         evidence = drift.distance.worst
         assert evidence is not None
         message = "inputs in eval mode do not match the running statistics"
-        return self._finding(
+        return self.make_finding(
             drift.layer,
             Severity.INFO if doubt is not None else _severity(drift.layer),
             message if cause is None else f"{message}, {cause.reason}",

@@ -107,16 +107,16 @@ class ModesDisagree(ExplainedRule):
         run = history.run
         gap = run.mode_gap
         if gap is None:
-            yield self._skipped(None, run.mode_gap_reason)
+            yield self.skip(None, run.mode_gap_reason)
             return
         # Sampling does not make outputs NaN or infinite.
         if not is_known(gap) and math.isfinite(gap.relative_change):
-            yield self._skipped(None, _why_unknown(gap))
+            yield self.skip(None, _why_unknown(gap))
             return
         reasons = (left_when_evaluated(layer, self.max_initial_weight) for layer in history.layers)
         left = next(filter(None, reasons), None)
         if left and not run.is_settled:
-            yield self._skipped(None, f"when it was evaluated, {left}")
+            yield self.skip(None, f"when it was evaluated, {left}")
             return
         found = root_at(None)
         is_explained = found is not None and run.is_settled
@@ -131,9 +131,9 @@ class ModesDisagree(ExplainedRule):
             max_change_with_flips=self.max_excess_change_with_flips,
             max_flipped_share=max_flipped_share,
         ):
-            yield self._found(history, gap, found, max_change)
+            yield self._describe(history, gap, found, max_change)
 
-    def _found(
+    def _describe(
         self, history: History, gap: ModeGap, found: Finding | None, max_change: float
     ) -> Finding:
         is_trained = any(layer.updates_seen or layer.training for layer in history.layers)
@@ -156,7 +156,7 @@ class ModesDisagree(ExplainedRule):
             or (gap.flipped_share > self.max_flipped_share)
         )
         is_sure = is_trained and doubt is None and is_lasting(history.run) and is_shown
-        return self._finding(
+        return self.make_finding(
             None,
             Severity.WARNING if is_sure else Severity.INFO,
             message if cause is None else f"{message}, {cause.reason}",

@@ -85,7 +85,7 @@ class UnconvergedStatistics(ModelRule):
     def check_model(self, history: History) -> Iterator[Finding | Skipped]:
         """Compare the weight of the initial statistics, now or at the end, with the limit."""
         if any(map(_is_estimated_otherwise, history.layers)):
-            yield self._skipped(
+            yield self.skip(
                 None,
                 "a variance is smaller than what would be left of the initial variance 1, so the "
                 "statistics were computed in another way",
@@ -96,7 +96,7 @@ class UnconvergedStatistics(ModelRule):
             if layer.is_untrained:
                 yield self._never_updated(layer, is_untrained=is_untrained)
             else:
-                yield from self._judged(layer)
+                yield from self._judge(layer)
 
     def _never_updated(self, layer: LayerHistory, *, is_untrained: bool) -> Finding:
         """Return the finding for initial statistics without a counted update."""
@@ -111,7 +111,7 @@ class UnconvergedStatistics(ModelRule):
         else:
             message = "no update, but other layers were updated"
             fix = Fix("recalibrate if evaluation calls the layer", "recalibrate")
-        return self._finding(
+        return self.make_finding(
             layer,
             severity,
             f"{message}: eval mode uses the initial mean 0 and variance 1",
@@ -119,59 +119,59 @@ class UnconvergedStatistics(ModelRule):
             fix,
         )
 
-    def _judged(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
+    def _judge(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         if layer.running is None:
-            yield self._skipped(layer, "the layer keeps no running statistics")
+            yield self.skip(layer, "the layer keeps no running statistics")
             return
         if layer.run.steps and not layer.updates_seen and layer.position is None:
-            yield self._skipped(layer, "the layer was never called")
+            yield self.skip(layer, "the layer was never called")
             return
         was_called = layer.calls.in_training or layer.updates_seen
         if layer.running.is_initial and layer.calls.is_in_eval_mode and not was_called:
-            yield self._skipped(layer, "the layer was frozen (BN209 and BN304 judge that)")
+            yield self.skip(layer, "the layer was frozen (BN209 and BN304 judge that)")
             return
         if not layer.is_updating and not layer.updates_seen:
-            yield self._skipped(layer, "the layer never updates its statistics")
+            yield self.skip(layer, "the layer never updates its statistics")
             return
         if layer.calls.are_of_meta_learner:
-            yield self._skipped(layer, "adapted weights were never run in eval mode")
+            yield self.skip(layer, "adapted weights were never run in eval mode")
             return
         if layer.is_recalibrated:
-            yield self._skipped(layer, "the statistics were recalibrated")
+            yield self.skip(layer, "the statistics were recalibrated")
             return
         if _are_shown_to_fit(layer):
-            yield self._skipped(layer, "the statistics match the inputs of the newest evaluation")
+            yield self.skip(layer, "the statistics match the inputs of the newest evaluation")
             return
         if _is_written_otherwise(layer):
-            yield self._skipped(layer, "the statistics change without counted updates")
+            yield self.skip(layer, "the statistics change without counted updates")
             return
         left, updates = layer.initial_weight, layer.running.updates
         when, verb = "", "are still"
         if updates is None or left is None:
-            yield self._skipped(layer, "no counter of updates")
+            yield self.skip(layer, "no counter of updates")
             return
         if not layer.run.is_settled:
             planned = _updates_at_end(layer, updates)
             if planned is None:
-                yield self._skipped(layer, "training goes on, and its length is unknown")
+                yield self.skip(layer, "training goes on, and its length is unknown")
                 return
             left, updates = initial_weight(layer.momentum, planned), planned
             when, verb = "when training ends, ", "will still be"
         if left <= self.max_initial_weight:
-            yield from self._shifted(layer, left, updates, f"{when}only", verb)
+            yield from self._judge_shift(layer, left, updates, f"{when}only", verb)
             return
         needed = updates_to_forget(layer.momentum, self.max_initial_weight)
         assumed = "" if layer.is_momentum_known else " (momentum 0.1 assumed)"
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if is_unused(layer) else Severity.WARNING,
             f"{when}{left:.0%} of the running statistics {verb} the initial mean 0 and variance 1: "
-            f"{counted(updates, 'update')}, {_needed(needed)}{assumed}",
+            f"{counted(updates, 'update')}, {_describe_needed(needed)}{assumed}",
             Evidence("initial statistics left", 100 * left, 100 * self.max_initial_weight, "%"),
             Fix("recalibrate the running statistics, or raise momentum", "recalibrate"),
         )
 
-    def _shifted(
+    def _judge_shift(
         self, layer: LayerHistory, left: float, updates: int, only: str, verb: str
     ) -> Iterator[Finding]:
         """Compare the shift by the rest of the initial mean 0 with its limit."""
@@ -184,12 +184,12 @@ class UnconvergedStatistics(ModelRule):
         if worst <= self.max_initial_shift_std:
             return
         needed = updates_to_forget(layer.momentum, left * self.max_initial_shift_std / worst)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             f"{only} {100 * left:.2g}% of the running statistics {verb} the initial mean 0 and "
             "variance 1, but the batch means are so far from 0 that this shifts the running mean: "
-            f"{counted(updates, 'update')}, {_needed(needed)}",
+            f"{counted(updates, 'update')}, {_describe_needed(needed)}",
             Evidence("shift by the initial mean", worst, self.max_initial_shift_std, "σ"),
             Fix(
                 "scale the input to mean 0 and standard deviation 1, or train longer; recalibrate "
@@ -200,7 +200,7 @@ class UnconvergedStatistics(ModelRule):
         )
 
 
-def _needed(updates: float) -> str:
+def _describe_needed(updates: float) -> str:
     return "and more do not change that" if math.isinf(updates) else f"{updates:,.0f} needed"
 
 

@@ -115,13 +115,13 @@ class StaleStatistics(ModelRule):
         if history.run.steps:
             is_chosen = not _are_lost(history.layers)
         for layer in history.layers:
-            yield from self._judged(layer, is_chosen=is_chosen)
+            yield from self._judge(layer, is_chosen=is_chosen)
 
-    def _judged(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
+    def _judge(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
         if layer.running is None:
-            yield self._skipped(layer, "the layer keeps no running statistics")
+            yield self.skip(layer, "the layer keeps no running statistics")
         elif layer.running.is_initial and layer.running.mean.size and _is_as_loaded(layer):
-            yield from self._lost(layer, is_chosen=is_chosen)
+            yield from self._judge_lost(layer, is_chosen=is_chosen)
         elif layer.running.is_initial and layer.calls.in_training >= self.min_lost_calls:
             yield from self._reset(layer)
         elif _is_copied(layer):
@@ -131,22 +131,22 @@ class StaleStatistics(ModelRule):
             and not layer.updates_seen
             and layer.calls.in_training >= self.min_lost_calls
         ):
-            yield from self._untouched(layer)
+            yield from self._judge_untouched(layer)
         elif layer.is_following or layer.run.has_new_weights_in_evaluation:
             yield from self._rewritten(layer)
 
-    def _lost(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
+    def _judge_lost(self, layer: LayerHistory, *, is_chosen: bool) -> Iterator[Finding | Skipped]:
         if layer.beta is None:
-            yield self._skipped(layer, "the layer has no beta to show whether it was trained")
+            yield self.skip(layer, "the layer has no beta to show whether it was trained")
             return
         moved = float(np.median(np.abs(layer.beta)))
         if not np.isfinite(moved) or moved < self.min_moved_beta:
             return
         if layer.is_momentum_known and layer.momentum == 0.0:
-            yield self._skipped(layer, "momentum 0 keeps the initial statistics (BN103)")
+            yield self.skip(layer, "momentum 0 keeps the initial statistics (BN103)")
             return
         severity, why = _why_initial(layer, is_chosen=is_chosen)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             severity,
             "beta is not its initial 0, but the running statistics are still the initial mean 0 "
@@ -160,7 +160,7 @@ class StaleStatistics(ModelRule):
         if layer.momentum == 0.0 or not layer.is_updating:
             return
         calls = layer.calls.in_training
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if layer.calls.are_of_meta_learner else Severity.ERROR,
             f"after {calls:,} batches in train mode the running statistics are exactly the initial "
@@ -173,7 +173,7 @@ class StaleStatistics(ModelRule):
         change = layer.run.weight_change
         if change is None or not change > self.max_weight_change:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING,
             "the running statistics are those of the reference, but the weights are not: they "
@@ -182,12 +182,12 @@ class StaleStatistics(ModelRule):
             _FIX,
         )
 
-    def _untouched(self, layer: LayerHistory) -> Iterator[Finding]:
+    def _judge_untouched(self, layer: LayerHistory) -> Iterator[Finding]:
         if not layer.is_updating or layer.momentum == 0.0 or layer.running is None:
             return
         if layer.running.updates is None:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if layer.calls.are_of_meta_learner else Severity.WARNING,
             f"{layer.calls.in_training:,} batches were normalised in train mode, but none entered "
@@ -208,7 +208,7 @@ class StaleStatistics(ModelRule):
         # A network next to the one that trains may not be the one whose modes were compared.
         is_harmless = is_known_cause_harmless(layer.run) and not layer.is_following
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if is_unsure or is_harmless else Severity.WARNING,
             "the weights follow those of another network, but the running statistics never "

@@ -108,25 +108,25 @@ class InputShift(ModelRule):
             return
         seen = layer.evaluated
         if seen is None or layer.window is None:
-            yield self._skipped(layer, "the first layer was not seen in both modes")
+            yield self.skip(layer, "the first layer was not seen in both modes")
         elif layer.calls.are_without_grad:
-            yield self._skipped(layer, "no layer is trained, so there are no training data")
+            yield self.skip(layer, "no layer is trained, so there are no training data")
         elif jump_of_network(layer) is not None:
-            yield self._skipped(layer, "the network before it changes from batch to batch")
+            yield self.skip(layer, "the network before it changes from batch to batch")
         elif seen.count < self.min_values:
-            yield self._skipped(
+            yield self.skip(
                 layer, f"only {counted(seen.count, 'value')} per channel observed in eval mode"
             )
         elif left_when_evaluated(layer, self.max_initial_weight):
-            yield self._skipped(layer, "the running statistics had not settled yet")
+            yield self.skip(layer, "the running statistics had not settled yet")
         else:
-            yield from self._judged(layer, seen)
+            yield from self._judge(layer, seen)
 
     @property
     def _limits(self) -> DriftLimits:
         return DriftLimits(self.max_shift_std, self.max_log_variance_ratio, self.channel_quantile)
 
-    def _judged(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
+    def _judge(self, layer: LayerHistory, seen: EvalWindow) -> Iterator[Finding | Skipped]:
         window, running = layer.window, seen.running
         assert window is not None
         # Moving weights make the window lag behind, a small momentum the running statistics.
@@ -145,13 +145,13 @@ class InputShift(ModelRule):
                 distance, ratio=np.where(is_by_dropout, 0.0, distance.ratio)
             )
         if distance.worst is None:
-            yield self._skipped(layer, "no channel has finite statistics")
+            yield self.skip(layer, "no channel has finite statistics")
             return
         is_beyond = distance.excess > 1.0 + self._lag(window, running, layer.eps)
         if not is_beyond or layer.run.has_new_weights_in_evaluation:
             return
         is_unsure = is_sampling(seen, distance, running.var, layer.eps)
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.INFO if is_unsure or is_known_cause_harmless(layer.run) else Severity.WARNING,
             "evaluation data differ from training data before the first BN layer: another "

@@ -79,9 +79,9 @@ class SkippedInEvaluation(Rule):
         fix = Fix("call the layer in eval mode too: its running statistics need no batch")
         if change is None:
             message += "; fine if it is folded into a convolution there"
-            yield self._finding(layer, Severity.INFO, message, forwards, fix)
+            yield self.make_finding(layer, Severity.INFO, message, forwards, fix)
         elif not change <= self.max_change:
             evidence = Evidence("change of the outputs without it", change, self.max_change, "σ")
-            yield self._finding(
+            yield self.make_finding(
                 layer, Severity.WARNING, message, evidence, fix, reasons=(forwards,)
             )

@@ -78,29 +78,29 @@ class NonFiniteBatch(ModelRule):
         poisoned = [layer for layer in layers if layer.poisoned_step is not None]
         if poisoned:
             first = min(poisoned, key=lambda layer: layer.poisoned_step or 0)
-            yield self._trained(first, layers)
+            yield self._describe_training(first, layers)
             return
         for layer in layers:
             if layer.evaluated is not None and (
                 layer.evaluated.nonfinite_batches > self.max_bad_batches
             ):
-                yield self._evaluated(layer, layers, layer.evaluated.nonfinite_batches)
+                yield self._describe_evaluation(layer, layers, layer.evaluated.nonfinite_batches)
                 return
 
-    def _trained(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
+    def _describe_training(self, layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> Finding:
         where, fix = _origin(layer, layers)
         is_alive = all(other.has_finite_affine for other in layers)
         if layer.run.bad_input_step == layer.poisoned_step:
             # Weights that are not finite later became so in this batch.
             where, fix = _IN_THE_DATA if is_alive else _IN_THE_DATA_AND_LEARNT
         elif layer.run.origin is not None and not _is_aftermath(layer, layers):
-            where, fix = _seen_again(layer.run.origin, is_first=layer is layers[0])
+            where, fix = _describe_origin(layer.run.origin, is_first=layer is layers[0])
         elif not is_alive:
             where = f"{where}; the weights are not finite now"
             fix = Fix(f"go back to a checkpoint whose weights are finite, and {fix.summary}")
         if is_alive and any(other.running and other.running.bad_channels for other in layers):
             fix = Fix(f"{fix.summary}; then recalibrate the running statistics", "recalibrate")
-        return self._finding(
+        return self.make_finding(
             layer,
             Severity.ERROR,
             f"a training batch contained NaN or Inf, first at this layer: {where}",
@@ -110,11 +110,11 @@ class NonFiniteBatch(ModelRule):
             step=layer.poisoned_step,
         )
 
-    def _evaluated(
+    def _describe_evaluation(
         self, layer: LayerHistory, layers: tuple[LayerHistory, ...], batches: int
     ) -> Finding:
         where, fix = _origin(layer, layers)
-        finding = self._finding(
+        finding = self.make_finding(
             layer,
             Severity.ERROR,
             f"evaluation batches contain NaN or Inf, first at this layer: {where}",
@@ -170,7 +170,7 @@ def _origin(layer: LayerHistory, layers: tuple[LayerHistory, ...]) -> tuple[str,
     )
 
 
-def _seen_again(origin: BadValueOrigin, *, is_first: bool) -> tuple[str, Fix]:
+def _describe_origin(origin: BadValueOrigin, *, is_first: bool) -> tuple[str, Fix]:
     place = f"{origin.module or 'the model'} ({origin.kind})"
     if origin.bad_parameters:
         names = ", ".join(origin.bad_parameters)

@@ -71,11 +71,11 @@ class PoisonedStatistics(Rule):
     def check(self, layer: LayerHistory) -> Iterator[Finding | Skipped]:
         """Count the channels whose running statistics are not finite, now or when restored."""
         if layer.running is None:
-            yield self._skipped(layer, "the layer keeps no running statistics")
+            yield self.skip(layer, "the layer keeps no running statistics")
             return
         bad = layer.running.bad_channels
         if len(bad) > self.max_bad_channels:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.ERROR,
                 "the running statistics contain NaN or Inf: every evaluation from now on is invalid"
@@ -87,7 +87,7 @@ class PoisonedStatistics(Rule):
             )
         elif not layer.has_finite_affine:
             restored = ", since bnguard restored them" if layer.restored_updates else ""
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.ERROR,
                 "gamma or beta contains NaN or Inf, and so does every output; the running "
@@ -97,7 +97,7 @@ class PoisonedStatistics(Rule):
                 step=layer.poisoned_step,
             )
         elif layer.restored_updates:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.WARNING,
                 "a batch put NaN or Inf into the running statistics, and bnguard restored the last "

@@ -89,17 +89,17 @@ class AmplifyingChannel(ModelRule):
         """Compare the normalised values, and the gain, of each layer with their limits."""
         too_early = evaluated_too_early(history, self.max_initial_weight)
         for layer in history.layers:
-            yield from self._judged(layer, too_early.get(layer.name))
+            yield from self._judge(layer, too_early.get(layer.name))
 
-    def _judged(self, layer: LayerHistory, too_early: str | None) -> Iterator[Finding | Skipped]:
+    def _judge(self, layer: LayerHistory, too_early: str | None) -> Iterator[Finding | Skipped]:
         if layer.running is None or not layer.running.var.size:
-            yield self._skipped(layer, "the layer keeps no running statistics")
+            yield self.skip(layer, "the layer keeps no running statistics")
             return
         least, most = layer.possible_eps[0], layer.possible_eps[-1]
         negative = tuple(map(int, np.flatnonzero(layer.running.var + least < 0.0)))
         if negative:
             is_certain = bool((layer.running.var + most < 0.0).any())
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.ERROR if is_certain else Severity.INFO,
                 "a running variance is negative, so its root and every evaluation are NaN"
@@ -113,9 +113,9 @@ class AmplifyingChannel(ModelRule):
             return
         seen = layer.evaluated
         if too_early is not None:
-            yield self._skipped(layer, too_early)
+            yield self.skip(layer, too_early)
         elif seen is not None and seen.largest_normalised_std > self.max_normalised_std:
-            yield self._finding(
+            yield self.make_finding(
                 layer,
                 Severity.INFO if _is_harmless(layer) or _may_pass(layer) else Severity.WARNING,
                 "in eval mode a value is so far from the running mean that "
@@ -134,9 +134,9 @@ class AmplifyingChannel(ModelRule):
                 step=seen.step,
             )
             return
-        yield from self._amplified(layer)
+        yield from self._judge_gain(layer)
 
-    def _amplified(self, layer: LayerHistory) -> Iterator[Finding]:
+    def _judge_gain(self, layer: LayerHistory) -> Iterator[Finding]:
         """Compare the gain with its limit; if eps is unknown, with each usual eps."""
         gains = {eps: _gain(layer, eps) for eps in layer.possible_eps}
         largest = {eps: float(np.max(gain, initial=0.0)) for eps, gain in gains.items()}
@@ -146,7 +146,7 @@ class AmplifyingChannel(ModelRule):
             return
         is_certain = sure > self.max_gain
         each = " and ".join(f"{gain:,.4g} with eps {eps:g}" for eps, gain in largest.items())
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.WARNING if is_certain else Severity.INFO,
             "eval mode multiplies a channel so much that a small difference drowns all others"

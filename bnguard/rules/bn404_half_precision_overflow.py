@@ -73,15 +73,15 @@ class HalfPrecisionOverflow(Rule):
         """Compare inputs and outputs with the range of the element type."""
         seen = layer.evaluated
         if seen is None:
-            yield self._skipped(layer, "the layer was not seen in eval mode")
+            yield self.skip(layer, "the layer was not seen in eval mode")
             return
         largest = _LARGEST.get(seen.dtype)
         if largest is None:
             return
-        used = self._used(layer, seen) / largest
+        used = self._largest_value(layer, seen) / largest
         if seen.nonfinite_batches == 0 and used <= self.max_used_share:
             return
-        yield self._finding(
+        yield self.make_finding(
             layer,
             Severity.ERROR if seen.nonfinite_batches else Severity.WARNING,
             f"values at the layer reach {used:.0%} of the range of {seen.dtype}"
@@ -92,7 +92,7 @@ class HalfPrecisionOverflow(Rule):
             Fix("use autocast with bfloat16, or keep this part in float32"),
         )
 
-    def _used(self, layer: LayerHistory, seen: EvalWindow) -> float:
+    def _largest_value(self, layer: LayerHistory, seen: EvalWindow) -> float:
         with np.errstate(all="ignore"):
             arriving = np.abs(seen.mean) + self.reach_std * np.sqrt(seen.var_unbiased)
         gamma = 1.0 if layer.gamma is None or not layer.gamma.size else np.abs(layer.gamma).max()

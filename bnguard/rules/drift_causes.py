@@ -205,7 +205,7 @@ def doubt_of_gap(history: History, cause: Cause | None) -> Cause | None:
     worst = max(seen, key=lambda window: window.between_share, default=None)
     if worst is None or is_representative(worst):
         return None
-    return _sorted(worst) if worst.is_between_shown or _is_vague(cause) else None
+    return _describe_sorted(worst) if worst.is_between_shown or _is_vague(cause) else None
 
 
 def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
@@ -218,7 +218,7 @@ def doubt_of_drift(drift: Drift, found: Finding | None) -> Cause | None:
     if not _may_be_sorted(drift):
         return None
     is_vague = found is None and _is_vague(cause_of_drift(drift))
-    return _sorted(drift.seen) if drift.seen.is_between_shown or is_vague else None
+    return _describe_sorted(drift.seen) if drift.seen.is_between_shown or is_vague else None
 
 
 def cause_in_chain(drift: Drift, first: Drift) -> Cause | None:
@@ -247,12 +247,12 @@ def cause_of_drift(drift: Drift) -> Cause | None:
 def sorted_evaluation(drift: Drift) -> Cause | None:
     """Check whether the batches that were read clearly do not represent the others."""
     is_shown = drift.seen.is_between_shown and _may_be_sorted(drift)
-    return _sorted(drift.seen) if is_shown else None
+    return _describe_sorted(drift.seen) if is_shown else None
 
 
 def unsure_evaluation(drift: Drift) -> Cause | None:
     """Check whether the batches that were read may be too few to represent the others."""
-    return _sorted(drift.seen) if _may_be_sorted(drift) else None
+    return _describe_sorted(drift.seen) if _may_be_sorted(drift) else None
 
 
 def noisy_average(drift: Drift) -> Cause | None:
@@ -498,7 +498,7 @@ def _is_vague(cause: Cause | None) -> bool:
     return cause is None or cause.is_vague
 
 
-def _sorted(seen: EvalWindow) -> Cause:
+def _describe_sorted(seen: EvalWindow) -> Cause:
     do = "do" if seen.is_between_shown else "may"
     doubt = "" if seen.is_between_shown else "; with so few samples this may be chance"
     return Cause(

@@ -286,15 +286,15 @@ def _results(
 ) -> Iterator[Finding | Skipped]:
     if isinstance(rule, ExplainedRule):
         root = partial(explanations().root, rule.code)
-        yield from _guarded(rule, None, partial(rule.check_because, history, root))
+        yield from _guard(rule, None, partial(rule.check_because, history, root))
     elif isinstance(rule, ModelRule):
-        yield from _guarded(rule, None, partial(rule.check_model, history))
+        yield from _guard(rule, None, partial(rule.check_model, history))
     else:
         for layer in history.layers:
-            yield from _guarded(rule, layer.name, partial(rule.check, layer))
+            yield from _guard(rule, layer.name, partial(rule.check, layer))
 
 
-def _guarded(
+def _guard(
     rule: Rule, layer: str | None, check: Callable[[], Iterator[Finding | Skipped]]
 ) -> Iterator[Finding | Skipped]:
     try:

@@ -192,7 +192,7 @@ def swap(
             for layer, norm in zip(swapped.layers, swapped.norms, strict=True)
         )
         if not is_kept and in_place:
-            _put_back(swapped, weights)
+            _restore_weights(swapped, weights)
     if optimizer is not None and is_kept:
         hand_over_parameters(optimizer, swapped.model, successors, swapped.parameters())
     return Swap(
@@ -353,12 +353,12 @@ def _roll_back_on_error(
     try:
         yield
     except BaseException:
-        _put_back(swapped, weights)
+        _restore_weights(swapped, weights)
         raise
 
 
 @torch.no_grad()
-def _put_back(swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]) -> None:
+def _restore_weights(swapped: _SwappedModel, weights: Mapping[nn.Parameter, Tensor]) -> None:
     replace_modules(swapped.model, {new: old for old, new in swapped.replacements.items()})
     for parameter, values in weights.items():
         parameter.copy_(values)

@@ -31,7 +31,7 @@ from bnguard.report.terminal import UNWRAPPED, count_causes, findings_view
 from bnguard.report.views import as_text
 from bnguard.tensorboard.metadata import PLUGIN_NAME, LogError
 from bnguard.tensorboard.plugin import STATIC_FILES, rule_pages, static_text
-from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thinned
+from bnguard.tensorboard.reader import LogReader, Series, SeriesCache, thin
 from bnguard.tensorboard.records import as_findings, group_causes
 
 # As many as a plot can show; an attachment should stay small.
@@ -161,10 +161,10 @@ def logged_runs(folder: Path) -> tuple[LoggedRun, ...]:
         LogError: The folder does not exist, or bnguard logged no run in it.
     """
     reader = open_log(folder)
-    return tuple(_logged(reader, entry["name"]) for entry in reader.runs())
+    return tuple(_read_run(reader, entry["name"]) for entry in reader.runs())
 
 
-def _logged(reader: LogReader, name: str) -> LoggedRun:
+def _read_run(reader: LogReader, name: str) -> LoggedRun:
     try:
         run = reader.run(name)
     except LogError as error:
@@ -204,7 +204,7 @@ def page_html(reader: LogReader) -> str:
     for entry in reader.runs():
         try:
             run = reader.run(entry["name"])
-            runs.append({"listed": {**entry, "version": ""}, **_embedded(reader, run)})
+            runs.append({"listed": {**entry, "version": ""}, **_embed(reader, run)})
             codes |= {finding["code"] for finding in run["findings"]}
         except LogError as error:
             problems.append(f"{entry['name']}: {error}")
@@ -214,7 +214,7 @@ def page_html(reader: LogReader) -> str:
     for embedded in runs:
         embedded["problems"] += [f"not shown: run {problem}" for problem in problems]
     rules = {code: page for code, page in rule_pages().items() if code in codes}
-    data = json.dumps({"runs": runs, "rules": _compressed(json.dumps(rules).encode())})
+    data = json.dumps({"runs": runs, "rules": _compress(json.dumps(rules).encode())})
     scripts = {
         "importmap": json.dumps({"imports": _modules()}),
         "module": _START,
@@ -239,7 +239,7 @@ def page_html(reader: LogReader) -> str:
 """
 
 
-def _embedded(reader: LogReader, run: dict[str, Any]) -> dict[str, Any]:
+def _embed(reader: LogReader, run: dict[str, Any]) -> dict[str, Any]:
     name, channels, problems = run["name"], {}, list(run["problems"])
     for layer in run["channels"]:
         if layer in run["layers"]:
@@ -252,33 +252,33 @@ def _embedded(reader: LogReader, run: dict[str, Any]) -> dict[str, Any]:
     kept = {**run, "channels": list(channels), "version": ""}
     stats = [reader.stats(name, metric["key"]) for metric in run["metrics"]]
     return {
-        "run": _compressed(json.dumps(kept).encode()),
+        "run": _compress(json.dumps(kept).encode()),
         "problems": problems,
-        "stats": _packed(_rounded(stats), "<f4"),
+        "stats": _pack(_round(stats), "<f4"),
         "channels": channels,
     }
 
 
-def _rounded(metrics: Sequence[Series]) -> Series:
+def _round(metrics: Sequence[Series]) -> Series:
     """Return the metrics of a run as one series, with the steps and figures a chart can show."""
     values = np.stack([metric.values for metric in metrics], axis=1)
-    series = thinned(Series(metrics[0].steps, values), _MOST_STEPS)
+    series = thin(Series(metrics[0].steps, values), _MOST_STEPS)
     # The 10 leading bits of each fraction: zeros at the end compress well.
     bits = (series.values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return Series(series.steps, bits.view(np.float32))
 
 
-def _packed(series: Series, dtype: str) -> str:
+def _pack(series: Series, dtype: str) -> str:
     """Return a series as text: first bytes together, then second ones; the steps in a row.
 
     Neighbouring bytes are alike then, which halves what is left of them.
     """
     values = np.moveaxis(series.values.astype(dtype), 0, -1)
     planes = np.frombuffer(values.tobytes(), np.uint8).reshape(-1, values.itemsize).T
-    return _compressed(series.pack(planes.tobytes()))
+    return _compress(series.pack(planes.tobytes()))
 
 
-def _compressed(content: bytes) -> str:
+def _compress(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
@@ -286,7 +286,7 @@ def _snapshots(series: Series) -> str:
     # Keep the newest: a merged snapshot would belong to no step.
     newest = slice(-_MOST_SNAPSHOTS, None)
     kept = Series(series.steps[newest], series.values[newest], series.names)
-    return _packed(kept, "<f2")  # They are logged in half precision.
+    return _pack(kept, "<f2")  # They are logged in half precision.
 
 
 def _modules() -> dict[str, str]:

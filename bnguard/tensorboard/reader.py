@@ -75,10 +75,10 @@ class LogReader:
             for name, damage in self.damages.items()
             if name not in listed
         ]
-        runs = [self._listed(name, tags) for name, tags in listed.items()]
+        runs = [self._describe_run(name, tags) for name, tags in listed.items()]
         return sorted([*runs, *hidden], key=lambda run: str(run["name"]))
 
-    def _listed(self, name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
+    def _describe_run(self, name: str, tags: Mapping[str, Any]) -> dict[str, Any]:
         problem, causes = "", Counter[str]()
         try:
             _header(tags)
@@ -149,7 +149,7 @@ class LogReader:
         tag = CHANNELS_TAG + layer
         if tag not in tags:
             raise LogError(f"run {name} has no channel snapshot of layer {layer}")
-        return self._kept(
+        return self._keep(
             name,
             tag,
             tags,
@@ -172,11 +172,11 @@ class LogReader:
 
     def _stats(self, name: str, tags: Mapping[str, Any]) -> Series:
         header = _header(tags)
-        return self._kept(
+        return self._keep(
             name, STATS_TAG, tags, lambda: stats_series(self._events(name, STATS_TAG), header.shape)
         )
 
-    def _kept(
+    def _keep(
         self, name: str, tag: str, tags: Mapping[str, Any], read: Callable[[], Series]
     ) -> Series:
         newest = (tags[tag].max_step, tags[tag].max_wall_time)
@@ -186,7 +186,7 @@ class LogReader:
         try:
             return [Event.decode(*event) for event in self._raw_events(name, tag)]
         except Exception:  # Another provider, or another version of one.
-            return self._converted_events(name, tag)
+            return self._convert_events(name, tag)
 
     def _raw_events(self, name: str, tag: str) -> Iterable[tuple[int, float, Any]]:
         """Yield step, time and protocol buffer of each event, from private attributes.
@@ -210,7 +210,7 @@ class LogReader:
                     series.data.step, series.data.wall_time, series.data.value, strict=True
                 )
 
-    def _converted_events(self, name: str, tag: str) -> list[Event]:
+    def _convert_events(self, name: str, tag: str) -> list[Event]:
         try:
             read = self.provider.read_tensors(
                 self.context,
@@ -313,11 +313,11 @@ def _causes(findings: Sequence[Finding]) -> list[dict[str, list[int]]]:
     """Return the places of each root cause's findings, and of what they lead to."""
     places = {id(finding): place for place, finding in enumerate(findings)}
 
-    def placed(*groups: FindingGroup) -> list[int]:
+    def places_of(*groups: FindingGroup) -> list[int]:
         return [places[id(finding)] for group in groups for finding in group.findings]
 
     return [
-        {"roots": placed(root), "effects": placed(*effects)}
+        {"roots": places_of(root), "effects": places_of(*effects)}
         for root, effects in group_causes(findings).items()
     ]
 
@@ -378,13 +378,13 @@ def newest_findings(events: Iterable[Event]) -> tuple[list[Record], str]:
     return [], problem
 
 
-def thinned(series: Series, most_steps: int) -> Series:
+def thin(series: Series, most_steps: int) -> Series:
     """Return at most this many steps: each is a bin, with its largest absolute values.
 
     A peak of a single step survives; a value is NaN only if its whole bin is NaN.
 
     >>> series = Series(np.arange(4.0), np.array([[0.0], [-9.0], [1.0], [2.0]], dtype=np.float32))
-    >>> thinned(series, 2).values.ravel().tolist()
+    >>> thin(series, 2).values.ravel().tolist()
     [-9.0, 2.0]
     """
     count = len(series.steps)
@@ -403,13 +403,13 @@ def _peaks(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _series(events: Iterable[Event], shape: tuple[int, ...], names: tuple[str, ...] = ()) -> Series:
     if math.prod(shape) > MOST_VALUES_A_STEP:
-        raise LogError(f"a tensor of shape {_shown(shape)} a step is too large to be shown")
+        raise LogError(f"a tensor of shape {_in_words(shape)} a step is too large to be shown")
     events = list(events)
     fitting = [
         event for event in events if event.numpy.shape == shape and event.numpy.dtype.kind == "f"
     ]
     if not fitting:
-        raise LogError(f"no event has the shape {_shown(shape)} that was announced")
+        raise LogError(f"no event has the shape {_in_words(shape)} that was announced")
     missing = len(events) - len(fitting)
     were_left_out = "1 event was" if missing == 1 else f"{missing} events were"
     ordered = _by_step(fitting)
@@ -431,7 +431,7 @@ def _by_step(events: Iterable[Event]) -> list[Event]:
     return [newest[step] for step in sorted(newest)]
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def _in_words(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 

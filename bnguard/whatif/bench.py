@@ -67,11 +67,11 @@ class BatchStatistics:
         """Normalise this way for a while."""
         with preserve_statistics(self.layers), ExitStack() as replaced:
             for layer in self.layers:
-                replaced.enter_context(self._replaced_forward(layer))
+                replaced.enter_context(self._replace_forward(layer))
             yield
 
     @contextmanager
-    def _replaced_forward(self, layer: BatchNormLayer) -> Iterator[None]:
+    def _replace_forward(self, layer: BatchNormLayer) -> Iterator[None]:
         attributes = vars(layer.module)
         own = attributes.get("forward")
         attributes["forward"] = self._in_parts(layer, layer.module.forward)

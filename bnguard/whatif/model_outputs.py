@@ -52,7 +52,7 @@ class Outputs:
         Raises:
             CalibrationError: The shapes differ.
         """
-        mine, wanted = self._shared_with(expected)
+        mine, wanted = self._choose_shared(expected)
         if not wanted or [t.shape for t in mine] != [t.shape for t in wanted]:
             raise CalibrationError(
                 "the model's outputs change their shape with the statistics, so they cannot be "
@@ -62,13 +62,13 @@ class Outputs:
 
     def flipped_share(self, expected: Outputs) -> float | None:
         """Return the share of predictions that flip; None if no output looks like class scores."""
-        return flipped_share(*self._shared_with(expected))
+        return flipped_share(*self._choose_shared(expected))
 
     def changed_share(self, expected: Outputs) -> float:
         """Return the share of predictions that differ, ties included; 0 without class scores."""
-        return flipped_share(*self._shared_with(expected), max_tie=0.0) or 0.0
+        return flipped_share(*self._choose_shared(expected), max_tie=0.0) or 0.0
 
-    def _shared_with(self, expected: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+    def _choose_shared(self, expected: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         # A tensor that has a row per sample by chance, at one batch size, may not at others.
         places = sorted(self.tensors.keys() & expected.tensors.keys())
         return (
@@ -139,7 +139,7 @@ class Readings:
         # A copy of its own, because the caller may write to the output.
         self._returned.append(
             [
-                _thinned(tensor.detach()).to("cpu", torch.float32, copy=True)
+                _thin(tensor.detach()).to("cpu", torch.float32, copy=True)
                 for tensor in float_tensors(output)
             ]
         )
@@ -152,7 +152,7 @@ class Readings:
     def inputs(self) -> dict[str, LayerInput]:
         """The inputs of each layer, in the order of first calls."""
         return {
-            name: LayerInput(_merged(met), *self._shapes[name]) for name, met in self._met.items()
+            name: LayerInput(_merge(met), *self._shapes[name]) for name, met in self._met.items()
         }
 
     @property
@@ -258,12 +258,12 @@ def _is_equal(one: object, other: object) -> bool:
     )
 
 
-def _merged(parts: Iterable[Moments]) -> Moments | None:
+def _merge(parts: Iterable[Moments]) -> Moments | None:
     finite = [part for part in parts if part.is_finite]
     return merge_moments(finite) if finite else None
 
 
-def _thinned(tensor: Tensor) -> Tensor:
+def _thin(tensor: Tensor) -> Tensor:
     """Return evenly spaced positions of an output that has many."""
     if tensor.dim() < 3:
         return tensor

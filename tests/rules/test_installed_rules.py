@@ -24,7 +24,7 @@ class WideLayer(bnguard.Rule):
         if layer.channels > 3:
             evidence = bnguard.Evidence("channels", layer.channels, 3)
             fix = bnguard.Fix("make it narrower")
-            yield self._finding(layer, bnguard.Severity.WARNING, "it is wide", evidence, fix)
+            yield self.make_finding(layer, bnguard.Severity.WARNING, "it is wide", evidence, fix)
 """
 
 

@@ -15,7 +15,7 @@ from bnguard.tensorboard.reader import (
     channel_series,
     newest_findings,
     stats_series,
-    thinned,
+    thin,
 )
 from bnguard.tensorboard.records import decode_findings, encode_findings, finding_record
 
@@ -98,7 +98,7 @@ def test_thinning_keeps_the_peak_and_what_is_not_finite():
     values[503] = -7.0
     values[700] = np.inf
     values[:100] = np.nan
-    series = thinned(Series(np.arange(1000.0), values), 10)
+    series = thin(Series(np.arange(1000.0), values), 10)
     assert series.values.shape == (10, 1, 2)
     assert np.isnan(series.values[0]).all()
     assert series.values[5].tolist() == [[-7.0, -7.0]]

@@ -57,7 +57,7 @@ class Distributed(OpenFolder):
                 raise TypeError("keys that are not a tuple")
             root: dict[object, object] = {}
             for name, value in _pairs(fields["state_dict_metadata"]).items():
-                _put(root, paths.get(name) or (name,), name, self._stored(name, value))
+                _put(root, paths.get(name) or (name,), name, self._read_entry(name, value))
         except _UNEXPECTED as error:
             raise damaged(metadata, f"unexpected metadata: {error}") from error
         self._lightning = path / _LIGHTNING_METADATA
@@ -95,7 +95,7 @@ class Distributed(OpenFolder):
         offset, size = as_sizes((info["offset"], info["length"]))
         self._places[key] = _Place(member(self.path, info["relative_path"]), offset, size)
 
-    def _stored(self, name: str, value: Any) -> object:
+    def _read_entry(self, name: str, value: Any) -> object:
         """Return the entry that the metadata describe."""
         if not value.class_name.endswith(".TensorStorageMetadata"):
             return Archive.read(self._source(self._places[name, None])).read_object()
