@@ -25,7 +25,7 @@ from bnguard.layers.bn_layer import explain_missing_layers, require_module
 from bnguard.observe.budget import Budget, own_time
 from bnguard.observe.history import BatchWindow, History, Run
 from bnguard.observe.hooks import pause_hooks
-from bnguard.observe.loop import LoopProbe, NoticedEvaluations, loader_in_use
+from bnguard.observe.loop import LoopProbe, NoticedEvaluations
 from bnguard.observe.observer import Observer
 from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.observe.training_views import TrainingViews, ViewProbe
@@ -374,13 +374,8 @@ class Monitor:
         self._guard(self._loop.hooks.raise_error)
         if not self._observer.steps:
             with own_time:
-                self._guard(self._note_loader)
+                self._guard(self._observer.find_loader)
         self._read_step(self._step + 1)
-
-    def _note_loader(self) -> None:
-        loader = loader_in_use()
-        if loader is not None:
-            self._observer.note_loader(loader)
 
     def _follow_script(
         self,

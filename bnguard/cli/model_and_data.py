@@ -333,7 +333,10 @@ def _import(path: str, option: str) -> Callable[..., object]:
 
 @contextmanager
 def _without_usage() -> Iterator[None]:
-    """Keep argparse from printing the usage of a script that parses arguments when imported."""
+    """Keep argparse from printing the usage of a script that parses arguments when imported.
+
+    The standard error is not redirected instead: a logger that the script makes would keep that.
+    """
     printed = argparse.ArgumentParser._print_message
     argparse.ArgumentParser._print_message = lambda *_: None  # type: ignore[method-assign]
     try:

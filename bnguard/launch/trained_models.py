@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -23,6 +23,7 @@ from bnguard.findings import FindingGroup, above_bars, notice
 from bnguard.layers.bn_layer import explain_missing_layers, find_layers, is_wrapper
 from bnguard.loggers import RunLog, TensorBoard
 from bnguard.monitor import Monitor, open_monitors, watch
+from bnguard.observe.live_objects import find_alive
 from bnguard.observe.trained_parameters import parameters_of
 from bnguard.report import Report
 from bnguard.rules import RULES
@@ -250,15 +251,8 @@ def find_roots(parameters: set[int]) -> list[nn.Module]:
 
     Of several that hold the same, as a model and what wraps it in another way, one is returned.
     """
-    is_module: dict[type, bool] = {}
-    modules: list[nn.Module] = []
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind not in is_module:
-            is_module[kind] = issubclass(kind, nn.Module)
-        # One that is being made has no parts yet.
-        if is_module[kind] and "_modules" in vars(thing):
-            modules.append(thing)
+    # One that is being made has no parts yet.
+    modules = [module for module in find_alive(nn.Module) if "_modules" in vars(module)]
     parents: dict[int, list[nn.Module]] = defaultdict(list)
     for module in modules:
         for child in module._modules.values():
@@ -288,28 +282,36 @@ def find_roots(parameters: set[int]) -> list[nn.Module]:
 
 
 def find_copies(models: list[nn.Module]) -> list[nn.Module]:
-    """Return modules alive outside of these models that are built alike and that nothing trains."""
-    things = gc.get_objects()
-    inside = {part for model in models for part in model.modules()}
+    """Return modules that are built like one of these models, and that nothing trains or watches.
+
+    A copy may be a part of another module, as in ``AveragedModel``.
+    """
+    watched = [*models, *(monitor.model for monitor in open_monitors())]
+    known = {id(part) for model in watched for part in model.modules()}
     built = {_plan_of(next(filterfalse(is_wrapper, model.modules()), model)) for model in models}
-    kinds = {kind for kind, _ in built}
-    of_optimizers = {kind for kind in set(map(type, things)) if issubclass(kind, Optimizer)}
-    found = [thing for thing in things if type(thing) in kinds and thing not in inside]
-    optimizers = (thing for thing in things if type(thing) in of_optimizers)
-    trained = set().union(
-        *(parameters_of(each) for each in optimizers if "param_groups" in vars(each))
-    )
+    trained = {
+        parameter
+        for optimizer in find_alive(Optimizer)
+        if "param_groups" in vars(optimizer)
+        for parameter in parameters_of(optimizer)
+    }
     return [
         module
-        for module in found
-        if "_modules" in vars(module)
+        for kind in {kind for kind, _ in built}
+        for module in find_alive(kind)
+        if id(module) not in known
+        and "_modules" in vars(module)
         and _plan_of(module) in built
         and not _ids_of(module) & trained
     ]
 
 
-def _plan_of(module: nn.Module) -> tuple[type, tuple[object, ...]]:
-    named = ((name, tuple(values.shape)) for name, values in module.named_parameters())
+def _plan_of(module: nn.Module) -> tuple[type[nn.Module], tuple[object, ...]]:
+    """Return the class of a module with the names and shapes of its parameters."""
+    named = (
+        (name, None if is_lazy(values) else tuple(values.shape))
+        for name, values in module.named_parameters()
+    )
     return type(module), tuple(named)
 
 
@@ -323,12 +325,12 @@ def _optimizers_of(model: nn.Module, optimizer: Optimizer) -> list[Optimizer]:
     Optimizers that wrap another own the same parameters, and are left out.
     """
     found, missing = [optimizer], _ids_of(model) - parameters_of(optimizer)
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Optimizer) and "param_groups" in vars(thing):
-            own = parameters_of(thing)
+    for other in find_alive(Optimizer):
+        if "param_groups" in vars(other):
+            own = parameters_of(other)
             if own & missing:
                 missing -= own
-                found.append(thing)
+                found.append(other)
     return found
 
 

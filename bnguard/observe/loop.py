@@ -6,7 +6,6 @@ these forwards belong to one evaluation.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.hooks import RemovableHandle
 
 from bnguard.layers.bn_layer import BatchNormLayer, is_wrapper
@@ -367,22 +364,6 @@ class NoticedEvaluations:
         """Return whether dropout acts, as when several passes measure the uncertainty."""
         modules = self._observer.model.modules()
         return any(module.training for module in modules if drops_values(module))
-
-
-def loader_in_use() -> object | None:
-    """Return the ``DataLoader`` that a loop is drawing from; None if it is none, or several."""
-    things = gc.get_objects()
-    kinds = set(map(type, things))
-    of_loaders = {kind for kind in kinds if issubclass(kind, DataLoader)}
-    of_batches = {kind for kind in kinds if issubclass(kind, _BaseDataLoaderIter)}
-    drawn = [each for each in things if type(each) in of_batches and vars(each).get("_num_yielded")]
-    samplers = {id(getattr(batches, "_index_sampler", None)) for batches in drawn}
-    used = [
-        thing
-        for thing in things
-        if type(thing) in of_loaders and id(getattr(thing, "batch_sampler", None)) in samplers
-    ]
-    return used[0] if len(used) == len(drawn) == 1 else None
 
 
 def _first_of_each_part(

@@ -25,10 +25,11 @@ from bnguard.observe.history import History, LayerHistory, ModeGap, Run
 from bnguard.observe.hooks import Hooks, pause_hooks
 from bnguard.observe.layer_calls import ShapeProbe
 from bnguard.observe.layer_description import describe_layers, running_statistics
+from bnguard.observe.live_objects import find_loader_in_use
 from bnguard.observe.model_inputs import Entrance, SampleProbe
 from bnguard.observe.nan_origin import OriginProbe
 from bnguard.observe.trained_parameters import OptimizerProbe, WeightProbe
-from bnguard.observe.training_plan import Plan, plan_with_order
+from bnguard.observe.training_plan import Plan, plan_training
 from bnguard.observe.training_views import ViewProbe
 from bnguard.observe.unknown_layers import UnknownProbe
 
@@ -113,10 +114,20 @@ class Observer:
         """Count in an optimizer that trains the model from now on."""
         self._trained_by.follow(optimizer)
 
-    def note_loader(self, loader: object) -> None:
-        """Note the loader that the training loop draws from, unless one was given."""
-        if self._plan.batch_size is None:
-            self._plan = plan_with_order(self._plan, loader)
+    def find_loader(self) -> None:
+        """Look for the loader that the training loop draws from, unless one was given.
+
+        Its last batch is not planned with: the loop may skip it.
+        """
+        if self._plan.batch_size is not None:
+            return
+        found = plan_training(find_loader_in_use())
+        self._plan = dataclasses.replace(
+            self._plan,
+            batch_size=found.batch_size,
+            label_run=found.label_run,
+            shuffled_label_run=found.shuffled_label_run,
+        )
 
     def step(self, step: int) -> None:
         """Read the buffers after training step number ``step``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +75,7 @@ def plan_training(
         return Plan(ranks=ranks, accumulated_batches=accumulated_batches)
     sampler = getattr(batches, "sampler", None)
     is_in_order = type(sampler).__name__ == "SequentialSampler"
-    runs = _label_runs(getattr(sampler, "data_source", None)) if is_in_order else None
+    runs = _label_runs(sampler) if is_in_order else None
     return Plan(
         label_run=None if runs is None else runs[0],
         shuffled_label_run=None if runs is None else runs[1],
@@ -88,25 +87,6 @@ def plan_training(
     )
 
 
-def plan_with_order(plan: Plan, loader: object) -> Plan:
-    """Return a plan with the order of a loader that a loop was found to draw from.
-
-    Its last batch is not planned with: the loop may skip it.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> plan_with_order(Plan(ranks=2), DataLoader(range(65), batch_size=32)).batch_size
-        32
-    """
-    found = plan_training(loader)
-    return dataclasses.replace(
-        plan,
-        batch_size=found.batch_size,
-        label_run=found.label_run,
-        shuffled_label_run=found.shuffled_label_run,
-    )
-
-
 def _length(sampler: object) -> int | None:
     """Return the number of samples that a sampler draws; None if it does not know."""
     try:
@@ -115,16 +95,19 @@ def _length(sampler: object) -> int | None:
         return None
 
 
-def _label_runs(dataset: object) -> tuple[float, float] | None:
-    """Return the mean length of runs of a label in a dataset, and in a random order.
+def _label_runs(sampler: object) -> tuple[float, float] | None:
+    """Return the mean length of runs of a label in a sampler's dataset, and in a random order.
 
-    None if the dataset does not hold its labels as whole numbers in one array.
+    None if the dataset does not hold its labels as whole numbers in one array, one a sample.
     """
     try:
-        labels = _labels(dataset)
+        labels = _labels(getattr(sampler, "data_source", None))
     except Exception:  # a dataset of the user's own may raise anything
         return None
     if labels is None or labels.ndim != 1 or labels.size < 2 or labels.dtype.kind not in "iub":
+        return None
+    # Graphs may have a label for each node.
+    if labels.size != _length(sampler):
         return None
     shares = np.unique(labels, return_counts=True)[1] / labels.size
     other = 1.0 - float(np.square(shares).sum())

@@ -74,13 +74,13 @@ class PaddedInput(ModelRule):
         for place, layer in enumerate(seen):
             next_to_it = seen[max(0, place - 1) : place + 2]
             if place == 0 or sum(map(self._has_padding, next_to_it)) > 1:
-                yield from self._judged(layer)
+                yield from self._judge(layer)
 
     def _has_padding(self, layer: LayerHistory) -> bool:
         seen = layer.evaluated
         return seen is not None and seen.padding_share > self.max_padding_share / 2
 
-    def _judged(self, layer: LayerHistory) -> Iterator[Finding]:
+    def _judge(self, layer: LayerHistory) -> Iterator[Finding]:
         assert layer.evaluated is not None
         share, spread = layer.evaluated.padding_share, layer.evaluated.padding_spread
         if not (share > self.max_padding_share and spread > self.max_padding_spread):

@@ -15,7 +15,8 @@ import pytest
 import tomllib
 import torch
 
-from bnguard.launch.trained_models import find_roots
+from bnguard import watch as watch_model
+from bnguard.launch.trained_models import find_copies, find_roots
 from tests.cli.running import bnguard, import_first_from, on_ranks, script, set_variables
 
 SCRIPT = Path(__file__).with_name("trainings.py")
@@ -352,3 +353,16 @@ def test_the_outermost_modules_are_found():
     parameters = {id(part) for module in (first, second) for part in module.parameters()}
     roots = find_roots(parameters)
     assert {id(root) for root in roots} == {id(wrapped), id(other)}
+
+
+def test_copies_are_found_unless_something_trains_or_watches_them():
+    def network(*, is_lazy=False):
+        first = torch.nn.LazyLinear(2) if is_lazy else torch.nn.Linear(2, 2)
+        return torch.nn.Sequential(first, torch.nn.BatchNorm1d(2))
+
+    model, trained, watched, _lazy = network(), network(), network(), network(is_lazy=True)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    _optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    with watch_model(watched):
+        copies = find_copies([model])
+    assert [id(copy) for copy in copies] == [id(average.module)]

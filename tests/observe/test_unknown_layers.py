@@ -156,6 +156,9 @@ def test_a_loader_in_order_gives_the_length_of_label_runs():
     assert plan_training(loader(torch.zeros(10).long())).label_run is None
     assert plan_training(loader(torch.arange(10), shuffle=True)).label_run is None
     assert plan_training(loader(torch.rand(10))).label_run is None
+    graphs = loader(torch.arange(10).repeat_interleave(30))
+    graphs.dataset.y = torch.arange(4).repeat_interleave(300)  # a label for each node
+    assert plan_training(graphs).label_run is None
 
 
 @pytest.mark.parametrize("event", ["closes", "raises", "pauses"])
