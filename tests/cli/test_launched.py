@@ -1,15 +1,18 @@
-"""``recalibrate`` on several ranks: a share of the samples each, one file."""
+"""``recalibrate`` under torchrun: real processes, a share of the samples each, one file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import bnguard
 from bnguard.demo import DigitsData, DigitsNet
-from tests.cli import running
 
-COMMAND = ("recalibrate", "last.ckpt", *running.DEMO, "--split=train", "--samples=5000", "--json")
+COMMAND = ("-m", "bnguard", "recalibrate", "last.ckpt", "--split", "train", "--samples", "5000")
+DEMO = ("--model", "bnguard.demo.DigitsNet", "--data", "bnguard.demo.DigitsData")
 
 
 @pytest.mark.slow
@@ -21,11 +24,18 @@ def test_processes_share_the_samples_and_one_of_them_writes(ranks, tmp_path):
         {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.5.0"},
         tmp_path / "last.ckpt",
     )
-    first, *others = running.on_ranks(ranks, tmp_path, *COMMAND, command=running.bnguard)
-    for done in (first, *others):
-        assert done.returncode == 0, done.stderr
-    assert not any(done.stdout for done in others)
-    document = json.loads(first.stdout)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    done = subprocess.run(
+        [sys.executable, *launcher, *COMMAND, *DEMO, "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)  # One document: the others print nothing.
     data.setup("fit")
     alone = bnguard.recalibrate(model.eval(), data.train_dataloader(), samples=5000)
     assert document["samples"] == alone.samples

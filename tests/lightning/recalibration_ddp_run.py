@@ -1,8 +1,9 @@
-"""Recalibrates in a Trainer with ddp: ``python recalibration_ddp_run.py RANKS``."""
+"""Recalibrates in a Trainer with ddp: ``python recalibration_ddp_run.py FOLDER RANKS``."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, (inputs[:, 0] > 1.0).long())
 
 
-def main(ranks: int) -> None:
+def main(folder: Path, ranks: int) -> None:
     torch.set_num_threads(1)
     callback = BatchNormRecalibration(when="fit-end", samples=1000, keep="always", strict=True)
     trainer = Trainer(
@@ -63,7 +64,7 @@ def main(ranks: int) -> None:
     module = Net()
     trainer.fit(module, DataLoader(data(), 8), DataLoader(data(), 8))
     by_callback = {name: (s.mean, s.var) for name, s in callback.result.after.items()}
-    torch.save((module.state_dict(), by_callback), f"{trainer.global_rank}.pt")
+    torch.save((module.state_dict(), by_callback), folder / f"{trainer.global_rank}.pt")
     if torch.distributed.is_initialized():
         # Else the threads of gloo may outlive what they use, and abort the process.
         torch.distributed.barrier()
@@ -71,4 +72,4 @@ def main(ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
